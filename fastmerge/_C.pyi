@@ -1,0 +1,161 @@
+"""The compiled extension: CPU kernels, the thread pool and file I/O. The one written interface to it.
+
+dtype strings are safetensors codes: "F32", "F16", "BF16", and "RAW" for bytes that are only copied.
+Every call that touches weights releases the GIL. Bad arguments raise ValueError, I/O errors raise
+OSError with the path; neither is meant for users: fastmerge's own layers check first and word it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# One request or answer per delta, as the plain tuples of fastmerge.sparsity (Sparsify, Selection).
+_Sparsify = tuple[int, int, int, int, int, bool]
+_Selection = tuple[int, int, int, int, int, int, float, int, int]
+
+def isa() -> str: ...  # the instruction set in use: scalar, neon, avx2 or avx512
+def isas() -> list[str]: ...  # those this CPU can run, best first
+def set_isa(name: str) -> None: ...  # for tests; ValueError names the known ones
+
+class View:
+    """``count`` contiguous elements at ``address``; keeps ``owner`` alive. Never copies."""
+
+    def __init__(self, address: int, count: int, dtype: str, owner: object) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def slice(self, begin: int, end: int) -> View: ...
+
+class Pool:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+class Sink:
+    """Where a kernel writes one tensor: a block of memory, or staging buffers on their way to a file."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+class MemorySink(Sink):
+    def __init__(self, out: View) -> None: ...
+
+# --- kernels: the four primitives -------------------------------------------------------------------
+# axis: None = the whole tensor is one vector; 1 = each row of a (rows, cols) matrix is one (vectors = rows);
+# 0 = each column is one (vectors = cols). rows and cols are ignored when axis is None.
+
+def gram(
+    pool: Pool,
+    inputs: Sequence[View],
+    base: View | None = None,
+    *,
+    axis: int | None = None,
+    rows: int = 1,
+    cols: int = 0,
+) -> NDArray[np.float64]:
+    """Inner products, float64, shape (m, m) or (vectors, m, m).
+
+    Without base, m = k and G[i, j] = <x_i, x_j>. With base, m = k + 1 and the vectors are
+    [base, x_1 - base, ..., x_k - base] in that order, differences rounded to fp32.
+    """
+
+def combine(
+    pool: Pool,
+    inputs: Sequence[View],
+    coefficients: NDArray[np.float64],
+    out: Sink,
+    *,
+    divisor: float | None = None,
+    axis: int | None = None,
+    rows: int = 1,
+    cols: int = 0,
+) -> int:
+    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many outputs are NaN/Inf.
+
+    coefficients: shape (k,) or (vectors, k), rounded to fp32. An input whose coefficient is exactly 0 is skipped (so
+    c = (1, 0) returns x_0 bit for bit, NaN and -0.0 included); all-zero coefficients give +0.
+    """
+
+def select(
+    pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[_Sparsify]
+) -> list[_Selection]:
+    """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity."""
+
+def consensus(
+    pool: Pool,
+    inputs: Sequence[View],
+    base: View,
+    weights: Sequence[float],
+    selections: Sequence[_Selection],
+    out: Sink,
+    *,
+    elect: bool,
+    normalize: bool,
+    scale: float = 1.0,
+) -> int:
+    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32 without FMA, one rounding.
+
+    Order of operations as mergekit 0.1.5 in float32 (task arithmetic, TIES, DARE); returns the number of NaN/Inf outputs.
+    """
+
+def copy(pool: Pool, source: View, out: Sink) -> None:
+    """Copies bytes; source and out have the same dtype and count."""
+
+# --- reading ------------------------------------------------------------------------------------------
+
+class Mapping:
+    """A file mapped read-only."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def size(self) -> int: ...
+    def view(self, offset: int, count: int, dtype: str) -> View: ...
+    def bytes(self, offset: int, nbytes: int) -> bytes: ...
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Asks for the pages soon to be read: read-ahead if cold, page tables filled at once if warm."""
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Unmaps whole pages of the range that will not be read again (they stay in the page cache)."""
+
+# --- writing ------------------------------------------------------------------------------------------
+
+class Staging:
+    """A bounded set of aligned buffers and the threads that write them out; shared by all shards of a merge."""
+
+    def __init__(self, buffer_bytes: int, buffers: int, threads: int) -> None: ...
+    @property
+    def bytes_written(self) -> int: ...
+    def close(self) -> None: ...
+
+class StagedFile:
+    """A preallocated file filled out of order in aligned chunks, by direct I/O where the file system has it.
+
+    io: "auto" (direct where it works, else buffered), "direct" (OSError where it does not) or "buffered".
+    """
+
+    def __init__(self, staging: Staging, path: str, size: int, *, io: str = "auto", resume: bool = False) -> None: ...
+    @property
+    def direct(self) -> bool: ...
+    def sink(self, offset: int, count: int, dtype: str) -> Sink:
+        """The sink of one tensor at a byte offset."""
+
+    def done(self, offset: int, nbytes: int) -> bool:
+        """Whether every byte of the range has been handed to the kernel by a finished write."""
+
+    def keep(self, offset: int, nbytes: int) -> None:
+        """On resume: these bytes are already in the file; chunks shared with others preload them."""
+
+    def finish(self) -> None:
+        """Waits for the writes, fsyncs, truncates to size; raises the first write error (OSError with the path)."""
+
+    def abandon(self) -> None:
+        """Stops writing and closes without a word."""
+

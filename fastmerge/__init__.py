@@ -1,0 +1,1 @@
+"""fastmerge: merge the weights of language models at the speed of memory."""

@@ -1,0 +1,22 @@
+"""The one exception that a user's mistake raises.
+
+Every message is one line that names the file, tensor or key at fault and the fix. The command line
+prints it and exits with code 2; anything else that escapes is a defect in fastmerge.
+"""
+
+from __future__ import annotations
+
+
+class FastmergeError(Exception):
+    """Bad input or an impossible request; the message is one line and names the remedy."""
+
+
+def nearest(word: str, known: object, *, limit: int = 12) -> str:
+    """A hint for an unknown ``word``: the nearest known one, else the first ``limit`` known ones."""
+    import difflib
+
+    names = sorted(str(name) for name in known)  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"

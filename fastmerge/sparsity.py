@@ -1,0 +1,84 @@
+"""What a sparse merge keeps of each delta: the request (`Sparsify`) and the answer (`Selection`).
+
+Both are plain tuples of numbers so that the CPU, Triton and reference back ends share them.
+``kind`` is one of ALL, MAGNITUDE, RANDOM; ``tie_rule`` one of MIXED, INDEX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+ALL, MAGNITUDE, RANDOM = 0, 1, 2
+MIXED, INDEX = 0, 1
+
+
+class Sparsify(NamedTuple):
+    """A request: which entries of one delta shall survive.
+
+    MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest). Entries that tie
+    at the smallest kept magnitude are taken by smallest *mixed index* (MIXED) or smallest flat
+    index (INDEX). RANDOM keeps element i when word i%4 of Philox4x32-10 at counter i//4 under ``key``
+    is below ``keep_below``. ``rescale`` asks for the L1 factor sum|delta| / sum|kept delta|.
+    """
+
+    kind: int = ALL
+    keep: int = 0
+    tie_rule: int = MIXED
+    keep_below: int = 0  # 0 ... 2**32
+    key: int = 0  # 64 bits
+    rescale: bool = False
+
+
+class Selection(NamedTuple):
+    """The answer for one delta: everything `consensus` needs to decide each entry on its own.
+
+    MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
+    order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as the
+    31-bit patterns of fp32, so NaN is above infinity. ``ties`` counts the entries at the threshold.
+    """
+
+    kind: int = ALL
+    threshold_bits: int = 0  # bit pattern of the fp32 threshold, sign bit clear
+    tie_bound: int = 1 << 64  # 65 bits: 2**64 keeps every tied entry
+    tie_rule: int = MIXED
+    keep_below: int = 0
+    key: int = 0
+    rescale: float = 1.0  # fp32 value, multiplied in after the mask
+    kept: int = 0
+    ties: int = 0
+
+
+def mixed_index(index: int) -> int:
+    """The 64-bit mixed index of a flat index: murmur3's 32-bit finaliser over the low word.
+
+    ``(fmix32(low ^ (high * 0x9E3779B9 mod 2**32)) << 32) | high``: a bijection on 64 bits, spatially
+    even, and a plain 32-bit hash for tensors below 2**32 elements. (fmix32: Appleby, MurmurHash3.)
+    """
+    low, high = index & 0xFFFFFFFF, index >> 32
+    h = low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & 0xFFFFFFFF
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & 0xFFFFFFFF
+    h ^= h >> 16
+    return (h << 32) | high
+
+
+def random_key(seed: int, tensor: str, model: int) -> int:
+    """The 64-bit Philox key of one delta, from (recipe seed, output tensor name, model position)."""
+    text = f"{seed}\0{tensor}\0{model}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def keep_below(density: float) -> int:
+    """The 32-bit bound under which a uniform random word keeps its entry: round(density * 2**32)."""
+    return min(1 << 32, max(0, round(density * (1 << 32))))
+
+
+def keep_count(density: float, count: int) -> int:
+    """How many of ``count`` entries a trim to ``density`` keeps: int(density * count), at least 1.
+
+    The product is a Python double, as in mergekit 0.1.5 (sparsify.py).
+    """
+    return min(count, max(1, int(density * count))) if count else 0
