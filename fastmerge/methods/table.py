@@ -1,0 +1,124 @@
+"""The method table. Adding a method: a row here, a rule or spec beside it, a case in tests/test_methods.py."""
+
+from __future__ import annotations
+
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.methods import combination, consensus
+from fastmerge.methods.types import REQUIRED, Method, Parameter
+
+
+def _weight(default: object = REQUIRED) -> Parameter:
+    return Parameter("weight", float, default, "the model's relative weight", per_model=True)
+
+
+def _density() -> Parameter:
+    return Parameter(
+        "density", float, 1.0, "fraction of delta entries kept", per_model=True, low=0, high=1, open_low=True
+    )
+
+
+def _flag(name: str, default: bool, doc: str) -> Parameter:
+    return Parameter(name, bool, default, doc)
+
+
+_T = Parameter("t", float, REQUIRED, "0 gives the base model, 1 the other")
+_INT8_MASK = _flag("int8_mask", False, "accepted for mergekit's recipes; no effect")
+_LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the base is added")
+
+
+def _task(normalize: bool, rescale: bool, *, density: bool) -> tuple[Parameter, ...]:
+    sparse = (_density(), _flag("rescale", rescale, "restore each delta's L1 norm after sparsifying"))
+    return (
+        _weight(),
+        *(sparse if density else ()),
+        _flag("normalize", normalize, "divide by the sum of the weights that took part"),
+        _LAMBDA,
+        _INT8_MASK,
+    )
+
+
+_TIES = "Yadav et al. 2023, arXiv:2306.01708"
+_DARE = "Yu et al. 2023, arXiv:2311.03099"
+
+_ROWS = (
+    Method(
+        "linear", "weighted average", "Wortsman et al. 2022, arXiv:2203.05482",
+        (_weight(), _flag("normalize", True, "divide by the sum of the weights")),
+        base="operand", min_operands=1, max_operands=None, rule=combination.linear, needs_gram=False,
+    ),
+    Method(
+        "slerp", "spherical interpolation of two models", "Shoemake 1985, doi:10.1145/325165.325242",
+        (_T,),
+        base="first", min_operands=2, max_operands=2, rule=combination.slerp,
+    ),
+    Method(
+        "nuslerp", "spherical interpolation with weights, of models or of deltas; whole or by vector",
+        "Shoemake 1985, doi:10.1145/325165.325242",
+        (
+            _weight(),
+            _flag("nuslerp_flatten", True, "treat each tensor as one vector"),
+            _flag("nuslerp_row_wise", False, "without flatten: vectors along the first axis"),
+        ),
+        base="optional", min_operands=2, max_operands=2, rule=combination.nuslerp, axis=combination.nuslerp_axis,
+    ),
+    Method(
+        "multislerp", "barycentric spherical interpolation of many models",
+        "tangent space at the normalised mean; as mergekit 0.1.5",
+        (
+            _weight(),
+            _flag("normalize_weights", True, "divide the weights by their sum"),
+            Parameter("eps", float, 1e-8, "below this a norm counts as zero", low=0),
+        ),
+        base="optional", min_operands=1, max_operands=None, rule=combination.multislerp,
+    ),
+    Method(
+        "karcher", "Riemannian (Karcher) mean on the sphere", "Grove and Karcher 1973, doi:10.1007/BF01214303",
+        (
+            Parameter("max_iter", int, 10, "most iterations", low=1),
+            Parameter("tol", float, 1e-5, "stop when the tangent step is shorter", low=0),
+        ),
+        base="operand", min_operands=1, max_operands=None, rule=combination.karcher,
+    ),
+    Method(
+        "model_stock", "ratio of mean and base from the angle between deltas",
+        "Jang et al. 2024, arXiv:2403.19522",
+        (_flag("filter_wise", False, "one ratio for each row"),),
+        base="required", min_operands=2, max_operands=None,
+        rule=combination.model_stock, axis=combination.model_stock_axis,
+    ),
+    Method(
+        "task_arithmetic", "base plus the weighted sum of deltas", "Ilharco et al. 2022, arXiv:2212.04089",
+        _task(False, False, density=False),
+        base="required", min_operands=1, max_operands=None, spec=consensus.task_arithmetic,
+    ),
+    Method(
+        "ties", "trim deltas by magnitude, elect a sign, merge what agrees", _TIES,
+        _task(True, False, density=True),
+        base="required", min_operands=1, max_operands=None, spec=consensus.ties,
+    ),
+    Method(
+        "dare_linear", "drop delta entries at random, rescale, add", _DARE,
+        _task(False, True, density=True),
+        base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
+    ),
+    Method(
+        "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
+        _task(False, True, density=True),
+        base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
+    ),
+    Method(
+        "passthrough", "the tensor as it is, or scaled", "-",
+        (Parameter("scale", float, None, "factor on the tensor", per_model=True),),
+        base="none", min_operands=1, max_operands=1, rule=combination.passthrough, needs_gram=False,
+    ),
+)  # fmt: skip
+
+METHODS = {row.name: row for row in _ROWS}
+
+
+def find(name: str, where: str = "merge_method") -> Method:
+    """The row called ``name``; raises FastmergeError with the nearest known name."""
+    row = METHODS.get(name)
+    if row is None:
+        raise FastmergeError(f"{where}: unknown method '{name}'; {nearest(name, METHODS)}")
+    return row
