@@ -128,11 +128,17 @@ class Mapping:
 # --- writing ------------------------------------------------------------------------------------------
 
 class Staging:
-    """A bounded set of aligned buffers and the threads that write them out; shared by all shards of a merge."""
+    """A bounded set of aligned buffers and the threads that write them out; shared by all shards of a merge.
+
+    buffer_bytes: a power of two. With W tensors in flight in file order, 2 W + 2 buffers never wait for each other; fewer
+    still work, by writing unfinished chunks and reading them back (``spills`` counts those).
+    """
 
     def __init__(self, buffer_bytes: int, buffers: int, threads: int) -> None: ...
     @property
     def bytes_written(self) -> int: ...
+    @property
+    def spills(self) -> int: ...
     def close(self) -> None: ...
 
 class StagedFile:
@@ -146,6 +152,9 @@ class StagedFile:
     def direct(self) -> bool: ...
     def sink(self, offset: int, count: int, dtype: str) -> Sink:
         """The sink of one tensor at a byte offset."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Fills a range from memory (a header, say), piece by piece as a kernel would."""
 
     def done(self, offset: int, nbytes: int) -> bool:
         """Whether every byte of the range has been handed to the kernel by a finished write."""
