@@ -1,4 +1,5 @@
-// What the bindings of the kernels and of the I/O share: the Python face of a Span, and the dtype codes.
+// What the bindings of the kernels and of the I/O share: the Python face of a Span, and the dtype
+// codes.
 #pragma once
 #include <pybind11/pybind11.h>
 

@@ -61,20 +61,21 @@ void bind_io(py::module_& m) {
         .def("drop", &Mapping::drop, py::arg("offset"), py::arg("nbytes"), NoGil());
 
     py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
-        .def(py::init<int64_t, int, int>(), py::arg("buffer_bytes"), py::arg("buffers"), py::arg("threads"))
+        .def(py::init<int64_t, int, int>(), py::arg("buffer_bytes"), py::arg("buffers"),
+             py::arg("threads"))
         .def_property_readonly("bytes_written", &Staging::bytes_written)
         .def_property_readonly("spills", &Staging::spills)
         .def("close", &Staging::close, NoGil());
 
     py::class_<StagedFile, std::shared_ptr<StagedFile>>(m, "StagedFile")
-        .def(py::init([](std::shared_ptr<Staging> staging, const std::string& path, int64_t size, const std::string& io,
-                         bool resume) {
+        .def(py::init([](std::shared_ptr<Staging> staging, const std::string& path, int64_t size,
+                         const std::string& io, bool resume) {
                  const auto mode = parse_io(io);
                  py::gil_scoped_release release;
                  return std::make_shared<StagedFile>(std::move(staging), path, size, mode, resume);
              }),
-             py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(), py::arg("io") = "auto",
-             py::arg("resume") = false)
+             py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(),
+             py::arg("io") = "auto", py::arg("resume") = false)
         .def_property_readonly("direct", &StagedFile::direct)
         .def(
             "sink",
@@ -87,7 +88,8 @@ void bind_io(py::module_& m) {
             [](StagedFile& file, int64_t offset, const py::bytes& data) {
                 char* bytes = nullptr;
                 py::ssize_t nbytes = 0;
-                if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &nbytes)) throw py::error_already_set();
+                if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &nbytes))
+                    throw py::error_already_set();
                 py::gil_scoped_release release;
                 file.write(offset, bytes, nbytes);
             },

@@ -55,7 +55,8 @@ void Mapping::prefetch(int64_t offset, int64_t nbytes) const {
     const size_t length = static_cast<size_t>(offset + nbytes - begin);
     if (nbytes == 0) return;
     // Advice only: a kernel that cannot do either still reads the right bytes, later.
-    if (::madvise(data_ + begin, length, MADV_POPULATE_READ)) ::madvise(data_ + begin, length, MADV_WILLNEED);
+    if (::madvise(data_ + begin, length, MADV_POPULATE_READ))
+        ::madvise(data_ + begin, length, MADV_WILLNEED);
 }
 
 void Mapping::drop(int64_t offset, int64_t nbytes) const {

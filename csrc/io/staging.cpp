@@ -22,9 +22,12 @@ constexpr int64_t kAlign = 4096;             // what direct I/O needs on every c
 constexpr int64_t kPieceBytes = 512 * 1024;  // a tensor of 4 MiB still keeps eight workers busy
 constexpr int64_t kHugePage = 2 << 20;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
-// File systems in memory accept O_DIRECT and then copy all the same; `direct` must not claim otherwise.
+// File systems in memory accept O_DIRECT and then copy all the same; `direct` must not claim
+// otherwise.
 bool in_memory(int fd) {
     constexpr unsigned long kTmpfs = 0x01021994, kRamfs = 0x858458f6;
     struct statfs info;
@@ -35,10 +38,12 @@ bool in_memory(int fd) {
 
 }  // namespace
 
-// The sink of one tensor. Pieces end at multiples of kPieceBytes in the file, so none crosses a chunk.
+// The sink of one tensor. Pieces end at multiples of kPieceBytes in the file, so none crosses a
+// chunk.
 class StagedSink final : public Sink {
    public:
-    StagedSink(std::shared_ptr<StagedFile> file, int64_t offset, int64_t count, DType dtype, int64_t piece_bytes)
+    StagedSink(std::shared_ptr<StagedFile> file, int64_t offset, int64_t count, DType dtype,
+               int64_t piece_bytes)
         : file_(std::move(file)),
           offset_(offset),
           count_(count),
@@ -78,13 +83,16 @@ class StagedSink final : public Sink {
 Staging::Staging(int64_t buffer_bytes, int buffers, int threads) : buffer_bytes_(buffer_bytes) {
     if (buffer_bytes < kAlign || (buffer_bytes & (buffer_bytes - 1)))
         throw std::invalid_argument("buffer_bytes must be a power of two, at least 4096");
-    if (buffers < 1 || threads < 1) throw std::invalid_argument("buffers and threads must be at least 1");
+    if (buffers < 1 || threads < 1)
+        throw std::invalid_argument("buffers and threads must be at least 1");
     mapped_bytes_ = static_cast<size_t>(buffer_bytes * buffers + kHugePage);
-    void* mapped = ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapped =
+        ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
     mapped_ = static_cast<char*>(mapped);
     char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(mapped_), kHugePage));
-    // Direct I/O pins every page of a buffer for every write: 2 huge pages instead of 1024 small ones.
+    // Direct I/O pins every page of a buffer for every write: 2 huge pages instead of 1024 small
+    // ones.
     ::madvise(data, static_cast<size_t>(buffer_bytes * buffers), MADV_HUGEPAGE);
     buffers_.resize(static_cast<size_t>(buffers));
     for (int i = buffers - 1; i >= 0; --i) {
@@ -170,7 +178,8 @@ void Staging::serve() {
 
 // --- StagedFile ---
 
-StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64_t size, Io io, bool resume)
+StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64_t size, Io io,
+                       bool resume)
     : staging_(std::move(staging)), path_(std::move(path)), size_(size), io_(io) {
     if (size < 0) throw std::invalid_argument("size must not be negative");
     const int flags = O_RDWR | O_CLOEXEC | (resume ? 0 : O_CREAT | O_TRUNC);
@@ -187,12 +196,14 @@ StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64
     }
     if (fd_ < 0) fd_ = ::open(path_.c_str(), flags, 0666);
     if (fd_ < 0) throw IoError(errno, path_);
-    // Reserving the space finds a full disk before any work is done. Padded, so that the last direct write fits.
+    // Reserving the space finds a full disk before any work is done. Padded, so that the last
+    // direct write fits.
     const int64_t reserved = round_up(size, kAlign);
     int failed = 0;
     if (reserved && ::fallocate(fd_, 0, 0, reserved)) {
         failed = errno;
-        if (failed == EOPNOTSUPP || failed == ENOSYS) failed = ::ftruncate(fd_, reserved) ? errno : 0;
+        if (failed == EOPNOTSUPP || failed == ENOSYS)
+            failed = ::ftruncate(fd_, reserved) ? errno : 0;
     }
     if (failed) {
         ::close(fd_);
@@ -200,7 +211,8 @@ StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64
     }
     const int64_t chunk = staging_->buffer_bytes_;
     chunks_.resize(static_cast<size_t>((size + chunk - 1) / chunk));
-    for (size_t i = 0; i < chunks_.size(); ++i) chunks_[i].remaining = chunk_bytes(static_cast<int64_t>(i));
+    for (size_t i = 0; i < chunks_.size(); ++i)
+        chunks_[i].remaining = chunk_bytes(static_cast<int64_t>(i));
 }
 
 StagedFile::~StagedFile() {
@@ -346,7 +358,8 @@ int StagedFile::write_chunk(int64_t number, const char* data) {
         std::memset(const_cast<char*>(data) + exact, 0, static_cast<size_t>(nbytes - exact));
     }
     for (int64_t at = 0; at < nbytes;) {
-        const ssize_t wrote = ::pwrite(fd_, data + at, static_cast<size_t>(nbytes - at), begin + at);
+        const ssize_t wrote =
+            ::pwrite(fd_, data + at, static_cast<size_t>(nbytes - at), begin + at);
         if (wrote > 0) {
             at += wrote;
         } else if (wrote < 0 && errno == EINVAL && direct_ && io_ == Io::kAuto) {
@@ -388,7 +401,8 @@ void StagedFile::finish() {
     stop(lock);
     raise_if_dead();
     for (const auto& chunk : chunks_)
-        if (chunk.state != State::kWritten) throw std::logic_error("bytes never written in " + path_);
+        if (chunk.state != State::kWritten)
+            throw std::logic_error("bytes never written in " + path_);
     lock.unlock();
     if (::ftruncate(fd_, size_) || ::fsync(fd_)) throw IoError(errno, path_);
     lock.lock();
@@ -404,7 +418,8 @@ void StagedFile::abandon() {
     staging_->progress_.notify_all();
     stop(lock);
     for (auto& chunk : chunks_) {
-        if (chunk.state != State::kFilling || chunk.pins) continue;  // a pinned one goes when its piece closes
+        if (chunk.state != State::kFilling || chunk.pins)
+            continue;  // a pinned one goes when its piece closes
         chunk.state = State::kEmpty;
         staging_->release(chunk.buffer);
         chunk.buffer = -1;

@@ -1,12 +1,13 @@
 // Output files filled out of order by many threads, in bounded memory.
 //
-// A file is cut into aligned chunks of one buffer each. A chunk takes a buffer when its first piece opens; when
-// its last byte is final an I/O thread writes the whole chunk and the buffer is free again. Callers that work on
-// at most W tensors in file order hold at most 2 W + 1 unfinished chunks (the W + 1 chunks that tensors share at
-// their ends, and the chunk each tensor is in the middle of), so 2 W + 2 buffers keep them moving and a few
-// more (one per pool thread and I/O thread) keep everyone busy. With fewer buffers, or in any other
-// order, nothing stalls either: when every buffer holds an unfinished chunk and nothing is on its way to the
-// file, the one untouched for longest is written as it is and read back when its next piece opens.
+// A file is cut into aligned chunks of one buffer each. A chunk takes a buffer when its first piece
+// opens; when its last byte is final an I/O thread writes the whole chunk and the buffer is free
+// again. Callers that work on at most W tensors in file order hold at most 2 W + 1 unfinished
+// chunks (the W + 1 chunks that tensors share at their ends, and the chunk each tensor is in the
+// middle of), so 2 W + 2 buffers keep them moving and a few more (one per pool thread and I/O
+// thread) keep everyone busy. With fewer buffers, or in any other order, nothing stalls either:
+// when every buffer holds an unfinished chunk and nothing is on its way to the file, the one
+// untouched for longest is written as it is and read back when its next piece opens.
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -60,9 +61,9 @@ class Staging {
     uint64_t clock_ = 0;
     std::atomic<int64_t> bytes_written_{0};
     std::atomic<int64_t> spills_{0};
-    std::mutex mutex_;                   // guards everything here and every file's chunks; never held across I/O
-    std::condition_variable work_;       // for I/O threads
-    std::condition_variable progress_;   // for everyone who waits for a buffer, a chunk or a file
+    std::mutex mutex_;  // guards everything here and every file's chunks; never held across I/O
+    std::condition_variable work_;      // for I/O threads
+    std::condition_variable progress_;  // for everyone who waits for a buffer, a chunk or a file
     std::vector<std::thread> threads_;
 };
 
@@ -70,7 +71,8 @@ class StagedFile : public std::enable_shared_from_this<StagedFile> {
    public:
     enum class Io { kAuto, kDirect, kBuffered };
     // Creates the file (or, on resume, opens what is there) and reserves its space. Throws IoError.
-    StagedFile(std::shared_ptr<Staging> staging, std::string path, int64_t size, Io io, bool resume);
+    StagedFile(std::shared_ptr<Staging> staging, std::string path, int64_t size, Io io,
+               bool resume);
     ~StagedFile();
     StagedFile(const StagedFile&) = delete;
     StagedFile& operator=(const StagedFile&) = delete;
