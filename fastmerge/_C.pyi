@@ -147,7 +147,9 @@ class StagedFile:
     io: "auto" (direct where it works, else buffered), "direct" (OSError where it does not) or "buffered".
     """
 
-    def __init__(self, staging: Staging, path: str, size: int, *, io: str = "auto", resume: bool = False) -> None: ...
+    def __init__(
+        self, staging: Staging, path: str, size: int, *, io: str = "auto", resume: bool = False
+    ) -> None: ...
     @property
     def direct(self) -> bool: ...
     def sink(self, offset: int, count: int, dtype: str) -> Sink:
@@ -167,4 +169,3 @@ class StagedFile:
 
     def abandon(self) -> None:
         """Stops writing and closes without a word."""
-

@@ -8,14 +8,14 @@ the operands' Gram matrix is A G A^T. So a chain of N merges needs one Gram pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.methods.types import Method
+from fastmerge.methods.types import Combination, Method
 
 Float64 = NDArray[np.float64]
 
@@ -50,73 +50,97 @@ class Merge:
         return self.method.axis(self.values)
 
 
-Node = Union[Source, Merge]
+Node: TypeAlias = "Source | Merge"
 
 
-def walk(root: Node) -> list[Node]:
-    """Every node below ``root`` once, operands before the merges that use them (no recursion limit)."""
+def walk(root: Node, stop: Container[Node] = ()) -> list[Node]:
+    """Every node below ``root`` once, inputs before the merges that use them; not below ``stop``.
+
+    An explicit stack: a schedule of a thousand steps is a tree a thousand deep.
+    """
     order: list[Node] = []
-    seen: set[int] = set()
+    seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
         node, expanded = stack.pop()
         if expanded:
             order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
+        elif node not in seen:
+            seen.add(node)
             stack.append((node, True))
-            if isinstance(node, Merge):
+            if isinstance(node, Merge) and node not in stop:
                 stack.extend((child, False) for child in reversed(node.inputs))
     return order
 
 
-def leaves(nodes: Node | Iterable[Node]) -> list[Source]:
-    """The distinct source tensors below one or several nodes, in order of first use."""
-    roots = [nodes] if isinstance(nodes, (Source, Merge)) else list(nodes)
-    return list(
-        dict.fromkeys(n for root in roots for n in walk(root) if isinstance(n, Source))
-    )
+def leaves(roots: Iterable[Node]) -> list[Source]:
+    """The distinct source tensors below ``roots``, in order of first use."""
+    found = (node for root in roots for node in walk(root) if isinstance(node, Source))
+    return list(dict.fromkeys(found))
 
 
-def collapses(root: Node) -> bool:
-    """Whether the whole tree is one combination of its leaves: all combinations along one axis."""
-    merges = [node for node in walk(root) if isinstance(node, Merge)]
-    axes = {node.axis for node in merges if node.method.needs_gram}
-    return all(node.method.is_combination for node in merges) and len(axes) <= 1
+@dataclass(frozen=True)
+class Collapsed:
+    """A tree seen as one combination of ``parts``: its sources, and merges that must be computed first."""
+
+    root: Merge
+    parts: tuple[Node, ...]
+    axis: int | None
+    needs_gram: bool
+    reference: int | None  # the part that deltas are taken to, where that keeps the Gram matrix exact
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part is a source, so that no intermediate tensor is needed."""
+        return all(isinstance(part, Source) for part in self.parts)
 
 
-def needs_gram(root: Node) -> bool:
-    """Whether any rule in the tree reads inner products."""
-    return any(isinstance(node, Merge) and node.method.needs_gram for node in walk(root))
+def collapse(root: Merge) -> Collapsed:
+    """The largest combination at the top of a tree; merges that are no combination, or along another axis, are parts."""
+    axis: int | None = None
+    gram = False
+    based: Node | None = None
+    parts: dict[Node, None] = {}
+    seen: set[Node] = {root}
+    stack: list[Node] = [root]
+    depth_one = True
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Merge) and node.method.is_combination:
+            reads = node.method.needs_gram
+            if not (gram and reads and node.axis != axis):
+                if reads and not gram:
+                    gram, axis = True, node.axis
+                based = based or node.base
+                depth_one = depth_one and node is root
+                fresh = [child for child in dict.fromkeys(node.inputs) if child not in seen]
+                seen.update(fresh)
+                stack.extend(reversed(fresh))
+                continue
+        parts[node] = None
+    order = tuple(parts)
+    # A delta of norm 1e-5 |x| loses 10 of fp64's 16 digits in <x_i, x_j>; over [base, deltas] it loses none.
+    reference: int | None = None
+    if gram and based in parts:
+        reference = order.index(based)
+    elif gram and not depth_one:
+        reference = 0
+    return Collapsed(root, order, axis, gram, reference)
 
 
-def axis_of(root: Node) -> int | None:
-    """The axis of a collapsing tree's vectors."""
-    for node in walk(root):
-        if isinstance(node, Merge) and node.method.needs_gram:
-            return node.axis
-    return None
+def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
+    """The coefficients of a collapsed tree over its parts: float64, shape (n,) or (vectors, n).
 
-
-def coefficients(
-    root: Node, sources: Sequence[Source], gram: Float64 | None, reference: int | None = None
-) -> Float64:
-    """The coefficients of a collapsing tree over ``sources``: float64, shape (n,) or (vectors, n).
-
-    ``gram`` holds the inner products of ``sources``, shape (n, n) or (vectors, n, n). With ``reference`` = r it
-    is instead over [x_r, x_i - x_r for i != r in order]: the same space in a basis that keeps small deltas exact.
-    Not needed (None) when no rule in the tree reads it.
+    ``gram`` holds the parts' inner products, shape (n, n) or (vectors, n, n): of the parts themselves, or with a
+    ``reference`` r of [x_r, x_i - x_r for i != r in order]. None when no rule in the tree reads it.
     """
-    count = len(sources)
-    basis = np.eye(count) if reference is None else _delta_basis(count, reference)
-    position = {source: index for index, source in enumerate(sources)}
-    vectors: dict[int, Float64] = {}
-    for node in walk(root):
-        if isinstance(node, Source):
-            vectors[id(node)] = np.eye(count)[position[node]]
-        else:
-            vectors[id(node)] = _merge_vector(node, vectors, basis, gram)
-    return vectors[id(root)]
+    count = len(tree.parts)
+    basis = np.eye(count) if tree.reference is None else _delta_basis(count, tree.reference)
+    vectors: dict[Node, Float64] = dict(zip(tree.parts, np.eye(count), strict=True))
+    for node in walk(tree.root, stop=vectors):
+        if isinstance(node, Merge) and node not in vectors:
+            vectors[node] = _merge_vector(node, vectors, basis, gram)
+    return vectors[tree.root]
 
 
 def _delta_basis(count: int, reference: int) -> Float64:
@@ -130,13 +154,10 @@ def _delta_basis(count: int, reference: int) -> Float64:
 
 
 def _merge_vector(
-    node: Merge, vectors: Mapping[int, Float64], basis: Float64, gram: Float64 | None
+    node: Merge, vectors: Mapping[Node, Float64], basis: Float64, gram: Float64 | None
 ) -> Float64:
-    rule = node.method.rule
-    if rule is None:
-        raise ValueError(f"{node.method.name} is not a combination")
     operands = np.stack(
-        np.broadcast_arrays(*[vectors[id(n)] for n in node.inputs]), axis=-2
+        np.broadcast_arrays(*[vectors[n] for n in node.inputs]), axis=-2
     )  # (..., m, n)
     local: Float64 | None = None
     if node.method.needs_gram:
@@ -147,6 +168,13 @@ def _merge_vector(
             rows[..., 1:, :] -= rows[..., :1, :]
         rows = rows @ basis
         local = rows @ gram @ np.swapaxes(rows, -1, -2)
-    result = rule(local, node.values, node.operand_values, node.base is not None)
+    result = apply_rule(node, local)
     weights = result.coefficients / (1.0 if result.divisor is None else result.divisor)
     return np.asarray((weights[..., None, :] @ operands)[..., 0, :], dtype=np.float64)
+
+
+def apply_rule(node: Merge, gram: Float64 | None) -> Combination:
+    """The rule of one combination node over its own inputs' Gram matrix."""
+    if node.method.rule is None:
+        raise ValueError(f"{node.method.name} is not a combination")
+    return node.method.rule(gram, node.values, node.operand_values, node.base is not None)

@@ -13,7 +13,14 @@ def _weight(default: object = REQUIRED) -> Parameter:
 
 def _density() -> Parameter:
     return Parameter(
-        "density", float, 1.0, "fraction of delta entries kept", per_model=True, low=0, high=1, open_low=True
+        "density",
+        float,
+        1.0,
+        "fraction of delta entries kept",
+        per_model=True,
+        low=0,
+        high=1,
+        open_low=True,
     )
 
 
@@ -27,7 +34,10 @@ _LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the
 
 
 def _task(normalize: bool, rescale: bool, *, density: bool) -> tuple[Parameter, ...]:
-    sparse = (_density(), _flag("rescale", rescale, "restore each delta's L1 norm after sparsifying"))
+    sparse = (
+        _density(),
+        _flag("rescale", rescale, "restore each delta's L1 norm after sparsifying"),
+    )
     return (
         _weight(),
         *(sparse if density else ()),

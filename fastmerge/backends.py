@@ -1,0 +1,129 @@
+"""The CPU back end: ``_C`` behind the `Backend` protocol. (The Triton one is fastmerge.kernels.)"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from fastmerge import _C
+from fastmerge.algebra import Float64
+from fastmerge.errors import FastmergeError
+from fastmerge.sparsity import ALL, Selection, Sparsify
+
+
+def thread_count(threads: int | None = None) -> int:
+    """``threads``, else FASTMERGE_NUM_THREADS, else the CPUs this process may use."""
+    text = os.environ.get("FASTMERGE_NUM_THREADS")
+    where = "--threads"
+    if threads is None and text:
+        where = "FASTMERGE_NUM_THREADS"
+        try:
+            threads = int(text)
+        except ValueError as error:
+            raise FastmergeError(f"{where}: '{text}' is not a whole number of threads") from error
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if not 1 <= threads <= 1024:
+        raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
+    return threads
+
+
+def isa() -> str:
+    """The CPU instruction set in use; an unusable FASTMERGE_ISA is an error that names the known ones."""
+    try:
+        return _C.isa()
+    except (ValueError, RuntimeError) as error:
+        raise FastmergeError(str(error)) from error
+
+
+class CpuBackend:
+    """The C++ kernels on one thread pool. Tensors are `_C.View`, outputs are `_C.Sink`."""
+
+    name = "cpu"
+
+    def __init__(
+        self, threads: int, *, scratch_folder: Path | None = None, scratch_bytes: int = 64 << 20
+    ) -> None:
+        """Intermediate tensors above ``scratch_bytes`` lie in an unlinked file in ``scratch_folder``, so
+        that anonymous memory stays bounded whatever a tensor's size."""
+        isa()
+        self.pool = _C.Pool(threads)
+        self._scratch_folder = scratch_folder
+        self._scratch_bytes = scratch_bytes
+
+    def gram(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View | None,
+        *,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> Float64:
+        return _C.gram(self.pool, inputs, base, axis=axis, rows=rows, cols=cols)
+
+    def combine(
+        self,
+        inputs: Sequence[_C.View],
+        coefficients: Float64,
+        out: _C.Sink,
+        *,
+        divisor: float | None,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> int:
+        return _C.combine(
+            self.pool, inputs, coefficients, out, divisor=divisor, axis=axis, rows=rows, cols=cols
+        )
+
+    def select(
+        self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
+    ) -> list[Selection]:
+        if all(spec.kind == ALL for spec in specs):  # nothing to find: spare the pass over the weights
+            return [Selection(kept=view.count) for view in inputs]
+        return [Selection(*answer) for answer in _C.select(self.pool, inputs, base, specs)]
+
+    def consensus(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View,
+        weights: Sequence[float],
+        selections: Sequence[Selection],
+        out: _C.Sink,
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+    ) -> int:
+        return _C.consensus(
+            self.pool,
+            inputs,
+            base,
+            weights,
+            selections,
+            out,
+            elect=elect,
+            normalize=normalize,
+            scale=scale,
+        )
+
+    def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
+        if 4 * count <= self._scratch_bytes or self._scratch_folder is None:
+            array = np.empty(count, dtype=np.float32)
+        else:
+            with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
+                array = np.memmap(file, dtype=np.float32, mode="w+", shape=(count,))
+        view = _C.View(array.ctypes.data, count, "F32", array)
+        return view, _C.MemorySink(view)
+
+
+@cache
+def cpu(threads: int) -> CpuBackend:
+    """The process-wide CPU back end with this many threads (pools are kept, as starting threads costs)."""
+    return CpuBackend(threads)

@@ -1,0 +1,182 @@
+"""Computes one tensor's merge tree on a back end: the only place that calls the four primitives in order.
+
+The engine, the in-memory API and the GPU pipeline all come through here, so a method means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from fastmerge import algebra
+from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
+from fastmerge.sparsity import Selection, Sparsify, random_key
+
+T = TypeVar("T")  # a back end's tensor
+O = TypeVar("O", contravariant=True)  # noqa: E741  a back end's output
+
+
+class Backend(Protocol[T, O]):
+    """The four primitives with the meaning of ``_C.pyi``; CPU, Triton and reference implement it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def gram(
+        self, inputs: Sequence[T], base: T | None, *, axis: int | None, rows: int, cols: int
+    ) -> Float64: ...
+
+    def combine(
+        self,
+        inputs: Sequence[T],
+        coefficients: Float64,
+        out: O,
+        *,
+        divisor: float | None,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> int: ...
+
+    def select(self, inputs: Sequence[T], base: T, specs: Sequence[Sparsify]) -> list[Selection]: ...
+
+    def consensus(
+        self,
+        inputs: Sequence[T],
+        base: T,
+        weights: Sequence[float],
+        selections: Sequence[Selection],
+        out: O,
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+    ) -> int: ...
+
+    def scratch(self, count: int) -> tuple[T, Any]:
+        """An fp32 tensor of ``count`` elements, as input and as output, for an intermediate result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one tensor's merge came to."""
+
+    nonfinite: int = 0  # NaN or Inf among the outputs
+    coefficients: Mapping[Source, float] | None = None  # effective, when one per tensor
+    kept: tuple[int, ...] | None = None  # entries kept of each delta, for a consensus
+
+
+def matrix(shape: Sequence[int], axis: int | None) -> tuple[int, int]:
+    """(rows, cols) of a tensor seen as a matrix whose rows (axis 1) or columns (axis 0) are vectors."""
+    if axis is None or not shape:
+        return 1, math.prod(shape)
+    if axis == 1:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def gram_of(
+    backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
+) -> Float64:
+    """The Gram matrix that ``algebra.coefficients`` expects for ``tree``."""
+    rows, cols = matrix(shape, tree.axis)
+    r = tree.reference
+    if r is None:
+        return backend.gram(tensors, None, axis=tree.axis, rows=rows, cols=cols)
+    others = [tensor for i, tensor in enumerate(tensors) if i != r]
+    return backend.gram(others, tensors[r], axis=tree.axis, rows=rows, cols=cols)
+
+
+class Computation(Generic[T, O]):
+    """One tensor: ``fetch`` gives a source's weights, results go to ``out``."""
+
+    def __init__(
+        self, backend: Backend[T, O], fetch: Callable[[Source], T], name: str, shape: Sequence[int]
+    ) -> None:
+        self._backend = backend
+        self._fetch = fetch
+        self._name = name
+        self._shape = tuple(shape)
+        self._made: dict[Node, T] = {}  # intermediate results that several parents share
+
+    def run(self, root: Node, out: O) -> Outcome:
+        """Writes the tree's value to ``out`` with one rounding."""
+        if isinstance(root, Source):
+            return self._combine([self._fetch(root)], np.ones(1), None, None, out)
+        if root.method.is_combination:
+            return self._combination(root, out)
+        return self._consensus(root, out)
+
+    def _tensor(self, node: Node) -> T:
+        if isinstance(node, Source):
+            return self._fetch(node)
+        if node not in self._made:
+            tensor, out = self._backend.scratch(math.prod(self._shape))
+            self.run(node, out)
+            self._made[node] = tensor
+        return self._made[node]
+
+    def _combination(self, root: Merge, out: O) -> Outcome:
+        tree = algebra.collapse(root)
+        tensors = [self._tensor(part) for part in tree.parts]
+        gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
+        divisor: float | None = None
+        if gram is None and tree.parts == root.inputs:
+            # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at the end.
+            rule = algebra.apply_rule(root, None)
+            factors, divisor = rule.coefficients, rule.divisor
+        else:
+            factors = algebra.coefficients(tree, gram)
+        outcome = self._combine(tensors, factors, divisor, tree.axis, out)
+        if factors.ndim > 1 or not tree.is_complete:
+            return outcome
+        effective = factors / (1.0 if divisor is None else divisor)
+        named = {
+            part: float(value)
+            for part, value in zip(tree.parts, effective, strict=True)
+            if isinstance(part, Source)
+        }
+        return Outcome(outcome.nonfinite, coefficients=named)
+
+    def _combine(
+        self,
+        tensors: Sequence[T],
+        factors: Float64,
+        divisor: float | None,
+        axis: int | None,
+        out: O,
+    ) -> Outcome:
+        axis = axis if factors.ndim > 1 else None
+        rows, cols = matrix(self._shape, axis)
+        return Outcome(
+            self._backend.combine(
+                tensors, factors, out, divisor=divisor, axis=axis, rows=rows, cols=cols
+            )
+        )
+
+    def _consensus(self, root: Merge, out: O) -> Outcome:
+        spec = root.method.spec
+        if spec is None or root.base is None:
+            raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
+        base = self._tensor(root.base)
+        tensors = [self._tensor(node) for node in root.operands]
+        seed = 0 if root.seed is None else root.seed
+        keys = [random_key(seed, self._name, position) for position in range(len(tensors))]
+        plan = spec(root.values, root.operand_values, math.prod(self._shape), keys)
+        selections = self._backend.select(tensors, base, plan.sparsify)
+        nonfinite = self._backend.consensus(
+            tensors,
+            base,
+            plan.weights,
+            selections,
+            out,
+            elect=plan.elect,
+            normalize=plan.normalize,
+            scale=plan.scale,
+        )
+        return Outcome(nonfinite, kept=tuple(selection.kept for selection in selections))

@@ -1,0 +1,217 @@
+"""Rules: from a Gram matrix to the coefficients of a linear combination, in float64.
+
+Each rule follows mergekit 0.1.5's definition of the method; what mergekit does on whole weights happens here on
+k x k matrices. Gram matrices may carry a leading axis of vectors (rows or columns); results then do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge.errors import FastmergeError
+from fastmerge.methods.types import Combination, Values
+
+Float64 = NDArray[np.float64]
+
+_NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
+_LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
+
+
+def _present(gram: Float64 | None) -> Float64:
+    if gram is None:
+        raise ValueError("this rule reads the Gram matrix")
+    return gram
+
+
+def _column(operands: Sequence[Values], name: str) -> Float64:
+    return np.array([values[name] for values in operands], dtype=np.float64)
+
+
+def _with_base(delta: Float64, has_base: bool) -> Float64:
+    """Coefficients over deltas as coefficients over [base, x_1 ... x_k]: the base takes 1 - sum."""
+    if not has_base:
+        return delta
+    return np.concatenate([1.0 - delta.sum(axis=-1, keepdims=True), delta], axis=-1)
+
+
+def _ratio(top: Float64, bottom: Float64) -> Float64:
+    return np.asarray(np.divide(top, bottom, out=np.zeros_like(top), where=bottom != 0))
+
+
+def linear(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """out = sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022, eq. 1)."""
+    weights = _column(operands, "weight")
+    if not values["normalize"]:
+        return Combination(weights)
+    total = np.float32(0)
+    for weight in weights:  # fp32 and in order, as the kernel's accumulation
+        total += np.float32(weight)
+    if total == 0:
+        raise FastmergeError(
+            f"linear: the weights {weights.tolist()} sum to 0; change them or set normalize: false"
+        )
+    return Combination(weights, float(total))
+
+
+def passthrough(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """out = scale * x."""
+    scale = operands[0].get("scale")
+    return Combination(np.array([1.0 if scale is None else scale], dtype=np.float64))
+
+
+def slerp(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """out = sin((1-t)a)/sin(a) x_0 + sin(ta)/sin(a) x_1, a the angle between them (Shoemake 1985).
+
+    Norms up to 1e-8 count as 1, and |cos a| > 0.9995 interpolates linearly, as in mergekit 0.1.5.
+    """
+    g, t = _present(gram), float(values["t"])
+    norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
+    norms = np.where(norms > _NORM_EPS, norms, 1.0)
+    cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
+    return Combination(_arc(cosine, t, np.abs(cosine) > _LERP_ABOVE))
+
+
+def _arc(cosine: Float64, t: float, flat: NDArray[np.bool_]) -> Float64:
+    """The two coefficients of a spherical interpolation; linear where ``flat``. Shape (..., 2)."""
+    angle = np.arccos(np.where(flat, 0.0, cosine))
+    sine = np.sin(angle)
+    first = np.where(flat, 1.0 - t, np.sin((1.0 - t) * angle) / sine)
+    second = np.where(flat, t, np.sin(t * angle) / sine)
+    return np.stack([first, second], axis=-1)
+
+
+def nuslerp(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """SLERP at t = w_1 / (w_0 + w_1), of the models or of their deltas to a base; whole or by vector.
+
+    t = 0.5 when |w_0 + w_1| < 1e-6; norms are at least 1e-7; linear where 1 - cos^2 <= 1e-16 (mergekit 0.1.5).
+    """
+    g = _present(gram)[..., int(has_base) :, int(has_base) :]
+    w = _column(operands, "weight")
+    t = float(w[1] / w.sum()) if abs(w.sum()) >= 1e-6 else 0.5
+    norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), 1e-7)
+    cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
+    return Combination(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= 1e-16), has_base))
+
+
+def nuslerp_axis(values: Values) -> int | None:
+    """Whole tensor when flattened; else vectors along the last axis, or the first when row-wise."""
+    if values["nuslerp_flatten"]:
+        return None
+    return 0 if values["nuslerp_row_wise"] else 1
+
+
+def multislerp(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """Weighted mean in the tangent space at the normalised mean of the unit vectors, scaled to the mean norm.
+
+    u_i = x_i / (|x_i| + eps), m = sum w_i u_i / |.|, tau = sum w_i (u_i - <u_i, m> m), n = |tau| + eps,
+    out = (m cos n + tau sin n / n) * sum w_i |x_i| (mergekit 0.1.5).
+    """
+    g = _present(gram)[int(has_base) :, int(has_base) :]
+    count = len(g)
+    if count == 1:
+        return Combination(np.array([0.0, 1.0] if has_base else [1.0]))
+    eps = float(values["eps"])
+    w = _column(operands, "weight")
+    if values["normalize_weights"]:
+        if w.sum() == 0:
+            raise FastmergeError(
+                f"multislerp: the weights {w.tolist()} sum to 0; change them or set "
+                "normalize_weights: false"
+            )
+        w = w / w.sum()
+    norms = np.sqrt(np.diagonal(g))
+    units = np.diag(1.0 / (norms + eps))  # row i: u_i over the x
+    mean = w @ units
+    length = np.sqrt(max(mean @ g @ mean, 0.0))
+    if length < eps:
+        if count != 2:
+            raise FastmergeError(
+                "multislerp: the weighted mean direction of a tensor is zero (opposite models); "
+                "change the weights"
+            )
+        return Combination(_with_base(w, has_base))
+    mean = mean / length
+    tangents = units - np.outer(units @ g @ mean, mean)
+    tau = w @ tangents
+    n = np.sqrt(max(tau @ g @ tau, 0.0)) + eps
+    delta = (mean * np.cos(n) + tau * (np.sin(n) / n)) * float(w @ norms)
+    return Combination(_with_base(delta, has_base))
+
+
+def karcher(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """The point on the sphere with the least squared geodesic distance, scaled to the mean norm.
+
+    u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below ``tol``
+    (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, as in mergekit 0.1.5.
+    """
+    g, tol = _present(gram), float(values["tol"])
+    count = len(g)
+    norms = np.sqrt(np.diagonal(g))
+    alive = np.flatnonzero(norms > tol)
+    if alive.size == 0:
+        return Combination(np.full(count, 1.0 / count))
+    units = np.zeros((alive.size, count))
+    units[np.arange(alive.size), alive] = 1.0 / norms[alive]
+    alpha = 1.0 / alive.size
+
+    def length(vector: Float64) -> float:
+        return float(np.sqrt(max(vector @ g @ vector, 0.0)))
+
+    mean = alpha * units.sum(axis=0)
+    size = length(mean)
+    point = units[0] if size < tol else mean / size
+    for _ in range(int(values["max_iter"])):
+        step = np.zeros(count)
+        for unit in units:
+            cosine = float(np.clip(point @ g @ unit, -1.0, 1.0))
+            angle = np.arccos(cosine)
+            if angle >= tol:
+                step += alpha * angle / np.sin(angle) * (unit - cosine * point)
+        size = length(step)
+        if size < tol:
+            break
+        point = np.cos(size) * point + np.sin(size) * step / size
+        size = length(point)
+        if size > 0:
+            point = point / size
+    return Combination(point * float(norms.mean()))
+
+
+def model_stock(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Combination:
+    """out = r mean(x) + (1 - r) base, r = N c / (1 + (N - 1) c), c the mean cosine between deltas.
+
+    Jang et al. 2024, eq. 2; r = 0 where |1 + (N-1) c| < 1e-6 (mergekit 0.1.5). One r per row when filter_wise.
+    """
+    g = _present(gram)[..., 1:, 1:]
+    count = g.shape[-1]
+    norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
+    first, second = np.triu_indices(count, 1)
+    cosines = g[..., first, second] / np.maximum(norms[..., first] * norms[..., second], 1e-6)
+    cosine = np.clip(cosines, -1.0, 1.0).mean(axis=-1)
+    bottom = 1.0 + (count - 1) * cosine
+    safe = np.where(np.abs(bottom) < 1e-6, 0.0, bottom)
+    ratio = _ratio(np.asarray(count * cosine), np.asarray(safe))
+    share = np.repeat((ratio / count)[..., None], count, axis=-1)
+    return Combination(_with_base(share, True))
+
+
+def model_stock_axis(values: Values) -> int | None:
+    """Rows when filter_wise, else the whole tensor."""
+    return 1 if values["filter_wise"] else None
