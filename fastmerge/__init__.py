@@ -1,1 +1,40 @@
-"""fastmerge: merge the weights of language models at the speed of memory."""
+"""fastmerge: merge the weights of language models at the speed of memory.
+
+``merge`` runs a recipe from safetensors to safetensors; ``ops`` merges tensors in memory; ``llama`` loads results
+through transformers; ``retrograde`` runs schedules. Submodules load when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmerge import llama, ops, retrograde
+    from fastmerge.api import merge, plan
+    from fastmerge.engine import MergeReport
+    from fastmerge.errors import FastmergeError
+
+__all__ = ["FastmergeError", "MergeReport", "__version__", "llama", "merge", "ops", "plan", "retrograde"]
+
+__version__ = metadata.version("fastmerge")
+
+_HOMES = {
+    "merge": "fastmerge.api",
+    "plan": "fastmerge.api",
+    "MergeReport": "fastmerge.engine",
+    "FastmergeError": "fastmerge.errors",
+}
+_MODULES = ("llama", "ops", "retrograde")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"fastmerge.{name}")
+    raise AttributeError(f"module 'fastmerge' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

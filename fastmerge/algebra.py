@@ -87,7 +87,9 @@ class Collapsed:
     parts: tuple[Node, ...]
     axis: int | None
     needs_gram: bool
-    reference: int | None  # the part that deltas are taken to, where that keeps the Gram matrix exact
+    reference: (
+        int | None
+    )  # the part that deltas are taken to, where that keeps the Gram matrix exact
 
     @property
     def is_complete(self) -> bool:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,9 @@ class CpuBackend:
     def select(
         self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
     ) -> list[Selection]:
-        if all(spec.kind == ALL for spec in specs):  # nothing to find: spare the pass over the weights
+        if all(
+            spec.kind == ALL for spec in specs
+        ):  # nothing to find: spare the pass over the weights
             return [Selection(kept=view.count) for view in inputs]
         return [Selection(*answer) for answer in _C.select(self.pool, inputs, base, specs)]
 
@@ -127,3 +130,12 @@ class CpuBackend:
 def cpu(threads: int) -> CpuBackend:
     """The process-wide CPU back end with this many threads (pools are kept, as starting threads costs)."""
     return CpuBackend(threads)
+
+
+def triton(where: str, device: str) -> Any:
+    """The Triton back end for a torch device; raises FastmergeError, prefixed with ``where``, without one."""
+    if not device.startswith("cuda"):
+        raise FastmergeError(f"{where}: no kernels for device '{device}'; use CPU or CUDA tensors")
+    from fastmerge.kernels.backend import TritonBackend
+
+    return TritonBackend(device)

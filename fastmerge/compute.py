@@ -42,7 +42,9 @@ class Backend(Protocol[T, O]):
         cols: int,
     ) -> int: ...
 
-    def select(self, inputs: Sequence[T], base: T, specs: Sequence[Sparsify]) -> list[Selection]: ...
+    def select(
+        self, inputs: Sequence[T], base: T, specs: Sequence[Sparsify]
+    ) -> list[Selection]: ...
 
     def consensus(
         self,

@@ -6,6 +6,7 @@ k x k matrices. Gram matrices may carry a leading axis of vectors (rows or colum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,11 @@ def _with_base(delta: Float64, has_base: bool) -> Float64:
     if not has_base:
         return delta
     return np.concatenate([1.0 - delta.sum(axis=-1, keepdims=True), delta], axis=-1)
+
+
+def _length(vector: Float64, gram: Float64) -> float:
+    """The norm of a combination of the models; rounding may leave a tiny negative square."""
+    return math.sqrt(max(float(vector @ gram @ vector), 0.0))
 
 
 def _ratio(top: Float64, bottom: Float64) -> Float64:
@@ -135,7 +141,7 @@ def multislerp(
     norms = np.sqrt(np.diagonal(g))
     units = np.diag(1.0 / (norms + eps))  # row i: u_i over the x
     mean = w @ units
-    length = np.sqrt(max(mean @ g @ mean, 0.0))
+    length = _length(mean, g)
     if length < eps:
         if count != 2:
             raise FastmergeError(
@@ -146,7 +152,7 @@ def multislerp(
     mean = mean / length
     tangents = units - np.outer(units @ g @ mean, mean)
     tau = w @ tangents
-    n = np.sqrt(max(tau @ g @ tau, 0.0)) + eps
+    n = _length(tau, g) + eps
     delta = (mean * np.cos(n) + tau * (np.sin(n) / n)) * float(w @ norms)
     return Combination(_with_base(delta, has_base))
 
@@ -169,11 +175,8 @@ def karcher(
     units[np.arange(alive.size), alive] = 1.0 / norms[alive]
     alpha = 1.0 / alive.size
 
-    def length(vector: Float64) -> float:
-        return float(np.sqrt(max(vector @ g @ vector, 0.0)))
-
     mean = alpha * units.sum(axis=0)
-    size = length(mean)
+    size = _length(mean, g)
     point = units[0] if size < tol else mean / size
     for _ in range(int(values["max_iter"])):
         step = np.zeros(count)
@@ -182,11 +185,11 @@ def karcher(
             angle = np.arccos(cosine)
             if angle >= tol:
                 step += alpha * angle / np.sin(angle) * (unit - cosine * point)
-        size = length(step)
+        size = _length(step, g)
         if size < tol:
             break
         point = np.cos(size) * point + np.sin(size) * step / size
-        size = length(point)
+        size = _length(point, g)
         if size > 0:
             point = point / size
     return Combination(point * float(norms.mean()))

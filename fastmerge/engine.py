@@ -1,0 +1,374 @@
+"""Runs a plan: read, compute and write, one bounded-memory pass over the inputs.
+
+A window of consecutive tensors is in flight. Each has a Python thread that asks for its pages, calls the
+primitives (which release the GIL and share one pool of workers, oldest tensor first) and hands the
+output to the writer's staging buffers. So a tensor's Gram pass, another's combine pass, and the disk overlap,
+and the output stays in file order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import _C, algebra, backends
+from fastmerge.algebra import Float64, Source
+from fastmerge.backends import CpuBackend
+from fastmerge.checkpoint import Checkpoint
+from fastmerge.compute import Computation, Outcome
+from fastmerge.dtypes import DType
+from fastmerge.plan import Plan, TensorPlan
+from fastmerge.writer import Layout, ModelWriter
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
+
+MEMORY_LIMIT_BYTES = 512 << 20
+MAX_SHARD_BYTES = 5_000_000_000
+LINEAGE_FILE = "fastmerge.json"
+
+_SCRATCH_SHARE = 8  # an intermediate tensor above 1/8 of the budget lies in a file, not in memory
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Bytes are of tensor data; ``nonfinite`` counts NaN and Inf by output tensor."""
+
+    out: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tensors: int
+    resumed: int  # tensors that an interrupted run had finished
+    threads: int
+    isa: str
+    backend: str
+    io: str  # "direct" or "buffered"
+    seed: int | None
+    peak_anonymous_bytes: int
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Tensor bytes read and written per second, in 1e9."""
+        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        values = asdict(self)
+        values["out"] = str(self.out)
+        values["gigabytes_per_second"] = round(self.gigabytes_per_second, 3)
+        return values
+
+
+def anonymous_bytes() -> int:
+    """The process's anonymous resident memory now (Linux's RssAnon); 0 where it is not told."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def window_size(threads: int) -> int:
+    """Tensors in flight: enough that small ones and the ends of large ones leave no worker idle."""
+    return 4 + threads // 8
+
+
+class Inputs:
+    """The plan's checkpoints as `Computation` wants them, with pages asked for ahead and dropped behind."""
+
+    def __init__(self, models: Sequence[Checkpoint]) -> None:
+        self._models = models
+
+    def fetch(self, source: Source) -> _C.View:
+        return self._models[source.model].view(source.name)
+
+    def dtype(self, source: Source) -> DType:
+        return self._models[source.model].tensors[source.name].dtype
+
+    def nbytes(self, sources: Sequence[Source]) -> int:
+        return sum(self._models[s.model].tensors[s.name].nbytes for s in sources)
+
+    def prefetch(self, sources: Sequence[Source]) -> None:
+        for source in sources:
+            self._models[source.model].prefetch(source.name)
+
+    def drop(self, sources: Sequence[Source]) -> None:
+        for source in sources:
+            self._models[source.model].drop(source.name)
+
+
+def in_order(
+    work: Callable[[Any], Any], items: Sequence[Any], window: int
+) -> Iterator[tuple[Any, Any]]:
+    """(item, work(item)) in order, with up to ``window`` of them running or waiting to be taken.
+
+    When one raises, or the consumer stops, no further item starts and the running ones are waited for.
+    """
+    with ThreadPoolExecutor(window, thread_name_prefix="fastmerge") as pool:
+        running: list[tuple[Any, Future[Any]]] = []
+        try:
+            for item in items:
+                if len(running) == window:
+                    first, future = running.pop(0)
+                    yield first, future.result()
+                running.append((item, pool.submit(work, item)))
+            while running:
+                first, future = running.pop(0)
+                yield first, future.result()
+        finally:
+            for _, future in running:
+                future.cancel()
+
+
+class _Run:
+    """One merge in progress: the shared state of the window's threads."""
+
+    def __init__(self, plan: Plan, writer: ModelWriter, backend: CpuBackend) -> None:
+        self._plan = plan
+        self._inputs = Inputs(plan.models)
+        self._writer = writer
+        self._backend = backend
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self.peak_anonymous_bytes = 0
+
+    def bytes_in(self, item: TensorPlan) -> int:
+        """Bytes of the sources of one tensor."""
+        return self._inputs.nbytes(algebra.leaves([item.root]))
+
+    def tensor(self, item: TensorPlan) -> int:
+        """Computes one tensor into the writer; returns the bytes it read and wrote."""
+        sources = algebra.leaves([item.root])
+        nbytes = self._inputs.nbytes(sources)
+        self._inputs.prefetch(sources)
+        outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
+        self._inputs.drop(sources)
+        self._writer.computed(item.name, self._lineage(outcome))
+        with self._lock:
+            self.bytes_read += nbytes
+            self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes())
+        return nbytes + output_bytes(item)
+
+    def _lineage(self, outcome: Outcome) -> dict[str, Any]:
+        """What one tensor's result followed from, for the journal and the lineage file."""
+        lines: dict[str, Any] = {}
+        if outcome.coefficients is not None:
+            lines["coefficients"] = {
+                self._plan.references[source.model]: value
+                for source, value in outcome.coefficients.items()
+            }
+        if outcome.kept is not None:
+            lines["kept"] = list(outcome.kept)
+        if outcome.nonfinite:
+            lines["nonfinite"] = outcome.nonfinite
+        return lines
+
+
+def output_bytes(item: TensorPlan) -> int:
+    """Bytes of one output tensor."""
+    return item.dtype.bytes_for(math.prod(item.shape))
+
+
+def write_tensor(
+    backend: CpuBackend, inputs: Inputs, item: TensorPlan, sink: _C.Sink
+) -> Outcome:
+    """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
+    root = item.root
+    if isinstance(root, Source) and inputs.dtype(root) == item.dtype:
+        _C.copy(backend.pool, inputs.fetch(root), sink)
+        return Outcome()
+    return Computation(backend, inputs.fetch, item.name, item.shape).run(root, sink)
+
+
+def merge_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int | None = None,
+    memory_limit: int = MEMORY_LIMIT_BYTES,
+    overwrite: bool = False,
+    fresh: bool = False,
+    io: str = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+    side_files: Mapping[str, bytes | Path] | None = None,
+) -> MergeReport:
+    """Merges ``plan`` into the folder ``out`` on the CPU and returns what was done.
+
+    ``memory_limit`` bounds anonymous memory in bytes. An interrupted merge leaves ``out`` as it was and a working
+    folder beside it; the same call continues there (``fresh`` starts over). ``side_files`` are written beside the
+    weights: bytes, or files to copy. Raises FastmergeError for anything a user can mend.
+    """
+    started = time.perf_counter()
+    count = backends.thread_count(threads)
+    window = window_size(count)
+    layout = Layout.plan(
+        [(item.name, item.dtype, item.shape) for item in plan.tensors],
+        max_shard_bytes=max_shard_bytes,
+        metadata=_metadata(plan),
+    )
+    items = {item.name: item for item in plan.tensors}
+    total = sum(output_bytes(item) for item in plan.tensors) + plan.bytes_in
+    with ModelWriter(
+        out,
+        layout,
+        key=plan.key,
+        inputs=[model.path for model in plan.models],
+        overwrite=overwrite,
+        fresh=fresh,
+        io=io,
+        window=window,
+        threads=count,
+        memory_limit=memory_limit // 2,
+    ) as writer:
+        backend = CpuBackend(
+            count, scratch_folder=writer.folder, scratch_bytes=memory_limit // _SCRATCH_SHARE
+        )
+        run = _Run(plan, writer, backend)
+        pending = [items[name] for name in writer.pending()]
+        done = total - sum(
+            output_bytes(item) + run.bytes_in(item) for item in pending
+        )
+        for item, nbytes in in_order(run.tensor, pending, window):
+            done += nbytes
+            if progress is not None:
+                progress(done, total, item.name)
+        results = writer.results()
+        files = dict(side_files or {})
+        files[LINEAGE_FILE] = _lineage_file(plan, results)
+        writer.finish(files)
+        written = writer.bytes_written
+    return MergeReport(
+        out=out,
+        seconds=time.perf_counter() - started,
+        bytes_read=run.bytes_read,
+        bytes_written=written,
+        tensors=len(plan.tensors),
+        resumed=len(plan.tensors) - len(pending),
+        threads=count,
+        isa=backends.isa(),
+        backend=backend.name,
+        io="direct" if writer.direct else "buffered",
+        seed=plan.seed,
+        peak_anonymous_bytes=run.peak_anonymous_bytes,
+        nonfinite={
+            name: int(result["nonfinite"]) for name, result in results.items() if "nonfinite" in result
+        },
+        notes=plan.notes,
+    )
+
+
+def materialise(
+    plan: Plan, *, threads: int | None = None
+) -> Iterator[tuple[TensorPlan, NDArray[Any]]]:
+    """Every output tensor of ``plan`` in memory, in plan order; nothing is written.
+
+    The arrays have the output's shape: float32, float16, or uint16 holding bfloat16 bits; tensors of types that
+    are only copied come as their raw bytes (uint8, one axis).
+    """
+    count = backends.thread_count(threads)
+    backend = backends.cpu(count)
+    inputs = Inputs(plan.models)
+
+    def compute_one(item: TensorPlan) -> NDArray[Any]:
+        sources = algebra.leaves([item.root])
+        inputs.prefetch(sources)
+        array, sink = array_sink(item)
+        write_tensor(backend, inputs, item, sink)
+        inputs.drop(sources)
+        return array
+
+    yield from in_order(compute_one, plan.tensors, window_size(count))
+
+
+_STORAGE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def array_sink(item: TensorPlan) -> tuple[NDArray[Any], _C.Sink]:
+    """A new array for one output tensor, and the sink that fills it."""
+    storage = _STORAGE.get(item.dtype.code)
+    array: NDArray[Any]
+    if storage is None:
+        array = np.empty(output_bytes(item), np.uint8)
+        view = _C.View(array.ctypes.data, array.nbytes, "RAW", array)
+    else:
+        array = np.empty(item.shape, storage)
+        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
+    return array, _C.MemorySink(view)
+
+
+def grams(
+    models: Sequence[Checkpoint],
+    tensors: Mapping[str, Sequence[Source]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Float64]:
+    """The Gram matrix of each tensor's sources, in one pass over the weights.
+
+    ``tensors`` maps a name to sources of one shape. The result is float64, shape (n, n), over
+    [x_0, x_1 - x_0, ..., x_{n-1} - x_0]: what `algebra.coefficients` takes with ``reference`` = 0.
+    """
+    count = backends.thread_count(threads)
+    backend = backends.cpu(count)
+    inputs = Inputs(models)
+    total = sum(inputs.nbytes(sources) for sources in tensors.values())
+    done = 0
+
+    def one(entry: tuple[str, Sequence[Source]]) -> Float64:
+        sources = list(entry[1])
+        inputs.prefetch(sources)
+        first, *others = [inputs.fetch(source) for source in sources]
+        gram = backend.gram(others, first, axis=None, rows=1, cols=first.count)
+        inputs.drop(sources)
+        return gram
+
+    found: dict[str, Float64] = {}
+    for (name, sources), gram in in_order(one, list(tensors.items()), window_size(count)):
+        found[name] = gram
+        done += inputs.nbytes(sources)
+        if progress is not None:
+            progress(done, total, name)
+    return found
+
+
+def _metadata(plan: Plan) -> dict[str, str]:
+    """The lineage that is known before the merge: every shard's ``__metadata__``."""
+    from fastmerge import __version__
+
+    return {
+        "format": "pt",
+        "fastmerge_version": __version__,
+        "fastmerge_recipe": plan.recipe_text,
+        "fastmerge_seed": "" if plan.seed is None else str(plan.seed),
+        "fastmerge_inputs": json.dumps(
+            {ref: model.fingerprint for ref, model in zip(plan.references, plan.models, strict=True)}
+        ),
+    }
+
+
+def _lineage_file(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The lineage that is known after it: effective coefficients and kept counts by tensor."""
+    lineage = {
+        **_metadata(plan),
+        "fastmerge_inputs": {
+            ref: model.fingerprint for ref, model in zip(plan.references, plan.models, strict=True)
+        },
+        "tensors": {name: results[name] for name in sorted(results)},
+    }
+    return (json.dumps(lineage, indent=1) + "\n").encode()
