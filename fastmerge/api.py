@@ -1,0 +1,75 @@
+"""The Python entry points behind ``fastmerge.merge`` and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmerge import engine
+from fastmerge.card import model_card
+from fastmerge.checkpoint import side_files
+from fastmerge.engine import MergeReport, Progress
+from fastmerge.errors import FastmergeError
+from fastmerge.plan import Plan, make_plan
+from fastmerge.recipe import Recipe
+
+DEVICES = ("cpu", "cuda", "auto")
+RECIPE_FILE = "fastmerge_recipe.yml"
+
+
+def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Plan:
+    """Reads the recipe and the models' headers and decides everything; reads no weights.
+
+    ``recipe`` is a path, YAML text or a mapping. ``seed`` overrides the recipe's. Raises FastmergeError.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    return make_plan(loaded, seed=seed)
+
+
+def merge(
+    recipe: str | Path | Mapping[str, Any] | Recipe | Plan,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    memory_limit: int = engine.MEMORY_LIMIT_BYTES,
+    overwrite: bool = False,
+    fresh: bool = False,
+    seed: int | None = None,
+    device: str = "cpu",
+    io: str = "auto",
+    max_shard_bytes: int = engine.MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
+
+    ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous memory in bytes.
+    ``overwrite`` replaces an existing ``out`` once the new one is complete; ``fresh`` ignores the working folder of an
+    interrupted run. ``progress(bytes_done, bytes_total, tensor)`` is called after each tensor. Raises FastmergeError.
+    """
+    if device not in DEVICES:
+        raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
+    decided = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed)
+    return engine.merge_plan(
+        decided,
+        Path(out),
+        threads=threads,
+        memory_limit=memory_limit,
+        overwrite=overwrite,
+        fresh=fresh,
+        io=io,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+        side_files=model_files(decided, Path(out).name),
+    )
+
+
+def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
+    """What lies beside the weights: config, tokenizer and generation files of the donor, card, recipe."""
+    files: dict[str, bytes | Path] = dict(side_files(plan.donor))
+    if plan.config:
+        files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
+    files["README.md"] = model_card(plan, title).encode()
+    files[RECIPE_FILE] = plan.recipe_text.encode()
+    return files
