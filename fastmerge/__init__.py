@@ -1,7 +1,7 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
-``merge`` runs a recipe from safetensors to safetensors; ``ops`` merges tensors in memory; ``llama`` loads results
-through transformers; ``retrograde`` runs schedules. Submodules load when first used.
+``merge`` runs a recipe from safetensors to safetensors; ``ops`` merges tensors in memory; ``llama``
+loads results through transformers; ``retrograde`` runs schedules. Submodules load when first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from fastmerge.engine import MergeReport
     from fastmerge.errors import FastmergeError
 
-__all__ = ["FastmergeError", "MergeReport", "__version__", "llama", "merge", "ops", "plan", "retrograde"]
+__all__ = [
+    "FastmergeError",
+    "MergeReport",
+    "__version__",
+    "llama",
+    "merge",
+    "ops",
+    "plan",
+    "retrograde",
+]
 
 __version__ = metadata.version("fastmerge")
 

@@ -1,9 +1,10 @@
 """The algebra of merges: a tree of combinations is again one combination of its source tensors.
 
-One output tensor is described by a tree of `Merge` nodes over `Source` leaves. As long as every node is
-a combination (linear, SLERP, Karcher, ...), the tensor equals ``sum_i c_i x_i`` over the leaves, and the
-``c_i`` follow from the leaves' own Gram matrix G = <x_i, x_j>: if A maps leaf vectors to a node's operands,
-the operands' Gram matrix is A G A^T. So a chain of N merges needs one Gram pass, one combine pass and one rounding.
+One output tensor is described by a tree of `Merge` nodes over `Source` leaves. As long as every
+node is a combination (linear, SLERP, Karcher, ...), the tensor equals ``sum_i c_i x_i`` over the
+leaves, and the ``c_i`` follow from the leaves' own Gram matrix G = <x_i, x_j>: if A maps leaf
+vectors to a node's operands, the operands' Gram matrix is A G A^T. So a chain of N merges needs one
+Gram pass, one combine pass and one rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """One merge of operands, in recipe order; ``base`` is kept apart unless the method takes it as an operand."""
+    """One merge of operands, in recipe order; ``base`` apart unless the method takes it as one."""
 
     method: Method
     operands: tuple[Node, ...]
@@ -41,7 +42,7 @@ class Merge:
 
     @property
     def inputs(self) -> tuple[Node, ...]:
-        """The base first, when there is one, then the operands: the order of the rule's coefficients."""
+        """The base, when there is one, then the operands: the order of a rule's coefficients."""
         return self.operands if self.base is None else (self.base, *self.operands)
 
     @property
@@ -81,7 +82,7 @@ def leaves(roots: Iterable[Node]) -> list[Source]:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """A tree seen as one combination of ``parts``: its sources, and merges that must be computed first."""
+    """A tree as one combination of ``parts``: sources, and merges to be computed first."""
 
     root: Merge
     parts: tuple[Node, ...]
@@ -98,7 +99,10 @@ class Collapsed:
 
 
 def collapse(root: Merge) -> Collapsed:
-    """The largest combination at the top of a tree; merges that are no combination, or along another axis, are parts."""
+    """The largest combination at the top of a tree.
+
+    Merges below that are no combinations, or that take their vectors along another axis, are parts.
+    """
     axis: int | None = None
     gram = False
     based: Node | None = None
@@ -121,7 +125,8 @@ def collapse(root: Merge) -> Collapsed:
                 continue
         parts[node] = None
     order = tuple(parts)
-    # A delta of norm 1e-5 |x| loses 10 of fp64's 16 digits in <x_i, x_j>; over [base, deltas] it loses none.
+    # A delta of norm 1e-5 |x| loses 10 of fp64's 16 digits in <x_i, x_j>; over [base, deltas] it
+    # loses none.
     reference: int | None = None
     if gram and based in parts:
         reference = order.index(based)
@@ -133,8 +138,9 @@ def collapse(root: Merge) -> Collapsed:
 def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     """The coefficients of a collapsed tree over its parts: float64, shape (n,) or (vectors, n).
 
-    ``gram`` holds the parts' inner products, shape (n, n) or (vectors, n, n): of the parts themselves, or with a
-    ``reference`` r of [x_r, x_i - x_r for i != r in order]. None when no rule in the tree reads it.
+    ``gram`` holds the parts' inner products, shape (n, n) or (vectors, n, n): of the parts
+    themselves, or with a ``reference`` r of [x_r, x_i - x_r for i != r in order]. None when no rule
+    in the tree reads it.
     """
     count = len(tree.parts)
     basis = np.eye(count) if tree.reference is None else _delta_basis(count, tree.reference)

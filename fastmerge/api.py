@@ -22,7 +22,8 @@ RECIPE_FILE = "fastmerge_recipe.yml"
 def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Plan:
     """Reads the recipe and the models' headers and decides everything; reads no weights.
 
-    ``recipe`` is a path, YAML text or a mapping. ``seed`` overrides the recipe's. Raises FastmergeError.
+    ``recipe`` is a path, YAML text or a mapping. ``seed`` overrides the recipe's. Raises
+    FastmergeError.
     """
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return make_plan(loaded, seed=seed)
@@ -44,9 +45,10 @@ def merge(
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
-    ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous memory in bytes.
-    ``overwrite`` replaces an existing ``out`` once the new one is complete; ``fresh`` ignores the working folder of an
-    interrupted run. ``progress(bytes_done, bytes_total, tensor)`` is called after each tensor. Raises FastmergeError.
+    ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous
+    memory in bytes. ``overwrite`` replaces an existing ``out`` once the new one is complete;
+    ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done, bytes_total,
+    tensor)`` is called after each tensor. Raises FastmergeError.
     """
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
@@ -66,7 +68,9 @@ def merge(
 
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
-    """What lies beside the weights: config, tokenizer and generation files of the donor, card, recipe."""
+    """What lies beside the weights: config, tokenizer and generation files of the donor, card,
+    recipe.
+    """
     files: dict[str, bytes | Path] = dict(side_files(plan.donor))
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()

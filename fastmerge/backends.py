@@ -35,7 +35,9 @@ def thread_count(threads: int | None = None) -> int:
 
 
 def isa() -> str:
-    """The CPU instruction set in use; an unusable FASTMERGE_ISA is an error that names the known ones."""
+    """The CPU instruction set in use; an unusable FASTMERGE_ISA is an error that names the known
+    ones.
+    """
     try:
         return _C.isa()
     except (ValueError, RuntimeError) as error:
@@ -50,8 +52,9 @@ class CpuBackend:
     def __init__(
         self, threads: int, *, scratch_folder: Path | None = None, scratch_bytes: int = 64 << 20
     ) -> None:
-        """Intermediate tensors above ``scratch_bytes`` lie in an unlinked file in ``scratch_folder``, so
-        that anonymous memory stays bounded whatever a tensor's size."""
+        """Intermediate tensors above ``scratch_bytes`` lie in an unlinked file in
+        ``scratch_folder``, so that anonymous memory stays bounded whatever a tensor's size.
+        """
         isa()
         self.pool = _C.Pool(threads)
         self._scratch_folder = scratch_folder
@@ -128,12 +131,12 @@ class CpuBackend:
 
 @cache
 def cpu(threads: int) -> CpuBackend:
-    """The process-wide CPU back end with this many threads (pools are kept, as starting threads costs)."""
+    """The process-wide CPU back end of this many threads."""
     return CpuBackend(threads)
 
 
 def triton(where: str, device: str) -> Any:
-    """The Triton back end for a torch device; raises FastmergeError, prefixed with ``where``, without one."""
+    """The Triton back end of a torch device; FastmergeError naming ``where`` if it has none."""
     if not device.startswith("cuda"):
         raise FastmergeError(f"{where}: no kernels for device '{device}'; use CPU or CUDA tensors")
     from fastmerge.kernels.backend import TritonBackend

@@ -1,6 +1,8 @@
-"""Computes one tensor's merge tree on a back end: the only place that calls the four primitives in order.
+"""Computes one tensor's merge tree on a back end: the only place that calls the four primitives in
+order.
 
-The engine, the in-memory API and the GPU pipeline all come through here, so a method means the same everywhere.
+The engine, the in-memory API and the GPU pipeline all come through here, so a method means the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ O = TypeVar("O", contravariant=True)  # noqa: E741  a back end's output
 
 
 class Backend(Protocol[T, O]):
-    """The four primitives with the meaning of ``_C.pyi``; CPU, Triton and reference implement it."""
+    """The four primitives with the meaning of ``_C.pyi``; CPU and Triton implement it."""
 
     @property
     def name(self) -> str: ...
@@ -60,7 +62,7 @@ class Backend(Protocol[T, O]):
     ) -> int: ...
 
     def scratch(self, count: int) -> tuple[T, Any]:
-        """An fp32 tensor of ``count`` elements, as input and as output, for an intermediate result."""
+        """An fp32 tensor of ``count`` elements, as input and as output, for intermediates."""
         ...
 
 
@@ -74,7 +76,9 @@ class Outcome:
 
 
 def matrix(shape: Sequence[int], axis: int | None) -> tuple[int, int]:
-    """(rows, cols) of a tensor seen as a matrix whose rows (axis 1) or columns (axis 0) are vectors."""
+    """(rows, cols) of a tensor seen as a matrix whose rows (axis 1) or columns (axis 0) are
+    vectors.
+    """
     if axis is None or not shape:
         return 1, math.prod(shape)
     if axis == 1:
@@ -129,7 +133,8 @@ class Computation(Generic[T, O]):
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
         divisor: float | None = None
         if gram is None and tree.parts == root.inputs:
-            # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at the end.
+            # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at
+            # the end.
             rule = algebra.apply_rule(root, None)
             factors, divisor = rule.coefficients, rule.divisor
         else:

@@ -1,9 +1,9 @@
 """Runs a plan: read, compute and write, one bounded-memory pass over the inputs.
 
-A window of consecutive tensors is in flight. Each has a Python thread that asks for its pages, calls the
-primitives (which release the GIL and share one pool of workers, oldest tensor first) and hands the
-output to the writer's staging buffers. So a tensor's Gram pass, another's combine pass, and the disk overlap,
-and the output stays in file order.
+A window of consecutive tensors is in flight. Each has a Python thread that asks for its pages,
+calls the primitives (which release the GIL and share one pool of workers, oldest tensor first) and
+hands the output to the writer's staging buffers. So a tensor's Gram pass, another's combine pass,
+and the disk overlap, and the output stays in file order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ _SCRATCH_SHARE = 8  # an intermediate tensor above 1/8 of the budget lies in a f
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. Bytes are of tensor data; ``nonfinite`` counts NaN and Inf by output tensor."""
+    """What a merge did. Bytes are of tensor data; ``nonfinite`` counts NaN and Inf by output
+    tensor.
+    """
 
     out: Path
     seconds: float
@@ -89,7 +91,9 @@ def window_size(threads: int) -> int:
 
 
 class Inputs:
-    """The plan's checkpoints as `Computation` wants them, with pages asked for ahead and dropped behind."""
+    """The plan's checkpoints as `Computation` wants them, with pages asked for ahead and dropped
+    behind.
+    """
 
     def __init__(self, models: Sequence[Checkpoint]) -> None:
         self._models = models
@@ -117,7 +121,8 @@ def in_order(
 ) -> Iterator[tuple[Any, Any]]:
     """(item, work(item)) in order, with up to ``window`` of them running or waiting to be taken.
 
-    When one raises, or the consumer stops, no further item starts and the running ones are waited for.
+    When one raises, or the consumer stops, no further item starts and the running ones are waited
+    for.
     """
     with ThreadPoolExecutor(window, thread_name_prefix="fastmerge") as pool:
         running: list[tuple[Any, Future[Any]]] = []
@@ -184,9 +189,7 @@ def output_bytes(item: TensorPlan) -> int:
     return item.dtype.bytes_for(math.prod(item.shape))
 
 
-def write_tensor(
-    backend: CpuBackend, inputs: Inputs, item: TensorPlan, sink: _C.Sink
-) -> Outcome:
+def write_tensor(backend: CpuBackend, inputs: Inputs, item: TensorPlan, sink: _C.Sink) -> Outcome:
     """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
     root = item.root
     if isinstance(root, Source) and inputs.dtype(root) == item.dtype:
@@ -210,9 +213,10 @@ def merge_plan(
 ) -> MergeReport:
     """Merges ``plan`` into the folder ``out`` on the CPU and returns what was done.
 
-    ``memory_limit`` bounds anonymous memory in bytes. An interrupted merge leaves ``out`` as it was and a working
-    folder beside it; the same call continues there (``fresh`` starts over). ``side_files`` are written beside the
-    weights: bytes, or files to copy. Raises FastmergeError for anything a user can mend.
+    ``memory_limit`` bounds anonymous memory in bytes. An interrupted merge leaves ``out`` as it was
+    and a working folder beside it; the same call continues there (``fresh`` starts over).
+    ``side_files`` are written beside the weights: bytes, or files to copy. Raises FastmergeError
+    for anything a user can mend.
     """
     started = time.perf_counter()
     count = backends.thread_count(threads)
@@ -241,9 +245,7 @@ def merge_plan(
         )
         run = _Run(plan, writer, backend)
         pending = [items[name] for name in writer.pending()]
-        done = total - sum(
-            output_bytes(item) + run.bytes_in(item) for item in pending
-        )
+        done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
         for item, nbytes in in_order(run.tensor, pending, window):
             done += nbytes
             if progress is not None:
@@ -267,7 +269,9 @@ def merge_plan(
         seed=plan.seed,
         peak_anonymous_bytes=run.peak_anonymous_bytes,
         nonfinite={
-            name: int(result["nonfinite"]) for name, result in results.items() if "nonfinite" in result
+            name: int(result["nonfinite"])
+            for name, result in results.items()
+            if "nonfinite" in result
         },
         notes=plan.notes,
     )
@@ -278,8 +282,8 @@ def materialise(
 ) -> Iterator[tuple[TensorPlan, NDArray[Any]]]:
     """Every output tensor of ``plan`` in memory, in plan order; nothing is written.
 
-    The arrays have the output's shape: float32, float16, or uint16 holding bfloat16 bits; tensors of types that
-    are only copied come as their raw bytes (uint8, one axis).
+    The arrays have the output's shape: float32, float16, or uint16 holding bfloat16 bits; tensors
+    of types that are only copied come as their raw bytes (uint8, one axis).
     """
     count = backends.thread_count(threads)
     backend = backends.cpu(count)
@@ -357,7 +361,10 @@ def _metadata(plan: Plan) -> dict[str, str]:
         "fastmerge_recipe": plan.recipe_text,
         "fastmerge_seed": "" if plan.seed is None else str(plan.seed),
         "fastmerge_inputs": json.dumps(
-            {ref: model.fingerprint for ref, model in zip(plan.references, plan.models, strict=True)}
+            {
+                ref: model.fingerprint
+                for ref, model in zip(plan.references, plan.models, strict=True)
+            }
         ),
     }
 

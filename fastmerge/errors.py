@@ -12,7 +12,7 @@ class FastmergeError(Exception):
 
 
 def nearest(word: str, known: object, *, limit: int = 12) -> str:
-    """A hint for an unknown ``word``: the nearest known one, else the first ``limit`` known ones."""
+    """A hint for an unknown ``word``: the nearest known one, else the first ``limit`` of them."""
     import difflib
 
     names = sorted(str(name) for name in known)  # type: ignore[attr-defined]

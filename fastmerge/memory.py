@@ -1,4 +1,6 @@
-"""Tensors that live in memory, seen as the back ends see them: NumPy arrays and torch tensors, never copied."""
+"""Tensors that live in memory, seen as the back ends see them: NumPy arrays and torch tensors,
+never copied.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def view_of(tensor: Any, where: str, *, writable: bool = False) -> _C.View:
 
 
 class Operands:
-    """The inputs of one call: same kind, shape and device, and what an output of them looks like."""
+    """The inputs of one call: same kind, shape and device, and what their output looks like."""
 
     def __init__(self, where: str, tensors: Sequence[Any]) -> None:
         """Raises FastmergeError, prefixed with ``where``, when they do not fit together."""
@@ -122,7 +124,9 @@ class Operands:
         dtype_of(out, where)
 
     def _check_overlap(self, out: _C.View, where: str) -> None:
-        """In place is fine where entry i is read before it is written: the same memory, the same width."""
+        """In place is fine where entry i is read before it is written: the same memory, the same
+        width.
+        """
         for view in self.views:
             apart = (
                 out.address + out.nbytes <= view.address

@@ -1,9 +1,10 @@
 """Merges of tensors in memory: torch tensors (CPU or CUDA) and NumPy arrays, without copies.
 
-Every function takes contiguous tensors of one shape, in float32, float16 or bfloat16 in any mix; NumPy arrays of
-uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has the inputs' type, float32 when they
-differ, and goes to ``out`` when given, which may be one of the inputs. Arithmetic is fp32 with one rounding; CUDA
-tensors use the Triton kernels. Bad arguments raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
+Every function takes contiguous tensors of one shape, in float32, float16 or bfloat16 in any mix;
+NumPy arrays of uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has
+the inputs' type, float32 when they differ, and goes to ``out`` when given, which may be one of the
+inputs. Arithmetic is fp32 with one rounding; CUDA tensors use the Triton kernels. Bad arguments
+raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def nuslerp(
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
-    """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by vector."""
+    """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by
+    vector.
+    """
     values = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
     return _merge("nuslerp", [a, b], base, values, {"weight": weights}, out, threads)
 
@@ -106,7 +109,9 @@ def model_stock(
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
-    """The mean of ``tensors`` pulled toward ``base`` by the angle between deltas (Jang et al. 2024)."""
+    """The mean of ``tensors`` pulled toward ``base`` by the angle between deltas (Jang et al.
+    2024).
+    """
     values = {"filter_wise": filter_wise}
     return _merge("model_stock", tensors, base, values, {}, out, threads)
 
@@ -160,7 +165,8 @@ def dare_linear(
 ) -> Any:
     """Drop delta entries at random, rescale, add (Yu et al. 2023).
 
-    ``seed`` and the tensor's ``name`` choose what is dropped: the same pair gives what a recipe gives.
+    ``seed`` and the tensor's ``name`` choose what is dropped: the same pair gives what a recipe
+    gives.
     """
     values = {"normalize": normalize, "lambda": lambda_, "rescale": rescale}
     lists = {"weight": weights, "density": density}
@@ -195,7 +201,9 @@ def passthrough(
 
 
 def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:
-    """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k + 1)."""
+    """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
+    1).
+    """
     operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
     backend = operands.backend(threads)
     views = operands.views
@@ -212,7 +220,9 @@ def combine(
 ) -> Any:
     """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
     if len(coefficients) != len(tensors):
-        raise FastmergeError(f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients")
+        raise FastmergeError(
+            f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
+        )
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
     operands.backend(threads).combine(

@@ -16,10 +16,11 @@ MIXED, INDEX = 0, 1
 class Sparsify(NamedTuple):
     """A request: which entries of one delta shall survive.
 
-    MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest). Entries that tie
-    at the smallest kept magnitude are taken by smallest *mixed index* (MIXED) or smallest flat
-    index (INDEX). RANDOM keeps element i when word i%4 of Philox4x32-10 at counter i//4 under ``key``
-    is below ``keep_below``. ``rescale`` asks for the L1 factor sum|delta| / sum|kept delta|.
+    MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest). Entries that
+    tie at the smallest kept magnitude are taken by smallest *mixed index* (MIXED) or smallest flat
+    index (INDEX). RANDOM keeps element i when word i%4 of Philox4x32-10 at counter i//4 under
+    ``key`` is below ``keep_below``. ``rescale`` asks for the L1 factor sum|delta| / sum|kept
+    delta|.
     """
 
     kind: int = ALL
@@ -34,8 +35,9 @@ class Selection(NamedTuple):
     """The answer for one delta: everything `consensus` needs to decide each entry on its own.
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
-    order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as the
-    31-bit patterns of fp32, so NaN is above infinity. ``ties`` counts the entries at the threshold.
+    order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as
+    the 31-bit patterns of fp32, so NaN is above infinity. ``ties`` counts the entries at the
+    threshold.
     """
 
     kind: int = ALL
@@ -52,8 +54,9 @@ class Selection(NamedTuple):
 def mixed_index(index: int) -> int:
     """The 64-bit mixed index of a flat index: murmur3's 32-bit finaliser over the low word.
 
-    ``(fmix32(low ^ (high * 0x9E3779B9 mod 2**32)) << 32) | high``: a bijection on 64 bits, spatially
-    even, and a plain 32-bit hash for tensors below 2**32 elements. (fmix32: Appleby, MurmurHash3.)
+    ``(fmix32(low ^ (high * 0x9E3779B9 mod 2**32)) << 32) | high``: a bijection on 64 bits,
+    spatially even, and a plain 32-bit hash for tensors below 2**32 elements. (fmix32: Appleby,
+    MurmurHash3.)
     """
     low, high = index & 0xFFFFFFFF, index >> 32
     h = low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
@@ -66,13 +69,13 @@ def mixed_index(index: int) -> int:
 
 
 def random_key(seed: int, tensor: str, model: int) -> int:
-    """The 64-bit Philox key of one delta, from (recipe seed, output tensor name, model position)."""
+    """The 64-bit Philox key of one delta: of recipe seed, output tensor and model position."""
     text = f"{seed}\0{tensor}\0{model}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def keep_below(density: float) -> int:
-    """The 32-bit bound under which a uniform random word keeps its entry: round(density * 2**32)."""
+    """The bound under which a random 32-bit word keeps its entry: round(density * 2**32)."""
     return min(1 << 32, max(0, round(density * (1 << 32))))
 
 

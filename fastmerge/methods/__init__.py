@@ -2,9 +2,11 @@
 
 A row has one of two shapes (see csrc/ and kernels/ for the four primitives behind them):
 
-* a *combination*: ``rule`` turns the operands' Gram matrix into coefficients; the weights are read by
+* a *combination*: ``rule`` turns the operands' Gram matrix into coefficients; the weights are read
+  by
   ``gram`` and ``combine`` only;
-* a *consensus*: ``sparsify`` says which delta entries survive; ``select`` and ``consensus`` do the work.
+* a *consensus*: ``sparsify`` says which delta entries survive; ``select`` and ``consensus`` do the
+  work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rules: from a Gram matrix to the coefficients of a linear combination, in float64.
 
-Each rule follows mergekit 0.1.5's definition of the method; what mergekit does on whole weights happens here on
-k x k matrices. Gram matrices may carry a leading axis of vectors (rows or columns); results then do too.
+Each rule follows mergekit 0.1.5's definition of the method; what mergekit does on whole weights
+happens here on k x k matrices. Gram matrices may carry a leading axis of vectors (rows or columns);
+results then do too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _ratio(top: Float64, bottom: Float64) -> Float64:
 def linear(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Combination:
-    """out = sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022, eq. 1)."""
+    """out = sum_i w_i x_i, over sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
     weights = _column(operands, "weight")
     if not values["normalize"]:
         return Combination(weights)
@@ -98,9 +99,11 @@ def _arc(cosine: Float64, t: float, flat: NDArray[np.bool_]) -> Float64:
 def nuslerp(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Combination:
-    """SLERP at t = w_1 / (w_0 + w_1), of the models or of their deltas to a base; whole or by vector.
+    """SLERP at t = w_1 / (w_0 + w_1), of the models or of their deltas to a base; whole or by
+    vector.
 
-    t = 0.5 when |w_0 + w_1| < 1e-6; norms are at least 1e-7; linear where 1 - cos^2 <= 1e-16 (mergekit 0.1.5).
+    t = 0.5 when |w_0 + w_1| < 1e-6; norms are at least 1e-7; linear where 1 - cos^2 <= 1e-16
+    (mergekit 0.1.5).
     """
     g = _present(gram)[..., int(has_base) :, int(has_base) :]
     w = _column(operands, "weight")
@@ -120,10 +123,11 @@ def nuslerp_axis(values: Values) -> int | None:
 def multislerp(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Combination:
-    """Weighted mean in the tangent space at the normalised mean of the unit vectors, scaled to the mean norm.
+    """Weighted mean in the tangent space at the normalised mean of the unit vectors, scaled to the
+    mean norm.
 
-    u_i = x_i / (|x_i| + eps), m = sum w_i u_i / |.|, tau = sum w_i (u_i - <u_i, m> m), n = |tau| + eps,
-    out = (m cos n + tau sin n / n) * sum w_i |x_i| (mergekit 0.1.5).
+    u_i = x_i / (|x_i| + eps), m = sum w_i u_i / |.|, tau = sum w_i (u_i - <u_i, m> m), n = |tau| +
+    eps, out = (m cos n + tau sin n / n) * sum w_i |x_i| (mergekit 0.1.5).
     """
     g = _present(gram)[int(has_base) :, int(has_base) :]
     count = len(g)
@@ -162,8 +166,9 @@ def karcher(
 ) -> Combination:
     """The point on the sphere with the least squared geodesic distance, scaled to the mean norm.
 
-    u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below ``tol``
-    (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, as in mergekit 0.1.5.
+    u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below
+    ``tol`` (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, as in
+    mergekit 0.1.5.
     """
     g, tol = _present(gram), float(values["tol"])
     count = len(g)
@@ -200,7 +205,8 @@ def model_stock(
 ) -> Combination:
     """out = r mean(x) + (1 - r) base, r = N c / (1 + (N - 1) c), c the mean cosine between deltas.
 
-    Jang et al. 2024, eq. 2; r = 0 where |1 + (N-1) c| < 1e-6 (mergekit 0.1.5). One r per row when filter_wise.
+    Jang et al. 2024, eq. 2; r = 0 where |1 + (N-1) c| < 1e-6 (mergekit 0.1.5). One r per row when
+    filter_wise.
     """
     g = _present(gram)[..., 1:, 1:]
     count = g.shape[-1]

@@ -1,6 +1,7 @@
 """Specs: which delta entries survive and how the survivors are merged.
 
-The arithmetic itself (mask, weigh, elect, average, add) is one fused kernel, ``consensus``; see csrc/ and kernels/.
+The arithmetic itself (mask, weigh, elect, average, add) is one fused kernel, ``consensus``; see
+csrc/ and kernels/.
 """
 
 from __future__ import annotations
@@ -35,13 +36,15 @@ def _trim(values: Values, operands: Sequence[Values], count: int) -> list[Sparsi
 
 
 def _drop(values: Values, operands: Sequence[Values], keys: Sequence[int]) -> list[Sparsify]:
-    """Keep each entry with probability ``density`` (Yu et al. 2023, section 3.2; L1 rescale as mergekit)."""
+    """Keep each entry with probability ``density`` (Yu et al. 2023, section 3.2; L1 rescale as
+    mergekit).
+    """
     rescale = bool(values["rescale"])
     return [
         Sparsify(ALL)
         if operand["density"] >= 1
         else Sparsify(RANDOM, keep_below=keep_below(operand["density"]), key=key, rescale=rescale)
-        for operand, key in zip(operands, keys)
+        for operand, key in zip(operands, keys, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The method table. Adding a method: a row here, a rule or spec beside it, a case in tests/test_methods.py."""
+"""The method table: to add a method, a row here, its rule or spec, and a case in the tests."""
 
 from __future__ import annotations
 
@@ -54,22 +54,25 @@ _ROWS = (
     Method(
         "linear", "weighted average", "Wortsman et al. 2022, arXiv:2203.05482",
         (_weight(), _flag("normalize", True, "divide by the sum of the weights")),
-        base="operand", min_operands=1, max_operands=None, rule=combination.linear, needs_gram=False,
+        base="operand", min_operands=1, max_operands=None,
+        rule=combination.linear, needs_gram=False,
     ),
     Method(
-        "slerp", "spherical interpolation of two models", "Shoemake 1985, doi:10.1145/325165.325242",
+        "slerp", "spherical interpolation of two models",
+        "Shoemake 1985, doi:10.1145/325165.325242",
         (_T,),
         base="first", min_operands=2, max_operands=2, rule=combination.slerp,
     ),
     Method(
-        "nuslerp", "spherical interpolation with weights, of models or of deltas; whole or by vector",
+        "nuslerp", "spherical interpolation with weights, of models or deltas; whole or by vector",
         "Shoemake 1985, doi:10.1145/325165.325242",
         (
             _weight(),
             _flag("nuslerp_flatten", True, "treat each tensor as one vector"),
             _flag("nuslerp_row_wise", False, "without flatten: vectors along the first axis"),
         ),
-        base="optional", min_operands=2, max_operands=2, rule=combination.nuslerp, axis=combination.nuslerp_axis,
+        base="optional", min_operands=2, max_operands=2,
+        rule=combination.nuslerp, axis=combination.nuslerp_axis,
     ),
     Method(
         "multislerp", "barycentric spherical interpolation of many models",
@@ -82,7 +85,8 @@ _ROWS = (
         base="optional", min_operands=1, max_operands=None, rule=combination.multislerp,
     ),
     Method(
-        "karcher", "Riemannian (Karcher) mean on the sphere", "Grove and Karcher 1973, doi:10.1007/BF01214303",
+        "karcher", "Riemannian (Karcher) mean on the sphere",
+        "Grove and Karcher 1973, doi:10.1007/BF01214303",
         (
             Parameter("max_iter", int, 10, "most iterations", low=1),
             Parameter("tol", float, 1e-5, "stop when the tangent step is shorter", low=0),
@@ -97,7 +101,8 @@ _ROWS = (
         rule=combination.model_stock, axis=combination.model_stock_axis,
     ),
     Method(
-        "task_arithmetic", "base plus the weighted sum of deltas", "Ilharco et al. 2022, arXiv:2212.04089",
+        "task_arithmetic", "base plus the weighted sum of deltas",
+        "Ilharco et al. 2022, arXiv:2212.04089",
         _task(False, False, density=False),
         base="required", min_operands=1, max_operands=None, spec=consensus.task_arithmetic,
     ),

@@ -19,7 +19,7 @@ Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method, by mergekit's name. ``per_model`` ones are given for each operand."""
+    """One parameter, by mergekit's name. ``per_model`` ones are given for each operand."""
 
     name: str
     kind: type  # float, int or bool
@@ -63,7 +63,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Combination:
-    """out = (sum_i coefficients[i] * x_i) / divisor; coefficients float64, shape (m,) or (vectors, m).
+    """out = (sum_i coefficients[i] * x_i) / divisor; coefficients float64, shape (m,) or (vectors,
+    m).
 
     The order of x is the base first, when the method has one, then the operands.
     """
@@ -94,8 +95,9 @@ Spec = Callable[[Values, Sequence[Values], int, Sequence[int]], Consensus]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table. ``base``: 'required', 'optional', 'none' (refused), or 'operand': one of the
-    operands must be named base_model and comes first (slerp), or is just another input (linear, karcher).
+    """One row of the table. ``base``: 'required', 'optional', 'none' (refused), or 'operand': one
+    of the operands must be named base_model and comes first (slerp), or is just another input
+    (linear, karcher).
     """
 
     name: str
@@ -121,5 +123,5 @@ class Method:
 
     @property
     def is_combination(self) -> bool:
-        """Whether the result is a linear combination whose coefficients follow from a Gram matrix."""
+        """Whether the result is a linear combination with coefficients from a Gram matrix."""
         return self.rule is not None
