@@ -156,7 +156,7 @@ class Checkpoint:
         return found
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
-        """The tensor, mapped: its elements, or its bytes if ``raw`` or if its type has no kernels."""
+        """The mapped tensor: its elements, or bytes if ``raw`` or of a type without kernels."""
         info = self.info(name)
         mapping = self._mapping(info.file)
         if raw or not info.dtype.mergeable:
@@ -324,7 +324,7 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     )
     if pickled:
         raise FastmergeError(
-            f"{folder}: only pickled weights ({pickled[0]}), which can run code when read; convert: "
+            f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert: "
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}', dtype='auto')"
             f".save_pretrained('{folder}-safe', safe_serialization=True)\""

@@ -1,0 +1,554 @@
+"""Writing: a model folder that is either absent or whole.
+
+Everything goes into a hidden sibling of the target, ``.NAME.fastmerge-partial``, and takes the
+target's name by one rename at the end. Beside it, ``.NAME.fastmerge-journal`` is the lock and lists
+the tensors that are in the files for good: the same job, killed at any moment, goes on from there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+from fastmerge import _C
+from fastmerge.checkpoint import INDEX, MAX_HEADER_BYTES, SINGLE, show
+from fastmerge.dtypes import DType
+from fastmerge.errors import FastmergeError
+
+_ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
+_MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough to hold many
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one output tensor goes."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    shard: int  # index into Layout.shards
+    begin: int  # byte offset in that file
+    nbytes: int
+    count: int  # elements
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name, the bytes before the data, its exact size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every byte of the output but the weights: which file, which offset, which header.
+
+    slots: by name, in file order. Work in that order: it is the one that needs the fewest buffers.
+    """
+
+    shards: tuple[Shard, ...]
+    slots: dict[str, Slot]
+    total_bytes: int  # of all tensors
+    index: bytes | None  # model.safetensors.index.json, where there is more than one shard
+
+    @classmethod
+    def plan(
+        cls,
+        tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Layout:
+        """Lays out ``tensors`` (name, dtype, shape), filling shards in the given order.
+
+        A shard holds at most ``max_shard_bytes`` of tensors, or one larger tensor. Inside a shard
+        wider types come first, so that every element is aligned. ``metadata`` joins
+        ``{"format": "pt"}`` in every header. Equal arguments give equal bytes. Raises
+        FastmergeError for a duplicate name.
+        """
+        groups: list[list[tuple[str, DType, tuple[int, ...], int, int]]] = [[]]
+        room = max_shard_bytes
+        for name, dtype, shape in tensors:
+            count = 1
+            for size in shape:
+                count *= size
+            nbytes = dtype.bytes_for(count)
+            if groups[-1] and nbytes > room:
+                groups.append([])
+                room = max_shard_bytes
+            room -= nbytes
+            groups[-1].append((name, dtype, shape, count, nbytes))
+        shards: list[Shard] = []
+        slots: dict[str, Slot] = {}
+        for number, group in enumerate(groups):
+            group.sort(key=lambda entry: -entry[1].bits)
+            shards.append(_plan_shard(number, len(groups), group, dict(metadata or {}), slots))
+        if len(slots) != len(tensors):
+            names = [name for name, _, _ in tensors]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FastmergeError(f"output: tensor {show(twice)} is there twice")
+        total = sum(slot.nbytes for slot in slots.values())
+        index = None
+        if len(shards) > 1:
+            weight_map = {name: shards[slots[name].shard].name for name in sorted(slots)}
+            document = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+        return cls(tuple(shards), slots, total, index)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of every header and file name."""
+        found = hashlib.sha256()
+        for shard in self.shards:
+            found.update(shard.name.encode() + b"\0" + shard.header)
+        return found.hexdigest()
+
+    @property
+    def file_bytes(self) -> int:
+        """What the shards take on disk."""
+        return sum(shard.size for shard in self.shards)
+
+
+def _plan_shard(
+    number: int,
+    total: int,
+    group: Iterable[tuple[str, DType, tuple[int, ...], int, int]],
+    metadata: dict[str, str],
+    slots: dict[str, Slot],
+) -> Shard:
+    name = SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for tensor, dtype, shape, _, nbytes in group:
+        entries[tensor] = {
+            "dtype": dtype.code,
+            "shape": list(shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format allows spaces after the header, and its own library pads with them (to 8).
+    text += b" " * (-(8 + len(text)) % _ALIGN)
+    if len(text) > MAX_HEADER_BYTES:
+        raise FastmergeError(f"output: the header of {name} is over 100 MB; use smaller shards")
+    begin = 8 + len(text)
+    for tensor, dtype, shape, count, nbytes in group:
+        slots[tensor] = Slot(tensor, dtype, tuple(shape), number, begin, nbytes, count)
+        begin += nbytes
+    return Shard(name, len(text).to_bytes(8, "little") + text, begin)
+
+
+class ModelWriter:
+    """Writes one model folder; use it as a context manager.
+
+    key: identifies the job (recipe, inputs, version); the layout is added to it here. An unfinished
+    folder of the same job is continued, of another one refused; fresh=True discards either.
+    overwrite: replace a model at ``target``, by an exchange of names when the new one is whole.
+    inputs: the folders and files read from, which the target must not touch.
+    io: "auto" (direct where the file system has it), "direct" or "buffered".
+    staging_bytes: memory for output on its way to the disk, in 24 buffers or more of at most 4 MiB:
+    enough for a window of 11 tensors in flight (csrc/io/staging.h says why).
+
+    Raises FastmergeError, before the first byte of the output, for every refusal: target exists, or
+    is one of the inputs; another merge at work; another job's unfinished folder; no space; no
+    permission. Leaving the ``with`` block early keeps the unfinished folder if any tensor in it is
+    worth keeping; an OSError on the way out, from a write, becomes a FastmergeError.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        layout: Layout,
+        *,
+        key: str,
+        overwrite: bool = False,
+        fresh: bool = False,
+        io: str = "auto",
+        inputs: Iterable[Path] = (),
+        staging_bytes: int = 96 << 20,
+        io_threads: int = 2,
+    ) -> None:
+        # A link is followed: what it points to is what is replaced.
+        self.target = Path(os.path.realpath(target))
+        self.layout = layout
+        self.partial = self.target.with_name(f".{self.target.name}.fastmerge-partial")
+        self._overwrite = overwrite
+        self._old = self.target.with_name(f".{self.target.name}.fastmerge-old")
+        self._files: list[_C.StagedFile] = []
+        self._begun: set[int] = set()
+        self._open: deque[Slot] = deque()
+        self._lock = threading.Lock()
+        self._finished = False
+        _check_place(self.target, inputs)
+        journal_path = self.target.with_name(f".{self.target.name}.fastmerge-journal")
+        self._journal = _Journal(journal_path, self.target)
+        try:
+            self._recover(self._journal.folder())
+            _check_target(self.target, overwrite)
+            job = hashlib.sha256(f"{key}\n{layout.digest}".encode()).hexdigest()
+            kept = self._reopen(job, fresh)
+            self.resumed = frozenset(kept)
+            self._staging = self._start(job, kept, io, staging_bytes, io_threads)
+        except BaseException:
+            self._give_up()
+            raise
+
+    # --- starting ---
+
+    def _recover(self, journaled: int) -> None:
+        """Tidies what a kill between the last renames left: one whole model, the new or the old."""
+        shown = self.target.exists()
+        if shown and self.target.stat().st_ino == journaled and self.partial.exists():
+            shutil.rmtree(self.partial)  # the old model, exchanged for the new one
+        if self._old.exists():
+            if shown:
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.target)
+
+    def _reopen(self, job: str, fresh: bool) -> list[str]:
+        """The tensors of an earlier run of this job that are in the files for good."""
+        inode = self.partial.stat().st_ino if self.partial.is_dir() else 0
+        kept = [] if fresh else self._journal.read(inode)
+        if not kept:
+            return []
+        if self._journal.job != job:
+            raise FastmergeError(
+                f"{self.partial}: an unfinished merge of other inputs or another recipe "
+                f"({len(kept)} tensors done); run that one again to finish it, or start over with "
+                f"--fresh"
+            )
+        slots, sizes = self.layout.slots, [shard.size for shard in self.layout.shards]
+        paths = [self.partial / shard.name for shard in self.layout.shards]
+        whole = {
+            number
+            for number, path in enumerate(paths)
+            if path.is_file() and path.stat().st_size >= sizes[number]
+        }
+        return [name for name in kept if name in slots and slots[name].shard in whole]
+
+    def _start(
+        self, job: str, kept: list[str], io: str, staging_bytes: int, io_threads: int
+    ) -> _C.Staging:
+        try:
+            if not kept:
+                if self.partial.exists():
+                    shutil.rmtree(self.partial)
+                _check_space(self.target.parent, self.layout.file_bytes)
+                self.partial.mkdir()
+                self._journal.begin(job, self.partial.stat().st_ino)
+            chunk = _MAX_CHUNK_BYTES
+            while chunk > _ALIGN and chunk * 24 > staging_bytes:
+                chunk //= 2
+            staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
+            for shard in self.layout.shards:
+                path = self.partial / shard.name
+                resume = bool(kept) and path.exists()
+                file = _C.StagedFile(staging, str(path), shard.size, io=io, resume=resume)
+                self._files.append(file)
+        except OSError as error:
+            raise _explain(error, self.target, io) from error
+        for name in kept:
+            slot = self.layout.slots[name]
+            self._files[slot.shard].keep(slot.begin, slot.nbytes)
+        return staging
+
+    # --- working ---
+
+    @property
+    def direct(self) -> bool:
+        """Whether the output bypasses the page cache."""
+        return all(file.direct for file in self._files)
+
+    @property
+    def bytes_written(self) -> int:
+        return self._staging.bytes_written
+
+    def pending(self) -> list[str]:
+        """The tensors still to be written, in file order."""
+        return [name for name in self.layout.slots if name not in self.resumed]
+
+    def sink(self, name: str) -> _C.Sink:
+        """Where the tensor goes, once; as ``RAW`` bytes if its type has no kernels."""
+        slot = self.layout.slots[name]
+        try:
+            self._begin(slot.shard)
+        except OSError as error:
+            raise _explain(error, self.target) from error
+        with self._lock:
+            self._open.append(slot)
+        if slot.dtype.mergeable:
+            return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
+        return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
+
+    def mark(self) -> int:
+        """Journals the tensors that are in their files by now; returns how many. Cheap."""
+        done: list[str] = []
+        with self._lock:
+            # Only the head is asked: tensors finish nearly in order, and asking all of a large
+            # window of small ones after each would take longer than merging them.
+            while self._open:
+                slot = self._open[0]
+                if not self._files[slot.shard].done(slot.begin, slot.nbytes):
+                    break
+                done.append(self._open.popleft().name)
+            if done:
+                self._journal.add(done)
+        return len(done)
+
+    def _begin(self, shard: int) -> None:
+        """Writes the shard's header; with its first tensor, as it holds a buffer from then on."""
+        with self._lock:
+            if shard in self._begun:
+                return
+            self._begun.add(shard)
+        self._files[shard].write(0, self.layout.shards[shard].header)
+
+    # --- ending ---
+
+    def finish(self, side_files: Mapping[str, bytes | Path] | None = None) -> None:
+        """Waits for the weights, adds ``side_files`` (content or a file), shows the folder.
+
+        Everything is on the disk (fsync) before the target's name points to it.
+        """
+        try:
+            for number in range(len(self._files)):
+                self._begin(number)
+            for file in self._files:
+                file.finish()
+                self.mark()
+            self._staging.close()
+            extra = dict(side_files or {})
+            if self.layout.index is not None:
+                extra.pop(INDEX, None)
+                extra[INDEX] = self.layout.index
+            for name, content in extra.items():
+                data = content if isinstance(content, bytes) else content.read_bytes()
+                _write_file(self.partial / name, data)
+            _sync(self.partial)
+            _check_target(self.target, self._overwrite)
+            self._publish()
+        except OSError as error:
+            raise _explain(error, self.target) from error
+        self._finished = True
+        self._journal.close(remove=True)
+
+    def _publish(self) -> None:
+        if not self.target.exists() or not any(self.target.iterdir()):
+            self.partial.rename(self.target)  # replaces an empty folder
+        elif _exchange(self.partial, self.target):
+            _sync(self.target.parent)
+            shutil.rmtree(self.partial)  # the old model
+        else:
+            self.target.rename(self._old)
+            self.partial.rename(self.target)
+            _sync(self.target.parent)
+            shutil.rmtree(self._old)
+        _sync(self.target.parent)
+
+    def __enter__(self) -> ModelWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._finished:
+            return
+        self._give_up()
+        if isinstance(error, OSError) and str(error.filename).startswith(str(self.partial)):
+            raise _explain(error, self.target) from error
+
+    def _give_up(self) -> None:
+        """Stops; keeps what a later run can continue from, else leaves nothing."""
+        self.mark()
+        for file in self._files:
+            file.abandon()
+        if self._journal.begun and not self._journal.entries:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._journal.close(remove=not self.partial.exists())
+
+
+class _Journal:
+    """The lock of a target, and its finished tensors: a JSON line about the job, one per tensor.
+
+    Appended with plain writes: a killed process loses none of them; a torn last line is ignored.
+    Nothing is synced, so entries do not outlive the boot that they were written in.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path = path
+        self.job = ""
+        self.entries = 0
+        self.begun = False  # this process owns what the partial folder holds
+        try:
+            self._descriptor = self._locked(path)
+        except BlockingIOError:
+            raise FastmergeError(f"{target}: another merge is writing it now ({path})") from None
+        except OSError as error:
+            raise _explain(error, target) from error
+
+    @staticmethod
+    def _locked(path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held the lock may have removed the file after we opened it.
+                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _lines(self) -> list[bytes]:
+        text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        return text.split(b"\n")[:-1]
+
+    def folder(self) -> int:
+        """The inode of the folder that the journal is about; 0 for an empty journal."""
+        lines = self._lines()
+        return int(json.loads(lines[0])["folder"]) if lines else 0
+
+    def read(self, inode: int) -> list[str]:
+        """The tensors listed, if of this boot and of the folder with this inode; else none."""
+        lines = self._lines()
+        if not lines:
+            return []
+        head = json.loads(lines[0])
+        if head["boot"] != _boot() or head["folder"] != inode:
+            return []
+        os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
+        self.job, self.entries = head["job"], len(lines) - 1
+        return [json.loads(line) for line in lines[1:]]
+
+    def begin(self, job: str, inode: int) -> None:
+        os.ftruncate(self._descriptor, 0)
+        self.job, self.entries, self.begun = job, 0, True
+        self._append([json.dumps({"job": job, "boot": _boot(), "folder": inode})])
+
+    def add(self, names: list[str]) -> None:
+        self._append([json.dumps(name) for name in names])
+        self.entries += len(names)
+
+    def _append(self, lines: list[str]) -> None:
+        data = "".join(line + "\n" for line in lines).encode()
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def close(self, *, remove: bool) -> None:
+        if self._descriptor >= 0:
+            if remove:
+                self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+# --- refusals ---
+
+
+def _check_place(target: Path, inputs: Iterable[Path]) -> None:
+    if not target.parent.is_dir():
+        raise FastmergeError(f"{target}: the folder {target.parent} does not exist; create it")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise FastmergeError(f"{target}: the folder {target.parent} is not writable")
+    for given in inputs:
+        path = Path(os.path.realpath(given))
+        # A folder of links into the target reads from the target all the same.
+        reads = [Path(os.path.realpath(file)) for file in path.iterdir()] if path.is_dir() else []
+        if path.is_relative_to(target) or any(file.is_relative_to(target) for file in reads):
+            raise FastmergeError(f"{target}: the output would replace the input {given}")
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() and target.is_relative_to(folder):
+            raise FastmergeError(f"{target}: the output lies inside the input {given}")
+        if target.exists() and target.samefile(folder):
+            raise FastmergeError(f"{target}: the output would replace the input {given}")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FastmergeError(f"{target}: exists and is not a folder; choose another output")
+    names = {entry.name for entry in target.iterdir()}
+    if not names:
+        return
+    if not overwrite:
+        raise FastmergeError(f"{target}: exists; choose another output or add --overwrite")
+    if not names & {SINGLE, INDEX, "config.json"}:
+        raise FastmergeError(f"{target}: not a model folder, so --overwrite will not replace it")
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise FastmergeError(
+            f"{folder}: no space left: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB free"
+        )
+
+
+def _explain(error: OSError, target: Path, io: str = "auto") -> FastmergeError:
+    where = error.filename or target
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FastmergeError(f"{where}: no space left on the device; free some and run again")
+    if error.errno == errno.EFBIG:
+        return FastmergeError(f"{where}: larger than this file system or the process may write")
+    if error.errno == errno.EINVAL and io == "direct":
+        return FastmergeError(f"{where}: no direct I/O on this file system; use io: auto")
+    return FastmergeError(f"{where}: cannot be written ({error.strerror or error})")
+
+
+# --- system calls ---
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two names in one step; False where kernel or file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    names = (os.fsencode(a), os.fsencode(b))
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
