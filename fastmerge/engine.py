@@ -231,17 +231,15 @@ def merge_plan(
     with ModelWriter(
         out,
         layout,
-        key=plan.key,
+        key=_job_key(plan),
         inputs=[model.path for model in plan.models],
         overwrite=overwrite,
         fresh=fresh,
         io=io,
-        window=window,
-        threads=count,
-        memory_limit=memory_limit // 2,
+        staging_bytes=_staging_bytes(count, memory_limit),
     ) as writer:
         backend = CpuBackend(
-            count, scratch_folder=writer.folder, scratch_bytes=memory_limit // _SCRATCH_SHARE
+            count, scratch_folder=writer.partial, scratch_bytes=memory_limit // _SCRATCH_SHARE
         )
         run = _Run(plan, writer, backend)
         pending = [items[name] for name in writer.pending()]
@@ -349,6 +347,19 @@ def grams(
         if progress is not None:
             progress(done, total, name)
     return found
+
+
+def _staging_bytes(threads: int, memory_limit: int) -> int:
+    """4 MiB for each buffer that a window can hold unfinished (2 W + 2), a worker can fill or an
+    I/O thread can write; at most half the budget.
+    """
+    return min(memory_limit // 2, (2 * window_size(threads) + threads + 16) * (4 << 20))
+
+
+def _job_key(plan: Plan) -> str:
+    """What must not change between an interrupted run and the one that continues it."""
+    stamps = [stamp for model in plan.models for stamp in model.stamp]
+    return f"{plan.key} {stamps}"
 
 
 def _metadata(plan: Plan) -> dict[str, str]:
