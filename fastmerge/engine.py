@@ -248,7 +248,7 @@ def merge_plan(
             done += nbytes
             if progress is not None:
                 progress(done, total, item.name)
-        results = writer.results()
+        results = writer.results
         files = dict(side_files or {})
         files[LINEAGE_FILE] = _lineage_file(plan, results)
         writer.finish(files)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from fastmerge import _C
 from fastmerge.checkpoint import INDEX, MAX_HEADER_BYTES, SINGLE, show
@@ -204,6 +205,7 @@ class ModelWriter:
             job = hashlib.sha256(f"{key}\n{layout.digest}".encode()).hexdigest()
             kept = self._reopen(job, fresh)
             self.resumed = frozenset(kept)
+            self.results: dict[str, dict[str, Any]] = dict(kept)
             self._staging = self._start(job, kept, io, staging_bytes, io_threads)
         except BaseException:
             self._give_up()
@@ -222,12 +224,14 @@ class ModelWriter:
             else:
                 self._old.rename(self.target)
 
-    def _reopen(self, job: str, fresh: bool) -> list[str]:
-        """The tensors of an earlier run of this job that are in the files for good."""
+    def _reopen(self, job: str, fresh: bool) -> dict[str, dict[str, Any]]:
+        """The tensors of an earlier run of this job that are in the files for good, and what was
+        recorded of them.
+        """
         inode = self.partial.stat().st_ino if self.partial.is_dir() else 0
-        kept = [] if fresh else self._journal.read(inode)
+        kept = {} if fresh else self._journal.read(inode)
         if not kept:
-            return []
+            return {}
         if self._journal.job != job:
             raise FastmergeError(
                 f"{self.partial}: an unfinished merge of other inputs or another recipe "
@@ -241,10 +245,14 @@ class ModelWriter:
             for number, path in enumerate(paths)
             if path.is_file() and path.stat().st_size >= sizes[number]
         }
-        return [name for name in kept if name in slots and slots[name].shard in whole]
+        return {
+            name: result
+            for name, result in kept.items()
+            if name in slots and slots[name].shard in whole
+        }
 
     def _start(
-        self, job: str, kept: list[str], io: str, staging_bytes: int, io_threads: int
+        self, job: str, kept: Iterable[str], io: str, staging_bytes: int, io_threads: int
     ) -> _C.Staging:
         try:
             if not kept:
@@ -297,6 +305,14 @@ class ModelWriter:
             return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
         return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
 
+    def computed(self, name: str, result: dict[str, Any]) -> None:
+        """All of the tensor has gone to its sink; ``result`` (JSON) is kept in ``results``, across
+        resumption too. Also journals the tensors that are in their files by now.
+        """
+        with self._lock:
+            self.results[name] = result
+        self.mark()
+
     def mark(self) -> int:
         """Journals the tensors that are in their files by now; returns how many. Cheap."""
         done: list[str] = []
@@ -305,11 +321,12 @@ class ModelWriter:
             # window of small ones after each would take longer than merging them.
             while self._open:
                 slot = self._open[0]
-                if not self._files[slot.shard].done(slot.begin, slot.nbytes):
+                written = self._files[slot.shard].done(slot.begin, slot.nbytes)
+                if not written or slot.name not in self.results:
                     break
                 done.append(self._open.popleft().name)
             if done:
-                self._journal.add(done)
+                self._journal.add({name: self.results[name] for name in done})
         return len(done)
 
     def _begin(self, shard: int) -> None:
@@ -429,26 +446,26 @@ class _Journal:
         lines = self._lines()
         return int(json.loads(lines[0])["folder"]) if lines else 0
 
-    def read(self, inode: int) -> list[str]:
+    def read(self, inode: int) -> dict[str, dict[str, Any]]:
         """The tensors listed, if of this boot and of the folder with this inode; else none."""
         lines = self._lines()
         if not lines:
-            return []
+            return {}
         head = json.loads(lines[0])
         if head["boot"] != _boot() or head["folder"] != inode:
-            return []
+            return {}
         os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
         self.job, self.entries = head["job"], len(lines) - 1
-        return [json.loads(line) for line in lines[1:]]
+        return dict(json.loads(line) for line in lines[1:])
 
     def begin(self, job: str, inode: int) -> None:
         os.ftruncate(self._descriptor, 0)
         self.job, self.entries, self.begun = job, 0, True
         self._append([json.dumps({"job": job, "boot": _boot(), "folder": inode})])
 
-    def add(self, names: list[str]) -> None:
-        self._append([json.dumps(name) for name in names])
-        self.entries += len(names)
+    def add(self, results: Mapping[str, dict[str, Any]]) -> None:
+        self._append([json.dumps(item) for item in results.items()])
+        self.entries += len(results)
 
     def _append(self, lines: list[str]) -> None:
         data = "".join(line + "\n" for line in lines).encode()
