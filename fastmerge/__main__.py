@@ -1,0 +1,5 @@
+"""``python -m fastmerge`` is the command ``fastmerge``."""
+
+from fastmerge.cli import main
+
+main()

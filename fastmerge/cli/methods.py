@@ -1,0 +1,113 @@
+"""``fastmerge methods``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastmerge import console
+from fastmerge.cli.app import Json, command
+
+if TYPE_CHECKING:
+    from fastmerge.methods import Method
+
+
+@command
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, with its parameters.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the merge methods, or one method's parameters."""
+    from fastmerge.methods import METHODS, find
+
+    chosen = METHODS.values() if name is None else [find(name, "methods")]
+    if json:
+        console.print_json([_method_row(method) for method in chosen])
+        return
+    if name is None:
+        console.table(
+            ("method", "models", "base", "parameters", "what it does", "paper"),
+            (
+                (
+                    method.name,
+                    _arity(method.min_operands, method.max_operands),
+                    _BASE[method.base],
+                    ", ".join(parameter.name for parameter in method.parameters),
+                    method.summary,
+                    method.paper,
+                )
+                for method in chosen
+            ),
+        )
+        return
+    (method,) = chosen
+    console.put(f"{method.name}: {method.summary}")
+    console.pairs(
+        [
+            ("models", _arity(method.min_operands, method.max_operands)),
+            ("base", _BASE[method.base]),
+            ("paper", method.paper),
+        ]
+    )
+    console.table(
+        ("parameter", "type", "given", "default", "allowed", "meaning"),
+        (
+            (
+                parameter.name,
+                parameter.kind.__name__,
+                "per model" if parameter.per_model else "once",
+                _default(parameter.default),
+                "" if parameter.kind is bool else parameter.bounds(),
+                parameter.doc,
+            )
+            for parameter in method.parameters
+        ),
+    )
+
+
+_BASE = {
+    "required": "required",
+    "optional": "optional",
+    "none": "none",
+    "first": "one of the models",
+    "operand": "counts as a model",
+}
+
+
+def _arity(low: int, high: int | None) -> str:
+    return str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def _default(value: object) -> str:
+    from fastmerge.methods import REQUIRED
+
+    return "required" if value is REQUIRED else "none" if value is None else str(value).lower()
+
+
+def _method_row(method: Method) -> dict[str, Any]:
+    from fastmerge.methods import REQUIRED
+
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "base": method.base,
+        "min_models": method.min_operands,
+        "max_models": method.max_operands,
+        "random": method.random,
+        "parameters": [
+            {
+                "name": parameter.name,
+                "type": parameter.kind.__name__,
+                "per_model": parameter.per_model,
+                "required": parameter.default is REQUIRED,
+                "default": None if parameter.default is REQUIRED else parameter.default,
+                "allowed": "true or false" if parameter.kind is bool else parameter.bounds(),
+                "meaning": parameter.doc,
+            }
+            for parameter in method.parameters
+        ],
+    }

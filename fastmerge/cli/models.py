@@ -1,0 +1,104 @@
+"""``fastmerge info`` and ``fastmerge diff``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from fastmerge import console
+from fastmerge.cli.app import Json, Threads, command
+from fastmerge.units import format_bytes, format_count
+
+
+@command
+def info(
+    model: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
+    from fastmerge.checkpoint import resolve
+    from fastmerge.summary import summarise
+
+    found = summarise(resolve(model))
+    if json:
+        console.print_json(found.as_dict())
+        return
+    tied = {None: "not said", True: "yes", False: "no"}[found.tie_word_embeddings]
+    rows = [
+        ("model", found.path),
+        ("architecture", f"{found.architecture or 'not said'} ({found.model_type or 'no type'})"),
+        ("parameters", f"{format_count(found.parameters)} ({found.parameters})"),
+        ("tensors", f"{found.tensors}, {format_bytes(found.bytes)}"),
+        *(
+            (
+                f"  {kind.dtype}",
+                f"{kind.tensors} tensors, {format_count(kind.parameters)} parameters",
+            )
+            for kind in found.types
+        ),
+        ("tied embeddings", f"{tied}; lm_head {'stored' if found.has_lm_head else 'not stored'}"),
+        *found.sizes.items(),
+        ("files", ""),
+        *((f"  {name}", format_bytes(size)) for name, size in found.files.items()),
+        ("side files", ", ".join(found.side_files) or "none"),
+        ("fingerprint", found.fingerprint),
+    ]
+    console.pairs(rows)
+
+
+@command
+def diff(
+    a: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
+    b: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
+    limit: Annotated[
+        int | None, typer.Option(help="Show only the N tensors that differ most.", min=1)
+    ] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Compare the weights of A and B, tensor by tensor."""
+    from fastmerge.backends import isa, thread_count
+    from fastmerge.checkpoint import Checkpoint, resolve
+    from fastmerge.compare import compare
+
+    isa()
+    found = compare(
+        Checkpoint.open(resolve(a)), Checkpoint.open(resolve(b)), threads=thread_count(threads)
+    )
+    shown = found.tensors if limit is None else found.largest(limit)
+    if json:
+        console.print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
+        return
+    if shown:
+        console.table(
+            ("tensor", "shape", "type", "max", "mean", "ulps", "cosine", "changed"),
+            (
+                (
+                    tensor.name,
+                    "x".join(map(str, tensor.shape)) or "-",
+                    tensor.dtype_a
+                    if tensor.dtype_a == tensor.dtype_b
+                    else f"{tensor.dtype_a}/{tensor.dtype_b}",
+                    _figure(tensor.max_abs, ".3g"),
+                    _figure(tensor.mean_abs, ".3g"),
+                    _figure(tensor.max_ulps, "d"),
+                    _figure(tensor.cosine, ".6f"),
+                    f"{tensor.changed_fraction:.2%}"
+                    + (f" ({tensor.nonfinite} not finite)" if tensor.nonfinite else ""),
+                )
+                for tensor in shown
+            ),
+            right=("max", "mean", "ulps", "cosine", "changed"),
+        )
+    for name, shape_a, shape_b in found.reshaped:
+        console.put(f"{name}: shape {list(shape_a)} in A, {list(shape_b)} in B")
+    for place, names in (("A", found.only_in_a), ("B", found.only_in_b)):
+        for name in names:
+            console.put(f"{name}: only in {place}")
+    console.put(found.verdict())
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

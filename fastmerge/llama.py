@@ -1,0 +1,143 @@
+"""Merged models in transformers: from a folder, or from a recipe without a round trip through the
+disk.
+
+Any architecture that transformers' AutoModelForCausalLM knows will load; llama is the one that is
+tested. Needs ``pip install fastmerge[llama]``; torch and transformers are imported when a function
+is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.errors import FastmergeError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from fastmerge.dtypes import DType
+    from fastmerge.plan import Plan
+
+RecipeLike = str | Path | Mapping[str, Any]
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """The causal language model in the local folder ``path``, in evaluation mode (LlamaForCausalLM
+    for llama).
+
+    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``; ``dtype`` defaults to the stored
+    type. Nothing is downloaded. Raises FastmergeError where the folder is no model or where it
+    lacks a weight (transformers alone would fill it with random numbers and go on).
+    """
+    transformers = _transformers()
+    folder = _model_folder(path)
+    kwargs.setdefault("dtype", "auto")
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **kwargs
+    )
+    _check(loading, str(folder))
+    return model.eval()
+
+
+def load_merged(
+    recipe: RecipeLike,
+    *,
+    threads: int | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The model that ``recipe`` (text, path or dict) describes, merged in memory, in evaluation
+    mode.
+
+    The same weights, bit for bit, as ``fastmerge.merge`` followed by `load`: the merged tensors
+    become the model's parameters without a copy, so memory stays at one model. ``seed`` overrides
+    the recipe's; ``kwargs`` (``dtype``, ``device_map``, ``attn_implementation``, ...) go to the
+    model class's ``from_pretrained``.
+    """
+    transformers = _transformers()
+    from fastmerge import api, engine
+
+    plan = api.plan(recipe, seed=seed)
+    model_class, config = _model_class(transformers, plan)
+    state = {
+        tensor.name: _as_torch(array, tensor.dtype, tensor.shape)
+        for tensor, array in engine.materialise(plan, threads=threads)
+    }
+    kwargs.setdefault("dtype", "auto")
+    model, loading = model_class.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **kwargs
+    )
+    _check(loading, "the merged model")
+    if (plan.donor / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            plan.donor, local_files_only=True
+        )
+    return model.eval()
+
+
+def load_tokenizer(source: RecipeLike, **kwargs: Any) -> Any:
+    """The tokenizer of a model folder, or the one that a recipe's merge would take over."""
+    transformers = _transformers()
+    from fastmerge import api
+
+    is_folder = isinstance(source, (str, Path)) and Path(source).is_dir()
+    folder = Path(str(source)) if is_folder else api.plan(source).donor
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
+
+
+def _transformers() -> Any:
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise FastmergeError(
+            f"loading a model needs torch and transformers ({error.name} is missing); "
+            "install them with: pip install 'fastmerge[llama]'"
+        ) from error
+    return transformers
+
+
+def _model_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FastmergeError(f"{path}: no such folder; give the folder of a merged model")
+    if not (folder / "config.json").is_file():
+        raise FastmergeError(f"{path}: has no config.json, so it is not a Hugging Face model")
+    return folder
+
+
+def _model_class(transformers: Any, plan: Plan) -> tuple[Any, Any]:
+    """transformers' class for the merged config, and the config as its object."""
+    model_type = plan.config.get("model_type")
+    known = transformers.CONFIG_MAPPING
+    if model_type not in known:
+        raise FastmergeError(
+            f"transformers {transformers.__version__} does not know the merged config's model_type "
+            f"'{model_type}'; upgrade it, or write a folder and load that with its own code"
+        )
+    config = known[model_type].from_dict(plan.config)
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in classes:
+        raise FastmergeError(f"model_type '{model_type}' is not a causal language model")
+    return classes[type(config)], config
+
+
+def _as_torch(array: NDArray[Any], dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
+    """``array``'s memory as a torch tensor: through bytes, since NumPy has no bfloat16."""
+    import numpy as np
+    import torch
+
+    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return raw.view(getattr(torch, dtype.name)).reshape(shape)
+
+
+def _check(loading: Mapping[str, Any], where: str) -> None:
+    """Refuses a model that transformers had to complete with random weights."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in loading[kind])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FastmergeError(f"{where}: {kind.replace('_keys', '')} weight {names[0]}{more}")
