@@ -1,0 +1,159 @@
+"""Small llama checkpoints for the tests, written without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HIDDEN, FF, HEADS, KV_HEADS, VOCAB = 32, 48, 4, 2, 40
+
+
+def llama_config(layers: int = 2, *, tied: bool = False, hidden: int = HIDDEN, vocab: int = VOCAB):
+    """config.json of a small llama that transformers can load."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": hidden * FF // HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a llama's tensors."""
+    h, ff, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, h)}
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {
+            p + "self_attn.q_proj.weight": (h, h),
+            p + "self_attn.k_proj.weight": (kv, h),
+            p + "self_attn.v_proj.weight": (kv, h),
+            p + "self_attn.o_proj.weight": (h, h),
+            p + "mlp.gate_proj.weight": (ff, h),
+            p + "mlp.up_proj.weight": (ff, h),
+            p + "mlp.down_proj.weight": (h, ff),
+            p + "input_layernorm.weight": (h,),
+            p + "post_attention_layernorm.weight": (h,),
+        }
+    shapes["model.norm.weight"] = (h,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (v, h)
+    return shapes
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as the stored bits of BF16 (uint16, to nearest even), F16 or F32."""
+    if dtype == "F32":
+        return values.astype(np.float32)
+    if dtype == "F16":
+        return values.astype(np.float16)
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def decode(raw: bytes, dtype: str) -> np.ndarray:
+    """Stored bits as float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+
+
+_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    config: dict | None = None,
+    *,
+    dtype="BF16",
+    shards=1,
+) -> Path:
+    """A Hugging Face folder: one file, or ``shards`` of them with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    per = math.ceil(len(names) / shards)
+    weight_map = {}
+    for number in range(shards):
+        part = names[number * per : (number + 1) * per]
+        file = "model.safetensors"
+        if shards > 1:
+            file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        weight_map |= dict.fromkeys(part, file)
+        entries = {
+            name: {
+                "dtype": _TORCH[dtype],
+                "shape": list(tensors[name].shape),
+                "data": encode(tensors[name], dtype).tobytes(),
+            }
+            for name in part
+        }
+        (folder / file).write_bytes(safetensors.serialize(entries, {"format": "pt"}))
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder as float32, through the safetensors library."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in safetensors.deserialize(file.read_bytes()):
+            found[name] = decode(bytes(entry["data"]), entry["dtype"]).reshape(entry["shape"])
+    return found
+
+
+class Zoo:
+    """Makes related small llamas in one folder: a base, and fine-tunes that differ from it a little."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def base(self, name="base", *, layers=2, seed=0, dtype="BF16", shards=1, scale=0.05, **config):
+        cfg = llama_config(layers, **config)
+        rng = np.random.default_rng([seed, 1])
+        tensors = {
+            n: (1.0 + 0.05 * rng.normal(size=s) if len(s) == 1 else scale * rng.normal(size=s))
+            for n, s in llama_shapes(cfg).items()
+        }
+        return self.write(name, tensors, cfg, dtype=dtype, shards=shards)
+
+    def tune(self, of: Path, name: str, *, seed=1, dtype="BF16", shards=1, size=0.01):
+        """A fine-tune: every weight of ``of`` moved by N(0, size^2), stored in ``dtype``."""
+        rng = np.random.default_rng([seed, 2])
+        tensors = {n: x + size * rng.normal(size=x.shape) for n, x in read_checkpoint(of).items()}
+        config = json.loads((of / "config.json").read_text())
+        return self.write(name, tensors, config, dtype=dtype, shards=shards)
+
+    def write(self, name, tensors, config=None, *, dtype="BF16", shards=1):
+        return write_checkpoint(self.root / name, tensors, config, dtype=dtype, shards=shards)
+
+    read = staticmethod(read_checkpoint)
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Zoo:
+    """Small related llamas under the test's own folder."""
+    return Zoo(tmp_path)
