@@ -77,9 +77,6 @@ def decode(raw: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
 
 
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
 def write_checkpoint(
     folder: Path,
     tensors: dict[str, np.ndarray],
@@ -101,15 +98,15 @@ def write_checkpoint(
         if shards > 1:
             file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         weight_map |= dict.fromkeys(part, file)
-        entries = {
-            name: {
-                "dtype": _TORCH[dtype],
-                "shape": list(tensors[name].shape),
-                "data": encode(tensors[name], dtype).tobytes(),
-            }
-            for name in part
-        }
-        (folder / file).write_bytes(safetensors.serialize(entries, {"format": "pt"}))
+        header, data = {"__metadata__": {"format": "pt"}}, bytearray()
+        for name in part:
+            begin = len(data)
+            data += encode(tensors[name], dtype).tobytes()
+            shape = list(tensors[name].shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, len(data)]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text + data)
     if shards > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -126,7 +123,7 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
 
 
 class Zoo:
-    """Makes related small llamas in one folder: a base, and fine-tunes that differ from it a little."""
+    """Makes related small llamas: a base, and fine-tunes that differ from it a little."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
