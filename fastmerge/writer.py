@@ -487,6 +487,16 @@ def _boot() -> str:
 # --- refusals ---
 
 
+def check_output(
+    target: Path, inputs: Iterable[Path], nbytes: int, *, overwrite: bool = False
+) -> None:
+    """Raises what `ModelWriter` would about the place of ``nbytes`` of output; touches nothing."""
+    real = Path(os.path.realpath(target))
+    _check_place(real, inputs)
+    _check_target(real, overwrite)
+    _check_space(real.parent, nbytes)
+
+
 def _check_place(target: Path, inputs: Iterable[Path]) -> None:
     if not target.parent.is_dir():
         raise FastmergeError(f"{target}: the folder {target.parent} does not exist; create it")

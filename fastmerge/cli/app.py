@@ -60,7 +60,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Worker threads.  [default: FASTMERGE_NUM_THREADS, else every CPU]"),
+    typer.Option(help="Worker threads; without it FASTMERGE_NUM_THREADS, else every CPU."),
 ]
 Seed = Annotated[
     int | None, typer.Option(help="For random methods, instead of the recipe's own.", min=0)

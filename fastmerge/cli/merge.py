@@ -10,7 +10,7 @@ import typer
 
 from fastmerge import console
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
-from fastmerge.units import format_bytes, format_seconds, parse_size
+from fastmerge.units import format_bytes, format_count, format_seconds, parse_size
 
 
 class Device(str, Enum):
@@ -29,33 +29,38 @@ class Io(str, Enum):
     buffered = "buffered"
 
 
+MemoryLimit = Annotated[str, typer.Option(metavar="SIZE", help="Bound on anonymous memory.")]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+
+
 @command
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
+    ],
     threads: Threads = None,
-    memory_limit: Annotated[str, typer.Option(help="Bound on working memory.")] = "512MiB",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT once the merge is done.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Do not continue an interrupted merge.")] = False,
+    memory_limit: MemoryLimit = "512MiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT at the end.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do not continue an interrupted merge.")
+    ] = False,
     seed: Seed = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
     io: Annotated[Io, typer.Option(help="How to write.")] = Io.auto,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT."""
     from fastmerge import api
 
-    limits = {
-        "memory_limit": parse_size(memory_limit, "--memory-limit"),
-        "max_shard_bytes": parse_size(max_shard_size, "--max-shard-size"),
-    }
-    plan = api.plan(recipe, seed=seed)
+    limits = _limits(memory_limit, max_shard_size)
+    decided = api.plan(recipe, seed=seed)
     try:
         with console.Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(
-                plan,
+                decided,
                 out,
                 threads=threads,
                 overwrite=overwrite,
@@ -87,3 +92,62 @@ def merge(
     )
     if report.seed is not None:
         console.put(f"seed {report.seed}")
+
+
+@command
+def plan(
+    recipe: RecipePath,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may exist.")] = False,
+    seed: Seed = None,
+    memory_limit: MemoryLimit = "512MiB",
+    max_shard_size: MaxShardSize = "5GB",
+    json: Json = False,
+) -> None:
+    """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
+    from fastmerge import api
+    from fastmerge.writer import Layout, check_output
+
+    limits = _limits(memory_limit, max_shard_size)
+    decided = api.plan(recipe, seed=seed)
+    layout = Layout.plan(
+        [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],
+        max_shard_bytes=limits["max_shard_bytes"],
+    )
+    if out is not None:
+        inputs = [model.path for model in decided.models]
+        check_output(out, inputs, layout.file_bytes, overwrite=overwrite)
+    found = decided.describe()
+    found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
+    if json:
+        console.print_json(found)
+        return
+    methods = ", ".join(f"{count} {name}" for name, count in found["methods"].items())
+    passes, files = found["passes"], found["files"]
+    often = "once" if passes == 1 else f"up to {passes} times"
+    rows = [
+        ("model", f"{m['reference']}: {m['tensors']} tensors, {format_bytes(m['bytes'])}")
+        for m in found["models"]
+    ]
+    rows += [
+        ("tensors", f"{found['tensors']} ({methods})"),
+        ("parameters", format_count(found["parameters"])),
+        ("type", ", ".join(found["dtypes"])),
+        ("read", f"{format_bytes(found['bytes_in'])}, each tensor {often}"),
+        ("write", f"{format_bytes(found['bytes_out'])} in {files} file{'s'[: files != 1]}"),
+        ("memory", f"{memory_limit} at most; inputs are mapped, not loaded"),
+        ("side files", f"from {found['donor']}"),
+    ]
+    if found["seed"] is not None:
+        rows.append(("seed", f"{found['seed']}{' (drawn anew each time)' * found['seed_drawn']}"))
+    rows += [("note", note) for note in found["notes"]]
+    console.pairs(rows)
+
+
+def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:
+    return {
+        "memory_limit": parse_size(memory_limit, "--memory-limit"),
+        "max_shard_bytes": parse_size(max_shard_size, "--max-shard-size"),
+    }
