@@ -225,9 +225,7 @@ class ModelWriter:
                 self._old.rename(self.target)
 
     def _reopen(self, job: str, fresh: bool) -> dict[str, dict[str, Any]]:
-        """The tensors of an earlier run of this job that are in the files for good, and what was
-        recorded of them.
-        """
+        """The tensors of an earlier run of this job that are in the files, and their results."""
         inode = self.partial.stat().st_ino if self.partial.is_dir() else 0
         kept = {} if fresh else self._journal.read(inode)
         if not kept:
@@ -294,20 +292,28 @@ class ModelWriter:
 
     def sink(self, name: str) -> _C.Sink:
         """Where the tensor goes, once; as ``RAW`` bytes if its type has no kernels."""
-        slot = self.layout.slots[name]
-        try:
-            self._begin(slot.shard)
-        except OSError as error:
-            raise _explain(error, self.target) from error
-        with self._lock:
-            self._open.append(slot)
+        slot = self._take(name)
         if slot.dtype.mergeable:
             return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
         return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
 
+    def write(self, name: str, data: bytes) -> None:
+        """Fills the tensor from memory, instead of through a sink; follow it by ``computed``."""
+        slot = self._take(name)
+        if len(data) != slot.nbytes:
+            raise ValueError(f"{name}: {len(data)} bytes for a tensor of {slot.nbytes}")
+        self._files[slot.shard].write(slot.begin, data)
+
+    def _take(self, name: str) -> Slot:
+        slot = self.layout.slots[name]
+        self._begin(slot.shard)
+        with self._lock:
+            self._open.append(slot)
+        return slot
+
     def computed(self, name: str, result: dict[str, Any]) -> None:
-        """All of the tensor has gone to its sink; ``result`` (JSON) is kept in ``results``, across
-        resumption too. Also journals the tensors that are in their files by now.
+        """The tensor's sink is filled. ``result``, of JSON types, is in ``results`` from then on,
+        in a run that continues this one too.
         """
         with self._lock:
             self.results[name] = result
@@ -351,6 +357,7 @@ class ModelWriter:
                 file.finish()
                 self.mark()
             self._staging.close()
+            self._sweep()
             extra = dict(side_files or {})
             if self.layout.index is not None:
                 extra.pop(INDEX, None)
@@ -365,6 +372,13 @@ class ModelWriter:
             raise _explain(error, self.target) from error
         self._finished = True
         self._journal.close(remove=True)
+
+    def _sweep(self) -> None:
+        """Removes what is no shard: scratch, and a killed run's scratch and side files."""
+        shards = {shard.name for shard in self.layout.shards}
+        for entry in self.partial.iterdir():
+            if entry.name not in shards:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _publish(self) -> None:
         if not self.target.exists() or not any(self.target.iterdir()):
