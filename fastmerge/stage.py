@@ -1,0 +1,469 @@
+"""What one document makes of its inputs: the values of its parameters and the trees of its output
+tensors.
+
+Everything here works on headers. What is refused, and in which words, is at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastmerge import architecture
+from fastmerge.algebra import Merge, Node, Source
+from fastmerge.checkpoint import Checkpoint
+from fastmerge.dtypes import F32, DType
+from fastmerge.errors import FastmergeError
+from fastmerge.methods import REQUIRED, Method, Parameter
+from fastmerge.recipe import Rule, Setting, interpolate
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One output tensor. A bare Source as root, of the same dtype, is copied byte for byte."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType  # as written
+    root: Node
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return self.dtype.bytes_for(self.count)
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A model, or the result of an earlier document, as the next document sees it."""
+
+    label: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorPlan]
+    donor: Path
+
+    @cached_property
+    def layers(self) -> dict[str, dict[int, dict[str, TensorPlan]]]:
+        """Tensors by stack of layers, layer index, and the rest of the name."""
+        found: dict[str, dict[int, dict[str, TensorPlan]]] = {}
+        for name, tensor in self.tensors.items():
+            place = architecture.layer_of(name)
+            if place is not None:
+                found.setdefault(place.stack, {}).setdefault(place.number, {})[place.rest] = tensor
+        return found
+
+    @cached_property
+    def stack(self) -> architecture.Stack | None:
+        """How its language model's tensors are named, or None where that is not known."""
+        return architecture.find_stack(self.layers)
+
+    def count(self, stack: str) -> int:
+        """Layers of one stack."""
+        return max(self.layers.get(stack, {-1: {}})) + 1
+
+
+def with_head(view: View, tied: bool) -> View:
+    """The view as an output needs it whose config does (``tied``) or does not tie the head to the
+    embeddings.
+    """
+    tensors = view.tensors
+    for stack in architecture.STACKS:
+        head, embedding = stack.head, stack.embedding
+        if embedding not in tensors:
+            continue
+        if tied and head in tensors:
+            return replace(view, tensors={k: v for k, v in tensors.items() if k != head})
+        if not tied and head not in tensors and architecture.is_tied(view.config):
+            return replace(view, tensors={**tensors, head: replace(tensors[embedding], name=head)})
+    return view
+
+
+def check_quantised(view: View, method: Method, where: str) -> None:
+    quantised = view.config.get("quantization_config")
+    if quantised and method.name != "passthrough":
+        kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise FastmergeError(
+            f"{where}: model '{view.label}' is quantised ({kind or 'quantization_config'} in "
+            "config.json), and fastmerge does not dequantise; merge the original weights"
+        )
+
+
+# ---------------------------------------------------------------- parameters
+
+
+class ParameterValues:
+    """One scope's parameters for any tensor: the first matching rule of the most specific level,
+    else the default.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Parameter], levels: Sequence[Mapping[str, Setting]], missing: str
+    ) -> None:
+        self._missing = missing
+        self._columns: list[tuple[Parameter, tuple[Rule, ...]]] = []
+        for parameter in parameters:
+            given = [level[parameter.name] for level in levels if parameter.name in level]
+            rules = tuple(rule for setting in given for rule in setting.rules)
+            if not rules and parameter.default is REQUIRED:
+                raise self._lacks(parameter, "")
+            self._columns.append((parameter, rules))
+        # Equal values share one mapping: 36 000 tensors need not hold as many.
+        self._shared: dict[tuple[Any, ...], Values] = {}
+        fixed = all(
+            not rules or (rules[0].filter is None and len(rules[0].values) == 1)
+            for _, rules in self._columns
+        )
+        self._fixed = self._resolve("", 0.0) if fixed else None
+        self.varies = not fixed
+
+    def at(self, tensor: str, t: float) -> Values:
+        """The values for one tensor at position ``t`` in [0, 1] of its layer stack."""
+        return self._resolve(tensor, t) if self._fixed is None else self._fixed
+
+    def _resolve(self, tensor: str, t: float) -> Values:
+        key = tuple(self._value(parameter, rules, tensor, t) for parameter, rules in self._columns)
+        found = self._shared.get(key)
+        if found is None:
+            names = (parameter.name for parameter, _ in self._columns)
+            found = self._shared[key] = dict(zip(names, key, strict=True))
+        return found
+
+    def _value(self, parameter: Parameter, rules: Sequence[Rule], tensor: str, t: float) -> Any:
+        for rule in rules:
+            if rule.matches(tensor):
+                return interpolate(rule.values, t, parameter, rule.where)
+        if parameter.default is REQUIRED:
+            raise self._lacks(parameter, tensor)
+        return parameter.default
+
+    def _lacks(self, parameter: Parameter, tensor: str) -> FastmergeError:
+        text = self._missing.replace("{name}", parameter.name)
+        if tensor:
+            text = (
+                f"{text.split(';')[0]}: no filter matches tensor '{tensor}'; "
+                "end the list with `- value: ...`"
+            )
+        return FastmergeError(text)
+
+
+# ---------------------------------------------------------------- one slice
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    view: View
+    start: int  # first layer (slices only)
+    where: str
+    settings: Mapping[str, Setting]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A run of output layers, or the whole model: who takes part, and how."""
+
+    method: Method
+    inputs: tuple[Input, ...]  # in recipe order
+    base: int | None  # index into inputs, where the method keeps the base apart
+    operands: tuple[int, ...]  # indices into inputs
+    shared: ParameterValues
+    each: tuple[ParameterValues, ...]  # parallel to operands
+    layers: int | None
+    where: str
+
+    @property
+    def varies(self) -> bool:
+        """Whether any parameter depends on the tensor."""
+        return any(values.varies for values in (self.shared, *self.each))
+
+    @property
+    def lead(self) -> Input:
+        """Whose tensors name the output's: the base, else the first."""
+        return self.inputs[self.base if self.base is not None else self.operands[0]]
+
+
+# ---------------------------------------------------------------- tensors
+
+
+class Builder:
+    """Makes the output tensors of one document."""
+
+    def __init__(self, dtype: DType | None, seed: int | None, models: Sequence[Checkpoint]) -> None:
+        self._dtype = dtype  # None: the inputs' promoted type
+        self._seed = seed
+        self._models = models
+
+    def whole(self, part: Part) -> dict[str, TensorPlan]:
+        """Every tensor of the lead, merged with its namesakes."""
+        lead = part.lead.view
+        others = [item for item in part.inputs if item.view is not lead]
+        for item in others:
+            _check_names(lead.tensors, item.view.tensors, part.lead, item)
+        result = {}
+        for name in lead.tensors:
+            sources = [item.view.tensors[name] for item in part.inputs]
+            t = _position(lead, name) if part.varies else 0.0
+            result[name] = self._tensor(part, name, sources, t)
+        return result
+
+    def stacked(self, parts: Sequence[Part]) -> dict[str, TensorPlan]:
+        """The layers of every slice, renumbered; what precedes and follows them from the first and
+        last slice.
+        """
+        first, last = parts[0], parts[-1]
+        stack = first.lead.view.stack
+        assert stack is not None  # _Planner._source refused the recipe otherwise
+        result = self._around(first, stack, stack.before)
+        index = 0
+        for part in parts:
+            if part.lead.view.stack != stack:
+                raise FastmergeError(
+                    f"{part.where}: '{part.lead.view.label}' names its layers otherwise than "
+                    f"'{first.lead.view.label}' ({stack.layers}.N)"
+                )
+            length = part.layers or 0
+            for offset in range(length):
+                # One layer alone stands at the gradient's end, as in mergekit.
+                t = offset / (length - 1) if length > 1 else 1.0
+                result |= self._layer(part, stack, offset, index, t)
+                index += 1
+        return result | self._around(last, stack, stack.after)
+
+    def _layer(
+        self, part: Part, stack: architecture.Stack, offset: int, index: int, t: float
+    ) -> dict[str, TensorPlan]:
+        def layer(item: Input) -> dict[str, TensorPlan]:
+            return item.view.layers.get(stack.layers, {}).get(item.start + offset, {})
+
+        lead = layer(part.lead)
+        layers = [layer(item) for item in part.inputs]
+        for item, other in zip(part.inputs, layers, strict=True):
+            prefix = f"{stack.layers}.{item.start + offset}."
+            _check_names(lead, other, part.lead, item, prefix)
+        result = {}
+        for rest in lead:
+            name = f"{stack.layers}.{index}.{rest}"
+            result[name] = self._tensor(part, name, [other[rest] for other in layers], t)
+        return result
+
+    def _around(
+        self, part: Part, stack: architecture.Stack, prefixes: tuple[str, ...]
+    ) -> dict[str, TensorPlan]:
+        around = [self._outside(item, stack, prefixes) for item in part.inputs]
+        lead = self._outside(part.lead, stack, prefixes)
+        for item, other in zip(part.inputs, around, strict=True):
+            _check_names(lead, other, part.lead, item)
+        return {
+            name: self._tensor(part, name, [other[name] for other in around], 0.0) for name in lead
+        }
+
+    def _outside(
+        self, item: Input, stack: architecture.Stack, prefixes: tuple[str, ...]
+    ) -> dict[str, TensorPlan]:
+        """The tensors outside the layers whose names begin with ``prefixes``."""
+        found = {}
+        for name, tensor in item.view.tensors.items():
+            if name.startswith(prefixes):
+                found[name] = tensor
+            elif not name.startswith((f"{stack.layers}.", *stack.before, *stack.after)):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' of model '{item.view.label}' is in no layer "
+                    "and not known to stand before or after them, so 'slices:' cannot place it; "
+                    "use 'models:'"
+                )
+        return found
+
+    def _tensor(self, part: Part, name: str, sources: Sequence[TensorPlan], t: float) -> TensorPlan:
+        """One output tensor from its inputs (parallel to ``part.inputs``) at gradient position
+        ``t``.
+        """
+        first = sources[0]
+        for item, tensor in zip(part.inputs, sources, strict=True):
+            if tensor.shape != first.shape:
+                raise _shapes(name, part.inputs[0], first, item, tensor)
+        method, shape = part.method, first.shape
+        each = tuple(
+            values.at(sources[i].name, t)
+            for values, i in zip(part.each, part.operands, strict=True)
+        )
+        is_copy = method.name == "passthrough" and each[0]["scale"] is None
+        if not all(tensor.dtype.mergeable for tensor in sources):
+            self._check_copied(part, name, sources, is_copy)
+            lead = sources[part.base if part.base is not None else part.operands[0]]
+            return TensorPlan(name, shape, lead.dtype, lead.root)
+        dtype = self._dtype or _promoted(sources)
+        if is_copy and (dtype == first.dtype or isinstance(first.root, Merge)):
+            return TensorPlan(name, shape, dtype, first.root)
+        root = Merge(
+            method,
+            tuple(sources[i].root for i in part.operands),
+            None if part.base is None else sources[part.base].root,
+            part.shared.at(name, t),
+            each,
+            self._seed,
+        )
+        return TensorPlan(name, shape, dtype, root)
+
+    def _check_copied(
+        self, part: Part, name: str, sources: Sequence[TensorPlan], is_copy: bool
+    ) -> None:
+        """A tensor that cannot be computed with is only taken over: alone, or as integers equal in
+        all models.
+        """
+        if is_copy:
+            return
+        for item, tensor in zip(part.inputs, sources, strict=True):
+            kind = tensor.dtype
+            if not kind.mergeable and not kind.name.startswith(("int", "uint", "bool")):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' of model '{item.view.label}' is {kind.name}, "
+                    "which fastmerge does not merge; convert it to bfloat16, float16 or float32 "
+                    "first"
+                )
+            if tensor is sources[0]:
+                continue
+            if kind != sources[0].dtype or self._bytes(tensor) != self._bytes(sources[0]):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
+                    f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
+                    "copied when equal"
+                )
+
+    def _bytes(self, tensor: TensorPlan) -> bytes:
+        # Integer tensors are never computed, so their root is a source.
+        assert isinstance(tensor.root, Source)
+        view = self._models[tensor.root.model].view(tensor.root.name, raw=True)
+        return ctypes.string_at(view.address, view.nbytes)
+
+
+def _position(view: View, name: str) -> float:
+    """Where a tensor's layer lies in its stack: 0 to 1; 0 outside layers, 1 in a stack of one."""
+    place = architecture.layer_of(name)
+    if place is None:
+        return 0.0
+    count = view.count(place.stack)
+    return place.number / (count - 1) if count > 1 else 1.0
+
+
+def _promoted(sources: Sequence[TensorPlan]) -> DType:
+    """The smallest type that holds all of the inputs' (bfloat16 with float16 gives float32)."""
+    first = sources[0].dtype
+    return first if all(tensor.dtype == first for tensor in sources) else F32
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_names(
+    lead: Mapping[str, Any],
+    other: Mapping[str, Any],
+    lead_item: Input,
+    item: Input,
+    prefix: str = "",
+) -> None:
+    if lead.keys() == other.keys():
+        return
+    lost = [name for name in lead if name not in other]
+    if lost:
+        raise _missing(prefix + lost[0], item, lead_item, len(lost))
+    extra = [name for name in other if name not in lead]
+    rest = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    raise FastmergeError(
+        f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
+        f"'{lead_item.view.label}' lacks: they are not of one "
+        f"architecture{_layer_counts(lead_item, item)}"
+    )
+
+
+def _missing(name: str, item: Input, lead: Input, count: int) -> FastmergeError:
+    rest = f" (and {count - 1} more)" if count > 1 else ""
+    return FastmergeError(
+        f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{rest}, which "
+        f"'{lead.view.label}' has: they are not of one architecture{_layer_counts(lead, item)}"
+    )
+
+
+def _layer_counts(lead: Input, item: Input) -> str:
+    counts = []
+    for view in (item.view, lead.view):
+        stack = view.stack
+        if stack is None:
+            return ""
+        counts.append(view.count(stack.layers))
+    return "" if counts[0] == counts[1] else f" ({counts[0]} and {counts[1]} layers)"
+
+
+def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> FastmergeError:
+    if name in architecture.VOCABULARY and x.shape[1:] == y.shape[1:]:
+        return FastmergeError(
+            f"{b.where}: vocabulary mismatch in '{name}': {x.shape[0]} rows in '{a.view.label}', "
+            f"{y.shape[0]} in '{b.view.label}'; fastmerge does not merge tokenizers yet: resize "
+            "one model's embeddings first"
+        )
+    return FastmergeError(
+        f"{b.where}: tensor '{name}' is {list(x.shape)} in model '{a.view.label}' but "
+        f"{list(y.shape)} in '{b.view.label}'; only models of one shape can be merged"
+    )
+
+
+# ---------------------------------------------------------------- the output's config
+
+
+def output_config(
+    config: Mapping[str, Any], dtype: DType | None, tensors: Mapping[str, TensorPlan]
+) -> dict[str, Any]:
+    """A copy of the donor's config with the written dtype."""
+    result: dict[str, Any] = json.loads(json.dumps(config))
+    written = {tensor.dtype for tensor in tensors.values() if tensor.dtype.mergeable}
+    if dtype is None and len(written) == 1:
+        dtype = written.pop()
+    if dtype is None or not result:
+        return result
+    parts = [result, *(part for part in result.values() if isinstance(part, dict))]
+    keys = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
+    for part, key in keys or [(result, "torch_dtype")]:
+        part[key] = dtype.name
+    return result
+
+
+def set_layers(
+    config: dict[str, Any],
+    parts: Sequence[Part],
+    stack: architecture.Stack | None,
+) -> None:
+    """num_hidden_layers, and the lists with one entry for each layer, as stacked."""
+    if stack is None or not config:
+        return
+    target = architecture.text_config(config)
+    assert isinstance(target, dict)
+    target["num_hidden_layers"] = sum(part.layers or 0 for part in parts)
+    for key in architecture.PER_LAYER_LISTS:
+        if not isinstance(target.get(key), list):
+            continue
+        entries: list[Any] = []
+        for part in parts:
+            item = part.lead
+            given = architecture.text_config(item.view.config).get(key)
+            end = item.start + (part.layers or 0)
+            if not isinstance(given, list) or len(given) < end:
+                raise FastmergeError(
+                    f"{item.where}: config.json of '{item.view.label}' has no '{key}' for layers "
+                    f"up to {end}, as stacking layers needs"
+                )
+            entries += given[item.start : end]
+        target[key] = entries
