@@ -12,8 +12,9 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,10 @@ class Inputs:
 
 def in_order(
     work: Callable[[Any], Any], items: Sequence[Any], window: int
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """(item, work(item)) in order, with up to ``window`` of them running or waiting to be taken.
 
-    When one raises, or the consumer stops, no further item starts and the running ones are waited
+    When one raises, or the generator is closed, no further item starts and the running ones are waited
     for.
     """
     with ThreadPoolExecutor(window, thread_name_prefix="fastmerge") as pool:
@@ -244,10 +245,11 @@ def merge_plan(
         run = _Run(plan, writer, backend)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
-        for item, nbytes in in_order(run.tensor, pending, window):
-            done += nbytes
-            if progress is not None:
-                progress(done, total, item.name)
+        with closing(in_order(run.tensor, pending, window)) as finished:
+            for item, nbytes in finished:
+                done += nbytes
+                if progress is not None:
+                    progress(done, total, item.name)
         results = writer.results
         files = dict(side_files or {})
         files[LINEAGE_FILE] = _lineage_file(plan, results)
@@ -295,7 +297,8 @@ def materialise(
         inputs.drop(sources)
         return array
 
-    yield from in_order(compute_one, plan.tensors, window_size(count))
+    with closing(in_order(compute_one, plan.tensors, window_size(count))) as finished:
+        yield from finished
 
 
 _STORAGE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -341,11 +344,12 @@ def grams(
         return gram
 
     found: dict[str, Float64] = {}
-    for (name, sources), gram in in_order(one, list(tensors.items()), window_size(count)):
-        found[name] = gram
-        done += inputs.nbytes(sources)
-        if progress is not None:
-            progress(done, total, name)
+    with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
+        for (name, sources), gram in finished:
+            found[name] = gram
+            done += inputs.nbytes(sources)
+            if progress is not None:
+                progress(done, total, name)
     return found
 
 

@@ -1,0 +1,345 @@
+"""The engine end to end: values, bits, memory, lineage, and what a killed merge leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import fastmerge
+from fastmerge import _C, engine
+from fastmerge.errors import FastmergeError
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def slerp_recipe(a, b, **more):
+    return {
+        "merge_method": "slerp",
+        "base_model": str(a),
+        "models": [{"model": str(a)}, {"model": str(b)}],
+        "parameters": {"t": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.5}]},
+        "dtype": "bfloat16",
+        **more,
+    }
+
+
+def ties_recipe(base, *models, method="ties", **more):
+    return {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": [
+            {"model": str(m), "parameters": {"density": 0.5, "weight": 0.5}} for m in models
+        ],
+        "dtype": "bfloat16",
+        **more,
+    }
+
+
+def bf16(x):
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+
+
+@pytest.fixture
+def models(zoo):
+    base = zoo.base(layers=3)
+    return base, zoo.tune(base, "one", seed=1, shards=3), zoo.tune(base, "two", seed=2)
+
+
+def test_linear_merge_has_the_right_values(zoo, models, tmp_path):
+    _, one, two = models
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(one), "parameters": {"weight": 0.25}},
+            {"model": str(two), "parameters": {"weight": 0.5}},
+        ],
+        "dtype": "bfloat16",
+    }
+    report = fastmerge.merge(recipe, tmp_path / "out", threads=2)
+    x, y, out = zoo.read(one), zoo.read(two), zoo.read(tmp_path / "out")
+    assert list(out) and set(out) == set(x)
+    for name in x:
+        exact = (0.25 * x[name].astype(np.float64) + 0.5 * y[name].astype(np.float64)) / 0.75
+        # One rounding of an fp32 result: half a bf16 ulp and a little.
+        np.testing.assert_allclose(out[name], exact, rtol=2**-8 * 0.502)
+    assert report.tensors == len(out) and report.resumed == 0 and not report.nonfinite
+    assert report.bytes_written > 0 and report.bytes_read == 2 * sum(2 * v.size for v in x.values())
+
+
+def test_lineage_lies_beside_the_weights(models, tmp_path):
+    base, one, _ = models
+    fastmerge.merge(slerp_recipe(base, one), tmp_path / "out", seed=5)
+    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())
+    assert set(lineage["fastmerge_inputs"]) == {str(base), str(one)}
+    tensors = lineage["tensors"]
+    c = tensors["model.layers.0.mlp.up_proj.weight"]["coefficients"]
+    assert set(c) == {str(base), str(one)} and 0 < c[str(one)] < c[str(base)]
+    with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+        assert file.metadata()["format"] == "pt"
+        assert json.loads(file.metadata()["fastmerge_inputs"]) == lineage["fastmerge_inputs"]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp"])
+def test_the_same_bytes_for_every_thread_count_and_instruction_set(models, tmp_path, method):
+    base, one, two = models
+    recipe = (
+        slerp_recipe(base, one)
+        if method == "slerp"
+        else ties_recipe(base, one, two, method=method, seed=3)
+    )
+    before = _C.isa()
+    seen = set()
+    try:
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            for threads in (1, 2, 7):
+                out = tmp_path / f"{isa}{threads}"
+                fastmerge.merge(recipe, out, threads=threads)
+                seen.add((out / "model.safetensors").read_bytes())
+                (out / "model.safetensors").unlink()
+    finally:
+        _C.set_isa(before)
+    assert len(seen) == 1
+
+
+def test_another_seed_drops_others(models, tmp_path):
+    base, one, two = models
+    recipe = ties_recipe(base, one, two, method="dare_ties")
+    outs = []
+    for number, seed in enumerate((1, 1, 2)):
+        report = fastmerge.merge(recipe, tmp_path / str(number), seed=seed)
+        assert report.seed == seed
+        outs.append((tmp_path / str(number) / "model.safetensors").read_bytes()[4096:])
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_a_drawn_seed_is_recorded_and_repeats(zoo, models, tmp_path):
+    base, one, two = models
+    recipe = ties_recipe(base, one, two, method="dare_linear")
+    first = fastmerge.merge(recipe, tmp_path / "first")
+    assert first.seed is not None
+    fastmerge.merge(recipe, tmp_path / "again", seed=first.seed)
+    a, b = zoo.read(tmp_path / "first"), zoo.read(tmp_path / "again")
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def test_ties_keeps_half_of_each_delta(models, tmp_path):
+    base, one, two = models
+    fastmerge.merge(ties_recipe(base, one, two), tmp_path / "out")
+    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())["tensors"]
+    assert lineage["model.norm.weight"]["kept"] == [16, 16]
+    assert lineage["model.embed_tokens.weight"]["kept"] == [640, 640]
+
+
+def test_an_intermediate_consensus_keeps_fp32(zoo, models, tmp_path):
+    """TIES feeding a SLERP: no folder, no rounding in between, no coefficients in the lineage."""
+    base, one, two = models
+    stage = ties_recipe(base, one, two, name="stage")
+    final = slerp_recipe("stage", one)
+    fastmerge.merge([stage, final], tmp_path / "chain")
+    fastmerge.merge({**stage, "dtype": "float32"}, tmp_path / "stage")
+    fastmerge.merge(slerp_recipe(tmp_path / "stage", one), tmp_path / "two_steps")
+    a, b = zoo.read(tmp_path / "chain"), zoo.read(tmp_path / "two_steps")
+    assert all(np.array_equal(a[n], b[n]) for n in a)
+    assert not (tmp_path / "stage-1").exists()
+    lineage = json.loads((tmp_path / "chain" / engine.LINEAGE_FILE).read_text())["tensors"]
+    assert all("coefficients" not in line for line in lineage.values())
+
+
+def test_large_intermediates_leave_memory(models, tmp_path):
+    """Below the scratch limit and above it (an unlinked file): the same bytes."""
+    base, one, two = models
+    chain = [ties_recipe(base, one, two, name="stage"), slerp_recipe("stage", one)]
+    fastmerge.merge(chain, tmp_path / "memory")
+    fastmerge.merge(chain, tmp_path / "file", memory_limit=4096)
+    assert digest(tmp_path / "memory") == digest(tmp_path / "file")
+
+
+def test_nan_and_inf_are_counted_and_stay(zoo, models, tmp_path):
+    base, one, _ = models
+    tensors = zoo.read(one)
+    tensors["model.norm.weight"][3] = np.nan
+    tensors["model.norm.weight"][5] = np.inf
+    bad = zoo.write("bad", tensors, json.loads((one / "config.json").read_text()))
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (base, bad)],
+    }
+    report = fastmerge.merge(recipe, tmp_path / "out")
+    assert report.nonfinite == {"model.norm.weight": 2}
+    norm = zoo.read(tmp_path / "out")["model.norm.weight"]
+    assert np.isnan(norm[3]) and np.isinf(norm[5]) and np.isfinite(np.delete(norm, [3, 5])).all()
+
+
+def test_materialise_gives_what_is_written(zoo, models, tmp_path):
+    base, one, two = models
+    recipe = ties_recipe(base, one, two)
+    fastmerge.merge(recipe, tmp_path / "out")
+    plan = fastmerge.plan(recipe)
+    made = {t.name: array for t, array in engine.materialise(plan)}
+    out = zoo.read(tmp_path / "out")
+    assert set(made) == set(out)
+    for name, array in made.items():
+        assert array.dtype == np.uint16 and array.shape == out[name].shape
+        np.testing.assert_array_equal((array.astype(np.uint32) << 16).view(np.float32), out[name])
+
+
+def test_shards_hold_the_same_tensors(zoo, models, tmp_path):
+    base, one, _ = models
+    fastmerge.merge(slerp_recipe(base, one), tmp_path / "whole")
+    fastmerge.merge(slerp_recipe(base, one), tmp_path / "cut", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "cut").glob("model-0*-of-0*.safetensors"))) > 2
+    a, b = zoo.read(tmp_path / "whole"), zoo.read(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(np.array_equal(a[n], b[n]) for n in a)
+
+
+def test_progress_reaches_the_total(models, tmp_path):
+    base, one, _ = models
+    seen = []
+    fastmerge.merge(slerp_recipe(base, one), tmp_path / "out", progress=lambda *a: seen.append(a))
+    assert [d for d, _, _ in seen] == sorted(d for d, _, _ in seen)
+    assert seen[-1][0] == seen[-1][1] and len(seen) == len({name for _, _, name in seen})
+
+
+def test_an_error_in_the_middle_leaves_no_target_and_can_go_on(models, tmp_path, monkeypatch):
+    base, one, _ = models
+    recipe = slerp_recipe(base, one)
+    calls = []
+    real = _C.combine
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("cosmic ray")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(_C, "combine", failing)
+    with pytest.raises(RuntimeError, match="cosmic ray"):
+        fastmerge.merge(recipe, tmp_path / "out", threads=1)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    fastmerge.merge(recipe, tmp_path / "out", threads=1)
+    fastmerge.merge(recipe, tmp_path / "plain" / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "plain" / "out")
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+def start(recipe: Path, out: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastmerge", "merge", str(recipe), str(out), "--quiet", *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, cwd=recipe.parent)
+
+
+@pytest.fixture
+def killable(zoo, tmp_path):
+    """A merge long enough to be killed in: 2 x 60 MB in 200 tensors."""
+    rng = np.random.default_rng(4)
+    shared = {
+        f"model.layers.{i}.mlp.up_proj.weight": rng.normal(size=(384, 384)) for i in range(200)
+    }
+    a = zoo.write("a", shared)
+    b = zoo.write("b", {n: x + 0.01 * rng.normal(size=x.shape) for n, x in shared.items()})
+    base = zoo.write("base", {n: x + 0.01 * rng.normal(size=x.shape) for n, x in shared.items()})
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(json.dumps(ties_recipe(base, a, b)))
+    return recipe
+
+
+def test_killed_at_thirty_random_moments(killable, tmp_path):
+    """SIGKILL: the target is absent or whole, and the same command ends byte for byte the same."""
+    began = time.perf_counter()
+    assert start(killable, tmp_path / "clean" / "out").wait() == 0
+    seconds = time.perf_counter() - began
+    expected = digest(tmp_path / "clean" / "out")
+    rng = random.Random(20)
+    resumed = killed = 0
+    for number in range(30):
+        out = tmp_path / f"run{number}" / "out"
+        out.parent.mkdir()
+        process = start(killable, out)
+        time.sleep(seconds * rng.uniform(0.2, 1.0))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if out.exists():
+            assert digest(out) == expected
+            continue
+        again = start(killable, out, "--json")
+        assert again.wait() == 0, again.stderr.read()
+        assert digest(out) == expected
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+        resumed += 1
+    assert killed >= 15 and resumed >= 15
+
+
+def test_finished_tensors_are_not_computed_again(killable, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = _C.consensus
+    done = []
+
+    def failing(*args, **kwargs):
+        if len(done) == 150:
+            raise RuntimeError("stop")
+        done.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(_C, "consensus", failing)
+    with pytest.raises(RuntimeError, match="stop"):
+        fastmerge.merge(killable, out, threads=1)
+    monkeypatch.undo()
+    report = fastmerge.merge(killable, out)
+    # 4 MiB buffers hold up to 14 of these tensors, and a window of 4 may be under way.
+    assert report.resumed >= 150 - 14 - 14 - 4
+    lineage = json.loads((out / engine.LINEAGE_FILE).read_text())["tensors"]
+    assert len(lineage) == 200 and all(line["kept"] for line in lineage.values())
+
+
+def test_changed_inputs_are_noticed(killable, tmp_path):
+    out = tmp_path / "out"
+    process = start(killable, out)
+    partial = tmp_path / ".out.fastmerge-journal"
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        if partial.exists() and partial.read_bytes().count(b"\n") > 20:
+            break
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not out.exists(), "the merge was too quick to be killed"
+    weights = tmp_path / "a" / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(FastmergeError, match=r"other inputs or another recipe.*--fresh"):
+        fastmerge.merge(killable, out)
+    assert not out.exists()
+    report = fastmerge.merge(killable, out, fresh=True)
+    assert report.resumed == 0
+
+
+def test_overwrite_keeps_the_old_model_until_the_new_one_is_whole(killable, models, tmp_path):
+    out = tmp_path / "out"
+    base, one, _ = models
+    fastmerge.merge(slerp_recipe(base, one), out)
+    before = digest(out)
+    with pytest.raises(FastmergeError, match="exists"):
+        fastmerge.merge(killable, out)
+    process = start(killable, out, "--overwrite")
+    time.sleep(0.35)
+    process.kill()
+    if process.wait() == -signal.SIGKILL:
+        assert digest(out) == before
+    assert start(killable, out, "--overwrite").wait() == 0
+    assert digest(out) != before
