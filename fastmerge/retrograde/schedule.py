@@ -1,0 +1,554 @@
+"""The schedule file of a retrograde run: what it may say, checked before any weight is read.
+
+Accuracies are in percent everywhere in this package, as people quote them (72.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from fastmerge import dtypes
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.methods import METHODS, Method, Parameter
+from fastmerge.recipe import Rule, Setting, Settings
+from fastmerge.recipe_yaml import LocatedDict, LocatedList, Section, read
+
+POLICIES = ("weakest", "strongest", "next", "random", "nearest", "farthest")
+ANCESTORS = ("baseline", "best", "previous")
+BASELINES = (
+    "best_single",
+    "linear",
+    "slerp",
+    "ties",
+    "dare_ties",
+    "task_arithmetic",
+    "model_stock",
+    "greedy_soup",
+    "line_search",
+)
+_T = Parameter("t", float, None, "fraction of the way to the other model")
+STATE = "state"  # the base of a step's deltas: the state it starts from
+_IMPLIED = ("weight", "t")  # parameters of the table that a step derives from its own t
+
+Handler = Callable[[Any], Any]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Entry(Section):
+    """One model of the walk; written as a mapping or as the bare path or hub name."""
+
+    model: str
+    name: str = ""
+    accuracy: float | None = None  # percent, as given by the user
+
+    @property
+    def label(self) -> str:
+        """The name reports use: given, or the last part of the path."""
+        return self.name or Path(self.model).name or self.model
+
+
+class Step(Section):
+    """One merge of the current state with a partner (degrade) or an ancestor (retrace).
+
+    ``t`` is the fraction of the way from the state to the other model: 0 keeps the state, 1 takes
+    the other. Delta methods take their deltas from ``base``: the state itself (a moving base), or a
+    model of the run; by default base_model where the schedule names one, else the state. Every
+    other key is a parameter of the method, written as in a recipe.
+    """
+
+    partner: str | None = None
+    toward: str | None = None
+    method: str
+    base: str | None = None
+    parameters: Settings = Field(default_factory=dict)  # t among them
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _gather(cls, value: Any, handler: Handler) -> Any:
+        """Moves t and the method's parameters under one key; writes out ``toward: {step: 3}``."""
+        if not isinstance(value, LocatedDict):
+            return handler(value)
+        own = set(cls.model_fields) - {"parameters"}
+        gathered = LocatedDict({k: v for k, v in value.items() if k in own})
+        inner = value.get("parameters")
+        inner = inner if isinstance(inner, LocatedDict) else LocatedDict()
+        extra = LocatedDict(
+            {k: v for k, v in value.items() if k not in gathered and k != "parameters"}
+        )
+        extra.where, extra.at = value.where, {**value.at, **getattr(inner, "at", {})}
+        extra.update(inner)
+        gathered.where, gathered.at = value.where, extra.at
+        method = METHODS.get(value["method"]) if isinstance(value.get("method"), str) else None
+        if method is not None:
+            known = [p.name for p in method.parameters]
+            for key in extra:
+                if key not in known and key != "t":
+                    hint = nearest(key, [*(k for k in known if k not in _IMPLIED), *own, "t"])
+                    raise FastmergeError(
+                        f"{extra.at[key]}: unknown key '{key}' for a {method.name} step; {hint}"
+                    )
+        gathered["parameters"] = extra
+        target = gathered.get("toward")
+        if isinstance(target, Mapping) and set(target) == {"step"}:
+            gathered["toward"] = f"step: {target['step']}"
+        return handler(gathered)
+
+    @model_validator(mode="after")
+    def _method_and_parameters(self) -> Step:
+        method = METHODS.get(self.method)
+        if method is None:
+            self.refuse(
+                "method", f"unknown method '{self.method}'; {nearest(self.method, METHODS)}"
+            )
+        if method.max_operands is not None and method.max_operands < 2:
+            self.refuse("method", f"'{self.method}' takes one model and cannot be a step")
+        if uses_t(method) and self.t is None:
+            self.refuse("t", f"{method.name} needs 't', the fraction of the way to the other model")
+        if not uses_t(method) and self.t is not None:
+            self.refuse("t", f"{method.name} computes its own ratio: remove 't'")
+        if self.base is not None and method.base not in ("required", "optional"):
+            self.refuse("base", f"{method.name} takes no base: remove it")
+        for key, setting in self.parameters.items():
+            if key in _IMPLIED and key != "t":
+                self.refuse(key, f"'{key}' of a step follows from 't': remove it")
+            setting.checked(
+                _T if key == "t" else next(p for p in method.parameters if p.name == key)
+            )
+        return self
+
+    @property
+    def t(self) -> Setting | None:
+        """The fraction of the way to the other model: None for methods that find their own."""
+        return self.parameters.get("t")
+
+    def refuse(self, key: str, message: str) -> NoReturn:
+        """Raises FastmergeError at the place of ``key``."""
+        raise FastmergeError(f"{self.at(key)}: {message}")
+
+    @property
+    def kind(self) -> Literal["degrade", "retrace"]:
+        """A step toward a pool model, or back toward an ancestor."""
+        return "degrade" if self.partner is not None else "retrace"
+
+    @property
+    def target_step(self) -> int | None:
+        """The step number of ``toward: "step: n"``, else None."""
+        if self.toward is None or not self.toward.startswith("step:"):
+            return None
+        return int(self.toward.removeprefix("step:"))
+
+
+class Degrade(Step):
+    """A step toward a pool model, chosen by policy or by name."""
+
+    @model_validator(mode="after")
+    def _partner(self) -> Degrade:
+        if self.partner is None or self.toward is not None:
+            self.refuse(
+                "toward", f"a degrade step takes 'partner': {', '.join(POLICIES)} or a name"
+            )
+        return self
+
+
+class Retrace(Step):
+    """A step back toward an earlier state."""
+
+    @model_validator(mode="after")
+    def _toward(self) -> Retrace:
+        if self.toward is None or self.partner is not None:
+            known = f"{', '.join(ANCESTORS)} or 'step: n'"
+            self.refuse("partner", f"a retrace step takes 'toward': {known}")
+        if self.toward.startswith("step:"):
+            digits = self.toward.removeprefix("step:").strip()
+            if not digits.isdigit():
+                self.refuse(
+                    "toward", f"'step: n' needs a step's number (0: the baseline), not '{digits}'"
+                )
+        elif self.toward not in ANCESTORS:
+            hint = nearest(self.toward, [*ANCESTORS, "step: n"])
+            self.refuse("toward", f"unknown ancestor '{self.toward}'; {hint}")
+        return self
+
+
+class Pair(Section):
+    """One entry of explicit steps: exactly one of the two."""
+
+    degrade: Degrade | None = None
+    retrace: Retrace | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Pair:
+        if (self.degrade is None) == (self.retrace is None):
+            raise FastmergeError(f"{self.where}: each step is either 'degrade:' or 'retrace:'")
+        return self
+
+    @property
+    def step(self) -> Step:
+        """Whichever is given."""
+        step = self.degrade or self.retrace
+        assert step is not None
+        return step
+
+
+class Moves(Section):
+    """Cycles of one degrade and one retrace, or explicit steps."""
+
+    cycles: Positive | None = None
+    degrade: Degrade | None = None
+    retrace: Retrace | None = None
+    steps: tuple[Pair, ...] | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Moves:
+        if self.steps is not None:
+            if (self.cycles, self.degrade, self.retrace) != (None, None, None):
+                raise FastmergeError(f"{self.where}: give either 'steps' or 'cycles', not both")
+            if not self.steps:
+                raise FastmergeError(f"{self.at('steps')}: 'steps' is empty: give at least one")
+        elif self.cycles is None or self.degrade is None or self.retrace is None:
+            raise FastmergeError(
+                f"{self.where}: give 'cycles' with 'degrade' and 'retrace', or explicit 'steps'"
+            )
+        return self
+
+
+class Accept(Section):
+    """Which candidates become the state; ``judge: cycle`` passes a degrade, judges a retrace."""
+
+    rule: Literal["always", "improve", "anneal"] = "always"
+    judge: Literal["cycle", "step"] = "cycle"
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # percent points
+    cooling: Annotated[float, Field(gt=0, le=1)] = 0.9  # factor at each judgement
+
+
+class Stop(Section):
+    """Early stop: after ``patience`` judgements without a new best score."""
+
+    patience: Positive
+
+
+class Task(Section):
+    """One task of the harness: a name or a local YAML file; ``items``: a range of its documents."""
+
+    name: str
+    metric: str | None = None  # default: the task's first metric
+    items: str | None = None  # "0:200"
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _range(self) -> Task:
+        if self.items is not None:
+            first, colon, last = self.items.partition(":")
+            if not colon or not all(part.strip().isdigit() or not part for part in (first, last)):
+                raise FastmergeError(
+                    f"{self.at('items')}: 'items' is a range such as '0:200' or '200:', "
+                    f"not '{self.items}'"
+                )
+            begin, end = self.span
+            if end is not None and end <= begin:
+                raise FastmergeError(f"{self.at('items')}: 'items' {self.items} holds no document")
+        return self
+
+    @property
+    def span(self) -> tuple[int, int | None]:
+        """First document and the one past the last (None = to the end)."""
+        first, _, last = (self.items or ":").partition(":")
+        return int(first or 0), int(last) if last else None
+
+    @property
+    def key(self) -> str:
+        """The name in reports and files; tells two ranges of one task apart."""
+        short = Path(self.name).stem if self.name.endswith((".yaml", ".yml")) else self.name
+        return short if self.items is None else f"{short}[{self.items}]"
+
+
+class Evaluate(Section):
+    """How states are scored: harness tasks, a callable, or a text file's perplexity."""
+
+    every: Literal["step", "cycle", "end"] = "step"
+    tasks: tuple[Task, ...] = ()
+    holdout: tuple[Task, ...] = ()
+    preset: Literal["open_llm_leaderboard_v1"] | None = None
+    callable: str | None = None  # "module:function"
+    perplexity: str | None = None  # a text file
+    include_path: tuple[str, ...] = ()  # folders with task files
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Positive | None = None
+    batch_size: Positive = 32
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    stages: tuple[Positive, ...] = ()  # staged halving of searches: items per task, rising
+    bootstrap: Annotated[int, Field(ge=100)] = 2000  # resamples of the confidence intervals
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _shorthand(cls, value: Any, handler: Handler) -> Any:
+        return handler(_expand(value, {"tasks": "name", "holdout": "name", "include_path": ""}))
+
+    @model_validator(mode="after")
+    def _one_scorer(self) -> Evaluate:
+        ways = [w for w in ("tasks", "preset", "callable", "perplexity") if getattr(self, w)]
+        if len(ways) != 1:
+            found = f"found {' and '.join(ways)}" if ways else "found none"
+            raise FastmergeError(
+                f"{self.where}: steer by exactly one of tasks, preset, callable, perplexity; "
+                f"{found}"
+            )
+        if list(self.stages) != sorted(set(self.stages)):
+            raise FastmergeError(f"{self.at('stages')}: 'stages' must rise")
+        if self.callable is not None and not all(self.callable.partition(":")):
+            raise FastmergeError(
+                f"{self.at('callable')}: 'callable' is 'module:function', not '{self.callable}'"
+            )
+        for held in self.holdout:
+            for steering in self.tasks:
+                if steering.name == held.name and _overlap(steering.span, held.span):
+                    raise FastmergeError(
+                        f"{held.where}: '{held.key}' is both a steering task and a hold-out: "
+                        "give the hold-out another task or disjoint 'items'"
+                    )
+        keys = [t.key for t in (*self.tasks, *self.holdout)]
+        for task in (*self.tasks, *self.holdout):
+            if keys.count(task.key) > 1:
+                raise FastmergeError(f"{task.where}: task '{task.key}' is listed twice")
+        return self
+
+
+class Compare(Section):
+    """One-shot merges with as many evaluations each as the walk spent."""
+
+    methods: tuple[str, ...]
+    budget: Positive | None = None  # evaluations per method; default: as many as the walk spent
+    seeds: Positive = 3  # masks drawn for the chosen random merge
+
+    @model_validator(mode="after")
+    def _known(self) -> Compare:
+        for name in self.methods:
+            if name not in BASELINES:
+                raise FastmergeError(
+                    f"{self.at('methods')}: unknown comparison '{name}'; {nearest(name, BASELINES)}"
+                )
+        if len(set(self.methods)) < len(self.methods):
+            raise FastmergeError(f"{self.at('methods')}: a comparison is listed twice")
+        return self
+
+
+class Schedule(Section):
+    """A retrograde run. Models have numbers: 0 the baseline, 1.. the pool, then base_model."""
+
+    baseline: Entry
+    pool: tuple[Entry, ...] = ()
+    base_model: str | None = None
+    schedule: Moves
+    accept: Accept = Field(default_factory=lambda: Accept())
+    stop: Stop | None = None
+    keep: Literal["last", "best"] = "last"  # the state that becomes the final model
+    evaluate: Evaluate | None = None
+    compare: Compare | None = None
+    dtype: str = "float32"  # of the arithmetic; the engine's only one
+    out_dtype: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    _text: str = PrivateAttr("")
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _shorthand(cls, value: Any, handler: Handler) -> Any:
+        keys = {"baseline": "model", "pool": "model", "accept": "rule", "compare": "methods"}
+        return handler(_expand(value, keys))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        labels = [self.baseline.label, *(entry.label for entry in self.pool)]
+        for entry in self.pool:
+            if entry.model == self.baseline.model:
+                self._refuse(
+                    "pool", f"'{entry.model}' is the baseline itself: remove it from the pool"
+                )
+            if labels.count(entry.label) > 1:
+                self._refuse("pool", f"two models are called '{entry.label}': give them a 'name'")
+            if entry.label in (*POLICIES, *ANCESTORS, STATE, "base_model"):
+                self._refuse("pool", f"'{entry.label}' is a reserved word: give the model a 'name'")
+        for number, step in enumerate(self.steps, start=1):
+            self._check_step(number, step)
+        for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
+            if name is not None:
+                dtypes.parse(name, self.at(key))
+        if self.evaluate is None:
+            self._check_unmeasured()
+        return self
+
+    def _check_step(self, number: int, step: Step) -> None:
+        if step.partner is not None:
+            names = [entry.label for entry in self.pool]
+            if not names:
+                step.refuse(
+                    "partner", "the pool is empty: give at least one model to degrade toward"
+                )
+            if step.partner in (self.baseline.label, self.baseline.model, "baseline"):
+                step.refuse("partner", f"'{step.partner}' is the baseline: retrace goes back to it")
+            if step.partner not in POLICIES and self.pool_index(step.partner) is None:
+                hint = nearest(step.partner, [*POLICIES, *names])
+                step.refuse("partner", f"unknown partner '{step.partner}'; {hint}")
+        target = step.target_step
+        if target is not None and target >= number:
+            step.refuse("toward", f"step {number} cannot go back to step {target}: not taken yet")
+        base = self.base_of(step)
+        if base not in (None, STATE) and self.model_index(str(base)) is None:
+            known = [STATE, "baseline", *self.labels]
+            step.refuse("base", f"unknown base '{base}'; {nearest(str(base), known)}")
+        if base == STATE and METHODS[step.method].is_combination:
+            step.refuse(
+                "base",
+                f"{step.method} needs a base other than the state: give 'base_model' or 'base'",
+            )
+        if base == STATE and "lambda" in step.parameters:
+            step.refuse("lambda", "with base 'state', t is the factor: remove 'lambda'")
+
+    def _check_unmeasured(self) -> None:
+        for key, need, wanted in (
+            ("accept", f"accept: {self.accept.rule}", self.accept.rule != "always"),
+            ("keep", "keep: best", self.keep == "best"),
+            ("stop", "stop", self.stop is not None),
+            ("compare", "compare", self.compare is not None),
+            ("schedule", "toward: best", any(step.toward == "best" for step in self.steps)),
+        ):
+            if wanted:
+                self._refuse(key, f"'{need}' needs scores: add an 'evaluate' section")
+        ranked = any(step.partner in ("weakest", "strongest") for step in self.steps)
+        if ranked and any(entry.accuracy is None for entry in self.pool):
+            self._refuse(
+                "pool",
+                "partner 'weakest' or 'strongest' needs every pool model's 'accuracy', "
+                "or an 'evaluate' section",
+            )
+
+    def _refuse(self, key: str, message: str) -> NoReturn:
+        raise FastmergeError(f"{self.at(key)}: {message}")
+
+    @property
+    def steps(self) -> list[Step]:
+        """Every step in order, cycles written out."""
+        moves = self.schedule
+        if moves.steps is not None:
+            return [pair.step for pair in moves.steps]
+        assert moves.cycles is not None and moves.degrade is not None and moves.retrace is not None
+        return [moves.degrade, moves.retrace] * moves.cycles
+
+    def base_of(self, step: Step) -> str | None:
+        """What the step's deltas are taken to: 'state', a model's name, or None for no deltas."""
+        if step.base is not None or METHODS[step.method].base != "required":
+            return step.base
+        return "base_model" if self.base_model is not None else STATE
+
+    @property
+    def references(self) -> list[str]:
+        """The models as the user wrote them, in the order of their numbers."""
+        own = [self.baseline.model, *(entry.model for entry in self.pool)]
+        return own if self.base_model is None else [*own, self.base_model]
+
+    @property
+    def labels(self) -> list[str]:
+        """The models' names in reports, in the order of their numbers."""
+        own = [self.baseline.label, *(entry.label for entry in self.pool)]
+        return own if self.base_model is None else [*own, "base_model"]
+
+    def written(self, text: str, folder: Path | None) -> Schedule:
+        """The same, with its text and the folder that relative paths start from."""
+        self._text, self._folder = text, folder or Path()
+        return self
+
+    @property
+    def text(self) -> str:
+        """The schedule as written, for the record."""
+        return self._text
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in the file are relative to."""
+        return self._folder
+
+    def pool_index(self, name: str) -> int | None:
+        """The number of the pool model called ``name`` (label or path)."""
+        found = (i for i, e in enumerate(self.pool, start=1) if name in (e.label, e.model))
+        return next(found, None)
+
+    def model_index(self, name: str) -> int | None:
+        """The number of any model of the run: 'baseline', 'base_model', a label or a path."""
+        if name in ("baseline", self.baseline.label, self.baseline.model):
+            return 0
+        if self.base_model is not None and name in ("base_model", self.base_model):
+            return len(self.pool) + 1
+        return self.pool_index(name)
+
+
+def load(source: Any) -> Schedule:
+    """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault."""
+    documents, text, origin = read(source, "schedule")
+    if len(documents) > 1:
+        raise FastmergeError(f"{documents[1].where}: a schedule file holds one document")
+    schedule = Schedule.model_validate(documents[0])
+    return schedule.written(text, None if origin == "schedule" else Path(source).parent)
+
+
+def _expand(data: Any, short: Mapping[str, str]) -> Any:
+    """Writes out shorthand: ``accept: improve`` means ``accept: {rule: improve}``; lists by item.
+
+    ``short`` maps a key to the one a bare value stands for; "" for keys that hold a list of texts.
+    """
+    if not isinstance(data, LocatedDict):
+        return data
+    full = LocatedDict(data)
+    full.where, full.at = data.where, data.at
+
+    def section(value: Any, key: str, place: str) -> Any:
+        if isinstance(value, Mapping) or value is None:
+            return value
+        inner = LocatedDict({key: value})
+        inner.where, inner.at = place, {key: place}
+        return inner
+
+    for name, key in short.items():
+        value = data.get(name)
+        if key == "":
+            full[name] = [value] if isinstance(value, str) else value
+
+        elif isinstance(value, LocatedList) and key != "methods":
+            items = LocatedList(
+                section(item, key, place) for item, place in zip(value, value.at, strict=True)
+            )
+            items.where, items.at = value.where, value.at
+            full[name] = items
+        elif name in data:
+            full[name] = section(value, key, data.at[name])
+    return full
+
+
+def uses_t(method: Method) -> bool:
+    """Whether a step of this method moves a stated fraction (Karcher and Model Stock do not)."""
+    return method.parameter("t") is not None or method.parameter("weight") is not None
+
+
+def affine(setting: Setting, scale: float, offset: float) -> Setting:
+    """``offset + scale * x`` for every value x of a setting; gradients and filters stay."""
+    return Setting(
+        tuple(
+            rule._replace(values=tuple(offset + scale * float(value) for value in rule.values))
+            for rule in setting.rules
+        )
+    )
+
+
+def constant(value: Any) -> Setting:
+    """The setting that gives every tensor the same value."""
+    return Setting((Rule(None, (value,), ""),))
+
+
+def _overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:
+    ends = [end for _, end in (a, b) if end is not None]
+    return max(a[0], b[0]) < min(ends) if ends else True

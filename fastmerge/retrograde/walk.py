@@ -1,0 +1,416 @@
+"""States of a walk as expressions over the models, and what follows from their Gram matrices.
+
+A state is a `Model` or a `Blend` of earlier states: one expression for the whole model, one algebra
+tree for each tensor. Where every blend is a combination, the coefficients over the models follow
+from the Gram matrices that one pass over the weights found (see fastmerge.algebra), for all tensors
+at once; so any state of the walk is one linear merge, however many steps led to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import algebra
+from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
+from fastmerge.methods import METHODS, Method
+from fastmerge.plan import Plan, TensorPlan
+from fastmerge.recipe import Setting
+from fastmerge.retrograde.schedule import STATE, Schedule, Step, affine, constant, uses_t
+from fastmerge.stage import ParameterValues
+
+# Rules that take the Gram matrices of many tensors at once; the others go tensor by tensor.
+_BATCHED = frozenset({"linear", "slerp", "nuslerp", "model_stock", "passthrough"})
+
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the run's models, by number: 0 the baseline, then the pool, then base_model."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A merge of whole models; parameters may still differ by tensor (gradients, filters)."""
+
+    method: Method
+    operands: tuple[Expr, ...]
+    base: Expr | None = None
+    shared: Settings = ()  # type: ignore[assignment]
+    each: tuple[Settings, ...] = ()  # parallel to operands
+    seed: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        """The base first, when there is one, then the operands."""
+        return self.operands if self.base is None else (self.base, *self.operands)
+
+
+Expr = Model | Blend
+
+
+def blend(
+    method: str,
+    operands: Sequence[Expr],
+    weights: Sequence[Setting | float] | None = None,
+    *,
+    base: Expr | None = None,
+    parameters: Settings | None = None,
+    seed: int | None = None,
+) -> Blend:
+    """A merge by the table's row called ``method``; ``weights`` are parallel to ``operands``."""
+    row = METHODS[method]
+    given = dict(parameters or {})
+    own = {p.name for p in row.parameters if p.per_model}
+    common = {name: setting for name, setting in given.items() if name in own}
+    shared = {name: setting for name, setting in given.items() if name not in own}
+    each = [dict(common) for _ in operands]
+    for values, weight in zip(each, weights or [], strict=False):
+        values["weight"] = weight if isinstance(weight, Setting) else constant(float(weight))
+    return Blend(row, tuple(operands), base, shared, tuple(each), seed if row.random else None)
+
+
+def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Blend:
+    """The weighted sum of ``operands`` as it is: the weights are not divided by their sum."""
+    return blend("linear", operands, weights, parameters={"normalize": constant(False)})
+
+
+def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int) -> Blend:
+    """The state that ``step`` makes of ``state`` and ``other``; t is the fraction of the way.
+
+    Delta methods with the state as base: state + t * merge(other - state). With a fixed base the
+    state and the other are both operands, weighted 1 - t and t.
+    """
+    method = METHODS[step.method]
+    parameters = {name: value for name, value in step.parameters.items() if name != "t"}
+    t = step.t if step.t is not None else constant(0.0)
+    away = affine(t, -1.0, 1.0)
+    base_name = schedule.base_of(step)
+    if method.parameter("t") is not None:
+        return blend(step.method, (state, other), parameters={**parameters, "t": t})
+    if method.is_combination:
+        base = None if base_name is None else Model(_number(schedule, base_name))
+        weights = [away, t] if uses_t(method) else None
+        if step.method == "linear":
+            parameters = {"normalize": constant(False), **parameters}
+        return blend(step.method, (state, other), weights, base=base, parameters=parameters)
+    if base_name == STATE:
+        if step.method == "task_arithmetic":
+            return average((state, other), (away, t))
+        parameters = {**parameters, "lambda": t}
+        return blend(step.method, (other,), (1.0,), base=state, parameters=parameters, seed=seed)
+    assert base_name is not None
+    base = Model(_number(schedule, base_name))
+    factor = _constant_value(parameters.get("lambda"), 1.0)
+    if step.method == "task_arithmetic" and factor is not None:
+        # base + l ((1 - t)(state - base) + t (other - base)) is a combination: the walk collapses.
+        weights = [constant(1.0 - factor), affine(away, factor, 0.0), affine(t, factor, 0.0)]
+        return average((base, state, other), weights)
+    return blend(
+        step.method, (state, other), (away, t), base=base, parameters=parameters, seed=seed
+    )
+
+
+def _number(schedule: Schedule, name: str) -> int:
+    number = schedule.model_index(name)
+    assert number is not None  # checked when the schedule was read
+    return number
+
+
+def _constant_value(setting: Setting | None, default: float) -> float | None:
+    if setting is None:
+        return default
+    rule = setting.rules[0]
+    return float(rule.values[0]) if rule.filter is None and len(rule.values) == 1 else None
+
+
+def order(root: Expr) -> list[Blend]:
+    """Every blend below ``root`` once, inputs before those that use them."""
+    found: dict[int, Blend] = {}
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if isinstance(node, Model) or id(node) in found:
+            continue
+        if expanded:
+            found[id(node)] = node
+        else:
+            stack.append((node, True))
+            stack.extend((child, False) for child in reversed(node.inputs))
+    return list(found.values())
+
+
+def as_json(root: Expr) -> list[dict[str, Any]]:
+    """The expression in plain values: blends in order, inputs as model numbers or "#position"."""
+    nodes = order(root)
+    place: dict[int, str] = {id(node): f"#{i}" for i, node in enumerate(nodes)}
+
+    def name(node: Expr) -> int | str:
+        return node.index if isinstance(node, Model) else place[id(node)]
+
+    def plain(settings: Settings) -> dict[str, Any]:
+        return {
+            key: [[rule.filter, list(rule.values)] for rule in setting.rules]
+            for key, setting in dict(settings).items()
+        }
+
+    if isinstance(root, Model):
+        return [{"model": root.index}]
+    return [
+        {
+            "method": node.method.name,
+            "base": None if node.base is None else name(node.base),
+            "operands": [name(operand) for operand in node.operands],
+            "parameters": plain(node.shared),
+            "each": [plain(values) for values in node.each],
+            "seed": node.seed,
+        }
+        for node in nodes
+    ]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a state lies: lengths of weight vectors, angles in degrees.
+
+    ``angles``: between the state's delta and each model's, to the run's origin (base_model, else
+    the baseline); for a state at the origin itself, and only then, their distances instead.
+    """
+
+    norm: float  # of the state's difference to the baseline
+    relative_norm: float  # that, divided by the baseline's own norm
+    angle: float  # between the state and the baseline
+    angles: Mapping[int, float]
+
+
+class Space:
+    """The models of a run and their geometry: makes plans and coefficients of expressions.
+
+    ``template`` is the plan of any linear merge of all models: it has checked that they can be
+    merged. ``grams`` are stacked over ``names``: float64 (tensors, n, n), over [x_0, x_1 - x_0 ...].
+    """
+
+    def __init__(
+        self, template: Plan, grams: Float64, positions: Sequence[float], origin: int = 0
+    ) -> None:
+        self.template = template
+        self.grams = grams
+        self.count = len(template.models)
+        self._items = merged(template)
+        self.names = [item.name for item in self._items]
+        self._positions = positions
+        self._origin = origin
+        self._sizes = np.array([item.count for item in self._items], dtype=np.float64)
+        self._known: dict[Expr, Float64 | None] = {}
+        self._values: dict[int, tuple[Blend, _Values]] = {}
+
+    def coefficients(self, root: Expr) -> Float64 | None:
+        """What ``root`` takes of each model, float64 (tensors, n); None if it does not collapse."""
+        if root not in self._known:
+            self._known[root] = self._coefficients(root)
+        return self._known[root]
+
+    def _coefficients(self, root: Expr) -> Float64 | None:
+        tensors = len(self.names)
+        if isinstance(root, Model):
+            return np.tile(np.eye(self.count)[root.index], (tensors, 1))
+        nodes = order(root)
+        if not all(node.method.is_combination for node in nodes):
+            return None
+        values = [self._resolved(node) for node in nodes]
+        batched = all(node.method.name in _BATCHED for node in nodes)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index in range(tensors):
+            key = tuple(value.key(index) for value in values)
+            groups.setdefault(key if batched else (index,), []).append(index)
+        result = np.empty((tensors, self.count))
+        for members in groups.values():
+            tree = self._tree(root, members[0], [Source(i, "") for i in range(self.count)])
+            if any(n.axis is not None for n in algebra.walk(tree) if isinstance(n, Merge)):
+                return None
+            parts = tuple(Source(i, "") for i in range(self.count))
+            assert isinstance(tree, Merge)
+            collapsed = Collapsed(tree, parts, None, True, 0)
+            grams = self.grams[members] if batched else self.grams[members[0]]
+            result[members] = algebra.coefficients(collapsed, grams)
+        return result
+
+    def _resolved(self, node: Blend) -> _Values:
+        if id(node) not in self._values:
+            self._values[id(node)] = node, _Values(node, self.names, self._positions)
+        return self._values[id(node)][1]
+
+    def _tree(self, root: Expr, tensor: int, sources: Sequence[Node]) -> Node:
+        """The algebra tree of one tensor; shared states are shared nodes."""
+        if isinstance(root, Model):
+            return sources[root.index]
+        made: dict[int, Node] = {}
+
+        def node_of(part: Expr) -> Node:
+            return sources[part.index] if isinstance(part, Model) else made[id(part)]
+
+        for node in order(root):
+            shared, each = self._resolved(node).at(tensor)
+            made[id(node)] = Merge(
+                node.method,
+                tuple(node_of(operand) for operand in node.operands),
+                None if node.base is None else node_of(node.base),
+                shared,
+                each,
+                node.seed,
+            )
+        return made[id(root)]
+
+    def plan(self, root: Expr, text: str = "") -> Plan:
+        """The plan that materialises ``root``: one linear merge where it collapses.
+
+        ``text`` is recorded in the output as what it was made from.
+        """
+        factors = self.coefficients(root)
+        linear = METHODS["linear"]
+        roots: dict[str, Node] = {}
+        for index, item in enumerate(self._items):
+            sources = _sources(item)
+            if factors is None:
+                roots[item.name] = self._tree(root, index, sources)
+                continue
+            used = [i for i in range(self.count) if factors[index, i] != 0]
+            if len(used) == 1 and factors[index, used[0]] == 1:
+                roots[item.name] = sources[used[0]]
+                continue
+            roots[item.name] = Merge(
+                linear,
+                tuple(sources[i] for i in used or [0]),
+                None,
+                {"normalize": False},
+                tuple({"weight": float(factors[index, i])} for i in used or [0]),
+            )
+        tensors = tuple(
+            replace(item, root=roots.get(item.name, item.root)) for item in self.template.tensors
+        )
+        return replace(self.template, tensors=tensors, recipe_text=text)
+
+    def fingerprint(self, root: Expr) -> str:
+        """sha256 (hex) of all that decides the state's weights: equal states have equal ones."""
+        factors = self.coefficients(root)
+        digest = hashlib.sha256(b"fastmerge state 1")
+        dtypes = sorted({item.dtype.code for item in self._items})
+        inputs = [model.fingerprint for model in self.template.models]
+        digest.update(json.dumps([inputs, dtypes]).encode())
+        if factors is None:
+            digest.update(json.dumps(as_json(root)).encode())
+        else:
+            # combine rounds its coefficients to fp32, so these decide the weights.
+            digest.update(np.ascontiguousarray(factors, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def geometry(self, factors: Float64) -> Geometry:
+        """Where the combination with these coefficients (tensors, n) lies."""
+        delta = factors.copy()
+        delta[:, 0] = factors.sum(axis=1) - 1.0  # over [x_0, x_1 - x_0, ...], less the baseline
+        return self._geometry(delta, self.grams)
+
+    def geometry_of(self, grams: Float64) -> Geometry:
+        """Where a materialised state lies: ``grams`` (tensors, n + 1, n + 1) end with its delta."""
+        delta = np.zeros((len(self.names), self.count + 1))
+        delta[:, -1] = 1.0
+        return self._geometry(delta, grams)
+
+    def _geometry(self, delta: Float64, grams: Float64) -> Geometry:
+        def inner(a: Float64, b: Float64) -> float:
+            return float(np.einsum("ti,tij,tj->", a, grams, b))
+
+        unit = np.eye(delta.shape[1])
+
+        def model(index: int) -> Float64:
+            return np.broadcast_to(unit[index] if index else 0 * unit[0], delta.shape)
+
+        baseline = np.broadcast_to(unit[0], delta.shape)
+        origin = model(self._origin)
+        own = delta - origin
+        at_origin = inner(own, own) <= 1e-24 * inner(baseline, baseline)
+        angles = {}
+        for index in range(self.count):
+            other = model(index) - origin
+            angles[index] = (
+                float(np.sqrt(max(inner(other, other), 0.0)))
+                if at_origin
+                else _angle(inner(own, other), inner(own, own), inner(other, other))
+            )
+        norm = np.sqrt(max(inner(delta, delta), 0.0))
+        state = delta + baseline
+        size = inner(baseline, baseline)
+        return Geometry(
+            norm=float(norm),
+            relative_norm=float(norm / np.sqrt(size)) if size > 0 else float("nan"),
+            angle=_small_angle(
+                inner(baseline, delta), inner(delta, delta), size, inner(state, state)
+            ),
+            angles=angles,
+        )
+
+    def mean_coefficients(self, factors: Float64) -> NDArray[np.float64]:
+        """The coefficients averaged over all weights: a tensor counts by its elements."""
+        return np.asarray(self._sizes @ factors / self._sizes.sum(), dtype=np.float64)
+
+
+class _Values:
+    """One blend's parameters for every tensor."""
+
+    def __init__(self, node: Blend, names: Sequence[str], positions: Sequence[float]) -> None:
+        own = [p for p in node.method.parameters if p.per_model]
+        shared = [p for p in node.method.parameters if not p.per_model]
+        missing = f"{node.method.name} needs the parameter '{{name}}'"
+        self._shared = ParameterValues(shared, [dict(node.shared)], missing)
+        each = node.each or tuple({} for _ in node.operands)
+        self._each = [ParameterValues(own, [values], missing) for values in each]
+        self._names, self._positions = names, positions
+        self._varies = any(values.varies for values in (self._shared, *self._each))
+
+    def at(self, tensor: int) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """Shared values and each operand's for a tensor's number."""
+        name, t = self._names[tensor], self._positions[tensor]
+        return self._shared.at(name, t), tuple(values.at(name, t) for values in self._each)
+
+    def key(self, tensor: int) -> tuple[int, ...] | None:
+        """Equal for tensors with equal values (equal values share one mapping)."""
+        if not self._varies:
+            return None
+        shared, each = self.at(tensor)
+        return (id(shared), *(id(values) for values in each))
+
+
+def merged(template: Plan) -> list[TensorPlan]:
+    """The tensors that are computed; the others are only copied."""
+    return [item for item in template.tensors if isinstance(item.root, Merge)]
+
+
+def _sources(item: TensorPlan) -> tuple[Source, ...]:
+    assert isinstance(item.root, Merge)
+    sources = tuple(node for node in item.root.operands if isinstance(node, Source))
+    assert len(sources) == len(item.root.operands)
+    return sources
+
+
+def _angle(inner: float, a: float, b: float) -> float:
+    """The angle in degrees between vectors of squared lengths a and b; NaN when one is zero."""
+    if a <= 0 or b <= 0:
+        return float("nan")
+    return float(np.degrees(np.arccos(np.clip(inner / np.sqrt(a * b), -1.0, 1.0))))
+
+
+def _small_angle(cross: float, delta: float, baseline: float, state: float) -> float:
+    """The angle in degrees between x and x + d, by its tangent: exact for small d."""
+    if baseline <= 0 or state <= 0:
+        return float("nan")
+    area = np.sqrt(max(baseline * delta - cross * cross, 0.0))
+    return float(np.degrees(np.arctan2(area, baseline + cross)))
