@@ -9,11 +9,15 @@ Adding a command: a module here with functions decorated by `app.command`, and i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
 
-def main() -> None:
-    """The entry point of the ``fastmerge`` command."""
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The entry point of the ``fastmerge`` command; ends the process with its exit code."""
     # The order of the imports is the order of the commands in --help.
     from fastmerge.cli import merge, models, methods  # noqa: F401, I001
     from fastmerge.cli.app import app
 
-    app(prog_name="fastmerge")
+    app(arguments, prog_name="fastmerge")
+    raise SystemExit
