@@ -228,7 +228,7 @@ def test_output_exists(capsys, pair):
 def test_overwrite_spares_what_is_no_model(capsys, pair):
     (pair / "out").mkdir()
     (pair / "out" / "mine.txt").write_text("precious")
-    before = listing(pair) + ["recipe.yml"]
+    before = [*listing(pair), "recipe.yml"]
     refused(capsys, ["merge", recipe(pair), pair / "out", "--overwrite"], "not a model folder")
     assert listing(pair) == sorted(before)
 
@@ -248,7 +248,7 @@ def test_output_folder_has_no_parent(capsys, pair):
 
 
 def test_no_space(capsys, pair, monkeypatch):
-    Free = namedtuple("Free", "f_bavail f_frsize")  # noqa: PYI024
+    Free = namedtuple("Free", "f_bavail f_frsize")
     monkeypatch.setattr(os, "statvfs", lambda _: Free(3, 4096))
     check(capsys, pair, recipe(pair), "no space left: needs")
 

@@ -35,7 +35,7 @@ def test_front_matter(plan):
     card = model_card(plan, "mine")
     _, front, rest = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": ["one", "two", "base"],
+        "base_model": ["base", "one", "two"],
         "library_name": "transformers",
         "tags": ["merge", "fastmerge"],
     }
@@ -44,7 +44,9 @@ def test_front_matter(plan):
 
 def test_recipe_is_whole(plan):
     """The fence outlasts backticks in the recipe, so that the recipe can be taken out again."""
-    fenced = re.search(r"^(`{4,})yaml\n(.*?)\n\1$", model_card(plan, "mine"), re.S | re.M)
+    fenced = re.search(
+        r"^(`{4,})yaml\n(.*?)\n\1$", model_card(plan, "mine"), re.DOTALL | re.MULTILINE
+    )
     assert fenced is not None
     assert fenced[2] == plan.recipe_text.rstrip()
 
@@ -52,17 +54,17 @@ def test_recipe_is_whole(plan):
 def test_lineage(plan):
     card = model_card(plan, "mine")
     count = len(plan.tensors)
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\w+) \| `([0-9a-f]{64})` \|$", card, re.M)
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\w+) \| `([0-9a-f]{64})` \|$", card, re.MULTILINE)
     expected = [
         (name, str(count), "base" if name == "base" else "source", model.fingerprint)
-        for name, model in zip(["one", "two", "base"], plan.models, strict=True)
+        for name, model in zip(["base", "one", "two"], plan.models, strict=True)
     ]
     assert rows == expected
 
 
 def test_method_and_paper(plan):
     card = model_card(plan, "mine")
-    assert f"**dare_ties**, drop delta entries at random, rescale, elect a sign" in card
+    assert "**dare_ties**, drop delta entries at random, rescale, elect a sign" in card
     assert "[arXiv:2311.03099](https://arxiv.org/abs/2311.03099)" in card
     assert f"): {len(plan.tensors)} tensors" in card
     assert "random seed: 77" in card

@@ -161,7 +161,7 @@ def test_unknown_architecture(zoo):
     base = zoo.base()
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
-    with pytest.raises(FastmergeError, match="does not know .*'lama'"):
+    with pytest.raises(FastmergeError, match=r"does not know .*'lama'"):
         llama.load_merged(f"merge_method: passthrough\nmodels: [{{model: {base}}}]\n")
 
 
