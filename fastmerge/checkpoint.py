@@ -251,7 +251,7 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
     downloaded into it. Raises FastmergeError that says what was tried.
     """
     local = Path(reference).expanduser()
-    if local.exists():
+    if reference and local.exists():  # Path('') would be the current folder
         return local
     name, _, pinned = reference.partition("@")
     if revision is not None and pinned and pinned != revision:
