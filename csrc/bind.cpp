@@ -38,5 +38,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              }),
              py::arg("out"), py::keep_alive<1, 2>());
 
+    bind_kernels(m);
     bind_io(m);
 }

@@ -32,3 +32,4 @@ inline const char* dtype_code(DType dtype) {
 }  // namespace fastmerge
 
 void bind_io(pybind11::module_& m);
+void bind_kernels(pybind11::module_& m);

@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+// GCC 12 warns of the undefined pass-through operands inside its own AVX-512 header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "isa.h"
+#include "simd/items.h"
+#include "table.h"
+
+FM_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")
+namespace fastmerge::avx512 {
+#include "simd/avx512.h"
+
+#include "kernels/all.inl"
+}  // namespace fastmerge::avx512
+FM_TARGET_END
+
+namespace fastmerge {
+extern const Kernels kAvx512Kernels;
+namespace avx512 {
+static const Kernels kTable = FM_TABLE("avx512");
+}
+const Kernels kAvx512Kernels = avx512::kTable;
+}  // namespace fastmerge
+#endif

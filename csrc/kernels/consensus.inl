@@ -1,0 +1,102 @@
+// Delta, mask, weigh, elect, average, scale, add base, round: one pass in registers. The order of the
+// fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708): masks multiply, so that
+// NaN and Inf survive them, sums start from +0, and nothing is fused.
+
+template <class T, int kInputs, bool kPartial>
+inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t at, Part part) {
+    const int inputs = kInputs ? kInputs : args.inputs_count;
+    const uint64_t index = args.index + static_cast<uint64_t>(at);
+    const Floats zero = spread(0.0f), one = spread(1.0f);
+    Floats in_registers[kInputs ? kInputs : 1][2];
+    Floats base[2], total[2] = {zero, zero};
+    Words flat[2], mixed[2];
+    for (int v = 0; v < 2; ++v) {
+        base[v] = read<kPartial>(T(), static_cast<const char*>(args.base) + at * T::kBytes, v, part);
+        flat[v] = flat_order(index, v);
+        mixed[v] = any_mixed ? mixed_order(index, v) : flat[v];
+    }
+    for (int j = 0; j < inputs; ++j) {
+        const Term& term = args.terms[j];
+        const Keep& rule = term.keep;
+        const char* from = static_cast<const char*>(args.inputs[j]) + at * T::kBytes;
+        Words random[2] = {flat[0], flat[1]};
+        if (rule.kind == Keep::kRandom) random_words(rule, index, random);
+        for (int v = 0; v < 2; ++v) {
+            Floats delta = read<kPartial>(T(), from, v, part) - base[v];
+            Floats factor = spread(term.on);
+            if (rule.kind == Keep::kRandom) {
+                factor = choose(at_most(random[v], spread(rule.word_max)), factor, spread(term.off));
+            } else if (rule.kind != Keep::kAll) {
+                const Words key = magnitude(delta);
+                const Words threshold = spread(static_cast<uint32_t>(rule.threshold));
+                Mask survives = signed_above(key, threshold);
+                if (rule.kind == Keep::kAboveOrTie)
+                    survives = survives | (equal(key, threshold) &
+                                           at_most(rule.mixed ? mixed[v] : flat[v],
+                                                   spread(rule.order_max)));
+                factor = choose(survives, factor, spread(term.off));
+            }
+            delta = delta * factor;
+            if (term.rescaled) delta = delta * spread(term.weight);
+            total[v] = total[v] + delta;
+            if (!args.elect) continue;
+            if (kInputs)
+                in_registers[j][v] = delta;
+            else
+                store(F32(), args.scratch + j * kConsensusScratch + v * kLanes, delta);
+        }
+    }
+    for (int v = 0; v < 2; ++v) {
+        if (args.elect) {
+            const Floats minority_sign =
+                choose(at_least(total[v], zero), zero, spread(-0.0f));
+            Floats sum = zero, weights = zero;
+            for (int j = 0; j < inputs; ++j) {
+                const Floats delta =
+                    kInputs ? in_registers[j][v]
+                            : load(F32(), args.scratch + j * kConsensusScratch + v * kLanes);
+                const Mask agrees = above(floats(bits(delta) ^ bits(minority_sign)), zero);
+                sum = sum + delta * keep(agrees, one);
+                weights = weights + keep(agrees, spread(args.terms[j].weight));
+            }
+            total[v] = sum;
+            if (args.normalize) total[v] = sum / choose(equal(weights, zero), one, weights);
+        } else if (args.normalize) {
+            total[v] = total[v] / spread(args.divisor);
+        }
+        if (args.scale != 1.0f) total[v] = total[v] * spread(args.scale);
+        write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, v, part,
+                        base[v] + total[v]);
+    }
+}
+
+template <class T, int kInputs>
+void consensus_tile(const ConsensusArgs& args) {
+    bool any_mixed = false;
+    for (int j = 0; j < args.inputs_count; ++j)
+        any_mixed |= args.terms[j].keep.kind == Keep::kAboveOrTie && args.terms[j].keep.mixed;
+    // Groups lie at multiples of kGroup in the flat index; the first and the last may be cut.
+    int64_t at = -static_cast<int64_t>(args.index % kGroup);
+    for (; at < args.count; at += kGroup) {
+        if (at >= 0 && at + kGroup <= args.count) {
+            consensus_group<T, kInputs, false>(args, any_mixed, at, {});
+        } else {
+            const int64_t left = args.count - at;
+            const Part part = {at < 0 ? static_cast<int>(-at) : 0,
+                               left < kGroup ? static_cast<int>(left) : kGroup};
+            consensus_group<T, kInputs, true>(args, any_mixed, at, part);
+        }
+    }
+}
+
+template <class T>
+void consensus(const ConsensusArgs& args) {
+    switch (args.inputs_count) {
+        case 2:
+            return consensus_tile<T, 2>(args);
+        case 3:
+            return consensus_tile<T, 3>(args);
+        default:
+            return consensus_tile<T, 0>(args);
+    }
+}

@@ -1,0 +1,164 @@
+// The vector vocabulary (see scalar.h) in AVX2, FMA and F16C.
+// Included inside namespace fastmerge::avx2 and its target region.
+
+constexpr int kLanes = 8;
+constexpr int kPhiloxVectors = 2;
+
+struct Floats {
+    __m256 v;
+};
+struct Words {
+    __m256i v;
+};
+struct Mask {
+    __m256i v;
+};
+struct Doubles {
+    __m256d low, high;
+};
+
+inline __m128i load_half(const void* from) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+inline Floats load(F32, const void* from) {
+    return {_mm256_loadu_ps(static_cast<const float*>(from))};
+}
+inline Floats load(F16, const void* from) { return {_mm256_cvtph_ps(load_half(from))}; }
+inline Floats load(BF16, const void* from) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(from)), 16))};
+}
+inline void store(F32, void* to, Floats a) { _mm256_storeu_ps(static_cast<float*>(to), a.v); }
+inline void store(F16, void* to, Floats a) {
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BF16, void* to, Floats a) {
+    const __m256i bits = _mm256_castps_si256(a.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet),
+                                           _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
+    _mm_storeu_si128(
+        static_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+
+inline Floats spread(float a) { return {_mm256_set1_ps(a)}; }
+inline Words spread(uint32_t a) { return {_mm256_set1_epi32(static_cast<int>(a))}; }
+inline Words lane_numbers() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+
+inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Words operator+(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Words operator*(Words a, Words b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline Words operator&(Words a, Words b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Mask operator&(Mask a, Mask b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline Mask operator|(Mask a, Mask b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Mask without(Mask a, Mask b) { return {_mm256_andnot_si256(b.v, a.v)}; }
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+template <int kBits>
+inline Words shift_right(Words a) {
+    return {_mm256_srli_epi32(a.v, kBits)};
+}
+inline Words bits(Floats a) { return {_mm256_castps_si256(a.v)}; }
+inline Floats floats(Words a) { return {_mm256_castsi256_ps(a.v)}; }
+
+template <int kPredicate>
+inline Mask compare(Floats a, Floats b) {
+    return {_mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, kPredicate))};
+}
+inline Mask above(Floats a, Floats b) { return compare<_CMP_GT_OQ>(a, b); }
+inline Mask at_least(Floats a, Floats b) { return compare<_CMP_GE_OQ>(a, b); }
+inline Mask equal(Floats a, Floats b) { return compare<_CMP_EQ_OQ>(a, b); }
+inline Mask signed_above(Words a, Words b) { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
+inline Mask at_most(Words a, Words b) {
+    return {_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), b.v)};
+}
+inline Mask equal(Words a, Words b) { return {_mm256_cmpeq_epi32(a.v, b.v)}; }
+
+inline Floats choose(Mask m, Floats yes, Floats no) {
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(m.v))};
+}
+inline Floats keep(Mask m, Floats a) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(m.v))}; }
+inline int lane_bits(Mask m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m.v)); }
+inline bool any(Mask m) { return !_mm256_testz_si256(m.v, m.v); }
+inline Words count(Words counter, Mask m) { return {_mm256_sub_epi32(counter.v, m.v)}; }
+inline int64_t sum(Words a) {
+    uint32_t lanes[kLanes];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a.v);
+    int64_t total = 0;
+    for (const uint32_t lane : lanes) total += lane;
+    return total;
+}
+
+// For each set of lanes, their numbers one after another.
+struct CompressTable {
+    uint8_t order[256][8];
+    constexpr CompressTable() : order() {
+        for (int set = 0; set < 256; ++set)
+            for (int lane = 0, chosen = 0; lane < 8; ++lane)
+                if (set >> lane & 1) order[set][chosen++] = static_cast<uint8_t>(lane);
+    }
+};
+constexpr CompressTable kCompress;
+inline int compress(void* to, Words a, Mask m) {
+    const int set = lane_bits(m);
+    const __m256i order = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.order[set])));
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(a.v, order));
+    return __builtin_popcount(static_cast<unsigned>(set));
+}
+
+// Four counters at once, each word in the low half of a 64-bit lane: what the multiplication reads. The
+// counters' lanes are such that the last two unpacks leave the words in element order.
+inline void philox(uint64_t counter, const uint64_t* round_keys, Words* words) {
+    const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(counter & 0xFFFFFFFFu)),
+                                  _mm256_setr_epi64x(0, 2, 1, 3));
+    __m256i c1 = _mm256_set1_epi64x(static_cast<int64_t>(counter >> 32));
+    __m256i c2 = _mm256_setzero_si256(), c3 = _mm256_setzero_si256();
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+        const __m256i k0 = _mm256_set1_epi64x(static_cast<int64_t>(round_keys[2 * round]));
+        const __m256i k1 = _mm256_set1_epi64x(static_cast<int64_t>(round_keys[2 * round + 1]));
+        const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
+        c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), k0);
+        c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), k1);
+        c1 = p1;
+        c3 = p0;
+    }
+    const __m256i w01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+    const __m256i w23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+    words[0].v = _mm256_unpacklo_epi64(w01, w23);
+    words[1].v = _mm256_unpackhi_epi64(w01, w23);
+}
+
+inline Doubles load_sums(const double* from) {
+    return {_mm256_loadu_pd(from), _mm256_loadu_pd(from + 4)};
+}
+inline void store_sums(double* to, Doubles a) {
+    _mm256_storeu_pd(to, a.low);
+    _mm256_storeu_pd(to + 4, a.high);
+}
+template <class T>
+inline Doubles load_doubles(T type, const void* from) {
+    const __m256 a = load(type, from).v;
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+            _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
+}
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+    return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
+}
+inline Doubles accumulate(Doubles c, Floats a) {
+    return {_mm256_add_pd(c.low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v))),
+            _mm256_add_pd(c.high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)))};
+}
+inline Doubles accumulate(Doubles c, Floats first, Floats second) {
+    return accumulate(accumulate(c, first), second);
+}

@@ -1,0 +1,139 @@
+// The block kernels as one table of function pointers per instruction set. They see raw pointers and a
+// few thousand elements at a time; cutting tensors up, threads and reductions are the callers' work.
+//
+// Numeric contract, the same bits for every table: fp32 arithmetic with one operation per written
+// operation (no contraction), fp64 sums in 8 lanes (element e of a block goes to lane e % 8, in
+// ascending order), one rounding to nearest even on a store, NaN stays NaN and is quiet.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace fastmerge {
+
+constexpr int kSumLanes = 8;
+// Callers cut tensors at multiples of this flat index, so that the lanes, the Philox counters and the
+// high word of the flat index line up; only a tensor's or a piece's first and last tile are cut shorter.
+constexpr int64_t kTile = 2048;
+
+// How a kernel decides whether one delta's entry survives, within one tile (the high word of the flat
+// index is the same for a whole tile).
+struct Keep {
+    enum Kind : int32_t {
+        kAll,
+        kAbove,       // key > threshold, key being the fp32 bit pattern of |delta|
+        kAboveOrTie,  // ... or key == threshold and order word <= order_max
+        kRandom,      // Philox word <= word_max
+    };
+    Kind kind = kAll;
+    bool mixed = true;  // the order word is the mixed index's high word, not the flat index's low word
+    int32_t threshold = 0;
+    uint32_t order_max = 0;
+    uint32_t word_max = 0;
+    const uint64_t* round_keys = nullptr;  // kRandom: Philox's 20 round keys, one per 64-bit word
+};
+
+struct CombineArgs {
+    const void* const* inputs;
+    const float* const* coefficients;  // per input: one value, or one per element
+    bool per_element;
+    const float* starts;  // -0 where one coefficient is nonzero, else +0: one value or one per element
+    int inputs_count;
+    float divisor;
+    bool divide;
+    void* out;
+    int64_t count;
+};
+
+// One delta's part in a consensus: D = (x - base) * (kept ? on : off), then * weight when rescaled.
+struct Term {
+    Keep keep;
+    float on, off;
+    float weight;
+    bool rescaled;
+};
+
+struct ConsensusArgs {
+    const void* const* inputs;
+    const void* base;
+    void* out;
+    const Term* terms;
+    int inputs_count;
+    bool elect, normalize;
+    float divisor;  // without election: the sum of the weights, guarded
+    float scale;
+    uint64_t index;  // flat index of the first element
+    int64_t count;   // does not cross a multiple of kTile
+    float* scratch;  // kConsensusScratch floats per input
+};
+constexpr int kConsensusScratch = 32;
+
+// Counts the keys of one delta against a window [low, high] that brackets the threshold. Keys inside
+// that are neither of the two peaks are gathered.
+struct Window {
+    int32_t low, high;
+    int32_t peaks[2];  // keys expected to be frequent; -1 for none
+    int64_t above;     // += keys > high
+    int64_t at_peak[2];
+    int32_t* gathered;  // room for kTile + 16
+    int64_t gathered_count;
+};
+
+// Counts the entries of one delta whose key is `key` by their order words: those up to `below` (where
+// any_below), and gathers those above that and up to `last` (where any).
+struct TieWindow {
+    int32_t key;
+    bool mixed;
+    bool any_below, any;
+    uint32_t below, last;
+    int64_t below_count;  // += entries up to `below`
+    uint32_t* gathered;   // room for kTile + 16; order words
+    int64_t gathered_count;
+};
+
+// fp64 sums of |delta| over all entries and over the kept ones, in lanes, and the kept entries' number.
+struct Mass {
+    Keep keep;
+    double all[kSumLanes];
+    double kept[kSumLanes];
+    int64_t count;
+};
+
+struct DeltaArgs {
+    const void* const* inputs;
+    const void* base;
+    int inputs_count;
+    uint64_t index;
+    int64_t count;  // does not cross a multiple of kTile; index is one
+};
+
+struct Kernels {
+    const char* isa;
+    // Indexed by DType.
+    void (*widen[kDTypes])(const void* in, float* out, int64_t count);
+    void (*narrow[kDTypes])(const float* in, void* out, int64_t count);
+    int64_t (*nonfinite[kDTypes])(const void* in, int64_t count);
+    // sums[pair][lane] += products; pairs in the order 00, 01, 11 and 00, 01, 02, 11, 12, 22.
+    void (*gram2[kDTypes])(const void* const* inputs, int64_t count, double* sums);
+    void (*gram3[kDTypes])(const void* const* inputs, int64_t count, double* sums);
+    // Any number of fp32 vectors; the upper triangle by rows.
+    void (*gram)(const float* const* inputs, int vectors, int64_t count, double* sums);
+    // Each element is a vector of its own: sums[pair][element] += product.
+    void (*gram_columns)(const float* const* inputs, int vectors, int64_t count, double* sums);
+    void (*subtract)(const float* base, float* in_out, int64_t count);  // in_out -= base
+    void (*combine[kDTypes])(const CombineArgs& args);
+    void (*consensus[kDTypes])(const ConsensusArgs& args);
+    void (*count_keys[kDTypes])(const DeltaArgs& args, Window* windows);
+    void (*count_ties[kDTypes])(const DeltaArgs& args, TieWindow* windows);
+    void (*measure[kDTypes])(const DeltaArgs& args, Mass* masses);
+};
+
+// The table in use: the best this CPU runs, or the one FASTMERGE_ISA or set_isa names. Throws
+// std::invalid_argument where FASTMERGE_ISA is unknown or not supported.
+const Kernels& kernels();
+std::vector<std::string> supported_isas();  // best first
+void set_isa(const std::string& name);
+
+}  // namespace fastmerge
