@@ -10,16 +10,22 @@ using namespace fastmerge;
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::class_<View>(m, "View")
-        .def(py::init([](uintptr_t address, int64_t count, const std::string& dtype, py::object owner) {
+        .def(py::init([](uintptr_t address, int64_t count, const std::string& dtype,
+                         py::object owner) {
                  if (count < 0) throw std::invalid_argument("count must not be negative");
-                 return View{{reinterpret_cast<const void*>(address), count, parse_dtype(dtype)}, std::move(owner)};
+                 return View{{reinterpret_cast<const void*>(address), count, parse_dtype(dtype)},
+                             std::move(owner)};
              }),
              py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner"))
-        .def_property_readonly("address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.data); })
+        .def_property_readonly(
+            "address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.data); })
         .def_property_readonly("count", [](const View& v) { return v.span.count; })
         .def_property_readonly("dtype", [](const View& v) { return dtype_code(v.span.dtype); })
-        .def_property_readonly(
-            "nbytes", [](const View& v) { return v.span.count * static_cast<int64_t>(item_bytes(v.span.dtype)); })
+        .def_property_readonly("nbytes",
+                               [](const View& v) {
+                                   return v.span.count *
+                                          static_cast<int64_t>(item_bytes(v.span.dtype));
+                               })
         .def(
             "slice",
             [](const View& v, int64_t begin, int64_t end) {
@@ -34,7 +40,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def_property_readonly("dtype", [](const Sink& s) { return dtype_code(s.dtype()); });
     py::class_<MemorySink, Sink, std::shared_ptr<MemorySink>>(m, "MemorySink")
         .def(py::init([](const View& out) {
-                 return std::make_shared<MemorySink>(const_cast<void*>(out.span.data), out.span.count, out.span.dtype);
+                 return std::make_shared<MemorySink>(const_cast<void*>(out.span.data),
+                                                     out.span.count, out.span.dtype);
              }),
              py::arg("out"), py::keep_alive<1, 2>());
 

@@ -41,9 +41,12 @@ Enum parse_enum(const py::handle& value, int last, const char* what) {
 
 Sparsify parse_sparsify(const py::tuple& t) {
     if (t.size() != 6) throw std::invalid_argument("a Sparsify has 6 fields");
-    return {parse_enum<Sparsity>(t[0], 2, "kind"),        t[1].cast<int64_t>(),
-            parse_enum<TieRule>(t[2], 1, "tie_rule"),     t[3].cast<uint64_t>(),
-            t[4].cast<uint64_t>(),                        t[5].cast<bool>()};
+    return {parse_enum<Sparsity>(t[0], 2, "kind"),
+            t[1].cast<int64_t>(),
+            parse_enum<TieRule>(t[2], 1, "tie_rule"),
+            t[3].cast<uint64_t>(),
+            t[4].cast<uint64_t>(),
+            t[5].cast<bool>()};
 }
 
 Selection parse_selection(const py::tuple& t) {
@@ -142,9 +145,8 @@ void bind_kernels(py::module_& m) {
 
     m.def("gram", &bound_gram, "pool"_a, "inputs"_a, "base"_a = py::none(), py::kw_only(),
           "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
-    m.def("combine", &bound_combine, "pool"_a, "inputs"_a, "coefficients"_a, "out"_a,
-          py::kw_only(), "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1,
-          "cols"_a = 0);
+    m.def("combine", &bound_combine, "pool"_a, "inputs"_a, "coefficients"_a, "out"_a, py::kw_only(),
+          "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
     m.def("select", &bound_select, "pool"_a, "inputs"_a, "base"_a, "specs"_a);
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,
           "selections"_a, "out"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a = 1.0f);

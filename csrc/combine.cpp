@@ -36,11 +36,11 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
             starts[v] = start_of(nonzero);
         }
     }
-    const int64_t row_length = shape.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : shape.cols;
+    const int64_t row_length =
+        shape.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : shape.cols;
 
     return fill_sink(
-        pool, inputs, nullptr, out,
-        [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
+        pool, inputs, nullptr, out, [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
             std::vector<const void*> used(k);
             std::vector<const float*> factors(k);
             const auto item = static_cast<int64_t>(item_bytes(reader.dtype()));

@@ -28,7 +28,8 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
                 term.keep = keep_in_tile(selections[j], keys[j], static_cast<uint64_t>(begin));
                 term.weight = weights[j];
                 term.rescaled = selections[j].rescale != 1.0f;
-                // Without a rescale, delta * mask * weight is delta * (mask * weight): exact either way.
+                // Without a rescale, delta * mask * weight is delta * (mask * weight): exact either
+                // way.
                 term.on = term.rescaled ? selections[j].rescale : weights[j];
                 term.off = 0.0f * term.on;
             }

@@ -11,8 +11,8 @@ struct Consensus {
     float scale;
 };
 
-// out = base + scale * merge of the selected, rescaled, weighted deltas. Returns the number of NaN and
-// Inf stored.
+// out = base + scale * merge of the selected, rescaled, weighted deltas. Returns the number of NaN
+// and Inf stored.
 int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
                   const std::vector<float>& weights, const std::vector<Selection>& selections,
                   Sink& out, const Consensus& rule);

@@ -35,8 +35,8 @@ struct Pool::State {
     std::vector<std::thread> threads;
 
     void serve() {
-        // Threads inherit the creator's floating-point mode; another library may have asked for flushing
-        // denormals to zero (torch.set_flush_denormal), which would change the results.
+        // Threads inherit the creator's floating-point mode; another library may have asked for
+        // flushing denormals to zero (torch.set_flush_denormal), which would change the results.
         std::fesetenv(FE_DFL_ENV);
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {

@@ -1,5 +1,6 @@
-// The thread pool: several callers may run jobs at once; workers take tasks from the oldest job first, so
-// a window of tensors in flight keeps every core busy while the output stays in file order.
+// The thread pool: several callers may run jobs at once; workers take tasks from the oldest job
+// first, so a window of tensors in flight keeps every core busy while the output stays in file
+// order.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -14,9 +15,10 @@ class Pool {
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
     int threads() const;
-    // Calls task(0) ... task(tasks - 1) on the workers and returns when all are done. The caller waits and
-    // does no work itself. The first exception a task throws is rethrown here; the job's remaining tasks are skipped.
-    // Safe to call from several threads at once. Must not be called from a worker.
+    // Calls task(0) ... task(tasks - 1) on the workers and returns when all are done. The caller
+    // waits and does no work itself. The first exception a task throws is rethrown here; the job's
+    // remaining tasks are skipped. Safe to call from several threads at once. Must not be called
+    // from a worker.
     void run(int64_t tasks, const std::function<void(int64_t)>& task);
 
    private:

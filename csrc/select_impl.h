@@ -18,7 +18,8 @@ struct Deltas {
 
 constexpr int64_t kSelectBlock = 1 << 18;  // elements per task where sums have no order to keep
 
-// The exact `keep`-th largest magnitude (1 <= keep <= count) and how many entries are above and at it.
+// The exact `keep`-th largest magnitude (1 <= keep <= count) and how many entries are above and at
+// it.
 struct Threshold {
     int64_t keep = 0;
     int32_t key = 0;
@@ -39,8 +40,8 @@ struct TieBound {
 void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<TieBound>& bounds);
 
-// Runs body(reader, begin, end) over the tiles of each of the blocks on the pool, only the deltas in
-// `which` being read, and done(task) at the end of each block with the same task object.
+// Runs body(reader, begin, end) over the tiles of each of the blocks on the pool, only the deltas
+// in `which` being read, and done(task) at the end of each block with the same task object.
 template <class Task, class Make, class Body, class Done>
 void for_each_block(const Deltas& deltas, const std::vector<size_t>& which, int64_t block,
                     const Make& make, const Body& body, const Done& done) {

@@ -1,5 +1,5 @@
-// The exact k-th magnitude: a fixed sample brackets it, one pass counts the keys above the bracket and
-// inside it, and where the bracket misses or holds too many values the next pass narrows it.
+// The exact k-th magnitude: a fixed sample brackets it, one pass counts the keys above the bracket
+// and inside it, and where the bracket misses or holds too many values the next pass narrows it.
 #include <cmath>
 #include <cstring>
 #include <mutex>
@@ -11,10 +11,10 @@ namespace fastmerge {
 namespace {
 
 constexpr int32_t kLargestKey = 0x7FFFFFFF;
-constexpr int64_t kChunk = 16;                // neighbouring elements sampled together
+constexpr int64_t kChunk = 16;  // neighbouring elements sampled together
 constexpr int64_t kSample = 1024 * kChunk;
-constexpr int64_t kSampleAll = 2 * kSample;   // tensors up to this size are their own sample
-constexpr double kSigmas = 8;                 // half the bracket, in standard deviations of the rank
+constexpr int64_t kSampleAll = 2 * kSample;  // tensors up to this size are their own sample
+constexpr double kSigmas = 8;                // half the bracket, in standard deviations of the rank
 constexpr int64_t kBins = 4096;
 
 // Keys of one delta that a pass gathered, by equal parts of the window.
@@ -69,8 +69,8 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
         for_each_tile(0, count, [&](int64_t begin, int64_t end) { read(begin, end - begin); });
         return keys;
     }
-    // One chunk per equal part of the tensor, at a scattered place in it, or a matrix whose row length
-    // divides the step would be sampled in a few columns only.
+    // One chunk per equal part of the tensor, at a scattered place in it, or a matrix whose row
+    // length divides the step would be sampled in a few columns only.
     keys.reserve(kSample);
     const int64_t chunks = kSample / kChunk, step = count / chunks;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -100,8 +100,8 @@ Search bracket(const Deltas& deltas, size_t j, int64_t keep) {
     Search search;
     search.narrow(exact || rank + half < size ? keys[static_cast<size_t>(last)] : 0,
                   exact || rank - half >= 0 ? keys[static_cast<size_t>(first)] : kLargestKey);
-    // The two most frequent keys of the bracket are counted without being gathered: a fifth of a bf16
-    // delta can have one magnitude.
+    // The two most frequent keys of the bracket are counted without being gathered: a fifth of a
+    // bf16 delta can have one magnitude.
     int64_t best[2] = {0, 0};
     for (int64_t at = first; at <= last;) {
         int64_t end = at;
@@ -196,9 +196,8 @@ void resolve(Search& search, Threshold& threshold) {
         }
         const int64_t width = int64_t{1} << search.shift;
         const int64_t low = search.low + b * width;
-        return search.narrow(
-            static_cast<int32_t>(low),
-            static_cast<int32_t>(std::min<int64_t>(search.high, low + width - 1)));
+        return search.narrow(static_cast<int32_t>(low),
+                             static_cast<int32_t>(std::min<int64_t>(search.high, low + width - 1)));
     }
     search.narrow(0, search.low - 1);
 }

@@ -1,6 +1,6 @@
-// The tie bound: the `wanted`-th smallest order among tied entries. Mixed indices are spread evenly over
-// 64 bits, so their number brackets the bound: one pass counts those below the bracket and gathers the
-// few inside it.
+// The tie bound: the `wanted`-th smallest order among tied entries. Mixed indices are spread evenly
+// over 64 bits, so their number brackets the bound: one pass counts those below the bracket and
+// gathers the few inside it.
 #include <cmath>
 #include <mutex>
 
@@ -14,8 +14,8 @@ constexpr size_t kGatherAtMost = 1 << 18;
 constexpr double kSigmas = 6;
 constexpr uint64_t kLast = ~uint64_t{0};
 
-// What is known: `below` tied entries have orders under `first`, `inside` lie in [first, last]. Each
-// pass looks at [from, to] within that.
+// What is known: `below` tied entries have orders under `first`, `inside` lie in [first, last].
+// Each pass looks at [from, to] within that.
 struct Search {
     uint64_t first = 0, last = kLast;
     int64_t below = 0, inside = 0;
@@ -36,9 +36,10 @@ struct Search {
                    4.0 / static_cast<double>(inside);
         const double centre = passes <= 3 ? share : 0.5;
         const auto at = [&](double part) {
-            return part <= 0   ? first
-                   : part >= 1 ? last
-                               : first + std::min(last - first, static_cast<uint64_t>(part * width));
+            return part <= 0 ? first
+                   : part >= 1
+                       ? last
+                       : first + std::min(last - first, static_cast<uint64_t>(part * width));
         };
         from = at(centre - half);
         to = at(centre + half);

@@ -21,8 +21,8 @@ struct Sparsify {
 
 struct Selection {
     Sparsity kind = Sparsity::kAll;
-    int32_t threshold = 0;    // bit pattern of the fp32 magnitude
-    bool every_tie = true;    // tie_bound is 2^64
+    int32_t threshold = 0;  // bit pattern of the fp32 magnitude
+    bool every_tie = true;  // tie_bound is 2^64
     uint64_t tie_bound = 0;
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;
@@ -35,8 +35,8 @@ struct Selection {
 using RoundKeys = std::array<uint64_t, 20>;
 RoundKeys round_keys(uint64_t key);
 
-// Among the order words of the tile at `index`, the largest whose order is below `bound` (or below 2^64
-// where `unbounded`); false where there is none.
+// Among the order words of the tile at `index`, the largest whose order is below `bound` (or below
+// 2^64 where `unbounded`); false where there is none.
 bool largest_order_word(uint64_t bound, bool unbounded, TieRule rule, uint64_t index,
                         uint32_t& largest);
 

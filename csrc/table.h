@@ -1,5 +1,6 @@
-// The block kernels as one table of function pointers per instruction set. They see raw pointers and a
-// few thousand elements at a time; cutting tensors up, threads and reductions are the callers' work.
+// The block kernels as one table of function pointers per instruction set. They see raw pointers
+// and a few thousand elements at a time; cutting tensors up, threads and reductions are the
+// callers' work.
 //
 // Numeric contract, the same bits for every table: fp32 arithmetic with one operation per written
 // operation (no contraction), fp64 sums in 8 lanes (element e of a block goes to lane e % 8, in
@@ -14,12 +15,13 @@
 namespace fastmerge {
 
 constexpr int kSumLanes = 8;
-// Callers cut tensors at multiples of this flat index, so that the lanes, the Philox counters and the
-// high word of the flat index line up; only a tensor's or a piece's first and last tile are cut shorter.
+// Callers cut tensors at multiples of this flat index, so that the lanes, the Philox counters and
+// the high word of the flat index line up; only a tensor's or a piece's first and last tile are cut
+// shorter.
 constexpr int64_t kTile = 2048;
 
-// How a kernel decides whether one delta's entry survives, within one tile (the high word of the flat
-// index is the same for a whole tile).
+// How a kernel decides whether one delta's entry survives, within one tile (the high word of the
+// flat index is the same for a whole tile).
 struct Keep {
     enum Kind : int32_t {
         kAll,
@@ -28,7 +30,8 @@ struct Keep {
         kRandom,      // Philox word <= word_max
     };
     Kind kind = kAll;
-    bool mixed = true;  // the order word is the mixed index's high word, not the flat index's low word
+    bool mixed =
+        true;  // the order word is the mixed index's high word, not the flat index's low word
     int32_t threshold = 0;
     uint32_t order_max = 0;
     uint32_t word_max = 0;
@@ -39,7 +42,8 @@ struct CombineArgs {
     const void* const* inputs;
     const float* const* coefficients;  // per input: one value, or one per element
     bool per_element;
-    const float* starts;  // -0 where one coefficient is nonzero, else +0: one value or one per element
+    const float*
+        starts;  // -0 where one coefficient is nonzero, else +0: one value or one per element
     int inputs_count;
     float divisor;
     bool divide;
@@ -70,8 +74,8 @@ struct ConsensusArgs {
 };
 constexpr int kConsensusScratch = 32;
 
-// Counts the keys of one delta against a window [low, high] that brackets the threshold. Keys inside
-// that are neither of the two peaks are gathered.
+// Counts the keys of one delta against a window [low, high] that brackets the threshold. Keys
+// inside that are neither of the two peaks are gathered.
 struct Window {
     int32_t low, high;
     int32_t peaks[2];  // keys expected to be frequent; -1 for none
@@ -81,8 +85,8 @@ struct Window {
     int64_t gathered_count;
 };
 
-// Counts the entries of one delta whose key is `key` by their order words: those up to `below` (where
-// any_below), and gathers those above that and up to `last` (where any).
+// Counts the entries of one delta whose key is `key` by their order words: those up to `below`
+// (where any_below), and gathers those above that and up to `last` (where any).
 struct TieWindow {
     int32_t key;
     bool mixed;
@@ -93,7 +97,8 @@ struct TieWindow {
     int64_t gathered_count;
 };
 
-// fp64 sums of |delta| over all entries and over the kept ones, in lanes, and the kept entries' number.
+// fp64 sums of |delta| over all entries and over the kept ones, in lanes, and the kept entries'
+// number.
 struct Mass {
     Keep keep;
     double all[kSumLanes];

@@ -10,8 +10,8 @@ enum class DType : uint8_t { kF32 = 0, kF16 = 1, kBF16 = 2, kRaw = 3 };  // kRaw
 constexpr int kDTypes = 3;  // types with kernels: F32, F16, BF16
 constexpr size_t item_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType::kRaw ? 1 : 2; }
 
-// `count` contiguous elements at `data`; no alignment beyond one byte is promised (safetensors gives 8
-// in practice, but offsets into a tensor and foreign buffers may have less).
+// `count` contiguous elements at `data`; no alignment beyond one byte is promised (safetensors
+// gives 8 in practice, but offsets into a tensor and foreign buffers may have less).
 struct Span {
     const void* data = nullptr;
     int64_t count = 0;

@@ -10,8 +10,8 @@
 
 namespace fastmerge {
 
-// Sums run over blocks of this many elements, whatever the threads, and the blocks' results are added
-// in order.
+// Sums run over blocks of this many elements, whatever the threads, and the blocks' results are
+// added in order.
 constexpr int64_t kSumBlock = 1 << 16;
 
 // Adds the lanes of a block's sum in one fixed tree.
@@ -30,8 +30,8 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
         throw std::invalid_argument("base must not be RAW and must have the inputs' element count");
 }
 
-// One task's view of the inputs, a tile at a time: pointers into the tensors where every element type is
-// the wanted one, else into fp32 copies of the tile. Tiles have at most kTile elements.
+// One task's view of the inputs, a tile at a time: pointers into the tensors where every element
+// type is the wanted one, else into fp32 copies of the tile. Tiles have at most kTile elements.
 class TileReader {
    public:
     TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted)
@@ -81,8 +81,9 @@ void for_each_tile(int64_t begin, int64_t end, const Body& body) {
     }
 }
 
-// Fills a sink piece by piece on the pool: fill(reader, begin, end, to) writes the elements [begin, end)
-// of one tile as reader.dtype() to `to`. Returns how many of the elements stored are NaN or Inf.
+// Fills a sink piece by piece on the pool: fill(reader, begin, end, to) writes the elements [begin,
+// end) of one tile as reader.dtype() to `to`. Returns how many of the elements stored are NaN or
+// Inf.
 template <class Fill>
 int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base, Sink& out,
                   const Fill& fill) {
@@ -121,9 +122,7 @@ struct Shape {
     Axis axis = Axis::kAll;
     int64_t rows = 1, cols = 0;
 
-    int64_t vectors() const {
-        return axis == Axis::kAll ? 1 : axis == Axis::kRows ? rows : cols;
-    }
+    int64_t vectors() const { return axis == Axis::kAll ? 1 : axis == Axis::kRows ? rows : cols; }
     void check(int64_t count) const {
         if (axis == Axis::kAll) return;
         if (rows < 0 || cols < 0 || (rows > 0 && cols > count / rows) || rows * cols != count)

@@ -1,5 +1,5 @@
-// Everything that is compiled once per instruction set; included inside its namespace and region, after
-// its simd header.
+// Everything that is compiled once per instruction set; included inside its namespace and region,
+// after its simd header.
 #include "kernels/common.inl"
 
 #include "kernels/combine.inl"
@@ -8,13 +8,19 @@
 #include "kernels/select.inl"
 
 #define FM_EACH_TYPE(kernel) {&kernel<F32>, &kernel<F16>, &kernel<BF16>}
-#define FM_TABLE(name)                                                                       \
-    {                                                                                        \
-        name, FM_EACH_TYPE(widen), FM_EACH_TYPE(narrow),                                     \
-            {&nonfinite<uint32_t, 0x7F800000u>, &nonfinite<uint16_t, 0x7C00>,                \
-             &nonfinite<uint16_t, 0x7F80>},                                                  \
-            {&gram_fused<F32, 2>, &gram_fused<F16, 2>, &gram_fused<BF16, 2>},                \
-            {&gram_fused<F32, 3>, &gram_fused<F16, 3>, &gram_fused<BF16, 3>}, &gram_any,     \
-            &gram_columns, &subtract, FM_EACH_TYPE(combine), FM_EACH_TYPE(consensus),        \
-            FM_EACH_TYPE(count_keys), FM_EACH_TYPE(count_ties), FM_EACH_TYPE(measure)        \
-    }
+#define FM_TABLE(name)                                                 \
+    {name,                                                             \
+     FM_EACH_TYPE(widen),                                              \
+     FM_EACH_TYPE(narrow),                                             \
+     {&nonfinite<uint32_t, 0x7F800000u>, &nonfinite<uint16_t, 0x7C00>, \
+      &nonfinite<uint16_t, 0x7F80>},                                   \
+     {&gram_fused<F32, 2>, &gram_fused<F16, 2>, &gram_fused<BF16, 2>}, \
+     {&gram_fused<F32, 3>, &gram_fused<F16, 3>, &gram_fused<BF16, 3>}, \
+     &gram_any,                                                        \
+     &gram_columns,                                                    \
+     &subtract,                                                        \
+     FM_EACH_TYPE(combine),                                            \
+     FM_EACH_TYPE(consensus),                                          \
+     FM_EACH_TYPE(count_keys),                                         \
+     FM_EACH_TYPE(count_ties),                                         \
+     FM_EACH_TYPE(measure)}

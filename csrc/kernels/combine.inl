@@ -1,6 +1,6 @@
-// out = (start + sum_j c_j x_j) / divisor in fp32, fused multiply-adds in input order, one rounding.
-// Starting from -0 where only one coefficient is nonzero makes that product exact, sign of zero
-// included; starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
+// out = (start + sum_j c_j x_j) / divisor in fp32, fused multiply-adds in input order, one
+// rounding. Starting from -0 where only one coefficient is nonzero makes that product exact, sign
+// of zero included; starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
 template <class T, bool kPerElement, bool kPartial>
 inline void combine_group(const CombineArgs& args, int64_t at, Part part) {

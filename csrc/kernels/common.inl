@@ -1,5 +1,5 @@
-// What the kernels share. Elements are worked on in groups of two vectors; a group at an end of a tile
-// that is not full goes through small padded buffers, so there is one path for the arithmetic.
+// What the kernels share. Elements are worked on in groups of two vectors; a group at an end of a
+// tile that is not full goes through small padded buffers, so there is one path for the arithmetic.
 
 constexpr int kGroup = 2 * kLanes;
 
@@ -45,7 +45,8 @@ inline Mask present(int vector, Part part) {
 inline Words magnitude(Floats delta) { return bits(delta) & spread(0x7FFFFFFFu); }
 
 inline Words flat_order(uint64_t index, int vector) {
-    return lane_numbers() + spread(static_cast<uint32_t>(index) + static_cast<uint32_t>(vector * kLanes));
+    return lane_numbers() +
+           spread(static_cast<uint32_t>(index) + static_cast<uint32_t>(vector * kLanes));
 }
 
 // The high word of fastmerge.sparsity.mixed_index: murmur3's 32-bit finaliser (Appleby).
@@ -68,7 +69,8 @@ void widen(const void* in, float* out, int64_t count) {
     const char* from = static_cast<const char*>(in);
     char* to = reinterpret_cast<char*>(out);
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(F32(), to + 4 * i, load(T(), from + T::kBytes * i));
+    for (; i + kLanes <= count; i += kLanes)
+        store(F32(), to + 4 * i, load(T(), from + T::kBytes * i));
     const Part rest = {0, static_cast<int>(count - i)};
     if (i < count)
         write<true>(F32(), to + 4 * i, 0, rest, read<true>(T(), from + T::kBytes * i, 0, rest));
@@ -79,14 +81,15 @@ void narrow(const float* in, void* out, int64_t count) {
     const char* from = reinterpret_cast<const char*>(in);
     char* to = static_cast<char*>(out);
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(T(), to + T::kBytes * i, load(F32(), from + 4 * i));
+    for (; i + kLanes <= count; i += kLanes)
+        store(T(), to + T::kBytes * i, load(F32(), from + 4 * i));
     const Part rest = {0, static_cast<int>(count - i)};
     if (i < count)
         write<true>(T(), to + T::kBytes * i, 0, rest, read<true>(F32(), from + 4 * i, 0, rest));
 }
 
-// Elements whose exponent bits are all ones. The compiler vectorises this; 16-bit counters let it work
-// on full vectors of 16-bit elements.
+// Elements whose exponent bits are all ones. The compiler vectorises this; 16-bit counters let it
+// work on full vectors of 16-bit elements.
 template <class Item, Item kExponent>
 int64_t nonfinite(const void* in, int64_t count) {
     const char* from = static_cast<const char*>(in);

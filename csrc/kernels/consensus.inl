@@ -1,6 +1,6 @@
-// Delta, mask, weigh, elect, average, scale, add base, round: one pass in registers. The order of the
-// fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708): masks multiply, so that
-// NaN and Inf survive them, sums start from +0, and nothing is fused.
+// Delta, mask, weigh, elect, average, scale, add base, round: one pass in registers. The order of
+// the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708): masks multiply,
+// so that NaN and Inf survive them, sums start from +0, and nothing is fused.
 
 template <class T, int kInputs, bool kPartial>
 inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t at, Part part) {
@@ -11,7 +11,8 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
     Floats base[2], total[2] = {zero, zero};
     Words flat[2], mixed[2];
     for (int v = 0; v < 2; ++v) {
-        base[v] = read<kPartial>(T(), static_cast<const char*>(args.base) + at * T::kBytes, v, part);
+        base[v] =
+            read<kPartial>(T(), static_cast<const char*>(args.base) + at * T::kBytes, v, part);
         flat[v] = flat_order(index, v);
         mixed[v] = any_mixed ? mixed_order(index, v) : flat[v];
     }
@@ -25,15 +26,16 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
             Floats delta = read<kPartial>(T(), from, v, part) - base[v];
             Floats factor = spread(term.on);
             if (rule.kind == Keep::kRandom) {
-                factor = choose(at_most(random[v], spread(rule.word_max)), factor, spread(term.off));
+                factor =
+                    choose(at_most(random[v], spread(rule.word_max)), factor, spread(term.off));
             } else if (rule.kind != Keep::kAll) {
                 const Words key = magnitude(delta);
                 const Words threshold = spread(static_cast<uint32_t>(rule.threshold));
                 Mask survives = signed_above(key, threshold);
                 if (rule.kind == Keep::kAboveOrTie)
-                    survives = survives | (equal(key, threshold) &
-                                           at_most(rule.mixed ? mixed[v] : flat[v],
-                                                   spread(rule.order_max)));
+                    survives = survives |
+                               (equal(key, threshold) &
+                                at_most(rule.mixed ? mixed[v] : flat[v], spread(rule.order_max)));
                 factor = choose(survives, factor, spread(term.off));
             }
             delta = delta * factor;
@@ -48,8 +50,7 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
     }
     for (int v = 0; v < 2; ++v) {
         if (args.elect) {
-            const Floats minority_sign =
-                choose(at_least(total[v], zero), zero, spread(-0.0f));
+            const Floats minority_sign = choose(at_least(total[v], zero), zero, spread(-0.0f));
             Floats sum = zero, weights = zero;
             for (int j = 0; j < inputs; ++j) {
                 const Floats delta =

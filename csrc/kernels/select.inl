@@ -1,6 +1,6 @@
-// The passes behind `select`: count magnitudes against a window, count tied entries by their order, and
-// measure L1 masses. A tile is small enough to stay in the first-level cache, so each delta takes its
-// own turn over it, with its constants and counters in registers.
+// The passes behind `select`: count magnitudes against a window, count tied entries by their order,
+// and measure L1 masses. A tile is small enough to stay in the first-level cache, so each delta
+// takes its own turn over it, with its constants and counters in registers.
 
 template <class T, bool kPartial>
 struct Deltas {
@@ -102,9 +102,9 @@ void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
         count_ties_group<T, kMixed>(Deltas<T, false>{x, base}, window,
                                     args.index + static_cast<uint64_t>(at), at, {}, below_counter);
     if (at < args.count)
-        count_ties_group<T, kMixed>(
-            Deltas<T, true>{x, base}, window, args.index + static_cast<uint64_t>(at), at,
-            {0, static_cast<int>(args.count - at)}, below_counter);
+        count_ties_group<T, kMixed>(Deltas<T, true>{x, base}, window,
+                                    args.index + static_cast<uint64_t>(at), at,
+                                    {0, static_cast<int>(args.count - at)}, below_counter);
     window.below_count += sum(below_counter);
 }
 
@@ -134,10 +134,9 @@ inline void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep_ru
             const Words threshold = spread(static_cast<uint32_t>(keep_rule.threshold));
             survives = signed_above(key, threshold);
             if (kKind == Keep::kAboveOrTie) {
-                const Words order =
-                    keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v);
-                survives = survives | (equal(key, threshold) &
-                                       at_most(order, spread(keep_rule.order_max)));
+                const Words order = keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v);
+                survives = survives |
+                           (equal(key, threshold) & at_most(order, spread(keep_rule.order_max)));
             }
         }
         if (kPartial) survives = survives & present(v, part);

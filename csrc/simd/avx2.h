@@ -116,8 +116,8 @@ inline int compress(void* to, Words a, Mask m) {
     return __builtin_popcount(static_cast<unsigned>(set));
 }
 
-// Four counters at once, each word in the low half of a 64-bit lane: what the multiplication reads. The
-// counters' lanes are such that the last two unpacks leave the words in element order.
+// Four counters at once, each word in the low half of a 64-bit lane: what the multiplication reads.
+// The counters' lanes are such that the last two unpacks leave the words in element order.
 inline void philox(uint64_t counter, const uint64_t* round_keys, Words* words) {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(counter & 0xFFFFFFFFu)),

@@ -27,8 +27,7 @@ inline Floats load(BF16, const void* from) {
 }
 inline void store(F32, void* to, Floats a) { _mm512_storeu_ps(to, a.v); }
 inline void store(F16, void* to, Floats a) {
-    _mm256_storeu_si256(static_cast<__m256i*>(to),
-                        _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 // Not vcvtneps2bf16: it flushes subnormals to zero.
 inline void store(BF16, void* to, Floats a) {
@@ -36,8 +35,8 @@ inline void store(BF16, void* to, Floats a) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded =
         _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
-    const __m512i chosen = _mm512_mask_or_epi32(
-        rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q),
+                                                bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(static_cast<__m256i*>(to),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
@@ -124,8 +123,8 @@ inline Doubles load_doubles(F16, const void* from) {
 }
 inline Doubles load_doubles(BF16, const void* from) {
     const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(from));
-    return {_mm512_cvtps_pd(
-        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)))};
+    return {
+        _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)))};
 }
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return {_mm512_fmadd_pd(a.v, b.v, c.v)};

@@ -1,5 +1,5 @@
-// Storage types as tags for overloading, and their conversions one element at a time: the fallback of
-// instruction sets without them, and the definition the vector versions must match bit for bit.
+// Storage types as tags for overloading, and their conversions one element at a time: the fallback
+// of instruction sets without them, and the definition the vector versions must match bit for bit.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -25,7 +25,8 @@ inline To bit_cast(const From& from) {
 }
 
 inline float float_from_half(uint16_t half) {
-    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 0x3FF;
+    const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31,
+                   mantissa = half & 0x3FF;
     if (exponent == 0)  // zero or subnormal: mantissa * 2^-24, exact
         return bit_cast<float>(
             sign | bit_cast<uint32_t>(static_cast<float>(mantissa) * bit_cast<float>(0x33800000u)));
@@ -42,7 +43,8 @@ inline uint16_t half_from_float(float value) {
         half = 0x7E00u | (magnitude >> 13 & 0x3FFu);
     else if (magnitude >= 0x477FF000u)  // 65520, halfway to 65536
         half = 0x7C00u;
-    else if (magnitude < 0x38800000u)  // subnormal: the ulp of 0.5f is 2^-24, the half's smallest step
+    else if (magnitude <
+             0x38800000u)  // subnormal: the ulp of 0.5f is 2^-24, the half's smallest step
         half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
     else
         half = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
@@ -51,9 +53,8 @@ inline uint16_t half_from_float(float value) {
 
 inline uint16_t bfloat_from_float(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits & 0x7FFFFFFFu) > 0x7F800000u
-                                 ? bits | 0x400000u
-                                 : bits + 0x7FFFu + (bits >> 16 & 1u);
+    const uint32_t rounded =
+        (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x400000u : bits + 0x7FFFu + (bits >> 16 & 1u);
     return static_cast<uint16_t>(rounded >> 16);
 }
 

@@ -1,6 +1,5 @@
-// The vector vocabulary in plain C++, four lanes wide (one Philox block); compilers turn the loops into
-// the baseline's vectors where it has them.
-// Included inside namespace fastmerge::scalar.
+// The vector vocabulary in plain C++, four lanes wide (one Philox block); compilers turn the loops
+// into the baseline's vectors where it has them. Included inside namespace fastmerge::scalar.
 
 constexpr int kLanes = 4;
 constexpr int kPhiloxVectors = 1;  // vectors that one call of philox fills
@@ -95,11 +94,11 @@ inline Words shift_right(Words a) {
 inline Words bits(Floats a) { return bit_cast<Words>(a); }
 inline Floats floats(Words a) { return bit_cast<Floats>(a); }
 
-#define FM_COMPARE(TYPE, NAME, EXPRESSION)                    \
-    inline Mask NAME(TYPE a, TYPE b) {                        \
-        Mask r;                                               \
-        FM_EACH r.v[lane] = EXPRESSION ? 0xFFFFFFFFu : 0u;    \
-        return r;                                             \
+#define FM_COMPARE(TYPE, NAME, EXPRESSION)                 \
+    inline Mask NAME(TYPE a, TYPE b) {                     \
+        Mask r;                                            \
+        FM_EACH r.v[lane] = EXPRESSION ? 0xFFFFFFFFu : 0u; \
+        return r;                                          \
     }
 FM_COMPARE(Floats, above, a.v[lane] > b.v[lane])
 FM_COMPARE(Floats, at_least, a.v[lane] >= b.v[lane])
@@ -128,7 +127,8 @@ inline int64_t sum(Words a) {
     FM_EACH total += a.v[lane];
     return total;
 }
-// Writes the chosen lanes one after another; may write all lanes' room. Returns how many were chosen.
+// Writes the chosen lanes one after another; may write all lanes' room. Returns how many were
+// chosen.
 inline int compress(void* to, Words a, Mask m) {
     uint32_t packed[kLanes] = {};
     int chosen = 0;
@@ -143,10 +143,11 @@ inline void philox(uint64_t counter, const uint64_t* round_keys, Words* words) {
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c[0];
         const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * c[2];
-        c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ static_cast<uint32_t>(round_keys[2 * round]);
+        c[0] =
+            static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ static_cast<uint32_t>(round_keys[2 * round]);
         c[1] = static_cast<uint32_t>(p1);
-        c[2] =
-            static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ static_cast<uint32_t>(round_keys[2 * round + 1]);
+        c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^
+               static_cast<uint32_t>(round_keys[2 * round + 1]);
         c[3] = static_cast<uint32_t>(p0);
     }
     FM_EACH words->v[lane] = c[lane];
@@ -169,7 +170,8 @@ inline Doubles load_doubles(T type, const void* from) {
     FM_EACH r.v[lane + kLanes] = high.v[lane];
     return r;
 }
-// c + a * b; the product of two fp32 values is exact in fp64, so this is the fused operation's result.
+// c + a * b; the product of two fp32 values is exact in fp64, so this is the fused operation's
+// result.
 inline Doubles multiply_add(const Doubles& a, const Doubles& b, Doubles c) {
     FM_EACH_SUM c.v[lane] += a.v[lane] * b.v[lane];
     return c;
