@@ -124,8 +124,8 @@ def test_many_tensors_open_quickly(tmp_path: Path) -> None:
     found = Checkpoint.open(tmp_path)
     assert len(found.tensors) == 36_000
     assert len(found.fingerprint) == 64
-    # About 0.25 s on the slowest machine tried; ten times that would be a quadratic mistake.
-    assert time.process_time() - started < 3
+    # About 0.3 s; a quadratic step would take minutes.
+    assert time.process_time() - started < 10
 
 
 # --- identity ---

@@ -1,0 +1,646 @@
+"""Writing models: the exact layout, and that a folder is whole or absent whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fastmerge import writer as writer_module
+from fastmerge.checkpoint import INDEX
+from fastmerge.dtypes import BY_CODE, DType
+from fastmerge.errors import FastmergeError
+from fastmerge.writer import Layout, ModelWriter
+
+F32, F16, BF16, U8 = (BY_CODE[code] for code in ("F32", "F16", "BF16", "U8"))
+
+TENSORS: list[tuple[str, DType, tuple[int, ...]]] = [
+    ("half", F16, (3, 5)),
+    ("bytes", U8, (7,)),
+    ("large", F32, (300, 100)),
+    ("none", F16, (0, 4)),
+    ("scalar", F16, ()),
+    ("line\nand é", F32, (50, 10)),
+    *((f"layers.{number}.weight", BF16, (40, 64)) for number in range(60)),
+]
+
+
+def content(name: str, nbytes: int) -> bytes:
+    return random.Random(name).randbytes(nbytes)
+
+
+def layout(max_shard_bytes: int = 150_000) -> Layout:
+    return Layout.plan(TENSORS, max_shard_bytes=max_shard_bytes, metadata={"seed": "1"})
+
+
+def fill(writer: ModelWriter, names: list[str]) -> None:
+    for name in names:
+        writer.write(name, content(name, writer.layout.slots[name].nbytes))
+        writer.computed(name, {"of": name})
+
+
+def settle(writer: ModelWriter, count: int) -> None:
+    """Waits until ``count`` tensors are journaled: the I/O threads write behind."""
+    until = time.monotonic() + 30
+    while writer._journal.entries < count:
+        assert time.monotonic() < until
+        writer.mark()
+
+
+def write_model(target: Path, plan: Layout | None = None, **options: Any) -> None:
+    with ModelWriter(target, plan or layout(), key="k", **options) as writer:
+        fill(writer, writer.pending())
+        writer.finish({"config.json": b"{}"})
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def siblings(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+def refusal(target: Path, **options: Any) -> str:
+    before = siblings(target)
+    with pytest.raises(FastmergeError) as caught:
+        ModelWriter(target, layout(), **{"key": "k", **options})
+    message = str(caught.value)
+    assert message.isprintable()
+    assert siblings(target) == before
+    return message
+
+
+# --- layout ---
+
+
+def test_layout_opens_with_the_library(tmp_path: Path) -> None:
+    """NumPy has no bfloat16, so without those; torch reads them below."""
+    tensors = [(name, dtype, shape) for name, dtype, shape in TENSORS if dtype is not BF16]
+    write_model(tmp_path / "out", Layout.plan(tensors, max_shard_bytes=120_000))
+    found: dict[str, np.ndarray] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(shard)
+    assert set(found) == {name for name, _, _ in tensors}
+    for name, dtype, shape in tensors:
+        assert (found[name].dtype.name, found[name].shape) == (dtype.name, shape)
+        assert found[name].tobytes() == content(name, found[name].nbytes)
+
+
+def test_torch_reads_every_tensor(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file as load
+
+    write_model(tmp_path / "out")
+    found = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        found |= load(shard)
+    assert set(found) == {name for name, _, _ in TENSORS}
+    for name, dtype, shape in TENSORS:
+        assert found[name].dtype == getattr(torch, dtype.name)
+        assert tuple(found[name].shape) == shape
+        expected = content(name, found[name].numel() * dtype.bits // 8)
+        assert found[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == expected
+
+
+def test_layout_is_as_promised() -> None:
+    plan = layout()
+    assert list(plan.slots) != [name for name, _, _ in TENSORS]  # wider types first in a shard
+    total = len(plan.shards)
+    for number, shard in enumerate(plan.shards):
+        assert shard.name == f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+        slots = [slot for slot in plan.slots.values() if slot.shard == number]
+        assert slots[0].begin == len(shard.header)
+        assert slots[0].begin % 4096 == 0
+        assert slots[-1].begin + slots[-1].nbytes == shard.size
+        assert sum(slot.nbytes for slot in slots) <= 150_000
+        assert [slot.dtype.bits for slot in slots] == sorted(
+            (slot.dtype.bits for slot in slots), reverse=True
+        )
+        for before, slot in pairwise(slots):
+            assert slot.begin == before.begin + before.nbytes
+        for slot in slots:
+            assert slot.begin % (slot.dtype.bits // 8) == 0
+    index = json.loads(plan.index or b"")
+    assert index["metadata"]["total_size"] == plan.total_bytes
+    assert set(index["weight_map"]) == {name for name, _, _ in TENSORS}
+    assert plan.digest == layout().digest
+    assert plan.digest != layout(200_000).digest
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    plan = layout(10**9)
+    assert [shard.name for shard in plan.shards] == ["model.safetensors"]
+    write_model(tmp_path / "out", plan)
+    assert set(tree(tmp_path / "out")) == {"config.json", "model.safetensors"}
+
+
+def test_one_tensor_larger_than_a_shard() -> None:
+    plan = Layout.plan([("a", F32, (1,)), ("b", F32, (100,)), ("c", F32, (1,))], max_shard_bytes=8)
+    assert [plan.slots[name].shard for name in "abc"] == [0, 1, 2]
+
+
+def test_duplicate_name() -> None:
+    with pytest.raises(FastmergeError, match="tensor 'a' is there twice"):
+        Layout.plan([("a", F32, (1,)), ("a", F32, (1,))])
+
+
+def test_large_layout_is_instant() -> None:
+    tensors = [(f"model.layers.{i}.mlp.experts.weight", BF16, (7, 9)) for i in range(36_000)]
+    started = time.process_time()
+    assert len(Layout.plan(tensors, max_shard_bytes=100_000).slots) == 36_000
+    assert time.process_time() - started < 10  # about 0.3 s; a quadratic step would take minutes
+
+
+def test_transformers_loads_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    plan = Layout.plan(
+        [(name, F32, tuple(value.shape)) for name, value in state.items()], max_shard_bytes=10_000
+    )
+    with ModelWriter(tmp_path / "out", plan, key="k") as writer:
+        for name in writer.pending():
+            writer.write(name, state[name].numpy().tobytes())
+            writer.computed(name, {})
+        writer.finish({"config.json": config.to_json_string().encode()})
+    assert len(plan.shards) > 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(12).reshape(1, -1)
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+# --- whole or absent ---
+
+
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_io_gives_the_same_bytes(tmp_path: Path, io: str) -> None:
+    write_model(tmp_path / "a")
+    write_model(tmp_path / "b", io=io, staging_bytes=1)  # one page per buffer
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert siblings(tmp_path / "a") == ["a", "b"]
+
+
+def test_nothing_to_see_before_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with ModelWriter(target, layout(), key="k") as writer:
+        fill(writer, writer.pending())
+        assert not target.exists()
+        (writer.partial / "scratch.bin").write_bytes(b"x")
+        (tmp_path / "tokenizer.json").write_text("{}")
+        writer.finish({"tokenizer.json": tmp_path / "tokenizer.json", "README.md": b"# out"})
+    assert {"README.md", "tokenizer.json", INDEX} < set(tree(target))
+    assert "scratch.bin" not in tree(target)
+    assert siblings(target) == ["out", "tokenizer.json"]
+
+
+def test_side_files_come_from_elsewhere_than_the_index(tmp_path: Path) -> None:
+    with ModelWriter(tmp_path / "out", layout(), key="k") as writer:
+        fill(writer, writer.pending())
+        writer.finish({INDEX: b"stale"})
+    assert tree(tmp_path / "out")[INDEX] == layout().index
+
+
+def test_failure_before_any_tensor_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), ModelWriter(tmp_path / "out", layout(), key="k") as writer:
+        writer.sink("no such tensor")
+    assert siblings(tmp_path / "out") == []
+
+
+def test_unwritten_tensor_is_noticed(tmp_path: Path) -> None:
+    with ModelWriter(tmp_path / "out", layout(), key="k") as writer:
+        fill(writer, writer.pending()[1:])
+        with pytest.raises(RuntimeError, match="never written"):
+            writer.finish()
+    assert not (tmp_path / "out").exists()
+
+
+def interrupted(target: Path, count: int, **options: Any) -> list[str]:
+    """A run that ends after ``count`` tensors as Ctrl-C would end it; returns those kept."""
+    with (
+        suppress(KeyboardInterrupt),
+        ModelWriter(target, layout(), key="k", staging_bytes=1, **options) as writer,
+    ):
+        fill(writer, writer.pending()[:count])
+        settle(writer, count // 2)
+        raise KeyboardInterrupt
+    with ModelWriter(target, layout(), key="k", **options) as writer:
+        return sorted(writer.resumed)
+
+
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_resume(tmp_path: Path, io: str) -> None:
+    write_model(tmp_path / "whole")
+    target = tmp_path / "out"
+    kept = interrupted(target, 40, io=io)
+    assert len(kept) >= 20
+    assert not target.exists()
+    with ModelWriter(target, layout(), key="k", io=io) as writer:
+        pending = writer.pending()
+        assert set(pending) | set(kept) == set(writer.layout.slots)
+        assert not set(pending) & set(kept)
+        assert writer.results == {name: {"of": name} for name in kept}
+        fill(writer, pending)
+        assert set(writer.results) == set(writer.layout.slots)
+        writer.finish({"config.json": b"{}"})
+    assert tree(target) == tree(tmp_path / "whole")
+    assert siblings(target) == ["out", "whole"]
+
+
+def test_resume_with_nothing_pending(tmp_path: Path) -> None:
+    write_model(tmp_path / "whole")
+    target = tmp_path / "out"
+    with suppress(KeyboardInterrupt), ModelWriter(target, layout(), key="k") as writer:
+        fill(writer, writer.pending())
+        settle(writer, len(TENSORS))
+        raise KeyboardInterrupt
+    with ModelWriter(target, layout(), key="k") as writer:
+        assert writer.pending() == []
+        writer.finish({"config.json": b"{}"})
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_another_job_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kept = interrupted(target, 40)
+    for options in ({"key": "other"}, {"key": "other", "overwrite": True}):
+        assert "an unfinished merge of other inputs or another recipe" in refusal(target, **options)
+    with pytest.raises(FastmergeError, match="unfinished merge"):
+        ModelWriter(target, layout(200_000), key="k")
+    # Refusals, of this and other kinds, cost nothing of what was done.
+    target.mkdir()
+    (target / "x").touch()
+    assert "exists" in refusal(target)
+    (target / "x").unlink()
+    with ModelWriter(target, layout(), key="k") as writer:
+        assert sorted(writer.resumed) == kept
+        fill(writer, writer.pending())
+        writer.finish()
+
+
+def test_fresh_starts_over(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    interrupted(target, 40)
+    with ModelWriter(target, layout(), key="other", fresh=True) as writer:
+        assert not writer.resumed
+        fill(writer, writer.pending())
+        writer.finish()
+    assert siblings(target) == ["out"]
+
+
+def test_deleting_the_folder_starts_over(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    interrupted(target, 40)
+    shutil.rmtree(tmp_path / ".out.fastmerge-partial")
+    with ModelWriter(target, layout(), key="other") as writer:
+        assert not writer.resumed
+    assert siblings(target) == []
+
+
+def test_journal_does_not_outlive_the_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not synced may be lost in a power cut: the journal does not count after one."""
+    target = tmp_path / "out"
+    interrupted(target, 40)
+    monkeypatch.setattr(writer_module, "_boot", lambda: "another boot")
+    with ModelWriter(target, layout(), key="k") as writer:
+        assert not writer.resumed
+    assert siblings(target) == []
+
+
+def test_torn_journal_line_is_ignored(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kept = interrupted(target, 40)
+    journal = tmp_path / ".out.fastmerge-journal"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    with ModelWriter(target, layout(), key="k") as writer:
+        assert len(writer.resumed) == len(kept) - 1
+        fill(writer, writer.pending())
+        writer.finish({"config.json": b"{}"})
+    write_model(tmp_path / "whole")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_missing_shard_of_an_unfinished_run(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    kept = interrupted(target, 60)
+    lost = layout().shards[1].name
+    (tmp_path / ".out.fastmerge-partial" / lost).unlink()
+    with ModelWriter(target, layout(), key="k") as writer:
+        slots = writer.layout.slots
+        assert sorted(writer.resumed) == [name for name in kept if slots[name].shard != 1]
+        fill(writer, writer.pending())
+        writer.finish({"config.json": b"{}"})
+    write_model(tmp_path / "whole")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+# Slow enough that a kill lands anywhere: in the tensors, the headers, the syncs, the renames.
+_CHILD = """
+import importlib.util, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("test_writer", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+with tests.ModelWriter(Path(sys.argv[2]), tests.layout(), key="k", staging_bytes=1) as writer:
+    print("start", len(writer.resumed), flush=True)
+    for name in writer.pending():
+        tests.fill(writer, [name])
+        time.sleep(0.001)
+    writer.finish({"config.json": b"{}"})
+"""
+
+
+def test_sigkill_and_resume(tmp_path: Path) -> None:
+    write_model(tmp_path / "whole")
+    target, rng = tmp_path / "out", random.Random(11)
+    command = [sys.executable, "-c", _CHILD, __file__, str(target)]
+    resumed = [0]
+    for _ in range(30):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            assert line.startswith("start ")
+            resumed.append(int(line.split()[1]))
+            time.sleep(rng.uniform(0, 0.04))
+            child.send_signal(signal.SIGKILL)
+        if target.exists():
+            break
+        assert set(siblings(target)) <= {
+            ".out.fastmerge-partial",
+            ".out.fastmerge-journal",
+            "whole",
+        }
+    else:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert resumed == sorted(resumed)
+    assert resumed[-1] > 0
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+# --- overwriting ---
+
+
+def old_model(target: Path) -> dict[str, bytes]:
+    target.mkdir()
+    (target / "config.json").write_text('{"old": 1}')
+    (target / "model-00001-of-00009.safetensors").write_bytes(b"stale")
+    return tree(target)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(writer_module, "_exchange", lambda *_: False)
+    target = tmp_path / "out"
+    old = old_model(target)
+    with ModelWriter(target, layout(), key="k", overwrite=True) as writer:
+        fill(writer, writer.pending())
+        assert tree(target) == old
+        writer.finish({"config.json": b"{}"})
+    write_model(tmp_path / "whole")
+    assert tree(target) == tree(tmp_path / "whole")
+    assert siblings(target) == ["out", "whole"]
+
+
+def test_interrupted_overwrite_leaves_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    old = old_model(target)
+    interrupted(target, 40, overwrite=True)
+    assert tree(target) == old
+
+
+@pytest.mark.parametrize("step", ["exchange", "old aside", "new shown", "old removed"])
+def test_killed_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Stops as a kill would, right after each step of an overwrite; the next run mends it."""
+
+    class Killed(BaseException):
+        pass
+
+    target = tmp_path / "out"
+    old = old_model(target)
+    monkeypatch.setattr(writer_module.ModelWriter, "_give_up", lambda _: None)
+    real_rename, real_exchange, real_remove = (
+        Path.rename,
+        writer_module._exchange,
+        writer_module.shutil.rmtree,
+    )
+
+    def rename(self: Path, to: Path) -> Path:
+        found = real_rename(self, to)
+        if (step, to) in (("old aside", writer._old), ("new shown", target)):
+            raise Killed
+        return found
+
+    def exchange(a: Path, b: Path) -> bool:
+        if step != "exchange":
+            return False
+        assert real_exchange(a, b)
+        raise Killed
+
+    def remove(path: Path) -> None:
+        real_remove(path)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(writer_module, "_exchange", exchange)
+        patch.setattr(writer_module.shutil, "rmtree", remove)
+        writer = ModelWriter(target, layout(), key="k", overwrite=True)
+        fill(writer, writer.pending())
+        with pytest.raises(Killed):
+            writer.finish({"config.json": b"{}"})
+    os.close(writer._journal._descriptor)  # as the kernel would; this frees the lock
+    monkeypatch.undo()
+
+    write_model(tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    if step == "old aside":
+        with ModelWriter(target, layout(), key="k", overwrite=True) as again:
+            assert tree(target) == old
+            fill(again, again.pending())
+            again.finish({"config.json": b"{}"})
+    else:
+        assert tree(target) == whole
+        assert "exists" in refusal_after_mending(target)
+    assert tree(target) == whole
+    assert siblings(target) == ["out", "whole"]
+
+
+def refusal_after_mending(target: Path) -> str:
+    with pytest.raises(FastmergeError) as caught:
+        ModelWriter(target, layout(), key="k")
+    return str(caught.value)
+
+
+# --- refusals ---
+
+
+def test_refuses_what_exists(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    old_model(target)
+    assert refusal(target) == f"{target}: exists; choose another output or add --overwrite"
+    (tmp_path / "file").write_text("x")
+    assert "not a folder" in refusal(tmp_path / "file", overwrite=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    assert "not a model folder" in refusal(tmp_path / "home", overwrite=True)
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_model(tmp_path / "out")
+    assert "config.json" in tree(tmp_path / "out")
+
+
+def test_refuses_inputs(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_model(model)
+    (tmp_path / "alias").symlink_to(model)
+    (tmp_path / "linked").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    inside = "lies inside the input"
+    replace = "would replace the input"
+    for target, given, words in [
+        (model, model, replace),
+        (tmp_path / "alias", model, replace),
+        (model, tmp_path / "alias", replace),
+        (model, tmp_path / "linked", replace),
+        (model, model / "model-00001-of-00003.safetensors", replace),
+        (model / "out", model, inside),
+        (model / "out", tmp_path / "alias", inside),
+        (tmp_path, model, replace),
+    ]:
+        message = refusal(target, inputs=[given], overwrite=True)
+        assert words in message, (target, given)
+    write_model(tmp_path / "beside", inputs=[model, tmp_path / "linked"])
+
+
+def test_refuses_where_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FastmergeError, match=re.escape(f"{tmp_path / 'no'} does not exist")):
+        ModelWriter(tmp_path / "no" / "out", layout(), key="k")
+    # Root may write anywhere, so the answer of access() is what is tested.
+    monkeypatch.setattr(writer_module.os, "access", lambda *_: False)
+    assert "is not writable" in refusal(tmp_path / "out")
+
+
+def test_refuses_a_second_writer(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with ModelWriter(target, layout(), key="k") as writer:
+        fill(writer, writer.pending()[:5])
+        for options in ({}, {"fresh": True}, {"overwrite": True}):
+            assert "another merge is writing it now" in refusal(target, **options)
+        fill(writer, writer.pending()[5:])
+        writer.finish()
+    assert siblings(target) == ["out"]
+
+
+def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = namedtuple("status", "f_bavail f_frsize")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module.os, "statvfs", lambda _: status(1, 4096))
+        assert refusal(tmp_path / "out").startswith(f"{tmp_path}: no space left: needs 0.00 GB")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard"))
+
+    monkeypatch.setattr(writer_module._C, "StagedFile", full)
+    assert refusal(tmp_path / "out") == (
+        f"{tmp_path / 'shard'}: no space left on the device; free some and run again"
+    )
+    assert siblings(tmp_path / "out") == []
+
+
+def test_no_space_for_real(tmp_path: Path) -> None:
+    plan = Layout.plan([("a", BF16, (1 << 20, 1 << 24))], max_shard_bytes=1 << 60)  # 32 TiB
+    with pytest.raises(FastmergeError, match=r"no space left: needs 35184\.37 GB, [0-9.]+ GB free"):
+        ModelWriter(tmp_path / "out", plan, key="k")
+    assert siblings(tmp_path / "out") == []
+
+
+# The disk fills, or a quota bites, while weights are written: a limit on file size plays it.
+_FULL = """
+import importlib.util, resource, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("test_writer", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+try:
+    with tests.ModelWriter(Path(sys.argv[2]), tests.layout(), key="k", staging_bytes=1) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
+        tests.fill(writer, writer.pending())
+        writer.finish()
+except tests.FastmergeError as error:
+    print(error)
+"""
+
+
+def test_disk_full_midway(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    run = [sys.executable, "-c", _FULL, __file__, str(target)]
+    answer = subprocess.run(run, capture_output=True, text=True, check=True, timeout=60)
+    assert re.fullmatch(
+        re.escape(str(tmp_path)) + r"/\.out\.fastmerge-partial/model-0000\d-of-0000\d\.safetensors"
+        r": larger than this file system or the process may write\n",
+        answer.stdout,
+    )
+    assert not target.exists()
+    write_model(target)
+    write_model(tmp_path / "whole")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_threads(tmp_path: Path) -> None:
+    """Several threads write a window of tensors each; the folder is the same."""
+    write_model(tmp_path / "whole")
+    with ModelWriter(tmp_path / "out", layout(), key="k", staging_bytes=1) as writer:
+        names = iter(writer.pending())
+        lock = threading.Lock()
+
+        def work() -> None:
+            while True:
+                with lock:
+                    name = next(names, None)
+                if name is None:
+                    return
+                fill(writer, [name])
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(7)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        writer.finish({"config.json": b"{}"})
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
