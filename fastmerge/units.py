@@ -18,7 +18,7 @@ def parse_size(text: str, where: str = "size") -> int:
     """Bytes in '512MiB' (2**20), '5GB' (10**9) or a plain count; raises FastmergeError naming
     ``where``.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
         raise FastmergeError(
