@@ -95,6 +95,8 @@ def _scalar(value: Any, where: str) -> Scalar:
             return float(value)
         except ValueError:
             return value
+    if isinstance(value, int) and abs(value) > 1 << 53:
+        raise FastmergeError(f"{where}: the number is out of range")
     if isinstance(value, (bool, int, float)):
         return value
     raise FastmergeError(f"{where}: a value must be a number, true or false, not {_shown(value)}")
@@ -281,7 +283,7 @@ class Document(Section):
 
     @property
     def output_dtype(self) -> DType | None:
-        """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever they say)."""
+        """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever it says)."""
         for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
             if name is not None:
                 return parse_dtype(name, f"{self.at(key)}: {key}")
@@ -369,7 +371,7 @@ def settings_for(
 ) -> dict[str, Setting]:
     """The section's settings of ``method``'s parameters, checked.
 
-    A name that only another method knows is left out (mergekit ignores it too; `ignored_parameters`
+    A name that only another method knows is left out (mergekit ignores it too; `without_effect`
     lists it for a note); a name that no method knows is an error.
     """
     found = {}
@@ -386,11 +388,22 @@ def settings_for(
     return found
 
 
-def ignored_parameters(document: Document) -> list[str]:
-    """Parameters given that other methods read and this one does not, in recipe order."""
+def without_effect(document: Document) -> list[str]:
+    """One line for each parameter that the recipe gives and the method does not read there."""
     method = document.method
-    names = dict.fromkeys(name for section in document.sections() for name in section.parameters)
-    return [name for name in names if method.parameter(name) is None and name != "int8_mask"]
+    found: dict[str, None] = {}
+    for section in document.sections():
+        single = isinstance(section, (ModelEntry, SliceSource))
+        for name, setting in section.parameters.items():
+            parameter = method.parameter(name)
+            if parameter is None and name != "int8_mask":
+                found.setdefault(f"parameter '{name}' has no effect with {method.name}")
+            elif parameter is not None and single and not parameter.per_model:
+                where = setting.rules[0].where
+                found.setdefault(
+                    f"{where}: '{name}' has no effect under a single model; give it at the top"
+                )
+    return list(found)
 
 
 # ---------------------------------------------------------------- the recipe

@@ -19,9 +19,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fastmerge.errors import FastmergeError, nearest
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-# libyaml where PyYAML was built with it: the same nodes, ten times faster.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAG = "tag:yaml.org,2002:"
 
 
 class LocatedDict(dict[str, Any]):
@@ -44,7 +42,8 @@ class _Builder:
     def __init__(self, origin: str) -> None:
         self.origin = origin
         self.constructor = SafeConstructor()
-        self.done: dict[int, Any] = {}  # an alias shares its anchor's object: no blow-up
+        # By the node's id: an alias shares its anchor's object, so nested aliases stay small.
+        self.done: dict[int, Any] = {}
         self.open: set[int] = set()
 
     def place(self, node: Node) -> str:
@@ -60,12 +59,14 @@ class _Builder:
         return self.done[id(node)]
 
     def _build(self, node: Node) -> Any:
-        if isinstance(node, MappingNode):
+        if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
             return self._mapping(node)
-        if isinstance(node, SequenceNode):
+        if isinstance(node, SequenceNode) and node.tag == f"{_TAG}seq":
             items = LocatedList(self.build(item) for item in node.value)
             items.where, items.at = self.place(node), [self.place(item) for item in node.value]
             return items
+        if not isinstance(node, ScalarNode):
+            raise FastmergeError(f"{self.place(node)}: the tag '{node.tag}' has no use here")
         try:
             return self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
@@ -75,9 +76,9 @@ class _Builder:
     def _mapping(self, node: MappingNode) -> LocatedDict:
         seen: dict[str, Node] = {}
         for key, _ in node.value:
-            if key.tag == _MERGE_TAG:
+            if key.tag == f"{_TAG}merge":
                 continue
-            if not isinstance(key, ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            if not isinstance(key, ScalarNode) or key.tag != f"{_TAG}str":
                 text = getattr(key, "value", "")
                 shown = f" '{text}'" if isinstance(text, str) else ""
                 raise FastmergeError(f"{self.place(key)}: the key{shown} is not text; quote it")
@@ -165,7 +166,9 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
 
 def _parse(text: str, origin: str, what: str) -> list[LocatedDict]:
     try:
-        nodes = list(yaml.compose_all(text, Loader=_LOADER))
+        # Not libyaml's loader: it takes the process down where this one raises RecursionError.
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        built = [_Builder(origin).build(node) for node in nodes if node is not None]
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or error.context or "unreadable"
@@ -174,8 +177,6 @@ def _parse(text: str, origin: str, what: str) -> list[LocatedDict]:
         raise FastmergeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise FastmergeError(f"{origin}: nested too deeply for a {what}") from None
-    builder = _Builder(origin)
-    built = [builder.build(node) for node in nodes if node is not None]
     documents = [item for item in built if item is not None]
     if not documents:
         raise FastmergeError(f"{origin}: the {what} is empty")

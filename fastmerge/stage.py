@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastmerge import architecture
 from fastmerge.algebra import Merge, Node, Source
 from fastmerge.checkpoint import Checkpoint
@@ -207,6 +209,7 @@ class Builder:
         self._dtype = dtype  # None: the inputs' promoted type
         self._seed = seed
         self._models = models
+        self._tried: set[tuple[int, ...]] = set()  # see _try_rule
 
     def whole(self, part: Part) -> dict[str, TensorPlan]:
         """Every tensor of the lead, merged with its namesakes."""
@@ -317,7 +320,23 @@ class Builder:
             each,
             self._seed,
         )
+        self._try_rule(root, part)
         return TensorPlan(name, shape, dtype, root)
+
+    def _try_rule(self, node: Merge, part: Part) -> None:
+        """Runs a combination's rule once for each set of values, on orthonormal vectors.
+
+        So weights that sum to zero are refused now and not in the middle of the merge.
+        """
+        key = (id(node.method), id(node.values), *map(id, node.operand_values))
+        if key in self._tried or node.method.rule is None:
+            return
+        self._tried.add(key)
+        gram = np.eye(len(node.inputs))
+        try:
+            node.method.rule(gram, node.values, node.operand_values, node.base is not None)
+        except FastmergeError as error:
+            raise FastmergeError(f"{part.where}: {error}") from None
 
     def _check_copied(
         self, part: Part, name: str, sources: Sequence[TensorPlan], is_copy: bool
