@@ -45,8 +45,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Walk:
-    """A retrograde schedule. With ``decoy`` each partner is replaced by the start plus Gaussian noise
-    that has, per tensor, the norm of the partner's difference from the start."""
+    """A retrograde schedule. With ``decoy`` each partner is replaced by the start plus Gaussian
+    noise that has, per tensor, the norm of the partner's difference from the start.
+    """
 
     method: Method
     start: str

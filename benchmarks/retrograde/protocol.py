@@ -46,7 +46,7 @@ class Result:
 
 
 class Bench:
-    """One regime of one training seed: its models, its items, and one resident model to score with."""
+    """One regime of one training seed: models, items, and one resident model to score with."""
 
     def __init__(
         self, regime: Regime, states: Mapping[str, State], model: LlamaForCausalLM, seed: int
@@ -193,7 +193,7 @@ def line_search(models: Sequence[str], start: str) -> tuple[OneShot, ...]:
 
 
 def greedy_soup(bench: Bench) -> tuple[OneShot, list[float]]:
-    """Models from best to worst, each kept if the uniform average improves (arXiv:2203.05482, alg. 1)."""
+    """Models from best to worst, each kept if the average improves (arXiv:2203.05482, alg. 1)."""
     seen = {name: bench.score(bench.states[name], "search").key for name in bench.regime.models}
     ranked = sorted(seen, key=lambda name: seen[name], reverse=True)
     chosen, best = [ranked[0]], seen[ranked[0]]
@@ -230,7 +230,7 @@ def run_family(bench: Bench, family: Family) -> Result:
 
 
 def report(bench: Bench, family: str, candidate: Candidate | str, record: dict[str, Any]) -> Result:
-    """Score the choice on test; a method that draws masks is scored with fresh ones, all counted."""
+    """Score the choice on test; a method that draws masks with fresh ones, all counted."""
     if isinstance(candidate, str):
         right = bench.score(bench.states[candidate], "test").right
         record = record | {"model": candidate}
@@ -257,7 +257,7 @@ def rate(right: np.ndarray) -> np.ndarray:
 
 
 def identities(bench: Bench, walks: Sequence[Walk]) -> list[dict[str, float]]:
-    """For every walk: on how many search items it and its collapsed linear one-shot agree, in percent."""
+    """For every walk and its collapsed linear one-shot: agreement on search items, in percent."""
     rows = []
     for walk in walks:
         one = bench.merge(OneShot("linear", walk.weights))
@@ -290,11 +290,11 @@ def run_regime(
     for family in families(bench, start):
         results.append(run_family(bench, family))
         if family.name in ("walk_linear", "walk_slerp"):
-            identity[family.name] = identities(bench, family.candidates)  # type: ignore[arg-type]
-        # The collapsed one-shot of the very schedule that was chosen, and not of the family's choice.
-        if family.name.startswith("walk_"):
-            walk = family.candidates[results[-1].record["choice"]]
-            results += paired_collapse(bench, family.name, walk)  # type: ignore[arg-type]
+            walks = [c for c in family.candidates if isinstance(c, Walk)]
+            identity[family.name] = identities(bench, walks)
+        chosen = family.candidates[results[-1].record["choice"]]
+        if family.name.startswith("walk_") and isinstance(chosen, Walk):
+            results += paired_collapse(bench, family.name, chosen)
         progress(family.name)
     record = {
         "start": start,
@@ -311,7 +311,7 @@ def run_regime(
 
 
 def paired_collapse(bench: Bench, family: str, walk: Walk) -> list[Result]:
-    """The chosen schedule's own one-shots: linear at its effective weights, and its own method there."""
+    """The chosen schedule's own one-shots: linear at its effective weights, and its own method."""
     linear = OneShot("linear", walk.weights)
     rows = [report(bench, f"{family}>linear", linear, {"candidates": [linear.record()]})]
     if walk.method in ("ties", "dare_ties"):

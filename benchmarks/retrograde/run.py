@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("FASTMERGE_NUM_THREADS", "1")  # a process per seed, a core per process
 
 import numpy as np
 import torch
@@ -49,7 +50,9 @@ def run_seed(seed: int, regimes: list[str], results: Path, log: Path) -> int:
             continue
         started = time.perf_counter()
         bench = Bench(REGIMES[name], states, load(home / "base"), seed)
-        record, right = run_regime(bench, lambda family: report(f"seed {seed} {name} {family}"))
+        record, right = run_regime(
+            bench, lambda family, n=name: report(f"seed {seed} {n} {family}")
+        )
         record |= {"seed": seed, "regime": name, "seconds": round(time.perf_counter() - started, 1)}
         np.savez_compressed(stem.with_suffix(".npz"), **pack(right))
         working = stem.with_suffix(".part")

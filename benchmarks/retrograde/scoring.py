@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import data
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -71,6 +71,6 @@ def score(model: LlamaForCausalLM, items: Items) -> Score:
             ]
         )
         right.append((logits.argmax(-1) == target).all(1).numpy())
-        nll = F.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
+        nll = functional.cross_entropy(logits.flatten(0, 1), target.flatten()).item()
         likelihood.append(np.exp(-nll))
     return Score(np.stack(right), np.array(likelihood))

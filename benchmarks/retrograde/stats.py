@@ -1,4 +1,4 @@
-"""The statistics of the protocol: paired bootstrap within a seed, t across seeds, Holm over families."""
+"""Statistics of the protocol: paired bootstrap in a seed, t across seeds, Holm over families."""
 
 from __future__ import annotations
 

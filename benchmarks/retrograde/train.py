@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import data
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -148,7 +148,7 @@ class Corpus:
     def batch(
         self, mixture: Mixture, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and targets, each (BATCH, longest line) int64; skills drawn from the mixture."""
+        """Return ids and targets, each (BATCH, longest line) int64; skills as mixed."""
         weight = np.array(list(mixture.values()))
         counts = rng.multinomial(BATCH, weight / weight.sum())
         drawn = []
@@ -157,8 +157,12 @@ class Corpus:
             rows = torch.from_numpy(rng.integers(0, len(ids), count))
             drawn.append((ids[rows], target[rows]))
         width = max(ids.shape[1] for ids, _ in drawn if len(ids))
-        ids = torch.cat([F.pad(x, (0, width - x.shape[1]), value=data.PAD_ID) for x, _ in drawn])
-        target = torch.cat([F.pad(y, (0, width - y.shape[1]), value=IGNORE) for _, y in drawn])
+        ids = torch.cat(
+            [functional.pad(x, (0, width - x.shape[1]), value=data.PAD_ID) for x, _ in drawn]
+        )
+        target = torch.cat(
+            [functional.pad(y, (0, width - y.shape[1]), value=IGNORE) for _, y in drawn]
+        )
         return ids, target
 
 
@@ -189,7 +193,7 @@ def train(
             group["lr"] = _rate(run, step)
         ids, target = corpus.batch(run.mixture, rng)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+        loss = functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
