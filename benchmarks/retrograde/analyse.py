@@ -118,9 +118,7 @@ def regime_table(outcomes: Sequence[Outcome]) -> str:
             for o in outcomes
         ]
         better, worse = sum(w.low > 0 for w in within), sum(w.high < 0 for w in within)
-        rows.append(
-            [*row, _points(intervals[family]), _p(adjusted[family]), f"{better} / {worse}"]
-        )
+        rows.append([*row, _points(intervals[family]), _p(adjusted[family]), f"{better} / {worse}"])
     header = ["family", "test EM %", "minus best single [95 % t]", "p (Holm)", "seeds up / down"]
     return _table(header, rows)
 
@@ -141,9 +139,7 @@ def _render_question(
     intervals: dict[tuple[str, str], Interval], title: str
 ) -> tuple[str, dict[tuple[str, str], tuple[Interval, float]]]:
     adjusted = holm({f"{r}/{m}": interval.p for (r, m), interval in intervals.items()})
-    verdicts = {
-        key: (interval, adjusted["/".join(key)]) for key, interval in intervals.items()
-    }
+    verdicts = {key: (interval, adjusted["/".join(key)]) for key, interval in intervals.items()}
     regimes = list(dict.fromkeys(regime for regime, _ in intervals))
     rows = [
         [FAMILIES[f"walk_{method}"]]
@@ -237,11 +233,13 @@ def tables(found: dict[str, list[Outcome]]) -> str:
     seeds = sorted({o.record["seed"] for outcomes in found.values() for o in outcomes})
     parts = [
         "# Tables\n",
-        "Written by `analyse.py`; what they mean is in the README one folder up. EM = exact match"
-        " on the test items, mean over skills, in percent. Differences are percentage points; [..]"
-        " is the 95 % t interval over training seeds; p is Holm-adjusted over the rows of a regime"
-        " table and over every cell of a question table; *seeds up / down* counts the seeds whose"
-        " paired bootstrap interval over items excludes 0.\n",
+        (
+            "Written by `analyse.py`; what they mean is in the README one folder up. EM = exact match"
+            " on the test items, mean over skills, in percent. Differences are percentage points; [..]"
+            " is the 95 % t interval over training seeds; p is Holm-adjusted over the rows of a regime"
+            " table and over every cell of a question table; *seeds up / down* counts the seeds whose"
+            " paired bootstrap interval over items excludes 0.\n"
+        ),
         f"Training seeds: {', '.join(map(str, seeds))}.\n",
     ]
     for regime, outcomes in found.items():
