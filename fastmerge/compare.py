@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-# A tile's float32 temporaries, 256 KiB each, stay in the second-level cache.
-_TILE = 1 << 16
+# A tile's temporaries take 64 KiB each: they stay in the cache, and below 128 KiB the allocator
+# reuses memory where it would map and clear new pages (4.7 against 11 ns an element).
+_TILE = 1 << 14
+_SPAN = 64 * _TILE  # one thread's turn
 
 # NumPy's type for each stored one that holds numbers NumPy can subtract; bfloat16 is widened by
 # hand.
@@ -105,8 +107,8 @@ class Comparison:
         return {"same": self.same, **asdict(self)}
 
 
-class _Tile(NamedTuple):
-    """The sums of one tile; ``added`` combines two."""
+class _Sums(NamedTuple):
+    """What is counted over a tile, a span, a tensor."""
 
     changed: int = 0
     total_abs: float = 0.0
@@ -114,8 +116,8 @@ class _Tile(NamedTuple):
     max_ulps: int = 0
     nonfinite: int = 0
 
-    def added(self, other: _Tile) -> _Tile:
-        return _Tile(
+    def added(self, other: _Sums) -> _Sums:
+        return _Sums(
             self.changed + other.changed,
             self.total_abs + other.total_abs,
             max(self.max_abs, other.max_abs),
@@ -159,16 +161,15 @@ def _difference(
     view_a, view_b = a.view(name), b.view(name)
     stored_a, stored_b = _stored(view_a, types[0]), _stored(view_b, types[1])
     has_values = all(t is BF16 or t.code in _NUMPY for t in types)
-    sums = _Tile()
+    sums = _Sums()
     if has_values:
-        begins = range(0, len(stored_a), _TILE)
-        for tile in workers.map(
-            lambda i: _tile(stored_a[i : i + _TILE], stored_b[i : i + _TILE], types), begins
-        ):
-            sums = sums.added(tile)
-    else:  # sub-byte and 8-bit floats: only whether the bytes are the same
-        same_type = types[0] is types[1]
-        sums = _Tile(changed=int(np.count_nonzero(stored_a != stored_b)) if same_type else 0)
+        spans = range(0, entry_a.count, _SPAN)
+        for span in workers.map(lambda i: _span(stored_a, stored_b, i, types), spans):
+            sums = sums.added(span)
+    elif types[0] is types[1]:  # 8-bit and smaller floats: only whether the bytes are the same
+        sums = _Sums(changed=int(np.count_nonzero(stored_a != stored_b)))
+    else:
+        sums = _Sums(changed=entry_a.count)
     return TensorDifference(
         name=name,
         shape=entry_a.shape,
@@ -200,13 +201,18 @@ def _values(stored: Array, dtype: DType) -> Array:
     return stored.astype(np.float32 if dtype.mergeable else np.float64)
 
 
-def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Tile:
+def _span(stored_a: Array, stored_b: Array, begin: int, types: tuple[DType, DType]) -> _Sums:
+    sums = _Sums()
+    for i in range(begin, min(begin + _SPAN, len(stored_a)), _TILE):
+        sums = sums.added(_tile(stored_a[i : i + _TILE], stored_b[i : i + _TILE], types))
+    return sums
+
+
+def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums:
     same_type = types[0] is types[1]
     bits = f"u{stored_a.itemsize}"
     if same_type and np.array_equal(stored_a.view(bits), stored_b.view(bits)):
-        return (
-            _Tile()
-        )  # a copied tensor, most of a fine-tune's norms: three times as fast as the sums
+        return _Sums()  # copied tensors, most norms of a fine-tune: 30 times as fast as the sums
     a, b = _values(stored_a, types[0]), _values(stored_b, types[1])
     with np.errstate(invalid="ignore", over="ignore"):
         gap = np.abs(a - b)
@@ -225,7 +231,7 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Tile
         steps = None if steps is None else np.where(usable, steps, 0)
         nonfinite = int(np.count_nonzero(differs & ~usable))
         total, largest = float(gap.sum()), float(gap.max())
-    return _Tile(
+    return _Sums(
         changed=int(np.count_nonzero(differs)),
         total_abs=total,
         max_abs=largest,

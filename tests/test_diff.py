@@ -90,7 +90,9 @@ def test_equal_nans_are_no_difference(tmp_path):
     assert (found.changed, found.mean_abs, found.nonfinite) == (1, 0.25, 0)
 
 
-@pytest.mark.parametrize("size", [0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1])
+@pytest.mark.parametrize(
+    "size", [0, 1, (1 << 14) - 1, 1 << 14, (1 << 14) + 1, 1 << 20, (1 << 20) + 1]
+)
 def test_last_element_is_seen(tmp_path, size):
     a = torch.ones(size)
     b = a.clone()
