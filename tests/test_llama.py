@@ -86,7 +86,8 @@ def test_parameters_are_the_merge(recipes, zoo):
     for name, x in a.items():
         expected = (0.7 * x.astype(np.float64) + 0.5 * b[name]) / 1.2
         got = found[name].detach().double().numpy()
-        np.testing.assert_allclose(got, expected, rtol=2e-7, atol=1e-9)
+        # Four roundings to float32 (two weights, sum, quotient), of terms that may cancel.
+        assert (np.abs(got - expected) <= 2**-22 * (np.abs(x) + np.abs(b[name]))).all()
     assert found.keys() <= a.keys()
 
 
