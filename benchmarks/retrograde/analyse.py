@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from protocol import ITEMS_PER_SKILL, WALK_METHODS, rate
+from protocol import ITEMS_PER_SKILL, rate
 from run import RESULTS, unpack
 from stats import Interval, across_seeds, holm, paired_bootstrap
 from train import REGIMES
@@ -37,9 +37,25 @@ FAMILIES = {
     "walk_slerp": "DKE-RS SLERP",
     "walk_ties": "DKE-RS TIES",
     "walk_dare_ties": "DKE-RS DARE-TIES",
+    "walk_ties_moving": "DKE-RS TIES, moving base",
 }
 # What each kind of walk is compared with, beside the line search.
-OWN = {"linear": "linear", "slerp": "linear", "ties": "own", "dare_ties": "own"}
+OWN = {
+    "linear": "linear",
+    "slerp": "linear",
+    "ties": "own",
+    "dare_ties": "own",
+    "ties_moving": "linear",
+}
+
+
+INTRODUCTION = """\
+Written by `analyse.py`; what the rows are and what they mean is in the README one folder up.
+EM = exact match on the test items, mean over skills, in percent. Differences are percentage points;
+[..] is the 95 % t interval over training seeds. p is Holm-adjusted over the rows of a regime's
+table, and over all cells of a question's table. *seeds up / down* counts the seeds whose paired
+bootstrap interval over items excludes 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,7 @@ def question_table(
     intervals = {
         (regime, method): compare(outcomes, f"walk_{method}", opponents[method])
         for regime, outcomes in found.items()
-        for method in WALK_METHODS
+        for method in OWN
     }
     return _render_question(intervals, title)
 
@@ -147,7 +163,7 @@ def _render_question(
             f"{_points(verdicts[regime, method][0])} p {_p(verdicts[regime, method][1])}"
             for regime in regimes
         ]
-        for method in WALK_METHODS
+        for method in OWN
     ]
     return f"**{title}**\n\n" + _table(["schedule", *regimes], rows), verdicts
 
@@ -155,28 +171,28 @@ def _render_question(
 def questions(found: dict[str, list[Outcome]]) -> str:
     """The comparisons that decide whether a schedule is more than its effective weights."""
     parts = []
-    own = {m: f"walk_{m}>{OWN[m]}" for m in WALK_METHODS}
-    linear = {m: f"walk_{m}>linear" for m in WALK_METHODS}
+    own = {m: f"walk_{m}>{OWN[m]}" for m in OWN}
+    linear = {m: f"walk_{m}>linear" for m in OWN}
     for opponents, title in (
         (own, "Chosen schedule minus its own collapsed one-shot (TIES, DARE-TIES: same method)"),
         (linear, "Chosen schedule minus the linear one-shot at its effective weights"),
         (
-            {m: _own_family(m) for m in WALK_METHODS},
+            {m: _own_family(m) for m in OWN},
             "Schedules minus the family of collapsed one-shots, each choosing for itself",
         ),
-        (dict.fromkeys(WALK_METHODS, "line_search"), "Schedules minus the line search over t"),
+        (dict.fromkeys(OWN, "line_search"), "Schedules minus the line search over t"),
         (
-            dict.fromkeys(WALK_METHODS, "anchored"),
+            dict.fromkeys(OWN, "anchored"),
             "Schedules minus the anchored one-shot (fresh draws of the same effective weights)",
         ),
-        (dict.fromkeys(WALK_METHODS, "linear"), "Schedules minus one-shot linear"),
-        (dict.fromkeys(WALK_METHODS, "random_step"), "Schedules minus random steps, retraced"),
+        (dict.fromkeys(OWN, "linear"), "Schedules minus one-shot linear"),
+        (dict.fromkeys(OWN, "random_step"), "Schedules minus random steps, retraced"),
     ):
         parts.append(question_table(found, opponents, title)[0])
     paths = {
         (regime, method): compare_paths(outcomes, method, _own_family(method))
         for regime, outcomes in found.items()
-        for method in WALK_METHODS
+        for method in OWN
     }
     parts.append(
         _render_question(
@@ -233,13 +249,7 @@ def tables(found: dict[str, list[Outcome]]) -> str:
     seeds = sorted({o.record["seed"] for outcomes in found.values() for o in outcomes})
     parts = [
         "# Tables\n",
-        (
-            "Written by `analyse.py`; what they mean is in the README one folder up. EM = exact match"
-            " on the test items, mean over skills, in percent. Differences are percentage points; [..]"
-            " is the 95 % t interval over training seeds; p is Holm-adjusted over the rows of a regime"
-            " table and over every cell of a question table; *seeds up / down* counts the seeds whose"
-            " paired bootstrap interval over items excludes 0.\n"
-        ),
+        INTRODUCTION,
         f"Training seeds: {', '.join(map(str, seeds))}.\n",
     ]
     for regime, outcomes in found.items():
@@ -289,7 +299,7 @@ def plot_paths(found: dict[str, list[Outcome]], file: Path) -> None:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (regime, outcomes) in zip(panels, found.items(), strict=True):
-        for method in WALK_METHODS:
+        for method in OWN:
             pairs = [
                 (a, b)
                 for o in outcomes

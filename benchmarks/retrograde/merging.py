@@ -46,7 +46,8 @@ class Step:
 @dataclass(frozen=True)
 class Walk:
     """A retrograde schedule. With ``decoy`` each partner is replaced by the start plus Gaussian
-    noise that has, per tensor, the norm of the partner's difference from the start.
+    noise that has, per tensor, the norm of the partner's difference from the start. With
+    ``moving_base`` a step's deltas are taken from the state it starts from.
     """
 
     method: Method
@@ -55,6 +56,7 @@ class Walk:
     density: float = 1.0
     seed: int = 0
     decoy: bool = False
+    moving_base: bool = False
 
     @property
     def weights(self) -> dict[str, float]:
@@ -92,7 +94,10 @@ def merge(candidate: Candidate, models: Mapping[str, State], base: str) -> State
                 density=candidate.density,
                 seed=candidate.seed + 2 * index + place,
             )
-            state = _merge_states(one, [1 - t, t], [state, other], models[base])
+            if candidate.moving_base:
+                state = _merge_states(one, [t], [other], state)
+            else:
+                state = _merge_states(one, [1 - t, t], [state, other], models[base])
     return state
 
 

@@ -170,6 +170,7 @@ def families(bench: Bench, start: str) -> list[Family]:
         ),
         Family("line_search", line_search(models, start)),
         *(Family(f"walk_{method}", walked[method]) for method in WALK_METHODS),
+        Family("walk_ties_moving", tuple(replace(w, moving_base=True) for w in walked["ties"])),
         Family("collapsed_linear", collapsed("linear")),
         Family("collapsed_ties", collapsed("ties")),
         Family("collapsed_dare_ties", collapsed("dare_ties")),
@@ -314,7 +315,7 @@ def paired_collapse(bench: Bench, family: str, walk: Walk) -> list[Result]:
     """The chosen schedule's own one-shots: linear at its effective weights, and its own method."""
     linear = OneShot("linear", walk.weights)
     rows = [report(bench, f"{family}>linear", linear, {"candidates": [linear.record()]})]
-    if walk.method in ("ties", "dare_ties"):
+    if walk.method in ("ties", "dare_ties") and not walk.moving_base:
         own = OneShot(walk.method, walk.weights, density=walk.density, seed=walk.seed)
         rows.append(report(bench, f"{family}>own", own, {"candidates": [own.record()]}))
     return rows

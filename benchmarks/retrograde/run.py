@@ -104,7 +104,7 @@ def main() -> None:
         task = bar.add_task("starting", total=None)
         work = partial(run_seed, regimes=arguments.regimes, results=arguments.results, log=log)
         futures = [pool.submit(work, seed) for seed in arguments.seeds]
-        lines_per_seed = len(RUNS) + 17 * len(arguments.regimes)
+        lines_per_seed = len(RUNS) + 18 * len(arguments.regimes)
         bar.update(task, total=lines_per_seed * len(futures))
         while not all(future.done() for future in futures):
             time.sleep(1)
