@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmerge import llama, ops, retrograde
-    from fastmerge.api import merge, plan
+    from fastmerge.api import merge
     from fastmerge.engine import MergeReport
     from fastmerge.errors import FastmergeError
 
@@ -22,7 +22,6 @@ __all__ = [
     "llama",
     "merge",
     "ops",
-    "plan",
     "retrograde",
 ]
 
@@ -30,7 +29,6 @@ __version__ = metadata.version("fastmerge")
 
 _HOMES = {
     "merge": "fastmerge.api",
-    "plan": "fastmerge.api",
     "MergeReport": "fastmerge.engine",
     "FastmergeError": "fastmerge.errors",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,23 @@ from fastmerge.plan import Plan, make_plan
 from fastmerge.recipe import Recipe
 
 DEVICES = ("cpu", "cuda", "auto")
+Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe
+
 RECIPE_FILE = "fastmerge_recipe.yml"
 
 
-def plan(recipe: str | Path | Mapping[str, Any] | Recipe, *, seed: int | None = None) -> Plan:
+def plan(recipe: Source, *, seed: int | None = None) -> Plan:
     """Reads the recipe and the models' headers and decides everything; reads no weights.
 
-    ``recipe`` is a path, YAML text or a mapping. ``seed`` overrides the recipe's. Raises
-    FastmergeError.
+    ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents). ``seed``
+    overrides the recipe's. Raises FastmergeError.
     """
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return make_plan(loaded, seed=seed)
 
 
 def merge(
-    recipe: str | Path | Mapping[str, Any] | Recipe | Plan,
+    recipe: Source | Plan,
     out: str | Path,
     *,
     threads: int | None = None,

@@ -122,8 +122,8 @@ def in_order(
 ) -> Generator[tuple[Any, Any], None, None]:
     """(item, work(item)) in order, with up to ``window`` of them running or waiting to be taken.
 
-    When one raises, or the generator is closed, no further item starts and the running ones are waited
-    for.
+    When one raises, or the generator is closed, no further item starts and the running ones are
+    waited for.
     """
     with ThreadPoolExecutor(window, thread_name_prefix="fastmerge") as pool:
         running: list[tuple[Any, Future[Any]]] = []

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors
 
-# Before torch or transformers are imported: no test may use the network, and xdist already fills the
-# cores (an OpenMP pool per worker makes small tests several times slower).
+# Before torch or transformers are imported: no test may use the network, and xdist already fills
+# the cores (an OpenMP pool per worker makes small tests several times slower).
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
