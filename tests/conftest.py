@@ -152,6 +152,23 @@ class Zoo:
     def write(self, name, tensors, config=None, *, dtype="BF16", shards=1):
         return write_checkpoint(self.root / name, tensors, config, dtype=dtype, shards=shards)
 
+    def raw(self, name, tensors, config=None):
+        """A folder of tensors of any type: {name: (safetensors' dtype, array of stored bits)}."""
+        folder = self.root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        header, data = {}, b""
+        for tensor, (dtype, array) in tensors.items():
+            offsets = [len(data), len(data) + array.nbytes]
+            header[tensor] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
+            data += array.tobytes()
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file = folder / "model.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return folder
+
     read = staticmethod(read_checkpoint)
 
 
