@@ -22,6 +22,7 @@ class Stack(NamedTuple):
     after: tuple[str, ...]
     embedding: str
     head: str
+    count_key: str = "num_hidden_layers"  # in config.json
 
 
 def _stack(root: str, head: str = "lm_head") -> Stack:
@@ -47,6 +48,7 @@ STACKS = (
         ("transformer.ln_f.", "lm_head."),
         "transformer.wte.weight",
         "lm_head.weight",
+        "n_layer",
     ),
 )
 
@@ -62,6 +64,13 @@ _UNTIED = ("gpt_neox",)  # begins like a tied family
 
 # Lists in config.json with one entry for each layer.
 PER_LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
+
+# Settings that say by number which layers are special; stacking layers can put others there.
+_BY_NUMBER = (
+    "decoder_sparse_step", "first_k_dense_replace", "max_window_layers", "mlp_only_layers",
+    "moe_layer_freq", "no_rope_layer_interval", "sliding_window_pattern",
+)  # fmt: skip
+_ALTERNATING = ("cohere2", "gemma2", "gemma3")  # sliding-window layers by their number's remainder
 
 _LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.(.+)")
 
@@ -89,6 +98,18 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the language model (multimodal ones nest it)."""
     nested = config.get("text_config")
     return nested if isinstance(nested, Mapping) and "num_hidden_layers" in nested else config
+
+
+def numbered_settings(config: Mapping[str, Any]) -> list[str]:
+    """What in a model's config depends on the layers' numbers, other than `PER_LAYER_LISTS`."""
+    part = text_config(config)
+    found = [key for key in _BY_NUMBER if part.get(key) not in (None, 0, 1, [])]
+    if "max_window_layers" in found and not part.get("use_sliding_window", False):
+        found.remove("max_window_layers")
+    alternates = str(part.get("model_type", "")).startswith(_ALTERNATING)
+    if alternates and not found and "layer_types" not in part:
+        found.append("the pattern of sliding windows")
+    return found
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

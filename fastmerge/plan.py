@@ -317,6 +317,7 @@ class _Planner:
         config = output_config(lead.config, document.output_dtype, tensors)
         if document.slices is not None:
             set_layers(config, parts, lead.stack)
+            self._renumbered(parts, lead)
         self.views[document.name] = View(document.name or "output", config, tensors, lead.donor)
 
     def _base(self, reference: str | None, where: str) -> View | None:
@@ -483,6 +484,17 @@ class _Planner:
             )
             for part in parts
         ]
+
+    def _renumbered(self, parts: Sequence[Part], lead: View) -> None:
+        numbers = [
+            i.start + at for part in parts for i in [part.lead] for at in range(part.layers or 0)
+        ]
+        if numbers != list(range(len(numbers))):
+            for name in architecture.numbered_settings(lead.config):
+                self.note(
+                    f"config.json: {name} goes by layer number, and layers were renumbered; "
+                    "check it"
+                )
 
     def _unused_filters(self, document: Document, parts: Sequence[Part]) -> None:
         rules = {

@@ -470,7 +470,7 @@ def set_layers(
         return
     target = architecture.text_config(config)
     assert isinstance(target, dict)
-    target["num_hidden_layers"] = sum(part.layers or 0 for part in parts)
+    target[stack.count_key] = sum(part.layers or 0 for part in parts)
     for key in architecture.PER_LAYER_LISTS:
         if not isinstance(target.get(key), list):
             continue

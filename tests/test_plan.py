@@ -342,6 +342,30 @@ slices:
     assert plan.config["num_hidden_layers"] == 5
 
 
+@pytest.mark.parametrize(
+    "settings, first, note",
+    [
+        ({"mlp_only_layers": [3]}, 1, "mlp_only_layers"),
+        ({"mlp_only_layers": []}, 1, None),
+        ({"mlp_only_layers": [3]}, 0, None),  # no layer has another number than before
+        ({"max_window_layers": 2, "use_sliding_window": False}, 1, None),
+        ({"max_window_layers": 2, "use_sliding_window": True}, 1, "max_window_layers"),
+        ({"model_type": "gemma2"}, 1, "the pattern of sliding windows"),
+        ({"model_type": "gemma2", "layer_types": ["x"] * 8}, 1, None),
+    ],
+)
+def test_settings_by_layer_number_are_told(settings, first, note, models):
+    file = models.root / "blur" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    source = {"model": "blur", "layer_range": [first, 8]}
+    plan = make_plan({"merge_method": "passthrough", "slices": [{"sources": [source]}]})
+    assert [n for n in plan.notes if "layer number" in n] == (
+        [f"config.json: {note} goes by layer number, and layers were renumbered; check it"]
+        if note
+        else []
+    )
+
+
 @pytest.mark.usefixtures("models")
 def test_layers_of_one_model_can_be_merged_with_each_other():
     text = """
