@@ -76,6 +76,9 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
         role = "base" if as_base[index] else "source" if tensors[index] else "not used"
         digest = plan.models[index].fingerprint
         lines.append(f"| {_cell(name)} | {tensors[index]} | {role} | `{digest}` |")
+    lines.append(
+        "\n`fastmerge.json` has what each tensor came to: effective coefficients, entries kept."
+    )
     return "\n".join(lines)
 
 

@@ -66,8 +66,9 @@ class Progress(AbstractContextManager["Progress"]):
         rate = self._rate(done_bytes)
         pace = ""
         if rate > 0:
-            left = format_seconds((total_bytes - done_bytes) / rate)
-            pace = f", {format_bytes(rate)}/s, {left} left"
+            pace = f", {format_bytes(rate)}/s"
+        if rate > 0 and done_bytes < total_bytes:
+            pace += f", {format_seconds((total_bytes - done_bytes) / rate)} left"
         self._stream.write(
             f"{self._title}: {tenth * 10:3d} %  "
             f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}{pace}\n"

@@ -307,7 +307,7 @@ def test_resumed_bytes_are_no_speed(monkeypatch):
     with console.Progress("merging", stream=stream) as progress:
         progress(900, 1000, "a")
         progress(1000, 1000, "b")
-    assert stream.getvalue().splitlines()[-1].endswith("100 B/s, 0.0 s left")
+    assert stream.getvalue().splitlines()[-1].endswith(", 100 B/s")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +362,19 @@ def test_interrupted_merge_continues(run, recipe, monkeypatch):
     del (whole := files(recipe.parent / "whole"))["README.md"]
     del (continued := files(out))["README.md"]  # its title is the folder's name
     assert continued == whole
+
+
+def test_interrupted_draw_names_its_seed(run, recipe, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    root = recipe.parent
+    with monkeypatch.context() as patched:
+        patched.setattr(console.Progress, "__call__", interrupt)
+        code, _, err = run("merge", root / "dare.yml", root / "out", "--io", "buffered")
+    (seed,) = re.findall(r"the same command with --seed (\d+) continues$", err, re.MULTILINE)
+    assert code == 130 and f"note: seed {seed} was drawn" in err
+    assert run("merge", root / "dare.yml", root / "out", "--seed", seed, "-q") == (0, "", "")
 
 
 def test_sigint(recipe, tmp_path):

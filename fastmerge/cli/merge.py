@@ -57,6 +57,10 @@ def merge(
 
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
+    again = "the same command"
+    if decided.seed_drawn:  # told at once: after a kill, only this seed continues the work
+        again += f" with --seed {decided.seed}"
+        console.say(f"note: seed {decided.seed} was drawn", quiet=quiet or json)
     try:
         with console.Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(
@@ -71,7 +75,7 @@ def merge(
                 **limits,
             )
     except KeyboardInterrupt:
-        fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
+        fail(f"interrupted; {out} is untouched, {again} continues", INTERRUPTED)
     if json:
         console.print_json(report.as_dict())
     if quiet or json:
