@@ -222,7 +222,6 @@ def run_family(bench: Bench, family: Family) -> Result:
         family.name,
         family.candidates[choice],
         {
-            "candidates": [c.record() for c in family.candidates],
             "search": [round(s.accuracy, 4) for s in search],
             "val": {str(i): round(s.accuracy, 4) for i, s in val.items()},
             "choice": choice,
@@ -234,7 +233,7 @@ def report(bench: Bench, family: str, candidate: Candidate | str, record: dict[s
     """Score the choice on test; a method that draws masks with fresh ones, all counted."""
     if isinstance(candidate, str):
         right = bench.score(bench.states[candidate], "test").right
-        record = record | {"model": candidate}
+        record = record | {"chosen": candidate}
     elif candidate.method == "dare_ties":
         seeds = bench.rng(f"masks {family}").integers(2**31, size=MASK_SEEDS).tolist()
         hits = [
@@ -244,6 +243,8 @@ def report(bench: Bench, family: str, candidate: Candidate | str, record: dict[s
         record = record | {"mask_accuracy": [round(100 * float(h.mean()), 4) for h in hits]}
     else:
         right = bench.score(bench.merge(candidate), "test").right
+    if not isinstance(candidate, str):
+        record = record | {"chosen": candidate.record()}
     per_skill = 100 * rate(right).mean(1)
     record = record | {
         "test": round(float(per_skill.mean()), 4),
@@ -284,9 +285,7 @@ def run_regime(
     start = best_single(bench)
     results = [report(bench, "best_single", start, {})]
     soup, scores = greedy_soup(bench)
-    results.append(
-        report(bench, "greedy_soup", soup, {"candidates": [soup.record()], "search": scores})
-    )
+    results.append(report(bench, "greedy_soup", soup, {"search": scores}))
     identity = {}
     for family in families(bench, start):
         results.append(run_family(bench, family))
@@ -314,8 +313,8 @@ def run_regime(
 def paired_collapse(bench: Bench, family: str, walk: Walk) -> list[Result]:
     """The chosen schedule's own one-shots: linear at its effective weights, and its own method."""
     linear = OneShot("linear", walk.weights)
-    rows = [report(bench, f"{family}>linear", linear, {"candidates": [linear.record()]})]
+    rows = [report(bench, f"{family}>linear", linear, {})]
     if walk.method in ("ties", "dare_ties") and not walk.moving_base:
         own = OneShot(walk.method, walk.weights, density=walk.density, seed=walk.seed)
-        rows.append(report(bench, f"{family}>own", own, {"candidates": [own.record()]}))
+        rows.append(report(bench, f"{family}>own", own, {}))
     return rows

@@ -56,7 +56,7 @@ def run_seed(seed: int, regimes: list[str], results: Path, log: Path) -> int:
         record |= {"seed": seed, "regime": name, "seconds": round(time.perf_counter() - started, 1)}
         np.savez_compressed(stem.with_suffix(".npz"), **pack(right))
         working = stem.with_suffix(".part")
-        working.write_text(json.dumps(record, indent=1) + "\n")
+        working.write_text(json.dumps(record) + "\n")
         working.rename(stem.with_suffix(".json"))  # last: its presence means the regime is done
         report(f"seed {seed} {name}: done, {bench.evaluations} scorings, {record['seconds']} s")
     return seed
