@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -50,9 +51,9 @@ def run_all(work: object, groups: list[list], threads: int) -> None:
 
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 @pytest.mark.parametrize(
-    ("buffers", "window", "spilling"), [(18, 8, False), (3, 8, True), (1, 10**9, True)]
+    ("buffers", "window", "spilling"), [(18, 8, False), (3, 8, None), (1, 10**9, True)]
 )
-def test_stress(tmp_path: Path, io: str, buffers: int, window: int, spilling: bool) -> None:
+def test_stress(tmp_path: Path, io: str, buffers: int, window: int, spilling: bool | None) -> None:
     sizes = [CHUNK * 40 + 17, 5000, CHUNK * 25]
     staging = _C.Staging(CHUNK, buffers, 2)
     data = [content(size, seed) for seed, size in enumerate(sizes)]
@@ -78,8 +79,28 @@ def test_stress(tmp_path: Path, io: str, buffers: int, window: int, spilling: bo
     for path, expected in zip(paths, data, strict=True):
         assert path.read_bytes() == expected
     # 2 W + 2 buffers hold all that W tensors in flight leave unfinished: nothing is read back.
-    assert (staging.spills > 0) == spilling
+    # (Three may do when the threads happen to go in order.)
+    assert spilling is None or (staging.spills > 0) == spilling
     assert all(file.done(0, size) for file, size in zip(files, sizes, strict=True))
+
+
+def test_kernels_fill_a_window(tmp_path: Path) -> None:
+    """Eight callers and seven workers, as in a merge: 2 W + 2 buffers, and nothing is read back."""
+    window, size = 8, CHUNK * 60 + 2
+    data = content(size, 4)
+    (tmp_path / "in").write_bytes(data)
+    mapping = _C.Mapping(str(tmp_path / "in"))
+    staging, pool = _C.Staging(CHUNK, 2 * window + 2, 2), _C.Pool(7)
+    file = _C.StagedFile(staging, str(tmp_path / "out"), size)
+
+    def fill(item: tuple[int, int]) -> None:
+        begin, end = item
+        _C.copy(pool, mapping.view(begin, end - begin, "RAW"), file.sink(begin, end - begin, "RAW"))
+
+    run_all(fill, in_window(cuts(size, 4, 5 * CHUNK), window, random.Random(4)), threads=window)
+    file.finish()
+    assert (tmp_path / "out").read_bytes() == data
+    assert staging.spills == 0
 
 
 def test_bytes_written(tmp_path: Path) -> None:
@@ -308,6 +329,4 @@ def test_mapping_of_nothing(tmp_path: Path) -> None:
 def test_view_outlives_its_mapping(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abcdefgh")
     view = _C.Mapping(str(tmp_path / "f")).view(0, 8, "RAW").slice(2, 5)
-    import ctypes
-
     assert ctypes.string_at(view.address, view.nbytes) == b"cde"
