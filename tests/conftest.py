@@ -176,3 +176,13 @@ class Zoo:
 def zoo(tmp_path: Path) -> Zoo:
     """Small related llamas under the test's own folder."""
     return Zoo(tmp_path)
+
+
+@pytest.fixture
+def family(zoo, monkeypatch):
+    """Four llamas of eight layers, which tests/recipes/ name, in the working directory."""
+    base = zoo.base("blur", layers=8)
+    for seed, name in enumerate(["dolphin", "chat", "math"]):
+        zoo.tune(base, name, seed=seed)
+    monkeypatch.chdir(zoo.root)
+    return zoo
