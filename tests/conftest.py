@@ -186,3 +186,9 @@ def family(zoo, monkeypatch):
         zoo.tune(base, name, seed=seed)
     monkeypatch.chdir(zoo.root)
     return zoo
+
+
+@pytest.fixture(scope="session")
+def shared_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A zoo for models that several tests read; names must differ between files."""
+    return Zoo(tmp_path_factory.mktemp("zoo"))

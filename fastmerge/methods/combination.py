@@ -143,7 +143,9 @@ def multislerp(
             )
         w = w / w.sum()
     norms = np.sqrt(np.diagonal(g))
-    units = np.diag(1.0 / (norms + eps))  # row i: u_i over the x
+    # Row i: u_i over the x. A zero delta has no direction: 1 / eps would be a coefficient of 1e8
+    # that the base's must cancel, and fp32 cannot.
+    units = np.diag(np.divide(1.0, norms + eps, out=np.zeros(count), where=norms > 0))
     mean = w @ units
     length = _length(mean, g)
     if length < eps:
