@@ -107,6 +107,7 @@ class Run:
     """One timed run of one tool."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int = 0
     peak_anonymous_bytes: int = 0
     detail: Any = None
@@ -116,19 +117,25 @@ def run_floor(inputs: list[Path], out: Path) -> Run:
     paths = [path for model in inputs for path in files_of(model)]
     usage = measure([sys.executable, HERE / "floor.py", out, str(bytes_of(inputs[0])), *paths])
     detail = json.loads(usage.stdout)
-    return Run(detail["seconds"], detail=detail)
+    return Run(detail["seconds"], usage.cpu_seconds, detail=detail)
 
 
 def run_fastmerge(recipe: Path, out: Path) -> Run:
     command = Path(sys.executable).with_name("fastmerge")
     usage = measure([command, "merge", recipe, out, "--quiet"])
-    return Run(usage.seconds, usage.peak_rss_bytes, usage.peak_anonymous_bytes)
+    return Run(usage.seconds, usage.cpu_seconds, usage.peak_rss_bytes, usage.peak_anonymous_bytes)
 
 
 def run_mergekit(recipe: Path, out: Path) -> Run:
     usage = measure([sys.executable, HERE / "peer_mergekit.py", recipe, out])
     detail = json.loads(usage.stdout.splitlines()[-1])
-    return Run(detail["merge"], usage.peak_rss_bytes, usage.peak_anonymous_bytes, detail)
+    return Run(
+        detail["merge"],
+        usage.cpu_seconds,
+        usage.peak_rss_bytes,
+        usage.peak_anonymous_bytes,
+        detail,
+    )
 
 
 def run_job(job: Job, models: list[Path], options: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +174,7 @@ def summary(runs: dict[str, list[Run]], moved: int) -> dict[str, Any]:
     ratios = [a.seconds / b.seconds for a, b in zip(ours, floor, strict=True)]
     result: dict[str, Any] = {
         "seconds": seconds,
+        "cpu_seconds": statistics.median(run.cpu_seconds for run in ours),
         "gigabytes_per_second": moved / seconds / 1e9,
         "floor_seconds": statistics.median(run.seconds for run in floor),
         "times_floor": statistics.median(ratios),
@@ -191,17 +199,21 @@ def start_up(folder: Path, repeat: int) -> dict[str, float]:
     recipe = folder / "tiny" / "linear.yml"
     recipe.write_text(JOBS["linear"].recipe(models))
     out = folder / "tiny" / "out"
-    seconds = []
+    runs = []
     for _ in range(repeat):
         settle(models, [out])
-        seconds.append(run_fastmerge(recipe, out).seconds)
-    return {"median": statistics.median(seconds), "least": min(seconds)}
+        runs.append(run_fastmerge(recipe, out))
+    return {
+        "median": statistics.median(run.seconds for run in runs),
+        "cpu": statistics.median(run.cpu_seconds for run in runs),
+    }
 
 
 MIB = 2**20
 # heading, key of the job's summary, format, unit, and the bar's key and sense
 COLUMNS = (
     ("fastmerge s", "seconds", ".2f", 1, None, ""),
+    ("its CPU s", "cpu_seconds", ".2f", 1, None, ""),
     ("GB/s", "gigabytes_per_second", ".1f", 1, None, ""),
     ("floor s", "floor_seconds", ".2f", 1, None, ""),
     ("x floor", "times_floor", ".2f", 1, "times_floor", "≤"),
@@ -224,12 +236,13 @@ def markdown(report: dict[str, Any]) -> str:
             cells.append(value if bar is None else f"{value} ({sense} {bar:g})")
         table.append(cells)
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    start = report["start_up_seconds"]
     about = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     return f"""# Whole merges, {report["size"]} llama shape ({report["parameters"]:,} parameters)
 
 {rows}
 
-Start-up (a whole merge of a 0.1 M-parameter model): {report["start_up_seconds"]["median"]:.2f} s.
+Start-up (whole merge, 0.1 M parameters): {start["median"]:.2f} s, CPU {start["cpu"]:.2f} s.
 Medians of {report["repeat"]} runs, mergekit {report["mergekit_repeat"]}; commit {report["commit"]}.
 {about}.
 """

@@ -22,6 +22,7 @@ class Usage:
     ``peak_anonymous_bytes`` does not."""
 
     seconds: float
+    cpu_seconds: float  # user and system, all threads: what a busy machine does not stretch
     peak_rss_bytes: int
     peak_anonymous_bytes: int
     stdout: str
@@ -69,7 +70,8 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str] | None
     if child.returncode:
         said = streams["stdout"] + streams["stderr"]
         raise RuntimeError(f"{' '.join(map(str, command))} exited with {child.returncode}:\n{said}")
-    return Usage(seconds, usage.ru_maxrss * 1024, anonymous, streams["stdout"])
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Usage(seconds, cpu_seconds, usage.ru_maxrss * 1024, anonymous, streams["stdout"])
 
 
 def _status_bytes(pid: int, key: str) -> int:
