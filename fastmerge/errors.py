@@ -10,6 +10,10 @@ from __future__ import annotations
 class FastmergeError(Exception):
     """Bad input or an impossible request; the message is one line and names the remedy."""
 
+    def __init__(self, message: str) -> None:
+        # File and tensor names are other people's: no line break or escape sequence gets through.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 def nearest(word: str, known: object, *, limit: int = 12) -> str:
     """A hint for an unknown ``word``: the nearest known one, else the first ``limit`` of them."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from yaml.constructor import SafeConstructor
@@ -113,7 +114,12 @@ def _located(value: Any, place: str) -> Any:
         items = LocatedList(_located(item, f"{place}[{i}]") for i, item in enumerate(value))
         items.where, items.at = place, [f"{place}[{i}]" for i in range(len(value))]
         return items
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    plain = value.item() if isinstance(value, np.generic) else value
+    if plain is not None and type(plain) not in (bool, int, float, str):
+        raise FastmergeError(f"{place}: {plain!r:.60} has no meaning here")
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -143,6 +149,8 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         )
         located = [_located(item, name) for item, name in zip(source, names, strict=True)]
         text = yaml.safe_dump_all([_plain(item) for item in located], sort_keys=False)
+        if not located:
+            raise FastmergeError(f"{what}: the {what} is empty")
         return [_document(item, what) for item in located], text, what
     if isinstance(source, str) and "\n" in source:
         text, origin = source, what
@@ -151,10 +159,10 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         origin = path.name
         try:
             text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise FastmergeError(f"{path}: no such {what} file") from None
         except UnicodeDecodeError as error:
             raise FastmergeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name
+            raise FastmergeError(f"{path}: no such {what} file") from None
         except OSError as error:
             raise FastmergeError(f"{path}: cannot be read: {error.strerror}") from None
     else:

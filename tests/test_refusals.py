@@ -4,10 +4,14 @@ is read.
 
 from __future__ import annotations
 
+import copy
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import make_plan
@@ -289,3 +293,86 @@ def test_nothing_is_read_of_the_weights(shelf, monkeypatch):
     monkeypatch.setattr(_C, "Mapping", fail)
     make_plan(models("ties", "a", "b", "c", weight=1))
     assert shelf
+
+
+# ---------------------------------------------------------------- whatever comes
+
+JUNK = [
+    None, True, 0, -1, 1e308, float("nan"), 10**30, "", "x", "blur", "a\nb", "\0", "\x1b[31m",
+    "a+b", "/", "1e-5", [], [[]], [None], {}, {"x": 1}, {"value": 1}, [{"filter": "mlp"}], {1: 2},
+    b"x", object(), {"model": "blur"},
+]  # fmt: skip
+KEYS = ("models", "slices", "base_model", "parameters", "dtype", "name", "seed", "layer_range", "t")
+SCRAPS = [
+    "",
+    ":",
+    " ",
+    "-",
+    "[",
+    "}",
+    "&a ",
+    "*a ",
+    "!",
+    "#",
+    "'",
+    "|",
+    "%",
+    "\t",
+    "\n",
+    "<<: ",
+    "---\n",
+    "\0",
+]
+
+
+def places(value, path=()):
+    """The path of every value in a tree of dicts and lists."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def damaged(documents, rng):
+    """Documents with one thing replaced, removed, added or moved."""
+    documents = copy.deepcopy(documents)
+    path = rng.choice([path for path in places(documents) if path])
+    home, key = at(documents, path[:-1]), path[-1]
+    match rng.randrange(4):
+        case 0:
+            home[key] = rng.choice(JUNK)
+        case 1:
+            del home[key]
+        case 2 if isinstance(home, dict):
+            home[rng.choice(KEYS)] = rng.choice(JUNK)
+        case _:
+            home[key] = copy.deepcopy(at(documents, rng.choice(list(places(documents)))))
+    return documents
+
+
+@pytest.mark.usefixtures("family")
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_recipes_are_planned_or_refused_in_one_line(seed):
+    """No mutation of a good recipe raises anything but FastmergeError, of one printable line."""
+    rng = random.Random(seed)
+    recipes = sorted(Path(__file__).parent.glob("recipes/*.yml"))
+    messages = []
+    for _ in range(60):
+        text = rng.choice(recipes).read_text()
+        if rng.random() < 0.7:
+            source = damaged(list(yaml.safe_load_all(text)), rng)
+        else:
+            cut = rng.randrange(len(text))
+            source = text[:cut] + rng.choice(SCRAPS) + text[cut + rng.choice([0, 1, 3]) :]
+        try:
+            make_plan(source).describe()
+        except FastmergeError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert all(message.isprintable() and len(message) < 600 for message in messages)
