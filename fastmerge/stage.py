@@ -220,7 +220,7 @@ class Builder:
         result = {}
         for name in lead.tensors:
             sources = [item.view.tensors[name] for item in part.inputs]
-            t = _position(lead, name) if part.varies else 0.0
+            t = position(lead, name) if part.varies else 0.0
             result[name] = self._tensor(part, name, sources, t)
         return result
 
@@ -370,7 +370,7 @@ class Builder:
         return ctypes.string_at(view.address, view.nbytes)
 
 
-def _position(view: View, name: str) -> float:
+def position(view: View, name: str) -> float:
     """Where a tensor's layer lies in its stack: 0 to 1; 0 outside layers, 1 in a stack of one."""
     place = architecture.layer_of(name)
     if place is None:

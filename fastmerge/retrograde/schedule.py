@@ -380,7 +380,7 @@ class Schedule(Section):
             if name is not None:
                 dtypes.parse(name, self.at(key))
         if self.evaluate is None:
-            self._check_unmeasured()
+            self.check_unmeasured()
         return self
 
     def _check_step(self, number: int, step: Step) -> None:
@@ -410,7 +410,8 @@ class Schedule(Section):
         if base == STATE and "lambda" in step.parameters:
             step.refuse("lambda", "with base 'state', t is the factor: remove 'lambda'")
 
-    def _check_unmeasured(self) -> None:
+    def check_unmeasured(self) -> None:
+        """Raises FastmergeError where the walk needs scores that nothing measures."""
         for key, need, wanted in (
             ("accept", f"accept: {self.accept.rule}", self.accept.rule != "always"),
             ("keep", "keep: best", self.keep == "best"),
@@ -457,6 +458,12 @@ class Schedule(Section):
         """The models' names in reports, in the order of their numbers."""
         own = [self.baseline.label, *(entry.label for entry in self.pool)]
         return own if self.base_model is None else [*own, "base_model"]
+
+    def without_evaluation(self) -> Schedule:
+        """The same walk, measuring nothing; raises FastmergeError where it needs scores."""
+        bare = self.model_copy(update={"evaluate": None, "compare": None})
+        bare.check_unmeasured()
+        return bare
 
     def written(self, text: str, folder: Path | None) -> Schedule:
         """The same, with its text and the folder that relative paths start from."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Blend:
     method: Method
     operands: tuple[Expr, ...]
     base: Expr | None = None
-    shared: Settings = ()  # type: ignore[assignment]
+    shared: Settings = field(default_factory=dict)
     each: tuple[Settings, ...] = ()  # parallel to operands
     seed: int | None = None
 
@@ -190,13 +190,30 @@ class Geometry:
     relative_norm: float  # that, divided by the baseline's own norm
     angle: float  # between the state and the baseline
     angles: Mapping[int, float]
+    # One linear merge of whole models: its weights, and its distance to the state over ``norm``.
+    # For a state that collapses, the mean of its coefficients; else the nearest there is.
+    one_shot: tuple[float, ...]
+    residual: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; from_json is the inverse."""
+        values = asdict(self)
+        values["angles"] = {str(index): value for index, value in self.angles.items()}
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Geometry:
+        """From as_json's values, numbers that JSON holds as null being NaN."""
+        found = dict(values)
+        found["angles"] = {int(index): value for index, value in values["angles"].items()}
+        return cls(**{**found, "one_shot": tuple(found["one_shot"])})
 
 
 class Space:
     """The models of a run and their geometry: makes plans and coefficients of expressions.
 
     ``template`` is the plan of any linear merge of all models: it has checked that they can be
-    merged. ``grams`` are stacked over ``names``: float64 (tensors, n, n), over [x_0, x_1 - x_0 ...].
+    merged. ``grams`` are stacked over ``names``: float64 (tensors, n, n), of [x_0, x_1 - x_0 ...].
     """
 
     def __init__(
@@ -212,6 +229,10 @@ class Space:
         self._sizes = np.array([item.count for item in self._items], dtype=np.float64)
         self._known: dict[Expr, Float64 | None] = {}
         self._values: dict[int, tuple[Blend, _Values]] = {}
+
+    def sources(self, name: str) -> tuple[Source, ...]:
+        """The models' tensors that one merged tensor is made from."""
+        return _sources(self._items[self.names.index(name)])
 
     def coefficients(self, root: Expr) -> Float64 | None:
         """What ``root`` takes of each model, float64 (tensors, n); None if it does not collapse."""
@@ -317,15 +338,18 @@ class Space:
         """Where the combination with these coefficients (tensors, n) lies."""
         delta = factors.copy()
         delta[:, 0] = factors.sum(axis=1) - 1.0  # over [x_0, x_1 - x_0, ...], less the baseline
-        return self._geometry(delta, self.grams)
+        return self._geometry(delta, self.grams, self.mean_coefficients(factors))
 
     def geometry_of(self, grams: Float64) -> Geometry:
         """Where a materialised state lies: ``grams`` (tensors, n + 1, n + 1) end with its delta."""
         delta = np.zeros((len(self.names), self.count + 1))
         delta[:, -1] = 1.0
-        return self._geometry(delta, grams)
+        total = grams.sum(axis=0)
+        shares = np.linalg.lstsq(total[1:-1, 1:-1], total[1:-1, -1], rcond=None)[0]
+        weights = np.concatenate([[1.0 - shares.sum()], shares])
+        return self._geometry(delta, grams, weights)
 
-    def _geometry(self, delta: Float64, grams: Float64) -> Geometry:
+    def _geometry(self, delta: Float64, grams: Float64, one_shot: Float64) -> Geometry:
         def inner(a: Float64, b: Float64) -> float:
             return float(np.einsum("ti,tij,tj->", a, grams, b))
 
@@ -340,6 +364,8 @@ class Space:
         at_origin = inner(own, own) <= 1e-24 * inner(baseline, baseline)
         angles = {}
         for index in range(self.count):
+            if index == self._origin:
+                continue  # it has no delta
             other = model(index) - origin
             angles[index] = (
                 float(np.sqrt(max(inner(other, other), 0.0)))
@@ -348,6 +374,10 @@ class Space:
             )
         norm = np.sqrt(max(inner(delta, delta), 0.0))
         state = delta + baseline
+        line = np.zeros(delta.shape[1])
+        line[: self.count] = one_shot
+        line[0] = one_shot.sum() - 1.0
+        rest = inner(delta - line, delta - line)
         size = inner(baseline, baseline)
         return Geometry(
             norm=float(norm),
@@ -356,6 +386,8 @@ class Space:
                 inner(baseline, delta), inner(delta, delta), size, inner(state, state)
             ),
             angles=angles,
+            one_shot=tuple(float(weight) for weight in one_shot),
+            residual=float(np.sqrt(max(rest, 0.0)) / norm) if norm > 0 else 0.0,
         )
 
     def mean_coefficients(self, factors: Float64) -> NDArray[np.float64]:

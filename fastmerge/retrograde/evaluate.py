@@ -1,0 +1,303 @@
+"""Scores states of a walk: one resident model whose weights change in place, cached by content.
+
+Three ways to score: tasks of lm-evaluation-harness, a Python callable, the perplexity of a text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastmerge import backends, engine, llama
+from fastmerge.errors import FastmergeError
+from fastmerge.retrograde.harness import Harness
+from fastmerge.retrograde.schedule import Evaluate
+from fastmerge.retrograde.scores import Journal, Scores, TaskScore, digest
+from fastmerge.retrograde.states import Expr, Geometry, Space
+
+ScoreFunction = Callable[..., Mapping[str, Any]]
+
+
+class Scorer(Protocol):
+    """Scores the model in memory on one split, 'steer' or 'holdout'."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def has(self, split: str) -> bool: ...
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores: ...
+
+
+def make_scorer(
+    settings: Evaluate, folder: Path, tokenizer_folder: Path, function: ScoreFunction | None = None
+) -> Scorer:
+    """The scorer a schedule asks for; ``function`` stands in for ``callable`` in Python.
+
+    Raises FastmergeError for whatever is missing: the harness, a task, its data, a module.
+    """
+    if function is not None or settings.callable is not None:
+        return _Callable(function or _load_callable(settings), settings)
+    if settings.perplexity is not None:
+        return _Perplexity(settings, folder, tokenizer_folder)
+    return Harness(settings, folder, tokenizer_folder)
+
+
+def _load_callable(settings: Evaluate) -> ScoreFunction:
+    from importlib import import_module
+
+    assert settings.callable is not None
+    module, _, name = settings.callable.partition(":")
+    try:
+        function: ScoreFunction = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise FastmergeError(
+            f"{settings.at('callable')}: '{settings.callable}': {error}"
+        ) from error
+    return function
+
+
+class _Callable:
+    """A function of the model; it may also take ``split`` and ``limit``.
+
+    It returns a number, or the list of its items' numbers, for each task. They are taken as they
+    are: return percent where they meet accuracies given in the schedule.
+    """
+
+    def __init__(self, function: ScoreFunction, settings: Evaluate) -> None:
+        self._function = function
+        self._name = settings.callable or getattr(function, "__qualname__", "callable")
+        parameters = inspect.signature(function).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._takes = {n for n in ("split", "limit") if anything or n in parameters}
+        try:
+            self._source = inspect.getsource(function)
+        except (OSError, TypeError):
+            self._source = ""
+
+    @property
+    def key(self) -> str:
+        return digest([self._name, self._source])
+
+    @property
+    def version(self) -> str:
+        return f"callable {self._name}"
+
+    def has(self, split: str) -> bool:
+        return split == "steer" or "split" in self._takes
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+        options = {k: v for k, v in {"split": split, "limit": limit}.items() if k in self._takes}
+        answer = self._function(model, **options)
+        if not isinstance(answer, Mapping) or not answer:
+            raise FastmergeError(
+                f"{self._name}: must return a dict of task names and numbers, "
+                f"not {type(answer).__name__}"
+            )
+        return Scores({str(name): self._task(name, value) for name, value in answer.items()})
+
+    def _task(self, name: str, value: Any) -> TaskScore:
+        try:
+            numbers = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise FastmergeError(
+                f"{self._name}: the score of '{name}' is no number: {error}"
+            ) from error
+        if numbers.ndim == 0:
+            return TaskScore(float(numbers), "score", 1)
+        items = {str(name): tuple(float(x) for x in numbers.ravel())}
+        return TaskScore(float(numbers.mean()), "score", numbers.size, items)
+
+
+class _Perplexity:
+    """100 / perplexity of a text, window by window: bounded, and higher is better."""
+
+    def __init__(self, settings: Evaluate, folder: Path, tokenizer_folder: Path) -> None:
+        assert settings.perplexity is not None
+        near = folder / settings.perplexity
+        path = near if near.exists() else Path(settings.perplexity)
+        try:
+            self._text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FastmergeError(f"{settings.at('perplexity')}: {path}: {error}") from error
+        self._settings = settings
+        self._name = path.stem
+        self._tokenizer_folder = tokenizer_folder
+        self._windows: Any = None
+
+    @property
+    def key(self) -> str:
+        return digest([self._text, self._settings.max_length, self._settings.limit])
+
+    @property
+    def version(self) -> str:
+        return f"perplexity of {self._name}"
+
+    def has(self, split: str) -> bool:
+        return split == "steer"
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+        import torch
+
+        if split != "steer":
+            raise ValueError("a perplexity has no hold-out")
+        if self._windows is None:
+            self._windows = self._tokenise(model)
+        limits = [n for n in (limit, self._settings.limit) if n is not None]
+        windows = self._windows[: min(limits)] if limits else self._windows
+        losses, tokens = [], []
+        with torch.no_grad():
+            for window in windows:
+                ids = window[None].to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+                losses.append(float(loss))
+                tokens.append(len(window) - 1)
+        mean = float(np.average(losses, weights=tokens))
+        items = tuple(100.0 * math.exp(-loss) for loss in losses)
+        detail = {"perplexity": math.exp(mean) if mean < 700 else math.inf}
+        task = TaskScore(
+            float(np.mean(items)), "100/perplexity", len(items), {self._name: items}, detail
+        )
+        return Scores({self._name: task})
+
+    def _tokenise(self, model: Any) -> Any:
+        import torch
+
+        tokenizer = llama.load_tokenizer(self._tokenizer_folder)
+        ids = torch.tensor(tokenizer(self._text)["input_ids"], dtype=torch.long)
+        length = self._settings.max_length or int(
+            getattr(model.config, "max_position_embeddings", 1024)
+        )
+        windows = [w for w in torch.split(ids, length) if len(w) > 1]
+        if not windows:
+            raise FastmergeError(f"{self._name}: the text is too short to score")
+        return windows
+
+
+class Lab:
+    """Measures states: makes their weights, loads them into one model, scores it, remembers."""
+
+    def __init__(
+        self,
+        space: Space,
+        settings: Evaluate | None,
+        scorer: Scorer | None,
+        journal: Journal,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self.space = space
+        self.scorer = scorer
+        self._settings = settings
+        self._journal = journal
+        self._threads = threads
+        self._model: Any = None
+        self._loaded: str | None = None
+        self.evaluations = 0  # made or found in the journal; what a budget counts
+
+    def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
+        """The scores of ``state``; the same state and settings are measured once."""
+        if self.scorer is None:
+            raise ValueError("this run does not evaluate")
+        self.evaluations += 1
+        state_key = self.space.fingerprint(state)
+        key = f"score:{digest([state_key, self.scorer.key, split, limit])}"
+        known = self._journal.get(key)
+        if known is not None:
+            return Scores.from_json(known)
+        scores = self.scorer.score(self.model(state), split, limit)
+        self._journal.put(key, scores.as_json())
+        return scores
+
+    def model(self, state: Expr) -> Any:
+        """The resident model with the weights of ``state``, as a written folder would hold them."""
+        key = self.space.fingerprint(state)
+        if self._model is None:
+            self._model = self._make_model()
+        if self._loaded != key:
+            self._loaded = None  # half-loaded weights are nobody's
+            self._load(state, key)
+            self._loaded = key
+        return self._model
+
+    def _make_model(self) -> Any:
+        import torch
+
+        assert self._settings is not None
+        dtype = getattr(torch, self._settings.dtype)
+        donor = self.space.template.models[0].path
+        model = llama.load(donor, dtype=dtype)
+        return model.to(self._settings.device)
+
+    def _load(self, state: Expr, key: str) -> None:
+        import torch
+
+        parameters = self._model.state_dict()
+        grams = None if self.space.coefficients(state) is not None else GramMeter(self.space)
+        with torch.no_grad():
+            for item, array in engine.materialise(self.space.plan(state), threads=self._threads):
+                target = parameters.get(item.name)
+                if target is None:
+                    if item.name.endswith("rotary_emb.inv_freq"):  # old checkpoints; recomputed
+                        continue
+                    raise FastmergeError(f"the model has no parameter '{item.name}'")
+                if item.dtype.mergeable:
+                    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+                    source = raw.view(getattr(torch, item.dtype.name)).reshape(item.shape)
+                    target.copy_(source)
+                if grams is not None:
+                    grams.add(item.name, array, item.dtype.code)
+        if grams is not None:
+            self._keep(key, grams)
+
+    def geometry(self, state: Expr) -> Geometry:
+        """Where ``state`` lies; one that does not collapse is materialised for it, once."""
+        factors = self.space.coefficients(state)
+        if factors is not None:
+            return self.space.geometry(factors)
+        key = self.space.fingerprint(state)
+        if self._journal.get(f"geometry:{key}") is None:
+            meter = GramMeter(self.space)
+            for item, array in engine.materialise(self.space.plan(state), threads=self._threads):
+                meter.add(item.name, array, item.dtype.code)
+            self._keep(key, meter)
+        return Geometry.from_json(self._journal.get(f"geometry:{key}"))
+
+    def _keep(self, key: str, meter: GramMeter) -> None:
+        geometry = self.space.geometry_of(meter.grams)
+        self._journal.put(f"geometry:{key}", geometry.as_json())
+
+
+class GramMeter:
+    """Gram matrices of [x_0, x_1 - x_0, ..., state - x_0], filled in tensor by tensor."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._index = {name: i for i, name in enumerate(space.names)}
+        self._backend = backends.cpu(1)
+        size = space.count + 1
+        self.grams = np.zeros((len(space.names), size, size))
+
+    def add(self, name: str, array: np.ndarray[Any, Any], code: str) -> None:
+        """One tensor of the state; those that are only copied do not count."""
+        from fastmerge import _C
+
+        index = self._index.get(name)
+        if index is None:
+            return
+        models = self._space.template.models
+        sources = self._space.sources(name)
+        first, *others = [models[s.model].view(s.name) for s in sources]
+        own = _C.View(array.ctypes.data, array.size, code, array)
+        self.grams[index] = self._backend.gram(
+            [*others, own], first, axis=None, rows=1, cols=array.size
+        )

@@ -1,0 +1,527 @@
+"""What a run leaves to read: trajectory.json, report.md, report.html, plots, the card's lineage."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import statistics as stats
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.recipe import Setting
+from fastmerge.retrograde import driver, plots
+from fastmerge.retrograde.harness import leaderboard_table
+from fastmerge.retrograde.schedule import Step
+from fastmerge.retrograde.scores import Scores, none, write_atomically
+from fastmerge.retrograde.statistics import Interval, difference, holm, interval
+
+if TYPE_CHECKING:
+    from fastmerge.retrograde.runner import Result, Row, Trajectory
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the comparison with its statistics on the reported split."""
+
+    row: Row
+    value: float
+    interval: Interval | None
+    lead: Interval | None  # the schedule's score less this row's, the same items
+    p: float | None  # of the lead, Holm-adjusted over the rows
+
+    @property
+    def scores(self) -> Scores:
+        """On the hold-out where there is one."""
+        return self.row.steer if self.row.holdout is None else self.row.holdout
+
+
+def write(result: Result) -> None:
+    """Writes every file of the run's folder but the model and the journal."""
+    out = result.out
+    if out is None:
+        return
+    lines = compare_lines(result)
+    write_atomically(out / "trajectory.json", json.dumps(as_json(result, lines), indent=1) + "\n")
+    pictures: dict[str, bytes] = {}
+    if result.trajectory.models:
+        pictures["trajectory.png"] = plots.trajectory_png(result.trajectory)
+        if len(lines) > 1:
+            pictures["comparison.png"] = plots.comparison_png(lines, split_name(lines))
+    for name, data in pictures.items():
+        write_atomically(out / name, data)
+    text = markdown(result, lines, list(pictures))
+    write_atomically(out / "report.md", text)
+    write_atomically(out / "report.html", page(text, pictures))
+
+
+def compare_lines(result: Result) -> list[Line]:
+    """The rows with intervals; the schedule comes first."""
+    rows = result.rows
+    if not rows:
+        return []
+    settings = result.trajectory.schedule.evaluate
+    resamples = settings.bootstrap if settings else 2000
+    seed = result.trajectory.seed
+    reported = [row.steer if row.holdout is None else row.holdout for row in rows]
+    first = reported[0]
+    leads = [
+        None if i == 0 else difference(first, scores, resamples=resamples, seed=seed)
+        for i, scores in enumerate(reported)
+    ]
+    adjusted = holm([float("nan") if lead is None else lead.p for lead in leads])
+    return [
+        Line(
+            row,
+            scores.value,
+            interval(scores, resamples=resamples, seed=seed),
+            lead,
+            none(p),
+        )
+        for row, scores, lead, p in zip(rows, reported, leads, adjusted, strict=True)
+    ]
+
+
+def split_name(lines: Sequence[Line]) -> str:
+    """Which split the comparison reports."""
+    return "hold-out" if lines and lines[0].row.holdout is not None else "steering"
+
+
+# --- in words ---
+
+
+def shown(setting: Setting) -> str:
+    """A parameter as a person would write it."""
+    parts = []
+    for rule in setting.rules:
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in rule.values]
+        text = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+        parts.append(text if rule.filter is None else f"{rule.filter}: {text}")
+    return "; ".join(parts)
+
+
+def step_text(step: Step) -> str:
+    """The method and its parameters: 'ties(t=0.3, density=0.5)'."""
+    inner = ", ".join(f"{name}={shown(value)}" for name, value in step.parameters.items())
+    return f"{step.method}({inner})"
+
+
+def other_label(trajectory: Trajectory, record: driver.Record) -> str:
+    """Whom a step merged with."""
+    kind, number = record.move.other
+    if kind == "model":
+        return trajectory.schedule.labels[number]
+    return trajectory.schedule.labels[0] if number == 0 else f"state {number}"
+
+
+def verdict(record: driver.Record) -> str:
+    """What became of a candidate."""
+    if record.accepted:
+        return "kept" if record.judged else "taken"
+    return f"refused, back to state {record.state}"
+
+
+def lineage_text(trajectory: Trajectory) -> str:
+    """The schedule with the steps taken, as the recipe recorded in the model: valid YAML."""
+    lines = [
+        "# The final state of a retrograde schedule (fastmerge retrograde); steps taken:",
+        f"#   seed {trajectory.seed}; state 0 is {trajectory.schedule.labels[0]}",
+    ]
+    for record in trajectory.state.records:
+        move = record.move
+        lines.append(
+            f"#   {move.number}: from state {move.origin}, {move.step.kind} to "
+            f"{other_label(trajectory, record)} by {step_text(move.step)}: "
+            f"{verdict(record)}"
+        )
+    lines.append(f"#   the model is state {trajectory.final}")
+    return "\n".join(lines) + "\n" + trajectory.schedule.text
+
+
+def lineage_section(trajectory: Trajectory) -> str:
+    """The model card's section on where the model comes from."""
+    lines = ["\n## Lineage\n", *_step_table(trajectory), ""]
+    effective = _effective_table(trajectory, [trajectory.final])
+    if effective:
+        lines += ["One linear merge that comes closest (per whole model):\n", *effective, ""]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _step_table(trajectory: Trajectory) -> list[str]:
+    lines = [
+        "| step | kind | from | with | method | score, % | verdict | angle | distance |",
+        "|---:|---|---:|---|---|---:|---|---:|---:|",
+        (
+            f"| 0 | baseline | | {trajectory.schedule.labels[0]} | | "
+            f"{_number(trajectory.state.baseline_score)} | | | |"
+        ),
+    ]
+    for record in trajectory.state.records:
+        move = record.move
+        place = trajectory.geometry[move.number]
+        angle = "-" if place is None else f"{place.angle:.3f}°"
+        length = "-" if place is None else f"{100 * place.relative_norm:.2f} %"
+        lines.append(
+            f"| {move.number} | {move.step.kind} | {move.origin} | "
+            f"{other_label(trajectory, record)} ({move.why}) | {step_text(move.step)} | "
+            f"{_number(record.score)} | {verdict(record)} | {angle} | {length} |"
+        )
+    return lines
+
+
+def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str]:
+    known = [(n, trajectory.geometry[n]) for n in numbers]
+    places = [(n, place) for n, place in known if place is not None]
+    if not places:
+        return []
+    labels = trajectory.schedule.labels
+    lines = [
+        f"| state | {' | '.join(labels)} | residual |",
+        f"|---:|{'---:|' * (len(labels) + 1)}",
+    ]
+    for number, place in places:
+        weights = " | ".join(f"{weight:.4f}" for weight in place.one_shot)
+        lines.append(f"| {number} | {weights} | {100 * place.residual:.2f} % |")
+    return lines
+
+
+def _finding(lines: Sequence[Line]) -> list[str]:
+    """The plain answer: does the schedule beat what costs less?"""
+    if len(lines) < 2:
+        return []
+    sentences = []
+    for line in lines[1:]:
+        if line.row.name not in ("baseline", "best_single", "one_shot", "line_search"):
+            continue
+        title = _TITLES.get(line.row.name, line.row.name)
+        if line.lead is None or line.p is None:
+            gap = lines[0].value - line.value
+            sentences.append(f"against {title}: {gap:+.2f} points (no items to test it by)")
+            continue
+        certain = line.p < 0.05
+        word = "no difference shown"
+        if certain:
+            word = "better" if line.lead.value > 0 else "worse"
+        sentences.append(
+            f"against {title}: {line.lead.value:+.2f} points "
+            f"[{line.lead.low:+.2f}, {line.lead.high:+.2f}], {word}"
+        )
+    return [f"- {sentence}" for sentence in sentences]
+
+
+_TITLES = {
+    "schedule": "the schedule",
+    "one_shot": "its one-shot equivalent",
+    "baseline": "the baseline",
+    "best_single": "the best single model",
+    "line_search": "the line search over t",
+}
+
+
+def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> str:
+    """The report. A reader needs nothing else to understand it."""
+    trajectory = result.trajectory
+    schedule = trajectory.schedule
+    records = trajectory.state.records
+    refused = sum(not record.accepted for record in records)
+    parts = [
+        "# Retrograde run",
+        (
+            f"A walk of {len(records)} steps from **{schedule.labels[0]}** through "
+            f"{len(schedule.pool)} other models. A *degrade* step merges the current state with a "
+            "weaker model; a *retrace* step merges it back with an earlier, stronger one. "
+            f"{refused} of the candidates were refused (accept: {schedule.accept.rule}). "
+            f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
+        ),
+    ]
+    if lines:
+        parts.append(
+            f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
+            f"**{_with_interval(lines[0])} %**; in points,\n"
+        )
+        parts.append("\n".join(_finding(lines)))
+        if split_name(lines) == "steering":
+            parts.append(
+                "**No hold-out was given: these items steered the walk and the search, so every "
+                "score here is optimistic.** Name `holdout` tasks in the schedule."
+            )
+    else:
+        parts.append("Nothing was measured: this run says nothing about how good the model is.")
+    parts.append("## The walk\n")
+    if "trajectory.png" in pictures:
+        parts.append("![accuracy against step](trajectory.png)")
+    parts.append("\n".join(_step_table(trajectory)))
+    parts.append(
+        "*From*: the state a step starts at. *Angle* and *distance* (in percent of the baseline's "
+        "norm) say how far the candidate lies from the baseline's weights."
+    )
+    effective = _effective_table(trajectory, range(len(trajectory.states)))
+    if effective:
+        parts.append(
+            "## What the states are equivalent to\n\nOne linear merge of whole models comes this "
+            "close to each state; *residual* is the distance that remains, as a share of the "
+            "state's own distance from the baseline. A residual near 0 means that the path "
+            "added nothing that one merge with these weights does not have."
+        )
+        parts.append("\n".join(effective))
+    if lines:
+        parts += _comparison(result, lines, pictures)
+    parts += _setup(result, lines)
+    return "\n\n".join(parts) + "\n"
+
+
+def _with_interval(line: Line) -> str:
+    if line.interval is None:
+        return f"{line.value:.2f}"
+    return f"{line.value:.2f} [{line.interval.low:.2f}, {line.interval.high:.2f}]"
+
+
+def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> list[str]:
+    split = split_name(lines)
+    table = [
+        (
+            f"| merge | how | candidates | steering, % | {split}, % [95 % interval] | "
+            "schedule less this, points | p (Holm) |"
+        ),
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        value = _with_interval(line)
+        if line.row.repeats:
+            spread = stats.stdev(line.row.repeats)
+            value += (
+                f"; {len(line.row.repeats)} masks: "
+                f"{stats.fmean(line.row.repeats):.2f} ± {spread:.2f}"
+            )
+        lead = "-"
+        if line.lead is not None:
+            lead = f"{line.lead.value:+.2f} [{line.lead.low:+.2f}, {line.lead.high:+.2f}]"
+        p = "-" if line.p is None else f"{line.p:.3f}"
+        table.append(
+            f"| {line.row.name} | {line.row.how} | {line.row.evaluations} | "
+            f"{line.row.steer.value:.2f} | {value} | {lead} | {p} |"
+        )
+    parts = ["## Comparison\n"]
+    if "comparison.png" in pictures:
+        parts.append("![comparison](comparison.png)")
+    parts.append("\n".join(table))
+    parts.append(
+        "Every family drew as many candidates as it says, the best on the steering score was "
+        f"chosen, and only that one met the {split} items. Intervals resample items (paired for "
+        "differences); they say nothing about other training seeds. `one_shot` is the walk's own "
+        "effective merge: the null hypothesis of the whole idea."
+    )
+    schedule = result.trajectory.schedule
+    if schedule.evaluate is not None and schedule.evaluate.preset is not None:
+        parts.append(leaderboard_table([(line.row.name, line.row.steer) for line in lines]))
+    tasks = sorted(lines[0].scores.tasks)
+    if len(tasks) > 1:
+        rows = [f"| merge | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
+        for line in lines:
+            cells = (line.scores.tasks.get(task) for task in tasks)
+            values = " | ".join("-" if cell is None else f"{cell.value:.2f}" for cell in cells)
+            rows.append(f"| {line.row.name} | {values} |")
+        parts += [f"By {split} task, %:", "\n".join(rows)]
+    return parts
+
+
+def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
+    from fastmerge import __version__
+
+    trajectory = result.trajectory
+    schedule = trajectory.schedule
+    rows = ["| model | given, % | measured, % | fingerprint |", "|---|---:|---:|---|"]
+    given = [schedule.baseline.accuracy, *(entry.accuracy for entry in schedule.pool), None]
+    for number, label in enumerate(schedule.labels):
+        own = trajectory.models.get(number)
+        digest = result.space.template.models[number].fingerprint[:16]
+        measured = _number(None if own is None else own.value)
+        rows.append(f"| {label} | {_number(given[number])} | {measured} | `{digest}` |")
+    parts = ["## Setup", "\n".join(rows)]
+    if lines:
+        steer = ", ".join(lines[0].row.steer.tasks)
+        held = lines[0].row.holdout
+        parts.append(
+            f"Scored by {trajectory.evaluator}. Steering: {steer}. "
+            f"Hold-out: {', '.join(held.tasks) if held is not None else 'none'}."
+        )
+    parts.append(
+        f"fastmerge {__version__}. The schedule:\n\n```yaml\n{schedule.text.rstrip()}\n```"
+    )
+    return parts
+
+
+# --- for programs ---
+
+
+def as_json(result: Result, lines: Sequence[Line]) -> dict[str, Any]:
+    """Everything the run knows, in plain values; scores in percent, angles in degrees."""
+    from fastmerge import __version__
+
+    trajectory = result.trajectory
+    schedule = trajectory.schedule
+    return {
+        "fastmerge": __version__,
+        "seed": trajectory.seed,
+        "evaluator": trajectory.evaluator or None,
+        "models": [
+            {
+                "label": label,
+                "reference": reference,
+                "fingerprint": model.fingerprint,
+                "score": _score_json(trajectory.models.get(number)),
+            }
+            for number, (label, reference, model) in enumerate(
+                zip(
+                    schedule.labels,
+                    schedule.references,
+                    result.space.template.models,
+                    strict=True,
+                )
+            )
+        ],
+        "steps": [_step_json(result, number) for number in range(1, len(trajectory.states))],
+        "final": trajectory.final,
+        "comparison": [_line_json(line) for line in lines],
+        "schedule": schedule.text,
+    }
+
+
+def _step_json(result: Result, number: int) -> dict[str, Any]:
+    trajectory = result.trajectory
+    record = trajectory.state.records[number - 1]
+    move = record.move
+    place = trajectory.geometry[number]
+    return {
+        "step": number,
+        "kind": move.step.kind,
+        "method": move.step.method,
+        "parameters": {
+            name: [[rule.filter, list(rule.values)] for rule in setting.rules]
+            for name, setting in move.step.parameters.items()
+        },
+        "base": trajectory.schedule.base_of(move.step),
+        "from": move.origin,
+        "with": other_label(trajectory, record),
+        "chosen": move.why,
+        "seed": move.seed,
+        "score": none(record.score),
+        "scores": _score_json(trajectory.scores[number]),
+        "judged": record.judged,
+        "accepted": record.accepted,
+        "state": record.state,
+        "fingerprint": result.space.fingerprint(trajectory.states[number]),
+        "norm": None if place is None else place.norm,
+        "relative_norm": None if place is None else none(place.relative_norm),
+        "angle_degrees": None if place is None else none(place.angle),
+        "one_shot": None if place is None else list(place.one_shot),
+        "residual": None if place is None else place.residual,
+        "coefficients": _coefficients_json(result, number),
+    }
+
+
+def _coefficients_json(result: Result, number: int) -> dict[str, list[float]] | None:
+    """Each tensor's effective coefficients over the models; None where there are none."""
+    factors = result.space.coefficients(result.trajectory.states[number])
+    if factors is None:
+        return None
+    if (factors == factors[:1]).all():
+        return {"*": factors[0].tolist()}
+    return {name: row.tolist() for name, row in zip(result.space.names, factors, strict=True)}
+
+
+def _score_json(scores: Scores | None) -> dict[str, Any] | None:
+    if scores is None:
+        return None
+    return {
+        "value": none(scores.value),
+        "tasks": {
+            name: {"value": none(t.value), "metric": t.metric, "items": t.count, "detail": t.detail}
+            for name, t in scores.tasks.items()
+        },
+    }
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    return {
+        "name": line.row.name,
+        "how": line.row.how,
+        "candidates": line.row.evaluations,
+        "steering": _score_json(line.row.steer),
+        "holdout": _score_json(line.row.holdout),
+        "interval": None if line.interval is None else [line.interval.low, line.interval.high],
+        "schedule_less_this": None if line.lead is None else list(line.lead[:3]),
+        "p_holm": line.p,
+        "repeats": list(line.row.repeats),
+    }
+
+
+# --- HTML ---
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
+color:#222}table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{border:1px solid #ccc;
+padding:.25rem .5rem;text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1rem;
+overflow:auto}code{background:#f5f5f5}"""
+
+
+def page(text: str, pictures: dict[str, bytes]) -> str:
+    """The Markdown of this report as one self-contained page, pictures inside."""
+    body: list[str] = []
+    blocks = text.split("\n\n")
+    place = 0
+    while place < len(blocks):
+        block = blocks[place]
+        while block.count("```") % 2:  # a fence may hold blank lines
+            place += 1
+            block += "\n\n" + blocks[place]
+        body.append(_block(block.strip("\n"), pictures))
+        place += 1
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Retrograde run</title>"
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _block(block: str, pictures: dict[str, bytes]) -> str:
+    if block.startswith("#"):
+        level = len(block) - len(block.lstrip("#"))
+        title, _, rest = block.lstrip("# ").partition("\n")
+        heading = f"<h{level}>{_inline(title)}</h{level}>"
+        return heading + (_block(rest.strip(), pictures) if rest.strip() else "")
+    if block.startswith("!["):
+        alt, _, name = block[2:].rstrip(")").partition("](")
+        data = base64.b64encode(pictures[name]).decode()
+        return f"<p><img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'></p>"
+    if "```" in block:
+        before, _, rest = block.partition("```")
+        code = rest.partition("\n")[2].rpartition("```")[0]
+        return f"<p>{_inline(before.strip())}</p><pre>{html.escape(code)}</pre>"
+    if block.startswith("|"):
+        rows = [row.strip("|").split("|") for row in block.splitlines()]
+        head = "".join(f"<th>{_inline(cell.strip())}</th>" for cell in rows[0])
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{_inline(cell.strip())}</td>" for cell in row) + "</tr>"
+            for row in rows[2:]
+        )
+        return f"<table><tr>{head}</tr>{cells}</table>"
+    if block.startswith("- "):
+        items = "".join(f"<li>{_inline(line[2:])}</li>" for line in block.splitlines())
+        return f"<ul>{items}</ul>"
+    return f"<p>{_inline(block)}</p>"
+
+
+def _inline(text: str) -> str:
+    escaped = html.escape(text)
+    for mark, tag in (("**", "b"), ("`", "code"), ("*", "i")):
+        pieces = escaped.split(mark)
+        if len(pieces) % 2 == 0:
+            continue  # an unpaired mark is just a character
+        escaped = "".join(
+            piece if i % 2 == 0 else f"<{tag}>{piece}</{tag}>" for i, piece in enumerate(pieces)
+        )
+    return escaped
