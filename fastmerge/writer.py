@@ -30,6 +30,9 @@ from fastmerge.errors import FastmergeError
 
 _ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
 _MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough to hold many
+# They wait for the disk and compute nothing. Writing 2 GB on one busy disk: 0.9 GB/s with one
+# thread, 1.2 with two, 1.4 with four.
+_IO_THREADS = 4
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
 
@@ -183,7 +186,7 @@ class ModelWriter:
         io: str = "auto",
         inputs: Iterable[Path] = (),
         staging_bytes: int = 96 << 20,
-        io_threads: int = 2,
+        io_threads: int = _IO_THREADS,
     ) -> None:
         # A link is followed: what it points to is what is replaced.
         self.target = Path(os.path.realpath(target))

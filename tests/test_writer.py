@@ -589,6 +589,17 @@ def test_no_space_for_real(tmp_path: Path) -> None:
     assert siblings(tmp_path / "out") == []
 
 
+def test_no_direct_io_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: object, path: str, *__: object, io: str, **___: object) -> None:
+        assert io == "direct"
+        raise OSError(errno.EINVAL, "Invalid argument", path)
+
+    monkeypatch.setattr(writer_module._C, "StagedFile", refuses)
+    message = refusal(tmp_path / "out", io="direct")
+    assert message.endswith("no direct I/O on this file system; use io: auto")
+    assert siblings(tmp_path / "out") == []
+
+
 # The disk fills, or a quota bites, while weights are written: a limit on file size plays it.
 _FULL = """
 import importlib.util, resource, sys
