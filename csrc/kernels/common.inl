@@ -1,6 +1,11 @@
 // What the kernels share. Elements are worked on in groups of two vectors; a group at an end of a
 // tile that is not full goes through small padded buffers, so there is one path for the arithmetic.
 
+// For the body of a hot loop: called out of line, it would load its constants anew for every group.
+#ifndef FM_INLINE
+#define FM_INLINE __attribute__((always_inline)) inline
+#endif
+
 constexpr int kGroup = 2 * kLanes;
 
 struct Part {

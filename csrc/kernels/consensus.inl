@@ -2,8 +2,11 @@
 // the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708): masks multiply,
 // so that NaN and Inf survive them, sums start from +0, and nothing is fused.
 
-template <class T, int kInputs, bool kPartial>
-inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t at, Part part) {
+// kKind: what all terms' Keep rules are, or kAnyKind.
+constexpr int kAnyKind = -1;
+
+template <class T, int kInputs, int kKind, bool kElect, bool kPartial>
+FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t at, Part part) {
     const int inputs = kInputs ? kInputs : args.inputs_count;
     const uint64_t index = args.index + static_cast<uint64_t>(at);
     const Floats zero = spread(0.0f), one = spread(1.0f);
@@ -19,20 +22,21 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
     for (int j = 0; j < inputs; ++j) {
         const Term& term = args.terms[j];
         const Keep& rule = term.keep;
+        const int kind = kKind == kAnyKind ? static_cast<int>(rule.kind) : kKind;
         const char* from = static_cast<const char*>(args.inputs[j]) + at * T::kBytes;
         Words random[2] = {flat[0], flat[1]};
-        if (rule.kind == Keep::kRandom) random_words(rule, index, random);
+        if (kind == Keep::kRandom) random_words(rule, index, random);
         for (int v = 0; v < 2; ++v) {
             Floats delta = read<kPartial>(T(), from, v, part) - base[v];
             Floats factor = spread(term.on);
-            if (rule.kind == Keep::kRandom) {
+            if (kind == Keep::kRandom) {
                 factor =
                     choose(at_most(random[v], spread(rule.word_max)), factor, spread(term.off));
-            } else if (rule.kind != Keep::kAll) {
+            } else if (kind != Keep::kAll) {
                 const Words key = magnitude(delta);
                 const Words threshold = spread(static_cast<uint32_t>(rule.threshold));
                 Mask survives = signed_above(key, threshold);
-                if (rule.kind == Keep::kAboveOrTie)
+                if (kind == Keep::kAboveOrTie)
                     survives = survives |
                                (equal(key, threshold) &
                                 at_most(rule.mixed ? mixed[v] : flat[v], spread(rule.order_max)));
@@ -41,7 +45,7 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
             delta = delta * factor;
             if (term.rescaled) delta = delta * spread(term.weight);
             total[v] = total[v] + delta;
-            if (!args.elect) continue;
+            if (!kElect) continue;
             if (kInputs)
                 in_registers[j][v] = delta;
             else
@@ -49,7 +53,7 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
         }
     }
     for (int v = 0; v < 2; ++v) {
-        if (args.elect) {
+        if (kElect) {
             const Floats minority_sign = choose(at_least(total[v], zero), zero, spread(-0.0f));
             Floats sum = zero, weights = zero;
             for (int j = 0; j < inputs; ++j) {
@@ -71,7 +75,15 @@ inline void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t a
     }
 }
 
-template <class T, int kInputs>
+template <class T, int kInputs, int kKind, bool kElect>
+void consensus_end(const ConsensusArgs& args, bool any_mixed, int64_t at) {
+    const int64_t left = args.count - at;
+    const Part part = {at < 0 ? static_cast<int>(-at) : 0,
+                       left < kGroup ? static_cast<int>(left) : kGroup};
+    consensus_group<T, kInputs, kKind, kElect, true>(args, any_mixed, at, part);
+}
+
+template <class T, int kInputs, int kKind, bool kElect>
 void consensus_tile(const ConsensusArgs& args) {
     bool any_mixed = false;
     for (int j = 0; j < args.inputs_count; ++j)
@@ -79,25 +91,35 @@ void consensus_tile(const ConsensusArgs& args) {
     // Groups lie at multiples of kGroup in the flat index; the first and the last may be cut.
     int64_t at = -static_cast<int64_t>(args.index % kGroup);
     for (; at < args.count; at += kGroup) {
-        if (at >= 0 && at + kGroup <= args.count) {
-            consensus_group<T, kInputs, false>(args, any_mixed, at, {});
-        } else {
-            const int64_t left = args.count - at;
-            const Part part = {at < 0 ? static_cast<int>(-at) : 0,
-                               left < kGroup ? static_cast<int>(left) : kGroup};
-            consensus_group<T, kInputs, true>(args, any_mixed, at, part);
-        }
+        if (at >= 0 && at + kGroup <= args.count)
+            consensus_group<T, kInputs, kKind, kElect, false>(args, any_mixed, at, {});
+        else
+            consensus_end<T, kInputs, kKind, kElect>(args, any_mixed, at);
     }
+}
+
+template <class T, int kInputs>
+void consensus_inputs(const ConsensusArgs& args) {
+    int kind = args.terms[0].keep.kind;
+    for (int j = 1; j < args.inputs_count; ++j)
+        if (args.terms[j].keep.kind != kind) kind = kAnyKind;
+    if (args.elect && kind == Keep::kAboveOrTie)
+        return consensus_tile<T, kInputs, Keep::kAboveOrTie, true>(args);
+    if (args.elect && kind == Keep::kRandom)
+        return consensus_tile<T, kInputs, Keep::kRandom, true>(args);
+    if (args.elect) return consensus_tile<T, kInputs, kAnyKind, true>(args);
+    return consensus_tile<T, kInputs, kAnyKind, false>(args);
 }
 
 template <class T>
 void consensus(const ConsensusArgs& args) {
     switch (args.inputs_count) {
         case 2:
-            return consensus_tile<T, 2>(args);
+            return consensus_inputs<T, 2>(args);
         case 3:
-            return consensus_tile<T, 3>(args);
+            return consensus_inputs<T, 3>(args);
         default:
-            return consensus_tile<T, 0>(args);
+            return args.elect ? consensus_tile<T, 0, kAnyKind, true>(args)
+                              : consensus_tile<T, 0, kAnyKind, false>(args);
     }
 }
