@@ -1,6 +1,7 @@
-# Every command makes its own environment in .venv; nothing else needs to be installed but Python 3.10+ and a C++17 compiler.
+# Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
 .PHONY: help demo test check format bench wheel clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -8,7 +9,6 @@ JOBS ?= 2
 BIN := .venv/bin
 CONSTRAINTS := tests/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
-BUILD_INPUTS := pyproject.toml setup.py $(CONSTRAINTS) $(shell find csrc -type f)
 
 help:
 	@echo "make demo    two small llamas, merged, compared and asked a question"
@@ -18,35 +18,40 @@ help:
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
 	@echo "make wheel   sdist and wheel in dist/"
 
-# One environment per set of extras would cost minutes; one environment grows from demo to test.
-.venv/.demo .venv/.test: .venv/.%: $(BUILD_INPUTS)
+# One environment that grows from demo to test: one per set of extras would cost minutes each.
+.venv/.demo .venv/.test: .venv/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch setuptools wheel pybind11
 	$(PIP) --no-build-isolation -e '.[$*]'
+	touch .venv/.built $@
+
+# Only the extension, after a change to its sources.
+.venv/.built: setup.py $(shell find csrc -type f)
+	$(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: .venv/.demo
+demo: .venv/.demo .venv/.built
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
 # PYTHONSAFEPATH keeps the repository's root, and with it the bare name `kernels`, off sys.path.
-test: .venv/.test
+test: .venv/.test .venv/.built
 	PYTHONSAFEPATH=1 $(BIN)/pytest -q -n $(JOBS) $(TEST)
 
-check: .venv/.test
+check: .venv/.test .venv/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format --dry-run -Werror
 
-format: .venv/.test
+format: .venv/.test .venv/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
 
-bench: .venv/.test
+bench: .venv/.test .venv/.built
 	$(BIN)/python benchmarks/merge_model.py $(BENCH)
 
-wheel: .venv/.test
+wheel: .venv/.test .venv/.built
 	$(PIP) build
 	$(BIN)/python -m build
 

@@ -1,4 +1,4 @@
-"""Builds fastmerge._C and maps kernels/ to fastmerge.kernels. Everything else is in pyproject.toml."""
+"""Builds fastmerge._C, maps kernels/ to fastmerge.kernels; the rest is in pyproject.toml."""
 
 from glob import glob
 

@@ -1,4 +1,4 @@
-"""The compiled extension: CPU kernels, the thread pool and file I/O. The one written interface to it.
+"""The compiled extension: CPU kernels, the thread pool and file I/O. Its one written interface.
 
 dtype strings are safetensors codes: "F32", "F16", "BF16", and "RAW" for bytes that are only copied.
 Every call that touches weights releases the GIL. Bad arguments raise ValueError, I/O errors raise
@@ -38,7 +38,7 @@ class Pool:
     def threads(self) -> int: ...
 
 class Sink:
-    """Where a kernel writes one tensor: a block of memory, or staging buffers on their way to a file."""
+    """Where a kernel writes one tensor: memory, or staging buffers on their way to a file."""
 
     @property
     def count(self) -> int: ...
@@ -48,9 +48,9 @@ class Sink:
 class MemorySink(Sink):
     def __init__(self, out: View) -> None: ...
 
-# --- kernels: the four primitives -------------------------------------------------------------------
-# axis: None = the whole tensor is one vector; 1 = each row of a (rows, cols) matrix is one (vectors = rows);
-# 0 = each column is one (vectors = cols). rows and cols are ignored when axis is None.
+# --- kernels: the four primitives -----------------------------------------------------------------
+# axis: None = the whole tensor is one vector; 1 = each row of a (rows, cols) matrix is one (vectors
+# = rows); 0 = each column is one (vectors = cols). rows and cols are ignored when axis is None.
 
 def gram(
     pool: Pool,
@@ -78,10 +78,12 @@ def combine(
     rows: int = 1,
     cols: int = 0,
 ) -> int:
-    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many outputs are NaN/Inf.
+    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many
+    outputs are NaN/Inf.
 
-    coefficients: shape (k,) or (vectors, k), rounded to fp32. An input whose coefficient is exactly 0 is skipped (so
-    c = (1, 0) returns x_0 bit for bit, NaN and -0.0 included); all-zero coefficients give +0.
+    coefficients: shape (k,) or (vectors, k), rounded to fp32. An input whose coefficient is exactly
+    0 is skipped (so c = (1, 0) returns x_0 bit for bit, NaN and -0.0 included); all-zero
+    coefficients give +0.
     """
 
 def select(
@@ -101,15 +103,17 @@ def consensus(
     normalize: bool,
     scale: float = 1.0,
 ) -> int:
-    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32 without FMA, one rounding.
+    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32, no FMA, one
+    rounding.
 
-    Order of operations as mergekit 0.1.5 in float32 (task arithmetic, TIES, DARE); returns the number of NaN/Inf outputs.
+    Order of operations as mergekit 0.1.5 in float32 (task arithmetic, TIES, DARE); returns the
+    number of NaN/Inf outputs.
     """
 
 def copy(pool: Pool, source: View, out: Sink) -> None:
     """Copies bytes; source and out have the same dtype and count."""
 
-# --- reading ------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 class Mapping:
     """A file mapped read-only."""
@@ -120,18 +124,22 @@ class Mapping:
     def view(self, offset: int, count: int, dtype: str) -> View: ...
     def bytes(self, offset: int, nbytes: int) -> bytes: ...
     def prefetch(self, offset: int, nbytes: int) -> None:
-        """Asks for the pages soon to be read: read-ahead if cold, page tables filled at once if warm."""
+        """Asks for the pages soon to be read: read-ahead if cold, page tables filled at once if
+        warm."""
 
     def drop(self, offset: int, nbytes: int) -> None:
-        """Unmaps whole pages of the range that will not be read again (they stay in the page cache)."""
+        """Unmaps whole pages of the range that will not be read again (they stay in the page
+        cache)."""
 
-# --- writing ------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 class Staging:
-    """A bounded set of aligned buffers and the threads that write them out; shared by all shards of a merge.
+    """A bounded set of aligned buffers and the threads that write them out; shared by all shards of
+    a merge.
 
-    buffer_bytes: a power of two. With W tensors in flight in file order, 2 W + 2 buffers never wait for each other; fewer
-    still work, by writing unfinished chunks and reading them back (``spills`` counts those).
+    buffer_bytes: a power of two. With W tensors in flight in file order, 2 W + 2 buffers never wait
+    for each other; fewer still work, by writing unfinished chunks and reading them back (``spills``
+    counts those).
     """
 
     def __init__(self, buffer_bytes: int, buffers: int, threads: int) -> None: ...
@@ -142,9 +150,11 @@ class Staging:
     def close(self) -> None: ...
 
 class StagedFile:
-    """A preallocated file filled out of order in aligned chunks, by direct I/O where the file system has it.
+    """A preallocated file filled out of order in aligned chunks, by direct I/O where the file
+    system has it.
 
-    io: "auto" (direct where it works, else buffered), "direct" (OSError where it does not) or "buffered".
+    io: "auto" (direct where it works, else buffered), "direct" (OSError where it does not) or
+    "buffered".
     """
 
     def __init__(
@@ -162,10 +172,12 @@ class StagedFile:
         """Whether every byte of the range has been handed to the kernel by a finished write."""
 
     def keep(self, offset: int, nbytes: int) -> None:
-        """On resume: these bytes are already in the file; chunks shared with others preload them."""
+        """On resume: these bytes are already in the file; chunks shared with others preload
+        them."""
 
     def finish(self) -> None:
-        """Waits for the writes, fsyncs, truncates to size; raises the first write error (OSError with the path)."""
+        """Waits for the writes, fsyncs, truncates to size; raises the first write error (OSError
+        with the path)."""
 
     def abandon(self) -> None:
         """Stops writing and closes without a word."""

@@ -87,7 +87,8 @@ class Operands:
         """The back end of the tensors' device."""
         if self._device == "cpu":
             return backends.cpu(backends.thread_count(threads))
-        return backends.triton(self._where, self._device)
+        accelerator: Backend[Any, Any] = backends.triton(self._where, self._device)
+        return accelerator
 
     def output(self, out: Any) -> tuple[Any, Any]:
         """(tensor, where the back end writes): ``out`` checked, or a new tensor."""

@@ -1,1 +1,1 @@
-"""Triton kernels: the GPU versions of the four primitives. Importing this imports neither torch nor triton."""
+"""Triton kernels: the primitives on the GPU. Importing it imports neither torch nor triton."""

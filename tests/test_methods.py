@@ -70,7 +70,7 @@ def test_slerp_of_opposite_models_is_linear():
 
 
 def test_slerp_with_a_zero_model_takes_a_right_angle():
-    """mergekit 0.1.5: a zero vector has cosine 0, so t = 1/4 of pi/2 gives sin(pi/8) of the other."""
+    """mergekit 0.1.5: a zero vector has cosine 0, so t = 1/4 gives sin(pi/8) of the other."""
     x = np.stack([np.zeros(301), VECTORS[1]])
     np.testing.assert_allclose(apply("slerp", x, t=0.25), np.sin(np.pi / 8) * VECTORS[1])
 
