@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +61,7 @@ class Plan:
     config: dict[str, Any]  # of the output
     donor: Path  # whose tokenizer and other side files are copied
     seed: int | None  # None: nothing is drawn
-    seed_drawn: bool  # nobody gave the seed: it was drawn for this plan
+    seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
     recipe_text: str
     notes: tuple[str, ...]  # what was decided that the recipe does not say
 
@@ -126,7 +125,7 @@ class Plan:
             ],
             "donor": str(self.donor),
             "seed": self.seed,
-            "seed_drawn": self.seed_drawn,
+            "seed_derived": self.seed_derived,
             "notes": list(self.notes),
         }
 
@@ -201,7 +200,7 @@ def make_plan(
         config=result.config,
         donor=result.donor,
         seed=planner.seed if planner.seed_used else None,
-        seed_drawn=planner.seed_used and planner.seed_drawn,
+        seed_derived=planner.seed_used and planner.seed_derived,
         recipe_text=recipe.text,
         notes=tuple(planner.notes),
     )
@@ -220,6 +219,13 @@ def _collector_paused() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the planner
+
+
+def _seed_of(text: str) -> int:
+    """The seed of a recipe that gives none: 32 bits of its text, so that a merge that was killed
+    goes on, and one that is repeated ends the same.
+    """
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 class _Planner:
@@ -242,8 +248,8 @@ class _Planner:
         self._base_folder = base_folder
         self._resolve = resolve
         given = recipe.output.own_seed if seed is None else seed
-        self.seed_drawn, self.seed_used = given is None, False
-        self.seed = int.from_bytes(os.urandom(4), "little") if given is None else given
+        self.seed_derived, self.seed_used = given is None, False
+        self.seed = _seed_of(recipe.text) if given is None else given
 
     def note(self, text: str) -> None:
         self.notes.setdefault(text)

@@ -57,10 +57,6 @@ def merge(
 
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
-    again = "the same command"
-    if decided.seed_drawn:  # told at once: after a kill, only this seed continues the work
-        again += f" with --seed {decided.seed}"
-        console.say(f"note: seed {decided.seed} was drawn", quiet=quiet or json)
     try:
         with console.Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(
@@ -75,7 +71,7 @@ def merge(
                 **limits,
             )
     except KeyboardInterrupt:
-        fail(f"interrupted; {out} is untouched, {again} continues", INTERRUPTED)
+        fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
     if json:
         console.print_json(report.as_dict())
     if quiet or json:
@@ -145,7 +141,7 @@ def plan(
         ("side files", f"from {found['donor']}"),
     ]
     if found["seed"] is not None:
-        rows.append(("seed", f"{found['seed']}{' (drawn anew each time)' * found['seed_drawn']}"))
+        rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
     rows += [("note", note) for note in found["notes"]]
     console.pairs(rows)
 
