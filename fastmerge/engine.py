@@ -28,8 +28,9 @@ from fastmerge.backends import CpuBackend
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.compute import Computation, Outcome
 from fastmerge.dtypes import DType
+from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
-from fastmerge.writer import Layout, ModelWriter
+from fastmerge.writer import ModelWriter
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
 

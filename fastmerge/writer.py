@@ -16,146 +16,23 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fastmerge import _C
-from fastmerge.checkpoint import INDEX, MAX_HEADER_BYTES, SINGLE, show
-from fastmerge.dtypes import DType
+from fastmerge.checkpoint import INDEX, SINGLE
 from fastmerge.errors import FastmergeError
+from fastmerge.layout import Layout, Slot
 
-_ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
+_MIN_CHUNK_BYTES = 4096  # what direct I/O needs on every common disk
 _MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough to hold many
 # They wait for the disk and compute nothing. Writing 2 GB on one busy disk: 0.9 GB/s with one
 # thread, 1.2 with two, 1.4 with four.
 _IO_THREADS = 4
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one output tensor goes."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    shard: int  # index into Layout.shards
-    begin: int  # byte offset in that file
-    nbytes: int
-    count: int  # elements
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One output file: its name, the bytes before the data, its exact size."""
-
-    name: str
-    header: bytes
-    size: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Every byte of the output but the weights: which file, which offset, which header.
-
-    slots: by name, in file order. Work in that order: it is the one that needs the fewest buffers.
-    """
-
-    shards: tuple[Shard, ...]
-    slots: dict[str, Slot]
-    total_bytes: int  # of all tensors
-    index: bytes | None  # model.safetensors.index.json, where there is more than one shard
-
-    @classmethod
-    def plan(
-        cls,
-        tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
-        *,
-        max_shard_bytes: int = 5_000_000_000,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Layout:
-        """Lays out ``tensors`` (name, dtype, shape), filling shards in the given order.
-
-        A shard holds at most ``max_shard_bytes`` of tensors, or one larger tensor. Inside a shard
-        wider types come first, so that every element is aligned. ``metadata`` joins
-        ``{"format": "pt"}`` in every header. Equal arguments give equal bytes. Raises
-        FastmergeError for a duplicate name.
-        """
-        groups: list[list[tuple[str, DType, tuple[int, ...], int, int]]] = [[]]
-        room = max_shard_bytes
-        for name, dtype, shape in tensors:
-            count = 1
-            for size in shape:
-                count *= size
-            nbytes = dtype.bytes_for(count)
-            if groups[-1] and nbytes > room:
-                groups.append([])
-                room = max_shard_bytes
-            room -= nbytes
-            groups[-1].append((name, dtype, shape, count, nbytes))
-        shards: list[Shard] = []
-        slots: dict[str, Slot] = {}
-        for number, group in enumerate(groups):
-            group.sort(key=lambda entry: -entry[1].bits)
-            shards.append(_plan_shard(number, len(groups), group, dict(metadata or {}), slots))
-        if len(slots) != len(tensors):
-            names = [name for name, _, _ in tensors]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FastmergeError(f"output: tensor {show(twice)} is there twice")
-        total = sum(slot.nbytes for slot in slots.values())
-        index = None
-        if len(shards) > 1:
-            weight_map = {name: shards[slots[name].shard].name for name in sorted(slots)}
-            document = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            index = (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-        return cls(tuple(shards), slots, total, index)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 (hex) of every header and file name."""
-        found = hashlib.sha256()
-        for shard in self.shards:
-            found.update(shard.name.encode() + b"\0" + shard.header)
-        return found.hexdigest()
-
-    @property
-    def file_bytes(self) -> int:
-        """What the shards take on disk."""
-        return sum(shard.size for shard in self.shards)
-
-
-def _plan_shard(
-    number: int,
-    total: int,
-    group: Iterable[tuple[str, DType, tuple[int, ...], int, int]],
-    metadata: dict[str, str],
-    slots: dict[str, Slot],
-) -> Shard:
-    name = SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for tensor, dtype, shape, _, nbytes in group:
-        entries[tensor] = {
-            "dtype": dtype.code,
-            "shape": list(shape),
-            "data_offsets": [end, end + nbytes],
-        }
-        end += nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    # The format allows spaces after the header, and its own library pads with them (to 8).
-    text += b" " * (-(8 + len(text)) % _ALIGN)
-    if len(text) > MAX_HEADER_BYTES:
-        raise FastmergeError(f"output: the header of {name} is over 100 MB; use smaller shards")
-    begin = 8 + len(text)
-    for tensor, dtype, shape, count, nbytes in group:
-        slots[tensor] = Slot(tensor, dtype, tuple(shape), number, begin, nbytes, count)
-        begin += nbytes
-    return Shard(name, len(text).to_bytes(8, "little") + text, begin)
 
 
 class ModelWriter:
@@ -263,7 +140,7 @@ class ModelWriter:
                 self.partial.mkdir()
                 self._journal.begin(job, self.partial.stat().st_ino)
             chunk = _MAX_CHUNK_BYTES
-            while chunk > _ALIGN and chunk * 24 > staging_bytes:
+            while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
                 chunk //= 2
             staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
             for shard in self.layout.shards:

@@ -108,7 +108,8 @@ def plan(
 ) -> None:
     """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
     from fastmerge import api
-    from fastmerge.writer import Layout, check_output
+    from fastmerge.layout import Layout
+    from fastmerge.writer import check_output
 
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
