@@ -1,4 +1,4 @@
-"""The command line: ``fastmerge merge | plan | info | diff | methods``.
+"""The command line: ``fastmerge merge | plan | info | diff | methods | retrograde | sweep``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2, Ctrl-C one line and exit code 130. A command imports what it needs when it runs, so
@@ -16,7 +16,7 @@ from typing import NoReturn
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the ``fastmerge`` command; ends the process with its exit code."""
     # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, models, methods  # noqa: F401, I001
+    from fastmerge.cli import merge, models, methods, retrograde  # noqa: F401, I001
     from fastmerge.cli.app import app
 
     app(arguments, prog_name="fastmerge")

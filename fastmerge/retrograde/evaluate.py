@@ -13,14 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastmerge import backends, engine, llama
+from fastmerge import _C, backends, engine, llama
 from fastmerge.errors import FastmergeError
+from fastmerge.plan import Plan, TensorPlan
 from fastmerge.retrograde.harness import Harness
 from fastmerge.retrograde.schedule import Evaluate
 from fastmerge.retrograde.scores import Journal, Scores, TaskScore, digest
 from fastmerge.retrograde.states import Expr, Geometry, Space
 
 ScoreFunction = Callable[..., Mapping[str, Any]]
+Observer = Callable[[TensorPlan, "np.ndarray[Any, Any]"], None]
 
 
 class Scorer(Protocol):
@@ -183,6 +185,38 @@ class _Perplexity:
         return windows
 
 
+class Resident:
+    """One transformers model whose weights change in place: what a written folder would hold."""
+
+    def __init__(self, folder: Path, settings: Evaluate, threads: int | None = None) -> None:
+        """``folder``: a model of the same architecture, for the config and the first weights."""
+        self._folder = folder
+        self._settings = settings
+        self._threads = threads
+        self._model: Any = None
+
+    def load(self, plan: Plan, observe: Observer | None = None) -> Any:
+        """Materialises ``plan`` into the model and returns it; ``observe`` sees every tensor."""
+        import torch
+
+        if self._model is None:
+            dtype = getattr(torch, self._settings.dtype)
+            self._model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
+        parameters = self._model.state_dict()
+        with torch.no_grad():
+            for item, array in engine.materialise(plan, threads=self._threads):
+                if observe is not None:
+                    observe(item, array)
+                target = parameters.get(item.name)
+                if target is None and not item.name.endswith("rotary_emb.inv_freq"):
+                    raise FastmergeError(f"the model has no parameter '{item.name}'")
+                # Old checkpoints hold inv_freq, which the model computes; integers stay.
+                if target is not None and item.dtype.mergeable:
+                    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+                    target.copy_(raw.view(getattr(torch, item.dtype.name)).reshape(item.shape))
+        return self._model
+
+
 class Lab:
     """Measures states: makes their weights, loads them into one model, scores it, remembers."""
 
@@ -197,67 +231,38 @@ class Lab:
     ) -> None:
         self.space = space
         self.scorer = scorer
-        self._settings = settings
         self._journal = journal
         self._threads = threads
-        self._model: Any = None
-        self._loaded: str | None = None
-        self.evaluations = 0  # made or found in the journal; what a budget counts
+        folder = space.template.models[0].path
+        self._resident = None if settings is None else Resident(folder, settings, threads)
+        self._loaded: tuple[str, Any] | None = None
 
     def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
         """The scores of ``state``; the same state and settings are measured once."""
         if self.scorer is None:
             raise ValueError("this run does not evaluate")
-        self.evaluations += 1
-        state_key = self.space.fingerprint(state)
-        key = f"score:{digest([state_key, self.scorer.key, split, limit])}"
-        known = self._journal.get(key)
+        key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
+        known = self._journal.get(f"score:{key}")
         if known is not None:
             return Scores.from_json(known)
         scores = self.scorer.score(self.model(state), split, limit)
-        self._journal.put(key, scores.as_json())
+        self._journal.put(f"score:{key}", scores.as_json())
         return scores
 
     def model(self, state: Expr) -> Any:
-        """The resident model with the weights of ``state``, as a written folder would hold them."""
+        """The resident model with the weights of ``state``."""
+        assert self._resident is not None
         key = self.space.fingerprint(state)
-        if self._model is None:
-            self._model = self._make_model()
-        if self._loaded != key:
+        if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # half-loaded weights are nobody's
-            self._load(state, key)
-            self._loaded = key
-        return self._model
-
-    def _make_model(self) -> Any:
-        import torch
-
-        assert self._settings is not None
-        dtype = getattr(torch, self._settings.dtype)
-        donor = self.space.template.models[0].path
-        model = llama.load(donor, dtype=dtype)
-        return model.to(self._settings.device)
-
-    def _load(self, state: Expr, key: str) -> None:
-        import torch
-
-        parameters = self._model.state_dict()
-        grams = None if self.space.coefficients(state) is not None else GramMeter(self.space)
-        with torch.no_grad():
-            for item, array in engine.materialise(self.space.plan(state), threads=self._threads):
-                target = parameters.get(item.name)
-                if target is None:
-                    if item.name.endswith("rotary_emb.inv_freq"):  # old checkpoints; recomputed
-                        continue
-                    raise FastmergeError(f"the model has no parameter '{item.name}'")
-                if item.dtype.mergeable:
-                    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
-                    source = raw.view(getattr(torch, item.dtype.name)).reshape(item.shape)
-                    target.copy_(source)
-                if grams is not None:
-                    grams.add(item.name, array, item.dtype.code)
-        if grams is not None:
-            self._keep(key, grams)
+            meter = None
+            if self.space.coefficients(state) is None:
+                meter = GramMeter(self.space)
+            model = self._resident.load(self.space.plan(state), meter)
+            if meter is not None:
+                self._keep(key, meter)
+            self._loaded = key, model
+        return self._loaded[1]
 
     def geometry(self, state: Expr) -> Geometry:
         """Where ``state`` lies; one that does not collapse is materialised for it, once."""
@@ -268,7 +273,7 @@ class Lab:
         if self._journal.get(f"geometry:{key}") is None:
             meter = GramMeter(self.space)
             for item, array in engine.materialise(self.space.plan(state), threads=self._threads):
-                meter.add(item.name, array, item.dtype.code)
+                meter(item, array)
             self._keep(key, meter)
         return Geometry.from_json(self._journal.get(f"geometry:{key}"))
 
@@ -287,17 +292,15 @@ class GramMeter:
         size = space.count + 1
         self.grams = np.zeros((len(space.names), size, size))
 
-    def add(self, name: str, array: np.ndarray[Any, Any], code: str) -> None:
+    def __call__(self, item: TensorPlan, array: np.ndarray[Any, Any]) -> None:
         """One tensor of the state; those that are only copied do not count."""
-        from fastmerge import _C
-
-        index = self._index.get(name)
+        index = self._index.get(item.name)
         if index is None:
             return
         models = self._space.template.models
-        sources = self._space.sources(name)
+        sources = self._space.sources(item.name)
         first, *others = [models[s.model].view(s.name) for s in sources]
-        own = _C.View(array.ctypes.data, array.size, code, array)
+        own = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
         self.grams[index] = self._backend.gram(
             [*others, own], first, axis=None, rows=1, cols=array.size
         )

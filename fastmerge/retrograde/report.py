@@ -190,7 +190,7 @@ def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str
     return lines
 
 
-def _finding(lines: Sequence[Line]) -> list[str]:
+def finding(lines: Sequence[Line]) -> list[str]:
     """The plain answer: does the schedule beat what costs less?"""
     if len(lines) < 2:
         return []
@@ -244,7 +244,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
             f"**{_with_interval(lines[0])} %**; in points,\n"
         )
-        parts.append("\n".join(_finding(lines)))
+        parts.append("\n".join(finding(lines)))
         if split_name(lines) == "steering":
             parts.append(
                 "**No hold-out was given: these items steered the walk and the search, so every "
@@ -416,11 +416,11 @@ def _step_json(result: Result, number: int) -> dict[str, Any]:
         "accepted": record.accepted,
         "state": record.state,
         "fingerprint": result.space.fingerprint(trajectory.states[number]),
-        "norm": None if place is None else place.norm,
+        "norm": None if place is None else none(place.norm),
         "relative_norm": None if place is None else none(place.relative_norm),
         "angle_degrees": None if place is None else none(place.angle),
         "one_shot": None if place is None else list(place.one_shot),
-        "residual": None if place is None else place.residual,
+        "residual": None if place is None else none(place.residual),
         "coefficients": _coefficients_json(result, number),
     }
 

@@ -334,6 +334,51 @@ def run(
     return result
 
 
+def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
+    """What a run would do, in plain values: models, steps and costs. Reads headers, writes nothing.
+
+    Raises FastmergeError for whatever `run` would refuse, missing tasks and data included.
+    """
+    from fastmerge.retrograde import report
+
+    schedule = source if isinstance(source, Schedule) else load(source)
+    if not evaluate:
+        schedule = schedule.without_evaluation()
+    template = open_template(schedule)
+    if schedule.evaluate is not None:
+        make_scorer(schedule.evaluate, schedule.folder, template.models[0].path)
+    measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
+    families = schedule.compare.methods if schedule.compare else ()
+    budget = (schedule.compare and schedule.compare.budget) or max(1, sum(measured))
+    entries = (schedule.baseline, *schedule.pool)
+    given = [*(entry.accuracy for entry in entries), None]
+    return {
+        "models": [
+            {"label": label, "reference": reference, "accuracy": given[number]}
+            for number, (label, reference) in enumerate(
+                zip(schedule.labels, schedule.references, strict=True)
+            )
+        ],
+        "steps": [
+            {
+                "step": number,
+                "kind": step.kind,
+                "with": step.partner or step.toward,
+                "method": report.step_text(step),
+                "measured": measured[number - 1],
+            }
+            for number, step in enumerate(schedule.steps, start=1)
+        ],
+        "costs": {
+            "bytes of weights": template.bytes_in,
+            "evaluations of the walk": sum(measured),
+            "evaluations of the models": len(entries) if schedule.evaluate else 0,
+            "families compared": len(families),
+            "evaluations of each": budget if families else 0,
+        },
+    }
+
+
 def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, resume: bool) -> int:
     """Makes the run's folder, or checks that it holds this very run; returns the seed."""
     from fastmerge import __version__
@@ -380,6 +425,7 @@ def _write_model(
     card = files["README.md"]
     assert isinstance(card, bytes)
     files["README.md"] = card + report.lineage_section(trajectory).encode()
+    files["schedule.yml"] = files.pop(api.RECIPE_FILE)  # what it records is no recipe
     # Cheap beside an evaluation, and a folder half as old as the run would be a trap.
     return engine.merge_plan(
         plan, folder, threads=threads, overwrite=True, progress=progress, side_files=files

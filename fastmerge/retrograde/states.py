@@ -220,7 +220,9 @@ class Space:
         self, template: Plan, grams: Float64, positions: Sequence[float], origin: int = 0
     ) -> None:
         self.template = template
-        self.grams = grams
+        # A NaN in one model must not reach states that it has no part in (0 * NaN is NaN).
+        self._broken = ~np.isfinite(np.einsum("tii->i", grams))
+        self.grams = np.nan_to_num(grams, nan=0.0, posinf=0.0, neginf=0.0)
         self.count = len(template.models)
         self._items = merged(template)
         self.names = [item.name for item in self._items]
@@ -338,12 +340,15 @@ class Space:
         """Where the combination with these coefficients (tensors, n) lies."""
         delta = factors.copy()
         delta[:, 0] = factors.sum(axis=1) - 1.0  # over [x_0, x_1 - x_0, ...], less the baseline
+        if self._broken[0] or (factors[:, self._broken] != 0).any():
+            delta[:] = np.nan
         return self._geometry(delta, self.grams, self.mean_coefficients(factors))
 
     def geometry_of(self, grams: Float64) -> Geometry:
         """Where a materialised state lies: ``grams`` (tensors, n + 1, n + 1) end with its delta."""
         delta = np.zeros((len(self.names), self.count + 1))
-        delta[:, -1] = 1.0
+        delta[:, -1] = 1.0 if np.isfinite(grams[:, -1, -1]).all() else np.nan
+        grams = np.nan_to_num(grams, nan=0.0, posinf=0.0, neginf=0.0)
         total = grams.sum(axis=0)
         shares = np.linalg.lstsq(total[1:-1, 1:-1], total[1:-1, -1], rcond=None)[0]
         weights = np.concatenate([[1.0 - shares.sum()], shares])
@@ -367,6 +372,9 @@ class Space:
             if index == self._origin:
                 continue  # it has no delta
             other = model(index) - origin
+            if self._broken[index]:
+                angles[index] = float("nan")
+                continue
             angles[index] = (
                 float(np.sqrt(max(inner(other, other), 0.0)))
                 if at_origin

@@ -1,0 +1,169 @@
+"""``fastmerge retrograde`` and ``fastmerge sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastmerge import console
+from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+
+if TYPE_CHECKING:
+    from fastmerge.retrograde.runner import Trajectory
+
+SchedulePath = Annotated[
+    Path, typer.Argument(metavar="SCHEDULE", help="Schedule in YAML.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+
+
+@command
+def retrograde(
+    schedule: SchedulePath,
+    out: Out,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")
+    ] = False,
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", help="Walk and write the model; measure nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that OUT holds.")
+    ] = False,
+    seed: Seed = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Walk between strong and weak models as SCHEDULE says; measure, compare, report in OUT."""
+    from fastmerge.retrograde import report, runner
+
+    if dry_run:
+        described = runner.describe(schedule, evaluate=not no_evaluate)
+        if json:
+            console.print_json(described)
+            return
+        _show_dry_run(described)
+        return
+    try:
+        with console.Progress("reading the models", quiet=quiet or json) as progress:
+            # The bar ends where the table begins.
+            steps = _Steps(quiet=quiet or json, begin=lambda: progress.__exit__(None, None, None))
+            result = runner.run(
+                schedule,
+                out,
+                evaluate=not no_evaluate,
+                resume=resume,
+                seed=seed,
+                threads=threads,
+                progress=progress,
+                on_step=steps,
+                on_row=lambda name: console.say(f"comparing with {name}", quiet=quiet or json),
+            )
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with --resume continues", INTERRUPTED)
+    lines = report.compare_lines(result)
+    if json:
+        console.print_json(report.as_json(result, lines))
+    if quiet or json:
+        return
+    trajectory = result.trajectory
+    for sentence in report.finding(lines):
+        console.put(sentence.removeprefix("- "))
+    console.put(f"seed {trajectory.seed}; the model is state {trajectory.final}: {out / 'model'}")
+    console.put(f"report: {out / 'report.html'}")
+
+
+class _Steps:
+    """A table on stderr that grows by a line with each step."""
+
+    def __init__(self, *, quiet: bool, begin: Callable[[], None]) -> None:
+        self._quiet = quiet
+        self._begin = begin
+        self._began = False
+
+    def __call__(self, trajectory: Trajectory) -> None:
+        from fastmerge.retrograde import report
+
+        if self._quiet:
+            return
+        columns = f"{'step':>4}  {'kind':8}  {'with':16}  {'method':34}  {'score':>7}  verdict"
+        if not self._began:
+            self._began = True
+            self._begin()
+            console.say(columns)
+            score = trajectory.state.baseline_score
+            console.say(_line(0, "baseline", trajectory.schedule.labels[0], "", score, ""))
+            return
+        record = trajectory.state.records[-1]
+        console.say(
+            _line(
+                record.move.number,
+                record.move.step.kind,
+                report.other_label(trajectory, record),
+                report.step_text(record.move.step),
+                record.score,
+                report.verdict(record),
+            )
+        )
+
+
+def _line(
+    number: int, kind: str, other: str, method: str, score: float | None, verdict: str
+) -> str:
+    value = "-" if score is None else f"{score:.2f}"
+    return f"{number:>4}  {kind:8}  {other:16.16}  {method:34.34}  {value:>7}  {verdict}".rstrip()
+
+
+def _show_dry_run(described: dict[str, Any]) -> None:
+    console.table(
+        ["model", "reference", "given, %"],
+        [[m["label"], m["reference"], m["accuracy"] or "-"] for m in described["models"]],
+        right=["given, %"],
+    )
+    console.table(
+        ["step", "kind", "with", "method", "measured"],
+        [
+            [s["step"], s["kind"], s["with"], s["method"], "yes" if s["measured"] else "no"]
+            for s in described["steps"]
+        ],
+        right=["step"],
+    )
+    console.pairs(described["costs"].items())
+
+
+@command
+def sweep(
+    recipe: RecipePath,
+    out: Out,
+    t: Annotated[str, typer.Option("--t", help="first:last:step, or a list: 0.2,0.5")] = "0:1:0.1",
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(help="File with a schedule's evaluate keys: write scores, not models."),
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Merge RECIPE at many t from one reading of the inner products; models or scores in OUT."""
+    from fastmerge.retrograde.sweep import Point, parse_range
+    from fastmerge.retrograde.sweep import sweep as run
+
+    def show(point: Point) -> None:
+        what = str(point.out) if point.scores is None else f"{point.scores.value:.2f} %"
+        if not quiet:
+            console.put(f"t = {point.t:<8g} {what}")
+
+    values = parse_range(t)
+    with console.Progress("reading the models", quiet=quiet) as progress:
+        run(
+            recipe,
+            out,
+            values,
+            evaluate=evaluate,
+            threads=threads,
+            progress=progress,
+            on_point=show,
+        )

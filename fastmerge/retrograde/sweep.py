@@ -1,0 +1,184 @@
+"""A sweep over t: one Gram pass over the weights, then any number of merges or scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge import algebra, api, engine
+from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
+from fastmerge.errors import FastmergeError
+from fastmerge.methods import METHODS
+from fastmerge.plan import Plan
+from fastmerge.recipe_yaml import read
+from fastmerge.retrograde.evaluate import Resident, ScoreFunction, make_scorer
+from fastmerge.retrograde.schedule import Evaluate
+from fastmerge.retrograde.scores import Scores, write_atomically
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of t: its scores, or the folder it was written to."""
+
+    t: float
+    scores: Scores | None
+    out: Path | None
+
+
+def parse_range(text: str) -> list[float]:
+    """The values of "0:1:0.05", both ends included, or of "0.1,0.3"; else FastmergeError."""
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            if step <= 0 or last < first:
+                raise ValueError
+            count = int(np.floor((last - first) / step + 1e-9)) + 1
+            return [round(first + i * step, 12) for i in range(count)]
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise FastmergeError(
+            f"--t: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
+            "nor a list, as in 0.2,0.5"
+        ) from None
+
+
+class Sweep:
+    """A recipe whose t varies: a method with a parameter t, or two models averaged linearly."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        threads: int | None = None,
+        progress: engine.Progress | None = None,
+    ) -> None:
+        """Makes the Gram matrices, where a rule needs them, in one pass over the weights."""
+        self._plan = plan
+        self._trees: dict[str, Collapsed] = {}
+        for item in plan.tensors:
+            if not isinstance(item.root, Merge):
+                continue
+            tree = algebra.collapse(item.root)
+            if not tree.is_complete or tree.axis is not None:
+                raise FastmergeError(
+                    f"sweep: '{item.root.method.name}' does not follow from one Gram matrix; sweep "
+                    "methods that are combinations of whole tensors"
+                )
+            self._trees[item.name] = tree
+        roots = [tree.root for tree in self._trees.values()]
+        if not any(_has_t(node) for root in roots for node in algebra.walk(root)):
+            raise FastmergeError(
+                "sweep: nothing in this recipe has a t; use slerp, or linear with two models"
+            )
+        wanted = {n: _sources(tree) for n, tree in self._trees.items() if tree.needs_gram}
+        self._grams: Mapping[str, Float64] = {}
+        if wanted:
+            self._grams = engine.grams(plan.models, wanted, threads=threads, progress=progress)
+
+    def plan(self, t: float) -> Plan:
+        """The plan at one t: one linear merge of the sources for each tensor."""
+        tensors = []
+        for item in self._plan.tensors:
+            tree = self._trees.get(item.name)
+            tensors.append(item if tree is None else replace(item, root=self._root(item.name, t)))
+        text = f"# swept to t = {t:g}\n{self._plan.recipe_text}"
+        return replace(self._plan, tensors=tuple(tensors), recipe_text=text)
+
+    def _root(self, name: str, t: float) -> Merge:
+        tree = self._trees[name]
+        moved = replace(tree, root=_with_t(tree.root, t), reference=0 if tree.needs_gram else None)
+        factors = algebra.coefficients(moved, self._grams.get(name))
+        return Merge(
+            METHODS["linear"],
+            tree.parts,
+            None,
+            {"normalize": False},
+            tuple({"weight": float(factor)} for factor in factors),
+        )
+
+
+def _sources(tree: Collapsed) -> list[Source]:
+    return [part for part in tree.parts if isinstance(part, Source)]
+
+
+def _has_t(node: Node) -> bool:
+    if not isinstance(node, Merge):
+        return False
+    return "t" in node.values or (node.method.name == "linear" and len(node.operands) == 2)
+
+
+def _with_t(root: Merge, t: float) -> Merge:
+    """The tree with every t replaced; a linear pair gets the weights 1 - t and t."""
+    made: dict[Node, Node] = {}
+    for node in algebra.walk(root):
+        if isinstance(node, Source):
+            made[node] = node
+            continue
+        values, each = node.values, node.operand_values
+        if "t" in values:
+            values = {**values, "t": t}
+        elif _has_t(node):
+            each = tuple(
+                {**own, "weight": weight} for own, weight in zip(each, (1.0 - t, t), strict=True)
+            )
+        base = None if node.base is None else made[node.base]
+        operands = tuple(made[operand] for operand in node.operands)
+        made[node] = Merge(node.method, operands, base, values, each, node.seed)
+    result = made[root]
+    assert isinstance(result, Merge)
+    return result
+
+
+def sweep(
+    recipe: Any,
+    out: Path,
+    values: Sequence[float],
+    *,
+    evaluate: Any = None,
+    threads: int | None = None,
+    score: ScoreFunction | None = None,
+    progress: engine.Progress | None = None,
+    on_point: Callable[[Point], None] | None = None,
+) -> list[Point]:
+    """Scores ``recipe`` at each t into out/sweep.json, or, without ``evaluate``, writes the models.
+
+    ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict.
+    """
+    plan = api.plan(recipe)
+    scorer = settings = None
+    if evaluate is not None:
+        documents, _, origin = read(evaluate, "evaluate")
+        settings = Evaluate.model_validate(documents[0])
+        folder = Path() if origin == "evaluate" else Path(evaluate).parent
+        scorer = make_scorer(settings, folder, plan.models[0].path, score)
+    if out.exists() and any(out.iterdir()):
+        raise FastmergeError(f"{out}: is not empty; give a new folder")
+    swept = Sweep(plan, threads=threads, progress=progress)
+    out.mkdir(parents=True, exist_ok=True)
+    resident = None if settings is None else Resident(plan.models[0].path, settings, threads)
+    points = []
+    for t in values:
+        here = swept.plan(t)
+        if resident is not None and scorer is not None:
+            point = Point(t, scorer.score(resident.load(here), "steer"), None)
+        else:
+            folder = out / f"t={t:g}"
+            files = api.model_files(here, folder.name)
+            engine.merge_plan(here, folder, threads=threads, side_files=files)
+            point = Point(t, None, folder)
+        points.append(point)
+        write_atomically(out / "sweep.json", json.dumps([_json(p) for p in points], indent=1))
+        if on_point is not None:
+            on_point(point)
+    return points
+
+
+def _json(point: Point) -> dict[str, Any]:
+    if point.scores is None:
+        return {"t": point.t, "model": None if point.out is None else point.out.name}
+    return {"t": point.t, "score": point.scores.value, "tasks": point.scores.as_json()}

@@ -1,0 +1,342 @@
+"""Whole runs with a cheap scorer: files, resume, comparison, sweep, command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fastmerge.errors import FastmergeError
+from fastmerge.retrograde import run
+from fastmerge.retrograde.baselines import Pool, candidates
+from fastmerge.retrograde.schedule import BASELINES, load
+from fastmerge.retrograde.scores import Journal
+from fastmerge.retrograde.states import Model
+from fastmerge.retrograde.sweep import parse_range
+
+IDS = np.random.default_rng(0).integers(1, 39, (40, 8))
+
+
+def score(model: Any, split: str = "steer", limit: int | None = None) -> Mapping[str, Any]:
+    """Per-item likelihood of random token rows: cheap, and it moves with every weight."""
+    import torch
+
+    rows = torch.tensor(IDS[:20] if split == "steer" else IDS[20:])[:limit]
+    with torch.no_grad():
+        logits = model(input_ids=rows, use_cache=False).logits.log_softmax(-1)
+    chosen = logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0].mean(1)
+    return {"likelihood": (1000 * chosen.exp()).tolist()}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def schedule(zoo: Any) -> dict[str, Any]:
+    base = zoo.base("m0")
+    pool = [zoo.tune(base, f"m{i}", seed=i, size=0.05) for i in (1, 2)]
+    return {
+        "baseline": {"model": str(base), "accuracy": 50.0},
+        "pool": [str(path) for path in pool],
+        "seed": 11,
+        "schedule": {
+            "cycles": 2,
+            "degrade": {"partner": "next", "method": "slerp", "t": 0.3},
+            "retrace": {"toward": "baseline", "method": "dare_ties", "t": 0.4, "density": 0.7},
+        },
+        "evaluate": {"callable": "stand:in"},
+    }
+
+
+def test_a_run_writes_everything_and_the_model_is_the_state_it_scored(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    schedule["compare"] = {"methods": list(BASELINES), "seeds": 2}
+    out = tmp_path / "out"
+    result = run(schedule, out, score=score, threads=1)
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "model", "trajectory.json", "trajectory.png", "comparison.png", "report.md", "report.html",
+    }  # fmt: skip
+    written = json.loads((out / "trajectory.json").read_text())
+    assert [step["kind"] for step in written["steps"]] == ["degrade", "retrace"] * 2
+    assert written["steps"][0]["coefficients"].keys() == set(result.space.names)
+    assert written["steps"][1]["coefficients"] is None  # DARE-TIES is no combination
+    assert all(step["norm"] > 0 and step["angle_degrees"] > 0 for step in written["steps"])
+    rows = {row["name"]: row for row in written["comparison"]}
+    assert set(rows) == {"schedule", "one_shot", "baseline", *BASELINES}
+    assert rows["linear"]["candidates"] == 4  # as many as the walk measured
+    assert len(rows["dare_ties"]["repeats"]) == len(rows["schedule"]["repeats"]) == 2
+    low, high = rows["schedule"]["interval"]
+    assert low <= rows["schedule"]["holdout"]["value"] <= high
+    for name, row in rows.items():
+        assert name == "schedule" or 0 < row["p_holm"] <= 1
+    # The folder, read back by transformers, scores what the report says: to the bit, as float32.
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
+    again = np.mean(score(model)["likelihood"])
+    assert written["steps"][-1]["score"] == pytest.approx(again, rel=1e-12)
+    report = (out / "report.md").read_text()
+    assert "one_shot" in report and "hold-out" in report and "degrade" in report
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "<table>" in page
+    assert "src='http" not in page and "href" not in page
+    card = (out / "model" / "README.md").read_text()
+    assert "## Lineage" in card and "dare_ties(t=0.4, density=0.7)" in card
+
+
+def test_a_killed_run_resumes_where_it_was_and_ends_the_same(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def counted(model: Any, split: str = "steer") -> Mapping[str, Any]:
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(split)
+        return score(model, split)
+
+    limit = 10**9
+    schedule["compare"] = ["best_single", "line_search"]
+    run(schedule, tmp_path / "whole", score=counted, threads=1)
+    total = len(calls)
+    calls.clear()
+    limit = 5  # the baseline, the pool, and two steps
+    with pytest.raises(KeyboardInterrupt):
+        run(schedule, tmp_path / "killed", score=counted, threads=1)
+    journal = tmp_path / "killed" / "journal.jsonl"
+    with journal.open("ab") as file:
+        file.write(b'{"key": "score:half-writ')  # what a crash leaves
+    with pytest.raises(FastmergeError, match="holds a run already; use --resume"):
+        run(schedule, tmp_path / "killed", score=counted, threads=1)
+    calls.clear()
+    limit = 10**9
+    run(schedule, tmp_path / "killed", score=counted, threads=1, resume=True)
+    assert len(calls) == total - 5
+    for name in ("trajectory.json", "report.md", "model/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_resuming_another_run_is_refused(schedule: dict[str, Any], tmp_path: Path) -> None:
+    run(schedule, tmp_path / "out", evaluate=False, threads=1)
+    with pytest.raises(FastmergeError, match="was begun with seed 11, not 12"):
+        run(schedule, tmp_path / "out", evaluate=False, resume=True, seed=12)
+    schedule["schedule"]["cycles"] = 3
+    with pytest.raises(FastmergeError, match="was begun with other 'schedule'"):
+        run(schedule, tmp_path / "out", evaluate=False, resume=True)
+
+
+def test_a_bad_schedule_writes_nothing(schedule: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    schedule["pool"].append("./nowhere")
+    with pytest.raises(FastmergeError, match=r"schedule\.pool\[2\].*nowhere"):
+        run(schedule, out, score=score)
+    schedule["pool"].pop()
+    with pytest.raises(FastmergeError, match="'stand:in'"):
+        run(schedule, out)
+    assert not out.exists()
+
+
+def test_models_that_cannot_merge_are_refused_before_anything(
+    zoo: Any, schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    schedule["pool"].append(str(zoo.base("wide", hidden=64)))
+    with pytest.raises(FastmergeError, match="only models of one shape can be merged"):
+        run(schedule, tmp_path / "out", score=score)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_nan_scores_nan_and_is_never_kept(
+    zoo: Any, schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = {n: x * np.nan for n, x in zoo.read(Path(schedule["pool"][0])).items()}
+    config = json.loads((Path(schedule["pool"][0]) / "config.json").read_text())
+    schedule["pool"][0] = str(zoo.write("broken", broken, config))
+    schedule["schedule"]["retrace"] = {"toward": "baseline", "method": "linear", "t": 0.4}
+    result = run(schedule, tmp_path / "out", score=score, threads=1)
+    records = result.trajectory.state.records
+    assert [record.accepted for record in records] == [False, True, True, True]
+    written = json.loads((tmp_path / "out" / "trajectory.json").read_text())
+    assert written["steps"][0]["score"] is None
+
+
+def test_a_callable_that_returns_nonsense_is_one_line(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    for answer, message in (([1], "must return a dict"), ({"a": "high"}, "is no number")):
+        with pytest.raises(FastmergeError, match=message) as caught:
+            run(schedule, tmp_path / str(len(message)), score=lambda model, a=answer: a)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_families_draw_what_they_say(name: str) -> None:
+    pool = Pool(models=(0, 1, 2), base=0, partners=(1, 2))
+    found = list(candidates(name, pool, [50.0, 60.0, 40.0], budget=5, seed=3))
+    again = list(candidates(name, pool, [50.0, 60.0, 40.0], budget=5, seed=3))
+    assert [how for _, how in found] == [how for _, how in again]
+    expected = {"best_single": 1, "model_stock": 1, "greedy_soup": 0}.get(name, 5)
+    assert len(found) == expected
+    if name == "best_single":
+        assert found[0][0] == Model(1)
+
+
+def test_staged_halving_measures_few_on_all_items(schedule: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[int | None] = []
+
+    def staged(model: Any, split: str = "steer", limit: int | None = None) -> Mapping[str, Any]:
+        seen.append(limit)
+        return score(model, split, limit)
+
+    schedule["evaluate"]["stages"] = [4, 8]
+    schedule["compare"] = {"methods": ["linear"], "budget": 24}
+    run(schedule, tmp_path / "out", score=staged, threads=1)
+    assert seen.count(4) == 24 and seen.count(8) == 6
+    # On all items: the models (3), the walk (4), its one-shot, and the last 5 candidates; the
+    # hold-out by the 4 that are reported and by 2 more masks of the DARE walk.
+    assert seen.count(None) == 3 + 4 + 1 + 5 + 4 + 2
+
+
+def test_the_journal_survives_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.put("a", {"x": 1})
+    journal.put("b", 2)
+    path.write_bytes(path.read_bytes()[:-3])
+    again = Journal(path)
+    assert again.get("a") == {"x": 1} and again.get("b") is None
+    again.put("c", 3)
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "c"]
+
+
+# --- the command line ---
+
+
+def invoke(*arguments: str) -> Any:
+    import fastmerge.cli.retrograde  # noqa: F401
+    from fastmerge.cli.app import app
+
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def files(zoo: Any, tmp_path: Path) -> Path:
+    base = zoo.base("m0")
+    zoo.tune(base, "m1", seed=1, size=0.05)
+    (tmp_path / "walk.yml").write_text(
+        "baseline: ./m0\npool: [./m1]\nschedule:\n  cycles: 2\n"
+        "  degrade: {partner: next, method: slerp, t: 0.35}\n"
+        "  retrace: {toward: baseline, method: slerp, t: 0.6}\n"
+    )
+    (tmp_path / "slerp.yml").write_text(
+        f"merge_method: slerp\nbase_model: {base}\nparameters: {{t: 0.5}}\n"
+        f"models: [{{model: {base}}}, {{model: {tmp_path / 'm1'}}}]\n"
+    )
+    return tmp_path
+
+
+def test_cli_walks_without_evaluation(files: Path) -> None:
+    out = files / "out"
+    done = invoke("retrograde", str(files / "walk.yml"), str(out), "--no-evaluate", "--seed", "4")
+    assert done.exit_code == 0, done.output
+    assert "seed 4; the model is state 4" in done.output
+    assert (out / "model" / "model.safetensors").is_file()
+    assert "Nothing was measured" in (out / "report.md").read_text()
+    again = invoke("retrograde", str(files / "walk.yml"), str(out), "--no-evaluate", "--resume")
+    assert again.exit_code == 0, again.output
+
+
+def test_cli_dry_run_writes_nothing(files: Path) -> None:
+    done = invoke("retrograde", str(files / "walk.yml"), str(files / "out"), "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"1\s+degrade\s+next\s+slerp\(t=0.35\)\s+no", done.output)
+    assert not (files / "out").exists()
+
+
+def test_cli_names_the_line_of_a_mistake(files: Path) -> None:
+    path = files / "walk.yml"
+    path.write_text(path.read_text().replace("slerp", "slurp", 1))
+    done = invoke("retrograde", str(path), str(files / "out"))
+    assert done.exit_code == 2
+    assert "walk.yml:5: unknown method 'slurp'; did you mean 'slerp'?" in done.output
+    assert not (files / "out").exists()
+
+
+def test_a_sweep_writes_what_single_merges_write(files: Path, zoo: Any) -> None:
+    from fastmerge import api, engine
+
+    out = files / "sweep"
+    done = invoke("sweep", str(files / "slerp.yml"), str(out), "--t", "0:1:0.5", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in out.iterdir()) == ["sweep.json", "t=0", "t=0.5", "t=1"]
+    single = {
+        item.name: (array.astype(np.uint32) << 16).view(np.float32)
+        for item, array in engine.materialise(api.plan(files / "slerp.yml"), threads=1)
+    }
+    swept = zoo.read(out / "t=0.5")
+    for name, array in single.items():
+        np.testing.assert_allclose(swept[name], array, rtol=2**-7)  # 1 ulp of bf16
+    for t, model in (("0", "m0"), ("1", "m1")):
+        ends = zoo.read(files / model)
+        assert all((zoo.read(out / f"t={t}")[n] == x).all() for n, x in ends.items())
+
+
+def test_a_sweep_without_a_t_is_refused(files: Path) -> None:
+    path = files / "slerp.yml"
+    path.write_text(
+        path.read_text().replace("slerp", "karcher").replace("parameters: {t: 0.5}\n", "")
+    )
+    done = invoke("sweep", str(path), str(files / "sweep"))
+    assert done.exit_code == 2 and "nothing in this recipe has a t" in done.output
+    assert not (files / "sweep").exists()
+
+
+def test_ranges() -> None:
+    assert parse_range("0:1:0.25") == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert parse_range("0:1:0.05")[-1] == 1.0 and len(parse_range("0:1:0.05")) == 21
+    assert parse_range("0.2,0.4") == [0.2, 0.4]
+    for bad in ("a", "1:0:0.1", "0:1:0", "0:1"):
+        with pytest.raises(FastmergeError, match="--t"):
+            parse_range(bad)
+
+
+def test_statistics_against_closed_forms() -> None:
+    from fastmerge.retrograde.scores import Scores, TaskScore
+    from fastmerge.retrograde.statistics import difference, holm, interval
+
+    rng = np.random.default_rng(0)
+
+    def scores(items: np.ndarray) -> Scores:
+        values = tuple(float(x) for x in items)
+        return Scores({"t": TaskScore(float(np.mean(values)), "acc", len(values), {"t": values})})
+
+    a = 100.0 * (rng.random(400) < 0.6)
+    found = interval(scores(a), resamples=4000, seed=1)
+    assert found is not None
+    half = 1.96 * a.std() / np.sqrt(400)  # the normal approximation, good at n = 400
+    assert found.high - found.value == pytest.approx(half, rel=0.1)
+    better = a.copy()
+    better[:40] = 100.0  # never worse, better on some: paired, that is certain
+    lead = difference(scores(better), scores(a), resamples=2000, seed=1)
+    assert lead is not None and lead.low > 0 and lead.p < 0.01
+    same = difference(scores(a), scores(a), resamples=500, seed=1)
+    assert same is not None and (same.low, same.high, same.p) == (0.0, 0.0, 1.0)
+    assert difference(scores(a), scores(a[:10]), resamples=100, seed=1) is None
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, float("nan")])[0] == 0.5
+
+
+def test_a_schedule_given_twice_reads_the_same(schedule: dict[str, Any]) -> None:
+    assert load(schedule).text == load(schedule).text
