@@ -36,6 +36,7 @@ LEADERBOARD_V1 = (
 # The row of the model card that the idea comes from.
 LEADERBOARD_V1_SOURCE = ("blur-7b merge", (44.80, 70.41, 50.90, 43.20, 66.22, 43.82))
 _MMLU_SUBJECTS = 57
+BUILT_IN = True  # whether names may be tasks of the harness's own
 _FEWSHOT_SEED = 1234  # the harness's own default
 
 # Their samples are (log-likelihood, weight); the score is exp(ll / weight), which is bounded.
@@ -70,7 +71,7 @@ class Harness:
         self._model: Any = None
         manager = sources.manager()
         if self._preset:
-            _check_leaderboard_data(manager)
+            check_leaderboard_data(manager)
         self._units = {
             "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
             "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
@@ -105,6 +106,9 @@ class Harness:
         tasks = {name: task for unit in units for name, task in unit.parts.items()}
         samples = _samples(units, min(limits) if limits else None)
         lm = self._wrapped(model)
+        for task in tasks.values():
+            # The sampler's generator runs on from call to call: the same examples need a new start.
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         with _quiet():
             results = lm_eval.evaluate(
                 lm=lm,
@@ -154,9 +158,8 @@ class Harness:
                 part.set_config(key="num_fewshot", value=shots)
             elif own is None:
                 part.set_config(key="num_fewshot", value=0)
-            part.set_fewshot_seed(seed=_FEWSHOT_SEED)
             _check_metric(entry, part)
-        return _Unit(sources.keys[entry.name], parts, entry.metric or "", entry.span)
+        return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
 
 
 class _Sources:
@@ -166,7 +169,7 @@ class _Sources:
         self.steering: Sequence[Task] = settings.tasks
         self.holdout: Sequence[Task] = settings.holdout
         self.names: dict[str, str] = {}
-        self.keys: dict[str, str] = {}
+        self.titles: dict[str, str] = {}  # of a preset's tasks
         self.texts: dict[str, str] = {}
         self._folders = [str(_find(folder, path)) for path in settings.include_path]
         if settings.preset is not None:
@@ -175,7 +178,7 @@ class _Sources:
                 for _, name, shots, metric in LEADERBOARD_V1
             ]
         for title, name, _, _ in LEADERBOARD_V1 if settings.preset is not None else ():
-            self.keys[name] = title
+            self.titles[name] = title
         for path in self._folders:
             for file in sorted(Path(path).glob("**/*.y*ml")):
                 self.texts[file.name] = file.read_text()
@@ -194,7 +197,6 @@ class _Sources:
                 name = found
                 known.add(name)
             self.names[entry.name] = name
-            self.keys.setdefault(entry.name, entry.key)
         for file_name, text in dict(self.texts).items():
             for data in _data_files(file_name, text):
                 self.texts[str(data)] = hashlib.sha256(data.read_bytes()).hexdigest()
@@ -208,7 +210,7 @@ class _Sources:
         with _quiet():
             return TaskManager(
                 include_path=list(dict.fromkeys(self._folders)) or None,
-                include_defaults=not self.local_only,
+                include_defaults=BUILT_IN and not self.local_only,
             )
 
 
@@ -361,7 +363,7 @@ def _item(metric: str, value: Any) -> float | None:
         return None
 
 
-def _check_leaderboard_data(manager: Any) -> None:
+def check_leaderboard_data(manager: Any) -> None:
     """Says at once which data sets of the leaderboard cannot be had."""
     missing = []
     for title, name, _, _ in LEADERBOARD_V1:

@@ -503,6 +503,12 @@ def load(source: Any) -> Schedule:
     return schedule.written(text, None if origin == "schedule" else Path(source).parent)
 
 
+def load_evaluate(source: Any) -> Evaluate:
+    """A schedule's `evaluate` section on its own, from a file, YAML text or a dict."""
+    documents, _, _ = read(source, "evaluate")
+    return Evaluate.model_validate(documents[0])
+
+
 def _expand(data: Any, short: Mapping[str, str]) -> Any:
     """Writes out shorthand: ``accept: improve`` means ``accept: {rule: improve}``; lists by item.
 

@@ -15,9 +15,8 @@ from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 from fastmerge.plan import Plan
-from fastmerge.recipe_yaml import read
 from fastmerge.retrograde.evaluate import Resident, ScoreFunction, make_scorer
-from fastmerge.retrograde.schedule import Evaluate
+from fastmerge.retrograde.schedule import load_evaluate
 from fastmerge.retrograde.scores import Scores, write_atomically
 
 
@@ -152,9 +151,9 @@ def sweep(
     plan = api.plan(recipe)
     scorer = settings = None
     if evaluate is not None:
-        documents, _, origin = read(evaluate, "evaluate")
-        settings = Evaluate.model_validate(documents[0])
-        folder = Path() if origin == "evaluate" else Path(evaluate).parent
+        settings = load_evaluate(evaluate)
+        is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
+        folder = Path(evaluate).parent if is_file else Path()
         scorer = make_scorer(settings, folder, plan.models[0].path, score)
     if out.exists() and any(out.iterdir()):
         raise FastmergeError(f"{out}: is not empty; give a new folder")
