@@ -1,4 +1,4 @@
-"""Small llama checkpoints for the tests, written without torch."""
+"""Small llama checkpoints for the tests, written without torch, and tensors for the kernels."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import safetensors
+
+from fastmerge import _C
+from fastmerge.reference import round_to
 
 # Before torch or transformers are imported: no test may use the network, and xdist already fills
 # the cores (an OpenMP pool per worker makes small tests several times slower).
@@ -192,3 +196,45 @@ def family(zoo, monkeypatch):
 def shared_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """A zoo for models that several tests read; names must differ between files."""
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+class Memory:
+    """Tensors for the kernels at any byte offset, and outputs that start as 0xFF bytes."""
+
+    STORAGE: ClassVar = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+    def put(self, values: np.ndarray, dtype: str, *, offset: int = 0) -> _C.View:
+        """float32 values stored as ``dtype``, ``offset`` bytes past an aligned address."""
+        view = self.blank(values.size, dtype, offset=offset)
+        view.owner[:] = np.frombuffer(round_to(values.ravel(), dtype).tobytes(), np.uint8)
+        return view
+
+    def blank(self, count: int, dtype: str, *, offset: int = 0) -> _C.View:
+        item = np.dtype(self.STORAGE[dtype]).itemsize
+        room = np.full(count * item + 128, 0xFF, np.uint8)
+        begin = -room.ctypes.data % 64 + offset
+        data = room[begin : begin + count * item]
+        view = OwnedView(room.ctypes.data + begin, count, dtype, data)
+        view.owner = data
+        return view
+
+    def read(self, view: _C.View) -> np.ndarray:
+        """What a view holds, in its storage type."""
+        return np.frombuffer(view.owner.tobytes(), self.STORAGE[view.dtype])
+
+
+class OwnedView(_C.View):
+    """A view that remembers its bytes."""
+
+    owner: np.ndarray
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture(scope="session")
+def memory_class() -> type[Memory]:
+    """For property tests, which may not use a fixture of one test's lifetime."""
+    return Memory

@@ -1,0 +1,239 @@
+"""select on every instruction set: exact thresholds, exact counts, exact tie bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmerge import _C, reference
+from fastmerge.sparsity import (
+    ALL,
+    INDEX,
+    MAGNITUDE,
+    MIXED,
+    RANDOM,
+    Selection,
+    Sparsify,
+    keep_below,
+    keep_count,
+    mixed_index,
+)
+
+LARGE = 150_001  # above the size at which a sample stands in for the tensor
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Each instruction set that this CPU runs."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+every_isa = pytest.mark.usefixtures("isa")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return _C.Pool(2)
+
+
+def check(pool, memory, values, base, specs, types=("BF16",), base_type="BF16"):
+    """select must answer as the reference does; rescale may differ by its float64 sums' order."""
+    tensors = [memory.put(x, types[i % len(types)], offset=2 * i + 1) for i, x in enumerate(values)]
+    origin = memory.put(base, base_type, offset=3)
+    found = [Selection(*s) for s in _C.select(pool, tensors, origin, specs)]
+    wanted = reference.select([memory.read(t) for t in tensors], memory.read(origin), specs)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a.rescale, b.rescale, rtol=1e-7)
+        assert a._replace(rescale=0.0) == b._replace(rescale=0.0)
+    for tensor, spec, selection in zip(tensors, specs, found, strict=True):
+        if Sparsify(*spec).kind == MAGNITUDE:
+            keys = reference.magnitude_keys(memory.read(tensor), memory.read(origin))
+            assert np.count_nonzero(reference.survivors(selection, keys)) == Sparsify(*spec).keep
+    return found
+
+
+def fine_tunes(count: int, deltas: int = 2, seed: int = 0):
+    """A base and fine-tunes whose bf16 deltas tie as real ones do."""
+    rng = np.random.default_rng([seed, count])
+    base = (0.02 * rng.standard_normal(count)).astype(np.float32)
+    stored = reference.bf16_to_f32(reference.f32_to_bf16(base))
+    size = np.float32(1e-4)
+    return stored, [
+        stored + size * rng.standard_normal(count).astype(np.float32) for _ in range(deltas)
+    ]
+
+
+@every_isa
+@pytest.mark.parametrize("rule", [MIXED, INDEX], ids=["mixed", "index"])
+@pytest.mark.parametrize("count", [1, 7, 63, 1000, 40_000, LARGE])
+def test_trim_of_fine_tunes(pool, memory, count, rule):
+    base, tuned = fine_tunes(count)
+    for density in (0.001, 0.3, 0.5, 0.97, 1.0):
+        keep = keep_count(density, count)
+        check(pool, memory, tuned, base, [Sparsify(MAGNITUDE, keep, rule, rescale=True)] * 2)
+
+
+@every_isa
+@pytest.mark.parametrize(
+    ("types", "base_type"),
+    [(("F32",), "F32"), (("F16",), "F16"), (("BF16", "F32"), "BF16"), (("F16",), "F32")],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [999, LARGE])
+def test_trim_of_other_types(pool, memory, types, base_type, count):
+    rng = np.random.default_rng(4)
+    base, *tuned = rng.standard_normal((3, count)).astype(np.float32)
+    specs = [Sparsify(MAGNITUDE, keep_count(d, count)) for d in (0.2, 0.5)]
+    check(pool, memory, tuned, base, specs, types, base_type)
+
+
+@every_isa
+@pytest.mark.parametrize("count", [5, LARGE])
+@pytest.mark.parametrize("rule", [MIXED, INDEX], ids=["mixed", "index"])
+@pytest.mark.parametrize("delta", [0.0, 0.5, np.inf, np.nan])
+def test_all_entries_tied(pool, memory, count, rule, delta):
+    base = np.zeros(count, np.float32)
+    specs = [Sparsify(MAGNITUDE, keep, rule) for keep in (1, count // 2, count - 1, count)]
+    found = check(pool, memory, [base + np.float32(delta)] * 4, base, specs)
+    assert [s.ties for s in found] == [count] * 4
+    assert found[3].tie_bound == 1 << 64
+
+
+@every_isa
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("count", [999, LARGE])
+def test_nan_is_above_infinity(pool, memory, count):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal(count).astype(np.float32)
+    x[rng.choice(count, 60, replace=False)] = np.repeat(np.float32([np.nan, np.inf, -np.inf]), 20)
+    specs = [Sparsify(MAGNITUDE, keep) for keep in (7, 20, 21, 60, 61, 500)]
+    check(pool, memory, [x] * 6, np.zeros(count, np.float32), specs)
+
+
+@every_isa
+def test_a_few_large_entries_among_equal_ones(pool, memory):
+    x = np.zeros(LARGE, np.float32)
+    x[[5, 70_000, 149_999]] = [3, 2, 1]
+    specs = [Sparsify(MAGNITUDE, keep) for keep in (1, 2, 3, 4, 100_000)]
+    check(pool, memory, [x] * 5, np.zeros(LARGE, np.float32), specs)
+
+
+@every_isa
+@pytest.mark.parametrize("keep", [1, 10_000, 75_000, LARGE - 10_000, LARGE])
+def test_a_sample_that_lies_costs_passes_not_exactness(pool, memory, keep):
+    """The places that select looks at first hold the largest, the smallest or odd values."""
+    rng = np.random.default_rng(11)
+    chunks, length = 1024, 16
+    step = LARGE // chunks
+    first = np.arange(chunks, dtype=np.uint64)
+    scattered = first * np.uint64(0x9E3779B9) & np.uint64(0xFFFFFFFF)
+    first = first * np.uint64(step) + (scattered * np.uint64(step - length) >> np.uint64(32))
+    places = (first.astype(np.int64)[:, None] + np.arange(length)).ravel()
+    lies = []
+    for lie in (0.0, 1e9, 1.25):
+        x = rng.standard_normal(LARGE).astype(np.float32)
+        x[places] = lie
+        lies.append(x)
+    specs = [Sparsify(MAGNITUDE, keep)] * 3
+    check(pool, memory, lies, np.zeros(LARGE, np.float32), specs, ("F32",), "F32")
+
+
+@every_isa
+def test_ties_in_one_corner_by_index(pool, memory):
+    x = np.zeros(LARGE, np.float32)
+    x[100_000:] = np.linspace(1, 2, LARGE - 100_000, dtype=np.float32)
+    x[90_000:94_000] = 0.5
+    x[0] = 0.5
+    keeps = [LARGE - 100_000 + more for more in (1, 2, 3, 2000, 4000)]
+    specs = [Sparsify(MAGNITUDE, keep, INDEX) for keep in keeps]
+    check(pool, memory, [x] * 5, np.zeros(LARGE, np.float32), specs, ("F32",), "F32")
+
+
+@every_isa
+def test_more_inputs_than_usual_and_all_kinds(pool, memory):
+    base, tuned = fine_tunes(40_000, deltas=9)
+    specs = [
+        Sparsify(),
+        Sparsify(MAGNITUDE, 0),
+        Sparsify(MAGNITUDE, 0, rescale=True),
+        Sparsify(MAGNITUDE, 12_345, rescale=True),
+        Sparsify(MAGNITUDE, 40_000, rescale=True),
+        Sparsify(RANDOM, keep_below=0, rescale=True),
+        Sparsify(RANDOM, keep_below=1 << 32, rescale=True),
+        Sparsify(RANDOM, keep_below=keep_below(0.3), key=1 << 63),
+        Sparsify(RANDOM, keep_below=keep_below(0.3), key=3, rescale=True),
+    ]
+    found = check(pool, memory, tuned, base, specs)
+    assert [s.kept for s in found[:3]] == [40_000, 0, 0]
+    assert found[5].kept == 0
+    assert found[6].kept == 40_000
+
+
+@every_isa
+@pytest.mark.parametrize("count", [0, 1, 5, 63, 65_537])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_random(pool, memory, count, dtype):
+    rng = np.random.default_rng(5)
+    base, *tuned = rng.standard_normal((3, count)).astype(np.float32)
+    specs = [
+        Sparsify(RANDOM, keep_below=keep_below(d), key=key, rescale=True)
+        for d, key in ((0.5, 42), (0.1, 0xFEDCBA9876543210))
+    ]
+    check(pool, memory, tuned, base, specs, (dtype,), dtype)
+
+
+@every_isa
+def test_empty_tensors(pool, memory):
+    empty = np.zeros(0, np.float32)
+    check(pool, memory, [empty] * 2, empty, [Sparsify(MAGNITUDE, 0), Sparsify(ALL)])
+
+
+@every_isa
+def test_rescale_leaves_tiny_deltas_alone(pool, memory):
+    x = np.full(100, 5e-10, np.float32)  # |x| sums to 5e-8, below 1e-7
+    spec = Sparsify(RANDOM, keep_below=keep_below(0.5), key=1, rescale=True)
+    (found,) = check(pool, memory, [x], np.zeros(100, np.float32), [spec], ("F32",), "F32")
+    assert found.rescale == 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3000),
+    st.floats(0, 1),
+    st.integers(1, 6),
+    st.sampled_from([MIXED, INDEX]),
+    st.integers(0, 1000),
+)
+def test_exactly_keep_survive(memory_class, count, density, levels, rule, seed):
+    """Few distinct magnitudes, so that most entries tie."""
+    x = np.random.default_rng(seed).integers(-levels, levels + 1, count).astype(np.float32)
+    spec = Sparsify(MAGNITUDE, keep_count(density, count), rule)
+    check(_C.Pool(1), memory_class(), [x], np.zeros(count, np.float32), [spec])
+
+
+def test_philox_known_answers():
+    # Random123's kat_vectors for philox4x32-10: all zero, and all ones (by its definition, here the
+    # high counter words are always 0, so only the first applies to whole counters).
+    assert [f"{w:08x}" for w in reference.philox_words(4, 0)] == [
+        "6627e8d5",
+        "e169c58d",
+        "bc57ac4c",
+        "9b00dbd8",
+    ]
+
+
+def test_philox_words_do_not_depend_on_where_a_block_begins():
+    whole = reference.philox_words(1000, 0x123456789)
+    for first in (1, 2, 3, 4, 501):
+        assert np.array_equal(reference.philox_words(50, 0x123456789, first), whole[first:][:50])
+
+
+def test_mixed_index_is_one_definition():
+    for first in (0, 12345, (1 << 32) - 5, (7 << 32) + 3):
+        found = reference.mixed_indices(10, first)
+        assert [int(i) for i in found] == [mixed_index(first + i) for i in range(10)]
