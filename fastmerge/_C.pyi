@@ -48,7 +48,7 @@ class Sink:
 class MemorySink(Sink):
     def __init__(self, out: View) -> None: ...
 
-# --- kernels: the four primitives -----------------------------------------------------------------
+# --- kernels: the four primitives ---
 # axis: None = the whole tensor is one vector; 1 = each row of a (rows, cols) matrix is one (vectors
 # = rows); 0 = each column is one (vectors = cols). rows and cols are ignored when axis is None.
 
@@ -113,7 +113,7 @@ def consensus(
 def copy(pool: Pool, source: View, out: Sink) -> None:
     """Copies bytes; source and out have the same dtype and count."""
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ---
 
 class Mapping:
     """A file mapped read-only."""
@@ -131,7 +131,7 @@ class Mapping:
         """Unmaps whole pages of the range that will not be read again (they stay in the page
         cache)."""
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ---
 
 class Staging:
     """A bounded set of aligned buffers and the threads that write them out; shared by all shards of
