@@ -11,10 +11,10 @@ namespace fastmerge {
 namespace {
 
 constexpr int32_t kLargestKey = 0x7FFFFFFF;
-constexpr int64_t kChunk = 16;  // neighbouring elements sampled together
+constexpr int64_t kChunk = 32;  // neighbouring elements sampled together
 constexpr int64_t kSample = 1024 * kChunk;
 constexpr int64_t kSampleAll = 2 * kSample;  // tensors up to this size are their own sample
-constexpr double kSigmas = 8;                // half the bracket, in standard deviations of the rank
+constexpr double kSigmas = 5;                // half the bracket, in standard deviations of the rank
 constexpr int64_t kBins = 4096;
 
 // Keys of one delta that a pass gathered, by equal parts of the window.

@@ -109,6 +109,20 @@ def test_ties_by_hand():
     np.testing.assert_allclose(got, [-3, -1.5, 1.6, 2.05, 0.3, 5.5])
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1, 1), (2, -1), (0.25, 0.75), (0.3, 0.4), (0, 1)])
+def test_the_divisor_is_exact_whatever_the_weights(weights):
+    """Bit for bit the fp32 quotient, also where a sum of weights is 0."""
+    base, x, y = (np.float32(v) for v in (BASE, X, Y))
+    w = np.float32(weights)
+    d = [(v - base) * wi for v, wi in zip((x, y), w, strict=True)]
+    plus = np.float32(0) + d[0] + d[1] >= 0
+    agree = [np.where(plus, v > 0, v < 0) for v in d]
+    top = np.float32(0) + d[0] * agree[0] + d[1] * agree[1]
+    bottom = agree[0] * w[0] + agree[1] * w[1]
+    bottom[bottom == 0] = 1
+    np.testing.assert_array_equal(ops.ties(base, [x, y], weights), base + top / bottom)
+
+
 def test_density_per_model_and_lambda():
     one = ops.ties(BASE, [X, Y], [1, 1], density=[0.3, 1.0])
     both = ops.ties(BASE, [X, Y], [1, 1], density=0.3)
