@@ -35,7 +35,7 @@ demo: .venv/.demo .venv/.built
 
 # PYTHONSAFEPATH keeps the repository's root, and with it the bare name `kernels`, off sys.path.
 test: .venv/.test .venv/.built
-	PYTHONSAFEPATH=1 $(BIN)/pytest -q -n $(JOBS) $(TEST)
+	PYTHONSAFEPATH=1 $(BIN)/pytest -q -n $(JOBS) --dist worksteal $(TEST)
 
 check: .venv/.test .venv/.built
 	$(BIN)/ruff check .

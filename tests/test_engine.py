@@ -296,7 +296,10 @@ def test_killed_at_thirty_random_moments(killable, tmp_path):
         out = tmp_path / f"run{number}" / "out"
         out.parent.mkdir()
         process = start(killable, out)
-        time.sleep(rng.uniform(0.8 * first, whole))
+        if number % 2:  # any moment at all; on a busy machine many fall before or after the work
+            time.sleep(rng.uniform(0.8 * first, whole))
+        else:  # any moment of the work itself
+            wait_for_tensors(process, out, rng.randrange(100))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if out.exists():
@@ -306,7 +309,7 @@ def test_killed_at_thirty_random_moments(killable, tmp_path):
         resumed += report.resumed > 0
         assert digest(out) == expected
         assert [p.name for p in out.parent.iterdir()] == ["out"]
-    assert killed >= 15 and resumed >= 10
+    assert killed >= 10 and resumed >= 10
 
 
 def test_finished_tensors_are_not_computed_again(killable, tmp_path, monkeypatch):
