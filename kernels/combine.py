@@ -1,0 +1,220 @@
+"""combine: out = (sum_i c_i x_i) / divisor in one pass, one rounding; a batch of tensors in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fastmerge.errors import FastmergeError
+from fastmerge.kernels.common import (
+    BLOCK,
+    CHUNK,
+    HEAD,
+    aligned,
+    block,
+    check,
+    codes,
+    fetch,
+    group,
+    launch,
+    locate,
+    partition,
+    put,
+    upload,
+    vectors,
+)
+
+MAX_INPUTS = 16
+
+
+@triton.jit
+def _block(
+    row, terms, divisor, start, end,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
+    K: tl.constexpr = len(CODES)
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < end
+    # A single term starts from -0.0 and so is the product itself, sign of zero and all; more terms start from
+    # +0.0, as mergekit 0.1.5's accumulator does.
+    total = tl.full([BLOCK], -0.0 if K == 1 else 0.0, tl.float32)
+    for i in tl.static_range(K):
+        x = fetch(tl.load(row + HEAD + i), offsets, mask, CODES[i], ALIGNED, MASKED)
+        total = tl.fma(x, tl.zeros_like(x) + terms[i], total)
+    if DIVIDE:
+        total = tl.div_rn(total, tl.zeros_like(total) + divisor)
+    return put(tl.load(row + HEAD + K), offsets, mask, total, OUT, ALIGNED, MASKED)
+
+
+@triton.jit
+def combine_kernel(
+    table, owners, coefficients, bad_counts,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """coefficients: fp32 (segments, k + 1), the divisor last. All CODES inputs have a non-zero coefficient."""
+    K: tl.constexpr = len(CODES)
+    segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
+    terms = ()
+    for i in tl.static_range(K):
+        terms = terms + (tl.load(coefficients + segment * (K + 1) + i),)
+    divisor = tl.load(coefficients + segment * (K + 1) + K)
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    bad = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, whole, BLOCK):
+        bad += _block(row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, False)
+    if whole < end:
+        bad += _block(row, terms, divisor, whole, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, True)
+    count = tl.sum(bad, 0)
+    tl.atomic_add(bad_counts + segment, count.to(tl.int64), mask=count > 0)
+
+
+@triton.jit
+def combine_vectors_kernel(
+    table, coefficients, bad_counts, divisor, rows, cols,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, AXIS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Coefficients per row (AXIS 1) or column (AXIS 0): fp32 (k, vectors). A zero coefficient skips its term."""
+    K: tl.constexpr = len(CODES)
+    tiles = tl.cdiv(cols, BLOCK_COLS)
+    pid = tl.program_id(0)
+    r = (pid // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = (pid % tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (r < rows)[:, None] & (c < cols)[None, :]
+    offsets = r[:, None] * cols + c[None, :]
+    if AXIS == 1:
+        vector, inside, count = r[:, None], (r < rows)[:, None], rows
+    else:
+        vector, inside, count = c[None, :], (c < cols)[None, :], cols
+    used = tl.zeros_like(vector.to(tl.int32))
+    for i in tl.static_range(K):
+        used += (tl.load(coefficients + i * count + vector, mask=inside, other=0.0) != 0).to(tl.int32)
+    total = tl.where(used == 1, -0.0, 0.0)  # see _block
+    total = tl.broadcast_to(total, [BLOCK_ROWS, BLOCK_COLS])
+    for i in tl.static_range(K):
+        term = tl.load(coefficients + i * count + vector, mask=inside, other=0.0)
+        term = tl.broadcast_to(term, [BLOCK_ROWS, BLOCK_COLS])
+        x = fetch(tl.load(table + HEAD + i), offsets, mask, CODES[i], False, True)
+        total = tl.where(term == 0, total, tl.fma(x, term, total))
+    if DIVIDE:
+        total = tl.div_rn(total, tl.zeros_like(total) + divisor)
+    bad = put(tl.load(table + HEAD + K), offsets, mask, total, OUT, False, True)
+    found = tl.sum(tl.sum(bad, 1), 0)
+    tl.atomic_add(bad_counts, found.to(tl.int64), mask=found > 0)
+
+
+def combine(
+    inputs: Sequence[torch.Tensor],
+    coefficients: np.ndarray,
+    out: torch.Tensor,
+    *,
+    divisor: float | None = None,
+    axis: int | None = None,
+    rows: int = 1,
+    cols: int = 0,
+) -> int:
+    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many outputs are NaN/Inf.
+
+    inputs: up to 16 contiguous tensors, any mix of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2; out:
+    float32, float16 or bfloat16, may be one of the inputs. coefficients: (k,) or (vectors, k), rounded to
+    fp32; an input whose coefficient is exactly 0 is skipped, all-zero coefficients give +0.
+    """
+    if axis is None:
+        return int(combine_many([inputs], [coefficients], [out], divisors=[divisor])[0])
+    _check(inputs, out)
+    count = vectors(out.numel(), axis, rows, cols)
+    table = np.asarray(coefficients, dtype=np.float64)
+    if table.shape != (count, len(inputs)):
+        raise FastmergeError(f"coefficients have shape {table.shape}, not {(count, len(inputs))}")
+    bad = torch.zeros(1, dtype=torch.int64, device=out.device)
+    if out.numel():
+        block_cols = min(1024, triton.next_power_of_2(cols))
+        block_rows = min(BLOCK // block_cols, triton.next_power_of_2(rows))
+        launch(
+            combine_vectors_kernel,
+            triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),
+            out.device,
+            group([0], [[*inputs, out]]).table,
+            upload(table.T.astype(np.float32), out.device),
+            bad,
+            float(np.float32(1.0 if divisor is None else divisor)),
+            rows,
+            cols,
+            CODES=codes(inputs),
+            OUT=codes([out])[0],
+            DIVIDE=divisor is not None,
+            AXIS=axis,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLS=block_cols,
+            HEAD=HEAD,
+        )
+    return int(bad[0])
+
+
+def combine_many(
+    inputs: Sequence[Sequence[torch.Tensor]],
+    coefficients: Sequence[np.ndarray],
+    outs: Sequence[torch.Tensor],
+    *,
+    divisors: Sequence[float | None] | None = None,
+) -> torch.Tensor:
+    """`combine` of many tensors, one launch per mix of dtypes; returns the NaN/Inf counts, int64 on the device.
+
+    Does not wait for the device: 300 norms and biases cost one latency.
+    """
+    divisors = [None] * len(outs) if divisors is None else divisors
+    bad = torch.zeros(len(outs), dtype=torch.int64, device=outs[0].device if outs else None)
+    kept: list[list[torch.Tensor]] = []
+    terms: list[list[float]] = []
+    for xs, given, out, divisor in zip(inputs, coefficients, outs, divisors, strict=True):
+        _check(xs, out)
+        c = np.asarray(given, dtype=np.float64).astype(np.float32).ravel()
+        if c.size != len(xs):
+            raise FastmergeError(f"{c.size} coefficients for {len(xs)} inputs; give one each")
+        used = [i for i in range(c.size) if c[i] != 0]
+        kept.append([xs[i] for i in used])
+        terms.append([*(float(c[i]) for i in used), 1.0 if divisor is None else divisor])
+    keys = [
+        (codes(xs), codes([out])[0], divisor is not None, aligned([*xs, out])) if out.numel() else None
+        for xs, out, divisor in zip(kept, outs, divisors, strict=True)
+    ]
+    for key, members in partition(keys).items():
+        if key is None:
+            continue
+        if not key[0]:
+            for i in members:
+                outs[i].zero_()
+            continue
+        batch = group(members, [[*kept[i], outs[i]] for i in members])
+        counts = torch.zeros(len(members), dtype=torch.int64, device=bad.device)
+        launch(
+            combine_kernel,
+            batch.chunks,
+            bad.device,
+            batch.table,
+            batch.owners,
+            upload(np.array([terms[i] for i in members], dtype=np.float32), bad.device),
+            counts,
+            CODES=key[0],
+            OUT=key[1],
+            DIVIDE=key[2],
+            ALIGNED=key[3],
+            CHUNK=CHUNK,
+            BLOCK=block(len(key[0])),
+            HEAD=HEAD,
+        )
+        bad[torch.tensor(members, device=bad.device)] = counts
+    return bad
+
+
+def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    check(inputs, None, out)
+    if len(inputs) > MAX_INPUTS:
+        raise FastmergeError(f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once")

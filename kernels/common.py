@@ -1,0 +1,300 @@
+"""What every kernel shares: element types as integers, the segment table, the random bits and the launch.
+
+Weights are loaded and stored as plain integers and converted by integer arithmetic, so that a rounding is
+the same bit on every GPU, on AMD and in Triton's interpreter (whose own bf16 conversion does not round to even).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from fastmerge.errors import FastmergeError
+
+# Element types by number: the first three as in csrc/tensor.h, then the two that are only read.
+F32: tl.constexpr = tl.constexpr(0)
+F16: tl.constexpr = tl.constexpr(1)
+BF16: tl.constexpr = tl.constexpr(2)
+E4M3: tl.constexpr = tl.constexpr(3)
+E5M2: tl.constexpr = tl.constexpr(4)
+CODES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+
+# One program does CHUNK elements: 64 KiB of bf16, so that the table look-up before it is noise and the
+# largest tensors of a 7 B model still give 4000 programs. BLOCK is one step of its loop.
+CHUNK = 32768
+BLOCK = 2048
+WARPS = 4
+HEAD = 2  # table columns before the addresses: element count, first chunk
+
+
+# --- on the device ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate(table, owners, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's segment: its number, its table row, its first and last + 1 element here (int64)."""
+    pid = tl.program_id(0).to(tl.int64)
+    segment = tl.load(owners + pid).to(tl.int64)
+    row = table + segment * COLUMNS
+    begin = (pid - tl.load(row + 1)) * CHUNK
+    return segment, row, begin, tl.minimum(tl.load(row), begin + CHUNK)
+
+
+@triton.jit
+def pointer(address, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+    """An address from the table as a pointer to raw integers of the type's width."""
+    if CODE == F32:
+        raw = address.to(tl.pointer_type(tl.int32))
+    elif CODE == F16 or CODE == BF16:
+        raw = address.to(tl.pointer_type(tl.int16))
+    else:
+        raw = address.to(tl.pointer_type(tl.int8))
+    return tl.multiple_of(raw, 16) if ALIGNED else raw
+
+
+@triton.jit
+def decode(raw, CODE: tl.constexpr):
+    """Raw integers to fp32, exactly."""
+    if CODE == F32:
+        value = raw.to(tl.float32, bitcast=True)
+    elif CODE == F16:
+        value = raw.to(tl.float16, bitcast=True).to(tl.float32)
+    elif CODE == BF16:
+        value = (raw.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif CODE == E5M2:  # the upper half of an fp16
+        half = raw.to(tl.uint8, bitcast=True).to(tl.uint16) << 8
+        value = half.to(tl.float16, bitcast=True).to(tl.float32)
+    else:  # E4M3FN: exponent and mantissa moved up, then 2**120 corrects the bias (127 - 7), subnormals too
+        bits = raw.to(tl.uint8, bitcast=True).to(tl.uint32)
+        magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
+        signed = magnitude.to(tl.uint32, bitcast=True) | ((bits & 0x80) << 24)
+        value = signed.to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def encode(value, CODE: tl.constexpr):
+    """fp32 to raw integers of an output type, to nearest even; NaN stays NaN."""
+    bits = value.to(tl.uint32, bitcast=True)
+    if CODE == F32:
+        raw = bits.to(tl.int32, bitcast=True)
+    elif CODE == F16:
+        raw = value.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        even = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
+        kept = (bits >> 16) | 0x40  # rounding could carry a NaN's payload into infinity
+        raw = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, kept, even).to(tl.uint16)
+        raw = raw.to(tl.int16, bitcast=True)
+    return raw
+
+
+@triton.jit
+def nonfinite(raw, CODE: tl.constexpr):
+    """1 where a stored value is NaN or infinite, else 0 (int32)."""
+    if CODE == F32:
+        bad = (raw & 0x7F800000) == 0x7F800000
+    elif CODE == F16:
+        bad = (raw & 0x7C00) == 0x7C00
+    else:
+        bad = (raw & 0x7F80) == 0x7F80
+    return bad.to(tl.int32)
+
+
+@triton.jit
+def fetch(address, offsets, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Elements as fp32; 0 outside the mask. Without a mask the loads are 16 bytes wide."""
+    where = pointer(address, CODE, ALIGNED) + offsets
+    if MASKED:
+        raw = tl.load(where, mask=mask, other=0)
+    else:
+        raw = tl.load(where)
+    return decode(raw, CODE)
+
+
+@triton.jit
+def put(address, offsets, mask, value, CODE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Stores fp32 values in an output type; returns nonfinite() of what was stored."""
+    where = pointer(address, CODE, ALIGNED) + offsets
+    raw = encode(value, CODE)
+    bad = nonfinite(raw, CODE)
+    if MASKED:
+        tl.store(where, raw, mask=mask)
+        bad = tl.where(mask, bad, 0)
+    else:
+        tl.store(where, raw)
+    return bad
+
+
+@triton.jit
+def magnitude_key(delta):
+    """|delta| as 31 bits that order like the magnitudes; every NaN is the same key, above infinity."""
+    key = delta.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    return tl.minimum(key, 0x7FC00000)
+
+
+@triton.jit
+def mix32(h):
+    """murmur3's 32-bit finaliser (fastmerge.sparsity.mixed_index)."""
+    h = h ^ (h >> 16)
+    h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
+    h = h ^ (h >> 13)
+    h = tl.mul(h, 0xC2B2AE35, sanitize_overflow=False)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def order_of(index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
+    """The order in which ties are taken: uint32 below 2**32 elements, else (WIDE) uint64."""
+    low = index.to(tl.uint32)
+    if WIDE:
+        high = (index >> 32).to(tl.uint32)
+        if INDEX_RULE:
+            order = index.to(tl.uint64)
+        else:
+            mixed = mix32(low ^ tl.mul(high, 0x9E3779B9, sanitize_overflow=False))
+            order = (mixed.to(tl.uint64) << 32) | high.to(tl.uint64)
+    else:
+        order = low if INDEX_RULE else mix32(low)
+    return order
+
+
+@triton.jit
+def random_words(key, first, COUNT: tl.constexpr):
+    """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a counter.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11), which tl.philox implements.
+    """
+    counter = first // 4 + tl.arange(0, COUNT // 4)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    none = low * 0
+    a, b, c, d = tl.philox(key, low, high, none, none)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])
+
+
+# --- on the host ------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Segments that share one compiled kernel, and where each came from."""
+
+    indices: list[int]
+    table: torch.Tensor  # int64 (segments, HEAD + addresses), on the device
+    owners: torch.Tensor  # int32 (chunks,): the segment of each program
+    chunks: int
+    first_chunks: np.ndarray  # int64 (segments + 1,)
+
+
+def group(
+    indices: list[int], rows: Sequence[Sequence[torch.Tensor]], counts: np.ndarray | None = None
+) -> Group:
+    """Builds the table of one launch; row i holds the tensors of segment i, all of one length.
+
+    counts: elements of work per segment where that is not the length.
+    """
+    if counts is None:
+        counts = np.array([row[0].numel() for row in rows], dtype=np.int64)
+    firsts = np.concatenate([[0], np.cumsum((counts + CHUNK - 1) // CHUNK)])
+    table = np.empty((len(rows), HEAD + len(rows[0])), dtype=np.int64)
+    table[:, 0], table[:, 1] = counts, firsts[:-1]
+    table[:, HEAD:] = [[tensor.data_ptr() for tensor in row] for row in rows]
+    owners = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(firsts))
+    device = rows[0][0].device
+    return Group(indices, upload(table, device), upload(owners, device), int(firsts[-1]), firsts)
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def partition(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """Positions by equal key, in order of first appearance."""
+    found: dict[Any, list[int]] = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return found
+
+
+def aligned(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def codes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(CODES[tensor.dtype] for tensor in tensors)
+
+
+def block(inputs: int) -> int:
+    """Elements of one step: with more than 8 inputs in registers, half as many, or the registers spill."""
+    return BLOCK if inputs <= 8 else BLOCK // 2
+
+
+def warp_size() -> int:
+    return 64 if torch.version.hip else 32
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: object, **meta: object) -> None:
+    """Runs ``programs`` programs on the tensors' device, fusion of multiply and add off."""
+    if not programs:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def check(inputs: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None) -> None:
+    """Refuses, by name, what the kernels cannot take; see the messages."""
+    if not inputs:
+        raise FastmergeError("no input tensors; give at least one")
+    named = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
+    named += [("base", base)] if base is not None else []
+    named += [("out", out)] if out is not None else []
+    first = inputs[0]
+    if first.device.type != "cuda" and not interpreted():
+        raise FastmergeError(
+            f"input 0 is on '{first.device}': the Triton kernels need a GPU; use device cpu"
+        )
+    for name, tensor in named:
+        if tensor.dtype not in CODES or (name == "out" and tensor.dtype not in OUTPUTS):
+            known = ", ".join(str(t).removeprefix("torch.") for t in (OUTPUTS if name == "out" else CODES))
+            raise FastmergeError(f"{name}: cannot merge {tensor.dtype}; convert it to one of {known}")
+        if tensor.device != first.device:
+            raise FastmergeError(
+                f"{name} is on {tensor.device} and input 0 on {first.device}; move them to one device"
+            )
+        if tensor.numel() != first.numel():
+            raise FastmergeError(
+                f"{name} has {tensor.numel()} elements and input 0 has {first.numel()}; they must match"
+            )
+        if not tensor.is_contiguous():
+            raise FastmergeError(
+                f"{name} is not contiguous (strides {tuple(tensor.stride())}); call .contiguous() on it"
+            )
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in the Python interpreter (TRITON_INTERPRET=1 at import)."""
+    return not isinstance(locate, triton.runtime.JITFunction)
+
+
+def vectors(count: int, axis: int | None, rows: int, cols: int) -> int:
+    """How many vectors an axis gives; FastmergeError where rows x cols is not the tensor."""
+    if axis is None:
+        return 1
+    if axis not in (0, 1):
+        raise FastmergeError(f"axis {axis}: use None, 0 (columns) or 1 (rows)")
+    if rows * cols != count:
+        raise FastmergeError(f"rows {rows} x cols {cols} is not the tensor's {count} elements")
+    return rows if axis == 1 else cols
+
