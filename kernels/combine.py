@@ -1,4 +1,6 @@
-"""combine: out = (sum_i c_i x_i) / divisor in one pass, one rounding; a batch of tensors in one launch."""
+"""combine: out = (sum_i c_i x_i) / divisor in one pass, one rounding; a batch of tensors in one
+launch.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,8 @@ def _block(
     K: tl.constexpr = len(CODES)
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < end
-    # A single term starts from -0.0 and so is the product itself, sign of zero and all; more terms start from
-    # +0.0, as mergekit 0.1.5's accumulator does.
+    # A single term starts from -0.0 and so is the product itself, sign of zero and all; more terms
+    # start from +0.0, as mergekit 0.1.5's accumulator does.
     total = tl.full([BLOCK], -0.0 if K == 1 else 0.0, tl.float32)
     for i in tl.static_range(K):
         x = fetch(tl.load(row + HEAD + i), offsets, mask, CODES[i], ALIGNED, MASKED)
@@ -58,7 +60,9 @@ def combine_kernel(
     CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """coefficients: fp32 (segments, k + 1), the divisor last. All CODES inputs have a non-zero coefficient."""
+    """coefficients: fp32 (segments, k + 1), the divisor last. All CODES inputs have a non-zero
+    coefficient.
+    """
     K: tl.constexpr = len(CODES)
     segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
     terms = ()
@@ -67,10 +71,15 @@ def combine_kernel(
     divisor = tl.load(coefficients + segment * (K + 1) + K)
     whole = begin + (end - begin) // BLOCK * BLOCK
     bad = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, whole, BLOCK):
-        bad += _block(row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, False)
+    for step in range(0, whole - begin, BLOCK):
+        start = begin + step
+        bad += _block(
+            row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, False
+        )
     if whole < end:
-        bad += _block(row, terms, divisor, whole, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, True)
+        bad += _block(
+            row, terms, divisor, whole, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, True
+        )
     count = tl.sum(bad, 0)
     tl.atomic_add(bad_counts + segment, count.to(tl.int64), mask=count > 0)
 
@@ -81,7 +90,9 @@ def combine_vectors_kernel(
     CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, AXIS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients per row (AXIS 1) or column (AXIS 0): fp32 (k, vectors). A zero coefficient skips its term."""
+    """Coefficients per row (AXIS 1) or column (AXIS 0): fp32 (k, vectors). A zero coefficient skips
+    its term.
+    """
     K: tl.constexpr = len(CODES)
     tiles = tl.cdiv(cols, BLOCK_COLS)
     pid = tl.program_id(0)
@@ -95,7 +106,9 @@ def combine_vectors_kernel(
         vector, inside, count = c[None, :], (c < cols)[None, :], cols
     used = tl.zeros_like(vector.to(tl.int32))
     for i in tl.static_range(K):
-        used += (tl.load(coefficients + i * count + vector, mask=inside, other=0.0) != 0).to(tl.int32)
+        used += (tl.load(coefficients + i * count + vector, mask=inside, other=0.0) != 0).to(
+            tl.int32
+        )
     total = tl.where(used == 1, -0.0, 0.0)  # see _block
     total = tl.broadcast_to(total, [BLOCK_ROWS, BLOCK_COLS])
     for i in tl.static_range(K):
@@ -120,11 +133,13 @@ def combine(
     rows: int = 1,
     cols: int = 0,
 ) -> int:
-    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many outputs are NaN/Inf.
+    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many
+    outputs are NaN/Inf.
 
-    inputs: up to 16 contiguous tensors, any mix of float32, float16, bfloat16, float8_e4m3fn, float8_e5m2; out:
-    float32, float16 or bfloat16, may be one of the inputs. coefficients: (k,) or (vectors, k), rounded to
-    fp32; an input whose coefficient is exactly 0 is skipped, all-zero coefficients give +0.
+    inputs: up to 16 contiguous tensors, any mix of float32, float16, bfloat16, float8_e4m3fn,
+    float8_e5m2; out: float32, float16 or bfloat16, may be one of the inputs. coefficients: (k,) or
+    (vectors, k), rounded to fp32; an input whose coefficient is exactly 0 is skipped, all-zero
+    coefficients give +0.
     """
     if axis is None:
         return int(combine_many([inputs], [coefficients], [out], divisors=[divisor])[0])
@@ -165,7 +180,8 @@ def combine_many(
     *,
     divisors: Sequence[float | None] | None = None,
 ) -> torch.Tensor:
-    """`combine` of many tensors, one launch per mix of dtypes; returns the NaN/Inf counts, int64 on the device.
+    """`combine` of many tensors, one launch per mix of dtypes; returns the NaN/Inf counts, int64 on
+    the device.
 
     Does not wait for the device: 300 norms and biases cost one latency.
     """
@@ -182,15 +198,19 @@ def combine_many(
         kept.append([xs[i] for i in used])
         terms.append([*(float(c[i]) for i in used), 1.0 if divisor is None else divisor])
     keys = [
-        (codes(xs), codes([out])[0], divisor is not None, aligned([*xs, out])) if out.numel() else None
+        (codes(xs), codes([out])[0], divisor is not None, aligned([*xs, out]))
+        if out.numel()
+        else None
         for xs, out, divisor in zip(kept, outs, divisors, strict=True)
     ]
     for key, members in partition(keys).items():
         if key is None:
             continue
         if not key[0]:
-            for i in members:
-                outs[i].zero_()
+            for i in members:  # +0, divided
+                value = np.float32(0) / np.float32(terms[i][0])
+                outs[i].fill_(float(value))
+                bad[i] = outs[i].numel() if np.isnan(value) else 0
             continue
         batch = group(members, [[*kept[i], outs[i]] for i in members])
         counts = torch.zeros(len(members), dtype=torch.int64, device=bad.device)
@@ -209,6 +229,7 @@ def combine_many(
             CHUNK=CHUNK,
             BLOCK=block(len(key[0])),
             HEAD=HEAD,
+            registers=128,
         )
         bad[torch.tensor(members, device=bad.device)] = counts
     return bad
@@ -217,4 +238,6 @@ def combine_many(
 def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     check(inputs, None, out)
     if len(inputs) > MAX_INPUTS:
-        raise FastmergeError(f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once")
+        raise FastmergeError(
+            f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once"
+        )

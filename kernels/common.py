@@ -1,7 +1,9 @@
-"""What every kernel shares: element types as integers, the segment table, the random bits and the launch.
+"""What every kernel shares: element types as integers, the segment table, the random bits and the
+launch.
 
-Weights are loaded and stored as plain integers and converted by integer arithmetic, so that a rounding is
-the same bit on every GPU, on AMD and in Triton's interpreter (whose own bf16 conversion does not round to even).
+Weights are loaded and stored as plain integers and converted by integer arithmetic, so that a
+rounding is the same bit on every GPU, on AMD and in Triton's interpreter (whose own bf16 conversion
+does not round to even).
 """
 
 from __future__ import annotations
@@ -32,20 +34,22 @@ CODES = {
 }
 OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
-# One program does CHUNK elements: 64 KiB of bf16, so that the table look-up before it is noise and the
-# largest tensors of a 7 B model still give 4000 programs. BLOCK is one step of its loop.
+# One program does CHUNK elements: 64 KiB of bf16, so that the table look-up before it is noise and
+# the largest tensors of a 7 B model still give 4000 programs. BLOCK is one step of its loop.
 CHUNK = 32768
 BLOCK = 2048
 WARPS = 4
 HEAD = 2  # table columns before the addresses: element count, first chunk
 
 
-# --- on the device ----------------------------------------------------------------------------------
+# --- on the device ------------------------------------------------------------------------------
 
 
 @triton.jit
 def locate(table, owners, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's segment: its number, its table row, its first and last + 1 element here (int64)."""
+    """This program's segment: its number, its table row, its first and last + 1 element here
+    (int64).
+    """
     pid = tl.program_id(0).to(tl.int64)
     segment = tl.load(owners + pid).to(tl.int64)
     row = table + segment * COLUMNS
@@ -77,7 +81,7 @@ def decode(raw, CODE: tl.constexpr):
     elif CODE == E5M2:  # the upper half of an fp16
         half = raw.to(tl.uint8, bitcast=True).to(tl.uint16) << 8
         value = half.to(tl.float16, bitcast=True).to(tl.float32)
-    else:  # E4M3FN: exponent and mantissa moved up, then 2**120 corrects the bias (127 - 7), subnormals too
+    else:  # E4M3FN: moved up; then 2**120 corrects the bias (127 - 7), subnormals included
         bits = raw.to(tl.uint8, bitcast=True).to(tl.uint32)
         magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
         magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
@@ -126,7 +130,9 @@ def fetch(address, offsets, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr, MAS
 
 
 @triton.jit
-def put(address, offsets, mask, value, CODE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+def put(
+    address, offsets, mask, value, CODE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr
+):
     """Stores fp32 values in an output type; returns nonfinite() of what was stored."""
     where = pointer(address, CODE, ALIGNED) + offsets
     raw = encode(value, CODE)
@@ -141,7 +147,7 @@ def put(address, offsets, mask, value, CODE: tl.constexpr, ALIGNED: tl.constexpr
 
 @triton.jit
 def magnitude_key(delta):
-    """|delta| as 31 bits that order like the magnitudes; every NaN is the same key, above infinity."""
+    """|delta| as 31 bits that order like the magnitudes; every NaN is one key, above infinity."""
     key = delta.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     return tl.minimum(key, 0x7FC00000)
 
@@ -174,7 +180,8 @@ def order_of(index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def random_words(key, first, COUNT: tl.constexpr):
-    """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a counter.
+    """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a
+    counter.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11), which tl.philox implements.
     """
@@ -185,7 +192,7 @@ def random_words(key, first, COUNT: tl.constexpr):
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])
 
 
-# --- on the host ------------------------------------------------------------------------------------
+# --- on the host --------------------------------------------------------------------------------
 
 
 class Group(NamedTuple):
@@ -237,23 +244,41 @@ def codes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 def block(inputs: int) -> int:
-    """Elements of one step: with more than 8 inputs in registers, half as many, or the registers spill."""
+    """Elements of one step: with more than 8 inputs in registers, half as many, or the registers
+    spill.
+    """
     return BLOCK if inputs <= 8 else BLOCK // 2
 
 
-def warp_size() -> int:
-    return 64 if torch.version.hip else 32
+def lanes() -> int:
+    """Threads of one program."""
+    return WARPS * (64 if torch.version.hip else 32)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: object, **meta: object) -> None:
-    """Runs ``programs`` programs on the tensors' device, fusion of multiply and add off."""
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    *args: object,
+    registers: int | None = None,
+    **meta: object,
+) -> None:
+    """Runs ``programs`` programs on the tensors' device, fusion of multiply and add off.
+
+    registers: the most that a thread of an NVIDIA GPU may use. Left to itself ptxas sometimes
+    spills four bytes to reach the next occupancy, which a kernel bound by memory has no use for.
+    """
     if not programs:
         return
+    if registers and not torch.version.hip:
+        meta["maxnreg"] = registers
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
 
-def check(inputs: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None) -> None:
+def check(
+    inputs: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.Tensor | None
+) -> None:
     """Refuses, by name, what the kernels cannot take; see the messages."""
     if not inputs:
         raise FastmergeError("no input tensors; give at least one")
@@ -267,19 +292,26 @@ def check(inputs: Sequence[torch.Tensor], base: torch.Tensor | None, out: torch.
         )
     for name, tensor in named:
         if tensor.dtype not in CODES or (name == "out" and tensor.dtype not in OUTPUTS):
-            known = ", ".join(str(t).removeprefix("torch.") for t in (OUTPUTS if name == "out" else CODES))
-            raise FastmergeError(f"{name}: cannot merge {tensor.dtype}; convert it to one of {known}")
+            known = ", ".join(
+                str(t).removeprefix("torch.") for t in (OUTPUTS if name == "out" else CODES)
+            )
+            raise FastmergeError(
+                f"{name}: cannot merge {tensor.dtype}; convert it to one of {known}"
+            )
         if tensor.device != first.device:
             raise FastmergeError(
-                f"{name} is on {tensor.device} and input 0 on {first.device}; move them to one device"
+                f"{name} is on {tensor.device} and input 0 on {first.device}; "
+                "move them to one device"
             )
         if tensor.numel() != first.numel():
             raise FastmergeError(
-                f"{name} has {tensor.numel()} elements and input 0 has {first.numel()}; they must match"
+                f"{name} has {tensor.numel()} elements and input 0 has {first.numel()}; "
+                "they must match"
             )
         if not tensor.is_contiguous():
             raise FastmergeError(
-                f"{name} is not contiguous (strides {tuple(tensor.stride())}); call .contiguous() on it"
+                f"{name} is not contiguous (strides {tuple(tensor.stride())}); "
+                "call .contiguous() on it"
             )
 
 
@@ -297,4 +329,3 @@ def vectors(count: int, axis: int | None, rows: int, cols: int) -> int:
     if rows * cols != count:
         raise FastmergeError(f"rows {rows} x cols {cols} is not the tensor's {count} elements")
     return rows if axis == 1 else cols
-

@@ -1,7 +1,9 @@
-"""consensus: delta, mask, weigh, elect a sign, average what agrees, scale, add the base; one pass in registers.
+"""consensus: delta, mask, weigh, elect a sign, average what agrees, scale, add the base; one pass
+in registers.
 
-The order of the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708; DARE: Yu et al.,
-arXiv:2311.03099). Masks multiply, so that NaN and Inf survive them; sums start from +0; nothing is fused.
+The order of the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708; DARE: Yu
+et al., arXiv:2311.03099). Masks multiply, so that NaN and Inf survive them; sums start from +0;
+nothing is fused.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ RULE = 3  # rule columns per delta: threshold; last (both rules) or keep_below; 
 def survives(
     delta, first, index, rule, MODE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Which of BLOCK entries from flat index ``first`` on are kept. rule: the delta's RULE int64 numbers."""
+    """Which of BLOCK entries from flat index ``first`` on are kept. rule: the delta's RULE int64
+    numbers.
+    """
     if MODE == KEEP_ALL:
         kept = tl.full([BLOCK], 1, tl.int1)
     elif MODE == KEEP_RANDOM:
@@ -116,8 +120,10 @@ def consensus_kernel(
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """CODES: the base, then k inputs. rules: int64 (segments, k, RULE). numbers: fp32 (segments, 2 + 2 k): scale,
-    divisor, then weight and rescale of each delta. origins: int64 (segments,), the flat index of element 0."""
+    """CODES: the base, then k inputs. rules: int64 (segments, k, RULE). numbers: fp32 (segments, 2
+    + 2 k): scale, divisor, then weight and rescale of each delta. origins: int64 (segments,), the
+    flat index of element 0.
+    """
     K: tl.constexpr = len(MODES)
     segment, row, begin, end = locate(table, owners, HEAD + K + 2, CHUNK)
     rules += segment * (K * RULE)
@@ -125,7 +131,8 @@ def consensus_kernel(
     origin = tl.load(origins + segment)
     whole = begin + (end - begin) // BLOCK * BLOCK
     bad = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, whole, BLOCK):
+    for step in range(0, whole - begin, BLOCK):
+        start = begin + step
         bad += _block(
             row, rules, numbers, start, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
             SCALED, WIDE, ALIGNED, BLOCK, HEAD, RULE, False,
@@ -151,11 +158,13 @@ def consensus(
     scale: float = 1.0,
     origin: int = 0,
 ) -> int:
-    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32 without FMA, one rounding.
+    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32 without FMA, one
+    rounding.
 
-    inputs, base: contiguous tensors of any mix of types; out: float32, float16 or bfloat16, may be one of them.
-    weights, selections: one per input. origin: flat index of the first element where the tensors are a
-    piece of larger ones (a multiple of 4). Returns the number of NaN/Inf outputs; waits for the device.
+    inputs, base: contiguous tensors of any mix of types; out: float32, float16 or bfloat16, may be
+    one of them. weights, selections: one per input. origin: flat index of the first element where
+    the tensors are a piece of larger ones (a multiple of 4). Returns the number of NaN/Inf outputs;
+    waits for the device.
     """
     return int(
         consensus_many(
@@ -177,7 +186,9 @@ def consensus_many(
     scales: Sequence[float] | None = None,
     origins: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`consensus` of many tensors, one launch per mix of dtypes and rules; the NaN/Inf counts, on the device."""
+    """`consensus` of many tensors, one launch per mix of dtypes and rules; the NaN/Inf counts, on
+    the device.
+    """
     scales = [1.0] * len(outs) if scales is None else scales
     origins = [0] * len(outs) if origins is None else origins
     bad = torch.zeros(len(outs), dtype=torch.int64, device=outs[0].device if outs else None)
@@ -187,7 +198,8 @@ def consensus_many(
         check(xs, base, out)
         if not len(xs) == len(weights[n]) == len(selections[n]):
             raise FastmergeError(
-                f"{len(xs)} inputs, {len(weights[n])} weights and {len(selections[n])} selections; one each"
+                f"{len(xs)} inputs, {len(weights[n])} weights and {len(selections[n])} "
+                "selections; give one each"
             )
         if origins[n] % 4:
             raise FastmergeError(f"origin {origins[n]}: a piece must start at a multiple of 4")
@@ -232,12 +244,23 @@ def consensus_many(
             WIDE=key[5],
             ALIGNED=key[6],
             CHUNK=CHUNK,
-            BLOCK=block(len(rows[members[0]])) // 2,  # twice combine's registers an element
+            BLOCK=block_size(len(key[2])),
             HEAD=HEAD,
             RULE=RULE,
+            registers=register_limit(len(key[2])),
         )
         bad[torch.tensor(members, device=device)] = counts
     return bad
+
+
+def block_size(inputs: int) -> int:
+    """Elements of one step: an entry takes twice the registers that it takes in combine."""
+    return block(inputs) // 2
+
+
+def register_limit(inputs: int) -> int:
+    """Registers of a thread: enough that nothing spills, for sm_80 to sm_100."""
+    return 128 if inputs <= 4 else 255
 
 
 def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
@@ -263,13 +286,19 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _numbers(weights: Sequence[float], selections: Sequence[Selection], scale: float) -> list[float]:
-    """scale, divisor of a merge without election (1 where the weights' fp32 sum is below 1e-8), weight, rescale."""
+def _numbers(
+    weights: Sequence[float], selections: Sequence[Selection], scale: float
+) -> list[float]:
+    """scale, divisor of a merge without election (1 where the weights' fp32 sum is below 1e-8),
+    weight, rescale.
+    """
     total = np.float32(0)
     for weight in weights:
         total = np.float32(total + np.float32(weight))
     divisor = float(total) if abs(total) >= np.float32(1e-8) else 1.0
     pairs = [
-        number for w, s in zip(weights, selections, strict=True) for number in (w, Selection(*s).rescale)
+        number
+        for w, s in zip(weights, selections, strict=True)
+        for number in (w, Selection(*s).rescale)
     ]
     return [scale, divisor, *pairs]

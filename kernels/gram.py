@@ -1,8 +1,8 @@
 """gram: float64 inner products of k tensors, or of a base and k deltas to it, in one read; batched.
 
-Products and sums are float64 (a product of two fp32 values is exact there). Each program sums one fixed chunk in a
-fixed order and stores its partial sums; a second kernel adds those in chunk order. No float atomics: the
-same bits on every run of the same GPU model.
+Products and sums are float64 (a product of two fp32 values is exact there). Each program sums one
+fixed chunk in a fixed order and stores its partial sums; a second kernel adds those in chunk order.
+No float atomics: the same bits on every run of the same GPU model.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from numpy.typing import NDArray
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
-    WARPS,
     Group,
     aligned,
     check,
     codes,
     fetch,
     group,
+    lanes,
     launch,
     locate,
     partition,
     upload,
     vectors,
-    warp_size,
 )
 
-# Sums for m vectors take m (m + 1) registers a thread; beyond 6 vectors the pairs are done in tiles of 4 x 4.
+# Sums for m vectors take m (m + 1) registers a thread; beyond 6 vectors the pairs are done in tiles
+# of 4 x 4.
 ONE_TILE, TILE = 6, 4
 
 
@@ -58,7 +58,9 @@ def _add_tile(
     CODES: tl.constexpr, BASED: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
     TILE: tl.constexpr, AXIS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """sums plus this block's products, summed along AXIS. TILE = (a0, a1, b0, b1): rows and columns of G."""
+    """sums plus this block's products, summed along AXIS. TILE = (a0, a1, b0, b1): rows and columns
+    of G.
+    """
     base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED) if BASED else 0.0
     right = ()
     for j in tl.static_range(TILE[2], TILE[3]):
@@ -91,14 +93,17 @@ def gram_kernel(
     CODES: tl.constexpr, BASED: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """partials: float64 (chunks, m (m + 1) / 2), lower triangle by rows. LANES x VECTOR elements a step."""
+    """partials: float64 (chunks, m (m + 1) / 2), lower triangle by rows. LANES x VECTOR elements a
+    step.
+    """
     M: tl.constexpr = len(CODES)
     BLOCK: tl.constexpr = LANES * VECTOR
     _, row, begin, end = locate(table, owners, HEAD + M, CHUNK)
     within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     whole = begin + (end - begin) // BLOCK * BLOCK
     sums = _zeros(TILE, LANES)
-    for start in range(begin, whole, BLOCK):
+    for step in range(0, whole - begin, BLOCK):
+        start = begin + step
         sums = _add_tile(
             sums, row, start + within, True, CODES, BASED, ALIGNED, False, TILE, 1, HEAD
         )
@@ -121,7 +126,9 @@ def gram_vectors_kernel(
     CODES: tl.constexpr, BASED: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
     LANES: tl.constexpr, STEP: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """One Gram matrix per row (AXIS 1, one program each) or column (AXIS 0, LANES columns a program)."""
+    """One Gram matrix per row (AXIS 1, one program each) or column (AXIS 0, LANES columns a
+    program).
+    """
     M: tl.constexpr = len(CODES)
     pid = tl.program_id(0).to(tl.int64)
     sums = _zeros(TILE, LANES)
@@ -138,9 +145,7 @@ def gram_vectors_kernel(
             r = start + tl.arange(0, STEP)
             mask = (r < rows)[:, None] & (c < cols)[None, :]
             offsets = r[:, None].to(tl.int64) * cols + c[None, :]
-            sums = _add_tile(
-                sums, table, offsets, mask, CODES, BASED, False, True, TILE, 0, HEAD
-            )
+            sums = _add_tile(sums, table, offsets, mask, CODES, BASED, False, True, TILE, 0, HEAD)
     PAIRS: tl.constexpr = M * (M + 1) // 2
     for i in tl.static_range(TILE[0], TILE[1]):
         for j in tl.static_range(TILE[2], TILE[3]):
@@ -154,14 +159,18 @@ def gram_vectors_kernel(
 
 
 @triton.jit
-def reduce_kernel(partials, firsts, result, PAIRS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """result (segments, PAIRS): each segment's partial sums, added in chunk order, STEP chunks at a time."""
+def reduce_kernel(
+    partials, firsts, result, PAIRS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr
+):
+    """result (segments, PAIRS): each segment's partial sums, added in chunk order, STEP chunks at a
+    time.
+    """
     segment = tl.program_id(0).to(tl.int64)
     first, last = tl.load(firsts + segment), tl.load(firsts + segment + 1)
     pair = tl.arange(0, WIDTH)
     sums = tl.zeros([STEP, WIDTH], tl.float64)
-    for start in range(first, last, STEP):
-        chunk = start + tl.arange(0, STEP)
+    for step in range(0, last - first, STEP):
+        chunk = first + step + tl.arange(0, STEP)
         mask = (chunk < last)[:, None] & (pair < PAIRS)[None, :]
         sums += tl.load(partials + chunk[:, None] * PAIRS + pair[None, :], mask=mask, other=0.0)
     tl.store(result + segment * PAIRS + pair, tl.sum(sums, 0), mask=pair < PAIRS)
@@ -177,9 +186,10 @@ def gram(
 ) -> NDArray[np.float64]:
     """Inner products, float64, shape (m, m) or (vectors, m, m); waits for the device.
 
-    Without base, m = k and G[i, j] = <x_i, x_j>. With base, m = k + 1 and the vectors are
-    [base, x_1 - base, ..., x_k - base] in that order, differences rounded to fp32. inputs: up to 16
-    contiguous tensors of any mix of types. axis: None, 1 (rows) or 0 (columns) of a (rows, cols) matrix.
+    Without base, m = k and G[i, j] = <x_i, x_j>. With base, m = k + 1 and the vectors are [base,
+    x_1 - base, ..., x_k - base] in that order, differences rounded to fp32. inputs: up to 16
+    contiguous tensors of any mix of types. axis: None, 1 (rows) or 0 (columns) of a (rows, cols)
+    matrix.
     """
     if axis is None:
         return gram_many([inputs], [base])[0]
@@ -190,11 +200,11 @@ def gram(
     result = torch.zeros(count, m * (m + 1) // 2, dtype=torch.float64, device=xs[0].device)
     if inputs[0].numel():
         table = group([0], [xs]).table
-        lanes, step = (WARPS * warp_size(), 4) if axis == 1 else (32, 32)
+        width, step = (lanes(), 4) if axis == 1 else (32, 32)
         for tile in _tiles(m):
             launch(
                 gram_vectors_kernel,
-                count if axis == 1 else triton.cdiv(count, lanes),
+                count if axis == 1 else triton.cdiv(count, width),
                 result.device,
                 table,
                 result,
@@ -204,7 +214,7 @@ def gram(
                 BASED=base is not None,
                 TILE=tile,
                 AXIS=axis,
-                LANES=lanes,
+                LANES=width,
                 STEP=step,
                 HEAD=HEAD,
             )
@@ -250,7 +260,7 @@ def _sums(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> 
             BASED=based,
             ALIGNED=straight,
             TILE=tile,
-            LANES=WARPS * warp_size(),
+            LANES=lanes(),
             VECTOR=vector_elements(kinds),
             CHUNK=CHUNK,
             HEAD=HEAD,
@@ -271,7 +281,7 @@ def _sums(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> 
 
 
 def vector_elements(kinds: tuple[int, ...]) -> int:
-    """Elements a lane takes at once: 16 bytes of the narrowest type, but no more than 8 elements."""
+    """Elements a lane takes at once: 16 bytes of the narrower types, but no more than 8."""
     return 4 if all(kind == 0 for kind in kinds) else 8
 
 

@@ -1,17 +1,21 @@
-"""select: which entries of each delta survive, exactly and without a sort; a batch of tensors per launch.
+"""select: which entries of each delta survive, exactly and without a sort; a batch of tensors per
+launch.
 
-A trim needs the keep-th largest magnitude. A 2**11-bin histogram in Triton costs tens of instructions an entry, more than
-the memory traffic; Floyd and Rivest's SELECT ("Expected time bounds for selection", CACM 18(3), 1975) costs two compares:
+A trim needs the keep-th largest magnitude. A 2**11-bin histogram in Triton costs tens of
+instructions an entry, more than the memory traffic; Floyd and Rivest's SELECT ("Expected time
+bounds for selection", CACM 18(3), 1975) costs two compares:
 
-1. sample: 2**16 entries of each delta, in 16-element sectors at hashed places, go to a buffer; a radix
-   histogram over the buffer finds two pivots that bracket the wanted rank within about 1 %;
-2. count: one pass over all entries counts those above, at and between the pivots exactly, and gathers those strictly
-   between (ties at a pivot are only counted, so a heavy tie costs nothing);
-3. the wanted entry is a pivot, or a histogram over the gathered few finds it. Where the sample misled, the counts
-   say which side holds the entry, and the search goes on there: the answer never depends on the sample.
+1. sample: 2**16 entries of each delta, in 16-element sectors at hashed places, go to a buffer; a
+   radix histogram over the buffer finds two pivots that bracket the wanted rank within about 1 %;
+2. count: one pass over all entries counts those above, at and between the pivots exactly, and
+   gathers those strictly between (ties at a pivot are only counted, so a heavy tie costs nothing);
+3. the wanted entry is a pivot, or a histogram over the gathered few finds it. Where the sample
+   misled, the counts say which side holds the entry, and the search goes on there: the answer never
+   depends on the sample.
 
-Entries tied at the threshold are cut by the same search over their orders (fastmerge.sparsity.mixed_index).
-All counts are integers, so the order in which programs add them does not matter.
+Entries tied at the threshold are cut by the same search over their orders
+(fastmerge.sparsity.mixed_index). All counts are integers, so the order in which programs add them
+does not matter.
 """
 
 from __future__ import annotations
@@ -22,243 +26,46 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
-    WARPS,
     aligned,
     check,
     codes,
-    fetch,
     group,
+    lanes,
     launch,
-    locate,
-    magnitude_key,
-    mix32,
-    order_of,
     partition,
     upload,
-    warp_size,
 )
-from fastmerge.kernels.consensus import RULE, rule_of, survives
+from fastmerge.kernels.consensus import RULE, rule_of
 from fastmerge.kernels.gram import reduce_kernel
-from fastmerge.sparsity import ALL, INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
-
-# What is ranked: magnitudes, or the complement of the order of the entries whose magnitude is the tie key
-# (so that the largest value is the first order). SKIP leaves a delta out.
-SKIP: tl.constexpr = tl.constexpr(0)
-BY_KEY: tl.constexpr = tl.constexpr(1)
-BY_MIXED: tl.constexpr = tl.constexpr(2)
-BY_INDEX: tl.constexpr = tl.constexpr(3)
+from fastmerge.kernels.ranking import (
+    BY_INDEX,
+    BY_KEY,
+    BY_MIXED,
+    measure_kernel,
+    nth_kernel,
+    rank_kernel,
+)
+from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
 
 SAMPLES = 1 << 16
 ROOM = 1 << 17  # values each delta can gather, or 1/64 of its entries if that is more
 SECTOR = 16  # sampled elements that lie together: 32 bytes of bf16
 WINDOW = 5  # columns: low, high, tie key, room's offset, room
 DELTAS = 4  # deltas that share a launch; more would take tens of seconds to compile
-STEP = 1024  # elements one program takes at a time
-
-
-@triton.jit
-def _rank_block(
-    packed, row, windows, gathered, buffer, offsets, mask,
-    CODES: tl.constexpr, RANKED: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-    HEAD: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Gathers one block's values inside each delta's window; returns the counts at its edges added to packed."""
-    base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED)
-    added = ()
-    for i in tl.static_range(len(RANKED)):
-        counts = packed[i]
-        if RANKED[i] != SKIP:
-            x = fetch(tl.load(row + HEAD + 1 + i), offsets, mask, CODES[1 + i], ALIGNED, MASKED)
-            key = magnitude_key(x - base)
-            if RANKED[i] == BY_KEY:
-                value = key.to(tl.uint64) if WIDE else key
-                present = mask
-            else:
-                value = ~order_of(offsets, RANKED[i] == BY_INDEX, WIDE)
-                present = mask & (key == tl.load(windows + WINDOW * i + 2).to(tl.uint32))
-            low = tl.load(windows + WINDOW * i).to(value.dtype)
-            high = tl.load(windows + WINDOW * i + 1).to(value.dtype)
-            if SAMPLE:
-                inside = present & (value >= low) & (value <= high)
-            else:
-                inside = present & (value > low) & (value < high)
-                edge = tl.where(value == high, 1 << 10, tl.where(value == low, 1 << 20, 0))
-                edge = tl.where(value > high, 1, edge)
-                edge = tl.where(present, edge, 0)
-                counts = counts + tl.sum(tl.reshape(edge, [LANES, STEP // LANES]), 1)
-            flags = inside.to(tl.int32)
-            found = tl.sum(flags, 0)
-            if found > 0:
-                place = tl.atomic_add(gathered + 4 * i, found.to(tl.int64)) + tl.cumsum(flags, 0) - 1
-                inside = inside & (place < tl.load(windows + WINDOW * i + 4))
-                place += tl.load(windows + WINDOW * i + 3)
-                tl.store(buffer + place, value.to(buffer.dtype.element_ty, bitcast=True), mask=inside)
-        added = added + (counts,)
-    return added
-
-
-@triton.jit
-def rank_kernel(
-    table, owners, strides, windows, counts, buffer,
-    CODES: tl.constexpr, RANKED: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-    SECTOR: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Counts every delta of every segment against its window.
-
-    windows: int64 (segments, k, WINDOW). counts: int64 (segments, k, 4): gathered (may exceed the room), above
-    high, at high, at low. SAMPLE: only one sector in strides[s], both edges gathered too, nothing else counted;
-    the table's count is then that of the samples and strides (segments, 2) holds (stride, real count).
-    """
-    K: tl.constexpr = len(RANKED)
-    segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
-    windows += segment * (K * WINDOW)
-    counts += segment * (K * 4)
-    packed = ()  # per lane: above + at high * 2**10 + at low * 2**20; a lane sees CHUNK / LANES < 2**10 entries
-    for i in tl.static_range(K):
-        packed = packed + (tl.zeros([LANES], tl.int32),)
-    if SAMPLE:
-        stride, total = tl.load(strides + 2 * segment), tl.load(strides + 2 * segment + 1)
-        for start in range(begin, end, STEP):
-            lane = start + tl.arange(0, STEP)
-            sector = lane // SECTOR
-            place = mix32(sector.to(tl.uint32)).to(tl.int64) % stride
-            offsets = (sector * stride + place) * SECTOR + lane % SECTOR
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, (lane < end) & (offsets < total), CODES,
-                RANKED, True, WIDE, ALIGNED, True, STEP, LANES, HEAD, WINDOW,
-            )  # fmt: skip
-    else:
-        whole = begin + (end - begin) // STEP * STEP
-        for start in range(begin, whole, STEP):
-            offsets = start + tl.arange(0, STEP)
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, tl.full([STEP], 1, tl.int1), CODES,
-                RANKED, False, WIDE, ALIGNED, False, STEP, LANES, HEAD, WINDOW,
-            )  # fmt: skip
-        if whole < end:
-            offsets = whole + tl.arange(0, STEP)
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, offsets < end, CODES, RANKED, False, WIDE,
-                ALIGNED, True, STEP, LANES, HEAD, WINDOW,
-            )  # fmt: skip
-        for i in tl.static_range(K):
-            if RANKED[i] != SKIP:
-                above = tl.sum(packed[i] & 1023, 0)
-                at_high = tl.sum((packed[i] >> 10) & 1023, 0)
-                at_low = tl.sum(packed[i] >> 20, 0)
-                tl.atomic_add(counts + 4 * i + 1, above.to(tl.int64), mask=above > 0)
-                tl.atomic_add(counts + 4 * i + 2, at_high.to(tl.int64), mask=at_high > 0)
-                tl.atomic_add(counts + 4 * i + 3, at_low.to(tl.int64), mask=at_low > 0)
-
-
-@triton.jit
-def nth_kernel(buffer, queries, answers, BITS: tl.constexpr, STEP: tl.constexpr):
-    """The rank-th largest of some buffered values, by four or eight 256-bin histograms from the top digit down.
-
-    queries: int64 (n, 3): first, count, rank from 1. answers: int64 (n, 3): the value, values above it, values
-    equal to it.
-    """
-    query = tl.program_id(0).to(tl.int64)
-    first, count = tl.load(queries + 3 * query), tl.load(queries + 3 * query + 1)
-    rank = tl.load(queries + 3 * query + 2)
-    bins = tl.arange(0, 256)
-    kind = tl.uint32 if BITS == 32 else tl.uint64
-    prefix = tl.zeros([], kind)
-    above = rank * 0
-    equal = rank * 0
-    shift = tl.full([], BITS, tl.int32)
-    for _ in range(BITS // 8):
-        shift -= 8
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, count, STEP):
-            at = start + tl.arange(0, STEP)
-            raw = tl.load(buffer + first + at, mask=at < count, other=0)
-            value = raw.to(kind, bitcast=True) >> shift.to(kind)
-            live = (at < count) & ((value >> 8) == prefix)
-            histogram += tl.histogram((value & 255).to(tl.int32), 256, mask=live)
-        over = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # values of a larger digit
-        left = (rank - above).to(tl.int32)
-        here = (over < left) & (left <= over + histogram)
-        prefix = (prefix << 8) | tl.sum(tl.where(here, bins, 0), 0).to(kind)
-        above += tl.sum(tl.where(here, over, 0), 0)
-        equal = tl.sum(tl.where(here, histogram, 0), 0).to(tl.int64)
-    tl.store(answers + 3 * query, prefix.to(tl.int64))
-    tl.store(answers + 3 * query + 1, above)
-    tl.store(answers + 3 * query + 2, equal)
-
-
-@triton.jit
-def _measure_block(
-    sums, row, rule, start, end, delta: tl.constexpr,
-    CODES: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """sums plus one block's |delta|, kept |delta| and kept entries, by lane."""
-    offsets = start + tl.arange(0, STEP)
-    mask = offsets < end
-    base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED)
-    address = tl.load(row + HEAD + 1 + delta)
-    change = fetch(address, offsets, mask, CODES[1 + delta], ALIGNED, MASKED) - base
-    kept = survives(change, start, offsets, rule, MODES[delta], WIDE, STEP)
-    size = tl.abs(change).to(tl.float64)
-    if MASKED:  # outside the mask both tensors read as 0, and so does their difference
-        kept = kept & mask
-    return (
-        sums[0] + tl.sum(tl.reshape(size, [LANES, STEP // LANES]), 1),
-        sums[1] + tl.sum(tl.reshape(tl.where(kept, size, 0.0), [LANES, STEP // LANES]), 1),
-        sums[2] + tl.sum(tl.reshape(kept.to(tl.int32), [LANES, STEP // LANES]), 1),
-    )
-
-
-@triton.jit
-def measure_kernel(
-    table, owners, rules, partials, kept_counts,
-    CODES: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, HEAD: tl.constexpr,
-    RULE: tl.constexpr,
-):  # fmt: skip
-    """partials: float64 (chunks, 2 k): sums of |delta| over all and over the kept entries of each delta."""
-    K: tl.constexpr = len(MODES)
-    segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
-    rules += segment * (K * RULE)
-    out = partials + tl.program_id(0).to(tl.int64) * (2 * K)
-    whole = begin + (end - begin) // STEP * STEP
-    for i in tl.static_range(K):
-        rule = rules + RULE * i
-        sums = (
-            tl.zeros([LANES], tl.float64),
-            tl.zeros([LANES], tl.float64),
-            tl.zeros([LANES], tl.int32),
-        )
-        for start in range(begin, whole, STEP):
-            sums = _measure_block(
-                sums, row, rule, start, end, i, CODES, MODES, WIDE, ALIGNED, False, STEP, LANES, HEAD
-            )
-        if whole < end:
-            sums = _measure_block(
-                sums, row, rule, whole, end, i, CODES, MODES, WIDE, ALIGNED, True, STEP, LANES, HEAD
-            )
-        tl.store(out + 2 * i, tl.sum(sums[0], 0))
-        tl.store(out + 2 * i + 1, tl.sum(sums[1], 0))
-        found = tl.sum(sums[2], 0)
-        tl.atomic_add(kept_counts + segment * K + i, found.to(tl.int64), mask=found > 0)
-
-
-# --- on the host ------------------------------------------------------------------------------------
+NARROW = 1 << 32  # tensors up to this length have 32-bit orders
+VECTOR = 8  # elements a lane takes at a time: 16 bytes of bf16
 
 
 def select(
     inputs: Sequence[torch.Tensor], base: torch.Tensor, specs: Sequence[Sparsify]
 ) -> list[Selection]:
-    """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity. Waits for the device.
+    """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity. Waits for
+    the device.
 
     inputs, base: contiguous tensors of one length and any mix of types. specs: one per input.
     """
@@ -275,6 +82,9 @@ def select_many(
         check(xs, base, None)
         if len(given) != len(xs):
             raise FastmergeError(f"{len(xs)} inputs and {len(given)} sparsifiers; give one each")
+        for keep in (Sparsify(*spec).keep for spec in given):
+            if not 0 <= keep <= base.numel():
+                raise FastmergeError(f"keep {keep}: use 0 to {base.numel()}, the element count")
     parts = [(n, at) for n, xs in enumerate(inputs) for at in range(0, len(xs), DELTAS)]
     rows = [[bases[n], *inputs[n][at : at + DELTAS]] for n, at in parts]
     found = _select(rows, [[Sparsify(*s) for s in specs[n][at : at + DELTAS]] for n, at in parts])
@@ -345,7 +155,9 @@ class _Search:
         self.value, self.above, self.equal = value, above, equal
 
     def narrow(self, low: int, high: int, counts: Sequence[int], room: int) -> bool:
-        """Takes the exact counts against (low, high); True where the gathered values hold the answer."""
+        """Takes the exact counts against (low, high); True where the gathered values hold the
+        answer.
+        """
         gathered, above, at_high, at_low = counts
         at_low = at_low if low < high else 0
         upper, middle = above + at_high, above + at_high + gathered
@@ -354,7 +166,12 @@ class _Search:
         elif self.rank <= upper:
             self.found(high, above, at_high)
         elif self.rank <= middle:
-            self.floor, self.ceiling, self.population, self.over = low + 1, high - 1, gathered, upper
+            self.floor, self.ceiling, self.population, self.over = (
+                low + 1,
+                high - 1,
+                gathered,
+                upper,
+            )
             return gathered <= room
         elif self.rank <= middle + at_low:
             self.found(low, middle, at_low)
@@ -365,12 +182,14 @@ class _Search:
 
 
 def _run(rows: Sequence[Sequence[torch.Tensor]], searches: Sequence[_Search]) -> None:
-    """Answers every search; those of tensors that share dtypes and rules go through each pass together."""
+    """Answers every search; those of tensors that share dtypes and rules go through each pass
+    together.
+    """
     keys = []
     for segment in {search.segment: None for search in searches}:
         mine = {search.delta: search for search in searches if search.segment == segment}
         ranked = tuple(mine[i].ranked if i in mine else 0 for i in range(len(rows[segment]) - 1))
-        wide = rows[segment][0].numel() > 1 << 32
+        wide = rows[segment][0].numel() > NARROW
         keys.append((segment, (codes(rows[segment]), ranked, wide, aligned(rows[segment]))))
     for key, positions in partition([key for _, key in keys]).items():
         segments = {keys[p][0] for p in positions}
@@ -390,12 +209,17 @@ def _pass(
     wide: bool,
     straight: bool,
 ) -> None:
-    """One sample and, where that was not everything, one count; narrows or answers each live search."""
+    """One sample and, where that was not everything, one count; narrows or answers each live
+    search.
+    """
     batch = _Batch(rows, live, kinds, ranked, wide, straight)
     full = [(search.floor, search.ceiling) for search in live]
     counts = batch.rank(full, sample=True)
     held = [min(int(c[0]), room) for c, room in zip(counts, batch.rooms, strict=True)]
-    exact = [batch.strides[s.segment] == 1 and int(c[0]) <= r for s, c, r in zip(live, counts, batch.rooms)]
+    exact = [
+        batch.strides[s.segment] == 1 and int(c[0]) <= r
+        for s, c, r in zip(live, counts, batch.rooms, strict=True)
+    ]
     queries, pivots = [], []
     for n, search in enumerate(live):
         if exact[n]:
@@ -403,8 +227,8 @@ def _pass(
             continue
         middle = (search.rank - search.over) / search.population * held[n]
         margin = 2 * held[n] ** 0.5 + 2  # four standard deviations of a sampled rank at the median
-        for rank in (int(middle - margin), int(middle + margin) + 1):
-            queries.append((n, min(max(rank, 1), max(held[n], 1))))
+        edges = (int(middle - margin), int(middle + margin) + 1)
+        queries += [(n, min(max(rank, 1), max(held[n], 1))) for rank in edges]
     answers = iter(batch.nth(queries, held))
     rest = []
     for n, search in enumerate(live):
@@ -459,14 +283,14 @@ class _Batch:
         self.starts = np.concatenate([[0], np.cumsum(self.rooms)])
         dtype = torch.int64 if wide else torch.int32
         self.buffer = torch.empty(int(self.starts[-1]), dtype=dtype, device=self.device)
-        self.strides = {segment: 1 for segment in self.segments}
+        self.strides = dict.fromkeys(self.segments, 1)
         for search, room in zip(live, self.rooms, strict=True):
             if search.population > room:
                 stride = max(self.strides[search.segment], search.population // SAMPLES)
                 self.strides[search.segment] = stride
 
     def rank(self, edges: Sequence[tuple[int, int]], *, sample: bool) -> np.ndarray:
-        """Counts each search against its (low, high); int64 (searches, 4) as rank_kernel has them."""
+        """Counts each search against its (low, high): int64 (searches, 4), as rank_kernel does."""
         k = len(self.ranked)
         place = {segment: n for n, segment in enumerate(self.segments)}
         windows = np.zeros((len(self.segments), k, WINDOW), dtype=np.int64)
@@ -479,7 +303,10 @@ class _Batch:
         strides = np.array(
             [(self.strides[s], n) for s, n in zip(self.segments, real, strict=True)], dtype=np.int64
         )
-        lanes = -(-(-(-strides[:, 1] // SECTOR)) // strides[:, 0]) * SECTOR if sample else strides[:, 1]
+        lanes = strides[:, 1]
+        if sample:
+            sectors = (strides[:, 1] + SECTOR - 1) // SECTOR
+            lanes = (sectors + strides[:, 0] - 1) // strides[:, 0] * SECTOR
         batch = group(self.segments, self.rows, counts=lanes)
         launch(
             rank_kernel,
@@ -497,8 +324,8 @@ class _Batch:
             WIDE=self.wide,
             ALIGNED=self.straight,
             CHUNK=CHUNK,
-            STEP=STEP,
-            LANES=WARPS * warp_size(),
+            STEP=VECTOR * lanes(),
+            LANES=lanes(),
             SECTOR=SECTOR,
             HEAD=HEAD,
             WINDOW=WINDOW,
@@ -507,7 +334,9 @@ class _Batch:
         return np.array([found[place[s.segment], s.delta] for s in self.live])
 
     def nth(self, queries: Sequence[tuple[int, int]], held: Sequence[int]) -> list[tuple[int, ...]]:
-        """(value, values above, values equal) for each (search, rank from the largest) over its gathered values."""
+        """(value, values above, values equal) for each (search, rank from the largest) over its
+        gathered values.
+        """
         if not queries:
             return []
         table = np.array([(self.starts[n], held[n], rank) for n, rank in queries], dtype=np.int64)
@@ -520,7 +349,7 @@ class _Batch:
             upload(table, self.device),
             answers,
             BITS=64 if self.wide else 32,
-            STEP=2 * STEP,
+            STEP=2048,
         )
         bits = (1 << 64) - 1
         return [(int(v) & bits, int(a), int(e)) for v, a, e in answers.cpu().numpy()]
@@ -532,22 +361,26 @@ def _signed(value: int) -> int:
 
 def _bound(cut: _Search, row: Sequence[torch.Tensor]) -> int:
     """One past the last order that survives, from the complement that was ranked."""
-    if row[0].numel() > 1 << 32:
+    if row[0].numel() > NARROW:
         return (cut.value ^ ((1 << 64) - 1)) + 1
     order = cut.value ^ ((1 << 32) - 1)
     return (order if cut.ranked == BY_INDEX.value else order << 32) + 1
 
 
 def _selection(spec: Sparsify, count: int, key: _Search | None, bound: int) -> Selection:
+    asked = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key)
+    if spec.kind != MAGNITUDE:
+        return asked._replace(kept=0 if spec.kind == RANDOM and not spec.keep_below else count)
+    if key is None:  # nothing to keep: no key is above the largest
+        return asked._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
+    return asked._replace(threshold_bits=key.value, tie_bound=bound, kept=spec.keep, ties=key.equal)
+
+
+def _is_measured(spec: Sparsify, count: int) -> bool:
+    """Whether the L1 masses, or the number of entries kept at random, must be counted."""
     if spec.kind == RANDOM:
-        return Selection(RANDOM, keep_below=spec.keep_below, key=spec.key)
-    if spec.kind == ALL:
-        return Selection(kept=count)
-    if key is None:  # nothing to keep
-        return Selection(MAGNITUDE, 0x7FFFFFFF, 0, spec.tie_rule)
-    return Selection(
-        MAGNITUDE, key.value, bound, spec.tie_rule, kept=key.rank, ties=key.equal
-    )
+        return 0 < spec.keep_below < 1 << 32
+    return spec.kind == MAGNITUDE and spec.rescale and 0 < spec.keep < count
 
 
 def _measured(
@@ -559,11 +392,11 @@ def _measured(
     keys = [
         (
             codes(row),
-            tuple(rule_of(s, row[0].numel() > 1 << 32)[0] for s in chosen),
-            row[0].numel() > 1 << 32,
+            tuple(rule_of(s, row[0].numel() > NARROW)[0] for s in chosen),
+            row[0].numel() > NARROW,
             aligned(row),
         )
-        if row[0].numel() and any(spec.kind == RANDOM or spec.rescale for spec in given)
+        if row[0].numel() and any(_is_measured(spec, row[0].numel()) for spec in given)
         else None
         for row, given, chosen in zip(rows, specs, found, strict=True)
     ]
@@ -591,8 +424,8 @@ def _measured(
             WIDE=wide,
             ALIGNED=straight,
             CHUNK=CHUNK,
-            STEP=STEP,
-            LANES=WARPS * warp_size(),
+            STEP=VECTOR * lanes(),
+            LANES=lanes(),
             HEAD=HEAD,
             RULE=RULE,
         )
@@ -610,6 +443,8 @@ def _measured(
         )
         for i, mass, counts in zip(members, sums.cpu().numpy(), kept.cpu().numpy(), strict=True):
             for d, spec in enumerate(specs[i]):
+                if not _is_measured(spec, rows[i][0].numel()):
+                    continue
                 factor = _factor(mass[2 * d], mass[2 * d + 1]) if spec.rescale else 1.0
                 found[i][d] = found[i][d]._replace(rescale=factor, kept=int(counts[d]))
     return found

@@ -1,0 +1,190 @@
+"""Every kernel in its hot configurations, compiled for each target without a GPU: no register
+spills, 16-byte loads and stores, no contraction. test_triton.py runs this file without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastmerge.kernels import combine, common, consensus, gram, ranking
+
+TARGETS = {
+    "cuda80": GPUTarget("cuda", 80, 32),
+    "cuda90": GPUTarget("cuda", 90, 32),
+    "cuda100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+F32, BF16, E4M3 = 0, 2, 3
+SHARED = {"HEAD": common.HEAD, "CHUNK": common.CHUNK, "ALIGNED": True}
+SEGMENTS = {"table": "*i64", "owners": "*i32"}
+
+
+def _combine(codes, **more):
+    arguments = {**SEGMENTS, "coefficients": "*fp32", "bad_counts": "*i64"}
+    block = common.block(len(codes))
+    constants = {**SHARED, "CODES": codes, "OUT": BF16, "DIVIDE": False, "BLOCK": block, **more}
+    return combine.combine_kernel, arguments, constants
+
+
+def _combine_vectors(axis):
+    arguments = {"table": "*i64", "coefficients": "*fp32", "bad_counts": "*i64", "divisor": "fp32"}
+    arguments |= {"rows": "i32", "cols": "i32"}
+    constants = {"CODES": (BF16, BF16), "OUT": BF16, "DIVIDE": False, "AXIS": axis}
+    constants |= {"BLOCK_ROWS": 2, "BLOCK_COLS": 1024, "HEAD": common.HEAD}
+    return combine.combine_vectors_kernel, arguments, constants
+
+
+def _gram(codes, based, tile=None):
+    tile = tile or (0, len(codes), 0, len(codes))
+    constants = {**SHARED, "CODES": codes, "BASED": based, "TILE": tile, "LANES": "lanes"}
+    constants["VECTOR"] = gram.vector_elements(codes)
+    return gram.gram_kernel, {**SEGMENTS, "partials": "*fp64"}, constants
+
+
+def _gram_vectors(axis):
+    arguments = {"table": "*i64", "result": "*fp64", "rows": "i32", "cols": "i32"}
+    constants = {"CODES": (BF16, BF16, BF16), "BASED": True, "TILE": (0, 3, 0, 3), "AXIS": axis}
+    constants |= {"LANES": "lanes" if axis else 32, "STEP": 4 if axis else 32, "HEAD": common.HEAD}
+    return gram.gram_vectors_kernel, arguments, constants
+
+
+def _reduce():
+    arguments = {"partials": "*fp64", "firsts": "*i64", "result": "*fp64"}
+    return gram.reduce_kernel, arguments, {"PAIRS": 3, "WIDTH": 4, "STEP": 256}
+
+
+def _consensus(modes, rescaled=False, elect=True):
+    k = len(modes)
+    arguments = {**SEGMENTS, "rules": "*i64", "numbers": "*fp32", "origins": "*i64"}
+    arguments["bad_counts"] = "*i64"
+    constants = {**SHARED, "CODES": (BF16,) * (k + 1), "OUT": BF16, "MODES": modes, "WIDE": False}
+    constants |= {"RESCALED": (rescaled,) * k, "ELECT": elect, "NORMALIZE": True, "SCALED": True}
+    constants |= {"BLOCK": consensus.block_size(k), "RULE": consensus.RULE}
+    return consensus.consensus_kernel, arguments, constants
+
+
+def _rank(ranked, sample):
+    arguments = {
+        **SEGMENTS,
+        "strides": "*i64",
+        "windows": "*i64",
+        "counts": "*i64",
+        "buffer": "*i32",
+    }
+    constants = {**SHARED, "CODES": (BF16,) * (len(ranked) + 1), "RANKED": ranked, "SAMPLE": sample}
+    constants |= {"WIDE": False, "STEP": "step", "LANES": "lanes", "SECTOR": 16, "WINDOW": 5}
+    return ranking.rank_kernel, arguments, constants
+
+
+def _measure():
+    arguments = {**SEGMENTS, "rules": "*i64", "partials": "*fp64", "kept_counts": "*i64"}
+    constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (1, 1), "WIDE": False}
+    constants |= {"STEP": "step", "LANES": "lanes", "RULE": consensus.RULE}
+    return ranking.measure_kernel, arguments, constants
+
+
+def _nth(bits):
+    arguments = {"buffer": f"*i{bits}", "queries": "*i64", "answers": "*i64"}
+    return ranking.nth_kernel, arguments, {"BITS": bits, "STEP": 2048}
+
+
+# name -> (kernel, arguments, constants), vector loads and stores expected
+CASES = {
+    "combine_2": (_combine((BF16,) * 2), True),
+    "combine_3": (_combine((BF16,) * 3), True),
+    "combine_16": (_combine((BF16,) * 16, DIVIDE=True), True),
+    "combine_f32": (_combine((F32, F32), OUT=F32), True),
+    "combine_fp8": (_combine((E4M3, E4M3)), True),
+    "combine_rows": (_combine_vectors(1), False),
+    "combine_columns": (_combine_vectors(0), False),
+    "gram_2": (_gram((BF16,) * 2, False), True),
+    "gram_based": (_gram((BF16,) * 3, True), True),
+    "gram_6": (_gram((BF16,) * 6, False), True),
+    "gram_tile": (_gram((BF16,) * 17, True, (4, 8, 0, 4)), True),
+    "gram_mixed": (_gram((BF16, F32), False), True),
+    "gram_rows": (_gram_vectors(1), False),
+    "gram_columns": (_gram_vectors(0), False),
+    "reduce": (_reduce(), False),
+    "consensus_ties": (_consensus((3, 3)), True),
+    "consensus_task": (_consensus((0, 0), elect=False), True),
+    "consensus_dare": (_consensus((1, 1), rescaled=True), True),
+    "consensus_8": (_consensus((3,) * 8), True),
+    "consensus_16": (_consensus((3,) * 16), False),
+    "rank_keys": (_rank((1, 1), False), True),
+    "rank_orders": (_rank((2, 2), False), True),
+    "rank_sample": (_rank((1, 1), True), False),
+    "nth": (_nth(32), False),
+    "nth_64": (_nth(64), False),
+    "measure": (_measure(), True),
+}
+
+
+def _compiled(case, target):
+    kernel, arguments, constants = CASES[case][0]
+    lanes = common.WARPS * target.warp_size
+    by_name = {"lanes": lanes, "step": 8 * lanes}
+    constants = {k: by_name.get(v, v) if isinstance(v, str) else v for k, v in constants.items()}
+    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, t in enumerate(arguments.values()) if "*" in t
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": common.WARPS, "enable_fp_fusion": False}
+    if (
+        target.backend == "cuda"
+        and case.startswith(("combine_", "consensus_"))
+        and case != "consensus_16"
+    ):
+        options["maxnreg"] = 128
+    return triton.compile(source, target=target, options=options)
+
+
+def _ptxas_spills(ptx: str, folder: Path) -> list[int]:
+    """Bytes spilled, as ptxas counts them (a cubin's own figures need a device to be read)."""
+    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
+    (folder / "kernel.ptx").write_text(ptx)
+    command = ["-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.cubin"]
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for name in ("ptxas-blackwell", "ptxas"):  # the newer one, where this triton has it
+        if (binaries / name).exists():
+            whole = [str(binaries / name), *command]
+            done = subprocess.run(whole, cwd=folder, capture_output=True, text=True, check=True)
+            break
+    found = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr + done.stdout)
+    assert found, done.stderr
+    return [int(count) for count in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target, case, tmp_path):
+    compiled = _compiled(case, TARGETS[target])
+    wide = CASES[case][1]
+    if target == "gfx942":
+        code = compiled.asm["amdgcn"]
+        # Scalar registers spill to lanes of vector registers, not to memory, and are let be.
+        assert re.search(r"\.vgpr_spill_count:\s+0\b", code)
+        assert re.search(r"\.private_segment_fixed_size:\s+0\b", code), "scratch memory in use"
+        assert "global_load_dwordx4" in code or not wide
+        fused = re.findall(r"\bv_(?:pk_)?fma_f32|\bv_(?:mac|fmac|mad)_f32", code)
+    else:
+        code = compiled.asm["ptx"]
+        assert not any(_ptxas_spills(code, tmp_path))
+        if wide:
+            inputs = 9 if case == "gram_tile" else len(CASES[case][0][2]["CODES"])
+            loads = re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", code)
+            assert len(loads) >= inputs
+        if wide and case.startswith(("combine", "consensus")):
+            assert re.search(r"st\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", code)
+        assert ".ftz" not in code
+        fused = re.findall(r"\bfma\.rn\S*f32\S*", code)
+    # combine is written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
+    assert bool(fused) == ("combine" in case) or (target == "gfx942" and "consensus" in case)
