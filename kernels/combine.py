@@ -169,6 +169,7 @@ def combine(
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             HEAD=HEAD,
+            registers=128,
         )
     return int(bad[0])
 
