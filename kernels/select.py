@@ -303,11 +303,11 @@ class _Batch:
         strides = np.array(
             [(self.strides[s], n) for s, n in zip(self.segments, real, strict=True)], dtype=np.int64
         )
-        lanes = strides[:, 1]
+        work = strides[:, 1]
         if sample:
             sectors = (strides[:, 1] + SECTOR - 1) // SECTOR
-            lanes = (sectors + strides[:, 0] - 1) // strides[:, 0] * SECTOR
-        batch = group(self.segments, self.rows, counts=lanes)
+            work = (sectors + strides[:, 0] - 1) // strides[:, 0] * SECTOR
+        batch = group(self.segments, self.rows, counts=work)
         launch(
             rank_kernel,
             batch.chunks,
