@@ -16,6 +16,7 @@ import numpy as np
 
 from fastmerge import algebra
 from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
+from fastmerge.methods.types import Consensus
 from fastmerge.sparsity import Selection, Sparsify, random_key
 
 T = TypeVar("T")  # a back end's tensor
@@ -98,6 +99,43 @@ def gram_of(
     return backend.gram(others, tensors[r], axis=tree.axis, rows=rows, cols=cols)
 
 
+def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | None]:
+    """The coefficients of the parts and the divisor, float64; of many trees of one form at once
+    where ``gram`` is (trees, n, n).
+    """
+    if gram is None and tree.parts == tree.root.inputs:
+        # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at the
+        # end.
+        rule = algebra.apply_rule(tree.root, None)
+        return rule.coefficients, rule.divisor
+    return algebra.coefficients(tree, gram), None
+
+
+def effective(
+    tree: Collapsed, factors: Float64, divisor: float | None
+) -> Mapping[Source, float] | None:
+    """What each source counts for in the end, where that is one number per tensor."""
+    if factors.ndim > 1 or not tree.is_complete:
+        return None
+    values = factors / (1.0 if divisor is None else divisor)
+    return {
+        part: float(value)
+        for part, value in zip(tree.parts, values, strict=True)
+        if isinstance(part, Source)
+    }
+
+
+def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
+    """What a consensus asks of `select` and `consensus` for the tensor ``name`` of ``count``
+    elements.
+    """
+    if root.method.spec is None or root.base is None:
+        raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
+    seed = 0 if root.seed is None else root.seed
+    keys = [random_key(seed, name, position) for position in range(len(root.operands))]
+    return root.method.spec(root.values, root.operand_values, count, keys)
+
+
 class Computation(Generic[T, O]):
     """One tensor: ``fetch`` gives a source's weights, results go to ``out``."""
 
@@ -131,24 +169,9 @@ class Computation(Generic[T, O]):
         tree = algebra.collapse(root)
         tensors = [self._tensor(part) for part in tree.parts]
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
-        divisor: float | None = None
-        if gram is None and tree.parts == root.inputs:
-            # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at
-            # the end.
-            rule = algebra.apply_rule(root, None)
-            factors, divisor = rule.coefficients, rule.divisor
-        else:
-            factors = algebra.coefficients(tree, gram)
+        factors, divisor = factors_of(tree, gram)
         outcome = self._combine(tensors, factors, divisor, tree.axis, out)
-        if factors.ndim > 1 or not tree.is_complete:
-            return outcome
-        effective = factors / (1.0 if divisor is None else divisor)
-        named = {
-            part: float(value)
-            for part, value in zip(tree.parts, effective, strict=True)
-            if isinstance(part, Source)
-        }
-        return Outcome(outcome.nonfinite, coefficients=named)
+        return Outcome(outcome.nonfinite, coefficients=effective(tree, factors, divisor))
 
     def _combine(
         self,
@@ -167,14 +190,10 @@ class Computation(Generic[T, O]):
         )
 
     def _consensus(self, root: Merge, out: O) -> Outcome:
-        spec = root.method.spec
-        if spec is None or root.base is None:
-            raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
+        plan = consensus_plan(root, self._name, math.prod(self._shape))
+        assert root.base is not None
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
-        seed = 0 if root.seed is None else root.seed
-        keys = [random_key(seed, self._name, position) for position in range(len(tensors))]
-        plan = spec(root.values, root.operand_values, math.prod(self._shape), keys)
         selections = self._backend.select(tensors, base, plan.sparsify)
         nonfinite = self._backend.consensus(
             tensors,

@@ -5,6 +5,7 @@ launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,6 +175,87 @@ def combine(
     return int(bad[0])
 
 
+class CombineBatch:
+    """`combine` of many tensors, one launch per mix of dtypes, as often as coefficients are given.
+
+    Checks and tables are made once; the tensors must keep their memory.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Sequence[torch.Tensor]], outs: Sequence[torch.Tensor]
+    ) -> None:
+        for xs, out in zip(inputs, outs, strict=True):
+            _check(xs, out)
+        self.inputs, self.outs = inputs, outs
+        self._groups: dict[Any, list[tuple[Any, list[int], Any]]] = {}  # by what is used
+
+    def run(
+        self,
+        coefficients: Sequence[np.ndarray],
+        divisors: Sequence[float | None] | None = None,
+    ) -> torch.Tensor:
+        """Launches, does not wait; returns the NaN/Inf counts, int64 on the device."""
+        divisors = [None] * len(self.outs) if divisors is None else divisors
+        terms = [np.asarray(c, dtype=np.float64).astype(np.float32).ravel() for c in coefficients]
+        for xs, c in zip(self.inputs, terms, strict=True):
+            if c.size != len(xs):
+                raise FastmergeError(f"{c.size} coefficients for {len(xs)} inputs; give one each")
+        used = tuple((c != 0).tobytes() for c in terms), tuple(d is not None for d in divisors)
+        if used not in self._groups:
+            self._groups[used] = self._grouped(terms, divisors)
+        device = self.outs[0].device if self.outs else None
+        bad = torch.zeros(len(self.outs), dtype=torch.int64, device=device)
+        for key, members, batch in self._groups[used]:
+            last = [1.0 if divisors[i] is None else divisors[i] for i in members]
+            if not key[0]:
+                for i, divisor in zip(members, last, strict=True):  # +0, divided
+                    value = np.float32(0) / np.float32(divisor)
+                    self.outs[i].fill_(float(value))
+                    bad[i] = self.outs[i].numel() if np.isnan(value) else 0
+                continue
+            numbers = [[*terms[i][terms[i] != 0], d] for i, d in zip(members, last, strict=True)]
+            counts = torch.zeros(len(members), dtype=torch.int64, device=device)
+            launch(
+                combine_kernel,
+                batch.chunks,
+                bad.device,
+                batch.table,
+                batch.owners,
+                upload(np.array(numbers, dtype=np.float32), bad.device),
+                counts,
+                CODES=key[0],
+                OUT=key[1],
+                DIVIDE=key[2],
+                ALIGNED=key[3],
+                CHUNK=CHUNK,
+                BLOCK=block(len(key[0])),
+                HEAD=HEAD,
+                registers=128,
+            )
+            bad[torch.tensor(members, device=device)] = counts
+        return bad
+
+    def _grouped(
+        self, terms: Sequence[np.ndarray], divisors: Sequence[float | None]
+    ) -> list[tuple[Any, list[int], Any]]:
+        """(compile-time choices, members, table) of each launch; empty tensors are in none."""
+        rows = [
+            [*(x for x, c in zip(xs, factors, strict=True) if c != 0), out]
+            for xs, factors, out in zip(self.inputs, terms, self.outs, strict=True)
+        ]
+        keys = [
+            (codes(row[:-1]), codes(row[-1:])[0], divisor is not None, aligned(row))
+            for row, divisor in zip(rows, divisors, strict=True)
+        ]
+        groups = []
+        for key, positions in partition(keys).items():
+            members = [i for i in positions if rows[i][-1].numel()]
+            if members:
+                batch = group(members, [rows[i] for i in members]) if key[0] else None
+                groups.append((key, members, batch))
+        return groups
+
+
 def combine_many(
     inputs: Sequence[Sequence[torch.Tensor]],
     coefficients: Sequence[np.ndarray],
@@ -181,59 +263,8 @@ def combine_many(
     *,
     divisors: Sequence[float | None] | None = None,
 ) -> torch.Tensor:
-    """`combine` of many tensors, one launch per mix of dtypes; returns the NaN/Inf counts, int64 on
-    the device.
-
-    Does not wait for the device: 300 norms and biases cost one latency.
-    """
-    divisors = [None] * len(outs) if divisors is None else divisors
-    bad = torch.zeros(len(outs), dtype=torch.int64, device=outs[0].device if outs else None)
-    kept: list[list[torch.Tensor]] = []
-    terms: list[list[float]] = []
-    for xs, given, out, divisor in zip(inputs, coefficients, outs, divisors, strict=True):
-        _check(xs, out)
-        c = np.asarray(given, dtype=np.float64).astype(np.float32).ravel()
-        if c.size != len(xs):
-            raise FastmergeError(f"{c.size} coefficients for {len(xs)} inputs; give one each")
-        used = [i for i in range(c.size) if c[i] != 0]
-        kept.append([xs[i] for i in used])
-        terms.append([*(float(c[i]) for i in used), 1.0 if divisor is None else divisor])
-    keys = [
-        (codes(xs), codes([out])[0], divisor is not None, aligned([*xs, out]))
-        if out.numel()
-        else None
-        for xs, out, divisor in zip(kept, outs, divisors, strict=True)
-    ]
-    for key, members in partition(keys).items():
-        if key is None:
-            continue
-        if not key[0]:
-            for i in members:  # +0, divided
-                value = np.float32(0) / np.float32(terms[i][0])
-                outs[i].fill_(float(value))
-                bad[i] = outs[i].numel() if np.isnan(value) else 0
-            continue
-        batch = group(members, [[*kept[i], outs[i]] for i in members])
-        counts = torch.zeros(len(members), dtype=torch.int64, device=bad.device)
-        launch(
-            combine_kernel,
-            batch.chunks,
-            bad.device,
-            batch.table,
-            batch.owners,
-            upload(np.array([terms[i] for i in members], dtype=np.float32), bad.device),
-            counts,
-            CODES=key[0],
-            OUT=key[1],
-            DIVIDE=key[2],
-            ALIGNED=key[3],
-            CHUNK=CHUNK,
-            BLOCK=block(len(key[0])),
-            HEAD=HEAD,
-            registers=128,
-        )
-        bad[torch.tensor(members, device=bad.device)] = counts
-    return bad
+    """`combine` of many tensors: 300 norms and biases cost one latency. See `CombineBatch.run`."""
+    return CombineBatch(inputs, outs).run(coefficients, divisors)
 
 
 def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:

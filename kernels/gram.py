@@ -221,25 +221,41 @@ def gram(
     return _square(result.cpu().numpy(), m)
 
 
+class GramBatch:
+    """`gram` of many tensors, two launches per mix of dtypes; checks and tables are made once."""
+
+    def __init__(
+        self,
+        inputs: Sequence[Sequence[torch.Tensor]],
+        bases: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        bases = [None] * len(inputs) if bases is None else bases
+        rows: list[list[torch.Tensor]] = []
+        for xs, base in zip(inputs, bases, strict=True):
+            check(xs, base, None)
+            rows.append([*([base] if base is not None else []), *xs])
+        keys = [(codes(xs), b is not None, aligned(xs)) for xs, b in zip(rows, bases, strict=True)]
+        self._count = len(rows)
+        self._groups = [
+            (key, group(members, [rows[i] for i in members]))
+            for key, members in partition(keys).items()
+        ]
+
+    def run(self) -> list[NDArray[np.float64]]:
+        """The Gram matrices; waits for the device once."""
+        pending = [(batch, len(key[0]), _sums(batch, *key)) for key, batch in self._groups]
+        found: list[NDArray[np.float64]] = [np.empty(0)] * self._count
+        for batch, m, sums in pending:
+            for i, matrix in zip(batch.indices, _square(sums.cpu().numpy(), m), strict=True):
+                found[i] = matrix
+        return found
+
+
 def gram_many(
     inputs: Sequence[Sequence[torch.Tensor]], bases: Sequence[torch.Tensor | None] | None = None
 ) -> list[NDArray[np.float64]]:
     """`gram` of many tensors, two launches per mix of dtypes and one wait for all."""
-    bases = [None] * len(inputs) if bases is None else bases
-    rows: list[list[torch.Tensor]] = []
-    for xs, base in zip(inputs, bases, strict=True):
-        check(xs, base, None)
-        rows.append([*([base] if base is not None else []), *xs])
-    keys = [(codes(xs), b is not None, aligned(xs)) for xs, b in zip(rows, bases, strict=True)]
-    pending = []
-    for (kinds, based, straight), members in partition(keys).items():
-        batch = group(members, [rows[i] for i in members])
-        pending.append((members, len(kinds), _sums(batch, kinds, based, straight)))
-    found: list[NDArray[np.float64]] = [np.empty(0)] * len(rows)
-    for members, m, sums in pending:
-        for i, matrix in zip(members, _square(sums.cpu().numpy(), m), strict=True):
-            found[i] = matrix
-    return found
+    return GramBatch(inputs, bases).run()
 
 
 def _sums(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> torch.Tensor:

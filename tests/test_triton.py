@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 def _run(file: str, *arguments: str, interpret: bool) -> str:
     """A test file in its own process: triton reads TRITON_INTERPRET once, when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
+    environment["PYTHONSAFEPATH"] = "1"
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
@@ -32,6 +33,11 @@ def test_kernels_equal_the_cpu_kernels(part: str) -> None:
     named = "combine or fp8 or rounding or gram or refuse or select"
     output = _run("triton_cases.py", "-k", f"not ({named})" if part == "rest" else part,
                   interpret=True)  # fmt: skip
+    assert " passed" in output and "failed" not in output
+
+
+def test_resident_models_equal_the_cpu_engine() -> None:
+    output = _run("triton_resident_cases.py", interpret=True)
     assert " passed" in output and "failed" not in output
 
 

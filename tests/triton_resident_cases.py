@@ -1,0 +1,123 @@
+"""Whole small models merged in place by the batched kernels, against the CPU engine, bit for bit.
+
+Run by test_triton.py under Triton's interpreter; on a GPU, run it there directly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastmerge import _C, backends
+from fastmerge.algebra import Merge, Source
+from fastmerge.compute import Computation
+from fastmerge.errors import FastmergeError
+from fastmerge.kernels import common
+from fastmerge.memory import view_of
+from fastmerge.methods import find
+from fastmerge.resident import Job, Resident
+
+DEVICE = "cpu" if common.interpreted() else "cuda"
+SHAPES = [(40, 32), (32,), (32, 48), (33, 5), (32,)]
+
+
+def models(count):
+    rng = np.random.default_rng(5)
+    base = [rng.normal(size=shape) * 0.05 for shape in SHAPES]
+    return [
+        [
+            torch.from_numpy((x + 0.01 * rng.normal(size=x.shape)).astype(np.float32))
+            .to(torch.bfloat16)
+            .to(DEVICE)
+            for x in base
+        ]
+        for _ in range(count)
+    ]
+
+
+def merge(method, count, base, values, per_model=None, seed=None):
+    """For each tensor the tree of one merge of ``count`` models (the last one the base, if any)."""
+    per_model = per_model or [{}] * count
+    return [
+        Merge(
+            find(method),
+            tuple(Source(m, str(t)) for m in range(count)),
+            Source(count, str(t)) if base else None,
+            values,
+            tuple(per_model),
+            seed,
+        )
+        for t in range(len(SHAPES))
+    ]
+
+
+def weighted(*weights, **more):
+    return [{"weight": w, **more} for w in weights]
+
+
+CASES = {
+    "slerp": merge("slerp", 2, False, {"t": 0.3}),
+    "linear": merge("linear", 3, False, {"normalize": True}, weighted(0.2, 0.5, 0.7)),
+    "karcher": merge("karcher", 3, False, {"max_iter": 10, "tol": 1e-5}),
+    "model_stock": merge("model_stock", 2, True, {"filter_wise": False}),
+    "nuslerp rows": merge(
+        "nuslerp", 2, True, {"nuslerp_flatten": False, "nuslerp_row_wise": False},
+        weighted(0.4, 0.6),
+    ),
+    "ties": merge(
+        "ties", 2, True, {"normalize": True, "lambda": 0.9, "rescale": False},
+        weighted(0.5, 0.8, density=0.4),
+    ),
+    "dare_ties": merge(
+        "dare_ties", 2, True, {"normalize": False, "lambda": 1.0, "rescale": True},
+        weighted(0.5, 0.8, density=0.5), seed=7,
+    ),
+    "slerp of slerp": [
+        Merge(find("slerp"), (a, Source(2, a.operands[0].name)), None, {"t": 0.6}, ({}, {}))
+        for a in merge("slerp", 2, False, {"t": 0.3})
+    ],
+    "slerp of ties": [
+        Merge(find("slerp"), (a, Source(2, a.operands[0].name)), None, {"t": 0.6}, ({}, {}))
+        for a in merge("ties", 2, True, {"normalize": True, "lambda": 1.0, "rescale": False},
+                       weighted(0.5, 0.8, density=0.4))
+    ],
+    "copies": [Source(1, str(t)) for t in range(len(SHAPES))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resident_equals_cpu(case):
+    sources = models(4)
+    outs = [torch.full(shape, 7, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
+    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES[case])]
+    resident = Resident(jobs, lambda source: sources[source.model][int(source.name)])
+    for _ in range(2):  # prepared once, run twice
+        outcomes = resident.run()
+    backend = backends.cpu(2)
+    on_cpu = [[tensor.cpu() for tensor in model] for model in sources]
+    for t, (root, shape) in enumerate(zip(CASES[case], SHAPES, strict=True)):
+        expected = torch.full(shape, 7, dtype=torch.bfloat16)
+        wanted = Computation(
+            backend,
+            lambda source: view_of(on_cpu[source.model][int(source.name)], "source"),
+            str(t),
+            shape,
+        ).run(root, _C.MemorySink(view_of(expected, "out", writable=True)))
+        assert torch.equal(outs[t].cpu(), expected)
+        assert (outcomes[t].nonfinite, outcomes[t].kept) == (wanted.nonfinite, wanted.kept)
+        for source, value in (wanted.coefficients or {}).items():
+            assert outcomes[t].coefficients[source] == pytest.approx(value, rel=1e-12)
+
+
+def test_coefficients_of_the_callers_own():
+    sources = models(2)
+    outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
+    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES["slerp"])]
+    resident = Resident(jobs, lambda source: sources[source.model][int(source.name)])
+    assert resident.combine([np.array([0.25, 0.5])] * len(jobs)) == [0] * len(jobs)
+    for t, out in enumerate(outs):
+        expected = 0.25 * sources[0][t].float() + 0.5 * sources[1][t].float()
+        assert torch.equal(out, expected.to(torch.bfloat16))
+    with pytest.raises(FastmergeError, match="one array for each job"):
+        resident.combine([np.ones(2)])
