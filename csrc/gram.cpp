@@ -10,15 +10,14 @@ constexpr int64_t kColumnTile = 256;
 class Gram {
    public:
     Gram(const std::vector<Span>& inputs, const Span* base)
-        : inputs_(inputs),
-          table_(kernels()),
+        : table_(kernels()),
           vectors_(static_cast<int>(inputs.size()) + (base ? 1 : 0)),
           pairs_(vectors_ * (vectors_ + 1) / 2) {
         if (base) all_.push_back(*base);
         all_.insert(all_.end(), inputs.begin(), inputs.end());
         deltas_ = base != nullptr;
-        fused_ = !base && (vectors_ == 2 || vectors_ == 3);
-        for (const Span& span : inputs) fused_ = fused_ && span.dtype == inputs[0].dtype;
+        fused_ = vectors_ == 2 || vectors_ == 3;
+        for (const Span& span : all_) fused_ = fused_ && span.dtype == all_[0].dtype;
         pointers_.resize(all_.size());
         wide_.resize(all_.size());
         if (!fused_) scratch_.resize(all_.size() * kTile);
@@ -31,9 +30,10 @@ class Gram {
     void block(int64_t begin, int64_t end, double* sums) {
         std::vector<double> lanes(static_cast<size_t>(pairs_) * kSumLanes);
         if (fused_) {
-            for (size_t j = 0; j < inputs_.size(); ++j) pointers_[j] = inputs_[j].at(begin);
-            const auto type = static_cast<size_t>(inputs_[0].dtype);
-            const auto kernel = vectors_ == 2 ? table_.gram2[type] : table_.gram3[type];
+            for (size_t j = 0; j < all_.size(); ++j) pointers_[j] = all_[j].at(begin);
+            const auto type = static_cast<size_t>(all_[0].dtype);
+            const auto& kernels = vectors_ == 2 ? table_.gram2 : table_.gram3;
+            const auto kernel = kernels[deltas_ ? 1 : 0][type];
             kernel(pointers_.data(), end - begin, lanes.data());
         } else {
             for (int64_t at = begin; at < end; at += kTile) {
@@ -70,7 +70,6 @@ class Gram {
         }
     }
 
-    const std::vector<Span>& inputs_;
     const Kernels& table_;
     std::vector<Span> all_;
     int vectors_, pairs_;

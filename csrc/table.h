@@ -121,8 +121,9 @@ struct Kernels {
     void (*narrow[kDTypes])(const float* in, void* out, int64_t count);
     int64_t (*nonfinite[kDTypes])(const void* in, int64_t count);
     // sums[pair][lane] += products; pairs in the order 00, 01, 11 and 00, 01, 02, 11, 12, 22.
-    void (*gram2[kDTypes])(const void* const* inputs, int64_t count, double* sums);
-    void (*gram3[kDTypes])(const void* const* inputs, int64_t count, double* sums);
+    // The second row: of the first vector and the others' differences to it, rounded to fp32.
+    void (*gram2[2][kDTypes])(const void* const* inputs, int64_t count, double* sums);
+    void (*gram3[2][kDTypes])(const void* const* inputs, int64_t count, double* sums);
     // Any number of fp32 vectors; the upper triangle by rows.
     void (*gram)(const float* const* inputs, int vectors, int64_t count, double* sums);
     // Each element is a vector of its own: sums[pair][element] += product.

@@ -74,6 +74,7 @@ class Outcome:
     nonfinite: int = 0  # NaN or Inf among the outputs
     coefficients: Mapping[Source, float] | None = None  # effective, when one per tensor
     kept: tuple[int, ...] | None = None  # entries kept of each delta, for a consensus
+    gram: Float64 | None = None  # the inner products that the coefficients followed from
 
 
 def matrix(shape: Sequence[int], axis: int | None) -> tuple[int, int]:
@@ -171,7 +172,8 @@ class Computation(Generic[T, O]):
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
         factors, divisor = factors_of(tree, gram)
         outcome = self._combine(tensors, factors, divisor, tree.axis, out)
-        return Outcome(outcome.nonfinite, coefficients=effective(tree, factors, divisor))
+        named = effective(tree, factors, divisor)
+        return Outcome(outcome.nonfinite, coefficients=named, gram=gram)
 
     def _combine(
         self,

@@ -32,6 +32,7 @@ from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.writer import ModelWriter
 
+Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
 
 MEMORY_LIMIT_BYTES = 512 << 20
@@ -145,8 +146,11 @@ def in_order(
 class _Run:
     """One merge in progress: the shared state of the window's threads."""
 
-    def __init__(self, plan: Plan, writer: ModelWriter, backend: CpuBackend) -> None:
+    def __init__(
+        self, plan: Plan, writer: ModelWriter, backend: CpuBackend, observe: Observer | None
+    ) -> None:
         self._plan = plan
+        self._observe = observe
         self._inputs = Inputs(plan.models)
         self._writer = writer
         self._backend = backend
@@ -166,6 +170,8 @@ class _Run:
         outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
         self._inputs.drop(sources)
         self._writer.computed(item.name, self._lineage(outcome))
+        if self._observe is not None:
+            self._observe(item, outcome)
         with self._lock:
             self.bytes_read += nbytes
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes())
@@ -212,12 +218,14 @@ def merge_plan(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     side_files: Mapping[str, bytes | Path] | None = None,
+    observe: Observer | None = None,
 ) -> MergeReport:
     """Merges ``plan`` into the folder ``out`` on the CPU and returns what was done.
 
     ``memory_limit`` bounds anonymous memory in bytes. An interrupted merge leaves ``out`` as it was
     and a working folder beside it; the same call continues there (``fresh`` starts over).
-    ``side_files`` are written beside the weights: bytes, or files to copy. Raises FastmergeError
+    ``side_files`` are written beside the weights: bytes, or files to copy. ``observe`` is told what
+    each tensor came to, except those that an interrupted run had finished. Raises FastmergeError
     for anything a user can mend.
     """
     started = time.perf_counter()
@@ -243,7 +251,7 @@ def merge_plan(
         backend = CpuBackend(
             count, scratch_folder=writer.partial, scratch_bytes=memory_limit // _SCRATCH_SHARE
         )
-        run = _Run(plan, writer, backend)
+        run = _Run(plan, writer, backend, observe)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
         with closing(in_order(run.tensor, pending, window)) as finished:

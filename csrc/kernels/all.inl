@@ -8,14 +8,17 @@
 #include "kernels/select.inl"
 
 #define FM_EACH_TYPE(kernel) {&kernel<F32>, &kernel<F16>, &kernel<BF16>}
+#define FM_GRAM(count, deltas)                                         \
+    {&gram_fused<F32, count, deltas>, &gram_fused<F16, count, deltas>, \
+     &gram_fused<BF16, count, deltas>}
 #define FM_TABLE(name)                                                 \
     {name,                                                             \
      FM_EACH_TYPE(widen),                                              \
      FM_EACH_TYPE(narrow),                                             \
      {&nonfinite<uint32_t, 0x7F800000u>, &nonfinite<uint16_t, 0x7C00>, \
       &nonfinite<uint16_t, 0x7F80>},                                   \
-     {&gram_fused<F32, 2>, &gram_fused<F16, 2>, &gram_fused<BF16, 2>}, \
-     {&gram_fused<F32, 3>, &gram_fused<F16, 3>, &gram_fused<BF16, 3>}, \
+     {FM_GRAM(2, false), FM_GRAM(2, true)},                            \
+     {FM_GRAM(3, false), FM_GRAM(3, true)},                            \
      &gram_any,                                                        \
      &gram_columns,                                                    \
      &subtract,                                                        \

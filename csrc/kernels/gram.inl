@@ -1,7 +1,8 @@
 // fp64 inner products in kSumLanes lanes: element e of a block adds to lane e % kSumLanes.
 
 // T's K vectors at once, from storage to sums in registers: the case that must run at memory speed.
-template <class T, int K>
+// kDeltas: the vectors are the first and the others' differences to it.
+template <class T, int K, bool kDeltas>
 void gram_fused(const void* const* inputs, int64_t count, double* sums) {
     constexpr int kPairs = K * (K + 1) / 2;
     const char* from[K];
@@ -19,6 +20,8 @@ void gram_fused(const void* const* inputs, int64_t count, double* sums) {
                 x[j] = load_doubles(T(), padded);
             }
         }
+        if (kDeltas)
+            for (int j = 1; j < K; ++j) x[j] = subtract_single(x[j], x[0]);
         int p = 0;
         for (int a = 0; a < K; ++a)
             for (int b = a; b < K; ++b, ++p) total[p] = multiply_add(x[a], x[b], total[p]);

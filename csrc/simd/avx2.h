@@ -152,6 +152,12 @@ inline Doubles load_doubles(T type, const void* from) {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
             _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
 }
+// a - b rounded to fp32: two roundings of fp32 values' difference are as one (53 >= 2 * 24 + 2
+// bits).
+inline Doubles subtract_single(Doubles a, Doubles b) {
+    return {_mm256_cvtps_pd(_mm256_cvtpd_ps(_mm256_sub_pd(a.low, b.low))),
+            _mm256_cvtps_pd(_mm256_cvtpd_ps(_mm256_sub_pd(a.high, b.high)))};
+}
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
 }

@@ -126,6 +126,11 @@ inline Doubles load_doubles(BF16, const void* from) {
     return {
         _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)))};
 }
+// a - b rounded to fp32: two roundings of fp32 values' difference are as one (53 >= 2 * 24 + 2
+// bits).
+inline Doubles subtract_single(Doubles a, Doubles b) {
+    return {_mm512_cvtps_pd(_mm512_cvtpd_ps(_mm512_sub_pd(a.v, b.v)))};
+}
 inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }

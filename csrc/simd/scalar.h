@@ -170,6 +170,11 @@ inline Doubles load_doubles(T type, const void* from) {
     FM_EACH r.v[lane + kLanes] = high.v[lane];
     return r;
 }
+// a - b rounded to fp32; both are fp32 values.
+inline Doubles subtract_single(Doubles a, const Doubles& b) {
+    FM_EACH_SUM a.v[lane] = static_cast<float>(a.v[lane]) - static_cast<float>(b.v[lane]);
+    return a;
+}
 // c + a * b; the product of two fp32 values is exact in fp64, so this is the fused operation's
 // result.
 inline Doubles multiply_add(const Doubles& a, const Doubles& b, Doubles c) {

@@ -141,37 +141,37 @@ def lineage_text(trajectory: Trajectory) -> str:
 
 def lineage_section(trajectory: Trajectory) -> str:
     """The model card's section on where the model comes from."""
-    lines = ["\n## Lineage\n", *_step_table(trajectory), ""]
-    effective = _effective_table(trajectory, [trajectory.final])
-    if effective:
-        lines += ["One linear merge that comes closest (per whole model):\n", *effective, ""]
-    return "\n".join(lines) + "\n"
+    return "\n".join(["\n## Lineage\n", *_step_table(trajectory, geometry=False)]) + "\n"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def _step_table(trajectory: Trajectory) -> list[str]:
-    lines = [
-        "| step | kind | from | with | method | score, % | verdict | angle | distance |",
-        "|---:|---|---:|---|---|---:|---|---:|---:|",
-        (
-            f"| 0 | baseline | | {trajectory.schedule.labels[0]} | | "
-            f"{_number(trajectory.state.baseline_score)} | | | |"
-        ),
-    ]
+def _step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
+    titles = ["step", "kind", "from", "with", "method", "score, %", "verdict"]
+    label, score = trajectory.schedule.labels[0], trajectory.state.baseline_score
+    rows = [["0", "baseline", "", label, "", _number(score), ""]]
     for record in trajectory.state.records:
         move = record.move
-        place = trajectory.geometry[move.number]
-        angle = "-" if place is None else f"{place.angle:.3f}°"
-        length = "-" if place is None else f"{100 * place.relative_norm:.2f} %"
-        lines.append(
-            f"| {move.number} | {move.step.kind} | {move.origin} | "
-            f"{other_label(trajectory, record)} ({move.why}) | {step_text(move.step)} | "
-            f"{_number(record.score)} | {verdict(record)} | {angle} | {length} |"
+        rows.append(
+            [
+                str(move.number),
+                move.step.kind,
+                str(move.origin),
+                f"{other_label(trajectory, record)} ({move.why})",
+                step_text(move.step),
+                _number(record.score),
+                verdict(record),
+            ]
         )
-    return lines
+    if geometry:
+        titles += ["angle", "distance"]
+        for row, place in zip(rows, trajectory.geometry, strict=True):
+            row.append("-" if place is None else f"{place.angle:.3f}°")
+            row.append("-" if place is None else f"{100 * place.relative_norm:.2f} %")
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str]:

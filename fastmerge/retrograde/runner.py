@@ -16,9 +16,10 @@ import numpy as np
 import yaml
 
 from fastmerge import api, engine
-from fastmerge.algebra import Merge
+from fastmerge.algebra import Float64, Merge, Source
+from fastmerge.compute import Outcome
 from fastmerge.errors import FastmergeError
-from fastmerge.plan import Plan, make_plan
+from fastmerge.plan import Plan, TensorPlan, make_plan
 from fastmerge.recipe import Document, Recipe
 from fastmerge.recipe_yaml import LocatedDict, LocatedList
 from fastmerge.retrograde import baselines, driver
@@ -26,7 +27,17 @@ from fastmerge.retrograde.driver import Move, State
 from fastmerge.retrograde.evaluate import Lab, ScoreFunction, make_scorer
 from fastmerge.retrograde.schedule import Schedule, load
 from fastmerge.retrograde.scores import Journal, Scores, digest, write_atomically
-from fastmerge.retrograde.states import Blend, Expr, Geometry, Model, Space, average, merged, take
+from fastmerge.retrograde.states import (
+    Blend,
+    Expr,
+    Geometry,
+    Model,
+    Space,
+    average,
+    merged,
+    order,
+    take,
+)
 from fastmerge.stage import View, position
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
@@ -129,33 +140,70 @@ def open_space(
 ) -> Space:
     """The models' geometry: one pass over the weights, or none where ``cache`` holds its result."""
     template = open_template(schedule)
+    known = {} if cache is None else _cached_grams(cache, template)
+    return _space(schedule, template, known, cache=cache, threads=threads, progress=progress)
+
+
+def _space(
+    schedule: Schedule,
+    template: Plan,
+    known: Mapping[str, Float64],
+    *,
+    cache: Path | None = None,
+    threads: int | None = None,
+    progress: engine.Progress | None = None,
+) -> Space:
+    """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
     items = merged(template)
-    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor)
-    positions = [position(whole, item.name) for item in items]
-    origin = 0 if schedule.base_model is None else schedule.model_index("base_model")
-    key = digest([[m.fingerprint for m in template.models], [item.name for item in items]])
-    grams = None if cache is None else _cached_grams(cache, key)
-    if grams is None:
-        tensors = {
-            item.name: [n for n in item.root.operands if not isinstance(n, Merge)]
-            for item in items
-            if isinstance(item.root, Merge)
-        }
-        found = engine.grams(template.models, tensors, threads=threads, progress=progress)
-        grams = np.stack([found[item.name] for item in items])
+    missing = {
+        item.name: [part for part in item.root.operands if isinstance(part, Source)]
+        for item in items
+        if isinstance(item.root, Merge) and item.name not in known
+    }
+    found = dict(known)
+    if missing:
+        found |= engine.grams(template.models, missing, threads=threads, progress=progress)
         if cache is not None:
-            temporary = cache.with_name(f".{cache.name}")
-            with temporary.open("wb") as file:
-                np.savez(file, key=np.array(key), grams=grams)
-            temporary.replace(cache)
-    return Space(template, grams, positions, origin or 0)
+            _keep_grams(cache, template, found)
+    grams = np.stack([found[item.name] for item in items])
+    return Space(template, grams, _positions(template), _origin(schedule))
 
 
-def _cached_grams(path: Path, key: str) -> np.ndarray[Any, Any] | None:
+def _positions(template: Plan) -> list[float]:
+    """Where each merged tensor's layer lies in its stack, for gradients."""
+    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor)
+    return [position(whole, item.name) for item in merged(template)]
+
+
+def _origin(schedule: Schedule) -> int:
+    return 0 if schedule.base_model is None else schedule.model_index("base_model") or 0
+
+
+def _gram_key(template: Plan) -> str:
+    return digest([model.fingerprint for model in template.models])
+
+
+def _cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
+    """What an earlier run of the same models left; nothing where there was none."""
     if not path.is_file():
-        return None
+        return {}
     with np.load(path) as file:
-        return np.asarray(file["grams"]) if str(file["key"]) == key else None
+        if str(file["key"]) != _gram_key(template):
+            return {}
+        names = [str(name) for name in file["names"]]
+        return dict(zip(names, file["grams"], strict=True))
+
+
+def _keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            key=np.array(_gram_key(template)),
+            names=np.array(list(grams)),
+            grams=np.stack(list(grams.values())),
+        )
+    temporary.replace(path)
 
 
 def walk(
@@ -219,6 +267,8 @@ def _geometry(space: Space, lab: Lab | None, state: Expr) -> Geometry | None:
     factors = space.coefficients(state)
     if factors is not None:
         return space.geometry(factors)
+    if not space.is_measured:
+        return None
     return None if lab is None or lab.scorer is None else lab.geometry(state)
 
 
@@ -321,17 +371,63 @@ def run(
     if schedule.evaluate is not None:
         scorer = make_scorer(schedule.evaluate, schedule.folder, template.models[0].path, score)
     seed = _prepare(out, schedule, template, seed, resume)
-    space = open_space(schedule, cache=out / GRAM_FILE, threads=threads, progress=progress)
+    cache = out / GRAM_FILE
+    known = _cached_grams(cache, template)
+    if scorer is None and not known and not _needs_distances(schedule):
+        return _run_unmeasured(schedule, template, out, seed, threads, progress, on_step)
+    space = _space(schedule, template, known, cache=cache, threads=threads, progress=progress)
     journal = Journal(out / JOURNAL_FILE)
     lab = Lab(space, schedule.evaluate, scorer, journal, threads=threads)
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
     rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
-    text = report.lineage_text(trajectory)
-    final = space.plan(trajectory.states[trajectory.final], text)
-    written = _write_model(final, out / MODEL_FOLDER, trajectory, threads, progress)
+    written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)
     result = Result(out, trajectory, rows, space, written)
     report.write(result)
     return result
+
+
+def _run_unmeasured(
+    schedule: Schedule,
+    template: Plan,
+    out: Path,
+    seed: int,
+    threads: int | None,
+    progress: engine.Progress | None,
+    on_step: OnStep | None,
+) -> Result:
+    """A walk that nothing steers needs no Gram matrix before the merge, which finds it on its way.
+
+    So each weight is brought into memory once, and the walk costs what a one-shot merge does.
+    """
+    from fastmerge.retrograde import report
+
+    bare = Space(template, None, _positions(template), _origin(schedule))
+    trajectory = walk(schedule, bare, None, seed, on_step=on_step)
+    known: dict[str, Float64] = {}
+    names = frozenset(bare.names)
+
+    def observe(item: TensorPlan, outcome: Outcome) -> None:
+        if outcome.gram is not None and item.name in names:
+            known[item.name] = outcome.gram
+
+    final = trajectory.states[trajectory.final]
+    collapses = not isinstance(final, Model) and all(
+        node.method.is_combination for node in order(final)
+    )
+    written = _write_model(
+        bare, out / MODEL_FOLDER, trajectory, threads, progress, observe if collapses else None
+    )
+    cache = out / GRAM_FILE
+    space = _space(schedule, template, known, cache=cache, threads=threads, progress=progress)
+    _keep_grams(cache, template, dict(zip(space.names, space.grams, strict=True)))
+    geometry = tuple(_geometry(space, None, state) for state in trajectory.states)
+    result = Result(out, replace(trajectory, geometry=geometry), (), space, written)
+    report.write(result)
+    return result
+
+
+def _needs_distances(schedule: Schedule) -> bool:
+    return any(step.partner in ("nearest", "farthest") for step in schedule.steps)
 
 
 def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
@@ -413,14 +509,18 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
 
 
 def _write_model(
-    plan: Plan,
+    space: Space,
     folder: Path,
     trajectory: Trajectory,
     threads: int | None,
     progress: engine.Progress | None,
+    observe: engine.Observer | None = None,
 ) -> engine.MergeReport:
+    """The final state as a model folder, its card with the steps that led to it."""
     from fastmerge.retrograde import report
 
+    text = report.lineage_text(trajectory)
+    plan = space.plan(trajectory.states[trajectory.final], text)
     files = api.model_files(plan, folder.parent.name or folder.name)
     card = files["README.md"]
     assert isinstance(card, bytes)
@@ -428,5 +528,11 @@ def _write_model(
     files["schedule.yml"] = files.pop(api.RECIPE_FILE)  # what it records is no recipe
     # Cheap beside an evaluation, and a folder half as old as the run would be a trap.
     return engine.merge_plan(
-        plan, folder, threads=threads, overwrite=True, progress=progress, side_files=files
+        plan,
+        folder,
+        threads=threads,
+        overwrite=True,
+        progress=progress,
+        side_files=files,
+        observe=observe,
     )

@@ -213,18 +213,22 @@ class Space:
     """The models of a run and their geometry: makes plans and coefficients of expressions.
 
     ``template`` is the plan of any linear merge of all models: it has checked that they can be
-    merged. ``grams`` are stacked over ``names``: float64 (tensors, n, n), of [x_0, x_1 - x_0 ...].
+    merged. ``grams`` are stacked over ``names``: float64 (tensors, n, n), of [x_0, x_1 - x_0 ...];
+    None before they are known: then there are plans, but no coefficients.
     """
 
     def __init__(
-        self, template: Plan, grams: Float64, positions: Sequence[float], origin: int = 0
+        self, template: Plan, grams: Float64 | None, positions: Sequence[float], origin: int = 0
     ) -> None:
         self.template = template
+        self.count = len(template.models)
+        self._items = merged(template)
+        self.is_measured = grams is not None
+        if grams is None:
+            grams = np.zeros((len(self._items), self.count, self.count))
         # A NaN in one model must not reach states that it has no part in (0 * NaN is NaN).
         self._broken = ~np.isfinite(np.einsum("tii->i", grams))
         self.grams = np.nan_to_num(grams, nan=0.0, posinf=0.0, neginf=0.0)
-        self.count = len(template.models)
-        self._items = merged(template)
         self.names = [item.name for item in self._items]
         self._positions = positions
         self._origin = origin
@@ -247,7 +251,7 @@ class Space:
         if isinstance(root, Model):
             return np.tile(np.eye(self.count)[root.index], (tensors, 1))
         nodes = order(root)
-        if not all(node.method.is_combination for node in nodes):
+        if not self.is_measured or not all(node.method.is_combination for node in nodes):
             return None
         values = [self._resolved(node) for node in nodes]
         batched = all(node.method.name in _BATCHED for node in nodes)
@@ -296,27 +300,28 @@ class Space:
     def plan(self, root: Expr, text: str = "") -> Plan:
         """The plan that materialises ``root``: one linear merge where it collapses.
 
-        ``text`` is recorded in the output as what it was made from.
+        ``text`` is recorded in the output as what it was made from. Without Gram matrices the
+        engine finds them on its way: every tree then names all models, so that what it finds for a
+        tensor is just what ``grams`` holds.
         """
         factors = self.coefficients(root)
-        linear = METHODS["linear"]
         roots: dict[str, Node] = {}
         for index, item in enumerate(self._items):
             sources = _sources(item)
             if factors is None:
-                roots[item.name] = self._tree(root, index, sources)
+                tree = self._tree(root, index, sources)
+                if not self.is_measured:
+                    weights = [0.0] * self.count + [1.0]
+                    tree = _sum((*sources, tree), weights)
+                roots[item.name] = tree
                 continue
             used = [i for i in range(self.count) if factors[index, i] != 0]
             if len(used) == 1 and factors[index, used[0]] == 1:
                 roots[item.name] = sources[used[0]]
                 continue
-            roots[item.name] = Merge(
-                linear,
-                tuple(sources[i] for i in used or [0]),
-                None,
-                {"normalize": False},
-                tuple({"weight": float(factors[index, i])} for i in used or [0]),
-            )
+            chosen = used or [0]
+            weights = [float(factors[index, i]) for i in chosen]
+            roots[item.name] = _sum([sources[i] for i in chosen], weights)
         tensors = tuple(
             replace(item, root=roots.get(item.name, item.root)) for item in self.template.tensors
         )
@@ -439,6 +444,12 @@ def _sources(item: TensorPlan) -> tuple[Source, ...]:
     sources = tuple(node for node in item.root.operands if isinstance(node, Source))
     assert len(sources) == len(item.root.operands)
     return sources
+
+
+def _sum(parts: Sequence[Node], weights: Sequence[float]) -> Merge:
+    """One linear merge with these weights as they are."""
+    each = tuple({"weight": weight} for weight in weights)
+    return Merge(METHODS["linear"], tuple(parts), None, {"normalize": False}, each)
 
 
 def _angle(inner: float, a: float, b: float) -> float:
