@@ -89,7 +89,8 @@ def bytes_of(model: Path) -> int:
 def settle(inputs: list[Path], outputs: list[Path]) -> None:
     """Inputs into the page cache; old outputs gone and nothing left to be written back by an
     earlier run."""
-    for path in outputs:
+    leftovers = [left for path in outputs for left in path.parent.glob(f".{path.name}.*")]
+    for path in (*outputs, *leftovers):  # leftovers: an interrupted merge would be continued
         if path.is_dir():
             shutil.rmtree(path)
         else:
