@@ -71,6 +71,8 @@ def retrograde(
     if quiet or json:
         return
     trajectory = result.trajectory
+    if trajectory.schedule.evaluate is not None and trajectory.schedule.evaluate.preset is not None:
+        console.put(report.leaderboard(lines))
     for sentence in report.finding(lines):
         console.put(sentence.removeprefix("- "))
     console.put(f"seed {trajectory.seed}; the model is state {trajectory.final}: {out / 'model'}")

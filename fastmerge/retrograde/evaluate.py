@@ -16,7 +16,7 @@ import numpy as np
 from fastmerge import _C, backends, engine, llama
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, TensorPlan
-from fastmerge.retrograde.harness import Harness
+from fastmerge.retrograde.harness import Harness, quiet
 from fastmerge.retrograde.schedule import Evaluate
 from fastmerge.retrograde.scores import Journal, Scores, TaskScore, digest
 from fastmerge.retrograde.states import Expr, Geometry, Space
@@ -201,7 +201,8 @@ class Resident:
 
         if self._model is None:
             dtype = getattr(torch, self._settings.dtype)
-            self._model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
+            with quiet():
+                self._model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
         parameters = self._model.state_dict()
         with torch.no_grad():
             for item, array in engine.materialise(plan, threads=self._threads):

@@ -109,7 +109,7 @@ class Harness:
         for task in tasks.values():
             # The sampler's generator runs on from call to call: the same examples need a new start.
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        with _quiet():
+        with quiet():
             results = lm_eval.evaluate(
                 lm=lm,
                 task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
@@ -130,7 +130,7 @@ class Harness:
                 options["max_length"] = self._settings.max_length
             if self._preset:
                 options["add_bos_token"] = False  # the leaderboard's harness added none
-            with _quiet():
+            with quiet():
                 self._lm = HFLM(pretrained=model, tokenizer=tokenizer, **options)
             self._model = model
         return self._lm
@@ -141,7 +141,7 @@ class Harness:
             hint = nearest(name, manager.all_tasks, limit=6)
             raise FastmergeError(f"{entry.where}: unknown task '{name}'; {hint}")
         try:
-            with _quiet():
+            with quiet():
                 loaded = manager.load([name])
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -207,7 +207,7 @@ class _Sources:
         _import_harness()
         from lm_eval.tasks import TaskManager
 
-        with _quiet():
+        with quiet():
             return TaskManager(
                 include_path=list(dict.fromkeys(self._folders)) or None,
                 include_defaults=BUILT_IN and not self.local_only,
@@ -369,7 +369,7 @@ def check_leaderboard_data(manager: Any) -> None:
     for title, name, _, _ in LEADERBOARD_V1:
         probe = "mmlu_anatomy" if name == "mmlu" else name  # one subject stands for the data set
         try:
-            with _quiet():
+            with quiet():
                 manager.load([probe])
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -383,7 +383,7 @@ def check_leaderboard_data(manager: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the harness's logs and progress bars from the terminal; warnings of ours still show."""
     names = ("lm_eval", "lm-eval", "datasets", "transformers")
     levels = {name: logging.getLogger(name).level for name in names}

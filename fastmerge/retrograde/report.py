@@ -318,7 +318,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
-        parts.append(leaderboard_table([(line.row.name, line.row.steer) for line in lines]))
+        parts.append(leaderboard(lines))
     tasks = sorted(lines[0].scores.tasks)
     if len(tasks) > 1:
         rows = [f"| merge | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
@@ -328,6 +328,11 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
             rows.append(f"| {line.row.name} | {values} |")
         parts += [f"By {split} task, %:", "\n".join(rows)]
     return parts
+
+
+def leaderboard(lines: Sequence[Line]) -> str:
+    """The six columns of the Open LLM Leaderboard v1 and their average, the source's row first."""
+    return leaderboard_table([(line.row.name, line.row.steer) for line in lines])
 
 
 def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
