@@ -181,6 +181,15 @@ def test_a_callable_that_returns_nonsense_is_one_line(
         assert "\n" not in str(caught.value)
 
 
+def test_a_callable_may_lie_beside_the_schedule(files: Path) -> None:
+    (files / "measure_here.py").write_text("def score(model):\n    return {'size': 7.0}\n")
+    path = files / "walk.yml"
+    path.write_text(path.read_text() + "evaluate: {callable: 'measure_here:score'}\n")
+    result = run(path, files / "out", threads=1)
+    assert result.trajectory.state.baseline_score == 7.0
+    assert "no items to test it by" in (files / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_families_draw_what_they_say(name: str) -> None:
     pool = Pool(models=(0, 1, 2), base=0, partners=(1, 2))

@@ -72,6 +72,14 @@ def test_explicit_steps_filters_and_step_targets() -> None:
     assert [rule.filter for rule in away.rules] == ["mlp", None]
 
 
+def test_the_base_may_be_one_of_the_models() -> None:
+    moves = {"steps": [{"degrade": {"partner": "b", "method": "ties", "t": 0.3}}]}
+    for base, number in (("a", 0), ("b", 1), ("c", 2)):
+        schedule = load({"baseline": "a", "pool": ["b"], "base_model": base, "schedule": moves})
+        assert schedule.model_index("base_model") == number
+        assert len(schedule.references) == len(schedule.labels) == max(2, number + 1)
+
+
 MISTAKES = {
     "partner": ("weakest", "weakesst", "7: unknown partner 'weakesst'; did you mean 'weakest'?"),
     "key": ("cycles: 3", "cycels: 3", "6: unknown key 'cycels'; did you mean 'cycles'?"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,17 +48,21 @@ def make_scorer(
     Raises FastmergeError for whatever is missing: the harness, a task, its data, a module.
     """
     if function is not None or settings.callable is not None:
-        return _Callable(function or _load_callable(settings), settings)
+        return _Callable(function or _load_callable(settings, folder), settings)
     if settings.perplexity is not None:
         return _Perplexity(settings, folder, tokenizer_folder)
     return Harness(settings, folder, tokenizer_folder)
 
 
-def _load_callable(settings: Evaluate) -> ScoreFunction:
+def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
+    """Imports 'module:function'; the module may lie beside the schedule."""
     from importlib import import_module
 
     assert settings.callable is not None
     module, _, name = settings.callable.partition(":")
+    beside = str(folder.resolve())
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: it must not hide an installed module
     try:
         function: ScoreFunction = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -451,13 +451,13 @@ class Schedule(Section):
     def references(self) -> list[str]:
         """The models as the user wrote them, in the order of their numbers."""
         own = [self.baseline.model, *(entry.model for entry in self.pool)]
-        return own if self.base_model is None else [*own, self.base_model]
+        return own if self.base_model in (None, *own) else [*own, str(self.base_model)]
 
     @property
     def labels(self) -> list[str]:
         """The models' names in reports, in the order of their numbers."""
         own = [self.baseline.label, *(entry.label for entry in self.pool)]
-        return own if self.base_model is None else [*own, "base_model"]
+        return own if len(self.references) == len(own) else [*own, "base_model"]
 
     def without_evaluation(self) -> Schedule:
         """The same walk, measuring nothing; raises FastmergeError where it needs scores."""
@@ -490,7 +490,7 @@ class Schedule(Section):
         if name in ("baseline", self.baseline.label, self.baseline.model):
             return 0
         if self.base_model is not None and name in ("base_model", self.base_model):
-            return len(self.pool) + 1
+            return self.references.index(self.base_model)
         return self.pool_index(name)
 
 
