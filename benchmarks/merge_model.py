@@ -123,7 +123,7 @@ def run_floor(inputs: list[Path], out: Path) -> Run:
 
 def run_fastmerge(recipe: Path, out: Path) -> Run:
     command = Path(sys.executable).with_name("fastmerge")
-    usage = measure([command, "merge", recipe, out, "--quiet"])
+    usage = measure([command, "merge", recipe, out, "--fresh", "--quiet"])
     return Run(usage.seconds, usage.cpu_seconds, usage.peak_rss_bytes, usage.peak_anonymous_bytes)
 
 

@@ -14,11 +14,19 @@ struct Part {
 
 inline int clamp_lane(int lane) { return lane < 0 ? 0 : lane > kLanes ? kLanes : lane; }
 
+// How far ahead of its reads a loop asks for memory. The hardware's own prefetcher stops at every
+// page, which is every bf16 tile: asking took 60 % off a Gram pass, 25 % off a trim's passes and 43
+// % off DARE's (1, 2 and 4 KiB ahead alike).
+constexpr int64_t kPrefetchBytes = 2048;
+
 // The group's vector 0 or 1; `group` is where element 0 of the group would be.
 template <bool kPartial, class T>
 inline Floats read(T type, const char* group, int vector, Part part) {
     const char* from = group + static_cast<int64_t>(vector) * kLanes * T::kBytes;
-    if (!kPartial) return load(type, from);
+    if (!kPartial) {
+        __builtin_prefetch(from + kPrefetchBytes);
+        return load(type, from);
+    }
     const int first = clamp_lane(part.first - vector * kLanes);
     const int last = clamp_lane(part.last - vector * kLanes);
     char padded[kLanes * 4] = {};

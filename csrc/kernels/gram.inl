@@ -11,7 +11,10 @@ void gram_fused(const void* const* inputs, int64_t count, double* sums) {
     for (int p = 0; p < kPairs; ++p) total[p] = load_sums(sums + p * kSumLanes);
     for (int64_t i = 0; i < count; i += kSumLanes) {
         if (i + kSumLanes <= count) {
-            for (int j = 0; j < K; ++j) x[j] = load_doubles(T(), from[j] + i * T::kBytes);
+            for (int j = 0; j < K; ++j) {
+                __builtin_prefetch(from[j] + i * T::kBytes + kPrefetchBytes);
+                x[j] = load_doubles(T(), from[j] + i * T::kBytes);
+            }
         } else {
             for (int j = 0; j < K; ++j) {
                 char padded[kSumLanes * T::kBytes] = {};
