@@ -349,3 +349,34 @@ def test_statistics_against_closed_forms() -> None:
 
 def test_a_schedule_given_twice_reads_the_same(schedule: dict[str, Any]) -> None:
     assert load(schedule).text == load(schedule).text
+
+
+VERDICTS = {
+    "wins": ((60.0, 50.0, 50.0), "Here the path added something"),
+    "ties": ((50.0, 50.0, 50.0), "No evidence that the path itself added anything"),
+    "one win": ((60.0, 60.0, 50.0), "No evidence that the path itself added anything"),
+    "loses": ((50.0, 60.0, 50.0), "Here the path cost something"),
+}
+
+
+@pytest.mark.parametrize("percents, expected", VERDICTS.values(), ids=VERDICTS)
+def test_the_report_says_plainly_what_was_found(
+    percents: tuple[float, float, float], expected: str
+) -> None:
+    from types import SimpleNamespace
+
+    from fastmerge.retrograde import report
+    from fastmerge.retrograde.runner import Row
+    from fastmerge.retrograde.scores import Scores, TaskScore
+
+    rows = []
+    for name, percent in zip(("schedule", "one_shot", "line_search"), percents, strict=True):
+        items = tuple([100.0] * int(10 * percent) + [0.0] * int(1000 - 10 * percent))
+        scores = Scores({"t": TaskScore(percent, "acc", 1000, {"t": items})})
+        rows.append(Row(name, "", Model(0), scores, scores, 1))
+    schedule = SimpleNamespace(evaluate=None)
+    result = SimpleNamespace(rows=rows, trajectory=SimpleNamespace(schedule=schedule, seed=0))
+    lines = report.compare_lines(result)  # type: ignore[arg-type]
+    assert report.verdict_on_path(lines).startswith(expected)
+    found = report.finding(lines)
+    assert len(found) == 2 and all("points" in sentence for sentence in found)

@@ -73,6 +73,8 @@ def retrograde(
     trajectory = result.trajectory
     if trajectory.schedule.evaluate is not None and trajectory.schedule.evaluate.preset is not None:
         console.put(report.leaderboard(lines))
+    if report.verdict_on_path(lines):
+        console.put(report.verdict_on_path(lines))
     for sentence in report.finding(lines):
         console.put(sentence.removeprefix("- "))
     console.put(f"seed {trajectory.seed}; the model is state {trajectory.final}: {out / 'model'}")
