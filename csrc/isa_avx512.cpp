@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 // GCC 12 warns of the undefined pass-through operands inside its own AVX-512 header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
 #include <cstring>

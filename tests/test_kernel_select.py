@@ -128,7 +128,7 @@ def test_a_few_large_entries_among_equal_ones(pool, memory):
 def test_a_sample_that_lies_costs_passes_not_exactness(pool, memory, keep):
     """The places that select looks at first hold the largest, the smallest or odd values."""
     rng = np.random.default_rng(11)
-    chunks, length = 1024, 16
+    chunks, length = 1024, 32
     step = LARGE // chunks
     first = np.arange(chunks, dtype=np.uint64)
     scattered = first * np.uint64(0x9E3779B9) & np.uint64(0xFFFFFFFF)

@@ -3,29 +3,25 @@
 // of zero included; starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
 template <class T, bool kPerElement, bool kPartial>
-inline void combine_group(const CombineArgs& args, int64_t at, Part part) {
-    Floats total[2];
-    for (int v = 0; v < 2; ++v) {
-        const char* starts = reinterpret_cast<const char*>(args.starts + at);
-        total[v] = kPerElement ? read<kPartial>(F32(), starts, v, part) : spread(args.starts[0]);
-    }
+FM_INLINE void combine_group(const CombineArgs& args, int64_t at, Part part) {
+    Floats total[2] = {spread(args.starts[0]), spread(args.starts[0])}, x[2], c[2];
+    if (kPerElement)
+        read<kPartial>(F32(), reinterpret_cast<const char*>(args.starts + at), part, total);
     for (int j = 0; j < args.inputs_count; ++j) {
-        const char* from = static_cast<const char*>(args.inputs[j]) + at * T::kBytes;
+        read<kPartial>(T(), static_cast<const char*>(args.inputs[j]) + at * T::kBytes, part, x);
+        if (kPerElement)
+            read<kPartial>(F32(), reinterpret_cast<const char*>(args.coefficients[j] + at), part,
+                           c);
+        else
+            c[0] = c[1] = spread(args.coefficients[j][0]);
         for (int v = 0; v < 2; ++v) {
-            const Floats x = read<kPartial>(T(), from, v, part);
-            if (kPerElement) {
-                const char* factors = reinterpret_cast<const char*>(args.coefficients[j] + at);
-                const Floats c = read<kPartial>(F32(), factors, v, part);
-                total[v] = choose(equal(c, spread(0.0f)), total[v], multiply_add(x, c, total[v]));
-            } else {
-                total[v] = multiply_add(x, spread(args.coefficients[j][0]), total[v]);
-            }
+            const Floats added = multiply_add(x[v], c[v], total[v]);
+            total[v] = kPerElement ? choose(equal(c[v], spread(0.0f)), total[v], added) : added;
         }
     }
-    for (int v = 0; v < 2; ++v) {
-        if (args.divide) total[v] = total[v] / spread(args.divisor);
-        write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, v, part, total[v]);
-    }
+    if (args.divide)
+        for (int v = 0; v < 2; ++v) total[v] = total[v] / spread(args.divisor);
+    write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, part, total);
 }
 
 template <class T, bool kPerElement>

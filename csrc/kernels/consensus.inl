@@ -11,11 +11,10 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
     const uint64_t index = args.index + static_cast<uint64_t>(at);
     const Floats zero = spread(0.0f), one = spread(1.0f);
     Floats in_registers[kInputs ? kInputs : 1][2];
-    Floats base[2], total[2] = {zero, zero};
+    Floats base[2], tuned[2], total[2] = {zero, zero};
     Words flat[2], mixed[2];
+    read<kPartial>(T(), static_cast<const char*>(args.base) + at * T::kBytes, part, base);
     for (int v = 0; v < 2; ++v) {
-        base[v] =
-            read<kPartial>(T(), static_cast<const char*>(args.base) + at * T::kBytes, v, part);
         flat[v] = flat_order(index, v);
         mixed[v] = any_mixed ? mixed_order(index, v) : flat[v];
     }
@@ -26,21 +25,24 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
         const char* from = static_cast<const char*>(args.inputs[j]) + at * T::kBytes;
         Words random[2] = {flat[0], flat[1]};
         if (kind == Keep::kRandom) random_words(rule, index, random);
+        read<kPartial>(T(), from, part, tuned);
         for (int v = 0; v < 2; ++v) {
-            Floats delta = read<kPartial>(T(), from, v, part) - base[v];
+            Floats delta = tuned[v] - base[v];
             Floats factor = spread(term.on);
-            if (kind == Keep::kRandom) {
-                factor =
-                    choose(at_most(random[v], spread(rule.word_max)), factor, spread(term.off));
-            } else if (kind != Keep::kAll) {
-                const Words key = magnitude(delta);
-                const Words threshold = spread(static_cast<uint32_t>(rule.threshold));
-                Mask survives = signed_above(key, threshold);
-                if (kind == Keep::kAboveOrTie)
-                    survives = survives |
-                               (equal(key, threshold) &
-                                at_most(rule.mixed ? mixed[v] : flat[v], spread(rule.order_max)));
-                factor = choose(survives, factor, spread(term.off));
+            if (kind != Keep::kAll) {
+                Mask survives;
+                if (kind == Keep::kRandom) {
+                    survives = at_most(random[v], spread(rule.word_max));
+                } else {
+                    Words threshold = spread(static_cast<uint32_t>(rule.threshold));
+                    if (kind == Keep::kAboveOrTie)
+                        threshold = tie_threshold(threshold, rule.mixed ? mixed[v] : flat[v], rule);
+                    survives = signed_above(magnitude(delta), threshold);
+                }
+                // Sums start from +0, so the sign of a masked zero never shows; a factor that is
+                // not finite makes NaN of it.
+                factor = kKind == kAnyKind ? choose(survives, factor, spread(term.off))
+                                           : keep(survives, factor);
             }
             delta = delta * factor;
             if (term.rescaled) delta = delta * spread(term.weight);
@@ -54,7 +56,7 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
     }
     for (int v = 0; v < 2; ++v) {
         if (kElect) {
-            const Floats minority_sign = choose(at_least(total[v], zero), zero, spread(-0.0f));
+            const Floats minority_sign = keep(not_at_least(total[v], zero), spread(-0.0f));
             Floats sum = zero, weights = zero;
             for (int j = 0; j < inputs; ++j) {
                 const Floats delta =
@@ -70,9 +72,9 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
             total[v] = total[v] / spread(args.divisor);
         }
         if (args.scale != 1.0f) total[v] = total[v] * spread(args.scale);
-        write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, v, part,
-                        base[v] + total[v]);
+        total[v] = base[v] + total[v];
     }
+    write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, part, total);
 }
 
 template <class T, int kInputs, int kKind, bool kElect>
@@ -103,6 +105,8 @@ void consensus_inputs(const ConsensusArgs& args) {
     int kind = args.terms[0].keep.kind;
     for (int j = 1; j < args.inputs_count; ++j)
         if (args.terms[j].keep.kind != kind) kind = kAnyKind;
+    for (int j = 0; j < args.inputs_count; ++j)
+        if (args.terms[j].off != 0) kind = kAnyKind;
     if (args.elect && kind == Keep::kAboveOrTie)
         return consensus_tile<T, kInputs, Keep::kAboveOrTie, true>(args);
     if (args.elect && kind == Keep::kRandom)

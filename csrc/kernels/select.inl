@@ -6,9 +6,12 @@ template <class T, bool kPartial>
 struct Deltas {
     const char* x;
     const char* base;
-    Floats operator()(int64_t at, int vector, Part part) const {
-        return read<kPartial>(T(), x + at * T::kBytes, vector, part) -
-               read<kPartial>(T(), base + at * T::kBytes, vector, part);
+    // Their magnitudes' bit patterns.
+    FM_INLINE void keys(int64_t at, Part part, Words* key) const {
+        Floats tuned[2], origin[2];
+        read<kPartial>(T(), x + at * T::kBytes, part, tuned);
+        read<kPartial>(T(), base + at * T::kBytes, part, origin);
+        for (int v = 0; v < 2; ++v) key[v] = magnitude(tuned[v] - origin[v]);
     }
 };
 
@@ -18,16 +21,16 @@ struct KeyCounters {
 
 // kOneKey: the window is its first peak alone and nothing is ever gathered.
 template <class T, bool kOneKey, bool kPartial>
-inline void count_keys_group(const Deltas<T, kPartial>& deltas, Window& window, int64_t at,
-                             Part part, KeyCounters& counters) {
+FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, Window& window, int64_t at,
+                                Part part, KeyCounters& counters) {
     const Words high = spread(static_cast<uint32_t>(window.high));
     const Words below = spread(static_cast<uint32_t>(window.low - 1));
     const Words peak0 = spread(static_cast<uint32_t>(window.peaks[0]));
     const Words peak1 = spread(static_cast<uint32_t>(window.peaks[1]));
     Words key[2];
     Mask rest[2];
+    deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        key[v] = magnitude(deltas(at, v, part));
         Mask over = signed_above(key[v], high), at0 = equal(key[v], peak0);
         if (kPartial) over = over & present(v, part), at0 = at0 & present(v, part);
         counters.above = count(counters.above, over);
@@ -71,25 +74,30 @@ void count_keys(const DeltaArgs& args, Window* windows) {
     }
 }
 
-template <class T, bool kMixed, bool kPartial>
-inline void count_ties_group(const Deltas<T, kPartial>& deltas, TieWindow& window, uint64_t index,
-                             int64_t at, Part part, Words& below_counter) {
-    const Words key = spread(static_cast<uint32_t>(window.key));
-    Mask tied[2];
+// kBelow: some orders of the tile may be up to window.below. `orders` holds the tile's order words,
+// or is null where so few entries are tied that each group's words are worked out when it has one.
+template <class T, bool kBelow, bool kPartial>
+FM_INLINE void count_ties_group(const Deltas<T, kPartial>& deltas, TieWindow& window,
+                                const uint32_t* orders, uint64_t index, int64_t at, Part part,
+                                Words& below_counter) {
+    const Words tied_key = spread(static_cast<uint32_t>(window.key));
+    Words key[2], order[2];
+    Mask tied[2], inside[2];
+    deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        tied[v] = equal(magnitude(deltas(at, v, part)), key);
+        tied[v] = equal(key[v], tied_key);
         if (kPartial) tied[v] = tied[v] & present(v, part);
     }
-    // Two multiplications per order word: half of the pass, where one entry in 200 is tied.
-    if (!any(tied[0] | tied[1])) return;
-    const Mask any_below = equal(spread(window.any_below ? 1u : 0u), spread(1u));
-    Words order[2];
-    Mask inside[2];
+    if (!orders && !any(tied[0] | tied[1])) return;
     for (int v = 0; v < 2; ++v) {
-        order[v] = kMixed ? mixed_order(index, v) : flat_order(index, v);
-        const Mask below = at_most(order[v], spread(window.below)) & tied[v] & any_below;
+        order[v] = orders         ? bits(load(F32(), orders + at + v * kLanes))
+                   : window.mixed ? mixed_order(index, v)
+                                  : flat_order(index, v);
+        inside[v] = at_most(order[v], spread(window.last)) & tied[v];
+        if (!kBelow) continue;
+        const Mask below = at_most(order[v], spread(window.below)) & tied[v];
         below_counter = count(below_counter, below);
-        inside[v] = without(at_most(order[v], spread(window.last)) & tied[v], below);
+        inside[v] = without(inside[v], below);
     }
     if (any(inside[0] | inside[1]))
         for (int v = 0; v < 2; ++v)
@@ -97,60 +105,78 @@ inline void count_ties_group(const Deltas<T, kPartial>& deltas, TieWindow& windo
                 compress(window.gathered + window.gathered_count, order[v], inside[v]);
 }
 
-template <class T, bool kMixed>
-void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
+template <class T, bool kBelow>
+void count_ties_tile(const DeltaArgs& args, int j, const uint32_t* orders, TieWindow& window) {
     const char* x = static_cast<const char*>(args.inputs[j]);
     const char* base = static_cast<const char*>(args.base);
     Words below_counter = spread(0u);
     int64_t at = 0;
     for (; at + kGroup <= args.count; at += kGroup)
-        count_ties_group<T, kMixed>(Deltas<T, false>{x, base}, window,
+        count_ties_group<T, kBelow>(Deltas<T, false>{x, base}, window, orders,
                                     args.index + static_cast<uint64_t>(at), at, {}, below_counter);
     if (at < args.count)
-        count_ties_group<T, kMixed>(Deltas<T, true>{x, base}, window,
+        count_ties_group<T, kBelow>(Deltas<T, true>{x, base}, window, orders,
                                     args.index + static_cast<uint64_t>(at), at,
                                     {0, static_cast<int>(args.count - at)}, below_counter);
     window.below_count += sum(below_counter);
 }
 
+// The tile's mixed order words, group by group in the group's own order.
+inline void fill_orders(const DeltaArgs& args, uint32_t* orders) {
+    for (int64_t at = 0; at < args.count; at += kGroup)
+        for (int v = 0; v < 2; ++v)
+            store(F32(), orders + at + v * kLanes,
+                  floats(mixed_order(args.index + static_cast<uint64_t>(at), v)));
+}
+
 template <class T>
 void count_ties(const DeltaArgs& args, TieWindow* windows) {
+    uint32_t mixed[kTile];  // filled when first needed, shared by the deltas
+    bool filled = false;
     for (int j = 0; j < args.inputs_count; ++j) {
-        if (!windows[j].any) continue;
-        if (windows[j].mixed)
-            count_ties_tile<T, true>(args, j, windows[j]);
+        TieWindow& window = windows[j];
+        if (!window.any) continue;
+        const bool share = window.mixed && window.many;
+        if (share && !filled) {
+            fill_orders(args, mixed);
+            filled = true;
+        }
+        const uint32_t* orders = share ? mixed : nullptr;
+        if (window.any_below)
+            count_ties_tile<T, true>(args, j, orders, window);
         else
-            count_ties_tile<T, false>(args, j, windows[j]);
+            count_ties_tile<T, false>(args, j, orders, window);
     }
 }
 
 template <class T, int kKind, bool kPartial>
-inline void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep_rule, uint64_t index,
-                          int64_t at, Part part, Doubles& all, Doubles& kept, Words& counter) {
+FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep_rule,
+                             uint64_t index, int64_t at, Part part, Doubles& all, Doubles& kept,
+                             Words& counter) {
     Words random[2] = {spread(0u), spread(0u)};
     if (kKind == Keep::kRandom) random_words(keep_rule, index, random);
+    Words key[2];
     Floats size[2], kept_size[2];
+    deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        const Words key = magnitude(deltas(at, v, part));
         Mask survives;
         if (kKind == Keep::kRandom) {
             survives = at_most(random[v], spread(keep_rule.word_max));
         } else {
-            const Words threshold = spread(static_cast<uint32_t>(keep_rule.threshold));
-            survives = signed_above(key, threshold);
-            if (kKind == Keep::kAboveOrTie) {
-                const Words order = keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v);
-                survives = survives |
-                           (equal(key, threshold) & at_most(order, spread(keep_rule.order_max)));
-            }
+            Words threshold = spread(static_cast<uint32_t>(keep_rule.threshold));
+            if (kKind == Keep::kAboveOrTie)
+                threshold = tie_threshold(
+                    threshold, keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v),
+                    keep_rule);
+            survives = signed_above(key[v], threshold);
         }
         if (kPartial) survives = survives & present(v, part);
         counter = count(counter, survives);
-        size[v] = floats(key);
+        size[v] = floats(key[v]);
         kept_size[v] = keep(survives, size[v]);
     }
-    all = accumulate(all, size[0], size[1]);
-    kept = accumulate(kept, kept_size[0], kept_size[1]);
+    all = accumulate(all, size);
+    kept = accumulate(kept, kept_size);
 }
 
 template <class T, int kKind>

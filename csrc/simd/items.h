@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+// For the vector vocabulary and the bodies of hot loops: called out of line, they would load their
+// constants anew every time.
+#define FM_INLINE __attribute__((always_inline)) inline
+
 namespace fastmerge {
 
 struct F32 {
