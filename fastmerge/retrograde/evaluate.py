@@ -249,11 +249,10 @@ class Lab:
             raise ValueError("this run does not evaluate")
         key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
         known = self._journal.get(f"score:{key}")
-        if known is not None:
-            return Scores.from_json(known)
-        scores = self.scorer.score(self.model(state), split, limit)
-        self._journal.put(f"score:{key}", scores.as_json())
-        return scores
+        if known is None:
+            known = self.scorer.score(self.model(state), split, limit).as_json()
+            self._journal.put(f"score:{key}", known)
+        return Scores.from_json(known)  # also when new: a resumed run must see the same digits
 
     def model(self, state: Expr) -> Any:
         """The resident model with the weights of ``state``."""
