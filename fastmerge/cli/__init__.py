@@ -9,12 +9,15 @@ Adding a command: a module here with functions decorated by `app.command`, and i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the ``fastmerge`` command; ends the process with its exit code."""
+    # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
     from fastmerge.cli import merge, models, methods, retrograde  # noqa: F401, I001
     from fastmerge.cli.app import app
