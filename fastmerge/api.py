@@ -14,6 +14,7 @@ from fastmerge.engine import MergeReport, Progress
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, make_plan
 from fastmerge.recipe import Recipe
+from fastmerge.stream import GPU_MEMORY_BYTES
 
 DEVICES = ("cpu", "cuda", "auto")
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe
@@ -41,6 +42,7 @@ def merge(
     fresh: bool = False,
     seed: int | None = None,
     device: str = "cpu",
+    gpu_memory: int = GPU_MEMORY_BYTES,
     io: str = "auto",
     max_shard_bytes: int = engine.MAX_SHARD_BYTES,
     progress: Progress | None = None,
@@ -50,7 +52,8 @@ def merge(
     ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous
     memory in bytes. ``overwrite`` replaces an existing ``out`` once the new one is complete;
     ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done, bytes_total,
-    tensor)`` is called after each tensor. Raises FastmergeError.
+    tensor)`` is called after each tensor. ``device``: "cpu", "cuda" or "auto", with the same bits;
+    ``gpu_memory``: bytes of tensors in flight on each GPU. Raises FastmergeError.
     """
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
@@ -65,6 +68,8 @@ def merge(
         io=io,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
+        device=device,
+        gpu_memory=gpu_memory,
         side_files=model_files(decided, Path(out).name),
     )
 

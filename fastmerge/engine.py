@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastmerge.compute import Computation, Outcome
 from fastmerge.dtypes import DType
 from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
+from fastmerge.stream import GPU_MEMORY_BYTES, Streamer, choose_devices
 from fastmerge.writer import ModelWriter
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
@@ -147,9 +149,15 @@ class _Run:
     """One merge in progress: the shared state of the window's threads."""
 
     def __init__(
-        self, plan: Plan, writer: ModelWriter, backend: CpuBackend, observe: Observer | None
+        self,
+        plan: Plan,
+        writer: ModelWriter,
+        backend: CpuBackend,
+        streamer: Streamer | None,
+        observe: Observer | None,
     ) -> None:
         self._plan = plan
+        self._streamer = streamer
         self._observe = observe
         self._inputs = Inputs(plan.models)
         self._writer = writer
@@ -167,7 +175,9 @@ class _Run:
         sources = algebra.leaves([item.root])
         nbytes = self._inputs.nbytes(sources)
         self._inputs.prefetch(sources)
-        outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
+        outcome = self._streamed(item)
+        if outcome is None:
+            outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
         self._inputs.drop(sources)
         self._writer.computed(item.name, self._lineage(outcome))
         if self._observe is not None:
@@ -176,6 +186,13 @@ class _Run:
             self.bytes_read += nbytes
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes())
         return nbytes + output_bytes(item)
+
+    def _streamed(self, item: TensorPlan) -> Outcome | None:
+        """The tensor computed on a GPU; None where that is left to the CPU."""
+        if self._streamer is None or isinstance(item.root, Source):
+            return None
+        pieces = partial(self._writer.pieces, item.name)
+        return self._streamer.run(item.name, item.root, item.shape, item.dtype, pieces)
 
     def _lineage(self, outcome: Outcome) -> dict[str, Any]:
         """What one tensor's result followed from, for the journal and the lineage file."""
@@ -219,16 +236,22 @@ def merge_plan(
     progress: Progress | None = None,
     side_files: Mapping[str, bytes | Path] | None = None,
     observe: Observer | None = None,
+    device: str = "cpu",
+    gpu_memory: int = GPU_MEMORY_BYTES,
 ) -> MergeReport:
-    """Merges ``plan`` into the folder ``out`` on the CPU and returns what was done.
+    """Merges ``plan`` into the folder ``out`` and returns what was done.
 
     ``memory_limit`` bounds anonymous memory in bytes. An interrupted merge leaves ``out`` as it was
     and a working folder beside it; the same call continues there (``fresh`` starts over).
     ``side_files`` are written beside the weights: bytes, or files to copy. ``observe`` is told what
     each tensor came to, except those that an interrupted run had finished. Raises FastmergeError
-    for anything a user can mend.
+    for anything a user can mend. ``device``: "cpu", "cuda" (every GPU of the machine, with
+    ``gpu_memory`` bytes of tensors in flight on each) or "auto"; the bits are the same.
     """
     started = time.perf_counter()
+    inputs = Inputs(plan.models)
+    sources = [] if device == "cpu" else algebra.leaves([item.root for item in plan.tensors])
+    devices, note = choose_devices(device, [inputs.fetch(source) for source in sources])
     count = backends.thread_count(threads)
     window = window_size(count)
     layout = Layout.plan(
@@ -251,7 +274,10 @@ def merge_plan(
         backend = CpuBackend(
             count, scratch_folder=writer.partial, scratch_bytes=memory_limit // _SCRATCH_SHARE
         )
-        run = _Run(plan, writer, backend, observe)
+        streamer = None
+        if devices:
+            streamer = Streamer(devices, backend.pool, inputs.fetch, gpu_memory=gpu_memory)
+        run = _Run(plan, writer, backend, streamer, observe)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
         with closing(in_order(run.tensor, pending, window)) as finished:
@@ -273,7 +299,7 @@ def merge_plan(
         resumed=len(plan.tensors) - len(pending),
         threads=count,
         isa=backends.isa(),
-        backend=backend.name,
+        backend=backend.name if streamer is None else "triton",
         io="direct" if writer.direct else "buffered",
         seed=plan.seed,
         peak_anonymous_bytes=run.peak_anonymous_bytes,
@@ -282,7 +308,7 @@ def merge_plan(
             for name, result in results.items()
             if "nonfinite" in result
         },
-        notes=plan.notes,
+        notes=(*plan.notes, *([note] if note else ()), *(streamer.notes if streamer else ())),
     )
 
 

@@ -177,6 +177,17 @@ class ModelWriter:
             return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
         return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
 
+    def pieces(self, name: str, piece_bytes: int) -> list[_C.Sink]:
+        """The tensor as ``RAW`` sinks of ``piece_bytes`` each but the last, to be filled in order;
+        instead of ``sink``.
+        """
+        slot = self._take(name)
+        file = self._files[slot.shard]
+        return [
+            file.sink(slot.begin + at, min(piece_bytes, slot.nbytes - at), "RAW")
+            for at in range(0, slot.nbytes, piece_bytes)
+        ]
+
     def write(self, name: str, data: bytes) -> None:
         """Fills the tensor from memory, instead of through a sink; follow it by ``computed``."""
         slot = self._take(name)

@@ -8,6 +8,7 @@ does not round to even).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK = 32768
 BLOCK = 2048
 WARPS = 4
+_LAUNCHING = threading.Lock()  # neither Triton's compiler nor its interpreter is made for threads
 HEAD = 2  # table columns before the addresses: element count, first chunk
 
 
@@ -272,7 +274,8 @@ def launch(
         return
     if registers and not torch.version.hip:
         meta["maxnreg"] = registers
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with _LAUNCHING, on_device:
         kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
 
 

@@ -47,6 +47,9 @@ def merge(
     ] = False,
     seed: Seed = None,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
+    gpu_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Tensors in flight on each GPU.")
+    ] = "2GiB",
     io: Annotated[Io, typer.Option(help="How to write.")] = Io.auto,
     max_shard_size: MaxShardSize = "5GB",
     quiet: Quiet = False,
@@ -67,6 +70,7 @@ def merge(
                 fresh=fresh,
                 io=io.value,
                 device=device.value,
+                gpu_memory=parse_size(gpu_memory, "--gpu-memory"),
                 progress=progress,
                 **limits,
             )
