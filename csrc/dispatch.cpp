@@ -9,6 +9,8 @@ namespace fastmerge {
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 namespace {
@@ -34,9 +36,14 @@ const std::vector<Candidate>& candidates() {
         const bool avx2 = false, avx512 = false;
         const Kernels *avx2_table = nullptr, *avx512_table = nullptr;
 #endif
+#if defined(__aarch64__)
+        const Kernels* neon_table = &kNeonKernels;
+#else
+        const Kernels* neon_table = nullptr;
+#endif
         return std::vector<Candidate>{{"avx512", avx512_table, avx512},
                                       {"avx2", avx2_table, avx2},
-                                      {"neon", nullptr, false},
+                                      {"neon", neon_table, neon_table != nullptr},
                                       {"scalar", &kScalarKernels, true}};
     }();
     return all;
