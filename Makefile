@@ -8,7 +8,8 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 CONSTRAINTS := tests/constraints.txt
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
+# --no-compile: compiling the bytecode of all of torch takes longer than what the tests import of it.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
 help:
 	@echo "make demo    two small llamas, merged, compared and asked a question"
