@@ -78,6 +78,36 @@ def load_merged(
     return model.eval()
 
 
+def merge_into(
+    model: Any,
+    recipe: RecipeLike,
+    *,
+    keep: str = "device",
+    threads: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Merges into the live ``model`` in place, on the device where it is.
+
+    recipe: text, path or dict; or coefficients, {model folder: number}, for the plain weighted sum
+    of those models. The parameters get what `load_merged` gives, bit for bit, and keep their type.
+    A GPU model's sources are kept for the next call, on the "device" or, ``keep``, in "pinned"
+    memory; ``fastmerge.live.forget(model)`` lets go of them. Raises FastmergeError where recipe and
+    model do not fit, before anything changes.
+    """
+    _transformers()
+    from fastmerge import api, live
+
+    if isinstance(recipe, Mapping) and recipe and "merge_method" not in recipe:
+        weights = {str(path): value for path, value in recipe.items()}
+        if all(isinstance(value, (int, float)) for value in weights.values()):
+            recipe = {
+                "merge_method": "linear",
+                "parameters": {"normalize": False},
+                "models": [{"model": m, "parameters": {"weight": w}} for m, w in weights.items()],
+            }
+    live.merge_into(model, api.plan(recipe, seed=seed), keep=keep, threads=threads)
+
+
 def load_tokenizer(source: RecipeLike, **kwargs: Any) -> Any:
     """The tokenizer of a model folder, or the one that a recipe's merge would take over."""
     transformers = _transformers()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge import _C, backends
+from fastmerge import _C, api, backends, live, llama
 from fastmerge.algebra import Merge, Source
 from fastmerge.compute import Computation
 from fastmerge.errors import FastmergeError
@@ -19,6 +19,7 @@ from fastmerge.methods import find
 from fastmerge.resident import Job, Resident
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
+BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = [(40, 32), (32,), (32, 48), (33, 5), (32,)]
 
 
@@ -121,3 +122,26 @@ def test_coefficients_of_the_callers_own():
         assert torch.equal(out, expected.to(torch.bfloat16))
     with pytest.raises(FastmergeError, match="one array for each job"):
         resident.combine([np.ones(2)])
+
+
+@pytest.mark.parametrize("keep, dtype", [("device", BF16), ("pinned", BF16), ("device", F32)])
+def test_merge_into_a_live_model(keep, dtype, zoo, monkeypatch):
+    """The GPU's way of `llama.merge_into`, sources kept between calls, against the CPU engine's."""
+    monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
+    a = zoo.base("a", layers=1)
+    b = zoo.tune(a, "b")
+    model = llama.load(a, dtype=dtype).to(DEVICE)
+    for t in (0.3, 0.8, 0.8):
+        recipe = {
+            "merge_method": "slerp", "base_model": str(a), "dtype": "bfloat16",
+            "parameters": {"t": t}, "models": [{"model": str(a)}, {"model": str(b)}],
+        }  # fmt: skip
+        plan = api.plan(recipe)
+        outcomes = live.merge_into(model, plan, keep=keep, gpu_memory=20_000)
+        assert set(outcomes) == {item.name for item in plan.tensors}
+        expected = llama.load_merged(recipe, threads=1).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.cpu(), expected[name].to(dtype))
+    assert len(live._HELD[model].tensors) == 2 * len(plan.tensors)
+    live.forget(model)
+    assert model not in live._HELD

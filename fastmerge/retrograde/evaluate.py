@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastmerge import _C, backends, engine, llama
+from fastmerge import _C, backends, engine, live, llama
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.retrograde.harness import Harness, quiet
@@ -208,6 +208,9 @@ class Resident:
             dtype = getattr(torch, self._settings.dtype)
             with quiet():
                 self._model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
+        if observe is None:
+            live.merge_into(self._model, plan, threads=self._threads)
+            return self._model
         parameters = self._model.state_dict()
         with torch.no_grad():
             for item, array in engine.materialise(plan, threads=self._threads):

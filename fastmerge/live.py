@@ -1,0 +1,197 @@
+"""Merges into the parameters of a live torch model, in place, on the device where they are.
+
+A model on a GPU is merged there from sources that stay on the device, or in pinned memory, between
+calls: a candidate of a walk or a sweep then costs the kernels' time and not a reload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from fastmerge import _C, algebra, backends, engine
+from fastmerge.algebra import Source
+from fastmerge.checkpoint import Checkpoint
+from fastmerge.compute import Outcome
+from fastmerge.errors import FastmergeError
+from fastmerge.plan import Plan, TensorPlan
+from fastmerge.resident import Job, Resident
+from fastmerge.stream import GPU_MEMORY_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+KEEP = ("device", "pinned")
+
+
+class _Prepared(NamedTuple):
+    """Merges of some of a plan's tensors. ``outs`` are the parameters, or tensors of the plan's
+    type where that is another one.
+    """
+
+    items: Sequence[TensorPlan]
+    outs: Sequence[torch.Tensor]
+    resident: Resident
+
+
+class _Held:
+    """What is kept for one model: source tensors, and the last plan's prepared merges."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[Any, torch.Tensor] = {}
+        self.plan_key = ""
+        self.prepared: list[_Prepared] = []
+
+
+_HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
+
+
+def merge_into(
+    model: Any,
+    plan: Plan,
+    *,
+    keep: str = "device",
+    threads: int | None = None,
+    gpu_memory: int = GPU_MEMORY_BYTES,
+) -> dict[str, Outcome]:
+    """Merges ``plan`` into ``model``'s parameters: what a folder written from it would hold.
+
+    ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
+    they pass through ``gpu_memory`` bytes of the device. `forget` lets go of them. Parameters on
+    the CPU are filled by the CPU kernels (``threads``). Returns what each tensor came to; on the
+    CPU that is nothing. Raises FastmergeError where plan and model do not fit, before any
+    parameter changes.
+    """
+    import torch
+
+    if keep not in KEEP:
+        raise FastmergeError(f"keep: unknown '{keep}'; use {' or '.join(KEEP)}")
+    targets = _targets(model, plan)
+    with torch.no_grad():
+        if not _uses_gpu(targets):
+            for item, array in engine.materialise(plan, threads=threads):
+                if item.name in targets:
+                    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+                    stored = raw.view(getattr(torch, item.dtype.name)).reshape(item.shape)
+                    targets[item.name].copy_(stored)
+            return {}
+        held = _HELD.setdefault(model, _Held())
+        outcomes: dict[str, Outcome] = {}
+        for items, outs, resident in _prepared(held, plan, targets, keep, gpu_memory):
+            for item, out, outcome in zip(items, outs, resident.run(), strict=True):
+                outcomes[item.name] = outcome
+                if out is not targets[item.name]:
+                    targets[item.name].copy_(out)
+    return outcomes
+
+
+def forget(model: Any) -> None:
+    """Lets go of the sources that were kept for ``model``."""
+    _HELD.pop(model, None)
+
+
+def _uses_gpu(targets: Mapping[str, torch.Tensor]) -> bool:
+    return any(target.device.type == "cuda" for target in targets.values())
+
+
+def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
+    """The model's tensor for each of the plan's; every parameter must be one of them or tied to
+    one.
+    """
+    state: dict[str, torch.Tensor] = model.state_dict()
+    targets: dict[str, torch.Tensor] = {}
+    for item in plan.tensors:
+        target = state.get(item.name)
+        # Old checkpoints hold inv_freq, which the model computes; integers stay.
+        if item.name.endswith("rotary_emb.inv_freq") or not item.dtype.mergeable:
+            continue
+        if target is None:
+            raise FastmergeError(f"the model has no parameter '{item.name}'")
+        if tuple(target.shape) != item.shape:
+            raise FastmergeError(
+                f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
+            )
+        targets[item.name] = target
+    filled = {target.data_ptr() for target in targets.values()}
+    for name, parameter in model.named_parameters():
+        if parameter.data_ptr() not in filled:
+            raise FastmergeError(f"the merge has no tensor for the model's parameter '{name}'")
+    return targets
+
+
+def _prepared(
+    held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], keep: str, gpu_memory: int
+) -> Iterator[_Prepared]:
+    """The merges of one plan; kept for the next call where all sources stay on the device."""
+    if keep == "device" and held.plan_key == plan.key:
+        yield from held.prepared
+        return
+    held.plan_key, held.prepared = "", []
+    made = []
+    for items in _groups(plan, targets, gpu_memory if keep == "pinned" else None):
+        device = targets[items[0].name].device
+        on_device: dict[Source, torch.Tensor] = {}
+        for source in algebra.leaves([item.root for item in items]):
+            stored = _source(held, plan.models[source.model], source.name, keep, device)
+            on_device[source] = stored.to(device, non_blocking=True)
+        outs = [_out(targets[item.name], item) for item in items]
+        jobs = [Job(item.name, item.root, out) for item, out in zip(items, outs, strict=True)]
+        prepared = _Prepared(items, outs, Resident(jobs, on_device.__getitem__))
+        if keep == "device":
+            made.append(prepared)
+        yield prepared
+    if keep == "device":
+        held.plan_key, held.prepared = plan.key, made
+
+
+def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
+    """The parameter itself, or a tensor of the plan's type, from which it is then filled."""
+    import torch
+
+    dtype = getattr(torch, item.dtype.name)
+    if target.dtype == dtype and target.is_contiguous():
+        return target
+    return torch.empty(item.shape, dtype=dtype, device=target.device)
+
+
+def _groups(
+    plan: Plan, targets: Mapping[str, torch.Tensor], limit: int | None
+) -> Iterator[Sequence[TensorPlan]]:
+    """The plan's tensors by device, in groups whose sources take at most ``limit`` bytes."""
+    group: list[TensorPlan] = []
+    size = 0
+    items = [item for item in plan.tensors if item.name in targets]
+    for item in sorted(items, key=lambda item: str(targets[item.name].device)):
+        sources = algebra.leaves([item.root])
+        nbytes = sum(plan.models[s.model].tensors[s.name].nbytes for s in sources)
+        other = bool(group) and targets[group[0].name].device != targets[item.name].device
+        if group and (other or (limit is not None and size + nbytes > limit)):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += nbytes
+    if group:
+        yield group
+
+
+def _source(
+    held: _Held, model: Checkpoint, name: str, keep: str, device: torch.device
+) -> torch.Tensor:
+    """A source tensor from where it is kept, read from its file the first time."""
+    import torch
+
+    key = (str(model.path), model.stamp, name, keep, str(device))
+    if key not in held.tensors:
+        view = model.view(name)
+        raw = torch.empty(view.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        pool = backends.cpu(backends.thread_count()).pool
+        into = _C.View(raw.data_ptr(), view.nbytes, "RAW", raw)
+        _C.copy(pool, _C.View(view.address, view.nbytes, "RAW", view), _C.MemorySink(into))
+        model.drop(name)
+        tensor = raw.view(getattr(torch, model.tensors[name].dtype.name))
+        tensor = tensor.reshape(model.tensors[name].shape)
+        held.tensors[key] = tensor.to(device) if keep == "device" else tensor
+    return held.tensors[key]

@@ -1,0 +1,57 @@
+"""Merges into a live model's parameters on the CPU; triton_live_cases.py has the GPU's side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastmerge import llama
+from fastmerge.errors import FastmergeError
+
+torch.set_num_threads(1)
+
+
+def slerp(a, b, t):
+    return (
+        f"merge_method: slerp\nbase_model: {a}\nparameters: {{t: {t}}}\ndtype: bfloat16\n"
+        f"models: [{{model: {a}}}, {{model: {b}}}]\n"
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merge_into_is_load_merged(zoo, tied):
+    a = zoo.base("a", tied=tied)
+    b = zoo.tune(a, "b")
+    model = llama.load(a)
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for t in (0.3, 0.8):
+        llama.merge_into(model, slerp(a, b, t), threads=1)
+        expected = llama.load_merged(slerp(a, b, t), threads=1).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[name])
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
+
+
+def test_coefficients_by_folder(zoo):
+    a = zoo.base("a")
+    b = zoo.tune(a, "b")
+    model, x, y = llama.load(a), llama.load(a).state_dict(), llama.load(b).state_dict()
+    llama.merge_into(model, {a: 1.25, b: -0.25}, threads=1)
+    for name, tensor in model.state_dict().items():
+        wanted = (1.25 * x[name].double() - 0.25 * y[name].double()).to(tensor.dtype)
+        torch.testing.assert_close(tensor, wanted, rtol=0.008, atol=0)  # the ties of one rounding
+
+
+def test_what_does_not_fit_changes_nothing(zoo):
+    a, other = zoo.base("a"), zoo.base("other", layers=1)
+    model = llama.load(other)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FastmergeError, match="the model has no parameter"):
+        llama.merge_into(model, {a: 1.0})
+    model = llama.load(a)
+    with pytest.raises(FastmergeError, match="no tensor for the model's parameter"):
+        llama.merge_into(model, {other: 1.0})
+    with pytest.raises(FastmergeError, match="keep: unknown 'disk'"):
+        llama.merge_into(model, {a: 1.0}, keep="disk")
+    again = llama.load(other).state_dict()
+    assert all(torch.equal(before[name], again[name]) for name in before)
