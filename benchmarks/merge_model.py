@@ -232,10 +232,13 @@ COLUMNS = (
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table for people; a bar stands in brackets behind what it judges."""
-    table = [["job", *(column[0] for column in COLUMNS)], ["---"] * (1 + len(COLUMNS))]
+    columns = [column for column in COLUMNS if any(column[1] in row for row in report["jobs"])]
+    if "sparse" in report["size"]:  # holes are read at no speed that means anything
+        columns = [column for column in columns if column[3] == MIB]
+    table = [["job", *(column[0] for column in columns)], ["---"] * (1 + len(columns))]
     for row in report["jobs"]:
         cells = [row["job"]]
-        for _, key, form, unit, bar_key, sense in COLUMNS:
+        for _, key, form, unit, bar_key, sense in columns:
             bar = row["bars"][bar_key] if bar_key else None
             value = format(row[key] / unit, form) if key in row else "-"
             cells.append(value if bar is None else f"{value} ({sense} {bar:g})")
