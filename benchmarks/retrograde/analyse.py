@@ -262,7 +262,9 @@ def tables(found: dict[str, list[Outcome]]) -> str:
     parts += [masks_table(found)]
     scorings = sum(o.record["evaluations"] for outcomes in found.values() for o in outcomes)
     seconds = sum(o.record["seconds"] for outcomes in found.values() for o in outcomes)
-    parts += [f"{scorings} scorings in {seconds / 60:.0f} minutes of one busy core.\n"]
+    parts += [
+        f"{scorings} scorings; {seconds / 60:.0f} minutes of wall time, summed over processes.\n"
+    ]
     return "\n".join(parts)
 
 
