@@ -27,6 +27,7 @@ from fastmerge.kernels.common import (
     locate,
     partition,
     put,
+    register_limit,
     upload,
     vectors,
 )
@@ -170,7 +171,7 @@ def combine(
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             HEAD=HEAD,
-            registers=128,
+            registers=register_limit(len(inputs)),
         )
     return int(bad[0])
 
@@ -230,7 +231,7 @@ class CombineBatch:
                 CHUNK=CHUNK,
                 BLOCK=block(len(key[0])),
                 HEAD=HEAD,
-                registers=128,
+                registers=register_limit(len(key[0])),
             )
             bad[torch.tensor(members, device=device)] = counts
         return bad

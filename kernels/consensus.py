@@ -32,6 +32,7 @@ from fastmerge.kernels.common import (
     partition,
     put,
     random_words,
+    register_limit,
     upload,
 )
 from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection
@@ -247,7 +248,7 @@ def consensus_many(
             BLOCK=block_size(len(key[2])),
             HEAD=HEAD,
             RULE=RULE,
-            registers=register_limit(len(key[2])),
+            registers=register_limit(2 * len(key[2])),
         )
         bad[torch.tensor(members, device=device)] = counts
     return bad
@@ -256,11 +257,6 @@ def consensus_many(
 def block_size(inputs: int) -> int:
     """Elements of one step: an entry takes twice the registers that it takes in combine."""
     return block(inputs) // 2
-
-
-def register_limit(inputs: int) -> int:
-    """Registers of a thread: enough that nothing spills, for sm_80 to sm_100."""
-    return 128 if inputs <= 4 else 255
 
 
 def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:

@@ -61,27 +61,35 @@ def _add_tile(
     """sums plus this block's products, summed along AXIS. TILE = (a0, a1, b0, b1): rows and columns
     of G.
     """
+    A0: tl.constexpr = TILE[0]
+    A1: tl.constexpr = TILE[1]
+    B0: tl.constexpr = TILE[2]
+    B1: tl.constexpr = TILE[3]
     base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED) if BASED else 0.0
     right = ()
-    for j in tl.static_range(TILE[2], TILE[3]):
+    for j in tl.static_range(B0, B1):
         right = right + (_vector(row, j, base, offsets, mask, CODES, BASED, ALIGNED, MASKED, HEAD),)
     added = ()
-    for i in tl.static_range(TILE[0], TILE[1]):
-        if TILE[0] == TILE[2]:  # on the diagonal the two sides are the same vectors
-            left = right[i - TILE[2]]
+    for i in tl.static_range(A0, A1):
+        if A0 == B0:  # on the diagonal the two sides are the same vectors
+            left = right[i - B0]
         else:
             left = _vector(row, i, base, offsets, mask, CODES, BASED, ALIGNED, MASKED, HEAD)
-        for j in tl.static_range(TILE[2], TILE[3]):
+        for j in tl.static_range(B0, B1):
             if j <= i:
-                added = added + (sums[len(added)] + tl.sum(left * right[j - TILE[2]], AXIS),)
+                added = added + (sums[len(added)] + tl.sum(left * right[j - B0], AXIS),)
     return added
 
 
 @triton.jit
 def _zeros(TILE: tl.constexpr, LANES: tl.constexpr):
+    A0: tl.constexpr = TILE[0]
+    A1: tl.constexpr = TILE[1]
+    B0: tl.constexpr = TILE[2]
+    B1: tl.constexpr = TILE[3]
     sums = ()
-    for i in tl.static_range(TILE[0], TILE[1]):
-        for j in tl.static_range(TILE[2], TILE[3]):
+    for i in tl.static_range(A0, A1):
+        for j in tl.static_range(B0, B1):
             if j <= i:
                 sums = sums + (tl.zeros([LANES], tl.float64),)
     return sums
@@ -97,6 +105,10 @@ def gram_kernel(
     step.
     """
     M: tl.constexpr = len(CODES)
+    A0: tl.constexpr = TILE[0]
+    A1: tl.constexpr = TILE[1]
+    B0: tl.constexpr = TILE[2]
+    B1: tl.constexpr = TILE[3]
     BLOCK: tl.constexpr = LANES * VECTOR
     _, row, begin, end = locate(table, owners, HEAD + M, CHUNK)
     within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -113,8 +125,8 @@ def gram_kernel(
             sums, row, offsets, offsets < end, CODES, BASED, ALIGNED, True, TILE, 1, HEAD
         )
     out = partials + tl.program_id(0).to(tl.int64) * (M * (M + 1) // 2)
-    for i in tl.static_range(TILE[0], TILE[1]):
-        for j in tl.static_range(TILE[2], TILE[3]):
+    for i in tl.static_range(A0, A1):
+        for j in tl.static_range(B0, B1):
             if j <= i:
                 tl.store(out + i * (i + 1) // 2 + j, tl.sum(sums[0], 0))
                 sums = sums[1:]
@@ -130,6 +142,10 @@ def gram_vectors_kernel(
     program).
     """
     M: tl.constexpr = len(CODES)
+    A0: tl.constexpr = TILE[0]
+    A1: tl.constexpr = TILE[1]
+    B0: tl.constexpr = TILE[2]
+    B1: tl.constexpr = TILE[3]
     pid = tl.program_id(0).to(tl.int64)
     sums = _zeros(TILE, LANES)
     if AXIS == 1:
@@ -147,8 +163,8 @@ def gram_vectors_kernel(
             offsets = r[:, None].to(tl.int64) * cols + c[None, :]
             sums = _add_tile(sums, table, offsets, mask, CODES, BASED, False, True, TILE, 0, HEAD)
     PAIRS: tl.constexpr = M * (M + 1) // 2
-    for i in tl.static_range(TILE[0], TILE[1]):
-        for j in tl.static_range(TILE[2], TILE[3]):
+    for i in tl.static_range(A0, A1):
+        for j in tl.static_range(B0, B1):
             if j <= i:
                 pair = i * (i + 1) // 2 + j
                 if AXIS == 1:

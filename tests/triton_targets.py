@@ -139,9 +139,9 @@ def _compiled(case, target):
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": common.WARPS, "enable_fp_fusion": False}
     if target.backend == "cuda" and case.startswith("combine_"):
-        options["maxnreg"] = 128
+        options["maxnreg"] = common.register_limit(len(constants["CODES"]))
     if target.backend == "cuda" and case.startswith("consensus_"):
-        options["maxnreg"] = consensus.register_limit(len(constants["MODES"]))
+        options["maxnreg"] = common.register_limit(2 * len(constants["MODES"]))
     return triton.compile(source, target=target, options=options)
 
 
