@@ -11,6 +11,9 @@ CONSTRAINTS := tests/constraints.txt
 # --no-compile: compiling the bytecode of all of torch takes longer than what the tests import of it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
+# Past the resolver: torch's CUDA builds pin triton 3.7, which the kernels do not compile under.
+TRITON := triton==3.9.0
+
 help:
 	@echo "make demo    two small llamas, merged, compared and asked a question"
 	@echo "make test    every test, in .venv"
@@ -24,6 +27,7 @@ help:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch setuptools wheel pybind11
 	$(PIP) --no-build-isolation -e '.[$*]'
+	$(PIP) --no-deps $(TRITON)
 	touch .venv/.built $@
 
 # Only the extension, after a change to its sources.

@@ -139,7 +139,8 @@ def test_scores_in_memory_equal_the_command_on_the_saved_folder(lab: Path) -> No
     }
     assert own.tasks["fm_choice"].count == 24
     items = own.tasks["fm_choice"].items
-    assert items is not None and sum(items["fm_choice"]) / 24 == own.tasks["fm_choice"].value
+    assert items is not None
+    assert sum(items["fm_choice"]) / 24 == pytest.approx(own.tasks["fm_choice"].value)
     # Perplexities steer by a bounded score: exp(log-likelihood per byte), item by item.
     texts = own.tasks["fm_text"].items
     assert texts is not None and all(0 < x <= 100 for x in texts["fm_text"])
