@@ -389,6 +389,8 @@ def test_sigint(recipe, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fastmerge", "merge", recipe, out],
         stdout=subprocess.PIPE, stderr=write_end, env={**os.environ, "PYTHONSAFEPATH": "1"},
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(write_end)
     deadline = time.monotonic() + 60
