@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from fastmerge.compute import Computation, Outcome
 from fastmerge.dtypes import DType
 from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
-from fastmerge.stream import GPU_MEMORY_BYTES, Streamer, choose_devices
+from fastmerge.stream import GPU_MEMORY_BYTES, Place, Streamer, choose_devices
 from fastmerge.writer import ModelWriter
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
@@ -175,9 +174,11 @@ class _Run:
         sources = algebra.leaves([item.root])
         nbytes = self._inputs.nbytes(sources)
         self._inputs.prefetch(sources)
-        outcome = self._streamed(item)
-        if outcome is None:
+        if self._streamer is None or isinstance(item.root, Source):
             outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
+        else:
+            place = Place(item.dtype, self._writer.parts(item.name))
+            outcome = self._streamer.run(item.name, item.root, item.shape, place)
         self._inputs.drop(sources)
         self._writer.computed(item.name, self._lineage(outcome))
         if self._observe is not None:
@@ -186,13 +187,6 @@ class _Run:
             self.bytes_read += nbytes
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes())
         return nbytes + output_bytes(item)
-
-    def _streamed(self, item: TensorPlan) -> Outcome | None:
-        """The tensor computed on a GPU; None where that is left to the CPU."""
-        if self._streamer is None or isinstance(item.root, Source):
-            return None
-        pieces = partial(self._writer.pieces, item.name)
-        return self._streamer.run(item.name, item.root, item.shape, item.dtype, pieces)
 
     def _lineage(self, outcome: Outcome) -> dict[str, Any]:
         """What one tensor's result followed from, for the journal and the lineage file."""
@@ -276,7 +270,7 @@ def merge_plan(
         )
         streamer = None
         if devices:
-            streamer = Streamer(devices, backend.pool, inputs.fetch, gpu_memory=gpu_memory)
+            streamer = Streamer(devices, backend, inputs.fetch, gpu_memory=gpu_memory)
         run = _Run(plan, writer, backend, streamer, observe)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)

@@ -1,10 +1,10 @@
 """Tensors from mapped files through a GPU to the writer: the engine's ``--device cuda``.
 
-Every thread of the engine's window has a lane: a CUDA stream and a ring of pinned pieces. A tensor
-is copied piece by piece into pinned memory and from there to the device, computed, and copied back
-the same way, all on its lane's stream; with several tensors in flight, copies in, kernels, copies
-out and the disk overlap. Device memory is handed out against a budget. A tensor that does not fit
-is computed on the CPU, which gives the same bits, and the report says so.
+A tensor takes a lane: a CUDA stream and a ring of pinned pieces. It is copied piece by piece into
+pinned memory and from there to the device, computed, and copied back the same way, all on its
+lane's stream; with several tensors in flight, copies in, kernels, copies out and the disk overlap.
+Device memory is handed out against a budget. A tensor that needs more than the budget, or more than
+the device has left, goes through several lanes in pieces, with the same bits.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from fastmerge import _C, algebra
-from fastmerge.algebra import Merge, Node, Source
+from fastmerge.algebra import Float64, Merge, Node, Source
+from fastmerge.backends import CpuBackend
 from fastmerge.compute import Computation, Outcome
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
+from fastmerge.sparsity import Selection, Sparsify
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 GPU_MEMORY_BYTES = 2 << 30
 PIECE_BYTES = 4 << 20  # 0.1 ms of PCIe; a lane pins four: two on the way in, two on the way out
+LANES = 3  # pieces of one tensor in flight on a device: on the way in, computed, on the way out
 
 
 def cuda_devices(where: str = "device cuda") -> list[str]:
@@ -44,101 +52,270 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
+class Place(NamedTuple):
+    """Where a tensor goes: ``sink(begin, nbytes)`` takes a part of its bytes, as RAW."""
+
+    dtype: DType
+    sink: Callable[[int, int], _C.Sink]
+
+
 class Streamer:
     """Computes tensors on GPUs for the threads of one merge."""
 
     def __init__(
         self,
         devices: Sequence[str],
-        pool: _C.Pool,
+        cpu: CpuBackend,
         fetch: Callable[[Source], _C.View],
         *,
         gpu_memory: int = GPU_MEMORY_BYTES,
     ) -> None:
         """``gpu_memory``: bytes of tensors in flight on each device."""
-        from fastmerge.kernels.backend import TritonBackend
-
-        self._pool, self._fetch = pool, fetch
-        self._budget = gpu_memory
-        self._backends = {device: TritonBackend(device) for device in devices}
+        self.devices, self.cpu, self.budget = devices, cpu, gpu_memory
+        self._fetch = fetch
         self._used = dict.fromkeys(devices, 0)
         self._free = threading.Condition()
-        self._lanes = threading.local()
-        self.too_large: list[str] = []  # names of the tensors that were left to the CPU
+        # An eighth for the allocator's rounding: giving memory back waits for the whole device.
+        self._limits = {d: _reserved(d) + gpu_memory * 9 // 8 for d in devices}
+        self._idle: dict[str, list[_Lane]] = {device: [] for device in devices}
+        self._split: dict[str, None] = {}  # tensors larger than the budget, in order
+        self._squeezed: dict[str, None] = {}  # tensors that the device had no room for
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
-        if not self.too_large:
-            return ()
-        note = (
-            f"{len(self.too_large)} tensors did not fit in {self._budget >> 20} MiB of GPU memory "
-            f"and were merged on the CPU (the first: {self.too_large[0]}); raise --gpu-memory"
-        )
-        return (note,)
+        said = []
+        if self._split:
+            said.append(
+                f"{_some(self._split)} needed more than {self.budget >> 20} MiB of GPU memory and "
+                "went through it in pieces; a larger --gpu-memory is faster"
+            )
+        if self._squeezed:
+            said.append(
+                f"the GPU ran out of memory: {_some(self._squeezed)} went through it in smaller "
+                "pieces; a smaller --gpu-memory, or fewer programs on the GPU, is faster"
+            )
+        return tuple(said)
 
-    def run(
-        self,
-        name: str,
-        root: Node,
-        shape: tuple[int, ...],
-        dtype: DType,
-        sinks: Callable[[int], Sequence[_C.Sink]],
-    ) -> Outcome | None:
-        """Computes one tensor; None, with nothing written, where it does not fit on a device.
-
-        ``sinks(piece_bytes)`` gives RAW sinks of the output's bytes, that many each but the last.
-        """
+    def run(self, name: str, root: Node, shape: tuple[int, ...], place: Place) -> Outcome:
+        """Computes one tensor into ``place``; raises FastmergeError if not even pieces fit."""
         import torch
 
-        need = device_bytes(root, shape, dtype, [self._fetch(s).nbytes for s in _sources(root)])
-        if need > self._budget:
-            self.too_large.append(name)
-            return None
-        with self._admitted(need) as device:
-            lane = self._lane(device)
+        sources = algebra.leaves([root])
+        need = device_bytes(root, shape, place.dtype, [self._fetch(s).nbytes for s in sources])
+        if need <= self.budget:
             try:
-                with lane.current():
-                    held = {s: lane.upload(self._pool, self._fetch(s)) for s in _sources(root)}
-                    out = torch.empty(
-                        math.prod(shape), dtype=getattr(torch, dtype.name), device=device
-                    )
-                    computation = Computation(self._backends[device], held.__getitem__, name, shape)
+                with self.lane(need) as lane:
+                    held = {s: lane.upload(self._fetch(s)) for s in sources}
+                    out = lane.empty(math.prod(shape), place.dtype)
+                    computation = Computation(lane.backend, held.__getitem__, name, shape)
                     outcome = computation.run(root, out)
                     held.clear()
-                    lane.download(self._pool, out, sinks(PIECE_BYTES))
-            except torch.OutOfMemoryError:  # others use the device too
-                torch.cuda.empty_cache()
-                self.too_large.append(name)
-                return None
-        return outcome
+                    lane.download(out, place)
+                return outcome
+            except torch.cuda.OutOfMemoryError:  # others use the device too
+                self.ran_out(name)
+        else:
+            self._split[name] = None
+        return Computation(_Pieces(self, name), self._fetch, name, shape).run(root, place)
+
+    def ran_out(self, name: str) -> None:
+        """Notes that the device had no room for (a piece of) the tensor; nothing of it is lost."""
+        import torch
+
+        self._squeezed[name] = None
+        torch.cuda.empty_cache()
 
     @contextmanager
-    def _admitted(self, need: int) -> Iterator[str]:
-        """Waits until some device has room for ``need`` bytes, and takes it there."""
+    def lane(self, need: int) -> Iterator[_Lane]:
+        """A lane of the device with most room, for this thread, once ``need`` bytes are free there.
+
+        The lane used last is taken first: torch keeps what a stream frees for that stream alone, so
+        that memory in use by few lanes at a time must not spread over all of them.
+        """
         with self._free:
-            self._free.wait_for(lambda: min(self._used.values()) + need <= self._budget)
+            self._free.wait_for(lambda: min(self._used.values()) + need <= self.budget)
             device = min(self._used, key=self._used.__getitem__)
             self._used[device] += need
+            idle = self._idle[device]
+            lane = idle.pop() if idle else None
         try:
-            yield device
+            lane = lane or _Lane(device, self.cpu.pool)
+            lane.trim(self._limits[device])
+            with lane.current():
+                yield lane
         finally:
             with self._free:
                 self._used[device] -= need
+                if lane is not None:
+                    idle.append(lane)
                 self._free.notify_all()
 
-    def _lane(self, device: str) -> _Lane:
-        lanes: dict[str, _Lane] = self._lanes.__dict__.setdefault("by_device", {})
-        if device not in lanes:
-            lanes[device] = _Lane(device)
-        return lanes[device]
+
+def _some(names: dict[str, None]) -> str:
+    first = next(iter(names))
+    return first if len(names) == 1 else f"{len(names)} tensors (the first: {first})"
+
+
+class _Pieces:
+    """The back end of one tensor too large for the device: inputs stay where they are mapped, and
+    every primitive takes them through the lanes piece by piece. The bits are those of the whole.
+
+    `select` stays on the CPU: a threshold is found in two or three readings of every entry, and the
+    host's memory is nearer to the host's cores than to the device.
+    """
+
+    name = "triton"
+
+    def __init__(self, streamer: Streamer, tensor: str) -> None:
+        self._streamer, self._tensor = streamer, tensor
+        self._cpu = streamer.cpu
+
+    def gram(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View | None,
+        *,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> Float64:
+        from fastmerge.kernels.gram import gram_partials, gram_total
+
+        if axis == 0:  # the sum of a column runs through all pieces, one after another
+            return self._cpu.gram(inputs, base, axis=axis, rows=rows, cols=cols)
+        views = [*inputs, *([] if base is None else [base])]
+
+        def sums(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> Float64:
+            xs, b = (tensors, None) if base is None else (tensors[:-1], tensors[-1])
+            shape = {"axis": axis, "rows": end - begin, "cols": cols}
+            made: Float64 = (
+                gram_partials(xs, b) if axis is None else lane.backend.gram(xs, b, **shape)
+            )
+            return made
+
+        found = np.concatenate(self._each(views, axis, rows, cols, 0, sums))
+        return found if axis == 1 else gram_total(found, self._streamer.devices[0])
+
+    def combine(
+        self,
+        inputs: Sequence[_C.View],
+        coefficients: Float64,
+        out: Place,
+        *,
+        divisor: float | None,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> int:
+        width = 1 if axis is None else cols
+
+        def sum_up(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
+            made = lane.empty((end - begin) * width, out.dtype)
+            own = coefficients[begin:end] if axis == 1 else coefficients
+            shape = {"axis": axis, "rows": end - begin, "cols": cols}
+            bad: int = lane.backend.combine(tensors, own, made, divisor=divisor, **shape)
+            lane.download(made, out, out.dtype.bytes_for(begin * width))
+            return bad
+
+        return sum(self._each(inputs, axis, rows, cols, out.dtype.bytes_for(width), sum_up))
+
+    def select(
+        self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
+    ) -> list[Selection]:
+        return self._cpu.select(inputs, base, specs)
+
+    def consensus(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View,
+        weights: Sequence[float],
+        selections: Sequence[Selection],
+        out: Place,
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+    ) -> int:
+        def agree(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
+            made = lane.empty(end - begin, out.dtype)
+            bad: int = lane.backend.consensus(
+                tensors[:-1], tensors[-1], weights, selections, made,
+                elect=elect, normalize=normalize, scale=scale, origin=begin,
+            )  # fmt: skip
+            lane.download(made, out, out.dtype.bytes_for(begin))
+            return bad
+
+        return sum(self._each([*inputs, base], None, 1, 0, out.dtype.bytes_for(1), agree))
+
+    def scratch(self, count: int) -> tuple[_C.View, Place]:
+        view, _ = self._cpu.scratch(count)
+
+        def sink(begin: int, nbytes: int) -> _C.Sink:
+            return _C.MemorySink(_C.View(view.address + begin, nbytes, "RAW", view))
+
+        return view, Place(BY_CODE[view.dtype], sink)
+
+    def _each(
+        self,
+        views: Sequence[_C.View],
+        axis: int | None,
+        rows: int,
+        cols: int,
+        out_bytes: int,
+        work: Callable[[_Lane, list[torch.Tensor], int, int], T],
+    ) -> list[T]:
+        """``work(lane, tensors, begin, end)`` on pieces of whole chunks, or with an axis of whole
+        rows, results in order. ``out_bytes``: what it makes of an element, or of a row.
+        """
+        from fastmerge.kernels.common import CHUNK
+
+        count, width, step = (views[0].count, 1, CHUNK) if axis is None else (rows, cols, 1)
+        row_bytes = out_bytes + sum(BY_CODE[view.dtype].bytes_for(width) for view in views)
+        budget = self._streamer.budget
+        if min(step, count) * row_bytes > budget:
+            raise FastmergeError(
+                f"--gpu-memory: {budget} bytes do not hold the smallest piece of {self._tensor}; "
+                f"give at least {min(step, count) * row_bytes}"
+            )
+
+        def run(begin: int, end: int) -> list[T]:
+            import torch
+
+            try:
+                with self._streamer.lane((end - begin) * row_bytes) as lane:
+                    parts = [view.slice(begin * width, end * width) for view in views]
+                    return [work(lane, [lane.upload(part) for part in parts], begin, end)]
+            except torch.cuda.OutOfMemoryError as error:
+                self._streamer.ran_out(self._tensor)
+                half = -(-(end - begin) // (2 * step)) * step  # whole steps
+                if half >= end - begin:
+                    raise FastmergeError(
+                        f"{self._tensor}: the GPU has no room for {(end - begin) * row_bytes} "
+                        "bytes; end other programs on it, or use --device cpu"
+                    ) from error
+            return [*run(begin, begin + half), *run(begin + half, end)]
+
+        size = max(1, budget // LANES // row_bytes // step) * step
+        pieces = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
+        with ThreadPoolExecutor(LANES * len(self._streamer.devices)) as threads:
+            running = [threads.submit(run, *piece) for piece in pieces]
+            try:
+                return [result for future in running for result in future.result()]
+            finally:
+                for future in running:
+                    future.cancel()
 
 
 class _Lane:
-    """One thread's stream on one device, and its pinned pieces."""
+    """A stream on one device and its pinned pieces; one thread at a time uses it."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, pool: _C.Pool) -> None:
+        from fastmerge.kernels.backend import TritonBackend
+
         torch: Any = _torch()
+        self.backend = TritonBackend(device)
+        self._pool = pool
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"  # the interpreter's tensors are on the CPU
         self._pieces = [
@@ -147,13 +324,25 @@ class _Lane:
         self._copied: list[Any] = [None] * 4  # the event after each piece's last copy
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
 
+    def trim(self, limit: int) -> None:
+        """Gives back what torch keeps for idle streams, where it holds over ``limit`` bytes."""
+        torch: Any = _torch()
+        if _reserved(str(self._device)) > limit:
+            torch.cuda.empty_cache()
+
     def current(self) -> Any:
         """A context in which torch and Triton use this lane's stream."""
         import torch
 
         return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
 
-    def upload(self, pool: _C.Pool, view: _C.View) -> torch.Tensor:
+    def empty(self, count: int, dtype: DType) -> torch.Tensor:
+        """Device memory for ``count`` elements."""
+        import torch
+
+        return torch.empty(count, dtype=getattr(torch, dtype.name), device=self._device)
+
+    def upload(self, view: _C.View) -> torch.Tensor:
         """A device copy of a mapped tensor."""
         import torch
 
@@ -164,32 +353,33 @@ class _Lane:
             nbytes = min(PIECE_BYTES, view.nbytes - begin)
             self._wait(piece)
             source = _C.View(view.address + begin, nbytes, "RAW", view)
-            _C.copy(pool, source, _C.MemorySink(self._view(piece, nbytes)))
+            _C.copy(self._pool, source, _C.MemorySink(self._view(piece, nbytes)))
             raw[begin : begin + nbytes].copy_(self._pieces[piece][:nbytes], non_blocking=True)
             self._mark(piece)
         return raw.view(getattr(torch, name))
 
-    def download(self, pool: _C.Pool, tensor: torch.Tensor, sinks: Sequence[_C.Sink]) -> None:
-        """Hands a device tensor's bytes to the sinks; the next piece is copied meanwhile."""
+    def download(self, tensor: torch.Tensor, place: Place, first_byte: int = 0) -> None:
+        """Hands a device tensor's bytes to ``place``, from ``first_byte`` of it on; the next piece
+        is copied meanwhile.
+        """
         import torch
 
         raw = tensor.view(torch.uint8)
         waiting: tuple[int, int, _C.Sink] | None = None
-        for number, sink in enumerate(sinks):
-            begin = number * PIECE_BYTES
+        for number, begin in enumerate(range(0, raw.numel(), PIECE_BYTES)):
             nbytes = min(PIECE_BYTES, raw.numel() - begin)
             piece = 2 + number % 2
             self._pieces[piece][:nbytes].copy_(raw[begin : begin + nbytes], non_blocking=True)
             self._mark(piece)
             if waiting is not None:
-                self._drain(pool, *waiting)
-            waiting = (piece, nbytes, sink)
+                self._drain(*waiting)
+            waiting = (piece, nbytes, place.sink(first_byte + begin, nbytes))
         if waiting is not None:
-            self._drain(pool, *waiting)
+            self._drain(*waiting)
 
-    def _drain(self, pool: _C.Pool, piece: int, nbytes: int, sink: _C.Sink) -> None:
+    def _drain(self, piece: int, nbytes: int, sink: _C.Sink) -> None:
         self._wait(piece)
-        _C.copy(pool, self._view(piece, nbytes), sink)
+        _C.copy(self._pool, self._view(piece, nbytes), sink)
 
     def _view(self, piece: int, nbytes: int) -> _C.View:
         pinned = self._pieces[piece]
@@ -206,15 +396,17 @@ class _Lane:
             self._copied[piece].synchronize()
 
 
+def _reserved(device: str) -> int:
+    """Bytes of the device that torch holds now, in use or not."""
+    torch: Any = _torch()
+    return int(torch.cuda.memory_reserved(device)) if device.startswith("cuda") else 0
+
+
 def _torch() -> Any:
     """torch, parts of which have no types."""
     import torch
 
     return torch
-
-
-def _sources(root: Node) -> list[Source]:
-    return algebra.leaves([root])
 
 
 def device_bytes(

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -177,16 +177,13 @@ class ModelWriter:
             return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
         return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
 
-    def pieces(self, name: str, piece_bytes: int) -> list[_C.Sink]:
-        """The tensor as ``RAW`` sinks of ``piece_bytes`` each but the last, to be filled in order;
-        instead of ``sink``.
+    def parts(self, name: str) -> Callable[[int, int], _C.Sink]:
+        """The tensor by its parts, instead of ``sink``: a function of (first byte, bytes) that
+        gives a ``RAW`` sink; every byte once, in order or nearly.
         """
         slot = self._take(name)
         file = self._files[slot.shard]
-        return [
-            file.sink(slot.begin + at, min(piece_bytes, slot.nbytes - at), "RAW")
-            for at in range(0, slot.nbytes, piece_bytes)
-        ]
+        return lambda begin, nbytes: file.sink(slot.begin + begin, nbytes, "RAW")
 
     def write(self, name: str, data: bytes) -> None:
         """Fills the tensor from memory, instead of through a sink; follow it by ``computed``."""

@@ -64,9 +64,18 @@ class TritonBackend:
         elect: bool,
         normalize: bool,
         scale: float,
+        origin: int = 0,
     ) -> int:
         return consensus.consensus(
-            inputs, base, weights, selections, out, elect=elect, normalize=normalize, scale=scale
+            inputs,
+            base,
+            weights,
+            selections,
+            out,
+            elect=elect,
+            normalize=normalize,
+            scale=scale,
+            origin=origin,
         )
 
     def scratch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ No float atomics: the same bits on every run of the same GPU model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -276,10 +277,13 @@ def gram_many(
 
 def _sums(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> torch.Tensor:
     """The lower triangles of one batch, float64 (segments, pairs), on the device."""
+    return _reduced(_partials(batch, kinds, based, straight), batch.first_chunks)
+
+
+def _partials(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> torch.Tensor:
+    """The lower triangles of each chunk, float64 (chunks, pairs), on the device."""
     m, device = len(kinds), batch.table.device
-    pairs = m * (m + 1) // 2
-    partials = torch.empty(batch.chunks, pairs, dtype=torch.float64, device=device)
-    result = torch.zeros(len(batch.indices), pairs, dtype=torch.float64, device=device)
+    partials = torch.empty(batch.chunks, m * (m + 1) // 2, dtype=torch.float64, device=device)
     for tile in _tiles(m):
         launch(
             gram_kernel,
@@ -297,19 +301,45 @@ def _sums(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool) -> 
             CHUNK=CHUNK,
             HEAD=HEAD,
         )
+    return partials
+
+
+def _reduced(partials: torch.Tensor, first_chunks: NDArray[np.int64]) -> torch.Tensor:
+    """Each segment's partial sums added in chunk order: float64 (segments, pairs)."""
+    segments, pairs = len(first_chunks) - 1, partials.shape[1]
+    result = torch.zeros(segments, pairs, dtype=torch.float64, device=partials.device)
     width = triton.next_power_of_2(pairs)
     launch(
         reduce_kernel,
-        len(batch.indices),
-        device,
+        segments,
+        partials.device,
         partials,
-        upload(batch.first_chunks, device),
+        upload(first_chunks, partials.device),
         result,
         PAIRS=pairs,
         WIDTH=width,
         STEP=max(1, 1024 // width),
     )
     return result
+
+
+def gram_partials(
+    inputs: Sequence[torch.Tensor], base: torch.Tensor | None = None
+) -> NDArray[np.float64]:
+    """The sums of each CHUNK elements, (chunks, pairs). `gram_total` of those of a tensor's pieces,
+    end to end, is `gram` of the tensor, bit for bit, where all but the last are whole chunks.
+    """
+    check(inputs, base, None)
+    xs = [*([base] if base is not None else []), *inputs]
+    partials = _partials(group([0], [xs]), codes(xs), base is not None, aligned(xs))
+    return np.asarray(partials.cpu().numpy())
+
+
+def gram_total(partials: NDArray[np.float64], device: str | torch.device) -> NDArray[np.float64]:
+    """The Gram matrix that a tensor's partial sums, (chunks, pairs), come to."""
+    firsts = np.array([0, len(partials)], dtype=np.int64)
+    sums = _reduced(upload(partials, torch.device(device)), firsts)
+    return _square(sums.cpu().numpy(), math.isqrt(2 * partials.shape[1]))[0]
 
 
 def vector_elements(kinds: tuple[int, ...]) -> int:

@@ -19,7 +19,7 @@ from fastmerge.kernels import consensus as consensus_module
 from fastmerge.kernels import select as select_module
 from fastmerge.kernels.combine import combine, combine_many
 from fastmerge.kernels.consensus import consensus, consensus_many
-from fastmerge.kernels.gram import gram, gram_many
+from fastmerge.kernels.gram import gram, gram_many, gram_partials, gram_total
 from fastmerge.kernels.select import select, select_many
 from fastmerge.sparsity import (
     ALL,
@@ -222,6 +222,18 @@ def test_gram_many_is_gram():
     xs = [[normal([n, i], n, dtype=d) for i in range(2)] for n in (0, 1, 3000) for d in (BF16, F32)]
     for one, pair in zip(gram_many(xs), xs, strict=True):
         assert (one == gram(pair)).all()
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_gram_of_pieces_is_gram_bit_for_bit(based):
+    size = 3 * common.CHUNK + 77
+    base = normal(0, size, dtype=BF16) if based else None
+    xs = [normal(1, size, dtype=BF16), normal(2, size, dtype=F32)]
+    parts = [
+        gram_partials([x[a:b] for x in xs], None if base is None else base[a:b])
+        for a, b in itertools.pairwise([0, common.CHUNK, 3 * common.CHUNK, size])
+    ]
+    assert (gram_total(np.concatenate(parts), DEVICE) == gram(xs, base)).all()
 
 
 def test_gram_of_nan_is_nan():

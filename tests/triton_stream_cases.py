@@ -51,29 +51,120 @@ def test_the_same_bytes_as_on_the_cpu(method, zoo, tmp_path):
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 
+def family(zoo, vocab: int) -> list[Path]:
+    base = zoo.base(layers=1, vocab=vocab)
+    return [base, zoo.tune(base, "a", seed=1), zoo.tune(base, "b", seed=2, dtype="F32")]
+
+
+@pytest.fixture
+def wide(zoo):
+    """A llama of one layer whose embeddings are two chunks long, and two tunes of it."""
+    return family(zoo, 1100)
+
+
+def of_wide(wide, method: str, parameters: dict | None = None) -> dict:
+    base, *tunes = wide
+    head = {"merge_method": method, "base_model": str(base), "dtype": "bfloat16"}
+    models = tunes
+    own = {"weight": 0.6, **({"density": 0.5} if method in ("ties", "dare_ties") else {})}
+    if method in ("slerp", "model_stock"):
+        own = {}
+        models = wide[:2] if method == "slerp" else tunes
+    listed = [{"model": str(m), "parameters": own} for m in models]
+    return head | {"models": listed, "parameters": parameters or {}}
+
+
+# Parameters; vocabulary; bytes for one chunk of three tensors and the output, or for a few rows.
+CHUNKS, ROWS = (1100, 400_000), (40, 12_000)
+SPLIT = {
+    "slerp": ({"t": 0.3}, CHUNKS),
+    "linear": ({}, CHUNKS),
+    "ties": ({}, CHUNKS),
+    "dare_ties": ({}, CHUNKS),
+    "nuslerp": ({"nuslerp_flatten": False}, ROWS),
+    "nuslerp by columns": ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, ROWS),
+    "model_stock": ({"filter_wise": True}, ROWS),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
 @pytest.mark.usefixtures("device")
-def test_what_does_not_fit_is_merged_on_the_cpu_and_said(zoo, tmp_path):
-    given = recipe(zoo, "ties")
-    given.pop("seed")
-    api.merge(given, tmp_path / "cpu")
-    report = api.merge(given, tmp_path / "gpu", device="cuda", gpu_memory=2_102_000)
-    assert any("did not fit" in note and "--gpu-memory" in note for note in report.notes)
-    assert not any("12 tensors" in note for note in report.notes)  # the small ones did fit
+def test_tensors_larger_than_the_budget_are_merged_in_pieces(case, zoo, tmp_path):
+    parameters, (vocab, room) = SPLIT[case]
+    given = of_wide(family(zoo, vocab), case.split()[0], parameters)
+    if case == "linear":
+        del given["base_model"]
+    api.merge(given, tmp_path / "cpu", seed=3)
+    report = api.merge(given, tmp_path / "gpu", seed=3, device="cuda", gpu_memory=room)
+    assert report.backend == "triton"
+    assert any("in pieces" in note and "--gpu-memory" in note for note in report.notes)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 
 @pytest.mark.usefixtures("device")
-def test_out_of_memory_falls_back_and_is_said(zoo, tmp_path, monkeypatch):
-    given = recipe(zoo, "slerp")
+def test_a_merge_of_merges_in_pieces(wide, tmp_path):
+    first = of_wide(wide, "ties") | {"name": "first"}
+    second = {
+        "merge_method": "slerp", "base_model": str(wide[0]), "parameters": {"t": 0.4},
+        "dtype": "bfloat16", "models": [{"model": str(wide[0])}, {"model": "first"}],
+    }  # fmt: skip
+    api.merge([first, second], tmp_path / "cpu")
+    report = api.merge([first, second], tmp_path / "gpu", device="cuda", gpu_memory=400_000)
+    assert any("in pieces" in note for note in report.notes)
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.usefixtures("device")
+def test_a_device_short_of_memory_takes_smaller_pieces_and_says_so(wide, tmp_path, monkeypatch):
+    given = of_wide(wide, "ties")
     api.merge(given, tmp_path / "cpu")
+    upload = stream._Lane.upload
 
-    def exhausted(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def short(lane, view):  # no room for more than one chunk
+        if view.count > common.CHUNK:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return upload(lane, view)
 
-    monkeypatch.setattr(stream._Lane, "upload", exhausted)
+    monkeypatch.setattr(stream._Lane, "upload", short)
     report = api.merge(given, tmp_path / "gpu", device="cuda")
-    assert any("did not fit" in note for note in report.notes)
+    assert any("ran out of memory: 2 tensors" in note for note in report.notes)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.usefixtures("device")
+def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_path, monkeypatch):
+    given = of_wide(wide, "slerp", {"t": 0.3})
+    with monkeypatch.context() as patch:
+
+        def exhausted(*_: object) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(stream._Lane, "upload", exhausted)
+        with pytest.raises(FastmergeError, match=r"the GPU has no room.*--device cpu"):
+            api.merge(given, tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
+    api.merge(given, tmp_path / "out", device="cpu")
+    with pytest.raises(FastmergeError, match=r"--gpu-memory: 90 bytes .*; give at least \d+"):
+        api.merge(given, tmp_path / "other", device="cuda", gpu_memory=90)
+
+
+@pytest.mark.usefixtures("device")
+def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
+    made, used = [], []
+    init, lane = stream._Lane.__init__, stream.Streamer.lane
+
+    def count(self, *given):
+        made.append(self)
+        init(self, *given)
+
+    def watch(self, need):
+        used.append(max(self._used.values()))
+        return lane(self, need)
+
+    monkeypatch.setattr(stream._Lane, "__init__", count)
+    monkeypatch.setattr(stream.Streamer, "lane", watch)
+    api.merge(of_wide(wide, "ties"), tmp_path / "out", device="cuda", gpu_memory=400_000)
+    assert max(used) <= 400_000 and len(made) < len(used)
 
 
 def test_no_gpu_is_one_clear_line(zoo, tmp_path, monkeypatch):
