@@ -192,7 +192,15 @@ def test_package_is_typed_and_complete() -> None:
 def test_base_install_needs_no_heavy_package() -> None:
     base = [r for r in metadata.requires("fastmerge") or [] if "extra ==" not in r]
     names = sorted(r.split(">")[0].strip().lower() for r in base)
-    assert names == ["numpy", "pydantic", "pyyaml", "rich", "safetensors", "typer"]
+    assert names == [
+        "markdown-it-py",
+        "numpy",
+        "pydantic",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "typer",
+    ]
     assert not [r for r in base if "==" in r or "<" in r or "~" in r], "lower bounds only"
 
 

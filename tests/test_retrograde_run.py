@@ -366,7 +366,7 @@ def test_the_report_says_plainly_what_was_found(
     from types import SimpleNamespace
 
     from fastmerge.retrograde import report
-    from fastmerge.retrograde.runner import Row
+    from fastmerge.retrograde.comparison import Row
     from fastmerge.retrograde.scores import Scores, TaskScore
 
     rows = []

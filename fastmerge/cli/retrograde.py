@@ -12,7 +12,7 @@ from fastmerge import console
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.runner import Trajectory
+    from fastmerge.retrograde.walking import Trajectory
 
 SchedulePath = Annotated[
     Path, typer.Argument(metavar="SCHEDULE", help="Schedule in YAML.", show_default=False)
@@ -39,7 +39,7 @@ def retrograde(
     json: Json = False,
 ) -> None:
     """Walk between strong and weak models as SCHEDULE says; measure, compare, report in OUT."""
-    from fastmerge.retrograde import report, runner
+    from fastmerge.retrograde import runner
 
     if dry_run:
         described = runner.describe(schedule, evaluate=not no_evaluate)
@@ -65,6 +65,8 @@ def retrograde(
             )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", INTERRUPTED)
+    from fastmerge.retrograde import report
+
     lines = report.compare_lines(result)
     if json:
         console.print_json(report.as_json(result, lines))
@@ -90,7 +92,7 @@ class _Steps:
         self._began = False
 
     def __call__(self, trajectory: Trajectory) -> None:
-        from fastmerge.retrograde import report
+        from fastmerge.retrograde import lineage
 
         if self._quiet:
             return
@@ -107,10 +109,10 @@ class _Steps:
             _line(
                 record.move.number,
                 record.move.step.kind,
-                report.other_label(trajectory, record),
-                report.step_text(record.move.step),
+                lineage.other_label(trajectory, record),
+                lineage.step_text(record.move.step),
                 record.score,
-                report.verdict(record),
+                lineage.verdict(record),
             )
         )
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.evaluate import Lab
-    from fastmerge.retrograde.runner import Result, Trajectory, open_space, run, walk
+    from fastmerge.retrograde.opening import open_space
+    from fastmerge.retrograde.runner import Result, run
     from fastmerge.retrograde.schedule import Schedule, load
     from fastmerge.retrograde.scores import Scores, TaskScore
     from fastmerge.retrograde.states import Blend, Model, Space, average, blend
+    from fastmerge.retrograde.walking import Trajectory, walk
 
 __all__ = [
     "Blend",
@@ -37,10 +39,12 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Lab",), "evaluate"),
-    **dict.fromkeys(("Result", "Trajectory", "open_space", "run", "walk"), "runner"),
+    **dict.fromkeys(("open_space",), "opening"),
+    **dict.fromkeys(("Result", "run"), "runner"),
     **dict.fromkeys(("Schedule", "load"), "schedule"),
     **dict.fromkeys(("Scores", "TaskScore"), "scores"),
     **dict.fromkeys(("Blend", "Model", "Space", "average", "blend"), "states"),
+    **dict.fromkeys(("Trajectory", "walk"), "walking"),
 }
 
 

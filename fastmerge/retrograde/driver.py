@@ -7,12 +7,14 @@ is also how an interrupted run resumes: it walks again over the scores it has wr
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fastmerge.errors import FastmergeError
+from fastmerge.methods import METHODS
 from fastmerge.retrograde.schedule import Schedule, Step
 
 Scores = Mapping[
@@ -33,7 +35,7 @@ class Move:
     origin: int
     other: tuple[str, int]
     why: str  # how the partner was chosen, for the report
-    seed: int  # of the step's random draws
+    seed: int | None  # of the masks, where the method draws any
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def next_step(schedule: Schedule, state: State, scores: Scores) -> Move | None:
     else:
         target, why = _ancestor(state, step)
         other = ("state", target)
-    seed = int(_generator(state.seed, number, 1).integers(2**31))
+    draws = METHODS[step.method].random
+    seed = int(_generator(state.seed, number, 1).integers(2**31)) if draws else None
     return Move(number, step, state.current, other, why, seed)
 
 
@@ -162,7 +165,7 @@ def final_state(schedule: Schedule, state: State) -> int:
 
 def draw_seed() -> int:
     """A seed for a schedule that names none; the run prints and records it."""
-    return int(np.random.SeedSequence().generate_state(1)[0])
+    return secrets.randbits(32)
 
 
 def _partner(

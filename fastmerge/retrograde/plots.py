@@ -10,7 +10,7 @@ from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.report import Line
-    from fastmerge.retrograde.runner import Trajectory
+    from fastmerge.retrograde.walking import Trajectory
 
 _DEGRADE, _RETRACE, _BASELINE, _OTHER = "#c0392b", "#1f6fb4", "#222222", "#8a8a8a"
 

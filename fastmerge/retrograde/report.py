@@ -1,24 +1,24 @@
-"""What a run leaves to read: trajectory.json, report.md, report.html, plots, the card's lineage."""
+"""What a run leaves to read: trajectory.json, report.md, report.html and plots."""
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 import statistics as stats
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.recipe import Setting
-from fastmerge.retrograde import driver, plots
+from fastmerge.retrograde import plots
 from fastmerge.retrograde.harness import leaderboard_table
-from fastmerge.retrograde.schedule import Step
+from fastmerge.retrograde.lineage import figure, other_label, step_table
 from fastmerge.retrograde.scores import Scores, none, write_atomically
 from fastmerge.retrograde.statistics import Interval, difference, holm, interval
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.runner import Result, Row, Trajectory
+    from fastmerge.retrograde.comparison import Row
+    from fastmerge.retrograde.runner import Result
+    from fastmerge.retrograde.walking import Trajectory
 
 
 @dataclass(frozen=True)
@@ -89,89 +89,6 @@ def split_name(lines: Sequence[Line]) -> str:
 
 
 # --- in words ---
-
-
-def shown(setting: Setting) -> str:
-    """A parameter as a person would write it."""
-    parts = []
-    for rule in setting.rules:
-        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in rule.values]
-        text = values[0] if len(values) == 1 else f"[{', '.join(values)}]"
-        parts.append(text if rule.filter is None else f"{rule.filter}: {text}")
-    return "; ".join(parts)
-
-
-def step_text(step: Step) -> str:
-    """The method and its parameters: 'ties(t=0.3, density=0.5)'."""
-    inner = ", ".join(f"{name}={shown(value)}" for name, value in step.parameters.items())
-    return f"{step.method}({inner})"
-
-
-def other_label(trajectory: Trajectory, record: driver.Record) -> str:
-    """Whom a step merged with."""
-    kind, number = record.move.other
-    if kind == "model":
-        return trajectory.schedule.labels[number]
-    return trajectory.schedule.labels[0] if number == 0 else f"state {number}"
-
-
-def verdict(record: driver.Record) -> str:
-    """What became of a candidate."""
-    if record.accepted:
-        return "kept" if record.judged else "taken"
-    return f"refused, back to state {record.state}"
-
-
-def lineage_text(trajectory: Trajectory) -> str:
-    """The schedule with the steps taken, as the recipe recorded in the model: valid YAML."""
-    lines = [
-        "# The final state of a retrograde schedule (fastmerge retrograde); steps taken:",
-        f"#   seed {trajectory.seed}; state 0 is {trajectory.schedule.labels[0]}",
-    ]
-    for record in trajectory.state.records:
-        move = record.move
-        lines.append(
-            f"#   {move.number}: from state {move.origin}, {move.step.kind} to "
-            f"{other_label(trajectory, record)} by {step_text(move.step)}: "
-            f"{verdict(record)}"
-        )
-    lines.append(f"#   the model is state {trajectory.final}")
-    return "\n".join(lines) + "\n" + trajectory.schedule.text
-
-
-def lineage_section(trajectory: Trajectory) -> str:
-    """The model card's section on where the model comes from."""
-    return "\n".join(["\n## Lineage\n", *_step_table(trajectory, geometry=False)]) + "\n"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None or value != value else f"{value:.{digits}f}"
-
-
-def _step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
-    titles = ["step", "kind", "from", "with", "method", "score, %", "verdict"]
-    label, score = trajectory.schedule.labels[0], trajectory.state.baseline_score
-    rows = [["0", "baseline", "", label, "", _number(score), ""]]
-    for record in trajectory.state.records:
-        move = record.move
-        rows.append(
-            [
-                str(move.number),
-                move.step.kind,
-                str(move.origin),
-                f"{other_label(trajectory, record)} ({move.why})",
-                step_text(move.step),
-                _number(record.score),
-                verdict(record),
-            ]
-        )
-    if geometry:
-        titles += ["angle", "distance"]
-        for row, place in zip(rows, trajectory.geometry, strict=True):
-            row.append("-" if place is None else f"{place.angle:.3f}°")
-            row.append("-" if place is None else f"{100 * place.relative_norm:.2f} %")
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str]:
@@ -275,7 +192,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
     parts.append("## The walk\n")
     if "trajectory.png" in pictures:
         parts.append("![accuracy against step](trajectory.png)")
-    parts.append("\n".join(_step_table(trajectory)))
+    parts.append("\n".join(step_table(trajectory)))
     parts.append(
         "*From*: the state a step starts at. *Angle* and *distance* (in percent of the baseline's "
         "norm) say how far the candidate lies from the baseline's weights."
@@ -365,8 +282,8 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
     for number, label in enumerate(schedule.labels):
         own = trajectory.models.get(number)
         digest = result.space.template.models[number].fingerprint[:16]
-        measured = _number(None if own is None else own.value)
-        rows.append(f"| {label} | {_number(given[number])} | {measured} | `{digest}` |")
+        measured = figure(None if own is None else own.value)
+        rows.append(f"| {label} | {figure(given[number])} | {measured} | `{digest}` |")
     parts = ["## Setup", "\n".join(rows)]
     if lines:
         steer = ", ".join(lines[0].row.steer.tasks)
@@ -486,67 +403,21 @@ def _line_json(line: Line) -> dict[str, Any]:
     }
 
 
-# --- HTML ---
-
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
 color:#222}table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{border:1px solid #ccc;
 padding:.25rem .5rem;text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1rem;
 overflow:auto}code{background:#f5f5f5}"""
 
 
-def page(text: str, pictures: dict[str, bytes]) -> str:
+def page(text: str, pictures: Mapping[str, bytes]) -> str:
     """The Markdown of this report as one self-contained page, pictures inside."""
-    body: list[str] = []
-    blocks = text.split("\n\n")
-    place = 0
-    while place < len(blocks):
-        block = blocks[place]
-        while block.count("```") % 2:  # a fence may hold blank lines
-            place += 1
-            block += "\n\n" + blocks[place]
-        body.append(_block(block.strip("\n"), pictures))
-        place += 1
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for name, data in pictures.items():
+        inside = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        body = body.replace(f'src="{name}"', f'src="{inside}"')
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Retrograde run</title>"
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>\n{body}</body></html>\n"
     )
-
-
-def _block(block: str, pictures: dict[str, bytes]) -> str:
-    if block.startswith("#"):
-        level = len(block) - len(block.lstrip("#"))
-        title, _, rest = block.lstrip("# ").partition("\n")
-        heading = f"<h{level}>{_inline(title)}</h{level}>"
-        return heading + (_block(rest.strip(), pictures) if rest.strip() else "")
-    if block.startswith("!["):
-        alt, _, name = block[2:].rstrip(")").partition("](")
-        data = base64.b64encode(pictures[name]).decode()
-        return f"<p><img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'></p>"
-    if "```" in block:
-        before, _, rest = block.partition("```")
-        code = rest.partition("\n")[2].rpartition("```")[0]
-        return f"<p>{_inline(before.strip())}</p><pre>{html.escape(code)}</pre>"
-    if block.startswith("|"):
-        rows = [row.strip("|").split("|") for row in block.splitlines()]
-        head = "".join(f"<th>{_inline(cell.strip())}</th>" for cell in rows[0])
-        cells = "".join(
-            "<tr>" + "".join(f"<td>{_inline(cell.strip())}</td>" for cell in row) + "</tr>"
-            for row in rows[2:]
-        )
-        return f"<table><tr>{head}</tr>{cells}</table>"
-    if block.startswith("- "):
-        items = "".join(f"<li>{_inline(line[2:])}</li>" for line in block.splitlines())
-        return f"<ul>{items}</ul>"
-    return f"<p>{_inline(block)}</p>"
-
-
-def _inline(text: str) -> str:
-    escaped = html.escape(text)
-    for mark, tag in (("**", "b"), ("`", "code"), ("*", "i")):
-        pieces = escaped.split(mark)
-        if len(pieces) % 2 == 0:
-            continue  # an unpaired mark is just a character
-        escaped = "".join(
-            piece if i % 2 == 0 else f"<{tag}>{piece}</{tag}>" for i, piece in enumerate(pieces)
-        )
-    return escaped

@@ -84,7 +84,7 @@ def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Ble
     return blend("linear", operands, weights, parameters={"normalize": constant(False)})
 
 
-def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int) -> Blend:
+def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int | None) -> Blend:
     """The state that ``step`` makes of ``state`` and ``other``; t is the fraction of the way.
 
     Delta methods with the state as base: state + t * merge(other - state). With a fixed base the

@@ -1,0 +1,79 @@
+"""The schedule beside what one merge could have done, with as many evaluations each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastmerge.retrograde import baselines
+from fastmerge.retrograde.evaluate import Lab
+from fastmerge.retrograde.scores import Scores
+from fastmerge.retrograde.states import Expr, Model, Space, average
+from fastmerge.retrograde.walking import Trajectory, geometry_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a state, how it was found, and its scores."""
+
+    name: str
+    how: str
+    state: Expr
+    steer: Scores
+    holdout: Scores | None
+    evaluations: int
+    repeats: tuple[float, ...] = ()  # reported scores with other masks, where masks are drawn
+
+
+def compare(
+    trajectory: Trajectory, space: Space, lab: Lab, *, on_row: Callable[[str], None] | None = None
+) -> tuple[Row, ...]:
+    """The schedule beside its one-shot equivalent, the baseline and the families of ``compare``.
+
+    Every family gets as many evaluations as the walk made; the chosen ones meet the hold-out once.
+    """
+    schedule = trajectory.schedule
+    settings = schedule.compare
+    final = trajectory.states[trajectory.final]
+    measured = [s for s in trajectory.scores[1:] if s is not None]
+    budget = settings.budget if settings and settings.budget else max(1, len(measured))
+    repeats = settings.seeds if settings else 1
+    found = [
+        baselines.Entry(
+            "schedule", final, lab.score(final), len(measured), "the walk's final state"
+        )
+    ]
+    place = geometry_of(space, lab, final)
+    if place is not None and not isinstance(final, Model):
+        one = average([Model(i) for i in range(space.count)], list(place.one_shot))
+        how = (
+            f"one linear merge at the walk's effective weights ({place.residual:.1%} off the walk)"
+        )
+        found.append(baselines.Entry("one_shot", one, lab.score(one), 0, how))
+    found.append(
+        baselines.Entry("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label)
+    )
+    pool = baselines.pool_of(schedule, trajectory.used)
+    own = [trajectory.models[i].value for i in sorted(trajectory.models)]
+    stages = schedule.evaluate.stages if schedule.evaluate else ()
+    for name in settings.methods if settings else ():
+        if on_row is not None:
+            on_row(name)
+        entry = baselines.search(
+            name, pool, lab, own, budget=budget, seed=trajectory.seed, stages=stages
+        )
+        if entry is not None:
+            found.append(entry)
+    return tuple(_row(entry, lab, repeats) for entry in found)
+
+
+def _row(entry: baselines.Entry, lab: Lab, repeats: int) -> Row:
+    assert lab.scorer is not None
+    split = "holdout" if lab.scorer.has("holdout") else "steer"
+    held = lab.score(entry.state, "holdout") if split == "holdout" else None
+    again: tuple[float, ...] = ()
+    if repeats > 1 and baselines.is_random(entry.state):
+        first = held.value if held is not None else entry.steer.value
+        others = [baselines.reseeded(entry.state, shift) for shift in range(1, repeats)]
+        again = (first, *(lab.score(state, split).value for state in others))
+    return Row(entry.name, entry.how, entry.state, entry.steer, held, entry.candidates, again)

@@ -1,0 +1,126 @@
+"""From a schedule to its models: the plan that checks them, and their Gram matrices, found once and
+kept beside the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge import engine
+from fastmerge.algebra import Float64, Merge, Source
+from fastmerge.plan import Plan, make_plan
+from fastmerge.recipe import Document, Recipe
+from fastmerge.recipe_yaml import LocatedDict, LocatedList
+from fastmerge.retrograde.schedule import Schedule
+from fastmerge.retrograde.scores import digest
+from fastmerge.retrograde.states import Space, merged
+from fastmerge.stage import View, position
+
+
+def open_template(schedule: Schedule) -> Plan:
+    """The plan of a linear merge of all models of the run: from headers, can they be merged?"""
+    owners = [(entry.model, entry.at("model")) for entry in (schedule.baseline, *schedule.pool)]
+    if len(schedule.references) > len(owners):
+        owners.append((schedule.references[-1], schedule.at("base_model")))
+    models = LocatedList()
+    for reference, where in owners:
+        entry = LocatedDict(model=reference, parameters=_located({"weight": 1.0}, where))
+        entry.where, entry.at = where, {"model": where, "parameters": where}
+        models.append(entry)
+    models.where, models.at = schedule.where, [where for _, where in owners]
+    document = {
+        "merge_method": "linear",
+        "models": models,
+        "parameters": _located({"normalize": False}, schedule.where),
+        "dtype": schedule.dtype,
+        **({} if schedule.out_dtype is None else {"out_dtype": schedule.out_dtype}),
+    }
+    if schedule.out_dtype is None:
+        del document["dtype"]  # the models' own type
+    recipe = Recipe((Document.model_validate(_located(document, schedule.where)),), schedule.text)
+    return make_plan(recipe, base_folder=schedule.folder)
+
+
+def _located(values: Mapping[str, Any], where: str) -> LocatedDict:
+    found = LocatedDict(values)
+    found.where, found.at = where, dict.fromkeys(values, where)
+    return found
+
+
+def open_space(
+    schedule: Schedule,
+    *,
+    cache: Path | None = None,
+    threads: int | None = None,
+    progress: engine.Progress | None = None,
+) -> Space:
+    """The models' geometry: one pass over the weights, or none where ``cache`` holds its result."""
+    template = open_template(schedule)
+    known = {} if cache is None else cached_grams(cache, template)
+    return space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
+
+
+def space_of(
+    schedule: Schedule,
+    template: Plan,
+    known: Mapping[str, Float64],
+    *,
+    cache: Path | None = None,
+    threads: int | None = None,
+    progress: engine.Progress | None = None,
+) -> Space:
+    """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
+    items = merged(template)
+    missing = {
+        item.name: [part for part in item.root.operands if isinstance(part, Source)]
+        for item in items
+        if isinstance(item.root, Merge) and item.name not in known
+    }
+    found = dict(known)
+    if missing:
+        found |= engine.grams(template.models, missing, threads=threads, progress=progress)
+        if cache is not None:
+            keep_grams(cache, template, found)
+    grams = np.stack([found[item.name] for item in items])
+    return Space(template, grams, positions(template), origin(schedule))
+
+
+def positions(template: Plan) -> list[float]:
+    """Where each merged tensor's layer lies in its stack, for gradients."""
+    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor)
+    return [position(whole, item.name) for item in merged(template)]
+
+
+def origin(schedule: Schedule) -> int:
+    return 0 if schedule.base_model is None else schedule.model_index("base_model") or 0
+
+
+def _gram_key(template: Plan) -> str:
+    return digest([model.fingerprint for model in template.models])
+
+
+def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
+    """What an earlier run of the same models left; nothing where there was none."""
+    if not path.is_file():
+        return {}
+    with np.load(path) as file:
+        if str(file["key"]) != _gram_key(template):
+            return {}
+        names = [str(name) for name in file["names"]]
+        return dict(zip(names, file["grams"], strict=True))
+
+
+def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            key=np.array(_gram_key(template)),
+            names=np.array(list(grams)),
+            grams=np.stack(list(grams.values())),
+        )
+    temporary.replace(path)

@@ -1,0 +1,126 @@
+"""Takes the steps of a schedule: the driver's moves as expressions over the models, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fastmerge.retrograde import driver
+from fastmerge.retrograde.driver import Move, State
+from fastmerge.retrograde.schedule import Schedule
+from fastmerge.retrograde.scores import Scores
+from fastmerge.retrograde.states import Blend, Expr, Geometry, Model, Space, take
+
+if TYPE_CHECKING:  # a walk that measures nothing does without
+    from fastmerge.retrograde.evaluate import Lab
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a walk did; ``states`` and ``geometry`` are by step, 0 the baseline."""
+
+    schedule: Schedule
+    state: State
+    states: tuple[Expr, ...]
+    scores: tuple[Scores | None, ...]
+    geometry: tuple[Geometry | None, ...]
+    models: Mapping[int, Scores]  # steering scores of the baseline and the pool, by number
+    seed: int
+    evaluator: str  # what scored, or ""
+
+    @property
+    def final(self) -> int:
+        """The step whose state is the final model."""
+        return driver.final_state(self.schedule, self.state)
+
+    @property
+    def used(self) -> list[int]:
+        """The pool models that the walk merged in, in order of first use."""
+        return list(dict.fromkeys(
+            r.move.other[1] for r in self.state.records if r.move.other[0] == "model"
+        ))  # fmt: skip
+
+
+OnStep = Callable[[Trajectory], None]
+
+
+def walk(
+    schedule: Schedule,
+    space: Space,
+    lab: Lab | None,
+    seed: int,
+    *,
+    on_step: OnStep | None = None,
+) -> Trajectory:
+    """Takes every step of the schedule. ``lab`` None: nothing is measured."""
+    models: dict[int, Scores] = {}
+    given = {
+        i: e.accuracy
+        for i, e in enumerate((schedule.baseline, *schedule.pool))
+        if e.accuracy is not None
+    }
+    evaluates = lab is not None and lab.scorer is not None
+    if lab is not None and evaluates:
+        models = {i: lab.score(Model(i)) for i in range(len(schedule.pool) + 1)}
+    accuracies = {**given, **{i: scores.value for i, scores in models.items()}}
+    states: list[Expr] = [Model(0)]
+    scores: list[Scores | None] = [models.get(0)]
+    geometry: list[Geometry | None] = [geometry_of(space, lab, Model(0))]
+    state = State(seed=seed, baseline_score=accuracies.get(0))
+
+    def so_far() -> Trajectory:
+        return Trajectory(
+            schedule, state, tuple(states), tuple(scores), tuple(geometry), models, seed,
+            lab.scorer.version if lab is not None and lab.scorer is not None else "",
+        )  # fmt: skip
+
+    if on_step is not None:
+        on_step(so_far())
+    while True:
+        state = replace(
+            state, distances=_distances(schedule, space, lab, states[state.current], state)
+        )
+        move = driver.next_step(schedule, state, accuracies)
+        if move is None:
+            return so_far()
+        states.append(make(schedule, move, states))
+        score = None
+        if lab is not None and evaluates and driver.measured(schedule, move.number):
+            score = lab.score(states[-1])
+        scores.append(score)
+        geometry.append(geometry_of(space, lab, states[-1]))
+        state = driver.judge(schedule, state, move, None if score is None else score.value)
+        if on_step is not None:
+            on_step(so_far())
+
+
+def make(schedule: Schedule, move: Move, states: Sequence[Expr]) -> Blend:
+    """The candidate that ``move`` makes; ``states`` by step number."""
+    kind, number = move.other
+    other: Expr = Model(number) if kind == "model" else states[number]
+    return take(schedule, move.step, states[move.origin], other, move.seed)
+
+
+def geometry_of(space: Space, lab: Lab | None, state: Expr) -> Geometry | None:
+    factors = space.coefficients(state)
+    if factors is not None:
+        return space.geometry(factors)
+    if not space.is_measured:
+        return None
+    return None if lab is None or lab.scorer is None else lab.geometry(state)
+
+
+def _distances(
+    schedule: Schedule, space: Space, lab: Lab | None, current: Expr, state: State
+) -> Mapping[int, float]:
+    """Each pool model's angle to the current state, where the next step needs it."""
+    number = len(state.records)
+    steps = schedule.steps
+    if number >= len(steps) or steps[number].partner not in ("nearest", "farthest"):
+        return {}
+    found = geometry_of(space, lab, current)
+    if found is None:
+        assert lab is not None
+        found = lab.geometry(current)
+    return {i: found.angles[i] for i in range(1, len(schedule.pool) + 1)}
