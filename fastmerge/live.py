@@ -6,6 +6,7 @@ calls: a candidate of a walk or a sweep then costs the kernels' time and not a r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,12 +20,15 @@ from fastmerge.compute import Outcome
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.resident import Job, Resident
-from fastmerge.stream import GPU_MEMORY_BYTES
+from fastmerge.stream import GPU_MEMORY_BYTES, Lane
 
 if TYPE_CHECKING:
     import torch
 
-KEEP = ("device", "pinned")
+KEEP = ("auto", "device", "pinned")
+_LEAST_BYTES = (
+    64 << 20
+)  # of the device for sources that pass through; with less, something is wrong
 
 
 class _Prepared(NamedTuple):
@@ -42,8 +46,19 @@ class _Held:
 
     def __init__(self) -> None:
         self.tensors: dict[Any, torch.Tensor] = {}
+        self.lanes: dict[torch.device, Lane] = {}
         self.plan_key = ""
         self.prepared: list[_Prepared] = []
+
+    @staticmethod
+    def key(model: Checkpoint, name: str, keep: str, device: torch.device) -> tuple[Any, ...]:
+        """What a source tensor is kept under."""
+        return str(model.path), model.stamp, name, keep, str(device)
+
+    def let_go_of_device(self) -> None:
+        """Forgets what lies in device memory, and keeps what is pinned."""
+        self.plan_key, self.prepared = "", []
+        self.tensors = {key: x for key, x in self.tensors.items() if key[3] == "pinned"}
 
 
 _HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
@@ -53,22 +68,22 @@ def merge_into(
     model: Any,
     plan: Plan,
     *,
-    keep: str = "device",
+    keep: str = "auto",
     threads: int | None = None,
     gpu_memory: int = GPU_MEMORY_BYTES,
 ) -> dict[str, Outcome]:
     """Merges ``plan`` into ``model``'s parameters: what a folder written from it would hold.
 
     ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
-    they pass through ``gpu_memory`` bytes of the device. `forget` lets go of them. Parameters on
-    the CPU are filled by the CPU kernels (``threads``). Returns what each tensor came to; on the
-    CPU that is nothing. Raises FastmergeError where plan and model do not fit, before any
-    parameter changes.
+    they pass through ``gpu_memory`` bytes of the device; "auto" is the device where they fit, and
+    warns where they do not. `forget` lets go of them. Parameters on the CPU are filled by the CPU
+    kernels (``threads``). Returns what each tensor came to; on the CPU that is nothing. Raises
+    FastmergeError where plan and model do not fit, before any parameter changes.
     """
     import torch
 
     if keep not in KEEP:
-        raise FastmergeError(f"keep: unknown '{keep}'; use {' or '.join(KEEP)}")
+        raise FastmergeError(f"keep: unknown '{keep}'; use {', '.join(KEEP)}")
     targets = _targets(model, plan)
     with torch.no_grad():
         if not _uses_gpu(targets):
@@ -79,13 +94,71 @@ def merge_into(
                     targets[item.name].copy_(stored)
             return {}
         held = _HELD.setdefault(model, _Held())
-        outcomes: dict[str, Outcome] = {}
-        for items, outs, resident in _prepared(held, plan, targets, keep, gpu_memory):
-            for item, out, outcome in zip(items, outs, resident.run(), strict=True):
-                outcomes[item.name] = outcome
-                if out is not targets[item.name]:
-                    targets[item.name].copy_(out)
+        place = _place(held, plan, targets) if keep == "auto" else keep
+        while True:
+            try:
+                return _merged_on_gpu(held, plan, targets, place, gpu_memory)
+            except torch.cuda.OutOfMemoryError as error:
+                held.let_go_of_device()
+                torch.cuda.empty_cache()
+                if keep == "device" or (place == "pinned" and gpu_memory < 2 * _LEAST_BYTES):
+                    raise FastmergeError(
+                        "the GPU has no room to merge the model in its memory, and its weights may "
+                        "be half old, half new; end other programs on it, use keep='pinned', or "
+                        "load the model on the CPU"
+                    ) from error
+                gpu_memory = gpu_memory // 2 if place == "pinned" else gpu_memory
+                place = "pinned"
+                _warn(f"ran out of memory; sources now pass through {gpu_memory >> 20} MiB of it")
+
+
+def _merged_on_gpu(
+    held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], place: str, gpu_memory: int
+) -> dict[str, Outcome]:
+    outcomes: dict[str, Outcome] = {}
+    for items, outs, resident in _prepared(held, plan, targets, place, gpu_memory):
+        for item, out, outcome in zip(items, outs, resident.run(), strict=True):
+            outcomes[item.name] = outcome
+            if out is not targets[item.name]:
+                targets[item.name].copy_(out)
     return outcomes
+
+
+def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
+    """ "device" where all sources have room beside the model, else "pinned"."""
+    need: dict[torch.device, int] = {}
+    for item in plan.tensors:
+        if item.name not in targets:
+            continue
+        device = targets[item.name].device
+        for source in algebra.leaves([item.root]):
+            if held.key(plan.models[source.model], source.name, "device", device) in held.tensors:
+                continue
+            nbytes = plan.models[source.model].tensors[source.name].nbytes
+            need[device] = need.get(device, 0) + nbytes
+    for device, nbytes in need.items():
+        room = _room(device)
+        if room is not None and nbytes > room:
+            _warn(
+                f"has {room / 1e9:.1f} GB free on {device} and the sources take {nbytes / 1e9:.1f} "
+                "GB; they stay in pinned memory"
+            )
+            return "pinned"
+    return "device"
+
+
+def _room(device: torch.device) -> int | None:
+    """Bytes of the device that sources may fill: a tenth of what is free is left for the merge."""
+    import torch
+
+    if device.type != "cuda":  # the interpreter's
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + cached) * 9 // 10
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"merge_into: the GPU {what}", stacklevel=3)
 
 
 def forget(model: Any) -> None:
@@ -183,15 +256,22 @@ def _source(
     """A source tensor from where it is kept, read from its file the first time."""
     import torch
 
-    key = (str(model.path), model.stamp, name, keep, str(device))
+    key = held.key(model, name, keep, device)
     if key not in held.tensors:
-        view = model.view(name)
-        raw = torch.empty(view.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        view, entry = model.view(name), model.tensors[name]
         pool = backends.cpu(backends.thread_count()).pool
-        into = _C.View(raw.data_ptr(), view.nbytes, "RAW", raw)
-        _C.copy(pool, _C.View(view.address, view.nbytes, "RAW", view), _C.MemorySink(into))
+        if keep == "device":
+            if device not in held.lanes:
+                held.lanes[device] = Lane(str(device), pool)
+            lane = held.lanes[device]
+            with lane.current():
+                tensor = lane.upload(view)
+            lane.wait()
+        else:
+            raw = torch.empty(view.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            into = _C.View(raw.data_ptr(), view.nbytes, "RAW", raw)
+            _C.copy(pool, _C.View(view.address, view.nbytes, "RAW", view), _C.MemorySink(into))
+            tensor = raw.view(getattr(torch, entry.dtype.name))
         model.drop(name)
-        tensor = raw.view(getattr(torch, model.tensors[name].dtype.name))
-        tensor = tensor.reshape(model.tensors[name].shape)
-        held.tensors[key] = tensor.to(device) if keep == "device" else tensor
+        held.tensors[key] = tensor.reshape(entry.shape)
     return held.tensors[key]

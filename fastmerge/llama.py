@@ -82,7 +82,7 @@ def merge_into(
     model: Any,
     recipe: RecipeLike,
     *,
-    keep: str = "device",
+    keep: str = "auto",
     threads: int | None = None,
     seed: int | None = None,
 ) -> None:
@@ -90,9 +90,9 @@ def merge_into(
 
     recipe: text, path or dict; or coefficients, {model folder: number}, for the plain weighted sum
     of those models. The parameters get what `load_merged` gives, bit for bit, and keep their type.
-    A GPU model's sources are kept for the next call, on the "device" or, ``keep``, in "pinned"
-    memory; ``fastmerge.live.forget(model)`` lets go of them. Raises FastmergeError where recipe and
-    model do not fit, before anything changes.
+    A GPU model's sources are kept for the next call: ``keep`` "device" or "pinned" memory, or
+    "auto", which warns where it must pin; ``fastmerge.live.forget(model)`` lets go of them. Raises
+    FastmergeError where recipe and model do not fit, before anything changes.
     """
     _transformers()
     from fastmerge import api, live

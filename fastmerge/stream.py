@@ -77,7 +77,7 @@ class Streamer:
         self._free = threading.Condition()
         # An eighth for the allocator's rounding: giving memory back waits for the whole device.
         self._limits = {d: _reserved(d) + gpu_memory * 9 // 8 for d in devices}
-        self._idle: dict[str, list[_Lane]] = {device: [] for device in devices}
+        self._idle: dict[str, list[Lane]] = {device: [] for device in devices}
         self._split: dict[str, None] = {}  # tensors larger than the budget, in order
         self._squeezed: dict[str, None] = {}  # tensors that the device had no room for
 
@@ -127,7 +127,7 @@ class Streamer:
         torch.cuda.empty_cache()
 
     @contextmanager
-    def lane(self, need: int) -> Iterator[_Lane]:
+    def lane(self, need: int) -> Iterator[Lane]:
         """A lane of the device with most room, for this thread, once ``need`` bytes are free there.
 
         The lane used last is taken first: torch keeps what a stream frees for that stream alone, so
@@ -140,7 +140,7 @@ class Streamer:
             idle = self._idle[device]
             lane = idle.pop() if idle else None
         try:
-            lane = lane or _Lane(device, self.cpu.pool)
+            lane = lane or Lane(device, self.cpu.pool)
             lane.trim(self._limits[device])
             with lane.current():
                 yield lane
@@ -186,7 +186,7 @@ class _Pieces:
             return self._cpu.gram(inputs, base, axis=axis, rows=rows, cols=cols)
         views = [*inputs, *([] if base is None else [base])]
 
-        def sums(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> Float64:
+        def sums(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> Float64:
             xs, b = (tensors, None) if base is None else (tensors[:-1], tensors[-1])
             shape = {"axis": axis, "rows": end - begin, "cols": cols}
             made: Float64 = (
@@ -210,7 +210,7 @@ class _Pieces:
     ) -> int:
         width = 1 if axis is None else cols
 
-        def sum_up(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
+        def sum_up(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty((end - begin) * width, out.dtype)
             own = coefficients[begin:end] if axis == 1 else coefficients
             shape = {"axis": axis, "rows": end - begin, "cols": cols}
@@ -237,7 +237,7 @@ class _Pieces:
         normalize: bool,
         scale: float,
     ) -> int:
-        def agree(lane: _Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
+        def agree(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty(end - begin, out.dtype)
             bad: int = lane.backend.consensus(
                 tensors[:-1], tensors[-1], weights, selections, made,
@@ -263,7 +263,7 @@ class _Pieces:
         rows: int,
         cols: int,
         out_bytes: int,
-        work: Callable[[_Lane, list[torch.Tensor], int, int], T],
+        work: Callable[[Lane, list[torch.Tensor], int, int], T],
     ) -> list[T]:
         """``work(lane, tensors, begin, end)`` on pieces of whole chunks, or with an axis of whole
         rows, results in order. ``out_bytes``: what it makes of an element, or of a row.
@@ -307,7 +307,7 @@ class _Pieces:
                     future.cancel()
 
 
-class _Lane:
+class Lane:
     """A stream on one device and its pinned pieces; one thread at a time uses it."""
 
     def __init__(self, device: str, pool: _C.Pool) -> None:
@@ -335,6 +335,11 @@ class _Lane:
         import torch
 
         return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
+
+    def wait(self) -> None:
+        """Until everything asked of the lane is done, so that any stream may use what it made."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def empty(self, count: int, dtype: DType) -> torch.Tensor:
         """Device memory for ``count`` elements."""

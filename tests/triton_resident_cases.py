@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge import _C, api, backends, live, llama
+from fastmerge import _C, algebra, api, backends, live, llama
 from fastmerge.algebra import Merge, Source
 from fastmerge.compute import Computation
 from fastmerge.errors import FastmergeError
@@ -145,3 +145,55 @@ def test_merge_into_a_live_model(keep, dtype, zoo, monkeypatch):
     assert len(live._HELD[model].tensors) == 2 * len(plan.tensors)
     live.forget(model)
     assert model not in live._HELD
+
+
+def exhausted_above(nbytes: int):
+    """A lane's upload, or a group of sources, for a device with room for ``nbytes`` only."""
+    whole = live._groups
+
+    def groups(plan, targets, limit):
+        for group in whole(plan, targets, limit):
+            sources = algebra.leaves([item.root for item in group])
+            size = sum(plan.models[s.model].tensors[s.name].nbytes for s in sources)
+            if size > nbytes:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            yield group
+
+    return groups
+
+
+def two_models(zoo):
+    a = zoo.base("a", layers=1)
+    recipe = {
+        "merge_method": "slerp", "base_model": str(a), "dtype": "bfloat16",
+        "parameters": {"t": 0.4}, "models": [{"model": str(a)}, {"model": str(zoo.tune(a, "b"))}],
+    }  # fmt: skip
+    return llama.load(a, dtype=BF16).to(DEVICE), recipe
+
+
+def test_a_device_too_small_for_the_sources_pins_them_and_says_so(zoo, monkeypatch):
+    monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
+    monkeypatch.setattr(live, "_LEAST_BYTES", 1 << 10)
+    model, recipe = two_models(zoo)
+    expected = llama.load_merged(recipe, threads=1).state_dict()
+    monkeypatch.setattr(live, "_room", lambda device: 1000)
+    with pytest.warns(UserWarning, match=r"0.0 GB free.*stay in pinned memory"):
+        live.merge_into(model, api.plan(recipe))
+    assert all(torch.equal(x.cpu(), expected[n]) for n, x in model.state_dict().items())
+
+    monkeypatch.setattr(live, "_room", lambda device: None)
+    monkeypatch.setattr(live, "_groups", exhausted_above(20_000))  # the largest tensor's sources
+    with pytest.warns(UserWarning, match="ran out of memory; sources now pass through"):
+        live.merge_into(model, api.plan(recipe), gpu_memory=1 << 16)
+    assert all(torch.equal(x.cpu(), expected[n]) for n, x in model.state_dict().items())
+    assert all(key[3] == "pinned" for key in live._HELD[model].tensors)
+
+
+def test_a_device_kept_to_is_refused_in_one_line(zoo, monkeypatch):
+    monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
+    model, recipe = two_models(zoo)
+    monkeypatch.setattr(live, "_groups", exhausted_above(100))
+    with pytest.raises(FastmergeError, match=r"no room to merge the model.*keep='pinned'"):
+        live.merge_into(model, api.plan(recipe), keep="device")
+    with pytest.raises(FastmergeError, match="keep: unknown 'gpu'; use auto, device, pinned"):
+        live.merge_into(model, api.plan(recipe), keep="gpu")

@@ -118,14 +118,14 @@ def test_a_merge_of_merges_in_pieces(wide, tmp_path):
 def test_a_device_short_of_memory_takes_smaller_pieces_and_says_so(wide, tmp_path, monkeypatch):
     given = of_wide(wide, "ties")
     api.merge(given, tmp_path / "cpu")
-    upload = stream._Lane.upload
+    upload = stream.Lane.upload
 
     def short(lane, view):  # no room for more than one chunk
         if view.count > common.CHUNK:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return upload(lane, view)
 
-    monkeypatch.setattr(stream._Lane, "upload", short)
+    monkeypatch.setattr(stream.Lane, "upload", short)
     report = api.merge(given, tmp_path / "gpu", device="cuda")
     assert any("ran out of memory: 2 tensors" in note for note in report.notes)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
@@ -139,7 +139,7 @@ def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_p
         def exhausted(*_: object) -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(stream._Lane, "upload", exhausted)
+        patch.setattr(stream.Lane, "upload", exhausted)
         with pytest.raises(FastmergeError, match=r"the GPU has no room.*--device cpu"):
             api.merge(given, tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
@@ -151,7 +151,7 @@ def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_p
 @pytest.mark.usefixtures("device")
 def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
     made, used = [], []
-    init, lane = stream._Lane.__init__, stream.Streamer.lane
+    init, lane = stream.Lane.__init__, stream.Streamer.lane
 
     def count(self, *given):
         made.append(self)
@@ -161,7 +161,7 @@ def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
         used.append(max(self._used.values()))
         return lane(self, need)
 
-    monkeypatch.setattr(stream._Lane, "__init__", count)
+    monkeypatch.setattr(stream.Lane, "__init__", count)
     monkeypatch.setattr(stream.Streamer, "lane", watch)
     api.merge(of_wide(wide, "ties"), tmp_path / "out", device="cuda", gpu_memory=400_000)
     assert max(used) <= 400_000 and len(made) < len(used)
