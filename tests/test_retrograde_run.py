@@ -302,6 +302,44 @@ def test_a_sweep_writes_what_single_merges_write(files: Path, zoo: Any) -> None:
         assert all((zoo.read(out / f"t={t}")[n] == x).all() for n, x in ends.items())
 
 
+def test_a_sweep_is_scored_and_resumes(files: Path) -> None:
+    (files / "evaluate.yml").write_text("callable: sweeping:score\n")
+    (files / "sweeping.py").write_text(
+        "from pathlib import Path\n"
+        "def score(model):\n"
+        "    log = Path(__file__).with_name('log')\n"
+        "    log.write_text((log.read_text() if log.exists() else '') + 'x')\n"
+        "    return {'norm': float(model.lm_head.weight.float().norm())}\n"
+    )
+    arguments = ["sweep", str(files / "slerp.yml"), str(files / "out")]
+    arguments += ["--evaluate", str(files / "evaluate.yml"), "--t"]
+    done = invoke(*arguments, "0:1:0.5")
+    assert done.exit_code == 0, done.output
+    assert "best: t = " in done.output and (files / "out" / "sweep.png").stat().st_size > 1000
+    assert invoke(*arguments, "0,1").exit_code == 2  # not empty
+    done = invoke(*arguments, "0,0.25,0.5", "--resume")
+    assert done.exit_code == 0, done.output
+    assert (files / "log").read_text() == "xxxx"  # only t = 0.25 was new
+    points = json.loads((files / "out" / "sweep.json").read_text())["points"]
+    assert [point["t"] for point in points] == [0.0, 0.25, 0.5]
+    (files / "evaluate.yml").write_text("callable: sweeping:score\nlimit: 3\n")
+    assert "evaluate.yml:2: sweeping:score takes no 'limit'" in invoke(*arguments, "0,1").output
+    (files / "slerp.yml").write_text((files / "slerp.yml").read_text() + "out_dtype: float32\n")
+    (files / "evaluate.yml").write_text("callable: sweeping:score\n")
+    assert "was begun with another recipe" in invoke(*arguments, "0,1", "--resume").output
+
+
+def test_without_matplotlib_a_measured_run_stops_before_it_starts(
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmerge.retrograde import plots
+
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(FastmergeError, match=r"pip install 'fastmerge\[plot\]'"):
+        run(schedule, tmp_path / "out", score=score)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_without_a_t_is_refused(files: Path) -> None:
     path = files / "slerp.yml"
     path.write_text(

@@ -150,6 +150,9 @@ def sweep(
         Path | None,
         typer.Option(help="File with a schedule's evaluate keys: write scores, not models."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep that OUT holds.")
+    ] = False,
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
@@ -163,13 +166,21 @@ def sweep(
             console.put(f"t = {point.t:<8g} {what}")
 
     values = parse_range(t)
-    with console.Progress("reading the models", quiet=quiet) as progress:
-        run(
-            recipe,
-            out,
-            values,
-            evaluate=evaluate,
-            threads=threads,
-            progress=progress,
-            on_point=show,
-        )
+    try:
+        with console.Progress("reading the models", quiet=quiet) as progress:
+            points = run(
+                recipe,
+                out,
+                values,
+                evaluate=evaluate,
+                resume=resume,
+                threads=threads,
+                progress=progress,
+                on_point=show,
+            )
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with --resume continues", INTERRUPTED)
+    scored = [(point.scores.value, -point.t) for point in points if point.scores is not None]
+    if scored and not quiet:
+        best, t_best = max(scored, key=lambda pair: (pair[0] == pair[0], *pair))
+        console.put(f"best: t = {-t_best:g}, {best:.2f} %; plot: {out / 'sweep.png'}")

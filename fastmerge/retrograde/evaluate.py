@@ -85,6 +85,12 @@ class _Callable:
         parameters = inspect.signature(function).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._takes = {n for n in ("split", "limit") if anything or n in parameters}
+        self._limit = settings.limit
+        if settings.limit is not None and "limit" not in self._takes:
+            raise FastmergeError(
+                f"{settings.at('limit')}: {self._name} takes no 'limit': give it that argument, or "
+                "remove the key"
+            )
         try:
             self._source = inspect.getsource(function)
         except (OSError, TypeError):
@@ -92,7 +98,7 @@ class _Callable:
 
     @property
     def key(self) -> str:
-        return digest([self._name, self._source])
+        return digest([self._name, self._source, self._limit])
 
     @property
     def version(self) -> str:
@@ -102,7 +108,9 @@ class _Callable:
         return split == "steer" or "split" in self._takes
 
     def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
-        options = {k: v for k, v in {"split": split, "limit": limit}.items() if k in self._takes}
+        limits = [n for n in (limit, self._limit) if n is not None]
+        given = {"split": split, "limit": min(limits, default=None)}
+        options = {name: value for name, value in given.items() if name in self._takes}
         answer = self._function(model, **options)
         if not isinstance(answer, Mapping) or not answer:
             raise FastmergeError(
@@ -207,7 +215,8 @@ class Resident:
         if self._model is None:
             dtype = getattr(torch, self._settings.dtype)
             with quiet():
-                self._model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
+                model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
+                self._model = model.requires_grad_(False)
         if observe is None:
             live.merge_into(self._model, plan, threads=self._threads)
             return self._model

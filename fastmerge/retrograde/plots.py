@@ -1,9 +1,11 @@
-"""The two pictures of a run: accuracy against step, and the comparison."""
+"""Pictures: accuracy against step, the comparison, a sweep."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import FastmergeError
@@ -86,19 +88,32 @@ def comparison_png(lines: list[Line], split: str) -> bytes:
     return _png(figure)
 
 
+def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
+    """Score against t."""
+    figure, axes = _figure(6.0, 3.5)
+    axes.plot(*zip(*points, strict=True), "o-", color=_RETRACE)
+    axes.set_xlabel("t")
+    axes.set_ylabel("score, %")
+    return _png(figure)
+
+
 def _value(trajectory: Trajectory, state: int) -> float | None:
     score = trajectory.state.score(state)
     return None if score is None or math.isnan(score) else score
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
+def require() -> None:
+    """Raises FastmergeError where plots cannot be drawn: before hours of evaluation, not after."""
+    if find_spec("matplotlib") is None:
         raise FastmergeError(
             "plots need matplotlib; install it with: pip install 'fastmerge[plot]'"
-        ) from error
+        )
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="tight")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -191,8 +191,10 @@ def _scorer(
 ) -> Scorer | None:
     if schedule.evaluate is None:
         return None
+    from fastmerge.retrograde import plots
     from fastmerge.retrograde.evaluate import make_scorer
 
+    plots.require()
     return make_scorer(schedule.evaluate, schedule.folder, template.models[0].path, function)
 
 

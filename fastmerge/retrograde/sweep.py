@@ -15,9 +15,12 @@ from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 from fastmerge.plan import Plan
+from fastmerge.retrograde import plots
 from fastmerge.retrograde.evaluate import Resident, ScoreFunction, make_scorer
 from fastmerge.retrograde.schedule import load_evaluate
-from fastmerge.retrograde.scores import Scores, write_atomically
+from fastmerge.retrograde.scores import Scores, digest, none, write_atomically
+
+FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -139,45 +142,77 @@ def sweep(
     values: Sequence[float],
     *,
     evaluate: Any = None,
+    resume: bool = False,
     threads: int | None = None,
     score: ScoreFunction | None = None,
     progress: engine.Progress | None = None,
     on_point: Callable[[Point], None] | None = None,
 ) -> list[Point]:
-    """Scores ``recipe`` at each t into out/sweep.json, or, without ``evaluate``, writes the models.
+    """Scores ``recipe`` at each t into out/sweep.json and sweep.png, or, without ``evaluate``,
+    writes the models.
 
     ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict.
+    ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
     """
     plan = api.plan(recipe)
     scorer = settings = None
     if evaluate is not None:
+        plots.require()
         settings = load_evaluate(evaluate)
         is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
         folder = Path(evaluate).parent if is_file else Path()
         scorer = make_scorer(settings, folder, plan.models[0].path, score)
-    if out.exists() and any(out.iterdir()):
-        raise FastmergeError(f"{out}: is not empty; give a new folder")
+    key = digest([plan.key, None if scorer is None else scorer.key])
+    known = _known(out, key, resume)
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     resident = None if settings is None else Resident(plan.models[0].path, settings, threads)
     points = []
     for t in values:
-        here = swept.plan(t)
-        if resident is not None and scorer is not None:
-            point = Point(t, scorer.score(resident.load(here), "steer"), None)
+        if t in known:
+            point = known[t]
+        elif resident is not None and scorer is not None:
+            point = Point(t, scorer.score(resident.load(swept.plan(t)), "steer"), None)
         else:
-            folder = out / f"t={t:g}"
+            here, folder = swept.plan(t), out / f"t={t:g}"
             files = api.model_files(here, folder.name)
-            engine.merge_plan(here, folder, threads=threads, side_files=files)
+            # A kill between the folder's last rename and sweep.json leaves it whole, not noted.
+            engine.merge_plan(here, folder, threads=threads, overwrite=resume, side_files=files)
             point = Point(t, None, folder)
         points.append(point)
-        write_atomically(out / "sweep.json", json.dumps([_json(p) for p in points], indent=1))
+        table = {"key": key, "points": [_json(p) for p in points]}
+        write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
         if on_point is not None:
             on_point(point)
+    if scorer is not None:
+        pairs = [(point.t, point.scores.value) for point in points if point.scores is not None]
+        write_atomically(out / "sweep.png", plots.sweep_png(pairs))
     return points
+
+
+def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
+    """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
+    if not out.exists() or not any(out.iterdir()):
+        return {}
+    if not resume:
+        raise FastmergeError(f"{out}: is not empty; give a new folder, or --resume a sweep")
+    if not (out / FILE).is_file():
+        raise FastmergeError(f"{out}: holds no sweep to resume ({FILE} is missing)")
+    table = json.loads((out / FILE).read_text())
+    if table["key"] != key:
+        raise FastmergeError(
+            f"{out}: was begun with another recipe, other models or another evaluation"
+        )
+    return {entry["t"]: _point(entry, out) for entry in table["points"]}
 
 
 def _json(point: Point) -> dict[str, Any]:
     if point.scores is None:
         return {"t": point.t, "model": None if point.out is None else point.out.name}
-    return {"t": point.t, "score": point.scores.value, "tasks": point.scores.as_json()}
+    return {"t": point.t, "score": none(point.scores.value), "tasks": point.scores.as_json()}
+
+
+def _point(entry: Mapping[str, Any], out: Path) -> Point:
+    if "model" in entry:
+        return Point(entry["t"], None, out / entry["model"])
+    return Point(entry["t"], Scores.from_json(entry["tasks"]), None)
