@@ -21,21 +21,24 @@ class Sink {
     virtual void close(int64_t piece) = 0;
 };
 
-// A plain block of memory that the caller keeps alive, cut into pieces of 128 Ki elements.
+// A plain block of memory that the caller keeps alive, cut into pieces of 128 Ki elements, or of
+// 1 MiB where bytes are only copied: a GPU's pinned ring takes 40 GB/s, 40 000 tasks a second.
 class MemorySink final : public Sink {
    public:
-    static constexpr int64_t kPiece = 1 << 17;
     MemorySink(void* data, int64_t count, DType dtype)
-        : data_(static_cast<char*>(data)), count_(count), dtype_(dtype) {}
+        : data_(static_cast<char*>(data)),
+          count_(count),
+          dtype_(dtype),
+          piece_(dtype == DType::kRaw ? 1 << 20 : 1 << 17) {}
     DType dtype() const override { return dtype_; }
     int64_t count() const override { return count_; }
-    int64_t pieces() const override { return (count_ + kPiece - 1) / kPiece; }
+    int64_t pieces() const override { return (count_ + piece_ - 1) / piece_; }
     void range(int64_t piece, int64_t& begin, int64_t& end) const override {
-        begin = piece * kPiece;
-        end = begin + kPiece < count_ ? begin + kPiece : count_;
+        begin = piece * piece_;
+        end = begin + piece_ < count_ ? begin + piece_ : count_;
     }
     void* open(int64_t piece) override {
-        return data_ + piece * kPiece * static_cast<int64_t>(item_bytes(dtype_));
+        return data_ + piece * piece_ * static_cast<int64_t>(item_bytes(dtype_));
     }
     void close(int64_t) override {}
 
@@ -43,6 +46,7 @@ class MemorySink final : public Sink {
     char* data_;
     int64_t count_;
     DType dtype_;
+    int64_t piece_;  // elements
 };
 
 }  // namespace fastmerge

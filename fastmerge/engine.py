@@ -244,8 +244,8 @@ def merge_plan(
     """
     started = time.perf_counter()
     inputs = Inputs(plan.models)
-    sources = [] if device == "cpu" else algebra.leaves([item.root for item in plan.tensors])
-    devices, note = choose_devices(device, [inputs.fetch(source) for source in sources])
+    roots = [(item.name, item.root) for item in plan.tensors]
+    devices, note = choose_devices(device, roots, inputs.fetch)
     count = backends.thread_count(threads)
     window = window_size(count)
     layout = Layout.plan(

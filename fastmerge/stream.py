@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GPU_MEMORY_BYTES = 2 << 30
-PIECE_BYTES = 4 << 20  # 0.1 ms of PCIe; a lane pins four: two on the way in, two on the way out
+PIECE_BYTES = 8 << 20  # 0.2 ms of PCIe; a lane pins four: two on the way in, two on the way out
 LANES = 3  # pieces of one tensor in flight on a device: on the way in, computed, on the way out
 
 
@@ -99,32 +99,43 @@ class Streamer:
 
     def run(self, name: str, root: Node, shape: tuple[int, ...], place: Place) -> Outcome:
         """Computes one tensor into ``place``; raises FastmergeError if not even pieces fit."""
-        import torch
-
         sources = algebra.leaves([root])
         need = device_bytes(root, shape, place.dtype, [self._fetch(s).nbytes for s in sources])
-        if need <= self.budget:
-            try:
-                with self.lane(need) as lane:
-                    held = {s: lane.upload(self._fetch(s)) for s in sources}
-                    out = lane.empty(math.prod(shape), place.dtype)
-                    computation = Computation(lane.backend, held.__getitem__, name, shape)
-                    outcome = computation.run(root, out)
-                    held.clear()
-                    lane.download(out, place)
-                return outcome
-            except torch.cuda.OutOfMemoryError:  # others use the device too
-                self.ran_out(name)
-        else:
+        if need > self.budget:
             self._split[name] = None
+        else:
+            outcome = self.attempt(name, lambda: self._whole(name, root, shape, place, need))
+            if outcome is not None:
+                return outcome
         return Computation(_Pieces(self, name), self._fetch, name, shape).run(root, place)
 
-    def ran_out(self, name: str) -> None:
-        """Notes that the device had no room for (a piece of) the tensor; nothing of it is lost."""
+    def _whole(
+        self, name: str, root: Node, shape: tuple[int, ...], place: Place, need: int
+    ) -> Outcome:
+        with self.lane(need) as lane:
+            held = {s: lane.upload(self._fetch(s)) for s in algebra.leaves([root])}
+            out = lane.empty(math.prod(shape), place.dtype)
+            computation = Computation(lane.backend, held.__getitem__, name, shape)
+            outcome = computation.run(root, out)
+            held.clear()
+            lane.download(out, place)
+            return outcome
+
+    def attempt(self, name: str, work: Callable[[], T]) -> T | None:
+        """``work()``, or None where the device has no room for it: others use it too.
+
+        What the attempt held is given back first. Nothing of the tensor has reached its place by
+        then: a lane's download takes no device memory.
+        """
         import torch
 
-        self._squeezed[name] = None
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            self._squeezed[name] = None
+        # Not in the handler: there the exception's frames still hold the tensors.
         torch.cuda.empty_cache()
+        return None
 
     @contextmanager
     def lane(self, need: int) -> Iterator[Lane]:
@@ -141,7 +152,7 @@ class Streamer:
             lane = idle.pop() if idle else None
         try:
             lane = lane or Lane(device, self.cpu.pool)
-            lane.trim(self._limits[device])
+            self._trim(device, lane, need)
             with lane.current():
                 yield lane
         finally:
@@ -150,6 +161,16 @@ class Streamer:
                 if lane is not None:
                     idle.append(lane)
                 self._free.notify_all()
+
+    def _trim(self, device: str, lane: Lane, need: int) -> None:
+        """Gives back what torch keeps for other streams, where more would go beyond the budget."""
+        import torch
+
+        if _reserved(device) + max(0, need - lane.held) > self._limits[device]:
+            torch.cuda.empty_cache()
+            for other in (lane, *self._idle[device]):
+                other.held = 0
+        lane.held = max(lane.held, need)
 
 
 def _some(names: dict[str, None]) -> str:
@@ -279,21 +300,21 @@ class _Pieces:
                 f"give at least {min(step, count) * row_bytes}"
             )
 
-        def run(begin: int, end: int) -> list[T]:
-            import torch
+        def piece(begin: int, end: int) -> list[T]:
+            with self._streamer.lane((end - begin) * row_bytes) as lane:
+                parts = [view.slice(begin * width, end * width) for view in views]
+                return [work(lane, [lane.upload(part) for part in parts], begin, end)]
 
-            try:
-                with self._streamer.lane((end - begin) * row_bytes) as lane:
-                    parts = [view.slice(begin * width, end * width) for view in views]
-                    return [work(lane, [lane.upload(part) for part in parts], begin, end)]
-            except torch.cuda.OutOfMemoryError as error:
-                self._streamer.ran_out(self._tensor)
-                half = -(-(end - begin) // (2 * step)) * step  # whole steps
-                if half >= end - begin:
-                    raise FastmergeError(
-                        f"{self._tensor}: the GPU has no room for {(end - begin) * row_bytes} "
-                        "bytes; end other programs on it, or use --device cpu"
-                    ) from error
+        def run(begin: int, end: int) -> list[T]:
+            done = self._streamer.attempt(self._tensor, lambda: piece(begin, end))
+            if done is not None:
+                return done
+            half = -(-(end - begin) // (2 * step)) * step  # whole steps
+            if half >= end - begin:
+                raise FastmergeError(
+                    f"{self._tensor}: the GPU has no room for {(end - begin) * row_bytes} bytes; "
+                    "end other programs on it, or use --device cpu"
+                )
             return [*run(begin, begin + half), *run(begin + half, end)]
 
         size = max(1, budget // LANES // row_bytes // step) * step
@@ -321,14 +342,12 @@ class Lane:
         self._pieces = [
             torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(4)
         ]
-        self._copied: list[Any] = [None] * 4  # the event after each piece's last copy
+        # After each piece's last copy. Waiting for them must not take a core from the pool.
+        self._copied: list[Any] = [
+            torch.cuda.Event(blocking=True) if self._cuda else None for _ in range(4)
+        ]
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
-
-    def trim(self, limit: int) -> None:
-        """Gives back what torch keeps for idle streams, where it holds over ``limit`` bytes."""
-        torch: Any = _torch()
-        if _reserved(str(self._device)) > limit:
-            torch.cuda.empty_cache()
+        self.held = 0  # bytes that torch keeps for its stream, about
 
     def current(self) -> Any:
         """A context in which torch and Triton use this lane's stream."""
@@ -392,13 +411,11 @@ class Lane:
 
     def _mark(self, piece: int) -> None:
         if self._cuda:
-            torch: Any = _torch()
-            self._copied[piece] = torch.cuda.Event()
             self._copied[piece].record()
 
     def _wait(self, piece: int) -> None:
-        if self._copied[piece] is not None:
-            self._copied[piece].synchronize()
+        if self._cuda:
+            self._copied[piece].synchronize()  # at once, if nothing was recorded
 
 
 def _reserved(device: str) -> int:
@@ -428,23 +445,45 @@ def device_bytes(
     return sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered + (1 << 20)
 
 
-def choose_devices(device: str, views: Sequence[_C.View]) -> tuple[list[str], str]:
+def choose_devices(
+    device: str, roots: Sequence[tuple[str, Node]], fetch: Callable[[Source], _C.View]
+) -> tuple[list[str], str]:
     """The CUDA devices for ``--device``, none of them for the CPU, and a note on what auto chose.
 
-    auto: the GPUs, where the inputs (``views``) are in the page cache; from a disk, the GPU would
-    only wait for it. Raises FastmergeError where ``cuda`` is asked for and there is none.
+    ``roots``: the tensors to merge, by name. auto: the GPUs, where the inputs are in the page
+    cache; from a disk, the GPU would only wait for it. Raises FastmergeError where ``cuda`` is
+    asked for and there is none, or where its kernels cannot take as many inputs.
     """
     if device == "cpu":
         return [], ""
-    if device == "cuda":
-        return cuda_devices(), ""
     try:
         found = cuda_devices()
     except FastmergeError:
+        if device == "cuda":
+            raise
         return [], "device auto: merged on the CPU, as there is no usable CUDA device"
-    if cached_share(views) < 0.5:
+    from fastmerge.kernels.combine import MAX_INPUTS
+
+    name, count = max(((name, _widest(root)) for name, root in roots), key=lambda pair: pair[1])
+    if count > MAX_INPUTS:
+        if device == "auto":
+            return [], f"device auto: merged on the CPU, as {name} has {count} inputs"
+        raise FastmergeError(
+            f"device cuda: {name} has {count} inputs and the GPU kernels take {MAX_INPUTS}; "
+            "use --device cpu"
+        )
+    views = [fetch(source) for source in algebra.leaves(root for _, root in roots)]
+    if device == "auto" and cached_share(views) < 0.5:
         return [], "device auto: merged on the CPU, as the files are on disk and a GPU would wait"
-    return found, "device auto: merged on the GPU"
+    return found, "device auto: merged on the GPU" if device == "auto" else ""
+
+
+def _widest(root: Node) -> int:
+    """The most tensors that one kernel of a tree reads, a base apart."""
+    if isinstance(root, Source):
+        return 1
+    parts = algebra.collapse(root).parts if root.method.is_combination else root.operands
+    return max(len(parts), *(_widest(part) for part in parts))
 
 
 def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:

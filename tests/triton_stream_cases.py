@@ -177,6 +177,21 @@ def test_no_gpu_is_one_clear_line(zoo, tmp_path, monkeypatch):
     assert report.backend == "cpu" and any("device auto" in note for note in report.notes)
 
 
+@pytest.mark.usefixtures("device")
+def test_more_inputs_than_the_kernels_take_are_refused_before_anything(zoo, tmp_path):
+    base = zoo.base(layers=1)
+    models = [zoo.tune(base, f"m{i}", seed=i) for i in range(17)]
+    given = {
+        "merge_method": "linear", "dtype": "bfloat16",
+        "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in models],
+    }  # fmt: skip
+    with pytest.raises(FastmergeError, match="17 inputs and the GPU kernels take 16"):
+        api.merge(given, tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
+    report = api.merge(given, tmp_path / "out", device="auto")
+    assert report.backend == "cpu" and any("17 inputs" in note for note in report.notes)
+
+
 def test_auto_prefers_the_cpu_when_the_files_are_on_disk(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "cuda_devices", lambda: ["cpu"])
     monkeypatch.setattr(stream, "cached_share", lambda views: 0.1)
