@@ -185,15 +185,18 @@ def _run(rows: Sequence[Sequence[torch.Tensor]], searches: Sequence[_Search]) ->
     """Answers every search; those of tensors that share dtypes and rules go through each pass
     together.
     """
+    by_segment: dict[int, list[_Search]] = {}
+    for search in searches:
+        by_segment.setdefault(search.segment, []).append(search)
     keys = []
-    for segment in {search.segment: None for search in searches}:
-        mine = {search.delta: search for search in searches if search.segment == segment}
-        ranked = tuple(mine[i].ranked if i in mine else 0 for i in range(len(rows[segment]) - 1))
+    for segment, own in by_segment.items():
+        mine = {search.delta: search.ranked for search in own}
+        ranked = tuple(mine.get(i, 0) for i in range(len(rows[segment]) - 1))
         wide = rows[segment][0].numel() > NARROW
-        keys.append((segment, (codes(rows[segment]), ranked, wide, aligned(rows[segment]))))
-    for key, positions in partition([key for _, key in keys]).items():
-        segments = {keys[p][0] for p in positions}
-        live = [search for search in searches if search.segment in segments]
+        keys.append((codes(rows[segment]), ranked, wide, aligned(rows[segment])))
+    segments = list(by_segment)
+    for key, positions in partition(keys).items():
+        live = [search for p in positions for search in by_segment[segments[p]]]
         for search in live:
             search.ceiling = (1 << (64 if key[2] else 32)) - 1
         while live:
@@ -247,6 +250,7 @@ def _pass(
         rest.append(n)
     if not rest:
         return
+    del batch  # and its buffer: two would be a thirty-second of the model
     batch = _Batch(rows, [live[n] for n in rest], kinds, ranked, wide, straight)
     counts = batch.rank(pivots, sample=False)
     inside = []

@@ -127,6 +127,7 @@ def test_coefficients_of_the_callers_own():
 @pytest.mark.parametrize("keep, dtype", [("device", BF16), ("pinned", BF16), ("device", F32)])
 def test_merge_into_a_live_model(keep, dtype, zoo, monkeypatch):
     """The GPU's way of `llama.merge_into`, sources kept between calls, against the CPU engine's."""
+    pytest.importorskip("transformers")
     monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
     a = zoo.base("a", layers=1)
     b = zoo.tune(a, "b")
@@ -163,6 +164,7 @@ def exhausted_above(nbytes: int):
 
 
 def two_models(zoo):
+    pytest.importorskip("transformers")
     a = zoo.base("a", layers=1)
     recipe = {
         "merge_method": "slerp", "base_model": str(a), "dtype": "bfloat16",
