@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -47,7 +48,9 @@ class _Held:
     def __init__(self) -> None:
         self.tensors: dict[Any, torch.Tensor] = {}
         self.lanes: dict[torch.device, Lane] = {}
-        self.plan_key = ""
+        self.plan_key: Any = None
+        self._slab: torch.Tensor | None = None
+        self._slab_used = 0
         self.prepared: list[_Prepared] = []
 
     @staticmethod
@@ -57,8 +60,23 @@ class _Held:
 
     def let_go_of_device(self) -> None:
         """Forgets what lies in device memory, and keeps what is pinned."""
-        self.plan_key, self.prepared = "", []
+        self.plan_key, self.prepared = None, []
         self.tensors = {key: x for key, x in self.tensors.items() if key[3] == "pinned"}
+
+    def pinned(self, nbytes: int, *, pin: bool) -> torch.Tensor:
+        """Host memory for one source. torch rounds each pinned block up to a power of two, which
+        for a 7 B model's 90 MB matrices is 128 MiB: so most share slabs of one.
+        """
+        import torch
+
+        if nbytes > _SLAB_BYTES // 4:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pin)
+        if self._slab is None or self._slab_used + nbytes > _SLAB_BYTES:
+            self._slab = torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=pin)
+            self._slab_used = 0
+        begin = self._slab_used
+        self._slab_used = begin + -(-nbytes // 256) * 256
+        return self._slab[begin : begin + nbytes]
 
 
 _HELD: WeakKeyDictionary[Any, _Held] = WeakKeyDictionary()
@@ -96,20 +114,20 @@ def merge_into(
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets) if keep == "auto" else keep
         while True:
-            try:
+            with suppress(torch.cuda.OutOfMemoryError):
                 return _merged_on_gpu(held, plan, targets, place, gpu_memory)
-            except torch.cuda.OutOfMemoryError as error:
-                held.let_go_of_device()
-                torch.cuda.empty_cache()
-                if keep == "device" or (place == "pinned" and gpu_memory < 2 * _LEAST_BYTES):
-                    raise FastmergeError(
-                        "the GPU has no room to merge the model in its memory, and its weights may "
-                        "be half old, half new; end other programs on it, use keep='pinned', or "
-                        "load the model on the CPU"
-                    ) from error
-                gpu_memory = gpu_memory // 2 if place == "pinned" else gpu_memory
-                place = "pinned"
-                _warn(f"ran out of memory; sources now pass through {gpu_memory >> 20} MiB of it")
+            # Not in a handler: there the exception's frames still hold the tensors.
+            held.let_go_of_device()
+            torch.cuda.empty_cache()
+            if keep == "device" or (place == "pinned" and gpu_memory < 2 * _LEAST_BYTES):
+                raise FastmergeError(
+                    "the GPU has no room to merge the model in its memory, and its weights may be "
+                    "half old, half new; end other programs on it, use keep='pinned', or load the "
+                    "model on the CPU"
+                )
+            gpu_memory = gpu_memory // 2 if place == "pinned" else gpu_memory
+            place = "pinned"
+            _warn(f"ran out of memory; sources now pass through {gpu_memory >> 20} MiB of it")
 
 
 def _merged_on_gpu(
@@ -188,6 +206,12 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
             )
         targets[item.name] = target
+    kinds = {target.device.type: name for name, target in targets.items()}
+    if len(kinds) > 1 or "meta" in kinds:
+        places = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())
+        raise FastmergeError(
+            f"the model is not whole on one kind of device ({places}); load it without offloading"
+        )
     filled = {target.data_ptr() for target in targets.values()}
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() not in filled:
@@ -199,12 +223,15 @@ def _prepared(
     held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], keep: str, gpu_memory: int
 ) -> Iterator[_Prepared]:
     """The merges of one plan; kept for the next call where all sources stay on the device."""
-    if keep == "device" and held.plan_key == plan.key:
+    addresses = tuple(target.data_ptr() for target in targets.values())
+    key = (plan.key, tuple(model.stamp for model in plan.models), addresses)
+    if keep == "device" and held.plan_key == key:
         yield from held.prepared
         return
-    held.plan_key, held.prepared = "", []
+    held.plan_key, held.prepared = None, []
     made = []
-    for items in _groups(plan, targets, gpu_memory if keep == "pinned" else None):
+    # Half: while one group is on its way, the one before it is still there.
+    for items in _groups(plan, targets, gpu_memory // 2 if keep == "pinned" else None):
         device = targets[items[0].name].device
         on_device: dict[Source, torch.Tensor] = {}
         for source in algebra.leaves([item.root for item in items]):
@@ -217,7 +244,7 @@ def _prepared(
             made.append(prepared)
         yield prepared
     if keep == "device":
-        held.plan_key, held.prepared = plan.key, made
+        held.plan_key, held.prepared = key, made
 
 
 def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
@@ -268,7 +295,7 @@ def _source(
                 tensor = lane.upload(view)
             lane.wait()
         else:
-            raw = torch.empty(view.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            raw = held.pinned(view.nbytes, pin=device.type == "cuda")
             into = _C.View(raw.data_ptr(), view.nbytes, "RAW", raw)
             _C.copy(pool, _C.View(view.address, view.nbytes, "RAW", view), _C.MemorySink(into))
             tensor = raw.view(getattr(torch, entry.dtype.name))

@@ -15,6 +15,8 @@ from fastmerge.compute import Backend
 from fastmerge.dtypes import BF16, BY_NAME, F32, MERGEABLE, DType
 from fastmerge.errors import FastmergeError
 
+Extent = tuple[int, int]
+
 _STORAGE = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
@@ -97,10 +99,12 @@ class Operands:
         if out is not None:
             self._check_out(out, where)
         if self._device != "cpu":
+            if out is not None:
+                self._check_overlap(_extent(out), [_extent(t) for t in self._tensors], where)
             return result, result
         view = view_of(result, where, writable=True)
         if out is not None:
-            self._check_overlap(view, where)
+            self._check_overlap(_extent(view), [_extent(v) for v in self.views], where)
         return result, _C.MemorySink(view)
 
     def _new(self) -> Any:
@@ -124,15 +128,19 @@ class Operands:
             raise FastmergeError(f"{where}: on {out.device}, the inputs on {self._device}")
         dtype_of(out, where)
 
-    def _check_overlap(self, out: _C.View, where: str) -> None:
+    @staticmethod
+    def _check_overlap(out: Extent, inputs: Sequence[Extent], where: str) -> None:
         """In place is fine where entry i is read before it is written: the same memory, the same
         width.
         """
-        for view in self.views:
-            apart = (
-                out.address + out.nbytes <= view.address
-                or view.address + view.nbytes <= out.address
-            )
-            in_place = out.address == view.address and out.nbytes == view.nbytes
-            if not (apart or in_place):
+        for begin, end in inputs:
+            if out != (begin, end) and out[0] < end and begin < out[1]:
                 raise FastmergeError(f"{where}: overlaps an input in part")
+
+
+def _extent(tensor: Any) -> Extent:
+    """First address and the one past the last, of a `_C.View` or a torch tensor."""
+    if isinstance(tensor, _C.View):
+        return tensor.address, tensor.address + tensor.nbytes
+    begin = int(tensor.data_ptr())
+    return begin, begin + tensor.numel() * tensor.element_size()

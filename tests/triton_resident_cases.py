@@ -199,3 +199,13 @@ def test_a_device_kept_to_is_refused_in_one_line(zoo, monkeypatch):
         live.merge_into(model, api.plan(recipe), keep="device")
     with pytest.raises(FastmergeError, match="keep: unknown 'gpu'; use auto, device, pinned"):
         live.merge_into(model, api.plan(recipe), keep="gpu")
+
+
+def test_a_model_that_is_not_whole_is_refused_before_anything_changes(zoo):
+    model, recipe = two_models(zoo)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.lm_head.to("meta")
+    with pytest.raises(FastmergeError, match=r"lm_head.weight on meta.*without offloading"):
+        live.merge_into(model, api.plan(recipe))
+    after = model.state_dict()
+    assert all(torch.equal(after[n], x) for n, x in before.items() if n != "lm_head.weight")
