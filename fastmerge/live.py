@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 KEEP = ("auto", "device", "pinned")
-_LEAST_BYTES = (
-    64 << 20
-)  # of the device for sources that pass through; with less, something is wrong
+# Of the device, for sources that pass through it; where less is free, something is wrong.
+_LEAST_BYTES = 64 << 20
+_SLAB_BYTES = 512 << 20  # of pinned memory
 
 
 class _Prepared(NamedTuple):
