@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar
 
@@ -126,7 +127,8 @@ def read_checkpoint(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a folder as float32, through the safetensors library."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for name, entry in safetensors.deserialize(file.read_bytes()):
+        # Sorted: the library's order differs from process to process, and tunes draw noise in it.
+        for name, entry in sorted(safetensors.deserialize(file.read_bytes()), key=itemgetter(0)):
             found[name] = decode(bytes(entry["data"]), entry["dtype"]).reshape(entry["shape"])
     return found
 

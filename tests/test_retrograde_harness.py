@@ -114,6 +114,19 @@ def schedule_of(lab: Path, **evaluate: Any) -> dict[str, Any]:
     }
 
 
+def test_a_task_of_a_steering_group_is_no_hold_out(lab: Path) -> None:
+    (lab / "tasks" / "fm_both.yaml").write_text(
+        "group: fm_both\ntask: [fm_choice, fm_text]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean}]\n"
+    )
+    schedule = schedule_of(
+        lab, tasks=["fm_both"], holdout=["fm_choice"], include_path=str(lab / "tasks")
+    )
+    with pytest.raises(FastmergeError, match=r"'fm_choice' is both a steering task \(of 'fm_both'"):
+        run(schedule, lab / "out", threads=1)
+    assert not (lab / "out").exists()
+
+
 def test_scores_in_memory_equal_the_command_on_the_saved_folder(lab: Path) -> None:
     choice, text = str(lab / "tasks/fm_choice.yaml"), str(lab / "tasks/fm_text.yaml")
     schedule = schedule_of(lab, tasks=[choice, {"name": text, "metric": "byte_perplexity"}])

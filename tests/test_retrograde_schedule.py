@@ -109,6 +109,7 @@ MISTAKES = {
     "compare": ("best_single", "best_singel", "12: unknown comparison 'best_singel'; did you mean"),
     "self": ("./dolphin", "./blur", "2: './blur' is the baseline itself"),
     "double": ("./owl", "./deep/dolphin", "2: two models are called 'dolphin': give them a 'name'"),
+    "table": ("./owl", "./o|wl", "2: 'o|wl' would break tables: give the model a 'name'"),
     "reserved": ("./owl", "./best", "2: 'best' is a reserved word"),
     "accuracy": ("46.0", "high", "3: 'accuracy' must be a valid number"),
     "to-baseline": ("weakest", "blur", "7: 'blur' is the baseline: retrace goes back to it"),

@@ -73,8 +73,9 @@ def retrograde(
     if quiet or json:
         return
     trajectory = result.trajectory
-    if trajectory.schedule.evaluate is not None and trajectory.schedule.evaluate.preset is not None:
-        console.put(report.leaderboard(lines))
+    settings = trajectory.schedule.evaluate
+    if settings is not None and settings.preset is not None:
+        console.put(report.leaderboard(lines, settings.limit))
     if report.verdict_on_path(lines):
         console.put(report.verdict_on_path(lines))
     for sentence in report.finding(lines):

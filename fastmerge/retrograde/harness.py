@@ -15,13 +15,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastmerge.errors import FastmergeError, nearest
-from fastmerge.retrograde.schedule import Evaluate, Task
+from fastmerge.recipe_yaml import LocatedDict
+from fastmerge.retrograde.schedule import Evaluate, Task, overlap
 from fastmerge.retrograde.scores import Scores, TaskScore, digest
 
 # Open LLM Leaderboard v1: task, shots, metric (evaluation protocol of the leaderboard's own page).
@@ -76,6 +78,7 @@ class Harness:
             "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
             "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
         }
+        self._check_holdout(sources.holdout)
         self._texts = sources.texts
 
     @property
@@ -135,6 +138,17 @@ class Harness:
             self._model = model
         return self._lm
 
+    def _check_holdout(self, entries: Sequence[Task]) -> None:
+        """Refuses what steers too: the schedule cannot see what a preset or a group consists of."""
+        for entry, held in zip(entries, self._units["holdout"], strict=True):
+            for unit in self._units["steer"]:
+                shared = [name for name in held.parts if name in unit.parts]
+                if shared and overlap(held.span, unit.span):
+                    raise FastmergeError(
+                        f"{entry.where}: '{shared[0]}' is both a steering task (of '{unit.key}') "
+                        "and a hold-out: give the hold-out another task"
+                    )
+
     def _unit(self, manager: Any, sources: _Sources, entry: Task) -> _Unit:
         name = sources.names[entry.name]
         if name not in manager.all_tasks:
@@ -143,7 +157,7 @@ class Harness:
         try:
             with quiet():
                 loaded = manager.load([name])
-        except (OSError, ValueError, KeyError) as error:
+        except _load_errors() as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise FastmergeError(
                 f"{entry.where}: task '{name}' cannot be loaded ({type(error).__name__}: {reason})"
@@ -177,6 +191,10 @@ class _Sources:
                 Task(name=name, num_fewshot=shots, metric=metric)
                 for _, name, shots, metric in LEADERBOARD_V1
             ]
+            here = LocatedDict()  # the user wrote the preset, not these tasks
+            here.where, here.at = settings.at("preset"), {}
+            for task in self.steering:
+                task.locate(here)
         for title, name, _, _ in LEADERBOARD_V1 if settings.preset is not None else ():
             self.titles[name] = title
         for path in self._folders:
@@ -275,6 +293,11 @@ def _import_harness() -> None:
         ) from error
 
 
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What loading a task raises; for damaged data that is a class of the data library's own."""
+    return OSError, ValueError, KeyError, import_module("datasets.exceptions").DatasetsError
+
+
 def _check_metric(entry: Task, part: Any) -> None:
     metrics = list(part.aggregation())
     if entry.metric is not None and entry.metric.partition(",")[0] not in metrics:
@@ -371,14 +394,13 @@ def check_leaderboard_data(manager: Any) -> None:
         try:
             with quiet():
                 manager.load([probe])
-        except (OSError, ValueError, KeyError) as error:
+        except _load_errors() as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             missing.append(f"{title} ({reason[:80]})")
     if missing:
         raise FastmergeError(
-            f"open_llm_leaderboard_v1: {len(missing)} of {len(LEADERBOARD_V1)} data sets are not "
-            "here: "
-            f"{'; '.join(missing)}; run once with internet, or bring a filled HF_HOME"
+            f"open_llm_leaderboard_v1: {len(missing)} of {len(LEADERBOARD_V1)} data sets cannot be "
+            f"loaded: {'; '.join(missing)}; run once with internet, or bring a filled HF_HOME"
         )
 
 
@@ -397,7 +419,7 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def leaderboard_table(rows: Sequence[tuple[str, Scores]]) -> str:
+def leaderboard_table(rows: Sequence[tuple[str, Scores]], limit: int | None = None) -> str:
     """The six columns and their average as Markdown, the source's row first."""
     titles = [title for title, _, _, _ in LEADERBOARD_V1]
     lines = [
@@ -410,4 +432,6 @@ def leaderboard_table(rows: Sequence[tuple[str, Scores]]) -> str:
     for name, values in numbers:
         cells = " | ".join(f"{value:.2f}" for value in values)
         lines.append(f"| {name} | {cells} | {sum(values) / len(values):.2f} |")
+    if limit is not None:
+        lines += ["", f"From {limit} items a task: not to be compared with the published row."]
     return "\n".join(lines)

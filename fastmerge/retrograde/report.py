@@ -255,7 +255,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
-        parts.append(leaderboard(lines))
+        parts.append(leaderboard(lines, schedule.evaluate.limit))
     tasks = sorted(lines[0].scores.tasks)
     if len(tasks) > 1:
         rows = [f"| merge | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
@@ -267,9 +267,9 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     return parts
 
 
-def leaderboard(lines: Sequence[Line]) -> str:
+def leaderboard(lines: Sequence[Line], limit: int | None) -> str:
     """The six columns of the Open LLM Leaderboard v1 and their average, the source's row first."""
-    return leaderboard_table([(line.row.name, line.row.steer) for line in lines])
+    return leaderboard_table([(line.row.name, line.row.steer) for line in lines], limit)
 
 
 def _setup(result: Result, lines: Sequence[Line]) -> list[str]:

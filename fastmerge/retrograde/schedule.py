@@ -307,7 +307,7 @@ class Evaluate(Section):
             )
         for held in self.holdout:
             for steering in self.tasks:
-                if steering.name == held.name and _overlap(steering.span, held.span):
+                if steering.name == held.name and overlap(steering.span, held.span):
                     raise FastmergeError(
                         f"{held.where}: '{held.key}' is both a steering task and a hold-out: "
                         "give the hold-out another task or disjoint 'items'"
@@ -372,6 +372,8 @@ class Schedule(Section):
                 )
             if labels.count(entry.label) > 1:
                 self._refuse("pool", f"two models are called '{entry.label}': give them a 'name'")
+            if not entry.label.strip() or set(entry.label) & set("|`<>\n\r"):
+                self._refuse("pool", f"{entry.label!r} would break tables: give the model a 'name'")
             if entry.label in (*POLICIES, *ANCESTORS, STATE, "base_model"):
                 self._refuse("pool", f"'{entry.label}' is a reserved word: give the model a 'name'")
         for number, step in enumerate(self.steps, start=1):
@@ -562,6 +564,7 @@ def constant(value: Any) -> Setting:
     return Setting((Rule(None, (value,), ""),))
 
 
-def _overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:
+def overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:
+    """Whether two ranges of documents share one; None = to the end."""
     ends = [end for _, end in (a, b) if end is not None]
     return max(a[0], b[0]) < min(ends) if ends else True
