@@ -28,6 +28,7 @@ from fastmerge.kernels.common import (
     partition,
     put,
     register_limit,
+    tally,
     upload,
     vectors,
 )
@@ -46,8 +47,10 @@ def _block(
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < end
     # A single term starts from -0.0 and so is the product itself, sign of zero and all; more terms
-    # start from +0.0, as mergekit 0.1.5's accumulator does.
-    total = tl.full([BLOCK], -0.0 if K == 1 else 0.0, tl.float32)
+    # start from +0.0, as mergekit 0.1.5's accumulator does. As bits: triton 3.6 takes the constant
+    # -0.0 for 0.
+    start_bits = tl.full([BLOCK], 0x80000000 if K == 1 else 0, tl.uint32)
+    total = start_bits.to(tl.float32, bitcast=True)
     for i in tl.static_range(K):
         x = fetch(tl.load(row + HEAD + i), offsets, mask, CODES[i], ALIGNED, MASKED)
         total = tl.fma(x, tl.zeros_like(x) + terms[i], total)
@@ -66,6 +69,7 @@ def combine_kernel(
     coefficient.
     """
     K: tl.constexpr = len(CODES)
+    TAIL: tl.constexpr = BLOCK // 8
     segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
     terms = ()
     for i in tl.static_range(K):
@@ -78,12 +82,15 @@ def combine_kernel(
         bad += _block(
             row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, False
         )
-    if whole < end:
-        bad += _block(
-            row, terms, divisor, whole, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, True
+    # The tail in narrow steps: a second whole block, masked, would double the registers.
+    tail_bad = tl.zeros([TAIL], tl.int32)
+    for step in range(0, end - whole, TAIL):
+        start = whole + step
+        tail_bad += _block(
+            row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, TAIL, HEAD, True
         )
-    count = tl.sum(bad, 0)
-    tl.atomic_add(bad_counts + segment, count.to(tl.int64), mask=count > 0)
+    count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
+    tally(bad_counts + segment, count)
 
 
 @triton.jit
@@ -111,7 +118,8 @@ def combine_vectors_kernel(
         used += (tl.load(coefficients + i * count + vector, mask=inside, other=0.0) != 0).to(
             tl.int32
         )
-    total = tl.where(used == 1, -0.0, 0.0)  # see _block
+    start_bits = tl.where(used == 1, 0x80000000, 0).to(tl.uint32)  # see _block
+    total = start_bits.to(tl.float32, bitcast=True)
     total = tl.broadcast_to(total, [BLOCK_ROWS, BLOCK_COLS])
     for i in tl.static_range(K):
         term = tl.load(coefficients + i * count + vector, mask=inside, other=0.0)
@@ -122,7 +130,7 @@ def combine_vectors_kernel(
         total = tl.div_rn(total, tl.zeros_like(total) + divisor)
     bad = put(tl.load(table + HEAD + K), offsets, mask, total, OUT, False, True)
     found = tl.sum(tl.sum(bad, 1), 0)
-    tl.atomic_add(bad_counts, found.to(tl.int64), mask=found > 0)
+    tally(bad_counts, found)
 
 
 def combine(

@@ -148,6 +148,12 @@ def put(
 
 
 @triton.jit
+def tally(where, count):
+    """Adds to an int64 counter that nothing reads before the kernel's end: no fence is needed."""
+    tl.atomic_add(where, count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+@triton.jit
 def magnitude_key(delta):
     """|delta| as 31 bits that order like the magnitudes; every NaN is one key, above infinity."""
     key = delta.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
@@ -268,9 +274,10 @@ def launch(
     device: torch.device,
     *args: object,
     registers: int | None = None,
+    fused: bool = False,
     **meta: object,
 ) -> None:
-    """Runs ``programs`` programs on the tensors' device, fusion of multiply and add off.
+    """Runs ``programs`` programs on the tensors' device; multiply and add only ``fused`` if asked.
 
     registers: the most that a thread of an NVIDIA GPU may use. Left to itself ptxas sometimes
     spills four bytes to reach the next occupancy, which a kernel bound by memory has no use for.
@@ -281,7 +288,7 @@ def launch(
         meta["maxnreg"] = registers
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with _LAUNCHING, on_device:
-        kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=fused)
 
 
 def check(

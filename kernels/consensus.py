@@ -33,6 +33,7 @@ from fastmerge.kernels.common import (
     put,
     random_words,
     register_limit,
+    tally,
     upload,
 )
 from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection
@@ -126,6 +127,7 @@ def consensus_kernel(
     flat index of element 0.
     """
     K: tl.constexpr = len(MODES)
+    TAIL: tl.constexpr = BLOCK // 8
     segment, row, begin, end = locate(table, owners, HEAD + K + 2, CHUNK)
     rules += segment * (K * RULE)
     numbers += segment * (2 + 2 * K)
@@ -138,13 +140,15 @@ def consensus_kernel(
             row, rules, numbers, start, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
             SCALED, WIDE, ALIGNED, BLOCK, HEAD, RULE, False,
         )  # fmt: skip
-    if whole < end:
-        bad += _block(
-            row, rules, numbers, whole, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
-            SCALED, WIDE, ALIGNED, BLOCK, HEAD, RULE, True,
+    tail_bad = tl.zeros([TAIL], tl.int32)  # in narrow steps, as in combine_kernel
+    for step in range(0, end - whole, TAIL):
+        start = whole + step
+        tail_bad += _block(
+            row, rules, numbers, start, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
+            SCALED, WIDE, ALIGNED, TAIL, HEAD, RULE, True,
         )  # fmt: skip
-    count = tl.sum(bad, 0)
-    tl.atomic_add(bad_counts + segment, count.to(tl.int64), mask=count > 0)
+    count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
+    tally(bad_counts + segment, count)
 
 
 def consensus(

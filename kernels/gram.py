@@ -36,6 +36,9 @@ from fastmerge.kernels.common import (
 # Sums for m vectors take m (m + 1) registers a thread; beyond 6 vectors the pairs are done in tiles
 # of 4 x 4.
 ONE_TILE, TILE = 6, 4
+# The products are exact in float64, so that fusing them with the sums moves no bit and halves the
+# float64 instructions.
+FUSED = True
 
 
 @triton.jit
@@ -300,6 +303,7 @@ def _partials(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool)
             VECTOR=vector_elements(kinds),
             CHUNK=CHUNK,
             HEAD=HEAD,
+            fused=FUSED,
         )
     return partials
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmerge.kernels.common import fetch, locate, magnitude_key, mix32, order_of
+from fastmerge.kernels.common import fetch, locate, magnitude_key, mix32, order_of, tally
 from fastmerge.kernels.consensus import survives
 
 # What is ranked: magnitudes, or the complement of the order of the entries whose magnitude is the
@@ -53,7 +53,9 @@ def _rank_block(
             found = tl.sum(flags, 0)
             if found > 0:
                 place = (
-                    tl.atomic_add(gathered + 4 * i, found.to(tl.int64)) + tl.cumsum(flags, 0) - 1
+                    tl.atomic_add(gathered + 4 * i, found.to(tl.int64), sem="relaxed")
+                    + tl.cumsum(flags, 0)
+                    - 1
                 )
                 inside = inside & (place < tl.load(windows + WINDOW * i + 4))
                 place += tl.load(windows + WINDOW * i + 3)
@@ -118,9 +120,9 @@ def rank_kernel(
                 above = tl.sum(packed[i] & 1023, 0)
                 at_high = tl.sum((packed[i] >> 10) & 1023, 0)
                 at_low = tl.sum(packed[i] >> 20, 0)
-                tl.atomic_add(counts + 4 * i + 1, above.to(tl.int64), mask=above > 0)
-                tl.atomic_add(counts + 4 * i + 2, at_high.to(tl.int64), mask=at_high > 0)
-                tl.atomic_add(counts + 4 * i + 3, at_low.to(tl.int64), mask=at_low > 0)
+                tally(counts + 4 * i + 1, above)
+                tally(counts + 4 * i + 2, at_high)
+                tally(counts + 4 * i + 3, at_low)
 
 
 @triton.jit
@@ -230,4 +232,4 @@ def measure_kernel(
         tl.store(out + 2 * i, tl.sum(sums[0], 0))
         tl.store(out + 2 * i + 1, tl.sum(sums[1], 0))
         found = tl.sum(sums[2], 0)
-        tl.atomic_add(kept_counts + segment * K + i, found.to(tl.int64), mask=found > 0)
+        tally(kept_counts + segment * K + i, found)
