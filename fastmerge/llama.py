@@ -115,7 +115,11 @@ def load_tokenizer(source: RecipeLike, **kwargs: Any) -> Any:
 
     is_folder = isinstance(source, (str, Path)) and Path(source).is_dir()
     folder = Path(str(source)) if is_folder else api.plan(source).donor
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FastmergeError(f"{folder}: has no tokenizer that loads: {reason[:200]}") from error
 
 
 def _transformers() -> Any:

@@ -114,6 +114,46 @@ def schedule_of(lab: Path, **evaluate: Any) -> dict[str, Any]:
     }
 
 
+MISTAKES = {
+    "shots": ({"num_fewshot": 25}, "num_fewshot 25 is more than the task's 24 examples allow"),
+    "range": ({"tasks": [{"name": "fm_choice", "items": "500:"}]}, "no documents from 500 on"),
+    "folder": ({"include_path": "nowhere"}, "no such folder: nowhere"),
+    "no line": ({"tasks": ["fm_empty"]}, "task 'fm_empty' cannot be loaded"),
+    "bad line": ({"tasks": ["fm_broken"]}, "task 'fm_broken' cannot be loaded"),
+    "bad key": ({"tasks": ["fm_keyed"]}, "task 'fm_keyed' cannot be loaded .*foo"),
+    "no text": ({"tasks": [], "perplexity": "short.txt"}, "short.txt: the text is too short"),
+}
+
+
+@pytest.mark.parametrize("change, message", MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_be_evaluated_is_refused_before_anything(
+    lab: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = (lab / "tasks" / "fm_choice.yaml").read_text()
+    for name, data in (("empty", ""), ("broken", '{"question": \n')):
+        (lab / f"{name}.jsonl").write_text(data)
+        text = choice.replace("choice.jsonl", f"{name}.jsonl").replace("fm_choice", f"fm_{name}")
+        (lab / "tasks" / f"fm_{name}.yaml").write_text(text)
+    keyed = choice.replace("fm_choice", "fm_keyed") + "foo: 3\n"
+    (lab / "tasks" / "fm_keyed.yaml").write_text(keyed)
+    (lab / "short.txt").write_text("a")
+    monkeypatch.chdir(lab)
+    given = {"tasks": ["fm_choice"], "include_path": str(lab / "tasks"), **change}
+    with pytest.raises(FastmergeError, match=message) as caught:
+        run(schedule_of(lab, **given), lab / "out", threads=1)
+    assert "\n" not in str(caught.value)
+    assert not (lab / "out").exists()
+
+
+def test_without_a_tokenizer_nothing_starts(lab: Path) -> None:
+    for file in (lab / "m0").glob("*token*"):
+        file.unlink()
+    schedule = schedule_of(lab, tasks=["fm_choice"], include_path=str(lab / "tasks"))
+    with pytest.raises(FastmergeError, match="m0: has no tokenizer that loads"):
+        run(schedule, lab / "out", threads=1)
+    assert not (lab / "out").exists()
+
+
 def test_a_task_of_a_steering_group_is_no_hold_out(lab: Path) -> None:
     (lab / "tasks" / "fm_both.yaml").write_text(
         "group: fm_both\ntask: [fm_choice, fm_text]\n"

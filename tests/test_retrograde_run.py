@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,42 @@ def test_a_callable_that_returns_nonsense_is_one_line(
         with pytest.raises(FastmergeError, match=message) as caught:
             run(schedule, tmp_path / str(len(message)), score=lambda model, a=answer: a)
         assert "\n" not in str(caught.value)
+
+
+CALLABLES = {
+    "raises": ("def f(model):\n    return 1 / 0\n", "own:f: own.py:2: ZeroDivisionError: division"),
+    "import": ("1 / 0\n", "'own:f': own.py:1: ZeroDivisionError"),
+    "syntax": ("def f(:\n", "'own:f': own.py:1: SyntaxError"),
+    "number": ("f = 3\n", "'own:f': is no function"),
+    "no model": ("def f():\n    return {}\n", "own:f: is called with the model alone"),
+    "no items": ("def f(model):\n    return {'a': []}\n", "own:f: 'a' has no items to score"),
+}
+
+
+@pytest.mark.parametrize("text, message", CALLABLES.values(), ids=CALLABLES)
+def test_what_a_callable_gets_wrong_is_one_line(
+    files: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (files / "own.py").write_text(text)
+    path = files / "walk.yml"
+    path.write_text(path.read_text() + "evaluate: {callable: 'own:f'}\n")
+    done = invoke("retrograde", str(path), str(files / "out"))
+    assert done.exit_code == 2 and message in done.output.splitlines()[-1]
+    assert not (files / "out" / "model").exists()
+
+
+@pytest.mark.parametrize("device, message", [
+    ("cuda:7", "has no device 'cuda:7'; use cpu"), ("gpu", "unknown device 'gpu'; use cpu or cuda"),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_refused_before_anything(
+    schedule: dict[str, Any], tmp_path: Path, device: str, message: str
+) -> None:
+    schedule["evaluate"] = {"callable": "x:y", "device": device}
+    with pytest.raises(FastmergeError, match=message):
+        run(schedule, tmp_path / "out", score=score)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_callable_may_lie_beside_the_schedule(files: Path) -> None:

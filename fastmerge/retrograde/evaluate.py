@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,11 +48,27 @@ def make_scorer(
 
     Raises FastmergeError for whatever is missing: the harness, a task, its data, a module.
     """
+    _check_device(settings)
     if function is not None or settings.callable is not None:
         return _Callable(function or _load_callable(settings, folder), settings)
     if settings.perplexity is not None:
         return _Perplexity(settings, folder, tokenizer_folder)
     return Harness(settings, folder, tokenizer_folder)
+
+
+def _check_device(settings: Evaluate) -> None:
+    import torch
+
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError:
+        raise FastmergeError(
+            f"{settings.at('device')}: unknown device '{settings.device}'; use cpu or cuda"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FastmergeError(
+            f"{settings.at('device')}: this machine has no device '{settings.device}'; use cpu"
+        )
 
 
 def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
@@ -63,13 +80,23 @@ def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
     beside = str(folder.resolve())
     if beside not in sys.path:
         sys.path.append(beside)  # last: it must not hide an installed module
+    where = f"{settings.at('callable')}: '{settings.callable}'"
     try:
         function: ScoreFunction = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise FastmergeError(
-            f"{settings.at('callable')}: '{settings.callable}': {error}"
-        ) from error
+    except Exception as error:  # importing runs the user's own code
+        raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
+    if not callable(function):
+        raise FastmergeError(f"{where}: is no function")
     return function
+
+
+def _in_user_code(error: BaseException) -> str:
+    """What went wrong and where, in a line: 'scoring.py:12: ZeroDivisionError: ...'."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or '').name}:{error.lineno}: "
+    return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Callable:
@@ -82,7 +109,12 @@ class _Callable:
     def __init__(self, function: ScoreFunction, settings: Evaluate) -> None:
         self._function = function
         self._name = settings.callable or getattr(function, "__qualname__", "callable")
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
+        parameters = signature.parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._takes = {n for n in ("split", "limit") if anything or n in parameters}
         self._limit = settings.limit
@@ -111,7 +143,10 @@ class _Callable:
         limits = [n for n in (limit, self._limit) if n is not None]
         given = {"split": split, "limit": min(limits, default=None)}
         options = {name: value for name, value in given.items() if name in self._takes}
-        answer = self._function(model, **options)
+        try:
+            answer = self._function(model, **options)
+        except Exception as error:  # the user's own code
+            raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
         if not isinstance(answer, Mapping) or not answer:
             raise FastmergeError(
                 f"{self._name}: must return a dict of task names and numbers, "
@@ -128,6 +163,8 @@ class _Callable:
             ) from error
         if numbers.ndim == 0:
             return TaskScore(float(numbers), "score", 1)
+        if not numbers.size:
+            raise FastmergeError(f"{self._name}: '{name}' has no items to score")
         items = {str(name): tuple(float(x) for x in numbers.ravel())}
         return TaskScore(float(numbers.mean()), "score", numbers.size, items)
 
@@ -145,7 +182,10 @@ class _Perplexity:
             raise FastmergeError(f"{settings.at('perplexity')}: {path}: {error}") from error
         self._settings = settings
         self._name = path.stem
-        self._tokenizer_folder = tokenizer_folder
+        ids = llama.load_tokenizer(tokenizer_folder)(self._text)["input_ids"]
+        if len(ids) < 2:
+            raise FastmergeError(f"{settings.at('perplexity')}: {path}: the text is too short")
+        self._ids = ids
         self._windows: Any = None
 
     @property
@@ -165,7 +205,7 @@ class _Perplexity:
         if split != "steer":
             raise ValueError("a perplexity has no hold-out")
         if self._windows is None:
-            self._windows = self._tokenise(model)
+            self._windows = self._cut(model)
         limits = [n for n in (limit, self._settings.limit) if n is not None]
         windows = self._windows[: min(limits)] if limits else self._windows
         losses, tokens = [], []
@@ -184,18 +224,14 @@ class _Perplexity:
         )
         return Scores({self._name: task})
 
-    def _tokenise(self, model: Any) -> Any:
+    def _cut(self, model: Any) -> Any:
         import torch
 
-        tokenizer = llama.load_tokenizer(self._tokenizer_folder)
-        ids = torch.tensor(tokenizer(self._text)["input_ids"], dtype=torch.long)
+        ids = torch.tensor(self._ids, dtype=torch.long)
         length = self._settings.max_length or int(
             getattr(model.config, "max_position_embeddings", 1024)
         )
-        windows = [w for w in torch.split(ids, length) if len(w) > 1]
-        if not windows:
-            raise FastmergeError(f"{self._name}: the text is too short to score")
-        return windows
+        return [window for window in torch.split(ids, length) if len(window) > 1]
 
 
 class Resident:

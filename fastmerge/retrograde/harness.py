@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from fastmerge.errors import FastmergeError, nearest
+from fastmerge.llama import load_tokenizer
 from fastmerge.recipe_yaml import LocatedDict
 from fastmerge.retrograde.schedule import Evaluate, Task, overlap
 from fastmerge.retrograde.scores import Scores, TaskScore, digest
@@ -61,7 +62,6 @@ class Harness:
     def __init__(self, settings: Evaluate, folder: Path, tokenizer_folder: Path) -> None:
         """Loads every task. Raises FastmergeError for unknown tasks and data that is not there."""
         self._settings = settings
-        self._tokenizer_folder = tokenizer_folder
         self._preset = settings.preset is not None
         sources = _Sources(settings, folder)
         if sources.local_only:
@@ -79,6 +79,9 @@ class Harness:
             "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
         }
         self._check_holdout(sources.holdout)
+        for units in self._units.values():
+            _samples(units, settings.limit)  # refuses ranges without documents
+        self._tokenizer = load_tokenizer(tokenizer_folder)
         self._texts = sources.texts
 
     @property
@@ -125,16 +128,14 @@ class Harness:
     def _wrapped(self, model: Any) -> Any:
         if self._lm is None or self._model is not model:
             from lm_eval.models.huggingface import HFLM
-            from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_folder, local_files_only=True)
             options: dict[str, Any] = {"batch_size": self._settings.batch_size}
             if self._settings.max_length is not None:
                 options["max_length"] = self._settings.max_length
             if self._preset:
                 options["add_bos_token"] = False  # the leaderboard's harness added none
             with quiet():
-                self._lm = HFLM(pretrained=model, tokenizer=tokenizer, **options)
+                self._lm = HFLM(pretrained=model, tokenizer=self._tokenizer, **options)
             self._model = model
         return self._lm
 
@@ -173,6 +174,7 @@ class Harness:
             elif own is None:
                 part.set_config(key="num_fewshot", value=0)
             _check_metric(entry, part)
+            _check_shots(entry, part)
         return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
 
 
@@ -186,6 +188,9 @@ class _Sources:
         self.titles: dict[str, str] = {}  # of a preset's tasks
         self.texts: dict[str, str] = {}
         self._folders = [str(_find(folder, path)) for path in settings.include_path]
+        for given, path in zip(settings.include_path, self._folders, strict=True):
+            if not Path(path).is_dir():
+                raise FastmergeError(f"{settings.at('include_path')}: no such folder: {given}")
         if settings.preset is not None:
             self.steering = [
                 Task(name=name, num_fewshot=shots, metric=metric)
@@ -295,7 +300,22 @@ def _import_harness() -> None:
 
 def _load_errors() -> tuple[type[Exception], ...]:
     """What loading a task raises; for damaged data that is a class of the data library's own."""
-    return OSError, ValueError, KeyError, import_module("datasets.exceptions").DatasetsError
+    own = import_module("datasets.exceptions").DatasetsError
+    # TypeError: a key that no task has; StopIteration: a data file without a line.
+    return OSError, ValueError, KeyError, TypeError, StopIteration, own
+
+
+def _check_shots(entry: Task, part: Any) -> None:
+    shots = part.get_config("num_fewshot")
+    if not shots:
+        return
+    examples = len(part.sampler.fewshot_docs())
+    # Drawn from the documents that are scored, one more is drawn and the scored one left out.
+    own = part.config.fewshot_split == (part.config.test_split or part.config.validation_split)
+    if shots + own > examples:
+        raise FastmergeError(
+            f"{entry.where}: num_fewshot {shots} is more than the task's {examples} examples allow"
+        )
 
 
 def _check_metric(entry: Task, part: Any) -> None:

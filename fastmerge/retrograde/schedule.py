@@ -43,7 +43,7 @@ class Entry(Section):
 
     model: str
     name: str = ""
-    accuracy: float | None = None  # percent, as given by the user
+    accuracy: Annotated[float, Field(ge=0, le=100)] | None = None  # percent, as the user gave it
 
     @property
     def label(self) -> str:
@@ -164,7 +164,7 @@ class Retrace(Step):
             self.refuse("partner", f"a retrace step takes 'toward': {known}")
         if self.toward.startswith("step:"):
             digits = self.toward.removeprefix("step:").strip()
-            if not digits.isdigit():
+            if not digits.isdecimal():
                 self.refuse(
                     "toward", f"'step: n' needs a step's number (0: the baseline), not '{digits}'"
                 )
@@ -243,7 +243,7 @@ class Task(Section):
     def _range(self) -> Task:
         if self.items is not None:
             first, colon, last = self.items.partition(":")
-            if not colon or not all(part.strip().isdigit() or not part for part in (first, last)):
+            if not colon or not all(part.strip().isdecimal() or not part for part in (first, last)):
                 raise FastmergeError(
                     f"{self.at('items')}: 'items' is a range such as '0:200' or '200:', "
                     f"not '{self.items}'"
