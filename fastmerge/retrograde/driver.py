@@ -129,8 +129,8 @@ def judge(schedule: Schedule, state: State, move: Move, score: float | None) -> 
             temperature = rule.temperature * rule.cooling**judgements
             chance = math.exp((score - reference) / temperature)
             accepted = bool(_generator(state.seed, move.number, 2).random() < chance)
-    # A broken degrade must not cost the ground of the cycle: it only undoes itself. A broken retrace
-    # must not leave the walk on a degraded state that nothing has judged.
+    # A broken degrade must not cost the ground of the cycle: it only undoes itself. A broken
+    # retrace must not leave the walk on a degraded state that nothing has judged.
     only_undone = broken and (move.step.kind == "degrade" or rule.rule == "always")
     fallback = move.origin if only_undone else state.held
     record = Record(
