@@ -50,7 +50,7 @@ Sparsify parse_sparsify(const py::tuple& t) {
 }
 
 Selection parse_selection(const py::tuple& t) {
-    if (t.size() != 9) throw std::invalid_argument("a Selection has 9 fields");
+    if (t.size() != 8) throw std::invalid_argument("a Selection has 8 fields");
     Selection s;
     s.kind = parse_enum<Sparsity>(t[0], 2, "kind");
     s.threshold = t[1].cast<int32_t>();
@@ -63,7 +63,6 @@ Selection parse_selection(const py::tuple& t) {
     s.key = t[5].cast<uint64_t>();
     s.rescale = t[6].cast<float>();
     s.kept = t[7].cast<int64_t>();
-    s.ties = t[8].cast<int64_t>();
     return s;
 }
 
@@ -71,8 +70,7 @@ py::tuple selection_tuple(const Selection& s) {
     const py::object bound =
         s.every_tie ? py::object(py::int_(1) << py::int_(64)) : py::object(py::int_(s.tie_bound));
     return py::make_tuple(static_cast<int>(s.kind), s.threshold, bound,
-                          static_cast<int>(s.tie_rule), s.keep_below, s.key, s.rescale, s.kept,
-                          s.ties);
+                          static_cast<int>(s.tie_rule), s.keep_below, s.key, s.rescale, s.kept);
 }
 
 py::array_t<double> bound_gram(Pool& pool, const std::vector<View>& inputs,

@@ -97,7 +97,6 @@ std::vector<Selection> select(Pool& pool, const std::vector<Span>& inputs, const
     for (size_t i = 0; i < trimmed.size(); ++i) {
         Selection& selection = selections[trimmed[i]];
         selection.threshold = thresholds[i].key;
-        selection.ties = thresholds[i].ties;
         const int64_t wanted = thresholds[i].keep - thresholds[i].above;
         if (wanted == thresholds[i].ties) continue;
         tied.push_back(trimmed[i]);

@@ -29,7 +29,6 @@ struct Selection {
     uint64_t key = 0;
     float rescale = 1.0f;
     int64_t kept = 0;
-    int64_t ties = 0;
 };
 
 using RoundKeys = std::array<uint64_t, 20>;

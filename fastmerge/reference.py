@@ -186,7 +186,7 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
         threshold = int(np.sort(keys)[count - spec.keep])
         tied = np.flatnonzero(keys == threshold)
         wanted = spec.keep - int(np.count_nonzero(keys > threshold))
-        found = found._replace(threshold_bits=threshold, ties=len(tied))
+        found = found._replace(threshold_bits=threshold)
         if wanted < len(tied):
             order = mixed_indices(count)[tied] if spec.tie_rule == MIXED else tied
             found = found._replace(tie_bound=int(np.sort(order)[wanted - 1]) + 1)

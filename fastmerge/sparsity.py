@@ -36,8 +36,8 @@ class Selection(NamedTuple):
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
     order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as
-    the 31-bit patterns of fp32, so NaN is above infinity. ``ties`` counts the entries at the
-    threshold.
+    the 31-bit patterns of fp32, so NaN is above infinity. Where every tied entry is kept, bounds
+    from one past the last order on say the same.
     """
 
     kind: int = ALL
@@ -48,7 +48,6 @@ class Selection(NamedTuple):
     key: int = 0
     rescale: float = 1.0  # fp32 value, multiplied in after the mask
     kept: int = 0
-    ties: int = 0
 
 
 def mixed_index(index: int) -> int:

@@ -14,18 +14,18 @@ import triton.language as tl
 
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
-    BLOCK,
     CHUNK,
     HEAD,
     aligned,
-    block,
     check,
     codes,
     fetch,
     group,
+    lanes,
     launch,
     locate,
     partition,
+    per_lane,
     put,
     register_limit,
     tally,
@@ -38,9 +38,9 @@ MAX_INPUTS = 16
 
 @triton.jit
 def _block(
-    row, terms, divisor, start, end,
+    addresses, terms, divisor, start, end,
     CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
     K: tl.constexpr = len(CODES)
@@ -52,11 +52,11 @@ def _block(
     start_bits = tl.full([BLOCK], 0x80000000 if K == 1 else 0, tl.uint32)
     total = start_bits.to(tl.float32, bitcast=True)
     for i in tl.static_range(K):
-        x = fetch(tl.load(row + HEAD + i), offsets, mask, CODES[i], ALIGNED, MASKED)
+        x = fetch(addresses[i], offsets, mask, CODES[i], ALIGNED, MASKED)
         total = tl.fma(x, tl.zeros_like(x) + terms[i], total)
     if DIVIDE:
         total = tl.div_rn(total, tl.zeros_like(total) + divisor)
-    return put(tl.load(row + HEAD + K), offsets, mask, total, OUT, ALIGNED, MASKED)
+    return put(addresses[K], offsets, mask, total, OUT, ALIGNED, MASKED)
 
 
 @triton.jit
@@ -71,23 +71,26 @@ def combine_kernel(
     K: tl.constexpr = len(CODES)
     TAIL: tl.constexpr = BLOCK // 8
     segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
+    addresses = ()
     terms = ()
     for i in tl.static_range(K):
+        addresses = addresses + (tl.load(row + HEAD + i),)
         terms = terms + (tl.load(coefficients + segment * (K + 1) + i),)
+    addresses = addresses + (tl.load(row + HEAD + K),)
     divisor = tl.load(coefficients + segment * (K + 1) + K)
     whole = begin + (end - begin) // BLOCK * BLOCK
     bad = tl.zeros([BLOCK], tl.int32)
     for step in range(0, whole - begin, BLOCK):
         start = begin + step
         bad += _block(
-            row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, HEAD, False
+            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, False
         )
     # The tail in narrow steps: a second whole block, masked, would double the registers.
     tail_bad = tl.zeros([TAIL], tl.int32)
     for step in range(0, end - whole, TAIL):
         start = whole + step
         tail_bad += _block(
-            row, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, TAIL, HEAD, True
+            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, TAIL, True
         )
     count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
     tally(bad_counts + segment, count)
@@ -161,7 +164,7 @@ def combine(
     bad = torch.zeros(1, dtype=torch.int64, device=out.device)
     if out.numel():
         block_cols = min(1024, triton.next_power_of_2(cols))
-        block_rows = min(BLOCK // block_cols, triton.next_power_of_2(rows))
+        block_rows = min(per_lane(1) * lanes() // block_cols, triton.next_power_of_2(rows))
         launch(
             combine_vectors_kernel,
             triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),
@@ -237,7 +240,7 @@ class CombineBatch:
                 DIVIDE=key[2],
                 ALIGNED=key[3],
                 CHUNK=CHUNK,
-                BLOCK=block(len(key[0])),
+                BLOCK=per_lane(len(key[0])) * lanes(),
                 HEAD=HEAD,
                 registers=register_limit(len(key[0])),
             )

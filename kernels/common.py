@@ -1,9 +1,8 @@
 """What every kernel shares: element types as integers, the segment table, the random bits and the
 launch.
 
-Weights are loaded and stored as plain integers and converted by integer arithmetic, so that a
-rounding is the same bit on every GPU, on AMD and in Triton's interpreter (whose own bf16 conversion
-does not round to even).
+Weights are loaded and stored as plain integers and converted in the open, so that a rounding is the
+same bit on every GPU, on AMD and in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ CODES = {
 OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 # One program does CHUNK elements: 64 KiB of bf16, so that the table look-up before it is noise and
-# the largest tensors of a 7 B model still give 4000 programs. BLOCK is one step of its loop.
+# the largest tensors of a 7 B model still give 4000 programs.
 CHUNK = 32768
-BLOCK = 2048
 WARPS = 4
 _LAUNCHING = threading.Lock()  # neither Triton's compiler nor its interpreter is made for threads
 HEAD = 2  # table columns before the addresses: element count, first chunk
@@ -92,6 +90,11 @@ def decode(raw, CODE: tl.constexpr):
     return value
 
 
+# Compiled, fp32 is rounded to bf16 by the GPU's own instruction (to nearest even, everywhere), a
+# tenth of the instructions of a merge; the interpreter's does not round so.
+NATIVE: tl.constexpr = tl.constexpr(isinstance(decode, triton.runtime.JITFunction))
+
+
 @triton.jit
 def encode(value, CODE: tl.constexpr):
     """fp32 to raw integers of an output type, to nearest even; NaN stays NaN."""
@@ -100,6 +103,8 @@ def encode(value, CODE: tl.constexpr):
         raw = bits.to(tl.int32, bitcast=True)
     elif CODE == F16:
         raw = value.to(tl.float16).to(tl.int16, bitcast=True)
+    elif NATIVE:
+        raw = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
     else:
         even = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
         kept = (bits >> 16) | 0x40  # rounding could carry a NaN's payload into infinity
@@ -187,6 +192,21 @@ def order_of(index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def rank_of(key, index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
+    """One number (uint64) that ranks entries as a trim keeps them, largest first: by magnitude,
+    ties by order. No two entries of a tensor of up to 2**33 elements have the same.
+    """
+    order = order_of(index, INDEX_RULE, WIDE)
+    if WIDE:  # 31 bits of magnitude, 33 of order: of a mixed order's upper word only bit 0 is used
+        if not INDEX_RULE:
+            order = ((order >> 32) << 1) | (order & 1)
+        rank = (key.to(tl.uint64) << 33) | (order ^ 0x1FFFFFFFF)
+    else:
+        rank = (key.to(tl.uint64) << 32) | (order ^ 0xFFFFFFFF).to(tl.uint64)
+    return rank
+
+
+@triton.jit
 def random_words(key, first, COUNT: tl.constexpr):
     """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a
     counter.
@@ -251,11 +271,11 @@ def codes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return tuple(CODES[tensor.dtype] for tensor in tensors)
 
 
-def block(inputs: int) -> int:
-    """Elements of one step: with more than 8 inputs in registers, half as many, or the registers
-    spill.
+def per_lane(inputs: int) -> int:
+    """Elements of one step that a lane takes: with more than 8 inputs in registers, half as many,
+    or the registers spill.
     """
-    return BLOCK if inputs <= 8 else BLOCK // 2
+    return 16 if inputs <= 8 else 8
 
 
 def register_limit(inputs: int) -> int:
@@ -332,7 +352,7 @@ def check(
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the Python interpreter (TRITON_INTERPRET=1 at import)."""
-    return not isinstance(locate, triton.runtime.JITFunction)
+    return not NATIVE.value
 
 
 def vectors(count: int, axis: int | None, rows: int, cols: int) -> int:

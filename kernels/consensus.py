@@ -20,18 +20,20 @@ from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
     aligned,
-    block,
     check,
     codes,
     fetch,
     group,
+    lanes,
     launch,
     locate,
     magnitude_key,
     order_of,
     partition,
+    per_lane,
     put,
     random_words,
+    rank_of,
     register_limit,
     tally,
     upload,
@@ -41,90 +43,114 @@ from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection
 # How one delta's entries are kept, a compile-time choice per delta.
 KEEP_ALL: tl.constexpr = tl.constexpr(0)
 KEEP_RANDOM: tl.constexpr = tl.constexpr(1)
-KEEP_FROM: tl.constexpr = tl.constexpr(2)  # key >= threshold
-KEEP_MIXED: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and mixed index <= last
-KEEP_INDEX: tl.constexpr = tl.constexpr(4)  # key > threshold, or tied and flat index <= last
+KEEP_MIXED: tl.constexpr = tl.constexpr(2)  # key > threshold, or tied and mixed index <= last
+KEEP_INDEX: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and flat index <= last
 RULE = 3  # rule columns per delta: threshold; last (both rules) or keep_below; key
 
 
 @triton.jit
-def survives(
-    delta, first, index, rule, MODE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Which of BLOCK entries from flat index ``first`` on are kept. rule: the delta's RULE int64
-    numbers.
+def load_rule(rule, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """A delta's RULE int64 numbers as `survives` takes them: of a trim below 2**32 elements the
+    first is `rank_of` the last entry that survives.
     """
+    first, last, key = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
+    if (MODE == KEEP_MIXED or MODE == KEEP_INDEX) and not WIDE:
+        first = (first << 32) | (last ^ 0xFFFFFFFF)
+    return first.to(tl.uint64, bitcast=True), last, key.to(tl.uint64, bitcast=True)
+
+
+@triton.jit
+def survives(
+    delta, first, index, limit, last, key, MODE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which of BLOCK entries from flat index ``first`` on are kept. limit, last, key: load_rule's."""
     if MODE == KEEP_ALL:
         kept = tl.full([BLOCK], 1, tl.int1)
     elif MODE == KEEP_RANDOM:
-        key = tl.load(rule + 2).to(tl.uint64, bitcast=True)
-        kept = random_words(key, first, BLOCK).to(tl.int64) < tl.load(rule + 1)
+        kept = random_words(key, first, BLOCK).to(tl.int64) < last
+    elif WIDE:
+        magnitude, threshold = magnitude_key(delta), limit.to(tl.uint32)
+        order = order_of(index, MODE == KEEP_INDEX, True)
+        tied = (magnitude == threshold) & (order <= last.to(tl.uint64, bitcast=True))
+        kept = (magnitude > threshold) | tied
     else:
-        key, threshold = magnitude_key(delta), tl.load(rule).to(tl.uint32)
-        if MODE == KEEP_FROM:
-            kept = key >= threshold
-        else:
-            order = order_of(index, MODE == KEEP_INDEX, WIDE)
-            last = tl.load(rule + 1).to(order.dtype)
-            kept = (key > threshold) | ((key == threshold) & (order <= last))
+        kept = rank_of(magnitude_key(delta), index, MODE == KEEP_INDEX, False) >= limit
     return kept
 
 
 @triton.jit
 def _block(
-    row, rules, numbers, start, end, origin,
+    addresses, rules, factors, scale, divisor, start, end, origin,
     CODES: tl.constexpr, OUT: tl.constexpr, MODES: tl.constexpr, RESCALED: tl.constexpr,
-    ELECT: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, RULE: tl.constexpr,
-    MASKED: tl.constexpr,
+    ELECT: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
     K: tl.constexpr = len(MODES)
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < end
     index = origin + offsets
-    base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED)
+    base = fetch(addresses[0], offsets, mask, CODES[0], ALIGNED, MASKED)
     total = tl.zeros([BLOCK], tl.float32)
     deltas = ()
     for i in tl.static_range(K):
-        x = fetch(tl.load(row + HEAD + 1 + i), offsets, mask, CODES[1 + i], ALIGNED, MASKED)
+        x = fetch(addresses[1 + i], offsets, mask, CODES[1 + i], ALIGNED, MASKED)
         delta = x - base
+        weight = factors[2 * i]
+        rescale = factors[2 * i + 1]
         if MODES[i] != KEEP_ALL:
-            kept = survives(delta, origin + start, index, rules + RULE * i, MODES[i], WIDE, BLOCK)
-            delta = delta * tl.where(kept, 1.0, 0.0)
-        if RESCALED[i]:
-            delta = delta * tl.load(numbers + 2 + 2 * i + 1)
-        delta = delta * tl.load(numbers + 2 + 2 * i)
-        total = total + delta
+            kept = survives(
+                delta, origin + start, index, rules[3 * i], rules[3 * i + 1], rules[3 * i + 2],
+                MODES[i], WIDE, BLOCK,
+            )  # fmt: skip
+            # The mask's 1 or 0 times the next factor: the product that follows rounds once more
+            # and is exact here, so that it moves no bit.
+            if RESCALED[i]:
+                delta = delta * tl.where(kept, rescale, rescale * 0.0) * weight
+            else:
+                delta = delta * tl.where(kept, weight, weight * 0.0)
+        elif RESCALED[i]:
+            delta = delta * rescale * weight
+        else:
+            delta = delta * weight
+        # Where a sign is elected only total >= 0 counts, which is the same from -0.0 as from +0.0.
+        total = delta if ELECT and i == 0 else total + delta
         deltas = deltas + (delta,)
     if ELECT:
         sign = tl.where(total >= 0, 1.0, -1.0)
         total = tl.zeros([BLOCK], tl.float32)
-        weight = tl.zeros([BLOCK], tl.float32)
+        agreed = total
         for i in tl.static_range(K):
             agrees = tl.where(deltas[i] * sign > 0, 1.0, 0.0)
             total = total + deltas[i] * agrees
-            weight = weight + tl.load(numbers + 2 + 2 * i) * agrees
+            share = factors[2 * i] * agrees
+            agreed = share if i == 0 else agreed + share  # only its zero is asked for, of any sign
         if NORMALIZE:
-            total = tl.div_rn(total, tl.where(weight == 0, 1.0, weight))
+            agreed = tl.where(agreed == 0, 1.0, agreed)
+            if EXACT:  # a power of two: to subtract exponents is to take the reciprocal
+                bits = 0x7F000000 - agreed.to(tl.int32, bitcast=True)
+                total = total * bits.to(tl.float32, bitcast=True)
+            else:
+                total = tl.div_rn(total, agreed)
     elif NORMALIZE:
-        total = tl.div_rn(total, tl.zeros_like(total) + tl.load(numbers + 1))
+        total = tl.div_rn(total, tl.zeros_like(total) + divisor)
     if SCALED:
-        total = total * tl.load(numbers)
-    return put(tl.load(row + HEAD + 1 + K), offsets, mask, base + total, OUT, ALIGNED, MASKED)
+        total = total * scale
+    return put(addresses[1 + K], offsets, mask, base + total, OUT, ALIGNED, MASKED)
 
 
 @triton.jit
 def consensus_kernel(
     table, owners, rules, numbers, origins, bad_counts,
     CODES: tl.constexpr, OUT: tl.constexpr, MODES: tl.constexpr, RESCALED: tl.constexpr,
-    ELECT: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
-    RULE: tl.constexpr,
+    ELECT: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """CODES: the base, then k inputs. rules: int64 (segments, k, RULE). numbers: fp32 (segments, 2
     + 2 k): scale, divisor, then weight and rescale of each delta. origins: int64 (segments,), the
-    flat index of element 0.
+    flat index of element 0. EXACT: every sum of weights that agree is a power of two.
     """
     K: tl.constexpr = len(MODES)
     TAIL: tl.constexpr = BLOCK // 8
@@ -132,20 +158,29 @@ def consensus_kernel(
     rules += segment * (K * RULE)
     numbers += segment * (2 + 2 * K)
     origin = tl.load(origins + segment)
+    scale, divisor = tl.load(numbers), tl.load(numbers + 1)
+    addresses = (tl.load(row + HEAD),)
+    limits = ()
+    factors = ()
+    for i in tl.static_range(K):
+        addresses = addresses + (tl.load(row + HEAD + 1 + i),)
+        limits = limits + load_rule(rules + RULE * i, MODES[i], WIDE)
+        factors = factors + (tl.load(numbers + 2 + 2 * i), tl.load(numbers + 3 + 2 * i))
+    addresses = addresses + (tl.load(row + HEAD + 1 + K),)
     whole = begin + (end - begin) // BLOCK * BLOCK
     bad = tl.zeros([BLOCK], tl.int32)
     for step in range(0, whole - begin, BLOCK):
         start = begin + step
         bad += _block(
-            row, rules, numbers, start, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
-            SCALED, WIDE, ALIGNED, BLOCK, HEAD, RULE, False,
+            addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, BLOCK, False,
         )  # fmt: skip
     tail_bad = tl.zeros([TAIL], tl.int32)  # in narrow steps, as in combine_kernel
     for step in range(0, end - whole, TAIL):
         start = whole + step
         tail_bad += _block(
-            row, rules, numbers, start, end, origin, CODES, OUT, MODES, RESCALED, ELECT, NORMALIZE,
-            SCALED, WIDE, ALIGNED, TAIL, HEAD, RULE, True,
+            addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, TAIL, True,
         )  # fmt: skip
     count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
     tally(bad_counts + segment, count)
@@ -219,6 +254,7 @@ def consensus_many(
             np.float32(scales[n]) != 1,
             wide,
             aligned(row),
+            elect and normalize and _exact(weights[n]),
         )
         keys.append(key if out.numel() else None)
     for key, members in partition(keys).items():
@@ -245,11 +281,12 @@ def consensus_many(
             RESCALED=key[3],
             ELECT=elect,
             NORMALIZE=normalize,
+            EXACT=key[7],
             SCALED=bool(key[4]),
             WIDE=key[5],
             ALIGNED=key[6],
             CHUNK=CHUNK,
-            BLOCK=block_size(len(key[2])),
+            BLOCK=block(len(key[2]), lanes()),
             HEAD=HEAD,
             RULE=RULE,
             registers=register_limit(2 * len(key[2])),
@@ -258,9 +295,22 @@ def consensus_many(
     return bad
 
 
-def block_size(inputs: int) -> int:
+def block(inputs: int, lanes: int) -> int:
     """Elements of one step: an entry takes twice the registers that it takes in combine."""
-    return block(inputs) // 2
+    return per_lane(inputs) // 2 * lanes
+
+
+def _exact(weights: Sequence[float]) -> bool:
+    """Whether the weights that agree always sum to 0 or a power of two of which fp32 has the
+    reciprocal, as 1, 1 or 0.5, 0.5 do: a product then rounds as the quotient.
+    """
+    if len(weights) > 8:  # 256 sums
+        return False
+    sums = np.zeros(1, dtype=np.float32)
+    for weight in weights:
+        sums = np.concatenate([sums, sums + np.float32(weight)])
+    mantissas, exponents = np.frexp(sums[sums != 0])
+    return bool(np.all(mantissas == 0.5) and np.all(np.abs(exponents) < 126))
 
 
 def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
@@ -270,15 +320,12 @@ def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
         return 1, [0, chosen.keep_below, _signed(chosen.key)]
     if chosen.kind != MAGNITUDE:
         return 0, [0, 0, 0]
-    if chosen.tie_bound == 0:  # no tied entry survives: keep from the next key on
-        return 2, [chosen.threshold_bits + 1, 0, 0]
-    if chosen.tie_bound >= 1 << 64:
-        return 2, [chosen.threshold_bits, 0, 0]
-    last = chosen.tie_bound - 1  # the last order that survives
+    threshold, last = chosen.threshold_bits, min(chosen.tie_bound, 1 << 64) - 1
+    if last < 0:  # no tied entry survives: every one from the next key on does
+        threshold, last = threshold + 1, (1 << 64) - 1
     if chosen.tie_rule == INDEX:
-        last = last if wide else min(last, (1 << 32) - 1)
-        return 4, [chosen.threshold_bits, _signed(last), 0]
-    return 3, [chosen.threshold_bits, _signed(last if wide else last >> 32), 0]
+        return 3, [threshold, _signed(last if wide else min(last, (1 << 32) - 1)), 0]
+    return 2, [threshold, _signed(last if wide else last >> 32), 0]
 
 
 def _signed(value: int) -> int:

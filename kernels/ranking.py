@@ -5,176 +5,224 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmerge.kernels.common import fetch, locate, magnitude_key, mix32, order_of, tally
-from fastmerge.kernels.consensus import survives
+from fastmerge.kernels.common import fetch, locate, magnitude_key, mix32, rank_of, tally
+from fastmerge.kernels.consensus import load_rule, survives
 
-# What is ranked: magnitudes, or the complement of the order of the entries whose magnitude is the
-# tie key (so that the largest value is the first order). SKIP leaves a delta out.
+# The rule that ranks entries of one magnitude. SKIP leaves a delta out.
 SKIP: tl.constexpr = tl.constexpr(0)
-BY_KEY: tl.constexpr = tl.constexpr(1)
-BY_MIXED: tl.constexpr = tl.constexpr(2)
-BY_INDEX: tl.constexpr = tl.constexpr(3)
+BY_MIXED: tl.constexpr = tl.constexpr(1)
+BY_INDEX: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def _columns(x, LANES: tl.constexpr):
+    """A (LANES, 8) block, of which each lane holds a row, as eight columns: no data moves."""
+    even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
+    a, c = tl.split(tl.reshape(even, [LANES, 2, 2]))
+    b, d = tl.split(tl.reshape(odd, [LANES, 2, 2]))
+    a0, a1 = tl.split(a)
+    b0, b1 = tl.split(b)
+    c0, c1 = tl.split(c)
+    d0, d1 = tl.split(d)
+    return a0, b0, c0, d0, a1, b1, c1, d1
+
+
+@triton.jit
+def _clear(buffer, place, left, GRANULE: tl.constexpr):
+    """Fills the left free slots of a granule with a value below every other."""
+    slot = tl.arange(0, GRANULE)
+    tl.store(buffer + place + slot, tl.zeros([GRANULE], tl.int64), mask=slot < left)
+
+
+@triton.jit
+def _gather(
+    values, within, place, left, buffer, room, granules, LANES: tl.constexpr, GRANULE: tl.constexpr
+):  # fmt: skip
+    """Writes the values within the window from place on, where left slots are free, or to new
+    granules; returns (found, place, left). Granules past the room all lie at its end, where there
+    is space for what one step takes.
+
+    A program asks for granules when its last is full and not at every step: the answer of an
+    atomic takes longer than all else that a step does.
+    """
+    flags = within.to(tl.int32)
+    by_lane = tl.sum(flags, 1)
+    found = tl.sum(by_lane, 0)
+    if found > left:
+        _clear(buffer, place, left, GRANULE)
+        wanted = (found + GRANULE - 1) // GRANULE
+        taken = tl.atomic_add(granules, wanted.to(tl.int64), sem="relaxed")
+        place = tl.minimum(taken * GRANULE, room).to(tl.int32)
+        left = wanted * GRANULE
+    slot = (place + tl.cumsum(by_lane, 0) - by_lane)[:, None] + tl.cumsum(flags, 1) - flags
+    slots, masks = _columns(slot, LANES), _columns(within, LANES)
+    columns = _columns(values.to(tl.int64, bitcast=True), LANES)
+    # By column: a store of the whole block would first move it through shared memory.
+    for i in tl.static_range(8):
+        tl.store(buffer + slots[i], columns[i], mask=masks[i])
+    return found, place + found, left - found
 
 
 @triton.jit
 def _rank_block(
-    packed, row, windows, gathered, buffer, offsets, mask,
+    state, addresses, limits, buffers, offsets, mask,
     CODES: tl.constexpr, RANKED: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-    HEAD: tl.constexpr, WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
-    """Gathers one block's values inside each delta's window; returns the counts at its edges added
-    to packed.
+    """Gathers one (LANES, 8) block's values inside each delta's window; returns the state after it,
+    which is per delta: values above the window by lane, values inside, place, left (see _gather).
     """
-    base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED)
-    added = ()
+    base = fetch(addresses[0], offsets, mask, CODES[0], ALIGNED, MASKED)
+    after = ()
     for i in tl.static_range(len(RANKED)):
-        counts = packed[i]
+        above = state[4 * i]
+        inside = state[4 * i + 1]
+        place = state[4 * i + 2]
+        left = state[4 * i + 3]
         if RANKED[i] != SKIP:
-            x = fetch(tl.load(row + HEAD + 1 + i), offsets, mask, CODES[1 + i], ALIGNED, MASKED)
-            key = magnitude_key(x - base)
-            if RANKED[i] == BY_KEY:
-                value = key.to(tl.uint64) if WIDE else key
-                present = mask
-            else:
-                value = ~order_of(offsets, RANKED[i] == BY_INDEX, WIDE)
-                present = mask & (key == tl.load(windows + WINDOW * i + 2).to(tl.uint32))
-            low = tl.load(windows + WINDOW * i).to(value.dtype)
-            high = tl.load(windows + WINDOW * i + 1).to(value.dtype)
-            if SAMPLE:
-                inside = present & (value >= low) & (value <= high)
-            else:
-                inside = present & (value > low) & (value < high)
-                edge = tl.where(value == high, 1 << 10, tl.where(value == low, 1 << 20, 0))
-                edge = tl.where(value > high, 1, edge)
-                edge = tl.where(present, edge, 0)
-                counts = counts + tl.sum(tl.reshape(edge, [LANES, STEP // LANES]), 1)
-            flags = inside.to(tl.int32)
-            found = tl.sum(flags, 0)
-            if found > 0:
-                place = (
-                    tl.atomic_add(gathered + 4 * i, found.to(tl.int64), sem="relaxed")
-                    + tl.cumsum(flags, 0)
-                    - 1
-                )
-                inside = inside & (place < tl.load(windows + WINDOW * i + 4))
-                place += tl.load(windows + WINDOW * i + 3)
-                tl.store(
-                    buffer + place, value.to(buffer.dtype.element_ty, bitcast=True), mask=inside
-                )
-        added = added + (counts,)
-    return added
+            low, high, room = limits[3 * i], limits[3 * i + 1], limits[3 * i + 2]
+            x = fetch(addresses[1 + i], offsets, mask, CODES[1 + i], ALIGNED, MASKED)
+            value = rank_of(magnitude_key(x - base), offsets, RANKED[i] == BY_INDEX, WIDE)
+            over = value > high
+            within = (value >= low) & (value <= high)
+            if MASKED:
+                over = over & mask
+                within = within & mask
+            if not SAMPLE:
+                above += tl.sum(over.to(tl.int32), 1)
+            found, place, left = _gather(
+                value, within, place, left, buffers[2 * i], room, buffers[2 * i + 1], LANES, GRANULE
+            )
+            inside += found
+        after = after + (above, inside, place, left)
+    return after
 
 
 @triton.jit
 def rank_kernel(
     table, owners, strides, windows, counts, buffer,
     CODES: tl.constexpr, RANKED: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
-    SECTOR: tl.constexpr, HEAD: tl.constexpr, WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, SECTOR: tl.constexpr,
+    HEAD: tl.constexpr, WINDOW: tl.constexpr, COUNTS: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
-    """Counts every delta of every segment against its window.
+    """Counts every delta of every segment against its window and gathers what lies inside.
 
-    windows: int64 (segments, k, WINDOW). counts: int64 (segments, k, 4): gathered (may exceed the
-    room), above high, at high, at low. SAMPLE: only one sector in strides[s], both edges gathered
-    too, nothing else counted; the table's count is then that of the samples and strides (segments,
-    2) holds (stride, real count).
+    windows: int64 (segments, k, WINDOW): low, high (uint64, both inside), first slot, slots.
+    counts: int64 (segments, k, COUNTS): granules taken (may exceed the slots), values inside,
+    values above. SAMPLE: only one sector in strides[s], and nothing is counted above; the table's
+    count is then that of the samples and strides (segments, 2) holds (stride, real count).
     """
     K: tl.constexpr = len(RANKED)
+    STEP: tl.constexpr = 8 * LANES
     segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
     windows += segment * (K * WINDOW)
-    counts += segment * (K * 4)
-    # Per lane: above + at high * 2**10 + at low * 2**20; a lane sees CHUNK / LANES < 2**10 entries.
-    packed = ()
-    for _ in tl.static_range(K):
-        packed = packed + (tl.zeros([LANES], tl.int32),)
+    counts += segment * (K * COUNTS)
+    addresses = (tl.load(row + HEAD),)
+    limits = ()
+    buffers = ()
+    state = ()
+    none = tl.program_id(0) * 0
+    for i in tl.static_range(K):
+        addresses = addresses + (tl.load(row + HEAD + 1 + i),)
+        low = tl.load(windows + WINDOW * i).to(tl.uint64, bitcast=True)
+        high = tl.load(windows + WINDOW * i + 1).to(tl.uint64, bitcast=True)
+        room = tl.load(windows + WINDOW * i + 3)
+        limits = limits + (low, high, room)
+        first = tl.load(windows + WINDOW * i + 2)
+        buffers = buffers + (buffer + first, counts + COUNTS * i)
+        state = state + (tl.zeros([LANES], tl.int32), none, none, none)
+    within = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
     if SAMPLE:
         stride, total = tl.load(strides + 2 * segment), tl.load(strides + 2 * segment + 1)
         for step in range(0, end - begin, STEP):
             start = begin + step
-            lane = start + tl.arange(0, STEP)
+            lane = start + within
             sector = lane // SECTOR
             place = mix32(sector.to(tl.uint32)).to(tl.int64) % stride
             offsets = (sector * stride + place) * SECTOR + lane % SECTOR
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, (lane < end) & (offsets < total),
-                CODES, RANKED, True, WIDE, ALIGNED, True, STEP, LANES, HEAD, WINDOW,
+            state = _rank_block(
+                state, addresses, limits, buffers, offsets, (lane < end) & (offsets < total),
+                CODES, RANKED, True, WIDE, ALIGNED, True, LANES, GRANULE,
             )  # fmt: skip
     else:
         whole = begin + (end - begin) // STEP * STEP
         for step in range(0, whole - begin, STEP):
             start = begin + step
-            offsets = start + tl.arange(0, STEP)
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, tl.full([STEP], 1, tl.int1), CODES,
-                RANKED, False, WIDE, ALIGNED, False, STEP, LANES, HEAD, WINDOW,
+            state = _rank_block(
+                state, addresses, limits, buffers, start + within, True, CODES, RANKED, False, WIDE,
+                ALIGNED, False, LANES, GRANULE,
             )  # fmt: skip
         if whole < end:
-            offsets = whole + tl.arange(0, STEP)
-            packed = _rank_block(
-                packed, row, windows, counts, buffer, offsets, offsets < end, CODES, RANKED, False,
-                WIDE, ALIGNED, True, STEP, LANES, HEAD, WINDOW,
+            offsets = whole + within
+            state = _rank_block(
+                state, addresses, limits, buffers, offsets, offsets < end, CODES, RANKED, False,
+                WIDE, ALIGNED, True, LANES, GRANULE,
             )  # fmt: skip
-        for i in tl.static_range(K):
-            if RANKED[i] != SKIP:
-                above = tl.sum(packed[i] & 1023, 0)
-                at_high = tl.sum((packed[i] >> 10) & 1023, 0)
-                at_low = tl.sum(packed[i] >> 20, 0)
-                tally(counts + 4 * i + 1, above)
-                tally(counts + 4 * i + 2, at_high)
-                tally(counts + 4 * i + 3, at_low)
+    for i in tl.static_range(K):
+        if RANKED[i] != SKIP:
+            _clear(buffers[2 * i], state[4 * i + 2], state[4 * i + 3], GRANULE)
+            above = tl.sum(state[4 * i], 0)
+            tally(counts + COUNTS * i + 1, state[4 * i + 1])
+            tally(counts + COUNTS * i + 2, above)
 
 
 @triton.jit
-def nth_kernel(buffer, queries, answers, BITS: tl.constexpr, STEP: tl.constexpr):
-    """The rank-th largest of some buffered values, by four or eight 256-bin histograms from the top
-    digit down.
+def nth_kernel(buffer, queries, answers, QUERY: tl.constexpr, STEP: tl.constexpr):
+    """The rank-th largest of some gathered values, no two of which are equal (but for empty slots):
+    256-bin histograms from the top digit down, until one value is left.
 
-    queries: int64 (n, 3): first, count, rank from 1. answers: int64 (n, 3): the value, values above
-    it, values equal to it.
+    queries: int64 (n, QUERY): first slot, slots, rank from 1, bits (a value's bits above these are
+    the same in all that can be the answer), those bits. answers: int64 (n,).
     """
     query = tl.program_id(0).to(tl.int64)
-    first, count = tl.load(queries + 3 * query), tl.load(queries + 3 * query + 1)
-    rank = tl.load(queries + 3 * query + 2)
+    queries += QUERY * query
+    first, count, rank = tl.load(queries), tl.load(queries + 1), tl.load(queries + 2)
+    shift = tl.load(queries + 3).to(tl.int32)
+    prefix = tl.load(queries + 4).to(tl.uint64, bitcast=True)
     bins = tl.arange(0, 256)
-    kind = tl.uint32 if BITS == 32 else tl.uint64
-    prefix = tl.zeros([], kind)
     above = rank * 0
-    equal = rank * 0
-    shift = tl.full([], BITS, tl.int32)
-    for _ in range(BITS // 8):
-        shift -= 8
+    equal = (rank * 0 + 2).to(tl.int32)
+    while (shift > 0) & (equal > 1):
+        digits = tl.minimum(shift, 8)
+        shift -= digits
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, count, STEP):
             at = start + tl.arange(0, STEP)
             raw = tl.load(buffer + first + at, mask=at < count, other=0)
-            value = raw.to(kind, bitcast=True) >> shift.to(kind)
-            live = (at < count) & ((value >> 8) == prefix)
-            histogram += tl.histogram((value & 255).to(tl.int32), 256, mask=live)
-        over = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # values of a larger digit
-        left = (rank - above).to(tl.int32)
-        here = (over < left) & (left <= over + histogram)
-        prefix = (prefix << 8) | tl.sum(tl.where(here, bins, 0), 0).to(kind)
-        above += tl.sum(tl.where(here, over, 0), 0)
-        equal = tl.sum(tl.where(here, histogram, 0), 0).to(tl.int64)
-    tl.store(answers + 3 * query, prefix.to(tl.int64))
-    tl.store(answers + 3 * query + 1, above)
-    tl.store(answers + 3 * query + 2, equal)
+            value = raw.to(tl.uint64, bitcast=True) >> shift.to(tl.uint64)
+            live = (at < count) & ((value >> digits.to(tl.uint64)) == prefix)
+            digit = (value & 255).to(tl.int32) & ((1 << digits) - 1)
+            histogram += tl.histogram(digit, 256, mask=live)
+        larger = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+        wanted = (rank - above).to(tl.int32)
+        here = (larger < wanted) & (wanted <= larger + histogram)
+        prefix = (prefix << digits.to(tl.uint64)) | tl.sum(tl.where(here, bins, 0), 0).to(tl.uint64)
+        above += tl.sum(tl.where(here, larger, 0), 0)
+        equal = tl.sum(tl.where(here, histogram, 0), 0)
+    answer = prefix.to(tl.int64, bitcast=True)
+    if shift > 0:
+        found = tl.zeros([STEP], tl.int64)
+        for start in range(0, count, STEP):
+            at = start + tl.arange(0, STEP)
+            raw = tl.load(buffer + first + at, mask=at < count, other=0)
+            value = raw.to(tl.uint64, bitcast=True) >> shift.to(tl.uint64)
+            found += tl.where((at < count) & (value == prefix), raw, 0)
+        answer = tl.sum(found, 0)
+    tl.store(answers + query, answer)
 
 
 @triton.jit
 def _measure_block(
-    sums, row, rule, start, end, delta: tl.constexpr,
-    CODES: tl.constexpr, MODES: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, HEAD: tl.constexpr,
+    sums, base_address, address, rule, start, end,
+    BASE: tl.constexpr, CODE: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """sums plus one block's |delta|, kept |delta| and kept entries, by lane."""
     offsets = start + tl.arange(0, STEP)
     mask = offsets < end
-    base = fetch(tl.load(row + HEAD), offsets, mask, CODES[0], ALIGNED, MASKED)
-    address = tl.load(row + HEAD + 1 + delta)
-    change = fetch(address, offsets, mask, CODES[1 + delta], ALIGNED, MASKED) - base
-    kept = survives(change, start, offsets, rule, MODES[delta], WIDE, STEP)
+    base = fetch(base_address, offsets, mask, BASE, ALIGNED, MASKED)
+    change = fetch(address, offsets, mask, CODE, ALIGNED, MASKED) - base
+    kept = survives(change, start, offsets, rule[0], rule[1], rule[2], MODE, WIDE, STEP)
     size = tl.abs(change).to(tl.float64)
     if MASKED:  # outside the mask both tensors read as 0, and so does their difference
         kept = kept & mask
@@ -200,8 +248,10 @@ def measure_kernel(
     rules += segment * (K * RULE)
     out = partials + tl.program_id(0).to(tl.int64) * (2 * K)
     whole = begin + (end - begin) // STEP * STEP
+    base = tl.load(row + HEAD)
     for i in tl.static_range(K):
-        rule = rules + RULE * i
+        x = tl.load(row + HEAD + 1 + i)
+        rule = load_rule(rules + RULE * i, MODES[i], WIDE)
         sums = (
             tl.zeros([LANES], tl.float64),
             tl.zeros([LANES], tl.float64),
@@ -210,25 +260,14 @@ def measure_kernel(
         for step in range(0, whole - begin, STEP):
             start = begin + step
             sums = _measure_block(
-                sums,
-                row,
-                rule,
-                start,
-                end,
-                i,
-                CODES,
-                MODES,
-                WIDE,
-                ALIGNED,
-                False,
-                STEP,
-                LANES,
-                HEAD,
-            )
+                sums, base, x, rule, start, end, CODES[0], CODES[1 + i], MODES[i], WIDE, ALIGNED,
+                False, STEP, LANES,
+            )  # fmt: skip
         if whole < end:
             sums = _measure_block(
-                sums, row, rule, whole, end, i, CODES, MODES, WIDE, ALIGNED, True, STEP, LANES, HEAD
-            )
+                sums, base, x, rule, whole, end, CODES[0], CODES[1 + i], MODES[i], WIDE, ALIGNED,
+                True, STEP, LANES,
+            )  # fmt: skip
         tl.store(out + 2 * i, tl.sum(sums[0], 0))
         tl.store(out + 2 * i + 1, tl.sum(sums[1], 0))
         found = tl.sum(sums[2], 0)

@@ -1,31 +1,31 @@
 """select: which entries of each delta survive, exactly and without a sort; a batch of tensors per
 launch.
 
-A trim needs the keep-th largest magnitude. A 2**11-bin histogram in Triton costs tens of
-instructions an entry, more than the memory traffic; Floyd and Rivest's SELECT ("Expected time
-bounds for selection", CACM 18(3), 1975) costs two compares:
+A trim needs the keep-th of all entries, ranked by magnitude and, where magnitudes tie, by order
+(fastmerge.sparsity): one 64-bit number, no two of which are equal (`common.rank_of`). A 2**11-bin
+histogram in Triton costs tens of instructions an entry, more than the memory traffic; Floyd and
+Rivest's SELECT ("Expected time bounds for selection", CACM 18(3), 1975) costs two compares:
 
-1. sample: 2**16 entries of each delta, in 16-element sectors at hashed places, go to a buffer; a
-   radix histogram over the buffer finds two pivots that bracket the wanted rank within about 1 %;
-2. count: one pass over all entries counts those above, at and between the pivots exactly, and
-   gathers those strictly between (ties at a pivot are only counted, so a heavy tie costs nothing);
-3. the wanted entry is a pivot, or a histogram over the gathered few finds it. Where the sample
-   misled, the counts say which side holds the entry, and the search goes on there: the answer never
-   depends on the sample.
+1. sample: 2**17 entries of each delta, in 16-element sectors at hashed places, go to a buffer; a
+   radix search over the buffer finds two pivots that bracket the wanted rank within about 1 %;
+2. count: one pass over all entries counts those above the pivots and gathers those between;
+3. a radix search over the gathered few finds the entry. Where the sample misled, the counts say
+   where the entry lies, and the search goes on there: the answer never depends on the sample.
 
-Entries tied at the threshold are cut by the same search over their orders
-(fastmerge.sparsity.mixed_index). All counts are integers, so the order in which programs add them
-does not matter.
+All counts are integers, and the place of a gathered value means nothing, so the order in which
+programs run does not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
@@ -38,27 +38,36 @@ from fastmerge.kernels.common import (
     lanes,
     launch,
     partition,
+    register_limit,
     upload,
 )
 from fastmerge.kernels.consensus import RULE, rule_of
 from fastmerge.kernels.gram import reduce_kernel
 from fastmerge.kernels.ranking import (
     BY_INDEX,
-    BY_KEY,
     BY_MIXED,
+    SKIP,
     measure_kernel,
     nth_kernel,
     rank_kernel,
 )
 from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
 
-SAMPLES = 1 << 16
-ROOM = 1 << 17  # values each delta can gather, or 1/64 of its entries if that is more
+SAMPLES = 1 << 17
+ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of them if that is more
+GRANULE = 128  # of them that a program takes at a time: what it leaves empty is noise
 SECTOR = 16  # sampled elements that lie together: 32 bytes of bf16
-WINDOW = 5  # columns: low, high, tie key, room's offset, room
+SIGMAS = 4.0  # of a sampled rank, on either side of it, that the pivots bracket
+WINDOW = 4  # columns: low, high, first slot, slots
+COUNTS = 3  # columns: granules, inside, above
+QUERY = 5  # columns: first slot, slots, rank, bits, the bits above
 DELTAS = 4  # deltas that share a launch; more would take tens of seconds to compile
 NARROW = 1 << 32  # tensors up to this length have 32-bit orders
+MOST = 1 << 33  # elements, beyond which magnitude and order do not fit 64 bits
 VECTOR = 8  # elements a lane takes at a time: 16 bytes of bf16
+
+UInt64 = NDArray[np.uint64]
+Int64 = NDArray[np.int64]
 
 
 def select(
@@ -77,249 +86,256 @@ def select_many(
     bases: Sequence[torch.Tensor],
     specs: Sequence[Sequence[Sparsify]],
 ) -> list[list[Selection]]:
-    """`select` of many tensors in a handful of launches."""
-    for xs, base, given in zip(inputs, bases, specs, strict=True):
-        check(xs, base, None)
-        if len(given) != len(xs):
-            raise FastmergeError(f"{len(xs)} inputs and {len(given)} sparsifiers; give one each")
-        for keep in (Sparsify(*spec).keep for spec in given):
-            if not 0 <= keep <= base.numel():
-                raise FastmergeError(f"keep {keep}: use 0 to {base.numel()}, the element count")
-    parts = [(n, at) for n, xs in enumerate(inputs) for at in range(0, len(xs), DELTAS)]
-    rows = [[bases[n], *inputs[n][at : at + DELTAS]] for n, at in parts]
-    found = _select(rows, [[Sparsify(*s) for s in specs[n][at : at + DELTAS]] for n, at in parts])
-    chosen: list[list[Selection]] = [[] for _ in inputs]
-    for (n, _), selections in zip(parts, found, strict=True):
-        chosen[n] += selections
-    return chosen
+    """`select` of many tensors in a handful of launches. See `SelectBatch.run`."""
+    return SelectBatch(inputs, bases).run(specs)
 
 
-def _select(
-    rows: Sequence[Sequence[torch.Tensor]], wanted: Sequence[Sequence[Sparsify]]
-) -> list[list[Selection]]:
-    """The selections of rows of (base, inputs ...)."""
-    searches = [
-        _Search(s, i, BY_KEY.value, spec.keep, rows[s][0].numel())
-        for s, given in enumerate(wanted)
-        for i, spec in enumerate(given)
-        if spec.kind == MAGNITUDE and spec.keep > 0 and rows[s][0].numel()
-    ]
-    _run(rows, searches)
-    cuts = [
-        _Search(
-            key.segment,
-            key.delta,
-            (BY_INDEX if wanted[key.segment][key.delta].tie_rule == INDEX else BY_MIXED).value,
-            key.rank - key.above,
-            key.equal,
-            tie_key=key.value,
-        )
-        for key in searches
-        if key.rank < key.above + key.equal
-    ]
-    _run(rows, cuts)
-    keys = {(key.segment, key.delta): key for key in searches}
-    bounds = {(cut.segment, cut.delta): _bound(cut, rows[cut.segment]) for cut in cuts}
-    found = [
-        [
-            _selection(spec, rows[s][0].numel(), keys.get((s, i)), bounds.get((s, i), 1 << 64))
-            for i, spec in enumerate(given)
+class SelectBatch:
+    """`select` of many tensors, as often as requests are given.
+
+    Checks and tables are made once; the tensors must keep their memory.
+    """
+
+    def __init__(
+        self, inputs: Sequence[Sequence[torch.Tensor]], bases: Sequence[torch.Tensor]
+    ) -> None:
+        for xs, base in zip(inputs, bases, strict=True):
+            check(xs, base, None)
+        self._widths = [len(xs) for xs in inputs]
+        self._parts = [(n, at) for n, xs in enumerate(inputs) for at in range(0, len(xs), DELTAS)]
+        self._rows = [[bases[n], *inputs[n][at : at + DELTAS]] for n, at in self._parts]
+        self._keys = [(codes(row), row[0].numel() > NARROW, aligned(row)) for row in self._rows]
+        self._tables: dict[tuple[int, ...], _Tables] = {}
+
+    def run(self, specs: Sequence[Sequence[Sparsify]]) -> list[list[Selection]]:
+        """The selections, one per input of each tensor; waits for the device."""
+        wanted = []
+        for n, at in self._parts:
+            if len(specs[n]) != self._widths[n]:
+                raise FastmergeError(
+                    f"{self._widths[n]} inputs and {len(specs[n])} sparsifiers; give one each"
+                )
+            wanted.append([Sparsify(*spec) for spec in specs[n][at : at + DELTAS]])
+        for row, given in zip(self._rows, wanted, strict=True):
+            _check(row[0].numel(), given)
+        found = self._trimmed(wanted)
+        found = _measured(self._rows, wanted, found)
+        chosen: list[list[Selection]] = [[] for _ in self._widths]
+        for (n, _), selections in zip(self._parts, found, strict=True):
+            chosen[n] += selections
+        return chosen
+
+    def _trimmed(self, wanted: Sequence[Sequence[Sparsify]]) -> list[list[Selection]]:
+        found = [
+            [_unsearched(spec, row[0].numel()) for spec in given]
+            for row, given in zip(self._rows, wanted, strict=True)
         ]
-        for s, given in enumerate(wanted)
-    ]
-    return _measured(rows, wanted, found)
+        rules = [
+            tuple(_ranked(spec, row[0].numel()) for spec in given)
+            for row, given in zip(self._rows, wanted, strict=True)
+        ]
+        for (key, ranked), members in partition(list(zip(self._keys, rules, strict=True))).items():
+            if not any(ranked):
+                continue
+            if tuple(members) not in self._tables:
+                self._tables[tuple(members)] = _Tables([self._rows[i] for i in members])
+            ranks = np.array([[spec.keep for spec in wanted[i]] for i in members], dtype=np.int64)
+            ranks[:, [rule == SKIP.value for rule in ranked]] = 0
+            values = _answers(self._tables[tuple(members)], ranks, (*key, ranked))
+            for i, row in zip(members, values.tolist(), strict=True):
+                for d, rule in enumerate(ranked):
+                    if rule != SKIP.value:
+                        found[i][d] = _bounded(found[i][d], row[d], wide=key[1])
+        return found
+
+
+def _check(count: int, specs: Sequence[Sparsify]) -> None:
+    for spec in specs:
+        if not 0 <= spec.keep <= count:
+            raise FastmergeError(f"keep {spec.keep}: use 0 to {count}, the element count")
+        if spec.kind == MAGNITUDE and count > MOST:
+            raise FastmergeError(
+                f"{count} elements: the GPU trims tensors of up to {MOST}; use device cpu"
+            )
+
+
+def _ranked(spec: Sparsify, count: int) -> int:
+    """The rule that the kernel ranks this delta by."""
+    if spec.kind != MAGNITUDE or spec.keep == 0 or count == 0:
+        return int(SKIP.value)
+    return int((BY_INDEX if spec.tie_rule == INDEX else BY_MIXED).value)
+
+
+def _unsearched(spec: Sparsify, count: int) -> Selection:
+    """The selection as far as it follows from the request alone."""
+    asked = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key)
+    if spec.kind != MAGNITUDE:
+        return asked._replace(kept=0 if spec.kind == RANDOM and not spec.keep_below else count)
+    # To keep nothing: no key is above the largest, none is tied with it.
+    return asked._replace(threshold_bits=0x7FFFFFFF, tie_bound=0, kept=spec.keep)
+
+
+def _bounded(selection: Selection, value: int, *, wide: bool) -> Selection:
+    """With the threshold and tie bound that keep `common.rank_of` down to value."""
+    bits = 33 if wide else 32
+    order = (1 << bits) - 1 - (value & ((1 << bits) - 1))
+    if selection.tie_rule != INDEX:
+        order = (order >> 1) << 32 | (order & 1) if wide else order << 32
+    return selection._replace(threshold_bits=value >> bits, tie_bound=order + 1)
+
+
+class _Tables:
+    """What the kernels read of tensors that go through each launch together."""
+
+    def __init__(self, rows: Sequence[Sequence[torch.Tensor]]) -> None:
+        self.rows = rows
+        self.device = rows[0][0].device
+        self.lengths = np.array([row[0].numel() for row in rows], dtype=np.int64)
+        self.strides = -(-self.lengths // SAMPLES)
+        sectors = -(-self.lengths // SECTOR)
+        samples = -(-sectors // self.strides) * SECTOR
+        everyone = list(range(len(rows)))
+        self.whole = group(everyone, rows)
+        self.sample = group(everyone, rows, counts=samples)
+        self.sampling = upload(np.stack([self.strides, self.lengths], axis=1), self.device)
+        # A chunk is whole granules, so that all entries fit in as many slots, rounded up.
+        rooms = np.where(self.lengths <= ROOM, self.lengths, np.maximum(ROOM, self.lengths // 64))
+        self.rooms = -(-rooms // GRANULE) * GRANULE
+
+    def take(self, members: Int64) -> _Tables:
+        return self if len(members) == len(self.rows) else _Tables([self.rows[i] for i in members])
 
 
 @dataclass
 class _Search:
-    """The search for the rank-th largest value of one delta, and its answer."""
+    """Where the rank-th largest value of each delta can lie. Arrays (segments, deltas)."""
 
-    segment: int
-    delta: int
-    ranked: int
-    rank: int
-    population: int  # values that can be at or inside the window's limits
-    tie_key: int = 0
-    floor: int = 0
-    ceiling: int = -1
-    over: int = 0  # values above the ceiling
-    value: int = -1
-    above: int = 0
-    equal: int = 0
-    stalled: bool = False
+    rank: Int64  # from 1; 0 where nothing is searched
+    floor: UInt64
+    ceiling: UInt64
+    over: Int64  # values above the ceiling
+    population: Int64  # values from floor to ceiling
+    stalled: NDArray[np.bool_]  # the last pass left more than half of them
+    live: NDArray[np.bool_]
+    value: UInt64
 
-    def room(self, count: int) -> int:
-        return max(ROOM, count // 64)
+    @classmethod
+    def of(cls, rank: Int64, lengths: Int64) -> _Search:
+        none = np.zeros_like(rank)
+        return cls(
+            rank=rank,
+            floor=none.astype(np.uint64),
+            ceiling=np.full(rank.shape, (1 << 64) - 1, dtype=np.uint64),
+            over=none,
+            population=none + lengths[:, None],
+            stalled=none.astype(bool),
+            live=rank > 0,
+            value=none.astype(np.uint64),
+        )
 
-    def found(self, value: int, above: int, equal: int) -> None:
-        self.value, self.above, self.equal = value, above, equal
+    def take(self, members: Int64) -> _Search:
+        return _Search(*(getattr(self, field.name)[members] for field in fields(self)))
 
-    def narrow(self, low: int, high: int, counts: Sequence[int], room: int) -> bool:
-        """Takes the exact counts against (low, high); True where the gathered values hold the
-        answer.
+    def edges(self, held: Int64, exact: NDArray[np.bool_]) -> tuple[Int64, Int64, Any, Any]:
+        """Ranks of the pivots among the held sampled values, from 1, and where there are no such
+        ranks: (high, low, no high, no low).
         """
-        gathered, above, at_high, at_low = counts
-        at_low = at_low if low < high else 0
-        upper, middle = above + at_high, above + at_high + gathered
-        if self.rank <= above:
-            self.floor, self.population = high + 1, above - self.over
-        elif self.rank <= upper:
-            self.found(high, above, at_high)
-        elif self.rank <= middle:
-            self.floor, self.ceiling, self.population, self.over = (
-                low + 1,
-                high - 1,
-                gathered,
-                upper,
-            )
-            return gathered <= room
-        elif self.rank <= middle + at_low:
-            self.found(low, middle, at_low)
-        else:
-            self.ceiling, self.over = low - 1, middle + at_low
-            self.population -= middle + at_low
-        return False
+        share = (self.rank - self.over) / np.maximum(self.population, 1)
+        spread = SIGMAS * np.sqrt(held * share * (1 - share).clip(0)) + 2
+        middle = np.where(exact, self.rank - self.over, share * held)
+        high = np.floor(middle - np.where(exact, 0, spread)).astype(np.int64)
+        low = np.ceil(middle + np.where(exact, 0, spread)).astype(np.int64)
+        return high.clip(1), np.minimum(low, held).clip(1), high < 1, low > held
+
+    def narrow(self, low: UInt64, high: UInt64, inside: Int64, above: Int64) -> NDArray[np.bool_]:
+        """Takes the exact counts against the window [low, high]; where the value lies in it."""
+        one = np.uint64(1)
+        upper = above + inside
+        over, under = self.rank <= above, self.rank > upper
+        between = ~over & ~under
+        before = self.population
+        self.population = np.where(
+            over, above - self.over, np.where(between, inside, before - (upper - self.over))
+        )
+        self.floor = np.where(over, high + one, np.where(between, low, self.floor))
+        self.ceiling = np.where(between, high, np.where(under, low - one, self.ceiling))
+        self.over = np.where(between, above, np.where(under, upper, self.over))
+        self.stalled = self.population > before // 2
+        return between
 
 
-def _run(rows: Sequence[Sequence[torch.Tensor]], searches: Sequence[_Search]) -> None:
-    """Answers every search; those of tensors that share dtypes and rules go through each pass
-    together.
-    """
-    by_segment: dict[int, list[_Search]] = {}
-    for search in searches:
-        by_segment.setdefault(search.segment, []).append(search)
-    keys = []
-    for segment, own in by_segment.items():
-        mine = {search.delta: search.ranked for search in own}
-        ranked = tuple(mine.get(i, 0) for i in range(len(rows[segment]) - 1))
-        wide = rows[segment][0].numel() > NARROW
-        keys.append((codes(rows[segment]), ranked, wide, aligned(rows[segment])))
-    segments = list(by_segment)
-    for key, positions in partition(keys).items():
-        live = [search for p in positions for search in by_segment[segments[p]]]
-        for search in live:
-            search.ceiling = (1 << (64 if key[2] else 32)) - 1
-        while live:
-            _pass(rows, live, *key)
-            live = [search for search in live if search.value < 0]
+def _answers(tables: _Tables, ranks: Int64, key: tuple[Any, ...]) -> UInt64:
+    """The ranks-th largest values, uint64 (segments, deltas); 0 where the rank is 0."""
+    values = np.zeros(ranks.shape, dtype=np.uint64)
+    members = np.arange(len(ranks))
+    search = _Search.of(ranks, tables.lengths)
+    while search.live.any():
+        left = np.flatnonzero(search.live.any(axis=1))
+        members, search, tables = members[left], search.take(left), tables.take(left)
+        _pass(_Batch(tables, key), search)
+        values[members] = np.where(search.live, values[members], search.value)
+    return values
 
 
-def _pass(
-    rows: Sequence[Sequence[torch.Tensor]],
-    live: Sequence[_Search],
-    kinds: tuple[int, ...],
-    ranked: tuple[int, ...],
-    wide: bool,
-    straight: bool,
-) -> None:
-    """One sample and, where that was not everything, one count; narrows or answers each live
-    search.
-    """
-    batch = _Batch(rows, live, kinds, ranked, wide, straight)
-    full = [(search.floor, search.ceiling) for search in live]
-    counts = batch.rank(full, sample=True)
-    held = [min(int(c[0]), room) for c, room in zip(counts, batch.rooms, strict=True)]
-    exact = [
-        batch.strides[s.segment] == 1 and int(c[0]) <= r
-        for s, c, r in zip(live, counts, batch.rooms, strict=True)
-    ]
-    queries, pivots = [], []
-    for n, search in enumerate(live):
-        if exact[n]:
-            queries.append((n, search.rank - search.over))
-            continue
-        middle = (search.rank - search.over) / search.population * held[n]
-        margin = 2 * held[n] ** 0.5 + 2  # four standard deviations of a sampled rank at the median
-        edges = (int(middle - margin), int(middle + margin) + 1)
-        queries += [(n, min(max(rank, 1), max(held[n], 1))) for rank in edges]
-    answers = iter(batch.nth(queries, held))
-    rest = []
-    for n, search in enumerate(live):
-        if exact[n]:
-            value, above, equal = next(answers)
-            search.found(value, search.over + above, equal)
-            continue
-        high, low = next(answers)[0], next(answers)[0]
-        middle = (search.rank - search.over) / search.population * held[n]
-        margin = 2 * held[n] ** 0.5 + 2
-        high = search.ceiling if middle - margin < 1 else high
-        low = search.floor if middle + margin + 1 > held[n] else low
-        if not held[n] or search.stalled:
-            low = high = (search.floor + search.ceiling) // 2
-        pivots.append((low, high))
-        rest.append(n)
-    if not rest:
-        return
-    del batch  # and its buffer: two would be a thirty-second of the model
-    batch = _Batch(rows, [live[n] for n in rest], kinds, ranked, wide, straight)
-    counts = batch.rank(pivots, sample=False)
-    inside = []
-    for n, (low, high), c in zip(range(len(rest)), pivots, counts, strict=True):
-        search = live[rest[n]]
-        before = search.population
-        if search.narrow(low, high, [int(v) for v in c], batch.rooms[n]):
-            inside.append(n)
-        search.stalled = search.population > before // 2
-    held = [min(int(c[0]), room) for c, room in zip(counts, batch.rooms, strict=True)]
-    asked = [(n, live[rest[n]].rank - live[rest[n]].over) for n in inside]
-    for n, (value, above, equal) in zip(inside, batch.nth(asked, held), strict=True):
-        live[rest[n]].found(value, live[rest[n]].over + above, equal)
+def _pass(batch: _Batch, search: _Search) -> None:
+    """One sample and one count of every live search; ends or narrows it."""
+    tables = batch.tables
+    rooms = np.broadcast_to(tables.rooms[:, None], search.rank.shape)
+    taken, inside, _ = batch.rank(search.live, search.floor, search.ceiling, sample=True)
+    held = np.minimum(inside, rooms)
+    exact = (tables.strides == 1)[:, None] & (taken * GRANULE <= rooms)
+    upper_rank, lower_rank, no_high, no_low = search.edges(held, exact)
+    sampled = search.live & (held > 0)
+    slots = np.minimum(taken * GRANULE, rooms)
+    high = batch.nth(sampled, slots, upper_rank, search.floor, search.ceiling)
+    low = batch.nth(sampled, slots, lower_rank, search.floor, search.ceiling)
+    # So few that they fit wherever they lie; else, where sampling leads nowhere, halve the range.
+    few = search.population <= rooms // 2
+    middle = search.floor + (search.ceiling - search.floor) // np.uint64(2)
+    halved = ~few & (search.stalled | (held == 0))
+    low = np.where(few & ~exact | no_low, search.floor, low)
+    high = np.where(few & ~exact | no_high, search.ceiling, high)
+    high = np.where(halved, middle, high)
+    low = np.minimum(np.where(halved, middle, low), high)
+
+    taken, inside, above = batch.rank(search.live, low, high, sample=False)
+    fits = search.live & search.narrow(low, high, inside, above) & (taken * GRANULE <= rooms)
+    found = batch.nth(fits, taken * GRANULE, search.rank - search.over, low, high)
+    search.value = np.where(fits, found, search.value)
+    search.live &= ~fits
 
 
 class _Batch:
-    """The device side of one pass over the live searches of alike tensors."""
+    """The launches of one pass over alike tensors, and their buffer."""
 
-    def __init__(
-        self,
-        rows: Sequence[Sequence[torch.Tensor]],
-        live: Sequence[_Search],
-        kinds: tuple[int, ...],
-        ranked: tuple[int, ...],
-        wide: bool,
-        straight: bool,
-    ) -> None:
-        self.live, self.kinds, self.ranked = live, kinds, ranked
-        self.wide, self.straight = wide, straight
-        self.segments = list({search.segment: None for search in live})
-        self.rows = [rows[s] for s in self.segments]
-        self.device = self.rows[0][0].device
-        self.rooms = [search.room(rows[search.segment][0].numel()) for search in live]
-        self.starts = np.concatenate([[0], np.cumsum(self.rooms)])
-        dtype = torch.int64 if wide else torch.int32
-        self.buffer = torch.empty(int(self.starts[-1]), dtype=dtype, device=self.device)
-        self.strides = dict.fromkeys(self.segments, 1)
-        for search, room in zip(live, self.rooms, strict=True):
-            if search.population > room:
-                stride = max(self.strides[search.segment], search.population // SAMPLES)
-                self.strides[search.segment] = stride
-
-    def rank(self, edges: Sequence[tuple[int, int]], *, sample: bool) -> np.ndarray:
-        """Counts each search against its (low, high): int64 (searches, 4), as rank_kernel does."""
+    def __init__(self, tables: _Tables, key: tuple[Any, ...]) -> None:
+        self.tables = tables
+        self.kinds, self.wide, self.straight, self.ranked = key
         k = len(self.ranked)
-        place = {segment: n for n, segment in enumerate(self.segments)}
-        windows = np.zeros((len(self.segments), k, WINDOW), dtype=np.int64)
-        windows[:, :, 0], windows[:, :, 2] = 1, -1  # a search that is over: nothing lies in (1, 0)
-        for n, (search, (low, high)) in enumerate(zip(self.live, edges, strict=True)):
-            window = (_signed(low), _signed(high), search.tie_key, self.starts[n], self.rooms[n])
-            windows[place[search.segment], search.delta] = window
-        counts = torch.zeros(len(self.segments), k, 4, dtype=torch.int64, device=self.device)
-        real = [row[0].numel() for row in self.rows]
-        strides = np.array(
-            [(self.strides[s], n) for s, n in zip(self.segments, real, strict=True)], dtype=np.int64
-        )
-        work = strides[:, 1]
-        if sample:
-            sectors = (strides[:, 1] + SECTOR - 1) // SECTOR
-            work = (sectors + strides[:, 0] - 1) // strides[:, 0] * SECTOR
-        batch = group(self.segments, self.rows, counts=work)
+        slots = np.repeat(tables.rooms, k) + VECTOR * lanes()  # what a step without room overwrites
+        self.firsts = (np.cumsum(slots) - slots).reshape(-1, k)
+        self.buffer = torch.empty(int(slots.sum()), dtype=torch.int64, device=tables.device)
+
+    def rank(
+        self, live: NDArray[np.bool_], low: UInt64, high: UInt64, *, sample: bool
+    ) -> tuple[Int64, Int64, Int64]:
+        """Counts each live search against [low, high]: granules taken, values inside, above."""
+        tables = self.tables
+        windows = np.zeros((*live.shape, WINDOW), dtype=np.int64)
+        # Where nothing is searched, nothing lies from 1 to 0.
+        windows[..., 0] = np.where(live, low, np.uint64(1)).view(np.int64)
+        windows[..., 1] = np.where(live, high, np.uint64(0)).view(np.int64)
+        windows[..., 2], windows[..., 3] = self.firsts, tables.rooms[:, None]
+        counts = torch.zeros(*live.shape, COUNTS, dtype=torch.int64, device=tables.device)
+        batch = tables.sample if sample else tables.whole
         launch(
             rank_kernel,
             batch.chunks,
-            self.device,
+            tables.device,
             batch.table,
             batch.owners,
-            upload(strides, self.device),
-            upload(windows, self.device),
+            tables.sampling,
+            upload(windows, tables.device),
             counts,
             self.buffer,
             CODES=self.kinds,
@@ -328,56 +344,43 @@ class _Batch:
             WIDE=self.wide,
             ALIGNED=self.straight,
             CHUNK=CHUNK,
-            STEP=VECTOR * lanes(),
             LANES=lanes(),
             SECTOR=SECTOR,
             HEAD=HEAD,
             WINDOW=WINDOW,
+            COUNTS=COUNTS,
+            GRANULE=GRANULE,
+            registers=register_limit(4 * len(self.ranked)),
         )
-        found = counts.cpu().numpy()
-        return np.array([found[place[s.segment], s.delta] for s in self.live])
+        taken, inside, above = np.moveaxis(counts.cpu().numpy(), -1, 0)
+        return taken, inside, above
 
-    def nth(self, queries: Sequence[tuple[int, int]], held: Sequence[int]) -> list[tuple[int, ...]]:
-        """(value, values above, values equal) for each (search, rank from the largest) over its
-        gathered values.
-        """
-        if not queries:
-            return []
-        table = np.array([(self.starts[n], held[n], rank) for n, rank in queries], dtype=np.int64)
-        answers = torch.zeros(len(queries), 3, dtype=torch.int64, device=self.device)
+    def nth(
+        self, asked: NDArray[np.bool_], slots: Int64, rank: Int64, low: UInt64, high: UInt64
+    ) -> UInt64:
+        """The rank-th largest of the values gathered from [low, high], where asked; else 0."""
+        bits = np.array(
+            [int(v).bit_length() for v in (low ^ high)[asked]], dtype=np.int64
+        )  # those above are the same in low and high
+        answers = np.zeros(asked.shape, dtype=np.uint64)
+        table = np.zeros((len(bits), QUERY), dtype=np.int64)
+        columns = (self.firsts, slots, rank)
+        table[:, :3] = np.stack([np.broadcast_to(c, asked.shape)[asked] for c in columns], axis=1)
+        table[:, 3] = bits
+        table[:, 4] = [int(v) >> int(b) for v, b in zip(high[asked], bits, strict=True)]
+        found = torch.zeros(len(table), dtype=torch.int64, device=self.tables.device)
         launch(
             nth_kernel,
-            len(queries),
-            self.device,
+            len(table),
+            self.tables.device,
             self.buffer,
-            upload(table, self.device),
-            answers,
-            BITS=64 if self.wide else 32,
+            upload(table, self.tables.device),
+            found,
+            QUERY=QUERY,
             STEP=2048,
         )
-        bits = (1 << 64) - 1
-        return [(int(v) & bits, int(a), int(e)) for v, a, e in answers.cpu().numpy()]
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _bound(cut: _Search, row: Sequence[torch.Tensor]) -> int:
-    """One past the last order that survives, from the complement that was ranked."""
-    if row[0].numel() > NARROW:
-        return (cut.value ^ ((1 << 64) - 1)) + 1
-    order = cut.value ^ ((1 << 32) - 1)
-    return (order if cut.ranked == BY_INDEX.value else order << 32) + 1
-
-
-def _selection(spec: Sparsify, count: int, key: _Search | None, bound: int) -> Selection:
-    asked = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key)
-    if spec.kind != MAGNITUDE:
-        return asked._replace(kept=0 if spec.kind == RANDOM and not spec.keep_below else count)
-    if key is None:  # nothing to keep: no key is above the largest
-        return asked._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
-    return asked._replace(threshold_bits=key.value, tie_bound=bound, kept=spec.keep, ties=key.equal)
+        answers[asked] = found.cpu().numpy().view(np.uint64)
+        return answers
 
 
 def _is_measured(spec: Sparsify, count: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmerge.kernels import combine, common, consensus, gram, ranking
+from fastmerge.kernels import combine, common, consensus, gram, ranking, select
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -24,13 +25,20 @@ TARGETS = {
 }
 F32, BF16, E4M3 = 0, 2, 3
 SHARED = {"HEAD": common.HEAD, "CHUNK": common.CHUNK, "ALIGNED": True}
+
+
+def LANES(lanes):
+    """A constant that depends on the target's threads of one program."""
+    return lanes
+
+
 SEGMENTS = {"table": "*i64", "owners": "*i32"}
 
 
 def _combine(codes, **more):
     arguments = {**SEGMENTS, "coefficients": "*fp32", "bad_counts": "*i64"}
-    block = common.block(len(codes))
-    constants = {**SHARED, "CODES": codes, "OUT": BF16, "DIVIDE": False, "BLOCK": block, **more}
+    constants = {**SHARED, "CODES": codes, "OUT": BF16, "DIVIDE": False, **more}
+    constants["BLOCK"] = lambda lanes: common.per_lane(len(codes)) * lanes
     return combine.combine_kernel, arguments, constants
 
 
@@ -44,7 +52,7 @@ def _combine_vectors(axis):
 
 def _gram(codes, based, tile=None):
     tile = tile or (0, len(codes), 0, len(codes))
-    constants = {**SHARED, "CODES": codes, "BASED": based, "TILE": tile, "LANES": "lanes"}
+    constants = {**SHARED, "CODES": codes, "BASED": based, "TILE": tile, "LANES": LANES}
     constants["VECTOR"] = gram.vector_elements(codes)
     return gram.gram_kernel, {**SEGMENTS, "partials": "*fp64"}, constants
 
@@ -52,7 +60,7 @@ def _gram(codes, based, tile=None):
 def _gram_vectors(axis):
     arguments = {"table": "*i64", "result": "*fp64", "rows": "i32", "cols": "i32"}
     constants = {"CODES": (BF16, BF16, BF16), "BASED": True, "TILE": (0, 3, 0, 3), "AXIS": axis}
-    constants |= {"LANES": "lanes" if axis else 32, "STEP": 4 if axis else 32, "HEAD": common.HEAD}
+    constants |= {"LANES": LANES if axis else 32, "STEP": 4 if axis else 32, "HEAD": common.HEAD}
     return gram.gram_vectors_kernel, arguments, constants
 
 
@@ -61,39 +69,36 @@ def _reduce():
     return gram.reduce_kernel, arguments, {"PAIRS": 3, "WIDTH": 4, "STEP": 256}
 
 
-def _consensus(modes, rescaled=False, elect=True):
+def _consensus(modes, rescaled=False, elect=True, exact=False):
     k = len(modes)
     arguments = {**SEGMENTS, "rules": "*i64", "numbers": "*fp32", "origins": "*i64"}
     arguments["bad_counts"] = "*i64"
     constants = {**SHARED, "CODES": (BF16,) * (k + 1), "OUT": BF16, "MODES": modes, "WIDE": False}
-    constants |= {"RESCALED": (rescaled,) * k, "ELECT": elect, "NORMALIZE": True, "SCALED": True}
-    constants |= {"BLOCK": consensus.block_size(k), "RULE": consensus.RULE}
+    constants |= {"RESCALED": (rescaled,) * k, "ELECT": elect, "NORMALIZE": True, "SCALED": not exact}
+    constants["EXACT"] = exact
+    constants |= {"BLOCK": partial(consensus.block, k), "RULE": consensus.RULE}
     return consensus.consensus_kernel, arguments, constants
 
 
 def _rank(ranked, sample):
-    arguments = {
-        **SEGMENTS,
-        "strides": "*i64",
-        "windows": "*i64",
-        "counts": "*i64",
-        "buffer": "*i32",
-    }
+    arguments = {**SEGMENTS, "strides": "*i64", "windows": "*i64", "counts": "*i64"}
+    arguments["buffer"] = "*i64"
     constants = {**SHARED, "CODES": (BF16,) * (len(ranked) + 1), "RANKED": ranked, "SAMPLE": sample}
-    constants |= {"WIDE": False, "STEP": "step", "LANES": "lanes", "SECTOR": 16, "WINDOW": 5}
+    constants |= {"WIDE": False, "LANES": LANES, "SECTOR": select.SECTOR}
+    constants |= {"WINDOW": select.WINDOW, "COUNTS": select.COUNTS, "GRANULE": select.GRANULE}
     return ranking.rank_kernel, arguments, constants
 
 
 def _measure():
     arguments = {**SEGMENTS, "rules": "*i64", "partials": "*fp64", "kept_counts": "*i64"}
     constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (1, 1), "WIDE": False}
-    constants |= {"STEP": "step", "LANES": "lanes", "RULE": consensus.RULE}
+    constants |= {"STEP": lambda lanes: select.VECTOR * lanes, "LANES": LANES, "RULE": consensus.RULE}
     return ranking.measure_kernel, arguments, constants
 
 
-def _nth(bits):
-    arguments = {"buffer": f"*i{bits}", "queries": "*i64", "answers": "*i64"}
-    return ranking.nth_kernel, arguments, {"BITS": bits, "STEP": 2048}
+def _nth():
+    arguments = {"buffer": "*i64", "queries": "*i64", "answers": "*i64"}
+    return ranking.nth_kernel, arguments, {"QUERY": select.QUERY, "STEP": 2048}
 
 
 # name -> (kernel, arguments, constants), vector loads and stores expected
@@ -114,16 +119,17 @@ CASES = {
     "gram_rows": (_gram_vectors(1), False),
     "gram_columns": (_gram_vectors(0), False),
     "reduce": (_reduce(), False),
-    "consensus_ties": (_consensus((3, 3)), True),
+    "consensus_ties": (_consensus((2, 2)), True),
+    "consensus_exact": (_consensus((2, 2), exact=True), True),
     "consensus_task": (_consensus((0, 0), elect=False), True),
     "consensus_dare": (_consensus((1, 1), rescaled=True), True),
-    "consensus_8": (_consensus((3,) * 8), True),
-    "consensus_16": (_consensus((3,) * 16), False),
-    "rank_keys": (_rank((1, 1), False), True),
-    "rank_orders": (_rank((2, 2), False), True),
+    "consensus_8": (_consensus((2,) * 8), True),
+    "consensus_16": (_consensus((2,) * 16), False),
+    "rank": (_rank((1, 1), False), True),
+    "rank_index": (_rank((2, 2), False), True),
+    "rank_4": (_rank((1,) * 4, False), True),
     "rank_sample": (_rank((1, 1), True), False),
-    "nth": (_nth(32), False),
-    "nth_64": (_nth(64), False),
+    "nth": (_nth(), False),
     "measure": (_measure(), True),
 }
 
@@ -131,8 +137,7 @@ CASES = {
 def _compiled(case, target):
     kernel, arguments, constants = CASES[case][0]
     lanes = common.WARPS * target.warp_size
-    by_name = {"lanes": lanes, "step": 8 * lanes}
-    constants = {k: by_name.get(v, v) if isinstance(v, str) else v for k, v in constants.items()}
+    constants = {k: v(lanes) if callable(v) else v for k, v in constants.items()}
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, t in enumerate(arguments.values()) if "*" in t
@@ -144,6 +149,8 @@ def _compiled(case, target):
         options["maxnreg"] = common.register_limit(len(constants["CODES"]))
     if target.backend == "cuda" and case.startswith("consensus_"):
         options["maxnreg"] = common.register_limit(2 * len(constants["MODES"]))
+    if target.backend == "cuda" and case.startswith("rank"):
+        options["maxnreg"] = common.register_limit(4 * len(constants["RANKED"]))
     return triton.compile(source, target=target, options=options)
 
 
@@ -168,18 +175,18 @@ def _ptxas_spills(ptx: str, folder: Path) -> list[int]:
 def test_compiles(target, case, tmp_path):
     compiled = _compiled(case, TARGETS[target])
     wide = CASES[case][1]
+    inputs = 8 if case == "gram_tile" else len(CASES[case][0][2].get("CODES", ()))
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
         # Scalar registers spill to lanes of vector registers, not to memory, and are let be.
         assert re.search(r"\.vgpr_spill_count:\s+0\b", code)
         assert re.search(r"\.private_segment_fixed_size:\s+0\b", code), "scratch memory in use"
-        assert "global_load_dwordx4" in code or not wide
+        assert code.count("global_load_dwordx4") >= inputs or not wide
         fused = re.findall(r"\bv_(?:pk_)?fma_f32|\bv_(?:mac|fmac|mad)_f32", code)
     else:
         code = compiled.asm["ptx"]
         assert not any(_ptxas_spills(code, tmp_path))
         if wide:
-            inputs = 8 if case == "gram_tile" else len(CASES[case][0][2]["CODES"])
             loads = re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", code)
             assert len(loads) >= inputs
         # One term's sum starts from -0.0, which is the product itself, and not from 0.0.
