@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 # One request or answer per delta, as the plain tuples of fastmerge.sparsity (Sparsify, Selection).
 _Sparsify = tuple[int, int, int, int, int, bool]
-_Selection = tuple[int, int, int, int, int, int, float, int, int]
+_Selection = tuple[int, int, int, int, int, int, float, int]
 
 def isa() -> str: ...  # the instruction set in use: scalar, neon, avx2 or avx512
 def isas() -> list[str]: ...  # those this CPU can run, best first

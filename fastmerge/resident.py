@@ -25,6 +25,10 @@ from fastmerge.methods import find
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastmerge.kernels.consensus import ConsensusBatch
+    from fastmerge.kernels.select import SelectBatch
+    from fastmerge.methods.types import Consensus
+
 
 class Job(NamedTuple):
     """One tensor to compute: its name in the result, its tree, and where it goes."""
@@ -46,6 +50,16 @@ class _Combinations:
         return self.trees[0].needs_gram
 
 
+@dataclass
+class _Consensuses:
+    """Jobs that are a consensus of sources, alike in how they elect and normalise."""
+
+    places: Sequence[int]
+    plans: Sequence[Consensus]
+    select: SelectBatch
+    consensus: ConsensusBatch
+
+
 class Resident:
     """Merges prepared for sources that lie on one device. ``fetch`` gives a source's tensor."""
 
@@ -60,10 +74,11 @@ class Resident:
             raise FastmergeError("no tensors to merge")
         self._backend = TritonBackend(jobs[0].out.device)
         self._forms: dict[Any, _Combinations] = {}
-        self._consensus: dict[Any, list[int]] = {}
+        self._sparse: dict[tuple[bool, bool], list[tuple[int, Merge, Consensus]]] = {}
         self._others: list[int] = []
         for place, job in enumerate(jobs):
             self._sort(place, job)
+        self._consensus = [self._consensuses(*form) for form in self._sparse.items()]
         rows: list[list[Tensor]] = []
         outs: list[Tensor] = []
         grams: list[list[Tensor]] = []
@@ -94,16 +109,38 @@ class Resident:
             form.places.append(place)
         elif all(isinstance(node, Source) for node in root.inputs):
             plan = consensus_plan(root, job.name, math.prod(job.out.shape))
-            self._consensus.setdefault((plan.elect, plan.normalize), []).append(place)
+            alike = self._sparse.setdefault((plan.elect, plan.normalize), [])
+            alike.append((place, root, plan))
         else:
             self._others.append(place)
+
+    def _consensuses(
+        self, form: tuple[bool, bool], chosen: Sequence[tuple[int, Merge, Consensus]]
+    ) -> _Consensuses:
+        from fastmerge.kernels.consensus import ConsensusBatch
+        from fastmerge.kernels.select import SelectBatch
+
+        places, roots, plans = zip(*chosen, strict=True)
+        inputs = [[self._tensor(node) for node in root.operands] for root in roots]
+        bases = [self._tensor(root.base) for root in roots]
+        outs = [self._jobs[place].out for place in places]
+        elect, normalize = form
+        merged = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize)
+        return _Consensuses(places, plans, SelectBatch(inputs, bases), merged)
 
     def run(self) -> list[Outcome]:
         """Computes every job into its ``out``; waits until the results are there."""
         outcomes = [Outcome()] * len(self._jobs)
         self._combinations(outcomes)
-        for (elect, normalize), places in self._consensus.items():
-            self._consensuses(places, outcomes, elect=elect, normalize=normalize)
+        for group in self._consensus:
+            selections = group.select.run([plan.sparsify for plan in group.plans])
+            counts = group.consensus.run(
+                [plan.weights for plan in group.plans],
+                selections,
+                [plan.scale for plan in group.plans],
+            ).tolist()
+            for place, chosen, bad in zip(group.places, selections, counts, strict=True):
+                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
         for place in self._others:
             name, root, out = self._jobs[place]
             computation = Computation(self._backend, self._fetch, name, tuple(out.shape))
@@ -128,41 +165,14 @@ class Resident:
             values, divisor = _factors(form, [next(grams) for _ in form.trees if form.needs_gram])
             factors += values
             divisors += [divisor] * len(form.trees)
-        counts = self._combine.run(factors, divisors).tolist()
+        counts = self._combine.run(factors, divisors)
         forms = self._forms.values()
         trees = [tree for form in forms for tree in form.trees]
         places = [place for form in forms for place in form.places]
-        for tree, place, c, divisor, bad in zip(
-            trees, places, factors, divisors, counts, strict=True
-        ):
-            outcomes[place] = Outcome(bad, coefficients=effective(tree, c, divisor))
-
-    def _consensuses(
-        self, places: Sequence[int], outcomes: list[Outcome], *, elect: bool, normalize: bool
-    ) -> None:
-        from fastmerge.kernels.consensus import consensus_many
-        from fastmerge.kernels.select import select_many
-
-        roots = [root for root in (self._jobs[p].root for p in places) if isinstance(root, Merge)]
-        plans = [
-            consensus_plan(root, self._jobs[p].name, math.prod(self._jobs[p].out.shape))
-            for p, root in zip(places, roots, strict=True)
-        ]
-        inputs = [[self._tensor(node) for node in root.operands] for root in roots]
-        bases = [self._tensor(root.base) for root in roots]
-        selections = select_many(inputs, bases, [plan.sparsify for plan in plans])
-        counts = consensus_many(
-            inputs,
-            bases,
-            [plan.weights for plan in plans],
-            selections,
-            [self._jobs[place].out for place in places],
-            elect=elect,
-            normalize=normalize,
-            scales=[plan.scale for plan in plans],
-        ).tolist()
-        for place, chosen, bad in zip(places, selections, counts, strict=True):
-            outcomes[place] = Outcome(bad, kept=tuple(selection.kept for selection in chosen))
+        # While the device works.
+        chosen = [effective(*given) for given in zip(trees, factors, divisors, strict=True)]
+        for place, own, bad in zip(places, chosen, counts.tolist(), strict=True):
+            outcomes[place] = Outcome(bad, coefficients=own)
 
     def _tensor(self, node: Node | None) -> Tensor:
         assert isinstance(node, Source)

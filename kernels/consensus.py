@@ -9,6 +9,8 @@ nothing is fused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
+    Group,
     aligned,
     check,
     codes,
@@ -64,7 +67,7 @@ def survives(
     delta, first, index, limit, last, key, MODE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which of BLOCK entries from flat index ``first`` on are kept. limit, last, key: load_rule's."""
+    """Which of BLOCK entries from flat index ``first`` on are kept; the rule is load_rule's."""
     if MODE == KEEP_ALL:
         kept = tl.full([BLOCK], 1, tl.int1)
     elif MODE == KEEP_RANDOM:
@@ -214,6 +217,112 @@ def consensus(
     )  # fmt: skip
 
 
+class ConsensusBatch:
+    """`consensus` of many tensors, one launch per mix of dtypes and rules, as often as weights and
+    selections are given.
+
+    Checks and tables are made once; the tensors must keep their memory.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Sequence[torch.Tensor]],
+        bases: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor],
+        *,
+        elect: bool,
+        normalize: bool,
+        origins: Sequence[int] | None = None,
+    ) -> None:
+        self._elect, self._normalize = elect, normalize
+        self._origins = [0] * len(outs) if origins is None else origins
+        self._rows: list[list[torch.Tensor]] = []
+        self._keys: list[tuple[tuple[int, ...], int, bool, bool]] = []
+        for xs, base, out, origin in zip(inputs, bases, outs, self._origins, strict=True):
+            check(xs, base, out)
+            if origin % 4:
+                raise FastmergeError(f"origin {origin}: a piece must start at a multiple of 4")
+            row = [base, *xs, out]
+            wide = origin + out.numel() > 1 << 32
+            self._rows.append(row)
+            self._keys.append((codes(row[:-1]), codes(row[-1:])[0], wide, aligned(row)))
+        self._tables: dict[tuple[int, ...], tuple[Group, torch.Tensor]] = {}
+
+    def run(
+        self,
+        weights: Sequence[Sequence[float]],
+        selections: Sequence[Sequence[Selection]],
+        scales: Sequence[float] | None = None,
+    ) -> torch.Tensor:
+        """Launches, does not wait; returns the NaN/Inf counts, int64 on the device."""
+        rows = self._rows
+        scales = [1.0] * len(rows) if scales is None else scales
+        bad = torch.zeros(len(rows), dtype=torch.int64, device=rows[0][0].device if rows else None)
+        rules: list[list[tuple[int, list[int]]]] = []
+        keys: list[Any] = []
+        for n, row in enumerate(rows):
+            if not len(row) - 2 == len(weights[n]) == len(selections[n]):
+                raise FastmergeError(
+                    f"{len(row) - 2} inputs, {len(weights[n])} weights and {len(selections[n])} "
+                    "selections; give one each"
+                )
+            rules.append([rule_of(s, self._keys[n][2]) for s in selections[n]])
+            key = (
+                *self._keys[n],
+                tuple(mode for mode, _ in rules[n]),
+                tuple(s[6] != 1.0 for s in selections[n]),
+                bool(np.float32(scales[n]) != 1),
+                self._elect and self._normalize and _exact(tuple(weights[n])),
+            )
+            keys.append(key if row[0].numel() else None)
+        for key, members in partition(keys).items():
+            if key is None:
+                continue
+            kinds, kind, wide, straight, modes, rescaled, scaled, exact = key
+            batch, origins = self._table(members)
+            device = batch.table.device
+            numbers = [_numbers(weights[i], selections[i], scales[i]) for i in members]
+            numerals = [[numbers for _, numbers in rules[i]] for i in members]
+            counts = torch.zeros(len(members), dtype=torch.int64, device=device)
+            launch(
+                consensus_kernel,
+                batch.chunks,
+                device,
+                batch.table,
+                batch.owners,
+                upload(np.array(numerals, dtype=np.int64), device),
+                upload(np.array(numbers, dtype=np.float32), device),
+                origins,
+                counts,
+                CODES=kinds,
+                OUT=kind,
+                MODES=modes,
+                RESCALED=rescaled,
+                ELECT=self._elect,
+                NORMALIZE=self._normalize,
+                EXACT=exact,
+                SCALED=scaled,
+                WIDE=wide,
+                ALIGNED=straight,
+                CHUNK=CHUNK,
+                BLOCK=block(len(modes), lanes()),
+                HEAD=HEAD,
+                RULE=RULE,
+                registers=register_limit(2 * len(modes)),
+            )
+            bad[torch.tensor(members, device=device)] = counts
+        return bad
+
+    def _table(self, members: list[int]) -> tuple[Group, torch.Tensor]:
+        """The table of one launch, and its tensors' origins on the device."""
+        key = tuple(members)
+        if key not in self._tables:
+            batch = group(members, [self._rows[i] for i in members])
+            origins = np.array([self._origins[i] for i in members], dtype=np.int64)
+            self._tables[key] = batch, upload(origins, batch.table.device)
+        return self._tables[key]
+
+
 def consensus_many(
     inputs: Sequence[Sequence[torch.Tensor]],
     bases: Sequence[torch.Tensor],
@@ -226,73 +335,9 @@ def consensus_many(
     scales: Sequence[float] | None = None,
     origins: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """`consensus` of many tensors, one launch per mix of dtypes and rules; the NaN/Inf counts, on
-    the device.
-    """
-    scales = [1.0] * len(outs) if scales is None else scales
-    origins = [0] * len(outs) if origins is None else origins
-    bad = torch.zeros(len(outs), dtype=torch.int64, device=outs[0].device if outs else None)
-    rows: list[list[torch.Tensor]] = []
-    keys: list[tuple[object, ...] | None] = []
-    for n, (xs, base, out) in enumerate(zip(inputs, bases, outs, strict=True)):
-        check(xs, base, out)
-        if not len(xs) == len(weights[n]) == len(selections[n]):
-            raise FastmergeError(
-                f"{len(xs)} inputs, {len(weights[n])} weights and {len(selections[n])} "
-                "selections; give one each"
-            )
-        if origins[n] % 4:
-            raise FastmergeError(f"origin {origins[n]}: a piece must start at a multiple of 4")
-        row = [base, *xs, out]
-        rows.append(row)
-        wide = origins[n] + out.numel() > 1 << 32
-        key = (
-            codes(row[:-1]),
-            codes([out])[0],
-            tuple(rule_of(s, wide)[0] for s in selections[n]),
-            tuple(s[6] != 1.0 for s in selections[n]),
-            np.float32(scales[n]) != 1,
-            wide,
-            aligned(row),
-            elect and normalize and _exact(weights[n]),
-        )
-        keys.append(key if out.numel() else None)
-    for key, members in partition(keys).items():
-        if key is None:
-            continue
-        batch = group(members, [rows[i] for i in members])
-        device = batch.table.device
-        counts = torch.zeros(len(members), dtype=torch.int64, device=device)
-        numbers = [_numbers(weights[i], selections[i], scales[i]) for i in members]
-        rules = [[rule_of(s, bool(key[5]))[1] for s in selections[i]] for i in members]
-        launch(
-            consensus_kernel,
-            batch.chunks,
-            device,
-            batch.table,
-            batch.owners,
-            upload(np.array(rules, dtype=np.int64), device),
-            upload(np.array(numbers, dtype=np.float32), device),
-            upload(np.array([origins[i] for i in members], dtype=np.int64), device),
-            counts,
-            CODES=key[0],
-            OUT=key[1],
-            MODES=key[2],
-            RESCALED=key[3],
-            ELECT=elect,
-            NORMALIZE=normalize,
-            EXACT=key[7],
-            SCALED=bool(key[4]),
-            WIDE=key[5],
-            ALIGNED=key[6],
-            CHUNK=CHUNK,
-            BLOCK=block(len(key[2]), lanes()),
-            HEAD=HEAD,
-            RULE=RULE,
-            registers=register_limit(2 * len(key[2])),
-        )
-        bad[torch.tensor(members, device=device)] = counts
-    return bad
+    """`consensus` of many tensors at once. See `ConsensusBatch`."""
+    batch = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize, origins=origins)
+    return batch.run(weights, selections, scales)
 
 
 def block(inputs: int, lanes: int) -> int:
@@ -300,7 +345,8 @@ def block(inputs: int, lanes: int) -> int:
     return per_lane(inputs) // 2 * lanes
 
 
-def _exact(weights: Sequence[float]) -> bool:
+@lru_cache(maxsize=1024)
+def _exact(weights: tuple[float, ...]) -> bool:
     """Whether the weights that agree always sum to 0 or a power of two of which fp32 has the
     reciprocal, as 1, 1 or 0.5, 0.5 do: a product then rounds as the quotient.
     """

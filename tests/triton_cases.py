@@ -362,6 +362,24 @@ def test_consensus_of_many_inputs_equals_cpu(k):
     same(out, expected)
 
 
+@pytest.mark.parametrize(
+    "weights", [(1, 1), (0.5, 0.5), (1, 1, 2), (2.0**-100,), (1, -1), (0.3, 1)]
+)
+def test_division_by_a_sum_of_weights_is_that_of_the_cpu(weights):
+    """As a product where all sums are powers of two: subnormal, infinite and NaN quotients too."""
+    size = 1000
+    base = torch.zeros(size, device=DEVICE)
+    scale = torch.from_numpy(np.geomspace(1e-45, 1e38, size, dtype=np.float32)).to(DEVICE)
+    xs = [strange(normal(i, size) * scale) for i in range(len(weights))]
+    options = {"elect": True, "normalize": True}
+    keep = [Selection()] * len(weights)
+    expected, bad = cpu_consensus(xs, base, weights, keep, F32, **options)
+    out = torch.empty(size, device=DEVICE)
+    assert consensus(xs, base, weights, keep, out, **options) == bad
+    same(out, expected)
+    assert consensus_module._exact(weights) == (weights not in [(1, 1, 2), (1, -1), (0.3, 1)])
+
+
 def test_consensus_many_and_pieces():
     size = 32768 + 4100
     base = normal(0, size, dtype=BF16)
@@ -449,8 +467,8 @@ def test_far_elements_of_a_huge_tensor(start, rule):
         torch.zeros(1, dtype=torch.int64, device=DEVICE),
         counts,
         CODES=(0, 0), OUT=0, MODES=(mode,), RESCALED=(False,), ELECT=False, NORMALIZE=False,
-        EXACT=False, SCALED=False, WIDE=True, ALIGNED=False, CHUNK=common.CHUNK, BLOCK=512, HEAD=common.HEAD,
-        RULE=consensus_module.RULE,
+        EXACT=False, SCALED=False, WIDE=True, ALIGNED=False, CHUNK=common.CHUNK, BLOCK=512,
+        HEAD=common.HEAD, RULE=consensus_module.RULE,
     )  # fmt: skip
     assert out.cpu().tolist() == [1.0 if k else 0.0 for k in kept]
 

@@ -27,8 +27,8 @@ F32, BF16, E4M3 = 0, 2, 3
 SHARED = {"HEAD": common.HEAD, "CHUNK": common.CHUNK, "ALIGNED": True}
 
 
-def LANES(lanes):
-    """A constant that depends on the target's threads of one program."""
+def all_lanes(lanes):
+    """A constant that depends on the target: the threads of one program."""
     return lanes
 
 
@@ -52,7 +52,7 @@ def _combine_vectors(axis):
 
 def _gram(codes, based, tile=None):
     tile = tile or (0, len(codes), 0, len(codes))
-    constants = {**SHARED, "CODES": codes, "BASED": based, "TILE": tile, "LANES": LANES}
+    constants = {**SHARED, "CODES": codes, "BASED": based, "TILE": tile, "LANES": all_lanes}
     constants["VECTOR"] = gram.vector_elements(codes)
     return gram.gram_kernel, {**SEGMENTS, "partials": "*fp64"}, constants
 
@@ -60,7 +60,11 @@ def _gram(codes, based, tile=None):
 def _gram_vectors(axis):
     arguments = {"table": "*i64", "result": "*fp64", "rows": "i32", "cols": "i32"}
     constants = {"CODES": (BF16, BF16, BF16), "BASED": True, "TILE": (0, 3, 0, 3), "AXIS": axis}
-    constants |= {"LANES": LANES if axis else 32, "STEP": 4 if axis else 32, "HEAD": common.HEAD}
+    constants |= {
+        "LANES": all_lanes if axis else 32,
+        "STEP": 4 if axis else 32,
+        "HEAD": common.HEAD,
+    }
     return gram.gram_vectors_kernel, arguments, constants
 
 
@@ -74,7 +78,12 @@ def _consensus(modes, rescaled=False, elect=True, exact=False):
     arguments = {**SEGMENTS, "rules": "*i64", "numbers": "*fp32", "origins": "*i64"}
     arguments["bad_counts"] = "*i64"
     constants = {**SHARED, "CODES": (BF16,) * (k + 1), "OUT": BF16, "MODES": modes, "WIDE": False}
-    constants |= {"RESCALED": (rescaled,) * k, "ELECT": elect, "NORMALIZE": True, "SCALED": not exact}
+    constants |= {
+        "RESCALED": (rescaled,) * k,
+        "ELECT": elect,
+        "NORMALIZE": True,
+        "SCALED": not exact,
+    }
     constants["EXACT"] = exact
     constants |= {"BLOCK": partial(consensus.block, k), "RULE": consensus.RULE}
     return consensus.consensus_kernel, arguments, constants
@@ -84,7 +93,7 @@ def _rank(ranked, sample):
     arguments = {**SEGMENTS, "strides": "*i64", "windows": "*i64", "counts": "*i64"}
     arguments["buffer"] = "*i64"
     constants = {**SHARED, "CODES": (BF16,) * (len(ranked) + 1), "RANKED": ranked, "SAMPLE": sample}
-    constants |= {"WIDE": False, "LANES": LANES, "SECTOR": select.SECTOR}
+    constants |= {"WIDE": False, "LANES": all_lanes, "SECTOR": select.SECTOR}
     constants |= {"WINDOW": select.WINDOW, "COUNTS": select.COUNTS, "GRANULE": select.GRANULE}
     return ranking.rank_kernel, arguments, constants
 
@@ -92,7 +101,11 @@ def _rank(ranked, sample):
 def _measure():
     arguments = {**SEGMENTS, "rules": "*i64", "partials": "*fp64", "kept_counts": "*i64"}
     constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (1, 1), "WIDE": False}
-    constants |= {"STEP": lambda lanes: select.VECTOR * lanes, "LANES": LANES, "RULE": consensus.RULE}
+    constants |= {
+        "STEP": lambda lanes: select.VECTOR * lanes,
+        "LANES": all_lanes,
+        "RULE": consensus.RULE,
+    }
     return ranking.measure_kernel, arguments, constants
 
 
