@@ -11,7 +11,8 @@ CONSTRAINTS := tests/constraints.txt
 # --no-compile: compiling the bytecode of all of torch takes longer than what the tests import of it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c $(CONSTRAINTS)
 
-# Past the resolver: torch's CUDA builds pin triton 3.7, which the kernels do not compile under.
+# Past the resolver: torch's CUDA builds pin triton 3.7, for which the kernels compile, but whose
+# interpreter rounds an FMA twice, so that the CPU's bits cannot be tested under it.
 TRITON := triton==3.9.0
 
 help:

@@ -29,6 +29,7 @@ from fastmerge.kernels.common import (
     launch,
     locate,
     partition,
+    register_limit,
     upload,
     vectors,
 )
@@ -303,6 +304,7 @@ def _partials(batch: Group, kinds: tuple[int, ...], based: bool, straight: bool)
             VECTOR=vector_elements(kinds),
             CHUNK=CHUNK,
             HEAD=HEAD,
+            registers=register_limit(2 * m),
             fused=FUSED,
         )
     return partials

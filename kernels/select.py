@@ -378,6 +378,7 @@ class _Batch:
             found,
             QUERY=QUERY,
             STEP=2048,
+            registers=register_limit(16),
         )
         answers[asked] = found.cpu().numpy().view(np.uint64)
         return answers
@@ -435,6 +436,7 @@ def _measured(
             LANES=lanes(),
             HEAD=HEAD,
             RULE=RULE,
+            registers=register_limit(16),
         )
         width = triton.next_power_of_2(2 * k)
         launch(

@@ -147,6 +147,19 @@ CASES = {
 }
 
 
+def _register_inputs(case, constants):
+    """What the launch of this case gives register_limit; None where it sets no limit."""
+    if case.startswith("consensus"):
+        return 2 * len(constants["MODES"])
+    if case.startswith("rank"):
+        return 4 * len(constants["RANKED"])
+    if case in ("nth", "measure"):
+        return 16
+    if case.startswith("gram") and case not in ("gram_rows", "gram_columns"):
+        return 2 * len(constants["CODES"])
+    return len(constants["CODES"]) if case.startswith("combine") else None
+
+
 def _compiled(case, target):
     kernel, arguments, constants = CASES[case][0]
     lanes = common.WARPS * target.warp_size
@@ -158,12 +171,8 @@ def _compiled(case, target):
     source = ASTSource(kernel, signature, constants, aligned)
     fused = gram.FUSED if kernel is gram.gram_kernel else False
     options = {"num_warps": common.WARPS, "enable_fp_fusion": fused}
-    if target.backend == "cuda" and case.startswith("combine_"):
-        options["maxnreg"] = common.register_limit(len(constants["CODES"]))
-    if target.backend == "cuda" and case.startswith("consensus_"):
-        options["maxnreg"] = common.register_limit(2 * len(constants["MODES"]))
-    if target.backend == "cuda" and case.startswith("rank"):
-        options["maxnreg"] = common.register_limit(4 * len(constants["RANKED"]))
+    if target.backend == "cuda" and (inputs := _register_inputs(case, constants)):
+        options["maxnreg"] = common.register_limit(inputs)
     return triton.compile(source, target=target, options=options)
 
 
@@ -187,8 +196,8 @@ def _ptxas_spills(ptx: str, folder: Path) -> list[int]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, case, tmp_path):
     compiled = _compiled(case, TARGETS[target])
-    wide = CASES[case][1]
-    inputs = 8 if case == "gram_tile" else len(CASES[case][0][2].get("CODES", ()))
+    (_, _, constants), wide = CASES[case]
+    inputs = 8 if case == "gram_tile" else len(constants.get("CODES", ()))
     if target == "gfx942":
         code = compiled.asm["amdgcn"]
         # Scalar registers spill to lanes of vector registers, not to memory, and are let be.
@@ -206,8 +215,48 @@ def test_compiles(target, case, tmp_path):
         assert case != "combine_1" or not re.search(r"fma\S*f32[^;]*, 0f00000000;", code)
         if wide and case.startswith(("combine", "consensus")):
             assert re.search(r"st\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", code)
+            # By the GPU's own rounding; a rounding by hand is eight instructions an element.
+            assert constants.get("OUT") != BF16 or "cvt.rn.bf16" in code
         assert ".ftz" not in code
         fused = re.findall(r"\bfma\.rn\S*f32\S*", code)
     # combine is written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
     divides = target == "gfx942" and case.startswith(("consensus", "rank_sample"))
     assert bool(fused) == (case.startswith("combine") and case != "combine_1") or divides
+
+
+# Machine instructions of the hot loop, per element of each tensor's output (sm_90, triton 3.9), and
+# a little more. An H200's schedulers issue 0.92e12 a second for 32 lanes, so that 6.7e9 elements
+# take 0.23 ms for each; its memory takes 9.4 ms to read two bf16 tensors and write one.
+MOST_INSTRUCTIONS = {
+    "combine_2": 14,
+    "combine_3": 17,
+    "gram_2": 13,
+    "rank": 88,
+    "consensus_ties": 76,
+    "consensus_exact": 60,
+}
+
+
+@pytest.mark.parametrize("case", MOST_INSTRUCTIONS)
+def test_instructions_per_element(case, tmp_path):
+    """What can be known of a kernel's speed without a GPU."""
+    _, _, constants = CASES[case][0]
+    (tmp_path / "kernel.cubin").write_bytes(_compiled(case, TARGETS["cuda90"]).asm["cubin"])
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    command = [str(binary), "-c", str(tmp_path / "kernel.cubin")]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    count, longest = 0, 0
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            longest = (
+                max(longest, count - labels[back[1]]) if back and back[1] in labels else longest
+            )
+    lanes = common.WARPS * 32
+    block = constants["BLOCK"](lanes) if "BLOCK" in constants else 8 * lanes
+    assert longest > 0
+    assert longest / (block / lanes) <= MOST_INSTRUCTIONS[case]
