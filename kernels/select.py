@@ -287,8 +287,8 @@ def _pass(batch: _Batch, search: _Search) -> None:
     upper_rank, lower_rank, no_high, no_low = search.edges(held, exact)
     sampled = search.live & (held > 0)
     slots = np.minimum(taken * GRANULE, rooms)
-    high = batch.nth(sampled, slots, upper_rank, search.floor, search.ceiling)
-    low = batch.nth(sampled, slots, lower_rank, search.floor, search.ceiling)
+    pivots = np.stack([upper_rank, lower_rank])
+    high, low = batch.nth(sampled, slots, pivots, search.floor, search.ceiling)
     # So few that they fit wherever they lie; else, where sampling leads nowhere, halve the range.
     few = search.population <= rooms // 2
     middle = search.floor + (search.ceiling - search.floor) // np.uint64(2)
@@ -300,7 +300,7 @@ def _pass(batch: _Batch, search: _Search) -> None:
 
     taken, inside, above = batch.rank(search.live, low, high, sample=False)
     fits = search.live & search.narrow(low, high, inside, above) & (taken * GRANULE <= rooms)
-    found = batch.nth(fits, taken * GRANULE, search.rank - search.over, low, high)
+    (found,) = batch.nth(fits, taken * GRANULE, (search.rank - search.over)[None], low, high)
     search.value = np.where(fits, found, search.value)
     search.live &= ~fits
 
@@ -356,22 +356,22 @@ class _Batch:
         return taken, inside, above
 
     def nth(
-        self, asked: NDArray[np.bool_], slots: Int64, rank: Int64, low: UInt64, high: UInt64
+        self, asked: NDArray[np.bool_], slots: Int64, ranks: Int64, low: UInt64, high: UInt64
     ) -> UInt64:
-        """The rank-th largest of the values gathered from [low, high], where asked; else 0."""
-        bits = np.array(
-            [int(v).bit_length() for v in (low ^ high)[asked]], dtype=np.int64
-        )  # those above are the same in low and high
-        answers = np.zeros(asked.shape, dtype=np.uint64)
-        table = np.zeros((len(bits), QUERY), dtype=np.int64)
-        columns = (self.firsts, slots, rank)
-        table[:, :3] = np.stack([np.broadcast_to(c, asked.shape)[asked] for c in columns], axis=1)
-        table[:, 3] = bits
-        table[:, 4] = [int(v) >> int(b) for v, b in zip(high[asked], bits, strict=True)]
-        found = torch.zeros(len(table), dtype=torch.int64, device=self.tables.device)
+        """The ranks-th largest, (n, *asked.shape), of the values gathered from [low, high], where
+        asked; else 0.
+        """
+        edges = zip(low[asked].tolist(), high[asked].tolist(), strict=True)
+        bits = [(a ^ b).bit_length() for a, b in edges]  # above these low and high are the same
+        table = np.zeros((len(ranks), len(bits), QUERY), dtype=np.int64)
+        table[..., 0], table[..., 1] = self.firsts[asked], slots[asked]
+        table[..., 2], table[..., 3] = ranks[:, asked], bits
+        shared = [b >> n for b, n in zip(high[asked].tolist(), bits, strict=True)]
+        table[..., 4] = np.array(shared, dtype=np.uint64).view(np.int64)
+        found = torch.zeros(table[..., 0].size, dtype=torch.int64, device=self.tables.device)
         launch(
             nth_kernel,
-            len(table),
+            len(found),
             self.tables.device,
             self.buffer,
             upload(table, self.tables.device),
@@ -380,7 +380,8 @@ class _Batch:
             STEP=2048,
             registers=register_limit(16),
         )
-        answers[asked] = found.cpu().numpy().view(np.uint64)
+        answers = np.zeros(ranks.shape, dtype=np.uint64)
+        answers[:, asked] = found.cpu().numpy().view(np.uint64).reshape(table.shape[:2])
         return answers
 
 
