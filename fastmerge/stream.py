@@ -435,13 +435,15 @@ def device_bytes(
     root: Node, shape: tuple[int, ...], dtype: DType, source_bytes: Sequence[int]
 ) -> int:
     """Device memory that one tensor's merge takes: sources, output, intermediates, what select
-    gathers (1/64 of the entries, 512 KiB at least, of four bytes, for each delta) and tables.
+    gathers of each delta, and 1 MiB for tables.
     """
+    from fastmerge.kernels.select import gathered_bytes
+
     count = math.prod(shape)
     merges = [node for node in algebra.walk(root) if isinstance(node, Merge)]
     intermediates = 4 * count * max(0, len(merges) - 1)
     deltas = max((len(node.operands) for node in merges), default=0)
-    gathered = deltas * max(1 << 19, count // 16)
+    gathered = deltas * int(gathered_bytes(count))
     return sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered + (1 << 20)
 
 

@@ -184,6 +184,18 @@ def _bounded(selection: Selection, value: int, *, wide: bool) -> Selection:
     return selection._replace(threshold_bits=value >> bits, tie_bound=order + 1)
 
 
+def _room(count: int) -> int:
+    """Slots for the values of one delta that a pass gathers."""
+    # A chunk is whole granules, so that all entries of a small one fit in as many slots.
+    wanted = count if count <= ROOM else max(ROOM, count // 64)
+    return -(-wanted // GRANULE) * GRANULE
+
+
+def gathered_bytes(count: int) -> int:
+    """Device memory that the search in one delta of ``count`` elements takes, about."""
+    return 8 * (_room(count) + VECTOR * lanes())
+
+
 class _Tables:
     """What the kernels read of tensors that go through each launch together."""
 
@@ -198,9 +210,7 @@ class _Tables:
         self.whole = group(everyone, rows)
         self.sample = group(everyone, rows, counts=samples)
         self.sampling = upload(np.stack([self.strides, self.lengths], axis=1), self.device)
-        # A chunk is whole granules, so that all entries fit in as many slots, rounded up.
-        rooms = np.where(self.lengths <= ROOM, self.lengths, np.maximum(ROOM, self.lengths // 64))
-        self.rooms = -(-rooms // GRANULE) * GRANULE
+        self.rooms = np.array([_room(count) for count in self.lengths.tolist()], dtype=np.int64)
 
     def take(self, members: Int64) -> _Tables:
         return self if len(members) == len(self.rows) else _Tables([self.rows[i] for i in members])
