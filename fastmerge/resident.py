@@ -66,8 +66,6 @@ class Resident:
     def __init__(self, jobs: Sequence[Job], fetch: Callable[[Source], Tensor]) -> None:
         """Raises FastmergeError where a job's tensors do not fit together, naming it."""
         from fastmerge.kernels.backend import TritonBackend
-        from fastmerge.kernels.combine import CombineBatch
-        from fastmerge.kernels.gram import GramBatch
 
         self._jobs, self._fetch = jobs, fetch
         if not jobs:
@@ -78,22 +76,42 @@ class Resident:
         self._others: list[int] = []
         for place, job in enumerate(jobs):
             self._sort(place, job)
-        self._consensus = [self._consensuses(*form) for form in self._sparse.items()]
+        try:
+            self._consensus = [self._consensuses(*form) for form in self._sparse.items()]
+            self._prepare_combinations()
+        except FastmergeError as error:
+            raise self._named(error) from error
+
+    def _prepare_combinations(self) -> None:
+        from fastmerge.kernels.combine import CombineBatch
+        from fastmerge.kernels.gram import GramBatch
+
         rows: list[list[Tensor]] = []
         outs: list[Tensor] = []
         grams: list[list[Tensor]] = []
         bases: list[Tensor | None] = []
         for form in self._forms.values():
             for place, tree in zip(form.places, form.trees, strict=True):
-                tensors = [fetch(part) for part in tree.parts if isinstance(part, Source)]
+                tensors = [self._tensor(part) for part in tree.parts]
                 rows.append(tensors)
-                outs.append(jobs[place].out)
+                outs.append(self._jobs[place].out)
                 if tree.needs_gram:
                     r = tree.reference
                     grams.append([x for i, x in enumerate(tensors) if i != r])
                     bases.append(None if r is None else tensors[r])
         self._grams = GramBatch(grams, bases)
         self._combine = CombineBatch(rows, outs)
+
+    def _named(self, error: FastmergeError) -> FastmergeError:
+        """The error of the first job whose tensors do not fit, by its name."""
+        from fastmerge.kernels.common import check
+
+        for name, root, out in self._jobs:
+            try:
+                check([self._fetch(source) for source in algebra.leaves([root])], None, out)
+            except FastmergeError as own:
+                return FastmergeError(f"{name}: {own}")
+        return error
 
     def _sort(self, place: int, job: Job) -> None:
         root = job.root

@@ -442,7 +442,8 @@ def device_bytes(
     count = math.prod(shape)
     merges = [node for node in algebra.walk(root) if isinstance(node, Merge)]
     intermediates = 4 * count * max(0, len(merges) - 1)
-    deltas = max((len(node.operands) for node in merges), default=0)
+    sparse = [node for node in merges if not node.method.is_combination]
+    deltas = max((len(node.operands) for node in sparse), default=0)
     gathered = deltas * int(gathered_bytes(count))
     return sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered + (1 << 20)
 

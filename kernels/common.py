@@ -2,7 +2,7 @@
 launch.
 
 Weights are loaded and stored as plain integers and converted in the open, so that a rounding is the
-same bit on every GPU, on AMD and in Triton's interpreter.
+same bit on every GPU, on AMD and in Triton's interpreter (but for the sign and payload of a NaN).
 """
 
 from __future__ import annotations

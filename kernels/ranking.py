@@ -16,7 +16,9 @@ BY_INDEX: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def _columns(x, LANES: tl.constexpr):
-    """A (LANES, 8) block, of which each lane holds a row, as eight columns: no data moves."""
+    """A (LANES, 8) block as eight columns; no data moves where each lane holds a row, as it does
+    after loads of one width.
+    """
     even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
     a, c = tl.split(tl.reshape(even, [LANES, 2, 2]))
     b, d = tl.split(tl.reshape(odd, [LANES, 2, 2]))

@@ -18,7 +18,7 @@ programs run does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,6 +31,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
+    Group,
     aligned,
     check,
     codes,
@@ -55,6 +56,7 @@ from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
 
 SAMPLES = 1 << 17
 ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of them if that is more
+BUFFER_BYTES = 1 << 30  # of device memory for the searches that share a pass
 GRANULE = 128  # of them that a program takes at a time: what it leaves empty is noise
 SECTOR = 16  # sampled elements that lie together: 32 bytes of bf16
 SIGMAS = 4.0  # of a sampled rank, on either side of it, that the pivots bracket
@@ -93,7 +95,7 @@ def select_many(
 class SelectBatch:
     """`select` of many tensors, as often as requests are given.
 
-    Checks and tables are made once; the tensors must keep their memory.
+    The tensors' checks and tables are made once; the tensors must keep their memory.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class SelectBatch:
         self._rows = [[bases[n], *inputs[n][at : at + DELTAS]] for n, at in self._parts]
         self._keys = [(codes(row), row[0].numel() > NARROW, aligned(row)) for row in self._rows]
         self._tables: dict[tuple[int, ...], _Tables] = {}
+        self._measuring: dict[tuple[int, ...], Group] = {}
 
     def run(self, specs: Sequence[Sequence[Sparsify]]) -> list[list[Selection]]:
         """The selections, one per input of each tensor; waits for the device."""
@@ -119,7 +122,7 @@ class SelectBatch:
         for row, given in zip(self._rows, wanted, strict=True):
             _check(row[0].numel(), given)
         found = self._trimmed(wanted)
-        found = _measured(self._rows, wanted, found)
+        self._measure(wanted, found)
         chosen: list[list[Selection]] = [[] for _ in self._widths]
         for (n, _), selections in zip(self._parts, found, strict=True):
             chosen[n] += selections
@@ -135,18 +138,90 @@ class SelectBatch:
             for row, given in zip(self._rows, wanted, strict=True)
         ]
         for (key, ranked), members in partition(list(zip(self._keys, rules, strict=True))).items():
-            if not any(ranked):
-                continue
-            if tuple(members) not in self._tables:
-                self._tables[tuple(members)] = _Tables([self._rows[i] for i in members])
-            ranks = np.array([[spec.keep for spec in wanted[i]] for i in members], dtype=np.int64)
-            ranks[:, [rule == SKIP.value for rule in ranked]] = 0
-            values = _answers(self._tables[tuple(members)], ranks, (*key, ranked))
-            for i, row in zip(members, values.tolist(), strict=True):
-                for d, rule in enumerate(ranked):
-                    if rule != SKIP.value:
-                        found[i][d] = _bounded(found[i][d], row[d], wide=key[1])
+            for some in self._batches(members) if any(ranked) else []:
+                if some not in self._tables:
+                    self._tables[some] = _Tables([self._rows[i] for i in some])
+                ranks = np.array([[spec.keep for spec in wanted[i]] for i in some], dtype=np.int64)
+                ranks[:, [rule == SKIP.value for rule in ranked]] = 0
+                values = _answers(self._tables[some], ranks, (*key, ranked))
+                for i, row in zip(some, values.tolist(), strict=True):
+                    for d, rule in enumerate(ranked):
+                        if rule != SKIP.value:
+                            found[i][d] = _bounded(found[i][d], row[d], wide=key[1])
         return found
+
+    def _batches(self, members: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """The members in runs that gather at most BUFFER_BYTES, or a single tensor."""
+        some: list[int] = []
+        left = BUFFER_BYTES
+        for i in members:
+            need = gathered_bytes(self._rows[i][0].numel()) * (len(self._rows[i]) - 1)
+            if some and need > left:
+                yield tuple(some)
+                some, left = [], BUFFER_BYTES
+            some.append(i)
+            left -= need
+        yield tuple(some)
+
+    def _measure(self, specs: Sequence[Sequence[Sparsify]], found: list[list[Selection]]) -> None:
+        """Fills in the L1 factors that were asked for and how many entries a random mask keeps."""
+        keys = [
+            (*key, tuple(rule_of(s, key[1])[0] for s in chosen))
+            if any(_is_measured(spec, row[0].numel()) for spec in given)
+            else None
+            for key, row, given, chosen in zip(self._keys, self._rows, specs, found, strict=True)
+        ]
+        for key, members in partition(keys).items():
+            if key is None:
+                continue
+            kinds, wide, straight, modes = key
+            if tuple(members) not in self._measuring:
+                self._measuring[tuple(members)] = group(members, [self._rows[i] for i in members])
+            batch = self._measuring[tuple(members)]
+            device, k = batch.table.device, len(modes)
+            rules = [[rule_of(s, wide)[1] for s in found[i]] for i in members]
+            partials = torch.empty(batch.chunks, 2 * k, dtype=torch.float64, device=device)
+            kept = torch.zeros(len(members), k, dtype=torch.int64, device=device)
+            sums = torch.zeros(len(members), 2 * k, dtype=torch.float64, device=device)
+            launch(
+                measure_kernel,
+                batch.chunks,
+                device,
+                batch.table,
+                batch.owners,
+                upload(np.array(rules, dtype=np.int64), device),
+                partials,
+                kept,
+                CODES=kinds,
+                MODES=modes,
+                WIDE=wide,
+                ALIGNED=straight,
+                CHUNK=CHUNK,
+                STEP=VECTOR * lanes(),
+                LANES=lanes(),
+                HEAD=HEAD,
+                RULE=RULE,
+                registers=register_limit(16),
+            )
+            width = triton.next_power_of_2(2 * k)
+            launch(
+                reduce_kernel,
+                len(members),
+                device,
+                partials,
+                upload(batch.first_chunks, device),
+                sums,
+                PAIRS=2 * k,
+                WIDTH=width,
+                STEP=max(1, 1024 // width),
+            )
+            both = zip(members, sums.cpu().numpy(), kept.cpu().numpy(), strict=True)
+            for i, mass, counts in both:
+                for d, spec in enumerate(specs[i]):
+                    if not _is_measured(spec, self._rows[i][0].numel()):
+                        continue
+                    factor = _factor(mass[2 * d], mass[2 * d + 1]) if spec.rescale else 1.0
+                    found[i][d] = found[i][d]._replace(rescale=factor, kept=int(counts[d]))
 
 
 def _check(count: int, specs: Sequence[Sparsify]) -> None:
@@ -225,7 +300,7 @@ class _Search:
     ceiling: UInt64
     over: Int64  # values above the ceiling
     population: Int64  # values from floor to ceiling
-    stalled: NDArray[np.bool_]  # the last pass left more than half of them
+    stalled: Int64  # passes, up to the last, that left more than three quarters of them
     live: NDArray[np.bool_]
     value: UInt64
 
@@ -238,7 +313,7 @@ class _Search:
             ceiling=np.full(rank.shape, (1 << 64) - 1, dtype=np.uint64),
             over=none,
             population=none + lengths[:, None],
-            stalled=none.astype(bool),
+            stalled=none,
             live=rank > 0,
             value=none.astype(np.uint64),
         )
@@ -248,13 +323,16 @@ class _Search:
 
     def edges(self, held: Int64, exact: NDArray[np.bool_]) -> tuple[Int64, Int64, Any, Any]:
         """Ranks of the pivots among the held sampled values, from 1, and where there are no such
-        ranks: (high, low, no high, no low).
+        ranks: (high, low, no high, no low). After a pass that led nowhere, the middle of what is
+        held, so that the search goes on in one half of what it has left.
         """
         share = (self.rank - self.over) / np.maximum(self.population, 1)
         spread = SIGMAS * np.sqrt(held * share * (1 - share).clip(0)) + 2
+        spread = np.where(exact | (self.stalled > 0), 0, spread)
         middle = np.where(exact, self.rank - self.over, share * held)
-        high = np.floor(middle - np.where(exact, 0, spread)).astype(np.int64)
-        low = np.ceil(middle + np.where(exact, 0, spread)).astype(np.int64)
+        middle = np.where(~exact & (self.stalled > 0), (held + 1) // 2, middle)
+        high = np.floor(middle - spread).astype(np.int64)
+        low = np.ceil(middle + spread).astype(np.int64)
         return high.clip(1), np.minimum(low, held).clip(1), high < 1, low > held
 
     def narrow(self, low: UInt64, high: UInt64, inside: Int64, above: Int64) -> NDArray[np.bool_]:
@@ -270,7 +348,7 @@ class _Search:
         self.floor = np.where(over, high + one, np.where(between, low, self.floor))
         self.ceiling = np.where(between, high, np.where(under, low - one, self.ceiling))
         self.over = np.where(between, above, np.where(under, upper, self.over))
-        self.stalled = self.population > before // 2
+        self.stalled = np.where(4 * self.population > 3 * before, self.stalled + 1, 0)
         return between
 
 
@@ -299,10 +377,10 @@ def _pass(batch: _Batch, search: _Search) -> None:
     slots = np.minimum(taken * GRANULE, rooms)
     pivots = np.stack([upper_rank, lower_rank])
     high, low = batch.nth(sampled, slots, pivots, search.floor, search.ceiling)
-    # So few that they fit wherever they lie; else, where sampling leads nowhere, halve the range.
-    few = search.population <= rooms // 2
+    # So few that they most likely fit; or, where the sample leads nowhere either, half the range.
+    few = (search.population <= rooms // 2) & (search.stalled == 0)
     middle = search.floor + (search.ceiling - search.floor) // np.uint64(2)
-    halved = ~few & (search.stalled | (held == 0))
+    halved = (search.stalled > 1) & (search.stalled % 2 == 0) | ~few & (held == 0)
     low = np.where(few & ~exact | no_low, search.floor, low)
     high = np.where(few & ~exact | no_high, search.ceiling, high)
     high = np.where(halved, middle, high)
@@ -360,7 +438,7 @@ class _Batch:
             WINDOW=WINDOW,
             COUNTS=COUNTS,
             GRANULE=GRANULE,
-            registers=register_limit(4 * len(self.ranked)),
+            registers=register_limit(16),
         )
         taken, inside, above = np.moveaxis(counts.cpu().numpy(), -1, 0)
         return taken, inside, above
@@ -397,77 +475,11 @@ class _Batch:
 
 def _is_measured(spec: Sparsify, count: int) -> bool:
     """Whether the L1 masses, or the number of entries kept at random, must be counted."""
+    if not count:
+        return False
     if spec.kind == RANDOM:
         return 0 < spec.keep_below < 1 << 32
     return spec.kind == MAGNITUDE and spec.rescale and 0 < spec.keep < count
-
-
-def _measured(
-    rows: Sequence[Sequence[torch.Tensor]],
-    specs: Sequence[Sequence[Sparsify]],
-    found: list[list[Selection]],
-) -> list[list[Selection]]:
-    """Fills in the L1 factors that were asked for and how many entries a random mask keeps."""
-    keys = [
-        (
-            codes(row),
-            tuple(rule_of(s, row[0].numel() > NARROW)[0] for s in chosen),
-            row[0].numel() > NARROW,
-            aligned(row),
-        )
-        if row[0].numel() and any(_is_measured(spec, row[0].numel()) for spec in given)
-        else None
-        for row, given, chosen in zip(rows, specs, found, strict=True)
-    ]
-    for key, members in partition(keys).items():
-        if key is None:
-            continue
-        kinds, modes, wide, straight = key
-        batch = group(members, [rows[i] for i in members])
-        device, k = batch.table.device, len(modes)
-        rules = [[rule_of(s, wide)[1] for s in found[i]] for i in members]
-        partials = torch.empty(batch.chunks, 2 * k, dtype=torch.float64, device=device)
-        kept = torch.zeros(len(members), k, dtype=torch.int64, device=device)
-        sums = torch.zeros(len(members), 2 * k, dtype=torch.float64, device=device)
-        launch(
-            measure_kernel,
-            batch.chunks,
-            device,
-            batch.table,
-            batch.owners,
-            upload(np.array(rules, dtype=np.int64), device),
-            partials,
-            kept,
-            CODES=kinds,
-            MODES=modes,
-            WIDE=wide,
-            ALIGNED=straight,
-            CHUNK=CHUNK,
-            STEP=VECTOR * lanes(),
-            LANES=lanes(),
-            HEAD=HEAD,
-            RULE=RULE,
-            registers=register_limit(16),
-        )
-        width = triton.next_power_of_2(2 * k)
-        launch(
-            reduce_kernel,
-            len(members),
-            device,
-            partials,
-            upload(batch.first_chunks, device),
-            sums,
-            PAIRS=2 * k,
-            WIDTH=width,
-            STEP=max(1, 1024 // width),
-        )
-        for i, mass, counts in zip(members, sums.cpu().numpy(), kept.cpu().numpy(), strict=True):
-            for d, spec in enumerate(specs[i]):
-                if not _is_measured(spec, rows[i][0].numel()):
-                    continue
-                factor = _factor(mass[2 * d], mass[2 * d + 1]) if spec.rescale else 1.0
-                found[i][d] = found[i][d]._replace(rescale=factor, kept=int(counts[d]))
-    return found
 
 
 def _factor(every: float, kept: float) -> float:

@@ -303,6 +303,39 @@ def test_select_keeps_none_or_all(size):
         keeps_the_same(got, want, x, base)
 
 
+def test_select_of_few_values_that_do_not_fit(monkeypatch):
+    """Granules that programs leave almost empty: few values, more slots than there are."""
+    chunk = 3072
+    for name, value in {"CHUNK": chunk, "ROOM": 384, "SAMPLES": 512}.items():
+        monkeypatch.setattr(select_module, name, value)
+    monkeypatch.setattr(common, "CHUNK", chunk)
+    passes = []
+    one_pass = select_module._pass
+    monkeypatch.setattr(select_module, "_pass", lambda *given: passes.append(one_pass(*given)))
+    x = torch.zeros(chunk + 1024)
+    # One, 128 and one in the steps of the first program, one in the second: four granules.
+    places = [5, *range(1024, 1024 + 128), 2048 + 7, chunk + 3]
+    x[places] = torch.from_numpy(1 + np.random.default_rng(0).random(131)).float()
+    x, base = x.to(DEVICE), torch.zeros(chunk + 1024, device=DEVICE)
+    specs = [Sparsify(MAGNITUDE, 60)]
+    keeps_the_same(select([x], base, specs)[0], cpu_select([x], base, specs)[0], x, base)
+    assert 1 < len(passes) < 10
+
+
+def test_searches_share_a_pass_as_far_as_memory_goes(monkeypatch):
+    monkeypatch.setattr(
+        select_module, "BUFFER_BYTES", 40_000
+    )  # of the 16 to 24 KiB that each takes
+    pairs = [deltas("normal", n, BF16) for n in (300, 1000, 10, 700)]
+    found = select_many(
+        [[x] for _, x in pairs],
+        [base for base, _ in pairs],
+        [[Sparsify(MAGNITUDE, base.numel() // 2)] for base, _ in pairs],
+    )
+    for (base, x), (got,) in zip(pairs, found, strict=True):
+        assert got == select([x], base, [Sparsify(MAGNITUDE, base.numel() // 2)])[0]
+
+
 def test_select_random_equals_cpu():
     base, x = deltas("normal", 3001, BF16)
     specs = [Sparsify(RANDOM, keep_below=1 << 31, key=(1 << 64) - 5, rescale=True)]

@@ -111,6 +111,16 @@ def test_resident_equals_cpu(case):
             assert outcomes[t].coefficients[source] == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.parametrize("case", ["slerp", "ties"])
+def test_the_tensor_that_does_not_fit_is_named(case):
+    sources = models(3)
+    outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
+    sources[1][3] = sources[1][3][1:]
+    jobs = [Job(f"layer.{t}", root, outs[t]) for t, root in enumerate(CASES[case])]
+    with pytest.raises(FastmergeError, match=r"layer\.3: input [12] has 160 elements"):
+        Resident(jobs, lambda source: sources[source.model][int(source.name)])
+
+
 def test_coefficients_of_the_callers_own():
     sources = models(2)
     outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]

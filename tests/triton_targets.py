@@ -89,10 +89,10 @@ def _consensus(modes, rescaled=False, elect=True, exact=False):
     return consensus.consensus_kernel, arguments, constants
 
 
-def _rank(ranked, sample):
+def _rank(ranked, sample, kind=BF16):
     arguments = {**SEGMENTS, "strides": "*i64", "windows": "*i64", "counts": "*i64"}
     arguments["buffer"] = "*i64"
-    constants = {**SHARED, "CODES": (BF16,) * (len(ranked) + 1), "RANKED": ranked, "SAMPLE": sample}
+    constants = {**SHARED, "CODES": (kind,) * (len(ranked) + 1), "RANKED": ranked, "SAMPLE": sample}
     constants |= {"WIDE": False, "LANES": all_lanes, "SECTOR": select.SECTOR}
     constants |= {"WINDOW": select.WINDOW, "COUNTS": select.COUNTS, "GRANULE": select.GRANULE}
     return ranking.rank_kernel, arguments, constants
@@ -141,6 +141,7 @@ CASES = {
     "rank": (_rank((1, 1), False), True),
     "rank_index": (_rank((2, 2), False), True),
     "rank_4": (_rank((1,) * 4, False), True),
+    "rank_f32": (_rank((1, 1), False, F32), True),
     "rank_sample": (_rank((1, 1), True), False),
     "nth": (_nth(), False),
     "measure": (_measure(), True),
@@ -151,9 +152,7 @@ def _register_inputs(case, constants):
     """What the launch of this case gives register_limit; None where it sets no limit."""
     if case.startswith("consensus"):
         return 2 * len(constants["MODES"])
-    if case.startswith("rank"):
-        return 4 * len(constants["RANKED"])
-    if case in ("nth", "measure"):
+    if case.startswith(("rank", "nth", "measure")):
         return 16
     if case.startswith("gram") and case not in ("gram_rows", "gram_columns"):
         return 2 * len(constants["CODES"])
