@@ -77,7 +77,7 @@ class Resident:
         for place, job in enumerate(jobs):
             self._sort(place, job)
         try:
-            self._consensus = [self._consensuses(*form) for form in self._sparse.items()]
+            self._consensus = [self._prepared(*form) for form in self._sparse.items()]
             self._prepare_combinations()
         except FastmergeError as error:
             raise self._named(error) from error
@@ -132,7 +132,7 @@ class Resident:
         else:
             self._others.append(place)
 
-    def _consensuses(
+    def _prepared(
         self, form: tuple[bool, bool], chosen: Sequence[tuple[int, Merge, Consensus]]
     ) -> _Consensuses:
         from fastmerge.kernels.consensus import ConsensusBatch
@@ -149,16 +149,8 @@ class Resident:
     def run(self) -> list[Outcome]:
         """Computes every job into its ``out``; waits until the results are there."""
         outcomes = [Outcome()] * len(self._jobs)
-        self._combinations(outcomes)
-        for group in self._consensus:
-            selections = group.select.run([plan.sparsify for plan in group.plans])
-            counts = group.consensus.run(
-                [plan.weights for plan in group.plans],
-                selections,
-                [plan.scale for plan in group.plans],
-            ).tolist()
-            for place, chosen, bad in zip(group.places, selections, counts, strict=True):
-                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
+        self._run_combinations(outcomes)
+        self._run_consensuses(outcomes)
         for place in self._others:
             name, root, out = self._jobs[place]
             computation = Computation(self._backend, self._fetch, name, tuple(out.shape))
@@ -175,7 +167,7 @@ class Resident:
         counts = self._combine.run([coefficients[place] for place in places]).tolist()
         return [count for _, count in sorted(zip(places, counts, strict=True))]
 
-    def _combinations(self, outcomes: list[Outcome]) -> None:
+    def _run_combinations(self, outcomes: list[Outcome]) -> None:
         grams = iter(self._grams.run())
         factors: list[Float64] = []
         divisors: list[float | None] = []
@@ -191,6 +183,15 @@ class Resident:
         chosen = [effective(*given) for given in zip(trees, factors, divisors, strict=True)]
         for place, own, bad in zip(places, chosen, counts.tolist(), strict=True):
             outcomes[place] = Outcome(bad, coefficients=own)
+
+    def _run_consensuses(self, outcomes: list[Outcome]) -> None:
+        for group in self._consensus:
+            selections = group.select.run([plan.sparsify for plan in group.plans])
+            weights = [plan.weights for plan in group.plans]
+            scales = [plan.scale for plan in group.plans]
+            counts = group.consensus.run(weights, selections, scales).tolist()
+            for place, chosen, bad in zip(group.places, selections, counts, strict=True):
+                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
 
     def _tensor(self, node: Node | None) -> Tensor:
         assert isinstance(node, Source)

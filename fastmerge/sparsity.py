@@ -36,8 +36,8 @@ class Selection(NamedTuple):
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
     order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as
-    the 31-bit patterns of fp32, so NaN is above infinity. Where every tied entry is kept, bounds
-    from one past the last order on say the same.
+    the 31-bit patterns of fp32, so NaN is above infinity. Where every tied entry is kept, any
+    bound above the last one's order says so.
     """
 
     kind: int = ALL

@@ -38,6 +38,7 @@ OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
 # the largest tensors of a 7 B model still give 4000 programs.
 CHUNK = 32768
 WARPS = 4
+MOST_REGISTERS = 255  # of a thread of an NVIDIA GPU
 _LAUNCHING = threading.Lock()  # neither Triton's compiler nor its interpreter is made for threads
 HEAD = 2  # table columns before the addresses: element count, first chunk
 
@@ -251,6 +252,20 @@ def group(
     return Group(indices, upload(table, device), upload(owners, device), int(firsts[-1]), firsts)
 
 
+class Groups:
+    """`group` of some of the rows, made once for each choice of them."""
+
+    def __init__(self, rows: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._rows = rows
+        self._made: dict[tuple[int, ...], Group] = {}
+
+    def of(self, members: list[int]) -> Group:
+        key = tuple(members)
+        if key not in self._made:
+            self._made[key] = group(members, [self._rows[i] for i in members])
+        return self._made[key]
+
+
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
@@ -279,8 +294,8 @@ def per_lane(inputs: int) -> int:
 
 
 def register_limit(inputs: int) -> int:
-    """Registers of a thread: enough that nothing spills, on sm_80 to sm_100, triton 3.6 and 3.9."""
-    return 128 if inputs <= 8 else 255
+    """Registers of a thread: enough that nothing spills, on sm_80 to sm_100, triton 3.6 to 3.9."""
+    return 128 if inputs <= 8 else MOST_REGISTERS
 
 
 def lanes() -> int:

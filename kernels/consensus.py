@@ -21,12 +21,11 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
-    Group,
+    Groups,
     aligned,
     check,
     codes,
     fetch,
-    group,
     lanes,
     launch,
     locate,
@@ -246,7 +245,7 @@ class ConsensusBatch:
             wide = origin + out.numel() > 1 << 32
             self._rows.append(row)
             self._keys.append((codes(row[:-1]), codes(row[-1:])[0], wide, aligned(row)))
-        self._tables: dict[tuple[int, ...], tuple[Group, torch.Tensor]] = {}
+        self._groups = Groups(self._rows)
 
     def run(
         self,
@@ -279,10 +278,11 @@ class ConsensusBatch:
             if key is None:
                 continue
             kinds, kind, wide, straight, modes, rescaled, scaled, exact = key
-            batch, origins = self._table(members)
+            batch = self._groups.of(members)
             device = batch.table.device
+            columns = [[column for _, column in rules[i]] for i in members]
             numbers = [_numbers(weights[i], selections[i], scales[i]) for i in members]
-            numerals = [[numbers for _, numbers in rules[i]] for i in members]
+            origins = [self._origins[i] for i in members]
             counts = torch.zeros(len(members), dtype=torch.int64, device=device)
             launch(
                 consensus_kernel,
@@ -290,9 +290,9 @@ class ConsensusBatch:
                 device,
                 batch.table,
                 batch.owners,
-                upload(np.array(numerals, dtype=np.int64), device),
+                upload(np.array(columns, dtype=np.int64), device),
                 upload(np.array(numbers, dtype=np.float32), device),
-                origins,
+                upload(np.array(origins, dtype=np.int64), device),
                 counts,
                 CODES=kinds,
                 OUT=kind,
@@ -312,15 +312,6 @@ class ConsensusBatch:
             )
             bad[torch.tensor(members, device=device)] = counts
         return bad
-
-    def _table(self, members: list[int]) -> tuple[Group, torch.Tensor]:
-        """The table of one launch, and its tensors' origins on the device."""
-        key = tuple(members)
-        if key not in self._tables:
-            batch = group(members, [self._rows[i] for i in members])
-            origins = np.array([self._origins[i] for i in members], dtype=np.int64)
-            self._tables[key] = batch, upload(origins, batch.table.device)
-        return self._tables[key]
 
 
 def consensus_many(
@@ -363,15 +354,16 @@ def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
     """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
     chosen = Selection(*selection)
     if chosen.kind == RANDOM:
-        return 1, [0, chosen.keep_below, _signed(chosen.key)]
+        return KEEP_RANDOM.value, [0, chosen.keep_below, _signed(chosen.key)]
     if chosen.kind != MAGNITUDE:
-        return 0, [0, 0, 0]
+        return KEEP_ALL.value, [0, 0, 0]
     threshold, last = chosen.threshold_bits, min(chosen.tie_bound, 1 << 64) - 1
     if last < 0:  # no tied entry survives: every one from the next key on does
         threshold, last = threshold + 1, (1 << 64) - 1
     if chosen.tie_rule == INDEX:
-        return 3, [threshold, _signed(last if wide else min(last, (1 << 32) - 1)), 0]
-    return 2, [threshold, _signed(last if wide else last >> 32), 0]
+        last = last if wide else min(last, (1 << 32) - 1)
+        return KEEP_INDEX.value, [threshold, _signed(last), 0]
+    return KEEP_MIXED.value, [threshold, _signed(last if wide else last >> 32), 0]
 
 
 def _signed(value: int) -> int:

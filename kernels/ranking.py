@@ -12,12 +12,13 @@ from fastmerge.kernels.consensus import load_rule, survives
 SKIP: tl.constexpr = tl.constexpr(0)
 BY_MIXED: tl.constexpr = tl.constexpr(1)
 BY_INDEX: tl.constexpr = tl.constexpr(2)
+VECTOR: tl.constexpr = tl.constexpr(8)  # elements a lane takes at a time: 16 bytes of bf16
 
 
 @triton.jit
 def _columns(x, LANES: tl.constexpr):
-    """A (LANES, 8) block as eight columns; no data moves where each lane holds a row, as it does
-    after loads of one width.
+    """A (LANES, VECTOR) block as its eight columns; no data moves where each lane holds a row, as
+    it does after loads of one width.
     """
     even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
     a, c = tl.split(tl.reshape(even, [LANES, 2, 2]))
@@ -60,7 +61,7 @@ def _gather(
     slots, masks = _columns(slot, LANES), _columns(within, LANES)
     columns = _columns(values.to(tl.int64, bitcast=True), LANES)
     # By column: a store of the whole block would first move it through shared memory.
-    for i in tl.static_range(8):
+    for i in tl.static_range(VECTOR):
         tl.store(buffer + slots[i], columns[i], mask=masks[i])
     return found, place + found, left - found
 
@@ -71,8 +72,9 @@ def _rank_block(
     CODES: tl.constexpr, RANKED: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, GRANULE: tl.constexpr,
 ):  # fmt: skip
-    """Gathers one (LANES, 8) block's values inside each delta's window; returns the state after it,
-    which is per delta: values above the window by lane, values inside, place, left (see _gather).
+    """Gathers one (LANES, VECTOR) block's values inside each delta's window; returns the state
+    after it, which is per delta: values above the window by lane, values inside, place, left (see
+    _gather).
     """
     base = fetch(addresses[0], offsets, mask, CODES[0], ALIGNED, MASKED)
     after = ()
@@ -115,7 +117,7 @@ def rank_kernel(
     count is then that of the samples and strides (segments, 2) holds (stride, real count).
     """
     K: tl.constexpr = len(RANKED)
-    STEP: tl.constexpr = 8 * LANES
+    STEP: tl.constexpr = VECTOR * LANES
     segment, row, begin, end = locate(table, owners, HEAD + K + 1, CHUNK)
     windows += segment * (K * WINDOW)
     counts += segment * (K * COUNTS)
@@ -133,7 +135,7 @@ def rank_kernel(
         first = tl.load(windows + WINDOW * i + 2)
         buffers = buffers + (buffer + first, counts + COUNTS * i)
         state = state + (tl.zeros([LANES], tl.int32), none, none, none)
-    within = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    within = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if SAMPLE:
         stride, total = tl.load(strides + 2 * segment), tl.load(strides + 2 * segment + 1)
         for step in range(0, end - begin, STEP):

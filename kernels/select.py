@@ -31,7 +31,8 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
-    Group,
+    MOST_REGISTERS,
+    Groups,
     aligned,
     check,
     codes,
@@ -39,7 +40,6 @@ from fastmerge.kernels.common import (
     lanes,
     launch,
     partition,
-    register_limit,
     upload,
 )
 from fastmerge.kernels.consensus import RULE, rule_of
@@ -48,6 +48,7 @@ from fastmerge.kernels.ranking import (
     BY_INDEX,
     BY_MIXED,
     SKIP,
+    VECTOR,
     measure_kernel,
     nth_kernel,
     rank_kernel,
@@ -66,8 +67,8 @@ QUERY = 5  # columns: first slot, slots, rank, bits, the bits above
 DELTAS = 4  # deltas that share a launch; more would take tens of seconds to compile
 NARROW = 1 << 32  # tensors up to this length have 32-bit orders
 MOST = 1 << 33  # elements, beyond which magnitude and order do not fit 64 bits
-VECTOR = 8  # elements a lane takes at a time: 16 bytes of bf16
 
+Bool = NDArray[np.bool_]
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
 
@@ -108,7 +109,7 @@ class SelectBatch:
         self._rows = [[bases[n], *inputs[n][at : at + DELTAS]] for n, at in self._parts]
         self._keys = [(codes(row), row[0].numel() > NARROW, aligned(row)) for row in self._rows]
         self._tables: dict[tuple[int, ...], _Tables] = {}
-        self._measuring: dict[tuple[int, ...], Group] = {}
+        self._groups = Groups(self._rows)  # of what is measured
 
     def run(self, specs: Sequence[Sequence[Sparsify]]) -> list[list[Selection]]:
         """The selections, one per input of each tensor; waits for the device."""
@@ -175,9 +176,7 @@ class SelectBatch:
             if key is None:
                 continue
             kinds, wide, straight, modes = key
-            if tuple(members) not in self._measuring:
-                self._measuring[tuple(members)] = group(members, [self._rows[i] for i in members])
-            batch = self._measuring[tuple(members)]
+            batch = self._groups.of(members)
             device, k = batch.table.device, len(modes)
             rules = [[rule_of(s, wide)[1] for s in found[i]] for i in members]
             partials = torch.empty(batch.chunks, 2 * k, dtype=torch.float64, device=device)
@@ -197,11 +196,11 @@ class SelectBatch:
                 WIDE=wide,
                 ALIGNED=straight,
                 CHUNK=CHUNK,
-                STEP=VECTOR * lanes(),
+                STEP=_step(),
                 LANES=lanes(),
                 HEAD=HEAD,
                 RULE=RULE,
-                registers=register_limit(16),
+                registers=MOST_REGISTERS,
             )
             width = triton.next_power_of_2(2 * k)
             launch(
@@ -266,9 +265,14 @@ def _room(count: int) -> int:
     return -(-wanted // GRANULE) * GRANULE
 
 
+def _step() -> int:
+    """Elements of one step of a program."""
+    return int(VECTOR.value) * lanes()
+
+
 def gathered_bytes(count: int) -> int:
     """Device memory that the search in one delta of ``count`` elements takes, about."""
-    return 8 * (_room(count) + VECTOR * lanes())
+    return 8 * (_room(count) + _step())
 
 
 class _Tables:
@@ -301,7 +305,7 @@ class _Search:
     over: Int64  # values above the ceiling
     population: Int64  # values from floor to ceiling
     stalled: Int64  # passes, up to the last, that left more than three quarters of them
-    live: NDArray[np.bool_]
+    live: Bool
     value: UInt64
 
     @classmethod
@@ -321,7 +325,7 @@ class _Search:
     def take(self, members: Int64) -> _Search:
         return _Search(*(getattr(self, field.name)[members] for field in fields(self)))
 
-    def edges(self, held: Int64, exact: NDArray[np.bool_]) -> tuple[Int64, Int64, Any, Any]:
+    def edges(self, held: Int64, exact: Bool) -> tuple[Int64, Int64, Bool, Bool]:
         """Ranks of the pivots among the held sampled values, from 1, and where there are no such
         ranks: (high, low, no high, no low). After a pass that led nowhere, the middle of what is
         held, so that the search goes on in one half of what it has left.
@@ -335,7 +339,7 @@ class _Search:
         low = np.ceil(middle + spread).astype(np.int64)
         return high.clip(1), np.minimum(low, held).clip(1), high < 1, low > held
 
-    def narrow(self, low: UInt64, high: UInt64, inside: Int64, above: Int64) -> NDArray[np.bool_]:
+    def narrow(self, low: UInt64, high: UInt64, inside: Int64, above: Int64) -> Bool:
         """Takes the exact counts against the window [low, high]; where the value lies in it."""
         one = np.uint64(1)
         upper = above + inside
@@ -400,12 +404,12 @@ class _Batch:
         self.tables = tables
         self.kinds, self.wide, self.straight, self.ranked = key
         k = len(self.ranked)
-        slots = np.repeat(tables.rooms, k) + VECTOR * lanes()  # what a step without room overwrites
+        slots = np.repeat(tables.rooms, k) + _step()  # what a step without room overwrites
         self.firsts = (np.cumsum(slots) - slots).reshape(-1, k)
         self.buffer = torch.empty(int(slots.sum()), dtype=torch.int64, device=tables.device)
 
     def rank(
-        self, live: NDArray[np.bool_], low: UInt64, high: UInt64, *, sample: bool
+        self, live: Bool, low: UInt64, high: UInt64, *, sample: bool
     ) -> tuple[Int64, Int64, Int64]:
         """Counts each live search against [low, high]: granules taken, values inside, above."""
         tables = self.tables
@@ -438,14 +442,12 @@ class _Batch:
             WINDOW=WINDOW,
             COUNTS=COUNTS,
             GRANULE=GRANULE,
-            registers=register_limit(16),
+            registers=MOST_REGISTERS,
         )
         taken, inside, above = np.moveaxis(counts.cpu().numpy(), -1, 0)
         return taken, inside, above
 
-    def nth(
-        self, asked: NDArray[np.bool_], slots: Int64, ranks: Int64, low: UInt64, high: UInt64
-    ) -> UInt64:
+    def nth(self, asked: Bool, slots: Int64, ranks: Int64, low: UInt64, high: UInt64) -> UInt64:
         """The ranks-th largest, (n, *asked.shape), of the values gathered from [low, high], where
         asked; else 0.
         """
@@ -466,7 +468,7 @@ class _Batch:
             found,
             QUERY=QUERY,
             STEP=2048,
-            registers=register_limit(16),
+            registers=MOST_REGISTERS,
         )
         answers = np.zeros(ranks.shape, dtype=np.uint64)
         answers[:, asked] = found.cpu().numpy().view(np.uint64).reshape(table.shape[:2])

@@ -323,15 +323,22 @@ def test_select_of_few_values_that_do_not_fit(monkeypatch):
 
 
 def test_searches_share_a_pass_as_far_as_memory_goes(monkeypatch):
-    monkeypatch.setattr(
-        select_module, "BUFFER_BYTES", 40_000
-    )  # of the 16 to 24 KiB that each takes
+    monkeypatch.setattr(select_module, "BUFFER_BYTES", 40_000)  # each takes 9 to 16 KiB
+    together = []
+    answers = select_module._answers
+
+    def counted(tables, *rest):
+        together.append(len(tables.rows))
+        return answers(tables, *rest)
+
+    monkeypatch.setattr(select_module, "_answers", counted)
     pairs = [deltas("normal", n, BF16) for n in (300, 1000, 10, 700)]
     found = select_many(
         [[x] for _, x in pairs],
         [base for base, _ in pairs],
         [[Sparsify(MAGNITUDE, base.numel() // 2)] for base, _ in pairs],
     )
+    assert together == [3, 1]
     for (base, x), (got,) in zip(pairs, found, strict=True):
         assert got == select([x], base, [Sparsify(MAGNITUDE, base.numel() // 2)])[0]
 

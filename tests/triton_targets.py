@@ -102,7 +102,7 @@ def _measure():
     arguments = {**SEGMENTS, "rules": "*i64", "partials": "*fp64", "kept_counts": "*i64"}
     constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (1, 1), "WIDE": False}
     constants |= {
-        "STEP": lambda lanes: select.VECTOR * lanes,
+        "STEP": lambda lanes: ranking.VECTOR.value * lanes,
         "LANES": all_lanes,
         "RULE": consensus.RULE,
     }
@@ -148,15 +148,15 @@ CASES = {
 }
 
 
-def _register_inputs(case, constants):
-    """What the launch of this case gives register_limit; None where it sets no limit."""
-    if case.startswith("consensus"):
-        return 2 * len(constants["MODES"])
+def _registers(case, constants):
+    """The limit that the launch of this case sets; None where it sets none."""
     if case.startswith(("rank", "nth", "measure")):
-        return 16
+        return common.MOST_REGISTERS
+    if case.startswith("consensus"):
+        return common.register_limit(2 * len(constants["MODES"]))
     if case.startswith("gram") and case not in ("gram_rows", "gram_columns"):
-        return 2 * len(constants["CODES"])
-    return len(constants["CODES"]) if case.startswith("combine") else None
+        return common.register_limit(2 * len(constants["CODES"]))
+    return common.register_limit(len(constants["CODES"])) if case.startswith("combine") else None
 
 
 def _compiled(case, target):
@@ -170,8 +170,8 @@ def _compiled(case, target):
     source = ASTSource(kernel, signature, constants, aligned)
     fused = gram.FUSED if kernel is gram.gram_kernel else False
     options = {"num_warps": common.WARPS, "enable_fp_fusion": fused}
-    if target.backend == "cuda" and (inputs := _register_inputs(case, constants)):
-        options["maxnreg"] = common.register_limit(inputs)
+    if target.backend == "cuda" and (limit := _registers(case, constants)):
+        options["maxnreg"] = limit
     return triton.compile(source, target=target, options=options)
 
 
@@ -223,9 +223,9 @@ def test_compiles(target, case, tmp_path):
     assert bool(fused) == (case.startswith("combine") and case != "combine_1") or divides
 
 
-# Machine instructions of the hot loop, per element of each tensor's output (sm_90, triton 3.9), and
-# a little more. An H200's schedulers issue 0.92e12 a second for 32 lanes, so that 6.7e9 elements
-# take 0.23 ms for each; its memory takes 9.4 ms to read two bf16 tensors and write one.
+# Machine instructions of the hot loop for each element (sm_90, triton 3.6 to 3.9), and a few more.
+# An H200's schedulers issue 0.92e12 a second for 32 lanes, so that each takes 0.23 ms of 6.7e9
+# elements; its memory takes 9.4 ms of them to read two bf16 tensors and write one.
 MOST_INSTRUCTIONS = {
     "combine_2": 14,
     "combine_3": 17,
@@ -252,10 +252,9 @@ def test_instructions_per_element(case, tmp_path):
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
             count += 1
             back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-            longest = (
-                max(longest, count - labels[back[1]]) if back and back[1] in labels else longest
-            )
+            if back and back[1] in labels:
+                longest = max(longest, count - labels[back[1]])
     lanes = common.WARPS * 32
-    block = constants["BLOCK"](lanes) if "BLOCK" in constants else 8 * lanes
+    block = constants["BLOCK"](lanes) if "BLOCK" in constants else ranking.VECTOR.value * lanes
     assert longest > 0
     assert longest / (block / lanes) <= MOST_INSTRUCTIONS[case]
