@@ -29,10 +29,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 
-# What a model folder holds beside its weights that a merged model needs too.
-_SIDE_PATTERNS = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_PATTERNS = (
     "tokenizer*.json",
     "tokenizer*.model*",
     "special_tokens_map.json",
@@ -45,12 +42,18 @@ _SIDE_PATTERNS = (
     "*.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
+    "tokenization_*.py",
+)
+# What a model folder holds beside its weights that a merged model needs too.
+_SIDE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_PATTERNS,
     "*preprocessor_config.json",
     "processor_config.json",
     # A config with `auto_map` names these and does not load without them. Copied, never run.
     "configuration_*.py",
     "modeling_*.py",
-    "tokenization_*.py",
 )
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _HUB_PATTERNS = ("*.safetensors", INDEX, *_SIDE_PATTERNS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"torch", "transformers", "triton", "lm_eval", "ray", "matplotlib", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "triton", "lm_eval", "matplotlib", "mergekit", "huggingface_hub"}
 MAX_LINES = 650  # about 600 is the rule; this is where about ends
 
 

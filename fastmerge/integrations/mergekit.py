@@ -1,0 +1,157 @@
+"""mergekit's ``run_merge`` on fastmerge's engine: change the import and keep the call.
+
+::
+
+    from fastmerge.integrations.mergekit import run_merge
+
+    run_merge(merge_config, out_path, options=options, config_source=text)
+
+Needs no mergekit: its ``MergeConfiguration`` and ``MergeOptions`` are read if they are given, and a
+recipe and plain keywords do as well. Two things differ on purpose (README, "What to expect"): the
+arithmetic is fp32 whatever ``dtype`` says, and an existing model is replaced only with
+``overwrite``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fastmerge import api, engine
+from fastmerge.checkpoint import TOKENIZER_PATTERNS
+from fastmerge.engine import MergeReport, Progress
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.plan import Plan
+
+CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
+
+# mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
+# a plan refuses by name (other architectures, embeddings of other sizes, LoRAs), and trust in
+# model code, none of which is run here.
+_NO_EFFECT = frozenset(
+    {
+        "allow_crimes",
+        "async_write",
+        "clone_tensors",
+        "lazy_unpickle",
+        "lora_merge_cache",
+        "lora_merge_dtype",
+        "low_cpu_memory",
+        "multi_gpu",
+        "quiet",
+        "read_to_gpu",
+        "trust_remote_code",
+        "unsafe_truncate_embeddings",
+        "verbosity",
+        "write_threads",
+    }
+)
+_KNOWN = _NO_EFFECT | {
+    "copy_tokenizer",
+    "cuda",
+    "device",
+    "gpu_rich",
+    "num_threads",
+    "out_shard_size",
+    "random_seed",
+    "safe_serialization",
+    "transformers_cache",
+    "write_model_card",
+}
+
+
+def run_merge(
+    merge_config: Any,
+    out_path: str | Path,
+    options: Any = None,
+    config_source: str | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges ``merge_config`` into the folder ``out_path``, as ``mergekit.merge.run_merge`` is
+    called.
+
+    merge_config: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes. options: a
+    MergeOptions, or a mapping of its names. Of these, ``device``, ``cuda``, ``num_threads``,
+    ``out_shard_size`` (bytes), ``random_seed``, ``copy_tokenizer`` and ``write_model_card`` are
+    followed; those that only change how mergekit works are accepted, the others refused by name.
+    config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml``. Raises
+    FastmergeError before anything is written.
+    """
+    given = _options(options)
+    device = _device(given)
+    recipe = merge_config.to_yaml() if hasattr(merge_config, "to_yaml") else merge_config
+    plan = api.plan(recipe, seed=given.get("random_seed"))
+    out = Path(out_path)
+    files = _files(plan, out, given, config_source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
+    except OSError as error:
+        raise FastmergeError(f"{out.parent}: cannot be created ({error.strerror})") from error
+    return engine.merge_plan(
+        plan,
+        out,
+        threads=given.get("num_threads"),
+        max_shard_bytes=given.get("out_shard_size", engine.MAX_SHARD_BYTES),
+        device=device,
+        overwrite=overwrite,
+        progress=progress,
+        side_files=files,
+    )
+
+
+def _options(options: Any) -> dict[str, Any]:
+    """What was asked for, by name, without what is at mergekit's default."""
+    if options is None:
+        return {}
+    if isinstance(options, Mapping):
+        given = dict(options)
+    elif hasattr(options, "model_dump"):
+        given = options.model_dump(exclude_defaults=True)
+    else:
+        kind = type(options).__name__
+        raise FastmergeError(f"options: {kind} is neither a mapping nor mergekit's MergeOptions")
+    for name in given:
+        if name not in _KNOWN:
+            raise FastmergeError(f"options: unknown '{name}'; {nearest(str(name), _KNOWN)}")
+    if not given.get("safe_serialization", True):
+        raise FastmergeError("safe_serialization: fastmerge writes safetensors only; leave it true")
+    if given.get("transformers_cache") is not None:
+        raise FastmergeError(
+            "transformers_cache: models come from huggingface_hub's cache; set HF_HUB_CACHE instead"
+        )
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _device(given: Mapping[str, Any]) -> str:
+    wants_gpu = given.get("cuda") or given.get("gpu_rich")
+    device = str(given.get("device") or ("cuda" if wants_gpu else "cpu"))
+    kind, _, index = device.partition(":")
+    if index:
+        raise FastmergeError(
+            f"device: '{device}': every GPU that is visible takes part; "
+            f"set CUDA_VISIBLE_DEVICES={index} and ask for '{kind}'"
+        )
+    if device not in api.DEVICES:
+        raise FastmergeError(f"device: unknown '{device}'; use {', '.join(api.DEVICES)}")
+    return device
+
+
+def _files(
+    plan: Plan, out: Path, given: Mapping[str, Any], config_source: str | None
+) -> dict[str, bytes | Path]:
+    files = api.model_files(plan, out.name)
+    if given.get("write_model_card", True):
+        files[CONFIG_FILE] = (config_source or plan.recipe_text).encode()
+    else:
+        del files["README.md"]
+    if not given.get("copy_tokenizer", True):
+        files = {
+            name: file
+            for name, file in files.items()
+            if not any(fnmatch(name, pattern) for pattern in TOKENIZER_PATTERNS)
+        }
+    return files
