@@ -128,7 +128,9 @@ def collapse(root: Merge) -> Collapsed:
     # A delta of norm 1e-5 |x| loses 10 of fp64's 16 digits in <x_i, x_j>; over [base, deltas] it
     # loses none.
     reference: int | None = None
-    if gram and based in parts:
+    if len(order) == 1:
+        pass  # x_0 alone: no deltas
+    elif gram and based in parts:
         reference = order.index(based)
     elif gram and not depth_one:
         reference = 0

@@ -368,7 +368,8 @@ def grams(
         sources = list(entry[1])
         inputs.prefetch(sources)
         first, *others = [inputs.fetch(source) for source in sources]
-        gram = backend.gram(others, first, axis=None, rows=1, cols=first.count)
+        split = (others, first) if others else ([first], None)
+        gram = backend.gram(*split, axis=None, rows=1, cols=first.count)
         inputs.drop(sources)
         return gram
 

@@ -256,3 +256,21 @@ def test_invariants_of_every_walk(
     assert best is not None and all(not math.isnan(s) for s in [best])
     if rule == "always":
         assert best == max(s for s in scored if not math.isnan(s))
+
+
+def test_a_walk_does_not_stay_on_a_state_that_nothing_scored() -> None:
+    """every: cycle, a broken partner: the degraded state is NaN, and so is every retrace to it."""
+    schedule = make(2, evaluate={"callable": "a:b", "every": "cycle"})
+    state = play(schedule, [None, math.nan, None, math.nan], {1: 10.0})
+    assert [record.state for record in state.records] == [1, 0, 3, 0]
+    assert final_state(schedule, state) == 0
+
+
+def test_broken_candidates_use_up_patience() -> None:
+    schedule = make(9, stop={"patience": 2}, accept={"rule": "always", "judge": "step"})
+    assert len(play(schedule, [math.nan] * 18, {1: 10.0}).records) == 2
+
+
+def test_annealing_may_cool_to_nothing() -> None:
+    schedule = make(60, accept={"rule": "anneal", "cooling": 1e-10, "judge": "step"})
+    assert len(play(schedule, [40.0] * 120, {1: 10.0}).records) == 120

@@ -116,6 +116,10 @@ def schedule_of(lab: Path, **evaluate: Any) -> dict[str, Any]:
 
 MISTAKES = {
     "shots": ({"num_fewshot": 25}, "num_fewshot 25 is more than the task's 24 examples allow"),
+    "twice": (
+        {"tasks": [{"name": "fm_choice", "items": "0:8"}, {"name": "fm_choice", "items": "8:"}]},
+        "'fm_choice' is part of 'fm_choice\\[0:8\\]' already",
+    ),
     "range": ({"tasks": [{"name": "fm_choice", "items": "500:"}]}, "no documents from 500 on"),
     "folder": ({"include_path": "nowhere"}, "no such folder: nowhere"),
     "no line": ({"tasks": ["fm_empty"]}, "task 'fm_empty' cannot be loaded"),

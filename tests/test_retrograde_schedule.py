@@ -189,3 +189,10 @@ def test_the_documented_schedule_is_a_schedule() -> None:
     schedule = load(text.split("```yaml\n")[1].split("```")[0])
     assert schedule.labels == ["blur", "dolphin", "night-owl", "base_model"]
     assert schedule.keep == "best" and schedule.accept.rule == "improve"
+
+
+@pytest.mark.parametrize("name", ["base_model", "weakest", "a|b"])
+def test_a_baseline_may_not_take_a_word_of_the_schedule(name: str) -> None:
+    moves = {"steps": [{"degrade": {"partner": "b", "method": "linear", "t": 0.5}}]}
+    with pytest.raises(FastmergeError, match="give the model a 'name'"):
+        load({"baseline": {"model": "x", "name": name}, "pool": ["b"], "schedule": moves})

@@ -277,6 +277,28 @@ def test_geometry_against_the_weights(zoo: Any, models: list[Path]) -> None:
     assert found.residual == pytest.approx(rest, abs=1e-4)
 
 
+def test_the_one_shot_of_a_slerp_walk_is_the_nearest_merge(zoo: Any) -> None:
+    """Its coefficients differ from tensor to tensor; their mean would be off by twice as much."""
+    base = zoo.base("m0")
+    models = [base, *(zoo.tune(base, f"m{i}", seed=i, size=0.05) for i in (1, 2))]
+    steps = [
+        {"partner": "m1", "method": "slerp", "t": 0.4},
+        {"partner": "m2", "method": "slerp", "t": 0.3},
+    ]
+    space, trajectory = final_of(schedule_of(models, steps, out_dtype="float32"))
+    found = trajectory.geometry[2]
+
+    def flatten(tensors: Tensors) -> np.ndarray:
+        return np.concatenate([tensors[n].astype(np.float64).ravel() for n in space.names])
+
+    flat = np.stack([flatten(zoo.read(m)) for m in models])
+    state = flatten(floats(space, trajectory.states[2]))
+    nearest = np.linalg.lstsq(flat.T, state, rcond=None)[0]
+    np.testing.assert_allclose(found.one_shot, nearest, rtol=1e-5)
+    rest = np.linalg.norm(state - nearest @ flat) / np.linalg.norm(state - flat[0])
+    assert found.residual == pytest.approx(rest, rel=1e-4) and rest > 1e-3
+
+
 def test_geometry_of_a_materialised_state_agrees_with_the_algebra(models: list[Path]) -> None:
     """TIES at density 1 of one delta is a lerp: measured from its weights it must be the lerp."""
     ties = [{"partner": "m1", "method": "ties", "t": 0.3, "density": 1.0}]

@@ -128,7 +128,10 @@ def _line(
 def _show_dry_run(described: dict[str, Any]) -> None:
     console.table(
         ["model", "reference", "given, %"],
-        [[m["label"], m["reference"], m["accuracy"] or "-"] for m in described["models"]],
+        [
+            [m["label"], m["reference"], "-" if m["accuracy"] is None else m["accuracy"]]
+            for m in described["models"]
+        ],
         right=["given, %"],
     )
     console.table(

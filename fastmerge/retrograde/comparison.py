@@ -46,9 +46,7 @@ def compare(
     place = geometry_of(space, lab, final)
     if place is not None and not isinstance(final, Model):
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
-        how = (
-            f"one linear merge at the walk's effective weights ({place.residual:.1%} off the walk)"
-        )
+        how = f"the one linear merge nearest to the walk ({place.residual:.1%} off it)"
         found.append(baselines.Entry("one_shot", one, lab.score(one), 0, how))
     found.append(
         baselines.Entry("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label)

@@ -48,6 +48,11 @@ class Record:
     accepted: bool
     state: int  # the state the walk stands on afterwards
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the candidate scored NaN: refused by every rule, and judged by none."""
+        return self.score is not None and math.isnan(self.score)
+
 
 @dataclass(frozen=True)
 class State:
@@ -127,11 +132,17 @@ def judge(schedule: Schedule, state: State, move: Move, score: float | None) -> 
         if rule.rule == "anneal" and not accepted:
             judgements = sum(r.judged for r in state.records)
             temperature = rule.temperature * rule.cooling**judgements
-            chance = math.exp((score - reference) / temperature)
+            # Cooling underflows to 0 in the end, where only what improves is accepted.
+            chance = math.exp((score - reference) / temperature) if temperature > 0 else 0.0
             accepted = bool(_generator(state.seed, move.number, 2).random() < chance)
     # A broken degrade must not cost the ground of the cycle: it only undoes itself. A broken
-    # retrace must not leave the walk on a degraded state that nothing has judged.
-    only_undone = broken and (move.step.kind == "degrade" or rule.rule == "always")
+    # retrace must not leave the walk on a degraded state that nothing has judged, and neither may
+    # stay on a state without a score, which may be what broke it.
+    only_undone = (
+        broken
+        and (move.step.kind == "degrade" or rule.rule == "always")
+        and (move.origin == 0 or state.score(move.origin) is not None)
+    )
     fallback = move.origin if only_undone else state.held
     record = Record(
         move, score, judged and not broken, accepted, move.number if accepted else fallback
@@ -154,9 +165,8 @@ def stopped(schedule: Schedule, state: State) -> bool:
     """Whether ``patience`` judgements have gone by without a new best."""
     if schedule.stop is None:
         return False
-    judged = [r for r in state.records if r.judged]
     best = state.best
-    since = sum(r.move.number > best for r in judged)
+    since = sum(r.move.number > best for r in state.records if r.judged or r.is_broken)
     return since >= schedule.stop.patience
 
 

@@ -5,6 +5,7 @@ Three ways to score: tasks of lm-evaluation-harness, a Python callable, the perp
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -23,6 +24,7 @@ from fastmerge.retrograde.schedule import Evaluate
 from fastmerge.retrograde.scores import Journal, Scores, TaskScore, digest
 from fastmerge.retrograde.states import Expr, Geometry, Space
 
+_PLAIN = (bool, int, float, str, bytes, type(None))
 ScoreFunction = Callable[..., Mapping[str, Any]]
 Observer = Callable[[TensorPlan, "np.ndarray[Any, Any]"], None]
 
@@ -81,6 +83,13 @@ def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
     if beside not in sys.path:
         sys.path.append(beside)  # last: it must not hide an installed module
     where = f"{settings.at('callable')}: '{settings.callable}'"
+    # Another schedule of this process may have had a module of that name beside it.
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    file = folder / f"{module.replace('.', '/')}.py"
+    if loaded is not None and file.is_file() and not file.samefile(loaded):
+        raise FastmergeError(
+            f"{where}: this process has loaded another '{module}' ({loaded}); rename one of them"
+        )
     try:
         function: ScoreFunction = getattr(import_module(module), name)
     except Exception as error:  # importing runs the user's own code
@@ -99,6 +108,38 @@ def _in_user_code(error: BaseException) -> str:
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def _model_settings(settings: Evaluate) -> dict[str, Any]:
+    """What decides a score beside the weights and what scores them."""
+    return settings.model_dump(include={"dtype", "device", "max_length", "limit"})
+
+
+def _identity(function: Any) -> list[str]:
+    """What shows that a function has changed: the text of its file, which holds its helpers and
+    constants too (in a notebook its own), and the plain values that it closes over or is bound to.
+    """
+    found = []
+    while isinstance(function, functools.partial):
+        bound = (*function.args, *(x for item in sorted(function.keywords.items()) for x in item))
+        found += [repr(value) for value in bound if isinstance(value, _PLAIN)]
+        function = function.func
+    if not inspect.isroutine(function):
+        function = type(function)  # an object that can be called
+    found.append(function.__qualname__)
+    try:
+        file = Path(inspect.getsourcefile(function) or "")
+        found.append(file.read_text("utf-8") if file.is_file() else inspect.getsource(function))
+    except (OSError, TypeError, UnicodeDecodeError):
+        found.append("")  # built in, or made by exec
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        if isinstance(value, _PLAIN):
+            found.append(repr(value))
+    return found
+
+
 class _Callable:
     """A function of the model; it may also take ``split`` and ``limit``.
 
@@ -114,23 +155,20 @@ class _Callable:
             signature.bind(None)
         except TypeError as error:
             raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
-        parameters = signature.parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._takes = {n for n in ("split", "limit") if anything or n in parameters}
+        # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
+        self._takes = {"split", "limit"} & set(signature.parameters)
         self._limit = settings.limit
-        if settings.limit is not None and "limit" not in self._takes:
-            raise FastmergeError(
-                f"{settings.at('limit')}: {self._name} takes no 'limit': give it that argument, or "
-                "remove the key"
-            )
-        try:
-            self._source = inspect.getsource(function)
-        except (OSError, TypeError):
-            self._source = ""
+        for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
+            if asked and "limit" not in self._takes:
+                raise FastmergeError(
+                    f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
+                    "or remove the key"
+                )
+        self._key = digest([self._name, _identity(function), _model_settings(settings)])
 
     @property
     def key(self) -> str:
-        return digest([self._name, self._source, self._limit])
+        return self._key
 
     @property
     def version(self) -> str:
@@ -156,8 +194,11 @@ class _Callable:
 
     def _task(self, name: str, value: Any) -> TaskScore:
         try:
+            # None would become NaN, a score that is refused without a word about why.
+            if value is None:
+                raise TypeError("it is None")
             numbers = np.asarray(value, dtype=np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
             raise FastmergeError(
                 f"{self._name}: the score of '{name}' is no number: {error}"
             ) from error
@@ -190,7 +231,7 @@ class _Perplexity:
 
     @property
     def key(self) -> str:
-        return digest([self._text, self._settings.max_length, self._settings.limit])
+        return digest([self._text, self._ids, _model_settings(self._settings)])
 
     @property
     def version(self) -> str:
@@ -259,8 +300,7 @@ class Resident:
         parameters = self._model.state_dict()
         with torch.no_grad():
             for item, array in engine.materialise(plan, threads=self._threads):
-                if observe is not None:
-                    observe(item, array)
+                observe(item, array)
                 target = parameters.get(item.name)
                 if target is None and not item.name.endswith("rotary_emb.inv_freq"):
                     raise FastmergeError(f"the model has no parameter '{item.name}'")

@@ -78,6 +78,8 @@ class Harness:
             "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
             "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
         }
+        for entries, split in ((sources.steering, "steer"), (sources.holdout, "holdout")):
+            self._check_shared(entries, self._units[split])
         self._check_holdout(sources.holdout)
         for units in self._units.values():
             _samples(units, settings.limit)  # refuses ranges without documents
@@ -138,6 +140,20 @@ class Harness:
                 self._lm = HFLM(pretrained=model, tokenizer=self._tokenizer, **options)
             self._model = model
         return self._lm
+
+    def _check_shared(self, entries: Sequence[Task], units: Sequence[_Unit]) -> None:
+        """Refuses a harness task that two entries of a split hold: it would be scored once, by the
+        settings of the last, and its items counted twice.
+        """
+        owners: dict[str, str] = {}
+        for entry, unit in zip(entries, units, strict=True):
+            for name in unit.parts:
+                if name in owners:
+                    raise FastmergeError(
+                        f"{entry.where}: '{name}' is part of '{owners[name]}' already; name it "
+                        "once, with one range of 'items'"
+                    )
+                owners[name] = unit.key
 
     def _check_holdout(self, entries: Sequence[Task]) -> None:
         """Refuses what steers too: the schedule cannot see what a preset or a group consists of."""

@@ -4,6 +4,8 @@ kept beside the run.
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import numpy as np
 
 from fastmerge import engine
 from fastmerge.algebra import Float64, Merge, Source
+from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, make_plan
 from fastmerge.recipe import Document, Recipe
 from fastmerge.recipe_yaml import LocatedDict, LocatedList
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.retrograde.scores import digest
-from fastmerge.retrograde.states import Space, merged
+from fastmerge.retrograde.states import Model, Space, merged, take
 from fastmerge.stage import View, position
 
 
@@ -43,6 +46,13 @@ def open_template(schedule: Schedule) -> Plan:
         del document["dtype"]  # the models' own type
     recipe = Recipe((Document.model_validate(_located(document, schedule.where)),), schedule.text)
     return make_plan(recipe, base_folder=schedule.folder)
+
+
+def check_steps(schedule: Schedule, template: Plan) -> None:
+    """Raises FastmergeError where a step has no value for a tensor, before any step is taken."""
+    bare = Space(template, None, positions(template), origin(schedule))
+    for step in {id(step): step for step in schedule.steps}.values():
+        bare.check(take(schedule, step, Model(0), Model(0), 0))
 
 
 def _located(values: Mapping[str, Any], where: str) -> LocatedDict:
@@ -107,11 +117,16 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
     """What an earlier run of the same models left; nothing where there was none."""
     if not path.is_file():
         return {}
-    with np.load(path) as file:
-        if str(file["key"]) != _gram_key(template):
-            return {}
-        names = [str(name) for name in file["names"]]
-        return dict(zip(names, file["grams"], strict=True))
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) != _gram_key(template):
+                return {}
+            names = [str(name) for name in file["names"]]
+            return dict(zip(names, file["grams"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise FastmergeError(
+            f"{path}: is damaged; delete it, and the inner products are found again"
+        ) from None
 
 
 def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
@@ -123,4 +138,6 @@ def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None
             names=np.array(list(grams)),
             grams=np.stack(list(grams.values())),
         )
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

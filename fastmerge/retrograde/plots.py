@@ -49,7 +49,8 @@ def trajectory_png(trajectory: Trajectory) -> bytes:
             zorder=2,
         )
     for number, scores in sorted(trajectory.models.items()):
-        label = trajectory.schedule.labels[number]
+        # Between two dollar signs matplotlib reads formulas.
+        label = trajectory.schedule.labels[number].replace("$", r"\$")
         axes.axhline(
             scores.value,
             color=_BASELINE if number == 0 else _OTHER,

@@ -13,7 +13,7 @@ from fastmerge.retrograde import plots
 from fastmerge.retrograde.harness import leaderboard_table
 from fastmerge.retrograde.lineage import figure, other_label, step_table
 from fastmerge.retrograde.scores import Scores, none, write_atomically
-from fastmerge.retrograde.statistics import Interval, difference, holm, interval
+from fastmerge.retrograde.statistics import MIN_ITEMS, Interval, difference, holm, interval
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.comparison import Row
@@ -126,7 +126,10 @@ def finding(lines: Sequence[Line]) -> list[str]:
         line = rivals[name]
         if line.lead is None:
             gap = lines[0].value - line.value
-            sentences.append(f"- against {title}: {gap:+.2f} points (no items to test it by)")
+            sentences.append(
+                f"- against {title}: {gap:+.2f} points (not tested: that takes scores by item, "
+                f"{MIN_ITEMS} items or more)"
+            )
             continue
         sentences.append(
             f"- against {title}: {line.lead.value:+.2f} points "
@@ -166,17 +169,18 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
     parts = [
         "# Retrograde run",
         (
-            f"A walk of {len(records)} steps from **{schedule.labels[0]}** through "
-            f"{len(schedule.pool)} other models. A *degrade* step merges the current state with a "
-            "weaker model; a *retrace* step merges it back with an earlier, stronger one. "
-            f"{refused} of the candidates were refused (accept: {schedule.accept.rule}). "
+            f"A walk of {_count(len(records), 'step')} from **{schedule.labels[0]}** through "
+            f"{_count(len(trajectory.used), 'other model')}. A *degrade* step merges the current "
+            "state with a weaker model; a *retrace* step merges it back with an earlier, stronger "
+            f"one. {refused} of the candidates were refused (accept: {schedule.accept.rule}). "
             f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
         ),
     ]
     if lines:
         parts.append(
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
-            f"**{_with_interval(lines[0])} %** (95 % interval over items). "
+            f"**{_with_interval(lines[0])} %**"
+            f"{' (95 % interval over items)' if lines[0].interval else ''}. "
             f"{verdict_on_path(lines)} The schedule less each rival, in percent points, the same "
             f"items for both; *better* and *worse* mean p < {_SIGNIFICANT} after Holm's correction "
             "over all rows:"
@@ -210,6 +214,10 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
         parts += _comparison(result, lines, pictures)
     parts += _setup(result, lines)
     return "\n\n".join(parts) + "\n"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _with_interval(line: Line) -> str:
@@ -248,17 +256,19 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         parts.append("![comparison](comparison.png)")
     parts.append("\n".join(table))
     parts.append(
-        "Every family drew as many candidates as it says, the best on the steering score was "
-        f"chosen, and only that one met the {split} items. Intervals resample items (paired for "
-        "differences); they say nothing about other training seeds. `one_shot` is the walk's own "
-        "effective merge: the null hypothesis of the whole idea."
+        "Every family drew as many candidates as it says, and the best on the steering score was "
+        f"chosen{'' if split == 'steering' else f'; only that one met the {split} items'}. "
+        "Intervals resample items (paired for differences); they say nothing about other training "
+        "seeds. `one_shot` is the one merge that lies nearest to the walk: the null hypothesis of "
+        "the whole idea."
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
         parts.append(leaderboard(lines, schedule.evaluate.limit))
     tasks = sorted(lines[0].scores.tasks)
     if len(tasks) > 1:
-        rows = [f"| merge | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
+        titles = " | ".join(task.replace("|", "\\|") for task in tasks)
+        rows = [f"| merge | {titles} |", f"|---|{'---:|' * len(tasks)}"]
         for line in lines:
             cells = (line.scores.tasks.get(task) for task in tasks)
             values = " | ".join("-" if cell is None else f"{cell.value:.2f}" for cell in cells)

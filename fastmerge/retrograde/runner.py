@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastmerge import api, engine
-from fastmerge.algebra import Float64
+from fastmerge import algebra, api, engine
+from fastmerge.algebra import Float64, Merge
 from fastmerge.compute import Outcome
 from fastmerge.errors import FastmergeError
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.retrograde import driver, lineage
 from fastmerge.retrograde.opening import (
     cached_grams,
+    check_steps,
     keep_grams,
     open_template,
     origin,
@@ -30,7 +31,7 @@ from fastmerge.retrograde.opening import (
 )
 from fastmerge.retrograde.schedule import Schedule, load
 from fastmerge.retrograde.scores import Journal, digest, write_atomically
-from fastmerge.retrograde.states import Model, Space, order
+from fastmerge.retrograde.states import Space
 from fastmerge.retrograde.walking import OnStep, Trajectory, geometry_of, walk
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def run(
         schedule = schedule.without_evaluation()
     out = Path(out)
     template = open_template(schedule)
+    check_steps(schedule, template)
     scorer = _scorer(schedule, template, score)
     seed = _prepare(out, schedule, template, seed, resume)
     cache = out / GRAM_FILE
@@ -119,16 +121,15 @@ def _run_unmeasured(
     names = frozenset(bare.names)
 
     def observe(item: TensorPlan, outcome: Outcome) -> None:
-        if outcome.gram is not None and item.name in names:
+        if outcome.gram is None or item.name not in names:
+            return
+        assert isinstance(item.root, Merge)
+        tree = algebra.collapse(item.root)
+        # A rule with a base, or of rows, reads another matrix than `engine.grams` finds.
+        if tree.is_complete and tree.axis is None and tree.reference == 0:
             known[item.name] = outcome.gram
 
-    final = trajectory.states[trajectory.final]
-    collapses = not isinstance(final, Model) and all(
-        node.method.is_combination for node in order(final)
-    )
-    written = _write_model(
-        bare, out / MODEL_FOLDER, trajectory, threads, progress, observe if collapses else None
-    )
+    written = _write_model(bare, out / MODEL_FOLDER, trajectory, threads, progress, observe)
     cache = out / GRAM_FILE
     space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
     keep_grams(cache, template, dict(zip(space.names, space.grams, strict=True)))
@@ -153,6 +154,7 @@ def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
     if not evaluate:
         schedule = schedule.without_evaluation()
     template = open_template(schedule)
+    check_steps(schedule, template)
     _scorer(schedule, template)
     measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
     families = schedule.compare.methods if schedule.compare else ()

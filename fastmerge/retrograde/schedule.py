@@ -305,6 +305,11 @@ class Evaluate(Section):
             raise FastmergeError(
                 f"{self.at('callable')}: 'callable' is 'module:function', not '{self.callable}'"
             )
+        if self.holdout and not (self.tasks or self.preset):
+            raise FastmergeError(
+                f"{self.at('holdout')}: 'holdout' tasks go with 'tasks' or a 'preset'; a callable "
+                "that takes 'split' scores its own hold-out"
+            )
         for held in self.holdout:
             for steering in self.tasks:
                 if steering.name == held.name and overlap(steering.span, held.span):
@@ -372,10 +377,14 @@ class Schedule(Section):
                 )
             if labels.count(entry.label) > 1:
                 self._refuse("pool", f"two models are called '{entry.label}': give them a 'name'")
-            if not entry.label.strip() or set(entry.label) & set("|`<>\n\r"):
-                self._refuse("pool", f"{entry.label!r} would break tables: give the model a 'name'")
-            if entry.label in (*POLICIES, *ANCESTORS, STATE, "base_model"):
-                self._refuse("pool", f"'{entry.label}' is a reserved word: give the model a 'name'")
+        for key, entry in (("baseline", self.baseline), *(("pool", entry) for entry in self.pool)):
+            label = entry.label
+            if not label.strip() or set(label) & set("|`<>\n\r"):
+                self._refuse(key, f"{label!r} would break tables: give the model a 'name'")
+            # The baseline may be called what it is.
+            words = {*POLICIES, *ANCESTORS, STATE, "base_model"} - {key}
+            if label in words:
+                self._refuse(key, f"'{label}' is a reserved word: give the model a 'name'")
         for number, step in enumerate(self.steps, start=1):
             self._check_step(number, step)
         for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.errors import FastmergeError
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -46,7 +48,7 @@ class Scores:
                 "count": task.count,
                 "items": None
                 if task.items is None
-                else {k: [round(x, 6) for x in v] for k, v in task.items.items()},
+                else {k: [float(f"{x:.9g}") for x in v] for k, v in task.items.items()},
                 "detail": None if task.detail is None else dict(task.detail),
             }
             for name, task in self.tasks.items()
@@ -99,9 +101,15 @@ class Journal:
         if len(whole) < len(text):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            self._known[entry["key"]] = entry["value"]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError):
+                raise FastmergeError(
+                    f"{path}: line {number} is damaged; delete that line, whose result is then "
+                    "measured again"
+                ) from None
 
     def get(self, key: str) -> Any:
         """The value recorded under ``key``, or None."""

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge import algebra
 from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
@@ -190,8 +189,8 @@ class Geometry:
     relative_norm: float  # that, divided by the baseline's own norm
     angle: float  # between the state and the baseline
     angles: Mapping[int, float]
-    # One linear merge of whole models: its weights, and its distance to the state over ``norm``.
-    # For a state that collapses, the mean of its coefficients; else the nearest there is.
+    # The weights of the linear merge of whole models that lies nearest to the state (one number a
+    # model, by least squares over all weights), and what remains of ``norm``.
     one_shot: tuple[float, ...]
     residual: float
 
@@ -232,7 +231,6 @@ class Space:
         self.names = [item.name for item in self._items]
         self._positions = positions
         self._origin = origin
-        self._sizes = np.array([item.count for item in self._items], dtype=np.float64)
         self._known: dict[Expr, Float64 | None] = {}
         self._values: dict[int, tuple[Blend, _Values]] = {}
 
@@ -270,6 +268,12 @@ class Space:
             grams = self.grams[members] if batched else self.grams[members[0]]
             result[members] = algebra.coefficients(collapsed, grams)
         return result
+
+    def check(self, node: Blend) -> None:
+        """Raises FastmergeError where a parameter of ``node`` has no value for some tensor."""
+        values = self._resolved(node)
+        for tensor in range(len(self.names) if values.varies else min(1, len(self.names))):
+            values.at(tensor)
 
     def _resolved(self, node: Blend) -> _Values:
         if id(node) not in self._values:
@@ -347,19 +351,32 @@ class Space:
         delta[:, 0] = factors.sum(axis=1) - 1.0  # over [x_0, x_1 - x_0, ...], less the baseline
         if self._broken[0] or (factors[:, self._broken] != 0).any():
             delta[:] = np.nan
-        return self._geometry(delta, self.grams, self.mean_coefficients(factors))
+        # All tensors alike: the state is that merge, whatever rounding would make of it.
+        exact = factors[0] if (factors == factors[:1]).all() else None
+        return self._geometry(delta, self.grams, exact)
 
     def geometry_of(self, grams: Float64) -> Geometry:
         """Where a materialised state lies: ``grams`` (tensors, n + 1, n + 1) end with its delta."""
         delta = np.zeros((len(self.names), self.count + 1))
         delta[:, -1] = 1.0 if np.isfinite(grams[:, -1, -1]).all() else np.nan
-        grams = np.nan_to_num(grams, nan=0.0, posinf=0.0, neginf=0.0)
-        total = grams.sum(axis=0)
-        shares = np.linalg.lstsq(total[1:-1, 1:-1], total[1:-1, -1], rcond=None)[0]
-        weights = np.concatenate([[1.0 - shares.sum()], shares])
-        return self._geometry(delta, grams, weights)
+        return self._geometry(delta, np.nan_to_num(grams, nan=0.0, posinf=0.0, neginf=0.0), None)
 
-    def _geometry(self, delta: Float64, grams: Float64, one_shot: Float64) -> Geometry:
+    def _nearest(self, delta: Float64, grams: Float64) -> Float64:
+        """The weights (n,) of the whole-model merge nearest to x_0 + ``delta``."""
+        known = np.nan_to_num(delta)
+        total = grams.sum(axis=0)[: self.count, : self.count]
+        target = np.einsum("tij,tj->i", grams, known)[: self.count]
+        # x_0 is a thousand deltas long: unscaled, their part would be lost below lstsq's cut-off.
+        scale = np.sqrt(np.diagonal(total))
+        scale = np.where(scale > 0, scale, 1.0)
+        found = np.linalg.lstsq(total / np.outer(scale, scale), target / scale, rcond=None)[0]
+        weights = found / scale
+        weights[0] = 1.0 + weights[0] - weights[1:].sum()
+        return np.asarray(weights, dtype=np.float64)
+
+    def _geometry(self, delta: Float64, grams: Float64, exact: Float64 | None) -> Geometry:
+        one_shot = self._nearest(delta, grams) if exact is None else exact
+
         def inner(a: Float64, b: Float64) -> float:
             return float(np.einsum("ti,tij,tj->", a, grams, b))
 
@@ -400,12 +417,8 @@ class Space:
             ),
             angles=angles,
             one_shot=tuple(float(weight) for weight in one_shot),
-            residual=float(np.sqrt(max(rest, 0.0)) / norm) if norm > 0 else 0.0,
+            residual=0.0 if norm == 0 else float(np.sqrt(max(rest, 0.0)) / norm),
         )
-
-    def mean_coefficients(self, factors: Float64) -> NDArray[np.float64]:
-        """The coefficients averaged over all weights: a tensor counts by its elements."""
-        return np.asarray(self._sizes @ factors / self._sizes.sum(), dtype=np.float64)
 
 
 class _Values:
@@ -419,7 +432,7 @@ class _Values:
         each = node.each or tuple({} for _ in node.operands)
         self._each = [ParameterValues(own, [values], missing) for values in each]
         self._names, self._positions = names, positions
-        self._varies = any(values.varies for values in (self._shared, *self._each))
+        self.varies = any(values.varies for values in (self._shared, *self._each))
 
     def at(self, tensor: int) -> tuple[Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
         """Shared values and each operand's for a tensor's number."""
@@ -428,7 +441,7 @@ class _Values:
 
     def key(self, tensor: int) -> tuple[int, ...] | None:
         """Equal for tensors with equal values (equal values share one mapping)."""
-        if not self._varies:
+        if not self.varies:
             return None
         shared, each = self.at(tensor)
         return (id(shared), *(id(values) for values in each))

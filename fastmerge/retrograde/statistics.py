@@ -1,11 +1,14 @@
 """Intervals and tests over the items of an evaluation: percentile bootstrap, paired, and Holm.
 
 A score is the mean over tasks of the mean over a task's parts of the mean over items; a resample
-draws items within each part (Efron and Tibshirani 1993, chapter 13).
+draws items within each part (Efron and Tibshirani 1993, chapter 13). A percentile interval of few
+items is too narrow: under a true null, p < 0.05 came out for 47 % of pairs of 2 items, 16 % of 5,
+9 % of 10 and 4 % of 30. So fewer than `MIN_ITEMS`, or than `MIN_PART_ITEMS` in any part, get none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from fastmerge.retrograde.scores import Scores
 Float64 = NDArray[np.float64]
 
 LEVEL = 0.95
+MIN_ITEMS, MIN_PART_ITEMS = 20, 5
 _BLOCK = 200_000  # resampled items held at once
 
 
@@ -30,7 +34,9 @@ class Interval(NamedTuple):
 
 
 def interval(scores: Scores, *, resamples: int, seed: int) -> Interval | None:
-    """The score's interval over items; None where a task has no scores by item."""
+    """The score's interval over items; None where a task has no scores by item, or too few, and
+    where the score is NaN.
+    """
     draws = _draws([scores], resamples, seed)
     if draws is None:
         return None
@@ -39,7 +45,9 @@ def interval(scores: Scores, *, resamples: int, seed: int) -> Interval | None:
 
 
 def difference(a: Scores, b: Scores, *, resamples: int, seed: int) -> Interval | None:
-    """The interval of a - b with the same items drawn for both; None where items do not match."""
+    """The interval of a - b with the same items drawn for both; None where items do not match, or
+    as for `interval`.
+    """
     draws = _draws([a, b], resamples, seed)
     if draws is None:
         return None
@@ -72,7 +80,10 @@ def _draws(many: Sequence[Scores], resamples: int, seed: int) -> list[Float64] |
     first = many[0]
     if any(set(scores.tasks) != set(first.tasks) for scores in many) or not first.tasks:
         return None
+    if not all(math.isfinite(scores.value) for scores in many):
+        return None
     totals = [np.zeros(resamples) for _ in many]
+    items = 0
     for number, name in enumerate(sorted(first.tasks)):
         columns = [scores.tasks[name].items for scores in many]
         parts = columns[0]
@@ -80,13 +91,17 @@ def _draws(many: Sequence[Scores], resamples: int, seed: int) -> list[Float64] |
             return None
         for part_number, part in enumerate(sorted(parts)):
             values = [np.array(column[part]) for column in columns if column and part in column]
-            if len(values) < len(many) or len({len(v) for v in values}) > 1 or not len(values[0]):
+            count = len(values[0]) if values else 0
+            if len(values) < len(many) or any(len(v) != count for v in values):
                 return None
+            if count < MIN_PART_ITEMS or not all(np.isfinite(v).all() for v in values):
+                return None
+            items += count
             share = 1.0 / (len(parts) * len(first.tasks))
             rng = np.random.default_rng([seed, number, part_number])
             for total, means in zip(totals, _means(values, resamples, rng), strict=True):
                 total += share * means
-    return totals
+    return totals if items >= MIN_ITEMS else None
 
 
 def _means(values: Sequence[Float64], resamples: int, rng: np.random.Generator) -> list[Float64]:

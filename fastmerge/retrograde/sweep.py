@@ -40,9 +40,13 @@ def parse_range(text: str) -> list[float]:
             if step <= 0 or last < first:
                 raise ValueError
             count = int(np.floor((last - first) / step + 1e-9)) + 1
-            return [round(first + i * step, 12) for i in range(count)]
-        return [float(part) for part in text.split(",")]
-    except ValueError:
+            values = [round(first + i * step, 12) for i in range(count)]
+        else:
+            values = [float(part) for part in text.split(",")]
+        if not np.isfinite(values).all():
+            raise ValueError
+        return values
+    except (ValueError, OverflowError):
         raise FastmergeError(
             f"--t: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
             "nor a list, as in 0.2,0.5"
@@ -174,13 +178,14 @@ def sweep(
         elif resident is not None and scorer is not None:
             point = Point(t, scorer.score(resident.load(swept.plan(t)), "steer"), None)
         else:
-            here, folder = swept.plan(t), out / f"t={t:g}"
+            here, folder = swept.plan(t), out / f"t={t:.15g}"
             files = api.model_files(here, folder.name)
             # A kill between the folder's last rename and sweep.json leaves it whole, not noted.
             engine.merge_plan(here, folder, threads=threads, overwrite=resume, side_files=files)
             point = Point(t, None, folder)
         points.append(point)
-        table = {"key": key, "points": [_json(p) for p in points]}
+        known[t] = point  # with those of an earlier, finer sweep that are still to come
+        table = {"key": key, "points": [_json(known[value]) for value in sorted(known)]}
         write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
         if on_point is not None:
             on_point(point)

@@ -123,4 +123,5 @@ def _distances(
     if found is None:
         assert lab is not None
         found = lab.geometry(current)
-    return {i: found.angles[i] for i in range(1, len(schedule.pool) + 1)}
+    # The model that deltas are taken to has none itself, and so no angle.
+    return {i: found.angles[i] for i in range(1, len(schedule.pool) + 1) if i in found.angles}
