@@ -1,3 +1,7 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -26,8 +30,11 @@ const std::vector<Candidate>& candidates() {
     static const std::vector<Candidate> all = [] {
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");
+        // Not __builtin_cpu_supports("f16c"): clang before 19 does not know that name.
+        unsigned a = 0, b = 0, features = 0, d = 0;
+        const bool f16c = __get_cpuid(1, &a, &b, &features, &d) && (features & bit_F16C);
+        const bool avx2 =
+            f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 =
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
 // GCC 12 warns of the undefined pass-through operands inside its own AVX-512 header.
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 

@@ -1,10 +1,13 @@
 #include "pool.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cfenv>
 #include <condition_variable>
 #include <deque>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -14,6 +17,22 @@
 namespace fastmerge {
 
 namespace {
+
+// Threads inherit the creator's floating-point mode, and a caller has its own; another library may
+// have asked for flushing denormals to zero (torch.set_flush_denormal), which would change results.
+class DefaultFloats {
+   public:
+    DefaultFloats() {
+        std::fegetenv(&before_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultFloats() { std::fesetenv(&before_); }
+    DefaultFloats(const DefaultFloats&) = delete;
+    DefaultFloats& operator=(const DefaultFloats&) = delete;
+
+   private:
+    std::fenv_t before_;
+};
 
 struct Job {
     const std::function<void(int64_t)>* task;
@@ -28,6 +47,7 @@ struct Job {
 }  // namespace
 
 struct Pool::State {
+    const pid_t process = ::getpid();
     std::mutex mutex;
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
@@ -35,9 +55,7 @@ struct Pool::State {
     std::vector<std::thread> threads;
 
     void serve() {
-        // Threads inherit the creator's floating-point mode; another library may have asked for
-        // flushing denormals to zero (torch.set_flush_denormal), which would change the results.
-        std::fesetenv(FE_DFL_ENV);
+        const DefaultFloats mode;
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
             work.wait(lock, [this] { return stopping || !jobs.empty(); });
@@ -71,34 +89,56 @@ struct Pool::State {
         }
         work.notify_all();
         for (std::thread& thread : threads) thread.join();
+        threads.clear();
     }
+
+    explicit State(int count) {
+        try {
+            for (int i = 0; i < count; ++i) threads.emplace_back([this] { serve(); });
+        } catch (...) {  // the system refused a thread: those already started must be joined
+            stop();
+            throw;
+        }
+    }
+    ~State() { stop(); }
 };
 
-Pool::Pool(int threads) : state_(new State) {
+Pool::Pool(int threads) : threads_(threads), state_(nullptr) {
     if (threads < 1)
         throw std::invalid_argument("a pool needs at least 1 thread, not " +
                                     std::to_string(threads));
-    try {
-        for (int i = 0; i < threads; ++i)
-            state_->threads.emplace_back([state = state_.get()] { state->serve(); });
-    } catch (...) {  // the system refused a thread: those already started must be joined
-        state_->stop();
-        throw;
-    }
+    state_ = new State(threads);
 }
 
-Pool::~Pool() { state_->stop(); }
+// What a forked child inherits is left as it lies, never locked, joined or freed: none of its
+// threads exist there, and its mutex may be one that such a thread held.
+Pool::~Pool() {
+    State* state = state_;
+    if (state->process == ::getpid()) delete state;
+}
 
-int Pool::threads() const { return static_cast<int>(state_->threads.size()); }
+Pool::State& Pool::state() {
+    State* found = state_;
+    if (found->process == ::getpid()) return *found;
+    auto made = std::make_unique<State>(threads_);
+    if (state_.compare_exchange_strong(found, made.get())) return *made.release();
+    return *found;  // another thread of the child was faster
+}
 
 void Pool::run(int64_t tasks, const std::function<void(int64_t)>& task) {
     if (tasks <= 0) return;
+    if (tasks == 1) {  // nothing to share: spare the tens of microseconds of the hand-over
+        const DefaultFloats mode;
+        task(0);
+        return;
+    }
     Job job;
     job.task = &task;
     job.tasks = tasks;
-    std::unique_lock<std::mutex> lock(state_->mutex);
-    state_->jobs.push_back(&job);
-    state_->work.notify_all();
+    State& state = this->state();
+    std::unique_lock<std::mutex> lock(state.mutex);
+    state.jobs.push_back(&job);
+    state.work.notify_all();
     job.finished.wait(lock, [&job] { return job.done(); });
     if (job.error) std::rethrow_exception(job.error);
 }

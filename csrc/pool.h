@@ -2,9 +2,9 @@
 // first, so a window of tensors in flight keeps every core busy while the output stays in file
 // order.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <functional>
-#include <memory>
 
 namespace fastmerge {
 
@@ -14,16 +14,19 @@ class Pool {
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
-    int threads() const;
-    // Calls task(0) ... task(tasks - 1) on the workers and returns when all are done. The caller
-    // waits and does no work itself. The first exception a task throws is rethrown here; the job's
+    int threads() const { return threads_; }
+    // Calls task(0) ... task(tasks - 1) on the workers and returns when all are done; a single task
+    // runs on the caller, which else waits and does no work itself. The first exception a task throws is rethrown here; the job's
     // remaining tasks are skipped. Safe to call from several threads at once. Must not be called
-    // from a worker.
+    // from a worker. In a forked child, which has none of its parent's threads, the first call
+    // starts new ones.
     void run(int64_t tasks, const std::function<void(int64_t)>& task);
 
    private:
     struct State;
-    std::unique_ptr<State> state_;
+    State& state();
+    const int threads_;
+    std::atomic<State*> state_;
 };
 
 }  // namespace fastmerge

@@ -39,6 +39,9 @@ class Merge:
     values: Mapping[str, Any] = field(default_factory=dict)
     operand_values: tuple[Mapping[str, Any], ...] = ()
     seed: int | None = None  # random methods: the recipe's seed
+    # The tensor it makes in its own document, for which random methods draw; "" where that is the
+    # output's. Another document may use it under other names, but must find it as it was drawn.
+    name: str = ""
 
     @property
     def inputs(self) -> tuple[Node, ...]:

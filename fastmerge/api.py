@@ -17,7 +17,7 @@ from fastmerge.recipe import Recipe
 from fastmerge.stream import GPU_MEMORY_BYTES
 
 DEVICES = ("cpu", "cuda", "auto")
-Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe
+Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
 RECIPE_FILE = "fastmerge_recipe.yml"
 
@@ -25,15 +25,19 @@ RECIPE_FILE = "fastmerge_recipe.yml"
 def plan(recipe: Source, *, seed: int | None = None) -> Plan:
     """Reads the recipe and the models' headers and decides everything; reads no weights.
 
-    ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents). ``seed``
-    overrides the recipe's. Raises FastmergeError.
+    ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
+    returned as it is. ``seed`` overrides the recipe's. Raises FastmergeError.
     """
+    if isinstance(recipe, Plan):
+        if seed not in (None, recipe.seed):
+            raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
+        return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return make_plan(loaded, seed=seed)
 
 
 def merge(
-    recipe: Source | Plan,
+    recipe: Source,
     out: str | Path,
     *,
     threads: int | None = None,
@@ -57,7 +61,7 @@ def merge(
     """
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
-    decided = recipe if isinstance(recipe, Plan) else plan(recipe, seed=seed)
+    decided = plan(recipe, seed=seed)
     return engine.merge_plan(
         decided,
         Path(out),

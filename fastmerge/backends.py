@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
+import weakref
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ def thread_count(threads: int | None = None) -> int:
             raise FastmergeError(f"{where}: '{text}' is not a whole number of threads") from error
     if threads is None:
         return len(os.sched_getaffinity(0))
+    if not isinstance(threads, int):
+        raise FastmergeError(f"{where}: {threads!r} is not a whole number of threads")
     if not 1 <= threads <= 1024:
         raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
     return threads
@@ -52,13 +56,18 @@ class CpuBackend:
     def __init__(
         self, threads: int, *, scratch_folder: Path | None = None, scratch_bytes: int = 64 << 20
     ) -> None:
-        """Intermediate tensors above ``scratch_bytes`` lie in an unlinked file in
-        ``scratch_folder``, so that anonymous memory stays bounded whatever a tensor's size.
+        """Intermediate tensors for which ``scratch_bytes``, shared by all that exist at a time, has
+        no room lie in an unlinked file in ``scratch_folder``, so that anonymous memory stays
+        bounded whatever their size and number.
         """
         isa()
-        self.pool = _C.Pool(threads)
+        try:
+            self.pool = _C.Pool(threads)
+        except RuntimeError as error:
+            raise FastmergeError(f"--threads: no room for {threads} threads ({error})") from error
         self._scratch_folder = scratch_folder
-        self._scratch_bytes = scratch_bytes
+        self._scratch_left = scratch_bytes
+        self._lock = threading.RLock()  # a collection inside it may free an array
 
     def gram(
         self,
@@ -120,16 +129,34 @@ class CpuBackend:
         )
 
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
-        if 4 * count <= self._scratch_bytes or self._scratch_folder is None:
+        nbytes = 4 * count
+        if self._scratch_folder is None or self._take_scratch(nbytes):
             array = np.empty(count, dtype=np.float32)
+            if self._scratch_folder is not None:
+                weakref.finalize(array, self._take_scratch, -nbytes)
         else:
             with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
-                array = np.memmap(file, dtype=np.float32, mode="w+", shape=(count,))
+                try:
+                    # A page that the disk has no room for would end the process with SIGBUS.
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                except OSError as error:
+                    raise FastmergeError(
+                        f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
+                        f"bytes ({error.strerror}); free some, or raise --memory-limit"
+                    ) from error
+                array = np.memmap(file, dtype=np.float32, mode="r+", shape=(count,))
         view = _C.View(array.ctypes.data, count, "F32", array)
         return view, _C.MemorySink(view)
 
+    def _take_scratch(self, nbytes: int) -> bool:
+        with self._lock:
+            if nbytes > self._scratch_left:
+                return False
+            self._scratch_left -= nbytes
+            return True
 
-@cache
+
+@lru_cache(maxsize=4)  # each keeps its threads
 def cpu(threads: int) -> CpuBackend:
     """The process-wide CPU back end of this many threads."""
     return CpuBackend(threads)

@@ -127,6 +127,10 @@ class Checkpoint:
         one .safetensors file. Raises FastmergeError for what is missing, unreadable or malformed.
         """
         path = Path(path)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise FastmergeError(f"{path}: the path is not UTF-8; rename the folder") from None
         config: dict[str, Any] = {}
         weight_map: dict[str, str] | None = None
         if path.is_dir():
@@ -213,6 +217,16 @@ class Checkpoint:
                 _unreadable(path, error)
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where a file is not the one whose header was read."""
+        for path, stamp in zip(self.files, self.stamp, strict=True):
+            try:
+                now = _stamp(path, os.stat(path))
+            except OSError as error:
+                _unreadable(path, error)
+            if now != stamp:
+                raise _changed(path)
+
     def _mapping(self, index: int) -> _C.Mapping:
         found = self._mappings.get(index)
         if found is not None:
@@ -227,9 +241,7 @@ class Checkpoint:
                     _unreadable(path, error)
                 # Reading on would use the offsets of a header that is no longer there.
                 if now != self.stamp[index] or mapping.size != now.size:
-                    raise FastmergeError(
-                        f"{path}: changed while it was being read; run again when it is complete"
-                    )
+                    raise _changed(path)
                 self._mappings[index] = mapping
             return self._mappings[index]
 
@@ -422,6 +434,10 @@ def _read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
 
 def _unreadable(path: Path, error: OSError) -> NoReturn:
     raise FastmergeError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _changed(path: Path) -> FastmergeError:
+    return FastmergeError(f"{path}: changed while it was being read; run again when it is complete")
 
 
 def _stamp(path: Path, info: os.stat_result) -> Stamp:

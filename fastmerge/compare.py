@@ -186,12 +186,14 @@ def _difference(
 
 
 def _stored(view: _C.View, dtype: DType) -> Array:
-    """The view's memory as stored: bfloat16 as uint16, a type unknown to NumPy as bytes. ``view``
-    must outlive it.
+    """The view's memory as stored, an entry an element: bfloat16 as uint16, what NumPy does not
+    subtract as its bits. ``view`` must outlive it.
     """
-    kind = "<u2" if dtype is BF16 else _NUMPY.get(dtype.code, "u1")
-    memory = (ctypes.c_ubyte * view.nbytes).from_address(view.address)
-    return np.ctypeslib.as_array(memory).view(kind)
+    memory = np.ctypeslib.as_array((ctypes.c_ubyte * view.nbytes).from_address(view.address))
+    if dtype.bits % 8:
+        packed = np.unpackbits(memory, bitorder="little").reshape(-1, dtype.bits)
+        return np.packbits(packed, axis=1, bitorder="little")[:, 0]
+    return memory.view("<u2" if dtype is BF16 else _NUMPY.get(dtype.code, f"<u{dtype.bits // 8}"))
 
 
 def _values(stored: Array, dtype: DType) -> Array:

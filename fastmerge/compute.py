@@ -8,6 +8,7 @@ everywhere.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -133,8 +134,25 @@ def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
     if root.method.spec is None or root.base is None:
         raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
     seed = 0 if root.seed is None else root.seed
-    keys = [random_key(seed, name, position) for position in range(len(root.operands))]
+    keys = [random_key(seed, root.name or name, i) for i in range(len(root.operands))]
     return root.method.spec(root.values, root.operand_values, count, keys)
+
+
+def _steps(root: Merge) -> list[tuple[Merge, Sequence[Node]]]:
+    """The merges that are computed for ``root``, each after those it reads, with what it reads."""
+    reads: dict[Node, Sequence[Node]] = {}
+    order: list[tuple[Merge, Sequence[Node]]] = []
+    stack: list[tuple[Merge, bool]] = [(root, False)]
+    while stack:  # not recursive: a chain of a thousand documents is a thousand deep
+        node, ready = stack.pop()
+        if ready:
+            order.append((node, reads[node]))
+        elif node not in reads:
+            whole = node.method.is_combination
+            reads[node] = algebra.collapse(node).parts if whole else node.inputs
+            stack.append((node, True))
+            stack.extend((part, False) for part in reads[node] if isinstance(part, Merge))
+    return order
 
 
 class Computation(Generic[T, O]):
@@ -147,24 +165,36 @@ class Computation(Generic[T, O]):
         self._fetch = fetch
         self._name = name
         self._shape = tuple(shape)
-        self._made: dict[Node, T] = {}  # intermediate results that several parents share
+        self._made: dict[Node, T] = {}  # intermediate results that a later step reads
 
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
         if isinstance(root, Source):
             return self._combine([self._fetch(root)], np.ones(1), None, None, out)
-        if root.method.is_combination:
-            return self._combination(root, out)
-        return self._consensus(root, out)
+        *intermediates, last = _steps(root)
+        uses = Counter(part for _, parts in (*intermediates, last) for part in set(parts))
+        for node, parts in intermediates:
+            self._made[node], to = self._backend.scratch(math.prod(self._shape))
+            self._merge(node, to)
+            self._let_go(parts, uses)
+        return self._merge(root, out)
+
+    def _let_go(self, parts: Sequence[Node], uses: Counter[Node]) -> None:
+        """Frees the intermediates that no later step reads."""
+        for part in set(parts):
+            uses[part] -= 1
+            if not uses[part]:
+                self._made.pop(part, None)
+
+    def _merge(self, root: Merge, out: O) -> Outcome:
+        return (
+            self._combination(root, out)
+            if root.method.is_combination
+            else self._consensus(root, out)
+        )
 
     def _tensor(self, node: Node) -> T:
-        if isinstance(node, Source):
-            return self._fetch(node)
-        if node not in self._made:
-            tensor, out = self._backend.scratch(math.prod(self._shape))
-            self.run(node, out)
-            self._made[node] = tensor
-        return self._made[node]
+        return self._fetch(node) if isinstance(node, Source) else self._made[node]
 
     def _combination(self, root: Merge, out: O) -> Outcome:
         tree = algebra.collapse(root)

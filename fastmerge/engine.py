@@ -28,6 +28,7 @@ from fastmerge.backends import CpuBackend
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.compute import Computation, Outcome
 from fastmerge.dtypes import DType
+from fastmerge.errors import FastmergeError
 from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.stream import GPU_MEMORY_BYTES, Place, Streamer, choose_devices
@@ -39,8 +40,9 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + w
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 LINEAGE_FILE = "fastmerge.json"
+IO = ("auto", "direct", "buffered")  # how the output is written
 
-_SCRATCH_SHARE = 8  # an intermediate tensor above 1/8 of the budget lies in a file, not in memory
+_SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class _Run:
         lines: dict[str, Any] = {}
         if outcome.coefficients is not None:
             lines["coefficients"] = {
-                self._plan.references[source.model]: value
+                self._plan.references[source.model]: value if math.isfinite(value) else None
                 for source, value in outcome.coefficients.items()
             }
         if outcome.kept is not None:
@@ -243,6 +245,15 @@ def merge_plan(
     ``gpu_memory`` bytes of tensors in flight on each) or "auto"; the bits are the same.
     """
     started = time.perf_counter()
+    if io not in IO:
+        raise FastmergeError(f"io: unknown '{io}'; use {', '.join(IO)}")
+    for name, nbytes in (
+        ("memory_limit", memory_limit),
+        ("max_shard_bytes", max_shard_bytes),
+        ("gpu_memory", gpu_memory),
+    ):
+        if not isinstance(nbytes, int) or nbytes < 1:
+            raise FastmergeError(f"{name}: {nbytes!r} is not a number of bytes of 1 or more")
     inputs = Inputs(plan.models)
     roots = [(item.name, item.root) for item in plan.tensors]
     devices, note = choose_devices(device, roots, inputs.fetch)
@@ -279,6 +290,8 @@ def merge_plan(
                 done += nbytes
                 if progress is not None:
                     progress(done, total, item.name)
+        for model in plan.models:
+            model.check_unchanged()
         results = writer.results
         files = dict(side_files or {})
         files[LINEAGE_FILE] = _lineage_file(plan, results)
@@ -328,6 +341,8 @@ def materialise(
 
     with closing(in_order(compute_one, plan.tensors, window_size(count))) as finished:
         yield from finished
+    for model in plan.models:
+        model.check_unchanged()
 
 
 _STORAGE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

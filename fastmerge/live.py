@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fastmerge import _C, algebra, backends, engine
+from fastmerge import _C, algebra, backends, engine, memory
 from fastmerge.algebra import Source
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.compute import Outcome
@@ -137,7 +137,9 @@ def _merged_on_gpu(
     for items, outs, resident in _prepared(held, plan, targets, place, gpu_memory):
         for item, out, outcome in zip(items, outs, resident.run(), strict=True):
             outcomes[item.name] = outcome
-            if out is not targets[item.name]:
+            if out is targets[item.name]:
+                memory.written(out)
+            else:
                 targets[item.name].copy_(out)
     return outcomes
 

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from fastmerge.api import Source
     from fastmerge.dtypes import DType
     from fastmerge.plan import Plan
-
-RecipeLike = str | Path | Mapping[str, Any]
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -43,7 +42,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
 
 def load_merged(
-    recipe: RecipeLike,
+    recipe: Source,
     *,
     threads: int | None = None,
     seed: int | None = None,
@@ -80,7 +79,7 @@ def load_merged(
 
 def merge_into(
     model: Any,
-    recipe: RecipeLike,
+    recipe: Source,
     *,
     keep: str = "auto",
     threads: int | None = None,
@@ -108,7 +107,7 @@ def merge_into(
     live.merge_into(model, api.plan(recipe, seed=seed), keep=keep, threads=threads)
 
 
-def load_tokenizer(source: RecipeLike, **kwargs: Any) -> Any:
+def load_tokenizer(source: Source, **kwargs: Any) -> Any:
     """The tokenizer of a model folder, or the one that a recipe's merge would take over."""
     transformers = _transformers()
     from fastmerge import api

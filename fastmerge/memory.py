@@ -51,6 +51,40 @@ def view_of(tensor: Any, where: str, *, writable: bool = False) -> _C.View:
     return _C.View(tensor.ctypes.data, tensor.size, dtype.code, tensor)
 
 
+def check_torch(tensor: Any, where: str) -> None:
+    """Raises FastmergeError for a torch tensor that is not just its memory: reading that would give
+    other numbers, or end the process.
+    """
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise FastmergeError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
+    own = getattr(type(tensor), "__torch_dispatch__", None)
+    stands_in = FastmergeError(
+        f"{where}: a {type(tensor).__name__} has no memory of its own; pass a plain tensor "
+        "(of a DTensor: to_local() or full_tensor())"
+    )
+    if own not in (None, torch.Tensor.__torch_dispatch__):
+        raise stands_in
+    if tensor.is_neg() or tensor.is_conj():
+        raise FastmergeError(f"{where}: the tensor is a negated view; pass tensor.resolve_neg()")
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError) as error:  # inside vmap and grad
+        raise stands_in from error
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if tensor.device.type != "meta" and held < end:
+        raise FastmergeError(f"{where}: the tensor's memory has been freed")
+
+
+def written(tensor: Any) -> None:
+    """Tells autograd that a torch tensor has changed, as torch's own in-place operations do."""
+    import torch
+
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 class Operands:
     """The inputs of one call: same kind, shape and device, and what their output looks like."""
 
@@ -67,6 +101,9 @@ class Operands:
         self.count = math.prod(self.shape)
         self._torch = is_torch(first)
         self._device = str(first.device) if self._torch else "cpu"
+        for tensor in self._tensors:
+            if is_torch(tensor):
+                check_torch(tensor, where)
         for tensor in self._tensors[1:]:
             if tuple(tensor.shape) != self.shape:
                 raise FastmergeError(
@@ -127,6 +164,9 @@ class Operands:
         if self._torch and str(out.device) != self._device:
             raise FastmergeError(f"{where}: on {out.device}, the inputs on {self._device}")
         dtype_of(out, where)
+        if self._torch:
+            check_torch(out, where)
+            written(out)
 
     @staticmethod
     def _check_overlap(out: Extent, inputs: Sequence[Extent], where: str) -> None:

@@ -3,8 +3,8 @@
 Every function takes contiguous tensors of one shape, in float32, float16 or bfloat16 in any mix;
 NumPy arrays of uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has
 the inputs' type, float32 when they differ, and goes to ``out`` when given, which may be one of the
-inputs. Arithmetic is fp32 with one rounding; CUDA tensors use the Triton kernels. Bad arguments
-raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
+inputs. Arithmetic is fp32 with one rounding; CUDA tensors use the Triton kernels. Results carry no
+gradient. Bad arguments raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastmerge.algebra import Float64, Merge, Node, Source
 from fastmerge.compute import Computation
 from fastmerge.errors import FastmergeError
 from fastmerge.memory import Operands
 from fastmerge.methods import REQUIRED, Method, find
+
+Numbers = Sequence[float] | NDArray[Any]
 
 __all__ = [
     "combine",
@@ -39,7 +42,7 @@ __all__ = [
 
 def linear(
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
     normalize: bool = True,
     out: Any = None,
@@ -58,7 +61,7 @@ def slerp(a: Any, b: Any, t: float, *, out: Any = None, threads: int | None = No
 def nuslerp(
     a: Any,
     b: Any,
-    weights: Sequence[float],
+    weights: Numbers,
     *,
     base: Any = None,
     flatten: bool = True,
@@ -75,7 +78,7 @@ def nuslerp(
 
 def multislerp(
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
     base: Any = None,
     normalize_weights: bool = True,
@@ -119,7 +122,7 @@ def model_stock(
 def task_arithmetic(
     base: Any,
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
     normalize: bool = False,
     lambda_: float = 1.0,
@@ -134,9 +137,9 @@ def task_arithmetic(
 def ties(
     base: Any,
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
-    density: float | Sequence[float] = 1.0,
+    density: float | Numbers = 1.0,
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: bool = False,
@@ -152,9 +155,9 @@ def ties(
 def dare_linear(
     base: Any,
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
-    density: float | Sequence[float],
+    density: float | Numbers,
     seed: int,
     name: str = "",
     normalize: bool = False,
@@ -176,9 +179,9 @@ def dare_linear(
 def dare_ties(
     base: Any,
     tensors: Sequence[Any],
-    weights: Sequence[float],
+    weights: Numbers,
     *,
-    density: float | Sequence[float],
+    density: float | Numbers,
     seed: int,
     name: str = "",
     normalize: bool = False,
@@ -204,6 +207,8 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
     """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
     1).
     """
+    if not len(tensors):
+        raise FastmergeError("gram: no tensors")
     operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
     backend = operands.backend(threads)
     views = operands.views
@@ -213,7 +218,7 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
 
 def combine(
     tensors: Sequence[Any],
-    coefficients: Sequence[float],
+    coefficients: Numbers,
     *,
     out: Any = None,
     threads: int | None = None,
@@ -223,11 +228,17 @@ def combine(
         raise FastmergeError(
             f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
         )
+    try:
+        factors = np.asarray(coefficients, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise FastmergeError(f"combine: the coefficients are no numbers: {error}") from error
+    if factors.ndim != 1 or not np.isfinite(factors).all():
+        raise FastmergeError("combine: the coefficients must be one finite number for each tensor")
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
     operands.backend(threads).combine(
         operands.views,
-        np.asarray(coefficients, dtype=np.float64),
+        factors,
         sink,
         divisor=None,
         axis=None,
@@ -263,13 +274,21 @@ def _merge(
         None if base is None else Source(count, ""),
         {p.name: _value(method, p.name, values) for p in method.parameters if not p.per_model},
         tuple(_operand_values(method, per_model, index, count) for index in range(count)),
-        seed,
+        _seed(method, seed),
     )
     result, sink = operands.output(out)
     views = operands.views
     backend = operands.backend(threads)
     Computation(backend, lambda source: views[source.model], name, operands.shape).run(root, sink)
     return result
+
+
+def _seed(method: Method, seed: Any) -> int | None:
+    if not method.random:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 64:
+        raise FastmergeError(f"{method.name}: 'seed' must be a whole number in [0, 2^64)")
+    return int(seed)
 
 
 def _arity(method: Method) -> str:
@@ -284,15 +303,21 @@ def _value(method: Method, name: str, values: Mapping[str, Any]) -> Any:
     value = values.get(name, parameter.default)
     if value is REQUIRED:
         raise FastmergeError(f"{method.name}: '{name}' is required")
-    return value if value is None else parameter.check(value, method.name)
+    if value is None and parameter.default is None:
+        return None
+    if hasattr(value, "item"):  # a number of NumPy's or torch's
+        value = value.item()
+    return parameter.check(value, method.name)
 
 
 def _operand_values(
     method: Method, per_model: Mapping[str, Any], index: int, count: int
 ) -> dict[str, Any]:
     own: dict[str, Any] = {}
-    for name, value in per_model.items():
-        if isinstance(value, (Sequence, np.ndarray)):
+    for name, given in per_model.items():
+        # Arrays and tensors of numbers are as good as lists of them.
+        value = given.tolist() if hasattr(given, "tolist") else given
+        if isinstance(value, Sequence):
             if len(value) != count:
                 raise FastmergeError(
                     f"{method.name}: {count} tensors but {len(value)} values for '{name}'"

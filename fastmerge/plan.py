@@ -167,7 +167,8 @@ def _node_key(root: Node, seen: dict[int, str]) -> str:
             continue
         values = [sorted(node.values.items()), [sorted(v.items()) for v in node.operand_values]]
         inputs = " ".join(seen[id(child)] for child in node.inputs)
-        text = f"{node.method.name} {values} {node.seed} {node.base is None} {inputs}"
+        draws = f"{node.seed} {node.name!r}" if node.method.random else ""
+        text = f"{node.method.name} {values} {draws} {node.base is None} {inputs}"
         seen[id(node)] = hashlib.sha256(text.encode()).hexdigest()
     return seen[id(root)]
 
@@ -186,8 +187,8 @@ def make_plan(
     folder from its reference. Raises FastmergeError, one line, for whatever cannot be merged.
     """
     recipe = Recipe.load(recipe)
-    if seed is not None and not 0 <= seed < 1 << 64:
-        raise FastmergeError(f"seed must be in [0, 2^64), not {seed}")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
+        raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
     planner = _Planner(recipe, base_folder, resolve, seed)
     with _collector_paused():
         for document in recipe.documents:

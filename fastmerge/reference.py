@@ -192,7 +192,7 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
             found = found._replace(tie_bound=int(np.sort(order)[wanted - 1]) + 1)
     kept = survivors(found, keys)
     found = found._replace(kept=int(np.count_nonzero(kept)))
-    if spec.kind != ALL and spec.rescale:
+    if spec.kind != ALL and spec.rescale and found.kept < count:
         size = keys.view(np.float32).astype(np.float64)
         before, after = size.sum(), size[kept].sum()
         if not (before < 1e-7 or after < 1e-7):  # mergekit 0.1.5 leaves such deltas alone

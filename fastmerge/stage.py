@@ -319,6 +319,7 @@ class Builder:
             part.shared.at(name, t),
             each,
             self._seed,
+            name,
         )
         self._try_rule(root, part)
         return TensorPlan(name, shape, dtype, root)

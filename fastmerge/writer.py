@@ -17,6 +17,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ _MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough
 # They wait for the disk and compute nothing. Writing 2 GB on one busy disk: 0.9 GB/s with one
 # thread, 1.2 with two, 1.4 with four.
 _IO_THREADS = 4
+_MAX_NAME_BYTES = 220  # of the 255 that file systems take: the working folder's name is longer
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
 
@@ -142,7 +144,12 @@ class ModelWriter:
             chunk = _MAX_CHUNK_BYTES
             while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
                 chunk //= 2
-            staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
+            try:
+                staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
+            except RuntimeError as error:
+                raise FastmergeError(
+                    f"{self.target}: the system refuses {io_threads} threads to write it ({error})"
+                ) from error
             for shard in self.layout.shards:
                 path = self.partial / shard.name
                 resume = bool(kept) and path.exists()
@@ -293,12 +300,14 @@ class ModelWriter:
         if self._finished:
             return
         self._give_up()
-        if isinstance(error, OSError) and str(error.filename).startswith(str(self.partial)):
+        own = (str(self.partial), str(self._journal.path))
+        if isinstance(error, OSError) and str(error.filename).startswith(own):
             raise _explain(error, self.target) from error
 
     def _give_up(self) -> None:
         """Stops; keeps what a later run can continue from, else leaves nothing."""
-        self.mark()
+        with suppress(OSError):  # a full disk takes no more entries: those it has will do
+            self.mark()
         for file in self._files:
             file.abandon()
         if self._journal.begun and not self._journal.entries:
@@ -339,26 +348,37 @@ class _Journal:
                 raise
             os.close(descriptor)
 
-    def _lines(self) -> list[bytes]:
+    def _entries(self) -> tuple[dict[str, Any], list[Any], int]:
+        """The job, the entries that are whole, and the bytes of both. A power cut may leave blocks
+        that were never written: what follows the first damaged line counts for nothing.
+        """
         text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
-        return text.split(b"\n")[:-1]
+        found: list[Any] = []
+        size = 0
+        for line in text.split(b"\n")[:-1]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            kind = list if found else dict  # [tensor, result], after the job's own line
+            if not isinstance(entry, kind):
+                break
+            found.append(entry)
+            size += len(line) + 1
+        return found[0] if found else {}, found[1:], size
 
     def folder(self) -> int:
         """The inode of the folder that the journal is about; 0 for an empty journal."""
-        lines = self._lines()
-        return int(json.loads(lines[0])["folder"]) if lines else 0
+        return int(self._entries()[0].get("folder", 0))
 
     def read(self, inode: int) -> dict[str, dict[str, Any]]:
         """The tensors listed, if of this boot and of the folder with this inode; else none."""
-        lines = self._lines()
-        if not lines:
+        head, entries, size = self._entries()
+        if head.get("boot") != _boot() or head["folder"] != inode:
             return {}
-        head = json.loads(lines[0])
-        if head["boot"] != _boot() or head["folder"] != inode:
-            return {}
-        os.ftruncate(self._descriptor, sum(len(line) + 1 for line in lines))
-        self.job, self.entries = head["job"], len(lines) - 1
-        return dict(json.loads(line) for line in lines[1:])
+        os.ftruncate(self._descriptor, size)
+        self.job, self.entries = head["job"], len(entries)
+        return dict(entries)
 
     def begin(self, job: str, inode: int) -> None:
         os.ftruncate(self._descriptor, 0)
@@ -371,8 +391,11 @@ class _Journal:
 
     def _append(self, lines: list[str]) -> None:
         data = "".join(line + "\n" for line in lines).encode()
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self, *, remove: bool) -> None:
         if self._descriptor >= 0:
@@ -400,10 +423,19 @@ def check_output(
 
 
 def _check_place(target: Path, inputs: Iterable[Path]) -> None:
+    if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
+        raise FastmergeError(f"{target.name[:40]}...: the folder's name is too long; shorten it")
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise FastmergeError(f"{target}: the folder's name is not UTF-8; give another") from None
     if not target.parent.is_dir():
         raise FastmergeError(f"{target}: the folder {target.parent} does not exist; create it")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise FastmergeError(f"{target}: the folder {target.parent} is not writable")
+    if target.exists() and target.stat().st_dev != target.parent.stat().st_dev:
+        # The finished folder takes this name by a rename, which cannot replace a mount.
+        raise FastmergeError(f"{target}: is where a disk is mounted; give a new folder inside it")
     for given in inputs:
         path = Path(os.path.realpath(given))
         # A folder of links into the target reads from the target all the same.

@@ -99,7 +99,13 @@ Staging::Staging(int64_t buffer_bytes, int buffers, int threads) : buffer_bytes_
         buffers_[static_cast<size_t>(i)].data = data + i * buffer_bytes;
         free_.push_back(i);
     }
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    try {
+        for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (...) {  // the system refused a thread: those already started must be joined
+        close();
+        ::munmap(mapped_, mapped_bytes_);
+        throw;
+    }
 }
 
 Staging::~Staging() {

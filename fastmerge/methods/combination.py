@@ -169,8 +169,8 @@ def karcher(
     """The point on the sphere with the least squared geodesic distance, scaled to the mean norm.
 
     u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below
-    ``tol`` (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, as in
-    mergekit 0.1.5.
+    ``tol`` (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, and
+    models opposite to u do not move it, as in mergekit 0.1.5.
     """
     g, tol = _present(gram), float(values["tol"])
     count = len(g)
@@ -190,8 +190,12 @@ def karcher(
         for unit in units:
             cosine = float(np.clip(point @ g @ unit, -1.0, 1.0))
             angle = np.arccos(cosine)
-            if angle >= tol:
-                step += alpha * angle / np.sin(angle) * (unit - cosine * point)
+            tangent = unit - cosine * point
+            size = _length(tangent, g)
+            # Opposite vectors (every pair of numbers with other signs is one) have no direction
+            # between them: what is left of the tangent, about 1e-8, is rounding.
+            if angle >= tol and size > 1e-6:
+                step += alpha * angle / size * tangent
         size = _length(step, g)
         if size < tol:
             break

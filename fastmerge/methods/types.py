@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from fastmerge.errors import FastmergeError
 from fastmerge.sparsity import Sparsify
 
+_LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
+
 REQUIRED: Final = object()  # the default of a parameter that a recipe must give
 
 Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
@@ -40,8 +42,8 @@ class Parameter:
             raise FastmergeError(f"{where}: '{self.name}' must be true or false, not {value!r}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
             raise FastmergeError(f"{where}: '{self.name}' must be a number, not {value!r}")
-        if not np.isfinite(value):
-            raise FastmergeError(f"{where}: '{self.name}' must be finite, not {value!r}")
+        if abs(value) > _LARGEST or value != value:
+            raise FastmergeError(f"{where}: '{self.name}' must be finite, not {value!r:.40}")
         if self.kind is int and value != int(value):
             raise FastmergeError(f"{where}: '{self.name}' must be a whole number, not {value!r}")
         too_low = self.low is not None and (

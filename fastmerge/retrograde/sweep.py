@@ -134,7 +134,7 @@ def _with_t(root: Merge, t: float) -> Merge:
             )
         base = None if node.base is None else made[node.base]
         operands = tuple(made[operand] for operand in node.operands)
-        made[node] = Merge(node.method, operands, base, values, each, node.seed)
+        made[node] = Merge(node.method, operands, base, values, each, node.seed, node.name)
     result = made[root]
     assert isinstance(result, Merge)
     return result
