@@ -54,6 +54,9 @@ STACKS = (
 
 VOCABULARY = frozenset(name for stack in STACKS for name in (stack.embedding, stack.head))
 
+# Written by old versions of transformers; new ones compute it and ignore what a file holds.
+COMPUTED = ".rotary_emb.inv_freq"
+
 # config.json may leave `tie_word_embeddings` out; these families' defaults in transformers are
 # True.
 _TIED_BY_DEFAULT = (
@@ -110,6 +113,15 @@ def numbered_settings(config: Mapping[str, Any]) -> list[str]:
     if alternates and not found and "layer_types" not in part:
         found.append("the pattern of sliding windows")
     return found
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with a head of its own."""
+    result = {**config, "tie_word_embeddings": False}
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and "tie_word_embeddings" in nested:
+        result["text_config"] = {**nested, "tie_word_embeddings": False}
+    return result
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -23,7 +23,10 @@ def model_card(plan: Plan, title: str) -> str:
     """
     from fastmerge import __version__
 
-    names = [display_name(reference) for reference in plan.references]
+    names = [
+        display_name(reference, model.path)
+        for reference, model in zip(plan.references, plan.models, strict=True)
+    ]
     sections = [
         _front_matter(names),
         f"# {title}",
@@ -37,15 +40,19 @@ def model_card(plan: Plan, title: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def display_name(reference: str) -> str:
-    """A model's name on a card: a Hub id as it is, a folder without the path to it.
+def display_name(reference: str, found: PurePath) -> str:
+    """A model's name on a card: a Hub id as it is, a folder without the path to it. ``found`` is
+    where it was read: a folder is found under its own name, a Hub id in a cache.
 
     A path on somebody's disk means nothing to the card's reader, and the Hub refuses it as a
     base_model.
     """
     path = PurePath(reference)
     is_path = path.is_absolute() or reference.startswith((".", "~")) or len(path.parts) > 2
-    return path.name or reference if is_path else reference
+    if not is_path and found.parts[-len(path.parts) :] != path.parts:
+        return reference
+    name = path.parent.name if path.suffix == ".safetensors" else path.name
+    return name or reference
 
 
 def _front_matter(names: Sequence[str]) -> str:

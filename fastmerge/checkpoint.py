@@ -27,6 +27,7 @@ from fastmerge.errors import FastmergeError, nearest
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 
 TOKENIZER_PATTERNS = (
@@ -93,7 +94,8 @@ def show(name: str) -> str:
 class Checkpoint:
     """The tensors and the config of one model on disk; safe to share between threads.
 
-    path: the folder (or single file) opened. config: config.json, {} where there is none.
+    path: the folder (or single file) opened. config: config.json in it (or beside it), {} where
+    there is none.
     tensors: by name, in file order. metadata: the files' ``__metadata__``, the first file's entry
     winning.
     """
@@ -135,14 +137,15 @@ class Checkpoint:
         weight_map: dict[str, str] | None = None
         if path.is_dir():
             files, weight_map = _find_files(path)
-            if (path / "config.json").exists():
-                config = _read_object(path / "config.json")
         elif path.suffix == ".safetensors" and path.exists():
             files = (path,)
         elif path.exists():
             raise FastmergeError(f"{path}: not a model folder or a .safetensors file")
         else:
             raise FastmergeError(f"{path}: no such file or folder")
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        if beside.exists():
+            config = _read_object(beside)
         opened = [_read_header(file, index) for index, file in enumerate(files)]
         headers = tuple(header for header, _ in opened)
         if weight_map is not None:
@@ -325,10 +328,12 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         return tuple(folder / name for name in names), weight_map
     if single.exists():
         return (single,), None
+    if single.is_symlink():
+        raise FastmergeError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if any("-of-" in name for name in others):
         raise FastmergeError(f"{folder}: has shards but no {INDEX}; download or copy it again")
-    if "adapter_model.safetensors" in others:
+    if any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
         raise FastmergeError(
             f"{folder}: a LoRA adapter, not a model; merge it into its base with peft first"
         )
@@ -344,6 +349,8 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             f"M.from_pretrained('{folder}', dtype='auto')"
             f".save_pretrained('{folder}-safe', safe_serialization=True)\""
         )
+    if any(folder.glob("*.gguf")):
+        raise FastmergeError(f"{folder}: GGUF files, which are quantised; get the safetensors ones")
     raise FastmergeError(f"{folder}: no {SINGLE} or {INDEX} in it")
 
 
@@ -456,6 +463,8 @@ def _read_header(path: Path, file: int) -> tuple[_Header, Stamp]:
             if size < 8:
                 raise FastmergeError(f"{path}: truncated: {size} bytes, not even a header length")
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if length == _LFS_POINTER:
+                raise FastmergeError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
             if length > MAX_HEADER_BYTES:
                 raise FastmergeError(
                     f"{path}: header length {length} is over {MAX_HEADER_BYTES}; not safetensors"

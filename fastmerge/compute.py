@@ -20,6 +20,8 @@ from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
 from fastmerge.methods.types import Consensus
 from fastmerge.sparsity import Selection, Sparsify, random_key
 
+_LARGE = 1e3  # of fp32's 24 bits, ten would go
+
 T = TypeVar("T")  # a back end's tensor
 O = TypeVar("O", contravariant=True)  # noqa: E741  a back end's output
 
@@ -113,6 +115,17 @@ def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | 
     return algebra.coefficients(tree, gram), None
 
 
+def cancels(tree: Collapsed, factors: Float64) -> bool:
+    """Whether a sum of the parts with these coefficients would lose in fp32 what one of their
+    deltas keeps: multislerp gives a delta of a thousandth of the others' length a thousandfold
+    weight, which the base's must cancel.
+    """
+    if tree.reference is None or factors.ndim > 1:
+        return False
+    largest = float(np.abs(factors).max())
+    return largest > _LARGE and abs(float(factors.sum()) - 1.0) < 1e-9 * largest
+
+
 def effective(
     tree: Collapsed, factors: Float64, divisor: float | None
 ) -> Mapping[Source, float] | None:
@@ -201,7 +214,10 @@ class Computation(Generic[T, O]):
         tensors = [self._tensor(part) for part in tree.parts]
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
         factors, divisor = factors_of(tree, gram)
-        outcome = self._combine(tensors, factors, divisor, tree.axis, out)
+        if cancels(tree, factors):
+            outcome = self._sum_deltas(tree.reference or 0, tensors, factors, out)
+        else:
+            outcome = self._combine(tensors, factors, divisor, tree.axis, out)
         named = effective(tree, factors, divisor)
         return Outcome(outcome.nonfinite, coefficients=named, gram=gram)
 
@@ -220,6 +236,19 @@ class Computation(Generic[T, O]):
                 tensors, factors, out, divisor=divisor, axis=axis, rows=rows, cols=cols
             )
         )
+
+    def _sum_deltas(
+        self, reference: int, tensors: Sequence[T], factors: Float64, out: O
+    ) -> Outcome:
+        """x_r + sum_i c_i (x_i - x_r): the same where the coefficients sum to 1."""
+        others = [i for i in range(len(tensors)) if i != reference]
+        every = Selection(kept=math.prod(self._shape))
+        bad = self._backend.consensus(
+            [tensors[i] for i in others], tensors[reference],
+            [float(factors[i]) for i in others], [every] * len(others), out,
+            elect=False, normalize=False, scale=1.0,
+        )  # fmt: skip
+        return Outcome(bad)
 
     def _consensus(self, root: Merge, out: O) -> Outcome:
         plan = consensus_plan(root, self._name, math.prod(self._shape))

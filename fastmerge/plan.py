@@ -43,6 +43,7 @@ from fastmerge.stage import (
     TensorPlan,
     View,
     check_quantised,
+    has_own_head,
     output_config,
     set_layers,
     with_head,
@@ -286,7 +287,10 @@ class _Planner:
         tensors = {
             name: TensorPlan(name, info.shape, info.dtype, Source(index, name))
             for name, info in model.tensors.items()
+            if not name.endswith(architecture.COMPUTED)
         }
+        if len(tensors) < len(model.tensors):
+            self.note(f"{architecture.COMPUTED[1:]} is not written: transformers computes it")
         view = View(reference, model.config, tensors, model.path)
         self._opened[identity] = view
         return view
@@ -312,7 +316,20 @@ class _Planner:
         for part in parts:
             for item in part.inputs:
                 check_quantised(item.view, method, item.where)
-        parts = self._tie(parts, lead)
+        if not lead.config:
+            self.note(
+                f"'{lead.label}' has no config.json, so the output has none; transformers will not "
+                "load it without"
+            )
+        tied = architecture.is_tied(lead.config)
+        if tied and any(has_own_head(item.view) for part in parts for item in part.inputs):
+            tied = False
+            lead = replace(lead, config=architecture.untied(lead.config))
+            self.note(
+                f"'{lead.label}' ties its head to its embeddings and another model does not: the "
+                "output has a head of its own"
+            )
+        parts = self._tie(parts, tied)
         build = Builder(document.output_dtype, self._stage_seed(document), self.models)
         tensors = build.whole(parts[0]) if document.models is not None else build.stacked(parts)
         self._unused_filters(document, parts)
@@ -460,9 +477,8 @@ class _Planner:
 
     # -------- decisions with a note
 
-    def _tie(self, parts: list[Part], lead: View) -> list[Part]:
+    def _tie(self, parts: list[Part], tied: bool) -> list[Part]:
         """Every view with or without a head of its own, as the output's config wants it."""
-        tied = architecture.is_tied(lead.config)
         changed: dict[int, View] = {}
         for part in parts:
             for item in part.inputs:
@@ -477,13 +493,8 @@ class _Planner:
                         f"'{view.label}' ties its head to its embeddings: these stand in for its "
                         "lm_head"
                     )
-                elif architecture.is_tied(view.config):
-                    self.note("lm_head.weight is not written: the config ties it to the embeddings")
                 else:
-                    self.note(
-                        f"lm_head.weight is not written: the config of '{lead.label}' ties it to "
-                        f"the embeddings; the head that '{view.label}' has of its own is lost"
-                    )
+                    self.note("lm_head.weight is not written: the config ties it to the embeddings")
         return [
             replace(
                 part,

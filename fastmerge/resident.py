@@ -18,7 +18,14 @@ import numpy as np
 
 from fastmerge import algebra
 from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
-from fastmerge.compute import Computation, Outcome, consensus_plan, effective, factors_of
+from fastmerge.compute import (
+    Computation,
+    Outcome,
+    cancels,
+    consensus_plan,
+    effective,
+    factors_of,
+)
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import find
 
@@ -152,10 +159,12 @@ class Resident:
         self._run_combinations(outcomes)
         self._run_consensuses(outcomes)
         for place in self._others:
-            name, root, out = self._jobs[place]
-            computation = Computation(self._backend, self._fetch, name, tuple(out.shape))
-            outcomes[place] = computation.run(root, out)
+            outcomes[place] = self._alone(place)
         return outcomes
+
+    def _alone(self, place: int) -> Outcome:
+        name, root, out = self._jobs[place]
+        return Computation(self._backend, self._fetch, name, tuple(out.shape)).run(root, out)
 
     def combine(self, coefficients: Sequence[Float64]) -> list[int]:
         """out = sum_i c_i x_i for every job with the caller's coefficients, over the sources of its
@@ -183,6 +192,9 @@ class Resident:
         chosen = [effective(*given) for given in zip(trees, factors, divisors, strict=True)]
         for place, own, bad in zip(places, chosen, counts.tolist(), strict=True):
             outcomes[place] = Outcome(bad, coefficients=own)
+        for place, tree, own_factors in zip(places, trees, factors, strict=True):
+            if cancels(tree, own_factors):
+                outcomes[place] = self._alone(place)
 
     def _run_consensuses(self, outcomes: list[Outcome]) -> None:
         for group in self._consensus:

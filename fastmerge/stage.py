@@ -80,6 +80,12 @@ class View:
         return max(self.layers.get(stack, {-1: {}})) + 1
 
 
+def has_own_head(view: View) -> bool:
+    """Whether its head is another tensor than its embeddings."""
+    heads = (stack.head in view.tensors for stack in architecture.STACKS)
+    return any(heads) and not architecture.is_tied(view.config)
+
+
 def with_head(view: View, tied: bool) -> View:
     """The view as an output needs it whose config does (``tied``) or does not tie the head to the
     embeddings.

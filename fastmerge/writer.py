@@ -70,6 +70,7 @@ class ModelWriter:
         # A link is followed: what it points to is what is replaced.
         self.target = Path(os.path.realpath(target))
         self.layout = layout
+        _check_place(self.target, inputs)
         self.partial = self.target.with_name(f".{self.target.name}.fastmerge-partial")
         self._overwrite = overwrite
         self._old = self.target.with_name(f".{self.target.name}.fastmerge-old")
@@ -78,7 +79,6 @@ class ModelWriter:
         self._open: deque[Slot] = deque()
         self._lock = threading.Lock()
         self._finished = False
-        _check_place(self.target, inputs)
         journal_path = self.target.with_name(f".{self.target.name}.fastmerge-journal")
         self._journal = _Journal(journal_path, self.target)
         try:
@@ -415,7 +415,9 @@ def _boot() -> str:
 def check_output(
     target: Path, inputs: Iterable[Path], nbytes: int, *, overwrite: bool = False
 ) -> None:
-    """Raises what `ModelWriter` would about the place of ``nbytes`` of output; touches nothing."""
+    """Raises what `ModelWriter` would about the place of ``nbytes`` of output, but for unfinished
+    merges, which need its lock; touches nothing.
+    """
     real = Path(os.path.realpath(target))
     _check_place(real, inputs)
     _check_target(real, overwrite)
@@ -423,6 +425,8 @@ def check_output(
 
 
 def _check_place(target: Path, inputs: Iterable[Path]) -> None:
+    if not target.name or target == Path.cwd():
+        raise FastmergeError(f"{target}: is the current or the root folder; name one inside it")
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise FastmergeError(f"{target.name[:40]}...: the folder's name is too long; shorten it")
     try:

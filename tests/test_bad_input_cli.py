@@ -255,6 +255,7 @@ def test_no_space(capsys, pair, monkeypatch):
 
 OPTIONS = {
     "memory": (["--memory-limit", "lots"], "--memory-limit: 'lots' is not a size"),
+    "too little": (["--memory-limit", "1MiB"], "--memory-limit: 1MiB is less than"),
     "unit": (["--memory-limit", "5XB"], "--memory-limit: '5XB' is not a size"),
     "zero": (["--max-shard-size", "0"], "--max-shard-size: '0' must be more"),
     "threads": (["--threads", "0"], "--threads: 0 threads"),

@@ -106,8 +106,20 @@ def test_same_plan_same_card(plan):
     }.items(),
 )
 def test_no_local_path_on_a_card(reference, name):
-    assert display_name(reference) == name
+    assert display_name(reference, Path("/cache/snapshots/0123abcd")) == name
+
+
+@pytest.mark.parametrize(
+    ("reference", "found", "name"),
+    [
+        ("models/tuned", "/work/models/tuned", "tuned"),
+        ("tuned/model.safetensors", "/work/tuned/model.safetensors", "tuned"),
+        ("org/model", "/cache/models--org--model/snapshots/0123abcd", "org/model"),
+    ],
+)
+def test_a_relative_folder_is_no_hub_id(reference, found, name):
+    assert display_name(reference, Path(found)) == name
 
 
 def test_path_without_name():
-    assert display_name(str(Path("/"))) == "/"
+    assert display_name("/", Path("/")) == "/"

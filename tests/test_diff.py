@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -155,3 +156,18 @@ def test_largest_first(tmp_path):
     moved["t5"][0] = math.inf
     found = compare(store(tmp_path / "a", tensors), store(tmp_path / "b", moved), threads=1)
     assert [tensor.name for tensor in found.largest(3)] == ["t5", "t0", "t1"]
+
+
+def test_complex_and_packed_types_are_counted_by_element(zoo):
+    one = np.arange(20, dtype=np.uint64)
+    other = one.copy()
+    other[3] += 1 << 40
+    packed, changed = np.arange(5, dtype=np.uint8), np.arange(5, dtype=np.uint8)
+    changed[0], changed[4] = 0x11, 0x54  # both halves of the first, one of the last
+    a = zoo.raw("a", {"c": ("C64", one), "p": ("F4", packed.reshape(1, 5))})
+    b = zoo.raw("b", {"c": ("C64", other), "p": ("F4", changed.reshape(1, 5))})
+    for folder in (a, b):  # two to a byte: ten elements
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b'"shape": [1, 5]', b'"shape":[1, 10]'))
+    found = compare(Checkpoint.open(a), Checkpoint.open(b), threads=1)
+    assert {tensor.name: tensor.changed for tensor in found.tensors} == {"c": 1, "p": 3}

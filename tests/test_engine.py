@@ -365,3 +365,97 @@ def test_overwrite_keeps_the_old_model_until_the_new_one_is_whole(killable, mode
     assert process.wait() == -signal.SIGKILL and digest(out) == before
     assert start(killable, out, "--overwrite").wait() == 0
     assert digest(out) != before
+
+
+def test_a_document_is_drawn_once_whatever_uses_it(zoo, models, tmp_path):
+    """DARE keys its masks by the tensor's name in its own document: stacked twice, the layers are
+    the same; so is a run of the two documents one after the other."""
+    base, one, two = models
+    drawn = {**ties_recipe(base, one, two, name="drawn"), "merge_method": "dare_ties", "seed": 5}
+    layers = [{"sources": [{"model": "drawn", "layer_range": [0, 2]}]}] * 2
+    stacked = {"merge_method": "passthrough", "slices": layers, "dtype": "bfloat16"}
+    fastmerge.merge([drawn, stacked], tmp_path / "out")
+    found = zoo.read(tmp_path / "out")
+    for name, value in found.items():
+        if ".layers.0." in name:
+            np.testing.assert_array_equal(found[name.replace(".0.", ".2.")], value)
+
+
+def test_intermediates_share_one_budget_and_end_with_their_last_reader(models, tmp_path):
+    """Ten documents deep: two intermediates at a time, wherever they lie."""
+    from fastmerge.backends import CpuBackend
+    from fastmerge.compute import Computation
+
+    base, one, two = models
+    chain = [ties_recipe(base, one, two, name="s0")]
+    chain += [ties_recipe(base, f"s{i - 1}", two, name=f"s{i}") for i in range(1, 10)]
+    del chain[-1]["name"]
+    plan = api.plan(chain)
+    item = max(plan.tensors, key=lambda tensor: tensor.count)
+    backend = CpuBackend(1, scratch_folder=tmp_path, scratch_bytes=9 * item.count)
+    living, most, taken = [0], [0], backend._take_scratch
+
+    def counted(nbytes: int) -> bool:
+        living[0] += nbytes // (4 * item.count)
+        most[0] = max(most[0], living[0])
+        return taken(nbytes)
+
+    backend._take_scratch = counted
+    array, sink = engine.array_sink(item)
+    fetch = engine.Inputs(plan.models).fetch
+    Computation(backend, fetch, item.name, item.shape).run(item.root, sink)
+    assert most == [2] and backend._scratch_left == 9 * item.count
+    made = {tensor.name: values for tensor, values in engine.materialise(plan)}
+    np.testing.assert_array_equal(array, made[item.name])
+
+
+def test_a_chain_of_a_thousand_documents_is_no_deeper_than_one(models):
+    base, one, two = models
+    chain = [ties_recipe(base, one, two, name="s0")]
+    chain += [ties_recipe(base, f"s{i - 1}", two, name=f"s{i}") for i in range(1, 1000)]
+    del chain[-1]["name"]
+    plan = api.plan(chain)
+    item = min(plan.tensors, key=lambda tensor: tensor.count)
+    array, sink = engine.array_sink(item)
+    backend = engine.backends.cpu(1)
+    engine.write_tensor(backend, engine.Inputs(plan.models), item, sink)
+    assert array.any()
+
+
+def test_no_room_for_an_intermediate_is_one_line(models, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    base, one, two = models
+    chain = [ties_recipe(base, one, two, name="stage"), slerp_recipe("stage", one)]
+    monkeypatch.setattr("fastmerge.backends.os.posix_fallocate", full)
+    with pytest.raises(FastmergeError, match="no room for an intermediate tensor"):
+        fastmerge.merge(chain, tmp_path / "out", memory_limit=4096)
+
+
+def test_an_input_that_changes_during_the_merge_is_noticed(models, tmp_path):
+    base, one, _ = models
+    weights = next(Path(one).glob("*.safetensors"))
+
+    def rewrite(*_: object) -> None:
+        with weights.open("r+b") as file:  # in place: a mapped file that shrinks is a SIGBUS
+            file.write(weights.read_bytes())
+
+    with pytest.raises(FastmergeError, match="changed while it was being read"):
+        fastmerge.merge(slerp_recipe(base, one), tmp_path / "out", progress=rewrite)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_python_callers_get_wrong_is_one_line(models, tmp_path):
+    recipe = slerp_recipe(*models[:2])
+    for wrong, message in (
+        ({"io": "mmap"}, "io: unknown 'mmap'"),
+        ({"memory_limit": 0}, "memory_limit: 0 is not"),
+        ({"max_shard_bytes": -1}, "max_shard_bytes: -1 is not"),
+        ({"gpu_memory": "2GiB"}, "gpu_memory: '2GiB' is not"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+    ):
+        with pytest.raises(FastmergeError, match=message):
+            fastmerge.merge(recipe, tmp_path / "out", **wrong)
+    with pytest.raises(FastmergeError, match="this plan has"):
+        fastmerge.merge(api.plan(recipe), tmp_path / "out", seed=3)

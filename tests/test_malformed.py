@@ -51,7 +51,7 @@ MALFORMED = {
     "length-zero": (struct.pack("<Q", 0), "'{'", True),
     "length-cuts-json": (file_of({"a": A4}, bytes(4), length=9), "not JSON", True),
     "html": (b"<!DOCTYPE html><html>not found</html>", "header length", True),
-    "lfs-pointer": (b"version https://git-lfs.github.com/spec/v1\n", "header length", True),
+    "lfs-pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull", True),
     "zip": (b"PK\x03\x04" + bytes(40), "truncated", True),
     "not-json": (file_of(b"{nonsense}"), "not JSON", True),
     "not-utf8": (file_of(b'{"\xff":1}'), "UTF-8", True),

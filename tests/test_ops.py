@@ -227,7 +227,17 @@ def test_scalar_shape():
         (lambda: ops.slerp(A, B, 0.5, out=np.zeros(3, np.float32)), "shape"),
         (lambda: ops.slerp(A, B, 0.5, out=[1]), "must be of the inputs' kind"),
         (lambda: ops.combine([A, B], [1]), "2 tensors but 1 coefficients"),
+        (lambda: ops.combine([A, B], [1, np.nan]), "one finite number for each tensor"),
+        (lambda: ops.combine([A, B], [[1, 2], [3, 4]]), "one finite number for each tensor"),
+        (lambda: ops.combine([A, B], [1, "x"]), "no numbers"),
+        (lambda: ops.gram([], base=A), "no tensors"),
+        (lambda: ops.linear([A, B], [0.5, None]), "'weight' must be a number, not None"),
+        (lambda: ops.linear([A, B], None), "'weight' must be a number, not None"),
+        (lambda: ops.slerp(A, B, 10**400), "'t' must be finite"),
+        (lambda: ops.dare_ties(BASE, [X], [1], density=0.5, seed=1.0), "'seed' must be a whole"),
+        (lambda: ops.dare_ties(BASE, [X], [1], density=0.5, seed=-1), "'seed' must be a whole"),
         (lambda: ops.slerp(A, B, 0.5, threads=0), "threads"),
+        (lambda: ops.slerp(A, B, 0.5, threads="2"), "not a whole number of threads"),
     ],
 )
 def test_refusals_are_one_clear_line(call, message):
@@ -255,3 +265,94 @@ def test_meta_tensors_are_refused_by_name():
 
 def test_the_package_says_its_version():
     assert fastmerge.__version__
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    weights = [0.25, 0.75]
+    expected = ops.linear([A, B], weights)
+    for same in (np.float32(weights), np.array(weights), torch.tensor(weights), tuple(weights)):
+        np.testing.assert_array_equal(ops.linear([A, B], same), expected)
+    np.testing.assert_array_equal(ops.linear([A, B], np.array([1, 3])), expected)
+    exact = ops.slerp(A, B, 0.5)
+    for t in (np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)):
+        np.testing.assert_array_equal(ops.slerp(A, B, t), exact)
+
+
+def _fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(5, 7)
+
+
+def _freed():
+    tensor = torch.ones(5, 7)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+NO_MEMORY = {
+    "fake": (_fake, "FakeTensor has no memory of its own"),
+    "freed": (_freed, "memory has been freed"),
+    "sparse": (lambda: torch.eye(5).to_sparse(), "sparse"),
+    "sparse rows": (lambda: torch.eye(5).to_sparse_csr(), "sparse"),
+    "negated": (lambda: torch.tensor([1 + 2j]).conj().imag, "resolve_neg"),
+}
+
+
+@pytest.mark.parametrize("make, message", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_tensors_that_are_not_their_memory_are_refused(make, message):
+    tensor = make()
+    with pytest.raises(FastmergeError, match=message):
+        ops.linear([tensor], [1.0])
+    if tensor.layout == torch.strided and not tensor.is_neg():
+        plain = torch.ones(tuple(tensor.shape))
+        with pytest.raises(FastmergeError, match=message):
+            ops.linear([plain], [1.0], out=tensor)
+
+
+def test_inside_vmap_is_refused():
+    with pytest.raises(FastmergeError, match="has no memory of its own"):
+        torch.vmap(lambda x: ops.linear([x], [1.0]))(torch.ones(3, 4))
+
+
+def test_autograd_sees_the_write():
+    weight = torch.nn.Parameter(torch.ones(4))
+    loss = (weight * weight).sum()
+    ops.linear([torch.full((4,), 5.0)], [1.0], out=weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_karcher_of_opposite_inputs():
+    """mergekit 0.1.5: what is opposite to the mean does not move it. (It was 8 and 1e8.)"""
+    numbers = [np.array([x], np.float32) for x in (1.0, -2.0, 3.0)]
+    np.testing.assert_allclose(ops.karcher(numbers), [2.0], rtol=1e-6)
+    np.testing.assert_allclose(ops.karcher([A, A, -A]), A, rtol=1e-5)
+
+
+def test_multislerp_of_a_tiny_delta_keeps_its_digits():
+    base = (1 + 0.05 * A).astype(np.float32)
+    one, two = base.copy(), base + np.float32(0.1) * B
+    one[0, 0] += np.float32(2e-5)
+    d = np.stack([one - base, two - base]).astype(np.float64)
+    norms = np.sqrt((d**2).sum((1, 2)))
+    units = d / (norms[:, None, None] + 1e-8)
+    mean = units.mean(0) / np.linalg.norm(units.mean(0))
+    tau = np.mean([u - (u * mean).sum() * mean for u in units], 0)
+    n = np.linalg.norm(tau) + 1e-8
+    exact = base + (mean * np.cos(n) + tau * np.sin(n) / n) * norms.mean()
+    got = ops.multislerp([one, two], [0.5, 0.5], base=base)
+    assert norms[0] / norms[1] < 1e-5
+    np.testing.assert_allclose(got, exact, rtol=1e-6)
+
+
+def test_one_task_runs_in_the_default_floating_point_mode():
+    """torch.set_flush_denormal changes the caller's mode, which small tensors are computed in."""
+    tiny = torch.full((8,), 1e-41)
+    torch.set_flush_denormal(True)
+    try:
+        out = ops.linear([tiny], [1.0])
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out.view(torch.int32), tiny.view(torch.int32)) and out[0] != 0

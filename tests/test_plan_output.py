@@ -156,12 +156,50 @@ def test_llamas_are_untied_by_default(zoo, monkeypatch):
     assert heads(make_plan(LINEAR_AB))
 
 
-def test_an_untied_models_head_is_lost_on_a_tied_donor_and_told(zoo, monkeypatch):
+def test_an_untied_models_head_unties_the_output_and_is_told(zoo, monkeypatch):
+    """As mergekit does: a head that one model has of its own must not be lost."""
     monkeypatch.chdir(zoo.root)
     zoo.base("a", tied=True)
     zoo.base("b", seed=3)
     plan = make_plan(LINEAR_AB)
-    assert not heads(plan) and "the head that 'b' has of its own is lost" in plan.notes[0]
+    (head,) = heads(plan)
+    assert head.root.operands == (
+        Source(0, "model.embed_tokens.weight"),
+        Source(1, "lm_head.weight"),
+    )
+    assert plan.config["tie_word_embeddings"] is False
+    assert "the output has a head of its own" in plan.notes[0]
+
+
+def test_what_transformers_computes_is_not_merged(zoo, monkeypatch):
+    """Old checkpoints hold the rotary frequencies; new ones of the same model do not."""
+    monkeypatch.chdir(zoo.root)
+    tensors = zoo.read(zoo.base("a"))
+    config = json.loads((zoo.root / "a" / "config.json").read_text())
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    zoo.write("b", {**tensors, name: np.ones(4)}, config)
+    plan = make_plan(LINEAR_AB)
+    assert name not in {tensor.name for tensor in plan.tensors}
+    assert "inv_freq is not written" in plan.notes[0]
+
+
+def test_a_donor_without_a_config_is_told(zoo, monkeypatch):
+    monkeypatch.chdir(zoo.root)
+    zoo.tune(zoo.base("a"), "b")
+    (zoo.root / "a" / "config.json").unlink()
+    assert any("'a' has no config.json" in note for note in make_plan(LINEAR_AB).notes)
+
+
+def test_a_model_named_by_its_file_has_the_config_beside_it(zoo, monkeypatch):
+    monkeypatch.chdir(zoo.root)
+    zoo.tune(zoo.base("a", layers=4), "b")
+    one, two = "a/model.safetensors", "b/model.safetensors"
+    plan = make_plan(
+        "merge_method: passthrough\nslices:\n"
+        f"  - sources: [{{model: {one}, layer_range: [0, 3]}}]\n"
+        f"  - sources: [{{model: {two}, layer_range: [1, 4]}}]\n"
+    )
+    assert plan.config["num_hidden_layers"] == 6
 
 
 def test_a_tied_models_embeddings_stand_in_for_its_head(zoo, monkeypatch):

@@ -266,7 +266,7 @@ def test_the_whole_range_under_models_is_fine():
 
 @pytest.mark.parametrize("seed", [-1, 1 << 64])
 def test_seed(seed, shelf):
-    with pytest.raises(FastmergeError, match=r"seed must be in \[0, 2\^64\)"):
+    with pytest.raises(FastmergeError, match=r"seed must be a whole number in \[0, 2\^64\)"):
         make_plan(models("dare_ties", "a", "b", weight=1), seed=seed)
     assert (
         make_plan(models("dare_ties", "a", "b", weight=1), seed=abs(seed) - 1).seed == abs(seed) - 1

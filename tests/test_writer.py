@@ -541,3 +541,51 @@ def test_threads(tmp_path: Path) -> None:
             assert not thread.is_alive()
         writer.finish({"config.json": b"{}"})
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, b"{", b"[1, 2]\n", b"null\n3\n"])
+def test_a_damaged_journal_counts_for_nothing(tmp_path: Path, damage: bytes) -> None:
+    target = tmp_path / "out"
+    (tmp_path / ".out.fastmerge-partial").mkdir()
+    (tmp_path / ".out.fastmerge-journal").write_bytes(damage + b"\n")
+    with ModelWriter(target, layout(), key="job") as writer:
+        assert not writer.resumed
+        fill(writer, writer.pending())
+        writer.finish()
+    assert target.is_dir() and not (tmp_path / ".out.fastmerge-journal").exists()
+
+
+def test_a_journal_that_the_disk_has_no_room_for_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def filled() -> None:
+        with ModelWriter(tmp_path / "out", layout(), key="job") as writer:
+            monkeypatch.setattr(writer_module.os, "write", full)
+            writer._journal.add({"large": {}})
+
+    with pytest.raises(FastmergeError, match="no space left"):
+        filled()
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [("/", "root folder"), (".", "current"), ("x" * 230, "too long"), ("\udc80", "not UTF-8")],
+)
+def test_places_that_no_model_can_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FastmergeError, match=message):
+        ModelWriter(Path(target), layout(), key="job")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no mount to try it on")
+    monkeypatch.setattr(writer_module.os, "access", lambda *_: True)
+    with pytest.raises(FastmergeError, match="where a disk is mounted"):
+        ModelWriter(Path("/dev/shm"), layout(), key="job")

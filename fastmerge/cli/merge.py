@@ -10,6 +10,7 @@ import typer
 
 from fastmerge import console
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+from fastmerge.errors import FastmergeError
 from fastmerge.units import format_bytes, format_count, format_seconds, parse_size
 
 
@@ -28,6 +29,8 @@ class Io(str, Enum):
     direct = "direct"
     buffered = "buffered"
 
+
+_LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
 MemoryLimit = Annotated[str, typer.Option(metavar="SIZE", help="Bound on anonymous memory.")]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
@@ -142,7 +145,10 @@ def plan(
         ("type", ", ".join(found["dtypes"])),
         ("read", f"{format_bytes(found['bytes_in'])}, each tensor {often}"),
         ("write", f"{format_bytes(found['bytes_out'])} in {files} file{'s'[: files != 1]}"),
-        ("memory", f"{memory_limit} at most; inputs are mapped, not loaded"),
+        (
+            "memory",
+            f"{format_bytes(limits['memory_limit'])} at most; inputs are mapped, not loaded",
+        ),
         ("side files", f"from {found['donor']}"),
     ]
     if found["seed"] is not None:
@@ -152,7 +158,11 @@ def plan(
 
 
 def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:
+    memory_bytes = parse_size(memory_limit, "--memory-limit")
+    if memory_bytes < _LEAST_MEMORY_BYTES:
+        least = format_bytes(_LEAST_MEMORY_BYTES)
+        raise FastmergeError(f"--memory-limit: {memory_limit} is less than the {least} it takes")
     return {
-        "memory_limit": parse_size(memory_limit, "--memory-limit"),
+        "memory_limit": memory_bytes,
         "max_shard_bytes": parse_size(max_shard_size, "--max-shard-size"),
     }

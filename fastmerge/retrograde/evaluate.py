@@ -219,7 +219,11 @@ class _Perplexity:
         path = near if near.exists() else Path(settings.perplexity)
         try:
             self._text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise FastmergeError(
+                f"{settings.at('perplexity')}: {path}: cannot be read ({error.strerror})"
+            ) from error
+        except UnicodeDecodeError as error:
             raise FastmergeError(f"{settings.at('perplexity')}: {path}: {error}") from error
         self._settings = settings
         self._name = path.stem

@@ -197,7 +197,7 @@ class Pair(Section):
 class Moves(Section):
     """Cycles of one degrade and one retrace, or explicit steps."""
 
-    cycles: Positive | None = None
+    cycles: Annotated[int, Field(ge=1, le=100_000)] | None = None
     degrade: Degrade | None = None
     retrace: Retrace | None = None
     steps: tuple[Pair, ...] | None = None

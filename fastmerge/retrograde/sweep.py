@@ -21,6 +21,7 @@ from fastmerge.retrograde.schedule import load_evaluate
 from fastmerge.retrograde.scores import Scores, digest, none, write_atomically
 
 FILE = "sweep.json"
+MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def parse_range(text: str) -> list[float]:
             if step <= 0 or last < first:
                 raise ValueError
             count = int(np.floor((last - first) / step + 1e-9)) + 1
+            if count > MOST_VALUES:
+                raise FastmergeError(f"--t: '{text}' has {count} values; at most {MOST_VALUES}")
             values = [round(first + i * step, 12) for i in range(count)]
         else:
             values = [float(part) for part in text.split(",")]
