@@ -1,4 +1,4 @@
-"""The GPU kernels on this machine: builds, tests, measures; one JSON and one plot in results/.
+"""The GPU kernels on this machine: builds, measures, tests; one JSON and one plot in results/.
 
     python benchmarks/gpu.py                # a CUDA machine with torch, triton and a C++ compiler
     python benchmarks/gpu.py --rehearse     # the same steps, tiny, in Triton's interpreter on a CPU
@@ -14,71 +14,90 @@ import json
 import os
 import platform
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-LIMIT_SECONDS = 480  # the tests, 3 minutes and more of compiling, come last and get what is left
-BEGAN = float(os.environ.get("FASTMERGE_GPU_BEGAN", time.time()))
+LIMIT_SECONDS = 480
+# When this process has to be done: one that runs a part is told.
+UNTIL = float(os.environ.get("FASTMERGE_GPU_UNTIL", time.time() + LIMIT_SECONDS))
+# The parts in order, each a process of its own (an illegal memory access ends that part only), with
+# the seconds it leaves to those after it: 110 are for streaming, 130 for the tests, 15 for the end.
+PARTS = {"yardsticks": 340, "primitives": 270, "models": 240, "tests": 125, "streaming": 15}
 
 # Goals on an H200: row, column, bound.
-GOALS = {
-    "combine 2": ("of copy", 0.9, ">="),
-    "combine 3": ("of copy", 0.9, ">="),
-    "gram 2": ("of copy", 0.9, ">="),
-    "slerp model": ("seconds", 0.020, "<="),
-    "ties model": ("seconds", 0.060, "<="),
-    "ties model ": ("times mergekit", 100.0, ">="),
-    "stream slerp": ("of pinned copy", 0.8, ">="),
-}
+GOALS = [
+    ("combine 2", "of copy", 0.9, ">="),
+    ("combine 3", "of copy", 0.9, ">="),
+    ("gram 2", "of copy", 0.9, ">="),
+    ("slerp model", "seconds", 0.020, "<="),
+    ("ties model", "seconds", 0.060, "<="),
+    ("ties model", "times mergekit", 100.0, ">="),
+    ("stream slerp", "of pinned copy", 0.8, ">="),
+]
 
 
 def left() -> float:
-    """Seconds until the limit."""
-    return LIMIT_SECONDS - (time.time() - BEGAN)
+    """Seconds until this process has to be done."""
+    return UNTIL - time.time()
+
+
+def attempt(command: Sequence[str], seconds: float, log: IO[str] | None = None) -> str:
+    """Runs a command: "" if it went well, else what went wrong. Its group of processes ends with
+    it, or a killed test's workers would hold the GPU on; 10 s to remove files of 40 GB.
+    """
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        code = process.wait(max(seconds, 1))
+        return f"exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        return f"out of time after {seconds:.0f} s"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(10)
+
+
+def has(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 # --- build ----------------------------------------------------------------------------------------
 
 
-def works(environment: dict[str, str]) -> bool:
-    """Whether fastmerge, its extension and its kernels of this checkout can be imported."""
+def broken() -> str:
+    """Why fastmerge, its extension and its kernels of this checkout cannot be imported, or ""."""
     code = "import fastmerge, fastmerge._C, fastmerge.kernels as k; print(fastmerge.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    return done.returncode == 0 and str(ROOT) in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr[-500:]
+    return "" if str(ROOT) in done.stdout else f"another one was imported, {done.stdout}"
 
 
-def build() -> dict[str, str]:
-    """Builds the package the usual way, else by hand; returns the environment to import it in."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    if works(environment):
-        return environment
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e"]
-    done = subprocess.run([*pip, str(ROOT)], capture_output=True, text=True, check=False)
-    if done.returncode == 0 and works(environment):
-        return environment
-    print("pip could not install it; compiling by hand")
-    environment["PYTHONPATH"] = str(build_by_hand())
-    if not works(environment):
-        sys.exit("gpu.py: the extension was compiled but does not import; see above")
-    return environment
-
-
-def build_by_hand() -> Path:
-    """An import folder with links to the sources and the extension, by one compiler call."""
-    import torch
-
+def build() -> None:
+    """Unless fastmerge can be imported as it is: an import folder of links to the sources and the
+    extension, which takes a compiler and nothing else, for the processes started after this.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if not broken():
+        return
     home = ROOT / "build" / "gpu"
     package = home / "fastmerge"
     package.mkdir(parents=True, exist_ok=True)
@@ -89,71 +108,78 @@ def build_by_hand() -> Path:
     information = home / "fastmerge-0.dist-info"
     information.mkdir(exist_ok=True)
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fastmerge\nVersion: 0\n")
-    try:
-        import pybind11
-
-        headers = pybind11.get_include()
-    except ImportError:  # torch brings a copy
-        headers = str(Path(torch.__file__).parent / "include")
-    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    owner = import_module("pybind11" if has("pybind11") else "torch")  # torch brings a copy
     flags = ["-O3", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden"]
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{headers}", f"-I{sysconfig.get_paths()['include']}"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{Path(owner.__file__).parent / 'include'}"]
+    command = ["c++", *flags, f"-I{sysconfig.get_paths()['include']}", "-c"]
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
-    objects = [home / f"{number}.o" for number in range(len(sources))]
+    made = {source: home / f"{number}.o" for number, source in enumerate(sources)}
+    jobs = [subprocess.Popen([*command, source, "-o", made[source]]) for source in sources]
+    if {job.wait() for job in jobs} != {0}:
+        sys.exit("gpu.py: the compiler failed, see above")
+    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["c++", "-shared", "-pthread", *made.values(), "-o", target], check=True)
+    # Before what is there already: a caller may bring packages on PYTHONPATH.
+    paths = [str(home), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    if why := broken():
+        sys.exit(f"gpu.py: the extension was compiled but does not import: {why}")
 
-    def compile_one(source: Path, made: Path) -> None:
-        command = ["c++", *flags, *includes, "-c", str(source), "-o", str(made)]
-        subprocess.run(command, check=True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(compile_one, sources, objects))
-    subprocess.run(
-        ["c++", "-shared", "-pthread", *map(str, objects), "-o", str(target)], check=True
-    )
-    return home
-
-
-def run_tests(*, rehearse: bool) -> dict[str, Any]:
-    """The whole GPU test suite: its last line, and whether it passed."""
-    files = ["triton_cases.py", "triton_resident_cases.py", "triton_stream_cases.py"]
-    environment = dict(os.environ)
-    if not find_spec("pytest"):
-        tools = ROOT / "build" / "gpu-tools"
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tools), "pytest"]
-        if subprocess.run(pip, capture_output=True, check=False).returncode:
-            return {"passed": False, "line": "not run: pytest is missing and cannot be installed"}
-        environment["PYTHONPATH"] = f"{tools}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(ROOT / "tests" / name) for name in files]
-    command += ["-k", "refuse"] if rehearse else []
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment,
-            timeout=max(left() - 5, 30),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        return {"passed": False, "line": f"out of time; so far: {said.strip()[-300:]}"}
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode:
-        print("\n".join(lines[-60:]), done.stderr[-2000:])
-    line = lines[-1] if lines else done.stderr.strip()[-200:]
-    return {"passed": done.returncode == 0, "line": line}
+def run_tests(log: Path, seconds: float, *, rehearse: bool) -> dict[str, Any]:
+    """The whole GPU test suite: whether it passed, its last lines; all that it says in ``log``."""
+    names = ("triton_cases.py", "triton_resident_cases.py", "triton_stream_cases.py")
+    # A file that cannot be imported must not keep the others from running.
+    pytest = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    pytest = [sys.executable, *pytest, *(str(ROOT / "tests" / name) for name in names), "-k"]
+    huge = "beyond_32_bits"  # takes 20 GB of the GPU: by itself, in the last 45 s
+    end = time.time() + seconds
+    runs = {"refuse" if rehearse else f"not {huge}": end - 45, huge: end}
+    result: dict[str, Any] = {"passed": True, "log": log.name}
+    with log.open("w+") as file:
+        for chosen, until in runs.items():
+            workers = ["-n", "4"] if chosen != huge and has("xdist") else []
+            begin = file.tell()
+            why = attempt([*pytest, chosen, *workers], until - time.time(), file)
+            file.seek(begin)
+            lines = file.read().strip().splitlines()
+            line = lines[-1].strip("= ") if lines else ""
+            if why:
+                passed = sum("PASSED" in said for said in lines)
+                line = f"{why}, {passed} passed; its last line: {line}"
+                print("\n".join(lines[-60:]))
+            result["passed"] = result["passed"] and not why
+            result[huge if chosen == huge else "line"] = line
+    return result
 
 
 # --- measure --------------------------------------------------------------------------------------
 
 
 class Bench:
-    """Timing and data on one device."""
+    """Timing and data on one device; what is measured is in the report's file at once."""
 
-    def __init__(self, *, rehearse: bool) -> None:
+    def __init__(self, path: Path, *, rehearse: bool) -> None:
         import torch
 
         self.torch, self.rehearse = torch, rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
-        self.copy_rate = 1.0
-        self.results: dict[str, dict[str, Any]] = {}
+        self.wait = (lambda: None) if rehearse else torch.cuda.synchronize
+        self.path, self.report = path, json.loads(path.read_text())
+
+    def put(self, name: str, row: Mapping[str, Any]) -> None:
+        """More of one row of the results."""
+        self.report["results"].setdefault(name, {}).update(row)
+        save(self.path, self.report)
+
+    def fail(self, name: str, error: Exception) -> None:
+        self.report["failed"].append(f"{name}: {type(error).__name__}: {str(error)[:2000]}")
+        save(self.path, self.report)
+        print(f"failed: {self.report['failed'][-1]}")
+
+    def rate_of(self, name: str) -> float:
+        """GB/s of a row; NaN, and with it what is divided by it, where it was not measured."""
+        return self.report["results"].get(name, {}).get("GB/s", float("nan"))
 
     def seconds(
         self,
@@ -172,13 +198,9 @@ class Bench:
             work()
             self.wait()
             times.append(time.perf_counter() - began)
-            if (number >= 2 and sum(times) > 8) or sum(times) > 30 or left() < 30:
+            if (number >= 2 and sum(times) > 8) or sum(times) > 30 or left() < 15:
                 break
         return statistics.median(times[2:] or times[-1:])
-
-    def wait(self) -> None:
-        if not self.rehearse:
-            self.torch.cuda.synchronize()
 
     def record(
         self,
@@ -189,32 +211,32 @@ class Bench:
         before: Callable[[], object] = lambda: None,
         **peers: Callable[[], object],
     ) -> None:
-        """One row: our time, its rate, its share of a copy's rate; each peer's time and ratio."""
-        seconds = self.seconds(work, before=before)
+        """One row: our time, its rate, its share of a copy's rate; each peer's time and ratio.
+        What fails is recorded: the other rows are still worth having.
+        """
+        try:
+            seconds = self.seconds(work, before=before)
+        except Exception as error:  # noqa: BLE001  see above
+            self.fail(name, error)
+            return
         rate = moved / seconds / 1e9
-        row: dict[str, Any] = {"seconds": seconds, "GB/s": rate, "of copy": rate / self.copy_rate}
+        self.put(name, {"seconds": seconds, "GB/s": rate})
+        share = rate / self.rate_of("copy")
+        self.put(name, {"of copy": share})
+        print(f"{name:24} {seconds * 1e3:10.3f} ms {rate:9.1f} GB/s  {share:5.2f}")
         for peer, function in peers.items():
-            if left() < 60:
-                row[peer] = "not run: out of time"
+            if left() < 40:
+                self.put(name, {peer: "not run: out of time"})
                 continue
             try:
-                row[peer] = self.seconds(function, 5)
-                row[f"times {peer}"] = row[peer] / seconds
+                took = self.seconds(function, 5)
+                self.put(name, {peer: took, f"times {peer}": took / seconds})
             except Exception as error:  # noqa: BLE001  a peer that fails is a result, not an end
-                row[peer] = f"failed: {type(error).__name__}: {str(error)[:200]}"
-        self.results[name] = row
-        print(f"{name:24} {seconds * 1e3:10.3f} ms {rate:9.1f} GB/s  {rate / self.copy_rate:5.2f}")
-
-    def empty(self) -> None:
-        """Gives back what torch keeps, so that what is free can be asked for."""
-        if not self.rehearse:
-            self.torch.cuda.empty_cache()
+                self.put(name, {peer: f"failed: {type(error).__name__}: {str(error)[:200]}"})
 
     def normal(self, shape: Sequence[int], scale: float, seed: int) -> Any:
         generator = self.torch.Generator(self.device).manual_seed(seed)
-        x = self.torch.randn(
-            *shape, generator=generator, device=self.device, dtype=self.torch.float32
-        )
+        x = self.torch.randn(*shape, generator=generator, device=self.device)
         return x.mul_(scale).to(self.torch.bfloat16)
 
     def tune(self, base: Any, seed: int) -> Any:
@@ -225,21 +247,16 @@ class Bench:
 
 def yardsticks(bench: Bench) -> None:
     torch = bench.torch
+    bench.report["machine"] = machine(bench)
+    print(bench.report["machine"])
     count = 1 << 12 if bench.rehearse else 1 << 30
     a = torch.zeros(count, dtype=torch.bfloat16, device=bench.device)
     b = torch.empty_like(a)
-    seconds = bench.seconds(lambda: b.copy_(a))
-    bench.copy_rate = 4 * count / seconds / 1e9
-    bench.results["copy"] = {"seconds": seconds, "GB/s": bench.copy_rate, "of copy": 1.0}
-    print(f"device-to-device copy {bench.copy_rate:.0f} GB/s, read and written")
+    bench.record("copy", 4 * count, lambda: b.copy_(a))
     pinned = torch.empty(count, dtype=torch.bfloat16, pin_memory=not bench.rehearse)
-    for name, work in {
-        "pinned to device": lambda: a.copy_(pinned, non_blocking=True),
-        "device to pinned": lambda: pinned.copy_(a, non_blocking=True),
-    }.items():
-        seconds = bench.seconds(work, 5)
-        bench.results[name] = {"seconds": seconds, "GB/s": 2 * count / seconds / 1e9}
-        print(f"{name} {2 * count / seconds / 1e9:.1f} GB/s")
+    # One way only: what is read here is written there.
+    bench.record("pinned to device", 2 * count, lambda: a.copy_(pinned, non_blocking=True))
+    bench.record("device to pinned", 2 * count, lambda: pinned.copy_(a, non_blocking=True))
 
 
 # One launch does this many 1 GiB tensors, as one launch does a model: a call's own 0.2 ms of host
@@ -290,24 +307,18 @@ def primitives(bench: Bench) -> None:
     bench.record("gram base+2", 6 * count * BATCH, triple.run)
 
     few = [x[:8] for x in xs[:2]]
-    for name, call in {
-        "call of combine": lambda: combine(few, np.full(2, 0.3), out[:8]),
-        "call of gram": lambda: gram(few),
-    }.items():
-        bench.results[name] = {"seconds": bench.seconds(call, 50)}
+    bench.record("call of combine", 0, lambda: combine(few, np.full(2, 0.3), out[:8]))
+    bench.record("call of gram", 0, lambda: gram(few))
 
     trims = [Sparsify(MAGNITUDE, count // 2)] * 2
     drops = [Sparsify(RANDOM, keep_below=1 << 31, key=k, rescale=True) for k in (1, 2)]
-    small = xs[0][: count // 16], base[: count // 16]  # torch sorts: as much as finishes
     inputs, bases = [xs[:2]] * 2, [base] * 2
-
-    def sort(x: Any, b: Any) -> Any:
-        return torch.argsort((x.float() - b.float()).abs(), descending=True)[: x.numel() // 2]
-
-    for name, specs in {"select base+2": trims, "select random": drops}.items():
-        bench.record(name, 12 * count, lambda s=specs: select_many(inputs, bases, [s] * 2))
-    seconds = bench.seconds(lambda: sort(*small), 3)
-    bench.results["select base+2"]["argsort of 1/16 of one delta"] = seconds
+    small = (xs[0] - base)[: count // 16].float().abs()  # torch sorts: as much as finishes
+    sort = {"argsort of 1/16 of one delta": lambda: small.argsort(descending=True)}
+    bench.record(
+        "select base+2", 12 * count, lambda: select_many(inputs, bases, [trims] * 2), **sort
+    )
+    bench.record("select random", 12 * count, lambda: select_many(inputs, bases, [drops] * 2))
 
     def ties(b: Any, x: Any, y: Any) -> Any:
         dx, dy = x.float() - b.float(), y.float() - b.float()
@@ -334,104 +345,104 @@ def primitives(bench: Bench) -> None:
 
 
 def models(bench: Bench) -> None:
-    """SLERP and TIES of whole models that lie in device memory, 7 B where it fits."""
+    """SLERP and TIES of whole models that lie in device memory, 7 B where that fits."""
+    from checkpoints import SHAPES
+
     from fastmerge.algebra import Merge, Source
     from fastmerge.methods import find
     from fastmerge.resident import Job, Resident
 
     torch = bench.torch
-    sys.path.insert(0, str(Path(__file__).parent))
-    from checkpoints import Shape
-
-    shape = Shape(hidden=4096, layers=32, intermediate=11008, heads=32, kv_heads=32)
-    if bench.rehearse:
-        shape = Shape(hidden=16, layers=1, intermediate=24, heads=4, kv_heads=4, vocab=10)
-    tensors = shape.tensors()
-    whole = len(tensors)
-    if not bench.rehearse:
-        bench.empty()
-        free = torch.cuda.mem_get_info()[0]
-        sizes = {name: 2 * torch.Size(size).numel() for name, size in tensors.items()}
-        while 5 * sum(sizes.values()) > free:  # base, two tunes, output, and room to work
-            sizes.popitem()
-        tensors = {name: tensors[name] for name in sizes}
-    parameters = sum(torch.Size(size).numel() for size in tensors.values())
+    size = "tiny"
+    if not bench.rehearse:  # base, two tunes, output, and room to work
+        size = "7b" if torch.cuda.mem_get_info()[0] > 5 * 13.5e9 else "1.1b"
+    shape = SHAPES[size]
+    tensors, parameters = shape.tensors(), shape.parameters
+    bench.put("model", {"size": size, "parameters": parameters, "tensors": len(tensors)})
     base = {n: bench.normal(size, 0.02, i) for i, (n, size) in enumerate(tensors.items())}
     tunes = [
         {n: bench.tune(x, 1000 * m + i) for i, (n, x) in enumerate(base.items())} for m in (1, 2)
     ]
     held = [base, *tunes]
     outs = {n: torch.empty_like(x) for n, x in base.items()}
-    is_whole = len(tensors) == whole and not bench.rehearse
-    bench.results["model"] = {
-        "parameters": parameters, "tensors": len(tensors), "is the whole 7 B model": is_whole,
-    }  # fmt: skip
 
-    def prepared(root: Callable[[str], Any]) -> Resident:
+    def timed(
+        method: str, passes: int, models: Sequence[int], own: dict[str, float], **values: Any
+    ) -> None:
+        """A row: our kernels on the whole model, mergekit's (if there) one tensor after another."""
+
+        def mergekit() -> None:
+            from mergekit.merge_methods import merge_tensors
+
+            for n in tensors:
+                given = [held[m][n] for m in models]
+                merge_tensors(given, method, parameters={**own, **values}, base_index=0)
+
+        def root(n: str) -> Merge:
+            sources = Source(1, n), Source(2, n)
+            based = Source(0, n) if 0 in models else None
+            return Merge(find(method), sources, based, values, (own, own))
+
         jobs = [Job(n, root(n), outs[n]) for n in tensors]
-        return Resident(jobs, lambda source: held[source.model][source.name])
+        resident = Resident(jobs, lambda source: held[source.model][source.name])
+        moved = 2 * parameters * passes
+        bench.record(f"{method} model", moved, resident.run, mergekit=mergekit)
 
-    slerp = prepared(
-        lambda n: Merge(find("slerp"), (Source(1, n), Source(2, n)), None, {"t": 0.4}, ({}, {}))
-    )
-    values = {"normalize": True, "lambda": 1.0, "rescale": False}
-    own = ({"weight": 0.5, "density": 0.5}, {"weight": 0.5, "density": 0.5})
-    ties = prepared(
-        lambda n: Merge(find("ties"), (Source(1, n), Source(2, n)), Source(0, n), values, own)
-    )
-    peers: list[dict[str, Any]] = [{}, {}]
-    if not bench.rehearse:
-        peers = mergekit_peers(bench, held)
-    bench.record("slerp model", 2 * parameters * 5, slerp.run, **peers[0])
-    bench.record("ties model", 2 * parameters * 4, ties.run, **peers[1])
+    timed("slerp", 5, (1, 2), {}, t=0.4)
+    half = {"weight": 0.5, "density": 0.5}
+    timed("ties", 4, (0, 1, 2), half, normalize=True, rescale=False, **{"lambda": 1.0})
 
 
-def mergekit_peers(bench: Bench, held: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """mergekit's own kernels on the same device tensors, one tensor after another."""
-    try:
-        from mergekit.merge_methods import merge_tensors
-    except ImportError:
-        bench.results["mergekit"] = {"note": "not installed"}
-        return [{}, {}]
+def free_memory() -> int:
+    """Bytes that files in memory may take: what the system has, within a container's limit."""
+    system = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+    free = 1024 * int(system[1]) if system else 0
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no such limit, or "max"
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
 
-    def every(method: str, models: Sequence[int], parameters: dict[str, Any]) -> None:
-        for name in held[0]:
-            tensors = [held[m][name] for m in models]
-            merge_tensors(tensors, method, parameters=parameters, base_index=0)
 
-    both = {"weight": [0.5, 0.5], "density": [0.5, 0.5], "normalize": True}
-    return [
-        {"mergekit": lambda: every("slerp", (1, 2), {"t": 0.4})},
-        {"mergekit": lambda: every("ties", (0, 1, 2), both)},
-    ]
+def is_fast(folder: Path) -> bool:
+    """In memory, or on a disk that takes 1 GB/s: at 200 MB/s a 7 B set is minutes of writing."""
+    if said(f"stat -f -c %T '{folder}'") == "tmpfs":
+        return True
+    block = os.urandom(1 << 26)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        file.writelines([block] * 16)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began < 1.07
+
+
+def room(bench: Bench) -> tuple[str, Path]:
+    """The size of model to stream and a folder for two inputs, one output and room to spare."""
+    # Writing 7 B takes 300 CPU seconds, merging it on the GPU and on the CPU another 30.
+    big = left() > 80 and len(os.sched_getaffinity(0)) >= 12
+    needs = {"tiny": 1e7} if bench.rehearse else {"7b": 45e9, "1.1b": 8e9}
+    for size, need in needs.items():
+        for place in filter(Path.is_dir, [Path("/dev/shm"), Path(tempfile.gettempdir())]):
+            # Memory for the files on a disk too: they are read from the page cache.
+            fits = min(shutil.disk_usage(place).free, free_memory() / 1.2) > need
+            if fits and (size != "7b" or (big and is_fast(place))):
+                return size, place
+    raise OSError("no room for 8 GB of files in memory")
 
 
 def streaming(bench: Bench) -> None:
     """A whole merge from files in the page cache to a folder, against the pinned copies' rate."""
-    try:
-        from checkpoints import write_set
+    from checkpoints import write_set
 
-        from fastmerge import api
-    except ImportError as error:
-        bench.results["stream slerp"] = {"note": f"not run: {error.name} is not installed"}
-        return
-    import shutil
-    import tempfile
+    from fastmerge import api
 
-    bench.empty()
-    # Two inputs, one output, and room to spare, in memory where that has room, else on the disk.
-    needs = {"7b": 45e9, "1.1b": 8e9} if left() > 200 else {"1.1b": 8e9}
-    needs = {"tiny": 1e7} if bench.rehearse else needs
-    places = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    rooms = {place: shutil.disk_usage(place).free for place in places if place.is_dir()}
-    fits = [(size, p) for size, need in needs.items() for p, room in rooms.items() if room > need]
-    if not fits:
-        bench.results["stream slerp"] = {"note": f"not run: no room, free bytes are {rooms}"}
-        return
-    size, place = fits[0]
+    size, place = room(bench)
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
+        began = time.perf_counter()
         a, b = write_set(folder, size, 2)[:2]
+        print(f"two models of {size} in {place}, {time.perf_counter() - began:.1f} s")
         moved = sum(f.stat().st_size for m in (a, b) for f in m.glob("*.safetensors"))
         recipe = {
             "merge_method": "slerp", "base_model": str(a), "parameters": {"t": 0.4},
@@ -444,129 +455,144 @@ def streaming(bench: Bench) -> None:
                 lambda device=device: api.merge(recipe, folder / "out", device=device),
                 before=lambda: shutil.rmtree(folder / "out", ignore_errors=True),
             )  # fmt: skip
-            row = bench.results[name]
-            row |= {"GB/s in": moved / row["seconds"] / 1e9, "model": size, "files in": str(place)}
-            row["of pinned copy"] = row["GB/s in"] / bench.results["pinned to device"]["GB/s"]
+            inward = bench.rate_of(name) * 2 / 3
+            share = inward / bench.rate_of("pinned to device")
+            row = {"GB/s in": inward, "of pinned copy": share, "model": size}
+            bench.put(name, {**row, "files in": str(place)})
+
+
+STAGES = {f.__name__: f for f in (yardsticks, primitives, models, streaming)}
 
 
 # --- report ---------------------------------------------------------------------------------------
 
 
-def said(*command: str) -> str:
-    """The first line that a command prints; "" where it is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    except OSError:
-        return ""
-    return next(iter(done.stdout.splitlines()), "").strip()
+def save(path: Path, report: Mapping[str, Any]) -> None:
+    """Whole or not at all: whoever writes may be killed."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(report, indent=1) + "\n")
+    new.replace(path)
+
+
+def said(command: str) -> str:
+    """What a shell command prints, "" where it is not there."""
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    return done.stdout.strip()
 
 
 def machine(bench: Bench) -> dict[str, str]:
     import triton
 
     torch = bench.torch
-    line = {"python": platform.python_version(), "torch": torch.__version__}
-    line |= {"triton": triton.__version__, "cores": str(len(os.sched_getaffinity(0)))}
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    line |= {
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "commit": said("git", "rev-parse", "HEAD"),
+    line = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "cpu": said("grep -m1 'model name' /proc/cpuinfo").partition(": ")[2],
+        "commit": said("git rev-parse HEAD"),
     }
     if not bench.rehearse:
         found = torch.cuda.get_device_properties(0)
         line |= {"gpu": found.name, "memory_GiB": f"{found.total_memory / 2**30:.0f}"}
         line["cuda"] = str(torch.version.cuda or torch.version.hip)
-        query = ["--query-gpu=driver_version", "--format=csv,noheader"]
-        line["driver"] = said("nvidia-smi", *query)
+        line["driver"] = said("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     return line
 
 
 def plot(results: dict[str, dict[str, Any]], title: str) -> str:
     """Bars of each row's share of the copy's rate, as SVG."""
-    rows = [(name, row["of copy"]) for name, row in results.items() if "of copy" in row]
+    rows = [(n, row["of copy"]) for n, row in results.items() if row.get("of copy", 0) > 0]
     height = 24 * len(rows) + 50
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}">',
         "<style>text { font: 13px sans-serif }</style>",
         f'<text x="10" y="20">{title}: share of the device copy\'s bytes per second</text>',
     ]
-    for i, (name, share) in enumerate(rows):
-        y = 34 + 24 * i
-        width = max(1.0, 480 * min(share, 1.1))
+    for y, (name, share) in zip(range(34, height, 24), rows, strict=False):
+        width = round(480 * min(share, 1.1))
         lines += [
             f'<text x="10" y="{y + 14}">{name}</text>',
-            f'<rect x="180" y="{y}" width="{width:.0f}" height="18" fill="#4477aa"/>',
-            f'<text x="{186 + width:.0f}" y="{y + 14}">{share:.2f}</text>',
+            f'<rect x="180" y="{y}" width="{width}" height="18" fill="#4477aa"/>',
+            f'<text x="{186 + width}" y="{y + 14}">{share:.2f}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
 
 
 def goals(results: dict[str, dict[str, Any]]) -> None:
     print("\ngoal (on an H200)                     measured")
-    for name, (key, value, sign) in GOALS.items():
-        found = results.get(name.strip(), {}).get(key)
-        if "model" in name and not results.get("model", {}).get("is the whole 7 B model"):
-            found = None
-        if not isinstance(found, float):
-            print(f"{name:16} {key:14} {sign} {value:<6} not measured")
-            continue
-        met = found >= value if sign == ">=" else found <= value
-        print(f"{name:16} {key:14} {sign} {value:<6} {found:8.4f}  {'met' if met else 'MISSED'}")
+    for name, key, value, sign in GOALS:
+        found = results.get(name, {}).get(key, 0.0)
+        line = "not measured"
+        if found > 0 and ("model" not in name or results["model"]["size"] == "7b"):
+            met = found >= value if sign == ">=" else found <= value
+            line = f"{found:8.4f}  {'met' if met else 'MISSED'}"
+        print(f"{name:16} {key:14} {sign} {value:<6} {line}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny, interpreted, on the CPU")
-    parser.add_argument("--built", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for what it writes")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # in the order of events, where it is piped too
+    path = options.out / f"{'rehearsal' if options.rehearse else 'gpu'}.json"
+    # So that files and processes are cleared away when time is up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.stage:
+        # Last, as there is a kernels.py beside this file, and a package of that name elsewhere.
+        sys.path.append(str(Path(__file__).parent))
+        bench = Bench(path, rehearse=options.rehearse)
+        try:
+            STAGES[options.stage](bench)
+        except Exception as error:  # noqa: BLE001  recorded, and the other stages run
+            bench.fail(options.stage, error)
+        return
+
     if options.rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        import torch
-        import triton  # noqa: F401
-    except ImportError as error:
-        print(f"gpu.py: {error.name} is not installed")
+    if missing := [name for name in ("torch", "triton") if not has(name)]:
+        print(f"gpu.py: {missing[0]} is not installed")
         sys.exit(2)
-    if not options.rehearse and not torch.cuda.is_available():
+    if not options.rehearse and not import_module("torch").cuda.is_available():
         print("gpu.py: no CUDA device here, nothing measured; --rehearse walks through it on a CPU")
         sys.exit(2)
-    if not options.built:  # import what was built in a fresh process
-        environment = {**build(), "FASTMERGE_GPU_BEGAN": str(BEGAN)}
-        os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:], "--built"], environment)
-
-    bench = Bench(rehearse=options.rehearse)
-    report: dict[str, Any] = {"machine": machine(bench), "rehearsal": options.rehearse}
-    print(report["machine"])
-    failed: list[str] = []
+    if missing := [name for name in ("pydantic", "yaml") if not has(name)]:
+        print(
+            f"gpu.py: {' and '.join(missing)} missing: streaming and the tests of whole models "
+            "will not run; pip install pydantic pyyaml, or bring them on PYTHONPATH"
+        )
+    build()
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{'rehearsal' if options.rehearse else 'gpu'}.json"
-
-    def keep() -> None:
-        report.update(results=bench.results, failed=failed, seconds=time.time() - BEGAN)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-
-    for stage in (yardsticks, primitives, models, streaming):
-        if left() < 60:
-            print(f"{stage.__name__}: not run, out of time")
-            continue
-        try:
-            stage(bench)
-        except Exception as error:  # noqa: BLE001  the other stages are still worth keeping
-            failed.append(f"{stage.__name__}: {type(error).__name__}: {error}")
-            print(f"failed: {failed[-1][:2000]}")
-        keep()
-    bench.empty()
-    # Last: they need no quiet machine, and have the time that is left.
-    report["tests"] = run_tests(rehearse=options.rehearse)
-    print(f"tests: {report['tests']['line']}")
-    keep()
+    report: dict[str, Any] = {"machine": {}, "rehearsal": options.rehearse, "missing": missing}
+    report |= {"results": {}, "failed": [], "tests": {"passed": False, "line": "not run"}}
+    save(path, report)
+    for part, kept in PARTS.items():
+        print(f"--- {part}, {LIMIT_SECONDS - left():.0f} s")
+        seconds = min(max(left() - kept, 30), left() - 15)
+        if part == "tests":
+            log = path.with_name(f"{path.stem}-tests.txt")
+            report["tests"] = run_tests(log, seconds, rehearse=options.rehearse)
+            print(report["tests"])
+        else:
+            os.environ["FASTMERGE_GPU_UNTIL"] = str(time.time() + seconds)
+            command = [sys.executable, __file__, *sys.argv[1:], "--stage", part]
+            problem = attempt(command, seconds)
+            report = json.loads(path.read_text())
+            if problem:
+                report["failed"].append(f"{part}: {problem}")
+                print(f"failed: {report['failed'][-1]}")
+        report["seconds"] = LIMIT_SECONDS - left()
+        save(path, report)
     if not options.rehearse:
-        goals(bench.results)
+        goals(report["results"])
     title = report["machine"].get("gpu", "rehearsal on a CPU, no figures")
-    path.with_suffix(".svg").write_text(plot(bench.results, title))
+    path.with_suffix(".svg").write_text(plot(report["results"], title))
     print(f"\n{path} and .svg, {report['seconds']:.0f} s")
-    sys.exit(1 if failed or not report["tests"]["passed"] else 0)
+    sys.exit(1 if report["failed"] or not report["tests"]["passed"] else 0)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ const std::vector<Candidate>& candidates() {
         // Not __builtin_cpu_supports("f16c"): clang before 19 does not know that name.
         unsigned a = 0, b = 0, features = 0, d = 0;
         const bool f16c = __get_cpuid(1, &a, &b, &features, &d) && (features & bit_F16C);
-        const bool avx2 =
-            f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 =
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

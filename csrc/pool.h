@@ -16,10 +16,10 @@ class Pool {
     Pool& operator=(const Pool&) = delete;
     int threads() const { return threads_; }
     // Calls task(0) ... task(tasks - 1) on the workers and returns when all are done; a single task
-    // runs on the caller, which else waits and does no work itself. The first exception a task throws is rethrown here; the job's
-    // remaining tasks are skipped. Safe to call from several threads at once. Must not be called
-    // from a worker. In a forked child, which has none of its parent's threads, the first call
-    // starts new ones.
+    // runs on the caller, which else waits and does no work itself. The first exception a task
+    // throws is rethrown here; the job's remaining tasks are skipped. Safe to call from several
+    // threads at once. Must not be called from a worker. In a forked child, which has none of its
+    // parent's threads, the first call starts new ones.
     void run(int64_t tasks, const std::function<void(int64_t)>& task);
 
    private:

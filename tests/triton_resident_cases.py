@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic")  # recipes are read with it; the kernels' own tests need none
+
 from fastmerge import _C, algebra, api, backends, live, llama
 from fastmerge.algebra import Merge, Source
 from fastmerge.compute import Computation

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("pydantic")  # recipes are read with it; the kernels' own tests need none
+
 from fastmerge import api, stream
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
