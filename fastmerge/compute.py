@@ -151,7 +151,7 @@ def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
     return root.method.spec(root.values, root.operand_values, count, keys)
 
 
-def _steps(root: Merge) -> list[tuple[Merge, Sequence[Node]]]:
+def steps(root: Merge) -> list[tuple[Merge, Sequence[Node]]]:
     """The merges that are computed for ``root``, each after those it reads, with what it reads."""
     reads: dict[Node, Sequence[Node]] = {}
     order: list[tuple[Merge, Sequence[Node]]] = []
@@ -184,7 +184,7 @@ class Computation(Generic[T, O]):
         """Writes the tree's value to ``out`` with one rounding."""
         if isinstance(root, Source):
             return self._combine([self._fetch(root)], np.ones(1), None, None, out)
-        *intermediates, last = _steps(root)
+        *intermediates, last = steps(root)
         uses = Counter(part for _, parts in (*intermediates, last) for part in set(parts))
         for node, parts in intermediates:
             self._made[node], to = self._backend.scratch(math.prod(self._shape))

@@ -23,7 +23,7 @@ import numpy as np
 from fastmerge import _C, algebra
 from fastmerge.algebra import Float64, Merge, Node, Source
 from fastmerge.backends import CpuBackend
-from fastmerge.compute import Computation, Outcome
+from fastmerge.compute import Computation, Outcome, matrix, steps
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
 from fastmerge.sparsity import Selection, Sparsify
@@ -435,7 +435,7 @@ def device_bytes(
     root: Node, shape: tuple[int, ...], dtype: DType, source_bytes: Sequence[int]
 ) -> int:
     """Device memory that one tensor's merge takes: sources, output, intermediates, what select
-    gathers of each delta, and 1 MiB for tables.
+    gathers of each delta, inner products of rows, and 1 MiB for tables.
     """
     from fastmerge.kernels.select import gathered_bytes
 
@@ -445,7 +445,14 @@ def device_bytes(
     sparse = [node for node in merges if not node.method.is_combination]
     deltas = max((len(node.operands) for node in sparse), default=0)
     gathered = deltas * int(gathered_bytes(count))
-    return sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered + (1 << 20)
+    products = 0
+    for node in merges:
+        if node.axis is not None:
+            rows, cols = matrix(shape, node.axis)
+            vectors = rows if node.axis == 1 else cols
+            products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
+    most = sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered
+    return most + products + (1 << 20)
 
 
 def choose_devices(
@@ -485,8 +492,10 @@ def _widest(root: Node) -> int:
     """The most tensors that one kernel of a tree reads, a base apart."""
     if isinstance(root, Source):
         return 1
-    parts = algebra.collapse(root).parts if root.method.is_combination else root.operands
-    return max(len(parts), *(_widest(part) for part in parts))
+    return max(
+        len(parts) if node.method.is_combination else len(node.operands)
+        for node, parts in steps(root)
+    )
 
 
 def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:

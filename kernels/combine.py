@@ -244,7 +244,7 @@ class CombineBatch:
                 HEAD=HEAD,
                 registers=register_limit(len(key[0])),
             )
-            bad[torch.tensor(members, device=device)] = counts
+            bad.index_copy_(0, batch.members, counts)
         return bad
 
     def _grouped(

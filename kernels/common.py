@@ -228,6 +228,7 @@ class Group(NamedTuple):
     """Segments that share one compiled kernel, and where each came from."""
 
     indices: list[int]
+    members: torch.Tensor  # int64, the same on the device
     table: torch.Tensor  # int64 (segments, HEAD + addresses), on the device
     owners: torch.Tensor  # int32 (chunks,): the segment of each program
     chunks: int
@@ -249,7 +250,10 @@ def group(
     table[:, HEAD:] = [[tensor.data_ptr() for tensor in row] for row in rows]
     owners = np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(firsts))
     device = rows[0][0].device
-    return Group(indices, upload(table, device), upload(owners, device), int(firsts[-1]), firsts)
+    members = upload(np.array(indices, dtype=np.int64), device)
+    return Group(
+        indices, members, upload(table, device), upload(owners, device), int(firsts[-1]), firsts
+    )
 
 
 class Groups:
@@ -267,7 +271,11 @@ class Groups:
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    """Does not wait for the stream, as a copy from memory that is not pinned would: the next launch
+    is prepared while the last one runs.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def partition(keys: Sequence[Any]) -> dict[Any, list[int]]:
@@ -323,7 +331,13 @@ def launch(
         meta["maxnreg"] = registers
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with _LAUNCHING, on_device:
-        kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=fused)
+        try:
+            kernel[(programs,)](*args, **meta, num_warps=WARPS, enable_fp_fusion=fused)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            # Triton's own, where the device has no room for the kernel's code.
+            raise torch.cuda.OutOfMemoryError(str(error)) from error
 
 
 def check(

@@ -310,7 +310,7 @@ class ConsensusBatch:
                 RULE=RULE,
                 registers=register_limit(2 * len(modes)),
             )
-            bad[torch.tensor(members, device=device)] = counts
+            bad.index_copy_(0, batch.members, counts)
         return bad
 
 

@@ -60,6 +60,7 @@ ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of the
 BUFFER_BYTES = 1 << 30  # of device memory for the searches that share a pass
 GRANULE = 128  # of them that a program takes at a time: what it leaves empty is noise
 SECTOR = 16  # sampled elements that lie together: 32 bytes of bf16
+MOST_PASSES = 200  # a search takes one to three; every pass shrinks what is left
 SIGMAS = 4.0  # of a sampled rank, on either side of it, that the pivots bracket
 WINDOW = 4  # columns: low, high, first slot, slots
 COUNTS = 3  # columns: granules, inside, above
@@ -361,11 +362,15 @@ def _answers(tables: _Tables, ranks: Int64, key: tuple[Any, ...]) -> UInt64:
     values = np.zeros(ranks.shape, dtype=np.uint64)
     members = np.arange(len(ranks))
     search = _Search.of(ranks, tables.lengths)
-    while search.live.any():
+    for _ in range(MOST_PASSES):
+        if not search.live.any():
+            return values
         left = np.flatnonzero(search.live.any(axis=1))
         members, search, tables = members[left], search.take(left), tables.take(left)
         _pass(_Batch(tables, key), search)
         values[members] = np.where(search.live, values[members], search.value)
+    if search.live.any():
+        raise RuntimeError(f"select: no end to the search: {search}")
     return values
 
 
