@@ -60,21 +60,24 @@ def check_torch(tensor: Any, where: str) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise FastmergeError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
     own = getattr(type(tensor), "__torch_dispatch__", None)
-    stands_in = FastmergeError(
-        f"{where}: a {type(tensor).__name__} has no memory of its own; pass a plain tensor "
-        "(of a DTensor: to_local() or full_tensor())"
-    )
     if own not in (None, torch.Tensor.__torch_dispatch__):
-        raise stands_in
+        raise _no_memory(tensor, where)
     if tensor.is_neg() or tensor.is_conj():
         raise FastmergeError(f"{where}: the tensor is a negated view; pass tensor.resolve_neg()")
     try:
         held = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError) as error:  # inside vmap and grad
-        raise stands_in from error
+        raise _no_memory(tensor, where) from error
     end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if tensor.device.type != "meta" and held < end:
         raise FastmergeError(f"{where}: the tensor's memory has been freed")
+
+
+def _no_memory(tensor: Any, where: str) -> FastmergeError:
+    return FastmergeError(
+        f"{where}: a {type(tensor).__name__} has no memory of its own; pass a plain tensor "
+        "(of a DTensor: to_local() or full_tensor())"
+    )
 
 
 def written(tensor: Any) -> None:
