@@ -1,7 +1,8 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
-``merge`` runs a recipe from safetensors to safetensors; ``ops`` merges tensors in memory; ``llama``
-loads results through transformers; ``retrograde`` runs schedules. Submodules load when first used.
+``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``ops`` merges
+tensors in memory; ``llama`` loads results through transformers; ``retrograde`` runs schedules;
+``api`` has plans, ``live`` what is kept for live models. Submodules load when first used.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmerge import llama, ops, retrograde
-    from fastmerge.api import merge
+    from fastmerge import api, live, llama, ops, retrograde
+    from fastmerge.api import materialise, merge
     from fastmerge.engine import MergeReport
     from fastmerge.errors import FastmergeError
 
@@ -19,7 +20,10 @@ __all__ = [
     "FastmergeError",
     "MergeReport",
     "__version__",
+    "api",
+    "live",
     "llama",
+    "materialise",
     "merge",
     "ops",
     "retrograde",
@@ -28,11 +32,12 @@ __all__ = [
 __version__ = metadata.version("fastmerge")
 
 _HOMES = {
+    "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "MergeReport": "fastmerge.engine",
     "FastmergeError": "fastmerge.errors",
 }
-_MODULES = ("llama", "ops", "retrograde")
+_MODULES = ("api", "live", "llama", "ops", "retrograde")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from fastmerge import engine
 from fastmerge.card import model_card
@@ -76,6 +78,18 @@ def merge(
         gpu_memory=gpu_memory,
         side_files=model_files(decided, Path(out).name),
     )
+
+
+def materialise(
+    recipe: Source, *, seed: int | None = None, threads: int | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
+
+    Arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are only copied,
+    raw bytes (uint8, one axis). A few tensors are computed ahead. Raises FastmergeError.
+    """
+    for item, array in engine.materialise(plan(recipe, seed=seed), threads=threads):
+        yield item.name, array
 
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
