@@ -22,7 +22,8 @@ setup(
             cxx_std=17,
             # No -march: kernels pick their instruction set at run time.
             # No contraction: results must not depend on whether the CPU has FMA.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_link_args=["-pthread"],
         )
     ],
 )

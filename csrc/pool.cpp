@@ -1,6 +1,6 @@
 #include "pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cfenv>
@@ -44,10 +44,14 @@ struct Job {
     bool done() const { return next == tasks && running == 0; }
 };
 
+// Counts forks on the way to this process: its id may be its parent's, in another namespace.
+std::atomic<unsigned> generation{0};
+const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++generation; });
+
 }  // namespace
 
 struct Pool::State {
-    const pid_t process = ::getpid();
+    const unsigned born = generation;
     std::mutex mutex;
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
@@ -114,12 +118,12 @@ Pool::Pool(int threads) : threads_(threads), state_(nullptr) {
 // threads exist there, and its mutex may be one that such a thread held.
 Pool::~Pool() {
     State* state = state_;
-    if (state->process == ::getpid()) delete state;
+    if (state->born == generation) delete state;
 }
 
 Pool::State& Pool::state() {
     State* found = state_;
-    if (found->process == ::getpid()) return *found;
+    if (found->born == generation) return *found;
     auto made = std::make_unique<State>(threads_);
     if (state_.compare_exchange_strong(found, made.get())) return *made.release();
     return *found;  // another thread of the child was faster

@@ -31,7 +31,7 @@ def plan(recipe: Source, *, seed: int | None = None) -> Plan:
     returned as it is. ``seed`` overrides the recipe's. Raises FastmergeError.
     """
     if isinstance(recipe, Plan):
-        if seed not in (None, recipe.seed):
+        if recipe.seed is not None and seed not in (None, recipe.seed):
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -99,6 +99,7 @@ def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
     files: dict[str, bytes | Path] = dict(side_files(plan.donor))
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
-    files["README.md"] = model_card(plan, title).encode()
+    # Whatever the name: the writer refuses one that is no UTF-8.
+    files["README.md"] = model_card(plan, title).encode(errors="backslashreplace")
     files[RECIPE_FILE] = plan.recipe_text.encode()
     return files

@@ -17,6 +17,7 @@ from fastmerge import _C
 from fastmerge.algebra import Float64
 from fastmerge.errors import FastmergeError
 from fastmerge.sparsity import ALL, Selection, Sparsify
+from fastmerge.units import is_whole
 
 
 def thread_count(threads: int | None = None) -> int:
@@ -31,11 +32,11 @@ def thread_count(threads: int | None = None) -> int:
             raise FastmergeError(f"{where}: '{text}' is not a whole number of threads") from error
     if threads is None:
         return len(os.sched_getaffinity(0))
-    if not isinstance(threads, int):
+    if not is_whole(threads):
         raise FastmergeError(f"{where}: {threads!r} is not a whole number of threads")
     if not 1 <= threads <= 1024:
         raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
-    return threads
+    return int(threads)
 
 
 def isa() -> str:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -151,20 +151,28 @@ def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
     return root.method.spec(root.values, root.operand_values, count, keys)
 
 
-def steps(root: Merge) -> list[tuple[Merge, Sequence[Node]]]:
-    """The merges that are computed for ``root``, each after those it reads, with what it reads."""
-    reads: dict[Node, Sequence[Node]] = {}
-    order: list[tuple[Merge, Sequence[Node]]] = []
+class Step(NamedTuple):
+    """A merge to be computed, and the tensors it reads: of a combination what it collapses to."""
+
+    node: Merge
+    tree: Collapsed | None
+    parts: Sequence[Node]
+
+
+def steps(root: Merge) -> list[Step]:
+    """The merges that are computed for ``root``, each after those it reads."""
+    made: dict[Node, Step] = {}
+    order: list[Step] = []
     stack: list[tuple[Merge, bool]] = [(root, False)]
     while stack:  # not recursive: a chain of a thousand documents is a thousand deep
         node, ready = stack.pop()
         if ready:
-            order.append((node, reads[node]))
-        elif node not in reads:
-            whole = node.method.is_combination
-            reads[node] = algebra.collapse(node).parts if whole else node.inputs
+            order.append(made[node])
+        elif node not in made:
+            tree = algebra.collapse(node) if node.method.is_combination else None
+            made[node] = Step(node, tree, node.inputs if tree is None else tree.parts)
             stack.append((node, True))
-            stack.extend((part, False) for part in reads[node] if isinstance(part, Merge))
+            stack.extend((part, False) for part in made[node].parts if isinstance(part, Merge))
     return order
 
 
@@ -185,12 +193,13 @@ class Computation(Generic[T, O]):
         if isinstance(root, Source):
             return self._combine([self._fetch(root)], np.ones(1), None, None, out)
         *intermediates, last = steps(root)
-        uses = Counter(part for _, parts in (*intermediates, last) for part in set(parts))
-        for node, parts in intermediates:
-            self._made[node], to = self._backend.scratch(math.prod(self._shape))
-            self._merge(node, to)
-            self._let_go(parts, uses)
-        return self._merge(root, out)
+        if intermediates:
+            uses = Counter(part for step in (*intermediates, last) for part in set(step.parts))
+            for step in intermediates:
+                self._made[step.node], to = self._backend.scratch(math.prod(self._shape))
+                self._take(step, to)
+                self._let_go(step.parts, uses)
+        return self._take(last, out)
 
     def _let_go(self, parts: Sequence[Node], uses: Counter[Node]) -> None:
         """Frees the intermediates that no later step reads."""
@@ -199,18 +208,15 @@ class Computation(Generic[T, O]):
             if not uses[part]:
                 self._made.pop(part, None)
 
-    def _merge(self, root: Merge, out: O) -> Outcome:
-        return (
-            self._combination(root, out)
-            if root.method.is_combination
-            else self._consensus(root, out)
-        )
+    def _take(self, step: Step, out: O) -> Outcome:
+        if step.tree is None:
+            return self._consensus(step.node, out)
+        return self._combination(step.tree, out)
 
     def _tensor(self, node: Node) -> T:
         return self._fetch(node) if isinstance(node, Source) else self._made[node]
 
-    def _combination(self, root: Merge, out: O) -> Outcome:
-        tree = algebra.collapse(root)
+    def _combination(self, tree: Collapsed, out: O) -> Outcome:
         tensors = [self._tensor(part) for part in tree.parts]
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
         factors, divisor = factors_of(tree, gram)

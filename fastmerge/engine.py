@@ -32,6 +32,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.layout import Layout
 from fastmerge.plan import Plan, TensorPlan
 from fastmerge.stream import GPU_MEMORY_BYTES, Place, Streamer, choose_devices
+from fastmerge.units import is_whole
 from fastmerge.writer import ModelWriter
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
@@ -252,7 +253,7 @@ def merge_plan(
         ("max_shard_bytes", max_shard_bytes),
         ("gpu_memory", gpu_memory),
     ):
-        if not isinstance(nbytes, int) or nbytes < 1:
+        if not is_whole(nbytes) or nbytes < 1:
             raise FastmergeError(f"{name}: {nbytes!r} is not a number of bytes of 1 or more")
     inputs = Inputs(plan.models)
     roots = [(item.name, item.root) for item in plan.tensors]
@@ -290,8 +291,12 @@ def merge_plan(
                 done += nbytes
                 if progress is not None:
                     progress(done, total, item.name)
-        for model in plan.models:
-            model.check_unchanged()
+        try:
+            for model in plan.models:
+                model.check_unchanged()
+        except FastmergeError:
+            writer.discard()
+            raise
         results = writer.results
         files = dict(side_files or {})
         files[LINEAGE_FILE] = _lineage_file(plan, results)

@@ -196,6 +196,7 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = model.state_dict()
     targets: dict[str, torch.Tensor] = {}
+    made: dict[int, TensorPlan] = {}  # by address
     for item in plan.tensors:
         target = state.get(item.name)
         # Old checkpoints hold inv_freq, which the model computes; integers stay.
@@ -208,6 +209,13 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
             )
         targets[item.name] = target
+        # Tied parameters are one memory: of two different results the later would win.
+        first = made.setdefault(target.data_ptr(), item) if target.numel() else item
+        if first.root is not item.root:
+            raise FastmergeError(
+                f"the model ties '{item.name}' to '{first.name}', and the merge makes two of them; "
+                "load the model with tie_word_embeddings=False"
+            )
     kinds = {target.device.type: name for name, target in targets.items()}
     if len(kinds) > 1 or "meta" in kinds:
         places = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())

@@ -68,9 +68,12 @@ def check_torch(tensor: Any, where: str) -> None:
         held = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError) as error:  # inside vmap and grad
         raise _no_memory(tensor, where) from error
-    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-    if tensor.device.type != "meta" and held < end:
+    if tensor.device.type == "meta" or not tensor.numel() or not tensor.is_contiguous():
+        return
+    if held < (tensor.storage_offset() + tensor.numel()) * tensor.element_size():
         raise FastmergeError(f"{where}: the tensor's memory has been freed")
+    if not tensor.data_ptr():  # inside functionalize
+        raise _no_memory(tensor, where)
 
 
 def _no_memory(tensor: Any, where: str) -> FastmergeError:
@@ -99,14 +102,14 @@ class Operands:
         ]
         if not self._tensors:
             raise FastmergeError(f"{where}: no tensors")
+        for tensor in self._tensors:
+            if is_torch(tensor):
+                check_torch(tensor, where)
         first = self._tensors[0]
         self.shape = tuple(int(size) for size in first.shape)
         self.count = math.prod(self.shape)
         self._torch = is_torch(first)
         self._device = str(first.device) if self._torch else "cpu"
-        for tensor in self._tensors:
-            if is_torch(tensor):
-                check_torch(tensor, where)
         for tensor in self._tensors[1:]:
             if tuple(tensor.shape) != self.shape:
                 raise FastmergeError(
@@ -160,6 +163,8 @@ class Operands:
     def _check_out(self, out: Any, where: str) -> None:
         if is_torch(out) != self._torch or not (self._torch or isinstance(out, np.ndarray)):
             raise FastmergeError(f"{where}: must be of the inputs' kind, not {type(out).__name__}")
+        if self._torch:
+            check_torch(out, where)
         if tuple(out.shape) != self.shape:
             raise FastmergeError(
                 f"{where}: shape {list(out.shape)} where the inputs have {list(self.shape)}"
@@ -168,7 +173,6 @@ class Operands:
             raise FastmergeError(f"{where}: on {out.device}, the inputs on {self._device}")
         dtype_of(out, where)
         if self._torch:
-            check_torch(out, where)
             written(out)
 
     @staticmethod

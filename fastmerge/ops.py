@@ -19,7 +19,8 @@ from fastmerge.algebra import Float64, Merge, Node, Source
 from fastmerge.compute import Computation
 from fastmerge.errors import FastmergeError
 from fastmerge.memory import Operands
-from fastmerge.methods import REQUIRED, Method, find
+from fastmerge.methods import REQUIRED, Method, Parameter, find
+from fastmerge.units import is_whole
 
 Numbers = Sequence[float] | NDArray[Any]
 
@@ -228,17 +229,13 @@ def combine(
         raise FastmergeError(
             f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
         )
-    try:
-        factors = np.asarray(coefficients, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise FastmergeError(f"combine: the coefficients are no numbers: {error}") from error
-    if factors.ndim != 1 or not np.isfinite(factors).all():
-        raise FastmergeError("combine: the coefficients must be one finite number for each tensor")
+    each = Parameter("coefficient", float, REQUIRED, "")
+    factors = [each.check(_plain(value), "combine") for value in _plain(coefficients)]
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
     operands.backend(threads).combine(
         operands.views,
-        factors,
+        np.array(factors),
         sink,
         divisor=None,
         axis=None,
@@ -286,7 +283,7 @@ def _merge(
 def _seed(method: Method, seed: Any) -> int | None:
     if not method.random:
         return None
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 1 << 64:
+    if not is_whole(seed) or not 0 <= seed < 1 << 64:
         raise FastmergeError(f"{method.name}: 'seed' must be a whole number in [0, 2^64)")
     return int(seed)
 
@@ -305,9 +302,14 @@ def _value(method: Method, name: str, values: Mapping[str, Any]) -> Any:
         raise FastmergeError(f"{method.name}: '{name}' is required")
     if value is None and parameter.default is None:
         return None
-    if hasattr(value, "item"):  # a number of NumPy's or torch's
-        value = value.item()
-    return parameter.check(value, method.name)
+    return parameter.check(_plain(value), method.name)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy's and torch's as Python's own numbers and lists of them."""
+    if getattr(value, "device", None) is not None and str(value.device) == "meta":
+        raise FastmergeError("a tensor on 'meta' has no numbers")
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _operand_values(
@@ -315,8 +317,7 @@ def _operand_values(
 ) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for name, given in per_model.items():
-        # Arrays and tensors of numbers are as good as lists of them.
-        value = given.tolist() if hasattr(given, "tolist") else given
+        value = _plain(given)
         if isinstance(value, Sequence):
             if len(value) != count:
                 raise FastmergeError(

@@ -48,6 +48,7 @@ from fastmerge.stage import (
     set_layers,
     with_head,
 )
+from fastmerge.units import is_whole
 
 __all__ = ["Plan", "TensorPlan", "make_plan", "passes"]
 
@@ -188,8 +189,10 @@ def make_plan(
     folder from its reference. Raises FastmergeError, one line, for whatever cannot be merged.
     """
     recipe = Recipe.load(recipe)
-    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 1 << 64):
-        raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
+    if seed is not None:
+        if not is_whole(seed) or not 0 <= seed < 1 << 64:
+            raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
+        seed = int(seed)
     planner = _Planner(recipe, base_folder, resolve, seed)
     with _collector_paused():
         for document in recipe.documents:
@@ -291,7 +294,8 @@ class _Planner:
         }
         if len(tensors) < len(model.tensors):
             self.note(f"{architecture.COMPUTED[1:]} is not written: transformers computes it")
-        view = View(reference, model.config, tensors, model.path)
+        donor = model.path if model.path.is_dir() else model.path.parent
+        view = View(reference, model.config, tensors, donor)
         self._opened[identity] = view
         return view
 
@@ -322,7 +326,8 @@ class _Planner:
                 "load it without"
             )
         tied = architecture.is_tied(lead.config)
-        if tied and any(has_own_head(item.view) for part in parts for item in part.inputs):
+        heads = parts if document.models is not None else parts[-1:]  # whose heads are merged
+        if tied and any(has_own_head(item.view) for part in heads for item in part.inputs):
             tied = False
             lead = replace(lead, config=architecture.untied(lead.config))
             self.note(

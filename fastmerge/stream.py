@@ -492,10 +492,7 @@ def _widest(root: Node) -> int:
     """The most tensors that one kernel of a tree reads, a base apart."""
     if isinstance(root, Source):
         return 1
-    return max(
-        len(parts) if node.method.is_combination else len(node.operands)
-        for node, parts in steps(root)
-    )
+    return max(len(step.node.operands if step.tree is None else step.parts) for step in steps(root))
 
 
 def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from fastmerge.errors import FastmergeError
 
@@ -12,6 +13,11 @@ _UNITS = {
     **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer: Python's or NumPy's, but no bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "dim")
 
 
 def parse_size(text: str, where: str = "size") -> int:

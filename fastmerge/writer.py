@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections import deque
@@ -78,7 +79,7 @@ class ModelWriter:
         self._begun: set[int] = set()
         self._open: deque[Slot] = deque()
         self._lock = threading.Lock()
-        self._finished = False
+        self._finished = self._worthless = False
         journal_path = self.target.with_name(f".{self.target.name}.fastmerge-journal")
         self._journal = _Journal(journal_path, self.target)
         try:
@@ -268,6 +269,10 @@ class ModelWriter:
         self._finished = True
         self._journal.close(remove=True)
 
+    def discard(self) -> None:
+        """Leaves nothing for a later run to continue, unless this one is finished."""
+        self._worthless = True
+
     def _sweep(self) -> None:
         """Removes what is no shard: scratch, and a killed run's scratch and side files."""
         shards = {shard.name for shard in self.layout.shards}
@@ -310,9 +315,22 @@ class ModelWriter:
             self.mark()
         for file in self._files:
             file.abandon()
-        if self._journal.begun and not self._journal.entries:
+        if self._worthless or (self._journal.begun and not self._journal.entries):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._journal.close(remove=not self.partial.exists())
+
+
+def _is_head(line: Any) -> bool:
+    return isinstance(line, dict) and {"job", "boot", "folder"} <= line.keys()
+
+
+def _is_entry(line: Any) -> bool:
+    return (
+        isinstance(line, list)
+        and len(line) == 2
+        and isinstance(line[0], str)
+        and isinstance(line[1], dict)
+    )
 
 
 class _Journal:
@@ -360,8 +378,7 @@ class _Journal:
                 entry = json.loads(line)
             except ValueError:
                 break
-            kind = list if found else dict  # [tensor, result], after the job's own line
-            if not isinstance(entry, kind):
+            if not (_is_entry(entry) if found else _is_head(entry)):
                 break
             found.append(entry)
             size += len(line) + 1
@@ -425,8 +442,10 @@ def check_output(
 
 
 def _check_place(target: Path, inputs: Iterable[Path]) -> None:
-    if not target.name or target == Path.cwd():
+    if not target.name or _holds_us(target):
         raise FastmergeError(f"{target}: is the current or the root folder; name one inside it")
+    if target.is_symlink():  # links were followed: this one leads to itself
+        raise FastmergeError(f"{target}: is a link that leads nowhere; remove it")
     if len(os.fsencode(target.name)) > _MAX_NAME_BYTES:
         raise FastmergeError(f"{target.name[:40]}...: the folder's name is too long; shorten it")
     try:
@@ -437,7 +456,7 @@ def _check_place(target: Path, inputs: Iterable[Path]) -> None:
         raise FastmergeError(f"{target}: the folder {target.parent} does not exist; create it")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise FastmergeError(f"{target}: the folder {target.parent} is not writable")
-    if target.exists() and target.stat().st_dev != target.parent.stat().st_dev:
+    if target.exists() and _is_mount(target):
         # The finished folder takes this name by a rename, which cannot replace a mount.
         raise FastmergeError(f"{target}: is where a disk is mounted; give a new folder inside it")
     for given in inputs:
@@ -451,6 +470,24 @@ def _check_place(target: Path, inputs: Iterable[Path]) -> None:
             raise FastmergeError(f"{target}: the output lies inside the input {given}")
         if target.exists() and target.samefile(folder):
             raise FastmergeError(f"{target}: the output would replace the input {given}")
+
+
+def _holds_us(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it was removed under us
+        return False
+
+
+def _is_mount(folder: Path) -> bool:
+    """Bind mounts included, which share their parent's device."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return os.path.ismount(folder)
+    # Field 5 is the mount point, with spaces and such as \\040.
+    points = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), line.split()[4]) for line in lines)
+    return str(folder) in points
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

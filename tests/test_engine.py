@@ -443,6 +443,7 @@ def test_an_input_that_changes_during_the_merge_is_noticed(models, tmp_path):
     with pytest.raises(FastmergeError, match="changed while it was being read"):
         fastmerge.merge(slerp_recipe(base, one), tmp_path / "out", progress=rewrite)
     assert not (tmp_path / "out").exists()
+    fastmerge.merge(slerp_recipe(base, one), tmp_path / "out")  # nothing stale is in its way
 
 
 def test_what_python_callers_get_wrong_is_one_line(models, tmp_path):
@@ -456,5 +457,8 @@ def test_what_python_callers_get_wrong_is_one_line(models, tmp_path):
     ):
         with pytest.raises(FastmergeError, match=message):
             fastmerge.merge(recipe, tmp_path / "out", **wrong)
-    with pytest.raises(FastmergeError, match="this plan has"):
-        fastmerge.merge(api.plan(recipe), tmp_path / "out", seed=3)
+    drawn = {**ties_recipe(*models), "merge_method": "dare_ties"}
+    with pytest.raises(FastmergeError, match="this plan has 5 already"):
+        fastmerge.merge(api.plan(drawn, seed=5), tmp_path / "out", seed=3)
+    whole = {"threads": np.int64(2), "memory_limit": np.int64(64 << 20), "seed": np.int64(4)}
+    fastmerge.merge(api.plan(recipe), tmp_path / "out", **whole)  # a seed that nothing draws from

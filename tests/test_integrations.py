@@ -135,3 +135,11 @@ def test_a_gpu_is_asked_for(
     monkeypatch.setattr(fastmerge.integrations.mergekit.engine, "merge_plan", merge_plan)
     run_merge(recipe, tmp_path / "out", options)
     assert asked == ["cuda"]
+
+
+def test_a_tokenizer_that_the_recipe_asks_for_is_written(recipe: str, tmp_path: Path) -> None:
+    data = yaml.safe_load(recipe)
+    data["tokenizer_source"] = "base"
+    data["base_model"] = data["models"][0]["model"]
+    run_merge(data, tmp_path / "out", {"copy_tokenizer": False})
+    assert "tokenizer_config.json" in names(tmp_path / "out")

@@ -55,3 +55,18 @@ def test_what_does_not_fit_changes_nothing(zoo):
         llama.merge_into(model, {a: 1.0}, keep="disk")
     again = llama.load(other).state_dict()
     assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_a_tied_model_takes_no_merge_that_unties_it(zoo):
+    """Head and embeddings are one memory there: the later of the two would win."""
+    tied, own = zoo.base("tied", tied=True), zoo.base("own", seed=3)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (tied, own)],
+    }
+    model = llama.load(tied)
+    before = model.lm_head.weight.clone()
+    with pytest.raises(FastmergeError, match="the model ties"):
+        llama.merge_into(model, recipe)
+    assert torch.equal(model.lm_head.weight, before)
+    llama.merge_into(llama.load_merged(recipe), recipe)

@@ -170,3 +170,11 @@ def test_without_transformers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(FastmergeError, match=r"pip install 'fastmerge\[llama\]'"):
         llama.load(tmp_path)
+
+
+def test_models_named_by_their_files(recipes):
+    files = (
+        recipes["slerp"].replace("/a", "/a/model.safetensors").replace("/b", "/b/model.safetensors")
+    )
+    assert llama.load_merged(files).generation_config.max_new_tokens == 7
+    assert llama.load_tokenizer(files)("red").input_ids == [3]

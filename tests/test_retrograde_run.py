@@ -101,20 +101,21 @@ def test_a_run_writes_everything_and_the_model_is_the_state_it_scored(
 def test_a_killed_run_resumes_where_it_was_and_ends_the_same(
     schedule: dict[str, Any], tmp_path: Path
 ) -> None:
-    calls: list[str] = []
-    killed_after: list[int] = []
+    class Calls:  # no plain value, of which a change would be another scorer
+        count, killed_after = 0, -1
+
+    calls = Calls()
 
     def counted(model: Any, split: str = "steer") -> Mapping[str, Any]:
-        if len(calls) in killed_after:
+        if calls.count == calls.killed_after:
             raise KeyboardInterrupt
-        calls.append(split)
+        calls.count += 1
         return score(model, split)
 
     schedule["compare"] = ["best_single", "line_search"]
     run(schedule, tmp_path / "whole", score=counted, threads=1)
-    total = len(calls)
-    calls.clear()
-    killed_after.append(5)  # the baseline, the pool, and two steps
+    total, calls.count = calls.count, 0
+    calls.killed_after = 5  # the baseline, the pool, and two steps
     with pytest.raises(KeyboardInterrupt):
         run(schedule, tmp_path / "killed", score=counted, threads=1)
     journal = tmp_path / "killed" / "journal.jsonl"
@@ -122,10 +123,9 @@ def test_a_killed_run_resumes_where_it_was_and_ends_the_same(
         file.write(b'{"key": "score:half-writ')  # what a crash leaves
     with pytest.raises(FastmergeError, match="holds a run already; use --resume"):
         run(schedule, tmp_path / "killed", score=counted, threads=1)
-    calls.clear()
-    killed_after.clear()
+    calls.count, calls.killed_after = 0, -1
     run(schedule, tmp_path / "killed", score=counted, threads=1, resume=True)
-    assert len(calls) == total - 5
+    assert calls.count == total - 5
     for name in ("trajectory.json", "report.md", "model/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -176,7 +176,10 @@ def test_a_model_of_nan_scores_nan_and_is_never_kept(
 def test_a_callable_that_returns_nonsense_is_one_line(
     schedule: dict[str, Any], tmp_path: Path
 ) -> None:
-    for answer, message in (([1], "must return a dict"), ({"a": "high"}, "is no number")):
+    for answer, message in (
+        ([1], "must return a dict"), ({"a": "high"}, "is no number"),
+        ({"a": None}, "it is None"), ({"b": [1.0, None]}, "is no number: it is None"),
+    ):  # fmt: skip
         with pytest.raises(FastmergeError, match=message) as caught:
             run(schedule, tmp_path / str(len(message)), score=lambda model, a=answer: a)
         assert "\n" not in str(caught.value)
@@ -224,10 +227,7 @@ def test_a_callable_may_lie_beside_the_schedule(files: Path) -> None:
     path.write_text(path.read_text() + "evaluate: {callable: 'measure_here:score'}\n")
     result = run(path, files / "out", threads=1)
     assert result.trajectory.state.baseline_score == 7.0
-    assert (
-        "not tested: that takes scores by item, 20 items or more"
-        in (files / "out" / "report.md").read_text()
-    )
+    assert "not tested: there are no scores by item" in (files / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -454,7 +454,7 @@ def test_a_filter_that_leaves_tensors_without_a_value_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
-def test_scores_are_kept_under_what_made_them(schedule: dict[str, Any], tmp_path: Path) -> None:
+def test_scores_are_kept_under_what_made_them(tmp_path: Path) -> None:
     from functools import partial
 
     from fastmerge.retrograde.evaluate import make_scorer
@@ -471,21 +471,50 @@ def test_scores_are_kept_under_what_made_them(schedule: dict[str, Any], tmp_path
         return make_scorer(evaluate, tmp_path, tmp_path, function).key
 
     assert key(fixed) == key(fixed)
+
+    class Scorer:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __call__(self, _: Any) -> dict[str, float]:
+            return {"a": self.value}
+
+    def default(value: float) -> Any:
+        return lambda _, value=value: {"a": value}
+
     different = [
-        key(fixed), key(partial(fixed, value=2.0)), key(partial(fixed, value=3.0)),
-        key(closing(1.0)), key(closing(2.0)), key(fixed, dtype="bfloat16"),
+        key(fixed), key(partial(fixed, value=2.0)), key(partial(fixed, value=[3.0])),
+        key(partial(fixed, value=[4.0])), key(closing(1.0)), key(closing(2.0)),
+        key(closing(np.float32(2.0))), key(closing((1.0, 2.0))), key(default(1.0)),
+        key(default(2.0)), key(Scorer(1.0)), key(Scorer(2.0)), key(Scorer(2.0).__call__),
+        key(fixed, dtype="bfloat16"),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
-    (tmp_path / "keyed.py").write_text("BIAS = 1.0\ndef score(model): return {'a': BIAS}\n")
-    schedule["evaluate"] = {"callable": "keyed:score"}
-    before = key(None, callable="keyed:score")
-    (tmp_path / "keyed.py").write_text("BIAS = 2.0\ndef score(model): return {'a': BIAS}\n")
-    assert key(None, callable="keyed:score") != before
+
+
+@pytest.mark.parametrize("decorator", ["", "import torch\n@torch.no_grad()\n"])
+def test_an_edited_scorer_is_another_one_even_in_one_process(
+    tmp_path: Path, decorator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmerge.retrograde.evaluate import make_scorer
+    from fastmerge.retrograde.schedule import load_evaluate
+
+    monkeypatch.delitem(sys.modules, "keyed", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    settings = load_evaluate({"callable": "keyed:score"})
+    text = decorator + "def score(model): return {'a': BIAS}\n"
+    keys = []
+    for bias in (1.0, 2.0):
+        (tmp_path / "keyed.py").write_text(f"BIAS = {bias}\n{text}")
+        scorer = make_scorer(settings, tmp_path, tmp_path)
+        keys.append(scorer.key)
+        assert scorer.score(None, "steer").value == bias
+    assert keys[0] != keys[1]
     other = tmp_path / "other"
     other.mkdir()
     (other / "keyed.py").write_text("def score(model): return {'a': 3.0}\n")
-    with pytest.raises(FastmergeError, match="this process has loaded another 'keyed'"):
-        make_scorer(load_evaluate({"callable": "keyed:score"}), other, other)
+    with pytest.raises(FastmergeError, match="beside the schedule lies a 'keyed', and another"):
+        make_scorer(settings, other, other)
 
 
 @pytest.mark.parametrize(
@@ -501,6 +530,34 @@ def test_what_a_callable_cannot_follow_is_refused(
     schedule["evaluate"].update(settings)
     with pytest.raises(FastmergeError, match=message):
         run(schedule, tmp_path / "out", score=lambda model, **options: score(model))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_nan_somewhere_has_no_part_in_the_one_shot(
+    zoo: Any, schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    tensors = zoo.read(Path(schedule["pool"][1]))
+    tensors["model.norm.weight"][:] = np.nan
+    config = json.loads((Path(schedule["pool"][1]) / "config.json").read_text())
+    schedule["pool"][1] = str(zoo.write("broken", tensors, config))
+    back = {"retrace": {"toward": "baseline", "method": "slerp", "t": 0.3}}
+    away = {"degrade": {"partner": "m1", "method": "slerp", "t": 0.4}}
+    schedule["schedule"] = {"steps": [away, back]}
+    result = run(schedule, tmp_path / "out", score=score, threads=1)
+    place = result.trajectory.geometry[2]
+    assert place is not None and place.one_shot[2] == 0.0 and place.one_shot[1] > 0.1
+    (one,) = [row for row in result.rows if row.name == "one_shot"]
+    assert np.isfinite(one.steer.value)
+
+
+def test_a_pool_without_a_distance_is_refused_at_once(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    schedule["pool"] = schedule["base_model"] = schedule["pool"][:1]
+    (schedule["base_model"],) = schedule["base_model"]
+    schedule["schedule"]["degrade"]["partner"] = "farthest"
+    with pytest.raises(FastmergeError, match="base_model alone"):
+        run(schedule, tmp_path / "out", score=score)
     assert not (tmp_path / "out").exists()
 
 

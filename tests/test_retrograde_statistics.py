@@ -41,7 +41,7 @@ def test_statistics_against_closed_forms() -> None:
 
 
 def test_a_few_items_show_nothing() -> None:
-    """At 5 items a true null came out as p < 0.05 in 16 % of cases; at 20 in about 6."""
+    """At 5 items a true null came out as p < 0.05 in 16 % of cases; at 20 in 8 %."""
     rng = np.random.default_rng(1)
     for few in ([71.2], rng.normal(size=5), rng.normal(size=19)):
         assert interval(scores_of(few), resamples=100, seed=1) is None
@@ -54,7 +54,7 @@ def test_a_few_items_show_nothing() -> None:
         found = difference(scores_of(a), scores_of(b), resamples=500, seed=seed)
         assert found is not None
         rejected += found.p < 0.05
-    assert rejected <= 24  # 12 % of 200; P(more) < 0.001 at a true rate of 6 %
+    assert rejected <= 28  # 14 % of 200; P(more) < 0.001 at a true rate of 8 %
 
 
 def test_nan_is_no_difference() -> None:

@@ -570,22 +570,17 @@ def test_a_journal_that_the_disk_has_no_room_for_is_one_line(
         filled()
 
 
-@pytest.mark.parametrize(
-    "target, message",
-    [("/", "root folder"), (".", "current"), ("x" * 230, "too long"), ("\udc80", "not UTF-8")],
-)
-def test_places_that_no_model_can_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FastmergeError, match=message):
-        ModelWriter(Path(target), layout(), key="job")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_mount_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not os.path.ismount("/dev/shm"):
-        pytest.skip("no mount to try it on")
-    monkeypatch.setattr(writer_module.os, "access", lambda *_: True)
-    with pytest.raises(FastmergeError, match="where a disk is mounted"):
-        ModelWriter(Path("/dev/shm"), layout(), key="job")
+def test_entries_of_the_wrong_form_end_a_journal(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with ModelWriter(target, layout(), key="job") as writer:
+        fill(writer, writer.pending())
+        settle(writer, len(TENSORS))
+    journal = tmp_path / ".out.fastmerge-journal"
+    whole = journal.read_bytes()
+    for wrong in (b"[]", b'["x"]', b"[[1], {}]", b'["large", 3]'):
+        journal.write_bytes(whole + wrong + b"\n")
+        with ModelWriter(target, layout(), key="job") as writer:
+            assert writer.resumed
+    with ModelWriter(target, layout(), key="job") as writer:
+        fill(writer, writer.pending())
+        writer.finish()

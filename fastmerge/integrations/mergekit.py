@@ -24,6 +24,7 @@ from fastmerge.checkpoint import TOKENIZER_PATTERNS
 from fastmerge.engine import MergeReport, Progress
 from fastmerge.errors import FastmergeError, nearest
 from fastmerge.plan import Plan
+from fastmerge.recipe import Recipe
 
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
 
@@ -83,7 +84,10 @@ def run_merge(
     """
     given = _options(options)
     device = _device(given)
-    recipe = merge_config.to_yaml() if hasattr(merge_config, "to_yaml") else merge_config
+    source = merge_config.to_yaml() if hasattr(merge_config, "to_yaml") else merge_config
+    recipe = Recipe.load(source)
+    if recipe.output.tokenizer_source or recipe.output.tokenizer:
+        given.pop("copy_tokenizer", None)  # asked for in the recipe: mergekit writes it too
     plan = api.plan(recipe, seed=given.get("random_seed"))
     out = Path(out_path)
     files = _files(plan, out, given, config_source)

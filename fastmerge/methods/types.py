@@ -43,7 +43,7 @@ class Parameter:
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
             raise FastmergeError(f"{where}: '{self.name}' must be a number, not {value!r}")
         if abs(value) > _LARGEST or value != value:
-            raise FastmergeError(f"{where}: '{self.name}' must be finite, not {value!r:.40}")
+            raise FastmergeError(f"{where}: '{self.name}' must be finite")
         if self.kind is int and value != int(value):
             raise FastmergeError(f"{where}: '{self.name}' must be a whole number, not {value!r}")
         too_low = self.low is not None and (

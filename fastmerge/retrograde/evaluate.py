@@ -11,6 +11,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module, reload
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,27 +74,39 @@ def _check_device(settings: Evaluate) -> None:
         )
 
 
+_TEXTS: dict[str, str] = {}  # of the modules as they were imported
+
+
+def _imported(name: str) -> Any:
+    """The module; loaded again where its file has changed since this process imported it."""
+    module = import_module(name)
+    text = _text_of(module)
+    if _TEXTS.get(name, text) != text:
+        module = reload(module)
+    _TEXTS[name] = text
+    return module
+
+
 def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
     """Imports 'module:function'; the module may lie beside the schedule."""
-    from importlib import import_module
-
     assert settings.callable is not None
     module, _, name = settings.callable.partition(":")
     beside = str(folder.resolve())
     if beside not in sys.path:
         sys.path.append(beside)  # last: it must not hide an installed module
     where = f"{settings.at('callable')}: '{settings.callable}'"
-    # Another schedule of this process may have had a module of that name beside it.
-    loaded = getattr(sys.modules.get(module), "__file__", None)
-    file = folder / f"{module.replace('.', '/')}.py"
-    if loaded is not None and file.is_file() and not file.samefile(loaded):
-        raise FastmergeError(
-            f"{where}: this process has loaded another '{module}' ({loaded}); rename one of them"
-        )
     try:
-        function: ScoreFunction = getattr(import_module(module), name)
+        function: ScoreFunction = getattr(_imported(module), name)
     except Exception as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
+    # A module of that name may be installed, or have lain beside another schedule.
+    near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
+    loaded = Path(getattr(sys.modules[module], "__file__", None) or "").resolve()
+    if any(file.is_file() and file.resolve() != loaded for file in near):
+        raise FastmergeError(
+            f"{where}: beside the schedule lies a '{module}', and another one is loaded "
+            f"({loaded}); rename one of them"
+        )
     if not callable(function):
         raise FastmergeError(f"{where}: is no function")
     return function
@@ -114,30 +127,56 @@ def _model_settings(settings: Evaluate) -> dict[str, Any]:
 
 
 def _identity(function: Any) -> list[str]:
-    """What shows that a function has changed: the text of its file, which holds its helpers and
-    constants too (in a notebook its own), and the plain values that it closes over or is bound to.
+    """What shows that a function has changed: the texts of its file and its decorators' (which hold
+    helpers and constants too), and the plain values that it closes over or is bound to.
     """
-    found = []
-    while isinstance(function, functools.partial):
-        bound = (*function.args, *(x for item in sorted(function.keywords.items()) for x in item))
-        found += [repr(value) for value in bound if isinstance(value, _PLAIN)]
-        function = function.func
-    if not inspect.isroutine(function):
-        function = type(function)  # an object that can be called
-    found.append(function.__qualname__)
-    try:
-        file = Path(inspect.getsourcefile(function) or "")
-        found.append(file.read_text("utf-8") if file.is_file() else inspect.getsource(function))
-    except (OSError, TypeError, UnicodeDecodeError):
-        found.append("")  # built in, or made by exec
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-        if isinstance(value, _PLAIN):
+    found: list[str] = []
+    seen: set[int] = set()
+    left = [function]
+    while left:
+        value = left.pop()
+        if isinstance(value, (*_PLAIN, np.generic, Path)):
             found.append(repr(value))
+        elif id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, dict):
+            left += [x for pair in value.items() for x in pair]
+        elif isinstance(value, functools.partial):
+            left += [value.func, value.args, value.keywords]
+        elif inspect.ismethod(value):
+            left += [value.__func__, *_attributes(value.__self__)]
+        elif inspect.isfunction(value):
+            found += [value.__qualname__, _text_of(value)]
+            left += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
+            left += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        elif value is function:  # an object that can be called
+            found += [type(value).__qualname__, _text_of(type(value))]
+            left += _attributes(value)
     return found
+
+
+def _attributes(thing: Any) -> list[Any]:
+    return [] if inspect.isclass(thing) else list(getattr(thing, "__dict__", {}).items())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _text_of(thing: Any) -> str:
+    """The text of the file that defines it; in a notebook its own; "" where there is none."""
+    try:
+        # Not getsource alone: it looks through decorators, which may close over something.
+        file = Path(inspect.getsourcefile(thing) or "")
+        return file.read_text("utf-8") if file.is_file() else inspect.getsource(thing)
+    except (OSError, TypeError, UnicodeDecodeError):
+        return ""  # built in, or made by exec
 
 
 class _Callable:
@@ -195,7 +234,7 @@ class _Callable:
     def _task(self, name: str, value: Any) -> TaskScore:
         try:
             # None would become NaN, a score that is refused without a word about why.
-            if value is None:
+            if value is None or (isinstance(value, (list, tuple)) and None in value):
                 raise TypeError("it is None")
             numbers = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
@@ -296,8 +335,9 @@ class Resident:
         if self._model is None:
             dtype = getattr(torch, self._settings.dtype)
             with quiet():
-                model = llama.load(self._folder, dtype=dtype).to(self._settings.device)
-                self._model = model.requires_grad_(False)
+                # From the plan and not from a folder: its config may untie the head.
+                model = llama.load_merged(plan, threads=self._threads, dtype=dtype)
+                self._model = model.to(self._settings.device).requires_grad_(False)
         if observe is None:
             live.merge_into(self._model, plan, threads=self._threads)
             return self._model
@@ -367,16 +407,16 @@ class Lab:
         if factors is not None:
             return self.space.geometry(factors)
         key = self.space.fingerprint(state)
-        if self._journal.get(f"geometry:{key}") is None:
+        if self._journal.get(f"geometry 2:{key}") is None:
             meter = GramMeter(self.space)
             for item, array in engine.materialise(self.space.plan(state), threads=self._threads):
                 meter(item, array)
             self._keep(key, meter)
-        return Geometry.from_json(self._journal.get(f"geometry:{key}"))
+        return Geometry.from_json(self._journal.get(f"geometry 2:{key}"))
 
     def _keep(self, key: str, meter: GramMeter) -> None:
         geometry = self.space.geometry_of(meter.grams)
-        self._journal.put(f"geometry:{key}", geometry.as_json())
+        self._journal.put(f"geometry 2:{key}", geometry.as_json())
 
 
 class GramMeter:

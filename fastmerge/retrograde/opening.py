@@ -53,6 +53,9 @@ def check_steps(schedule: Schedule, template: Plan) -> None:
     bare = Space(template, None, positions(template), origin(schedule))
     for step in {id(step): step for step in schedule.steps}.values():
         bare.check(take(schedule, step, Model(0), Model(0), 0))
+        near = step.partner in ("nearest", "farthest")
+        if near and len(schedule.pool) == 1 and origin(schedule) == 1:
+            step.refuse("partner", "the pool is base_model alone, which is neither near nor far")
 
 
 def _located(values: Mapping[str, Any], where: str) -> LocatedDict:
@@ -110,7 +113,8 @@ def origin(schedule: Schedule) -> int:
 
 
 def _gram_key(template: Plan) -> str:
-    return digest([model.fingerprint for model in template.models])
+    # 1 also held matrices over other bases, from walks with a base_model that measured nothing.
+    return digest([2, *(model.fingerprint for model in template.models)])
 
 
 def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:

@@ -13,7 +13,7 @@ from fastmerge.retrograde import plots
 from fastmerge.retrograde.harness import leaderboard_table
 from fastmerge.retrograde.lineage import figure, other_label, step_table
 from fastmerge.retrograde.scores import Scores, none, write_atomically
-from fastmerge.retrograde.statistics import MIN_ITEMS, Interval, difference, holm, interval
+from fastmerge.retrograde.statistics import Interval, difference, holm, interval, untested
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.comparison import Row
@@ -127,8 +127,8 @@ def finding(lines: Sequence[Line]) -> list[str]:
         if line.lead is None:
             gap = lines[0].value - line.value
             sentences.append(
-                f"- against {title}: {gap:+.2f} points (not tested: that takes scores by item, "
-                f"{MIN_ITEMS} items or more)"
+                f"- against {title}: {gap:+.2f} points "
+                f"(not tested: {untested(lines[0].scores, line.scores)})"
             )
             continue
         sentences.append(
@@ -154,7 +154,7 @@ def verdict_on_path(lines: Sequence[Line]) -> str:
     if not outcomes:
         return ""
     if all(outcome == "better" for outcome in outcomes):
-        return "Here the path added something that one merge at its effective weights lacks."
+        return "Here the path added something that one merge near it lacks."
     if "worse" in outcomes:
         return "Here the path cost something: a simpler merge of the same models scores higher."
     return "No evidence that the path itself added anything over a simpler merge."
@@ -181,9 +181,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
             f"**{_with_interval(lines[0])} %**"
             f"{' (95 % interval over items)' if lines[0].interval else ''}. "
-            f"{verdict_on_path(lines)} The schedule less each rival, in percent points, the same "
-            f"items for both; *better* and *worse* mean p < {_SIGNIFICANT} after Holm's correction "
-            "over all rows:"
+            + " ".join(filter(None, [verdict_on_path(lines), _how_tested(lines)]))
         )
         parts.append("\n".join(finding(lines)))
         if split_name(lines) == "steering":
@@ -214,6 +212,15 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
         parts += _comparison(result, lines, pictures)
     parts += _setup(result, lines)
     return "\n\n".join(parts) + "\n"
+
+
+def _how_tested(lines: Sequence[Line]) -> str:
+    text = "The schedule less each rival, in percent points, the same items for both"
+    if any(line.lead is not None for line in lines):
+        text += (
+            f"; *better* and *worse* mean p < {_SIGNIFICANT} after Holm's correction over all rows"
+        )
+    return f"{text}:"
 
 
 def _count(number: int, thing: str) -> str:

@@ -366,6 +366,9 @@ class Space:
         known = np.nan_to_num(delta)
         total = grams.sum(axis=0)[: self.count, : self.count]
         target = np.einsum("tij,tj->i", grams, known)[: self.count]
+        # A model with a NaN anywhere takes no part: 1e-4 of it would be NaN.
+        broken = np.flatnonzero(self._broken)
+        total[broken], total[:, broken], target[broken] = 0.0, 0.0, 0.0
         # x_0 is a thousand deltas long: unscaled, their part would be lost below lstsq's cut-off.
         scale = np.sqrt(np.diagonal(total))
         scale = np.where(scale > 0, scale, 1.0)

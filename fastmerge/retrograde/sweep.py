@@ -45,7 +45,7 @@ def parse_range(text: str) -> list[float]:
                 raise FastmergeError(f"--t: '{text}' has {count} values; at most {MOST_VALUES}")
             values = [round(first + i * step, 12) for i in range(count)]
         else:
-            values = [float(part) for part in text.split(",")]
+            values = [float(part) + 0.0 for part in text.split(",")]  # -0.0 is 0.0
         if not np.isfinite(values).all():
             raise ValueError
         return values
@@ -173,6 +173,7 @@ def sweep(
     known = _known(out, key, resume)
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
+    _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
     resident = None if settings is None else Resident(plan.models[0].path, settings, threads)
     points = []
     for t in values:
@@ -181,21 +182,25 @@ def sweep(
         elif resident is not None and scorer is not None:
             point = Point(t, scorer.score(resident.load(swept.plan(t)), "steer"), None)
         else:
-            here, folder = swept.plan(t), out / f"t={t:.15g}"
+            here, folder = swept.plan(t), out / f"t={repr(t).removesuffix('.0')}"
             files = api.model_files(here, folder.name)
             # A kill between the folder's last rename and sweep.json leaves it whole, not noted.
             engine.merge_plan(here, folder, threads=threads, overwrite=resume, side_files=files)
             point = Point(t, None, folder)
         points.append(point)
         known[t] = point  # with those of an earlier, finer sweep that are still to come
-        table = {"key": key, "points": [_json(known[value]) for value in sorted(known)]}
-        write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
+        _save(out, key, known)
         if on_point is not None:
             on_point(point)
     if scorer is not None:
         pairs = [(point.t, point.scores.value) for point in points if point.scores is not None]
         write_atomically(out / "sweep.png", plots.sweep_png(pairs))
     return points
+
+
+def _save(out: Path, key: str, known: Mapping[float, Point]) -> None:
+    table = {"key": key, "points": [_json(known[t]) for t in sorted(known)]}
+    write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
 
 
 def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
@@ -206,12 +211,16 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
         raise FastmergeError(f"{out}: is not empty; give a new folder, or --resume a sweep")
     if not (out / FILE).is_file():
         raise FastmergeError(f"{out}: holds no sweep to resume ({FILE} is missing)")
-    table = json.loads((out / FILE).read_text())
+    try:
+        table = json.loads((out / FILE).read_text())
+        points = {entry["t"]: _point(entry, out) for entry in table["points"]}
+    except (ValueError, KeyError, TypeError):
+        raise FastmergeError(f"{out / FILE}: is damaged; use another folder") from None
     if table["key"] != key:
         raise FastmergeError(
             f"{out}: was begun with another recipe, other models or another evaluation"
         )
-    return {entry["t"]: _point(entry, out) for entry in table["points"]}
+    return {t: point for t, point in points.items() if point.out is None or point.out.is_dir()}
 
 
 def _json(point: Point) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""Where a model may be written: what no folder can take is refused before the first byte."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastmerge import writer as writer_module
+from fastmerge.dtypes import F32
+from fastmerge.errors import FastmergeError
+from fastmerge.layout import Layout
+from fastmerge.writer import ModelWriter
+
+LAYOUT = Layout.plan([("x", F32, (2,))], max_shard_bytes=1000, metadata={})
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [("/", "root folder"), (".", "current"), ("x" * 230, "too long"), ("\udc80", "not UTF-8")],
+)
+def test_places_that_no_model_can_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FastmergeError, match=message):
+        ModelWriter(Path(target), LAYOUT, key="job")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no mount to try it on")
+    monkeypatch.setattr(writer_module.os, "access", lambda *_: True)
+    with pytest.raises(FastmergeError, match="where a disk is mounted"):
+        ModelWriter(Path("/dev/shm"), LAYOUT, key="job")
+
+
+def test_a_removed_working_directory_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with ModelWriter(tmp_path / "out", LAYOUT, key="job") as writer:
+        writer.write("x", bytes(8))
+        writer.computed("x", {})
+        writer.finish()
+
+
+def test_the_folder_we_stand_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "out" / "sub")
+    with pytest.raises(FastmergeError, match="current"):
+        ModelWriter(tmp_path / "out", LAYOUT, key="job", overwrite=True)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(FastmergeError, match="leads nowhere"):
+        ModelWriter(tmp_path / "loop", LAYOUT, key="job")
