@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 from typing import Any
 
 from fastmerge.errors import FastmergeError
@@ -17,7 +18,7 @@ _UNITS = {
 
 def is_whole(value: Any) -> bool:
     """Whether it is an integer: Python's or NumPy's, but no bool."""
-    return hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "dim")
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def parse_size(text: str, where: str = "size") -> int:

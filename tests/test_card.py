@@ -101,7 +101,7 @@ def test_same_plan_same_card(plan):
         "mistralai/Mistral-7B-v0.1@main": "mistralai/Mistral-7B-v0.1@main",
         "./models/tuned": "tuned",
         "~/models/tuned/": "tuned",
-        "/home/me/secret/tuned": "tuned",
+        "/mnt/secret/tuned": "tuned",
         "models/of/mine": "mine",
     }.items(),
 )
@@ -112,8 +112,8 @@ def test_no_local_path_on_a_card(reference, name):
 @pytest.mark.parametrize(
     ("reference", "found", "name"),
     [
-        ("models/tuned", "/work/models/tuned", "tuned"),
-        ("tuned/model.safetensors", "/work/tuned/model.safetensors", "tuned"),
+        ("models/tuned", "/srv/models/tuned", "tuned"),
+        ("tuned/model.safetensors", "/srv/tuned/model.safetensors", "tuned"),
         ("org/model", "/cache/models--org--model/snapshots/0123abcd", "org/model"),
     ],
 )
