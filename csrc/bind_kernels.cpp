@@ -103,29 +103,45 @@ int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers
     return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, shape);
 }
 
-py::list bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
+py::list select_parts(Pool& pool, const std::vector<Part>& parts,
                       const std::vector<py::tuple>& specs) {
-    const std::vector<Span> tensors = spans(inputs);
     std::vector<Sparsify> requests;
     for (const py::tuple& spec : specs) requests.push_back(parse_sparsify(spec));
     std::vector<Selection> found;
     {
         py::gil_scoped_release release;
-        found = select(pool, tensors, base.span, requests);
+        found = select(pool, parts, requests);
     }
     py::list answers;
     for (const Selection& selection : found) answers.append(selection_tuple(selection));
     return answers;
 }
 
+py::list bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
+                      const std::vector<py::tuple>& specs) {
+    return select_parts(pool, {{spans(inputs), base.span, 0}}, specs);
+}
+
+py::list bound_select_across(Pool& pool, const std::vector<std::vector<View>>& inputs,
+                             const std::vector<View>& bases, const std::vector<int64_t>& origins,
+                             const std::vector<py::tuple>& specs) {
+    if (bases.size() != inputs.size() || origins.size() != inputs.size())
+        throw std::invalid_argument("one base and one origin per tensor are needed");
+    std::vector<Part> parts;
+    for (size_t i = 0; i < inputs.size(); ++i)
+        parts.push_back({spans(inputs[i]), bases[i].span, origins[i]});
+    return select_parts(pool, parts, specs);
+}
+
 int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View& base,
                         const std::vector<float>& weights, const std::vector<py::tuple>& selections,
-                        Sink& out, bool elect, bool normalize, float scale) {
+                        Sink& out, bool elect, bool normalize, float scale, int64_t origin) {
     const std::vector<Span> tensors = spans(inputs);
     std::vector<Selection> chosen;
     for (const py::tuple& selection : selections) chosen.push_back(parse_selection(selection));
     py::gil_scoped_release release;
-    return consensus(pool, tensors, base.span, weights, chosen, out, {elect, normalize, scale});
+    const Consensus rule = {elect, normalize, scale, origin};
+    return consensus(pool, tensors, base.span, weights, chosen, out, rule);
 }
 
 }  // namespace
@@ -147,7 +163,10 @@ void bind_kernels(py::module_& m) {
           "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
     m.def("select", &bound_select, "pool"_a, "inputs"_a, "base"_a, "specs"_a);
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,
-          "selections"_a, "out"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a = 1.0f);
+          "selections"_a, "out"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a = 1.0f,
+          "origin"_a = 0);
+    m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
+          "specs"_a);
     m.def(
         "copy", [](Pool& pool, const View& source, Sink& out) { copy(pool, source.span, out); },
         "pool"_a, "source"_a, "out"_a, py::call_guard<py::gil_scoped_release>());

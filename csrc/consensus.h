@@ -9,6 +9,7 @@ namespace fastmerge {
 struct Consensus {
     bool elect, normalize;
     float scale;
+    int64_t origin;  // flat index of the first element, a multiple of kTile
 };
 
 // out = base + scale * merge of the selected, rescaled, weighted deltas. Returns the number of NaN

@@ -13,7 +13,8 @@ struct Masses {
 // sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries.
 void measure(const Deltas& deltas, const std::vector<size_t>& which,
              const std::vector<Sparsify>& specs, std::vector<Selection>& selections) {
-    const int64_t blocks = (deltas.count() + kSumBlock - 1) / kSumBlock;
+    int64_t blocks = 0;
+    for (const Part& part : deltas.parts) blocks += blocks_of(part.base.count, kSumBlock);
     const size_t k = which.size();
     std::vector<RoundKeys> keys;
     for (const size_t j : which) keys.push_back(round_keys(selections[j].key));
@@ -52,18 +53,25 @@ void measure(const Deltas& deltas, const std::vector<size_t>& which,
 
 }  // namespace
 
-std::vector<Selection> select(Pool& pool, const std::vector<Span>& inputs, const Span& base,
+std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
                               const std::vector<Sparsify>& specs) {
-    check_inputs(inputs, &base, base.count);
-    if (specs.size() != inputs.size())
-        throw std::invalid_argument("one request per input is needed");
-    const Deltas deltas = {pool, inputs, base};
-    const int64_t count = base.count;
+    if (parts.empty()) throw std::invalid_argument("no inputs");
+    int64_t free = 0;
+    for (const Part& part : parts) {
+        check_inputs(part.inputs, &part.base, part.base.count);
+        if (specs.size() != part.inputs.size())
+            throw std::invalid_argument("one request per input is needed");
+        if (part.first < free || part.first % kTile != 0)
+            throw std::invalid_argument("parts must follow each other, at multiples of a tile");
+        free = part.first + part.base.count;
+    }
+    const Deltas deltas = {pool, parts};
+    const int64_t count = deltas.count();
 
-    std::vector<Selection> selections(inputs.size());
+    std::vector<Selection> selections(specs.size());
     std::vector<size_t> trimmed, measured;
     std::vector<Threshold> thresholds;
-    for (size_t j = 0; j < inputs.size(); ++j) {
+    for (size_t j = 0; j < specs.size(); ++j) {
         const Sparsify& spec = specs[j];
         Selection& selection = selections[j];
         selection.kind = spec.kind;

@@ -52,12 +52,12 @@ struct Search {
 std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
     const int64_t count = deltas.count();
     std::vector<int32_t> keys;
-    const auto read = [&](int64_t begin, int64_t length) {
+    const auto read = [&](const Part& part, int64_t begin, int64_t length) {
         float x[kTile], base[kTile];
-        const Span& input = deltas.inputs[j];
+        const Span& input = part.inputs[j];
         const Kernels& table = kernels();
         table.widen[static_cast<size_t>(input.dtype)](input.at(begin), x, length);
-        table.widen[static_cast<size_t>(deltas.base.dtype)](deltas.base.at(begin), base, length);
+        table.widen[static_cast<size_t>(part.base.dtype)](part.base.at(begin), base, length);
         table.subtract(base, x, length);
         for (int64_t i = 0; i < length; ++i) {
             int32_t key;
@@ -66,16 +66,28 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
         }
     };
     if (count <= kSampleAll) {
-        for_each_tile(0, count, [&](int64_t begin, int64_t end) { read(begin, end - begin); });
+        for (const Part& part : deltas.parts)
+            for_each_tile(0, part.base.count,
+                          [&](int64_t begin, int64_t end) { read(part, begin, end - begin); });
         return keys;
     }
     // One chunk per equal part of the tensor, at a scattered place in it, or a matrix whose row
     // length divides the step would be sampled in a few columns only.
     keys.reserve(kSample);
     const int64_t chunks = kSample / kChunk, step = count / chunks;
+    auto part = deltas.parts.begin();
+    int64_t before = 0;  // elements of the parts before it
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const uint32_t scattered = static_cast<uint32_t>(chunk) * 0x9E3779B9u;
-        read(chunk * step + (static_cast<int64_t>(scattered) * (step - kChunk) >> 32), kChunk);
+        // Below 2**32 chunks of 2**31 elements: the product has room in 64 bits.
+        const int64_t offset = static_cast<int64_t>(scattered) * (step - kChunk) >> 32;
+        int64_t at = chunk * step + offset - before;
+        while (at >= part->base.count) {
+            at -= part->base.count;
+            before += part->base.count;
+            ++part;
+        }
+        read(*part, at, std::min(kChunk, part->base.count - at));
     }
     return keys;
 }

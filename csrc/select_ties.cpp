@@ -144,7 +144,7 @@ void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
     for (size_t i = 0; i < which.size(); ++i) {
         searches[i].inside = bounds[i].ties;
         if (bounds[i].rule == TieRule::kIndex)
-            searches[i].last = static_cast<uint64_t>(deltas.count() - 1);
+            searches[i].last = static_cast<uint64_t>(deltas.end() - 1);
         searches[i].aim(bounds[i].wanted);
     }
     for (;;) {

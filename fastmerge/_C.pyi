@@ -91,6 +91,17 @@ def select(
 ) -> list[_Selection]:
     """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity."""
 
+def select_across(
+    pool: Pool,
+    inputs: Sequence[Sequence[View]],
+    bases: Sequence[View],
+    origins: Sequence[int],
+    specs: Sequence[_Sparsify],
+) -> list[_Selection]:
+    """`select` of several tensors as one long vector: ``inputs`` and ``bases`` by tensor. The flat
+    index of a tensor's first element is its origin: rising multiples of 2048 with room for it.
+    """
+
 def consensus(
     pool: Pool,
     inputs: Sequence[View],
@@ -102,12 +113,13 @@ def consensus(
     elect: bool,
     normalize: bool,
     scale: float = 1.0,
+    origin: int = 0,
 ) -> int:
     """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32, no FMA, one
     rounding.
 
     Order of operations as mergekit 0.1.5 in float32 (task arithmetic, TIES, DARE); returns the
-    number of NaN/Inf outputs.
+    number of NaN/Inf outputs. origin: the flat index of the first element (see select_across).
     """
 
 def copy(pool: Pool, source: View, out: Sink) -> None:

@@ -116,6 +116,7 @@ class CpuBackend:
         elect: bool,
         normalize: bool,
         scale: float,
+        origin: int = 0,
     ) -> int:
         return _C.consensus(
             self.pool,
@@ -127,7 +128,19 @@ class CpuBackend:
             elect=elect,
             normalize=normalize,
             scale=scale,
+            origin=origin,
         )
+
+    def select_across(
+        self,
+        inputs: Sequence[Sequence[_C.View]],
+        bases: Sequence[_C.View],
+        origins: Sequence[int],
+        specs: Sequence[Sparsify],
+    ) -> list[Selection]:
+        """`select` of several tensors as one long vector."""
+        found = _C.select_across(self.pool, inputs, bases, origins, specs)
+        return [Selection(*answer) for answer in found]
 
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
         nbytes = 4 * count

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastmerge import algebra
 from fastmerge.algebra import Collapsed, Float64, Merge, Node, Source
+from fastmerge.errors import FastmergeError
 from fastmerge.methods.types import Consensus
 from fastmerge.sparsity import Selection, Sparsify, random_key
 
@@ -63,11 +64,19 @@ class Backend(Protocol[T, O]):
         elect: bool,
         normalize: bool,
         scale: float,
+        origin: int = 0,
     ) -> int: ...
 
     def scratch(self, count: int) -> tuple[T, Any]:
         """An fp32 tensor of ``count`` elements, as input and as output, for intermediates."""
         ...
+
+
+class Trim(NamedTuple):
+    """What survives of one tensor's deltas, whose first entry has the flat index ``origin``."""
+
+    selections: tuple[Selection, ...]
+    origin: int
 
 
 @dataclass(frozen=True)
@@ -180,9 +189,16 @@ class Computation(Generic[T, O]):
     """One tensor: ``fetch`` gives a source's weights, results go to ``out``."""
 
     def __init__(
-        self, backend: Backend[T, O], fetch: Callable[[Source], T], name: str, shape: Sequence[int]
+        self,
+        backend: Backend[T, O],
+        fetch: Callable[[Source], T],
+        name: str,
+        shape: Sequence[int],
+        trims: Mapping[Node, Trim] | None = None,
     ) -> None:
+        """``trims``: those that span all tensors, by their merge."""
         self._backend = backend
+        self._trims = trims or {}
         self._fetch = fetch
         self._name = name
         self._shape = tuple(shape)
@@ -261,7 +277,17 @@ class Computation(Generic[T, O]):
         assert root.base is not None
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
-        selections = self._backend.select(tensors, base, plan.sparsify)
+        trim = self._trims.get(root)
+        if trim is None and plan.across:
+            raise FastmergeError(
+                f"{self._name}: trim: model needs every tensor of the models; merge to a folder, "
+                "or on the CPU"
+            )
+        selections: Sequence[Selection]
+        if trim is None:
+            selections = self._backend.select(tensors, base, plan.sparsify)
+        else:
+            selections = trim.selections
         nonfinite = self._backend.consensus(
             tensors,
             base,
@@ -271,5 +297,8 @@ class Computation(Generic[T, O]):
             elect=plan.elect,
             normalize=plan.normalize,
             scale=plan.scale,
+            origin=0 if trim is None else trim.origin,
         )
-        return Outcome(nonfinite, kept=tuple(selection.kept for selection in selections))
+        # How many of them are this tensor's is not known where the trim spans others.
+        kept = None if trim else tuple(selection.kept for selection in selections)
+        return Outcome(nonfinite, kept=kept)

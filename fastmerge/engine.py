@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge import _C, algebra, backends
-from fastmerge.algebra import Float64, Source
+from fastmerge import _C, algebra, backends, trims
+from fastmerge.algebra import Float64, Node, Source
 from fastmerge.backends import CpuBackend
 from fastmerge.checkpoint import Checkpoint
-from fastmerge.compute import Computation, Outcome
+from fastmerge.compute import Computation, Outcome, Trim
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError
 from fastmerge.layout import Layout
@@ -157,8 +157,10 @@ class _Run:
         backend: CpuBackend,
         streamer: Streamer | None,
         observe: Observer | None,
+        trims: Mapping[Node, Trim],
     ) -> None:
         self._plan = plan
+        self._trims = trims
         self._streamer = streamer
         self._observe = observe
         self._inputs = Inputs(plan.models)
@@ -178,7 +180,8 @@ class _Run:
         nbytes = self._inputs.nbytes(sources)
         self._inputs.prefetch(sources)
         if self._streamer is None or isinstance(item.root, Source):
-            outcome = write_tensor(self._backend, self._inputs, item, self._writer.sink(item.name))
+            sink = self._writer.sink(item.name)
+            outcome = write_tensor(self._backend, self._inputs, item, sink, self._trims)
         else:
             place = Place(item.dtype, self._writer.parts(item.name))
             outcome = self._streamer.run(item.name, item.root, item.shape, place)
@@ -211,13 +214,25 @@ def output_bytes(item: TensorPlan) -> int:
     return item.dtype.bytes_for(math.prod(item.shape))
 
 
-def write_tensor(backend: CpuBackend, inputs: Inputs, item: TensorPlan, sink: _C.Sink) -> Outcome:
+def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
+    """The trims that span all tensors, which are found before the first one is merged."""
+    nodes = trims.spanning((item.root, item.count) for item in plan.tensors)
+    return trims.find(nodes, backend, inputs.fetch)
+
+
+def write_tensor(
+    backend: CpuBackend,
+    inputs: Inputs,
+    item: TensorPlan,
+    sink: _C.Sink,
+    spanning: Mapping[Node, Trim] | None = None,
+) -> Outcome:
     """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
     root = item.root
     if isinstance(root, Source) and inputs.dtype(root) == item.dtype:
         _C.copy(backend.pool, inputs.fetch(root), sink)
         return Outcome()
-    return Computation(backend, inputs.fetch, item.name, item.shape).run(root, sink)
+    return Computation(backend, inputs.fetch, item.name, item.shape, spanning).run(root, sink)
 
 
 def merge_plan(
@@ -280,10 +295,11 @@ def merge_plan(
         backend = CpuBackend(
             count, scratch_folder=writer.partial, scratch_bytes=memory_limit // _SCRATCH_SHARE
         )
+        found = trims_of(plan, backend, inputs)
         streamer = None
         if devices:
-            streamer = Streamer(devices, backend, inputs.fetch, gpu_memory=gpu_memory)
-        run = _Run(plan, writer, backend, streamer, observe)
+            streamer = Streamer(devices, backend, inputs.fetch, gpu_memory=gpu_memory, trims=found)
+        run = _Run(plan, writer, backend, streamer, observe, found)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
         with closing(in_order(run.tensor, pending, window)) as finished:
@@ -335,12 +351,13 @@ def materialise(
     count = backends.thread_count(threads)
     backend = backends.cpu(count)
     inputs = Inputs(plan.models)
+    spanning = trims_of(plan, backend, inputs)
 
     def compute_one(item: TensorPlan) -> NDArray[Any]:
         sources = algebra.leaves([item.root])
         inputs.prefetch(sources)
         array, sink = array_sink(item)
-        write_tensor(backend, inputs, item, sink)
+        write_tensor(backend, inputs, item, sink, spanning)
         inputs.drop(sources)
         return array
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastmerge import algebra, architecture, checkpoint
+from fastmerge import algebra, architecture, checkpoint, trims
 from fastmerge.algebra import Merge, Node, Source
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.errors import FastmergeError
@@ -155,6 +155,7 @@ def passes(tensor: TensorPlan) -> int:
             keys = [0] * len(node.operands)
             spec = node.method.spec(node.values, node.operand_values, tensor.count, keys)
             total += 2 if any(s.kind == MAGNITUDE or s.rescale for s in spec.sparsify) else 1
+            total += spec.across  # one to count the entries, one for those that tie
             stack.extend(node.inputs)
     return max(total, 1)
 
@@ -198,6 +199,7 @@ def make_plan(
         for document in recipe.documents:
             planner.run(document)
     result = planner.views[recipe.output.name]
+    trims.spanning((item.root, item.count) for item in result.tensors.values())  # refuses now
     return Plan(
         models=tuple(planner.models),
         references=tuple(planner.references),

@@ -59,6 +59,9 @@ class Setting:
         """The same with every value of ``parameter``'s kind and in its bounds; raises
         FastmergeError.
         """
+        for rule in self.rules:
+            if parameter.kind is str and len(rule.values) > 1:
+                raise FastmergeError(f"{rule.where}: '{parameter.name}' takes no gradient")
         return Setting(
             tuple(
                 rule._replace(values=tuple(parameter.check(v, rule.where) for v in rule.values))

@@ -134,6 +134,11 @@ class Resident:
             form.places.append(place)
         elif all(isinstance(node, Source) for node in root.inputs):
             plan = consensus_plan(root, job.name, math.prod(job.out.shape))
+            if plan.across:
+                raise FastmergeError(
+                    f"{job.name}: trim: model is not for models on a GPU; merge to a folder, or "
+                    "into a model on the CPU"
+                )
             alike = self._sparse.setdefault((plan.elect, plan.normalize), [])
             alike.append((place, root, plan))
         else:

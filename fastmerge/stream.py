@@ -13,7 +13,7 @@ import ctypes
 import math
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -23,7 +23,7 @@ import numpy as np
 from fastmerge import _C, algebra
 from fastmerge.algebra import Float64, Merge, Node, Source
 from fastmerge.backends import CpuBackend
-from fastmerge.compute import Computation, Outcome, matrix, steps
+from fastmerge.compute import Computation, Outcome, Trim, matrix, steps
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
 from fastmerge.sparsity import Selection, Sparsify
@@ -69,8 +69,10 @@ class Streamer:
         fetch: Callable[[Source], _C.View],
         *,
         gpu_memory: int = GPU_MEMORY_BYTES,
+        trims: Mapping[Node, Trim] | None = None,
     ) -> None:
         """``gpu_memory``: bytes of tensors in flight on each device."""
+        self._trims = trims
         self.devices, self.cpu, self.budget = devices, cpu, gpu_memory
         self._fetch = fetch
         self._used = dict.fromkeys(devices, 0)
@@ -107,7 +109,8 @@ class Streamer:
             outcome = self.attempt(name, lambda: self._whole(name, root, shape, place, need))
             if outcome is not None:
                 return outcome
-        return Computation(_Pieces(self, name), self._fetch, name, shape).run(root, place)
+        pieces = _Pieces(self, name)
+        return Computation(pieces, self._fetch, name, shape, self._trims).run(root, place)
 
     def _whole(
         self, name: str, root: Node, shape: tuple[int, ...], place: Place, need: int
@@ -115,7 +118,7 @@ class Streamer:
         with self.lane(need) as lane:
             held = {s: lane.upload(self._fetch(s)) for s in algebra.leaves([root])}
             out = lane.empty(math.prod(shape), place.dtype)
-            computation = Computation(lane.backend, held.__getitem__, name, shape)
+            computation = Computation(lane.backend, held.__getitem__, name, shape, self._trims)
             outcome = computation.run(root, out)
             held.clear()
             lane.download(out, place)
@@ -257,12 +260,13 @@ class _Pieces:
         elect: bool,
         normalize: bool,
         scale: float,
+        origin: int = 0,
     ) -> int:
         def agree(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty(end - begin, out.dtype)
             bad: int = lane.backend.consensus(
                 tensors[:-1], tensors[-1], weights, selections, made,
-                elect=elect, normalize=normalize, scale=scale, origin=begin,
+                elect=elect, normalize=normalize, scale=scale, origin=origin + begin,
             )  # fmt: skip
             lane.download(made, out, out.dtype.bytes_for(begin))
             return bad

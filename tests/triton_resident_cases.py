@@ -221,3 +221,12 @@ def test_a_model_that_is_not_whole_is_refused_before_anything_changes(zoo):
         live.merge_into(model, api.plan(recipe))
     after = model.state_dict()
     assert all(torch.equal(after[n], x) for n, x in before.items() if n != "lm_head.weight")
+
+
+def test_a_trim_over_the_model_is_refused_by_name():
+    x = torch.zeros(8, dtype=torch.bfloat16, device=DEVICE)
+    values = {"normalize": True, "lambda": 1.0, "rescale": False, "trim": "model", "ties": "mixed"}
+    own = {"weight": 1.0, "density": 0.5}
+    root = Merge(find("ties"), (Source(1, "x"),), Source(0, "x"), values, (own,))
+    with pytest.raises(FastmergeError, match="x: trim: model is not for models on a GPU"):
+        Resident([Job("x", root, x.clone())], lambda _: x)

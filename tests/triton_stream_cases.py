@@ -53,6 +53,15 @@ def test_the_same_bytes_as_on_the_cpu(method, zoo, tmp_path):
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 
+@pytest.mark.usefixtures("device")
+def test_a_trim_over_the_model(zoo, tmp_path):
+    given = recipe(zoo, "ties") | {"parameters": {"trim": "model", "ties": "index"}}
+    del given["seed"]
+    api.merge(given, tmp_path / "cpu", device="cpu")
+    api.merge(given, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
 def family(zoo, vocab: int) -> list[Path]:
     base = zoo.base(layers=1, vocab=vocab)
     return [base, zoo.tune(base, "a", seed=1), zoo.tune(base, "b", seed=2, dtype="F32")]
@@ -82,6 +91,7 @@ SPLIT = {
     "slerp": ({"t": 0.3}, CHUNKS),
     "linear": ({}, CHUNKS),
     "ties": ({}, CHUNKS),
+    "ties over the model": ({"trim": "model"}, CHUNKS),
     "dare_ties": ({}, CHUNKS),
     "nuslerp": ({"nuslerp_flatten": False}, ROWS),
     "nuslerp by columns": ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, ROWS),

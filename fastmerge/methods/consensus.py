@@ -9,11 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmerge.methods.types import Consensus, Values
-from fastmerge.sparsity import ALL, MAGNITUDE, MIXED, RANDOM, Sparsify, keep_below, keep_count
+from fastmerge.sparsity import (
+    ALL,
+    INDEX,
+    MAGNITUDE,
+    MIXED,
+    RANDOM,
+    Sparsify,
+    keep_below,
+    keep_count,
+)
 
 
 def _spec(
-    values: Values, operands: Sequence[Values], sparsify: Sequence[Sparsify], *, elect: bool
+    values: Values,
+    operands: Sequence[Values],
+    sparsify: Sequence[Sparsify],
+    *,
+    elect: bool,
+    across: bool = False,
 ) -> Consensus:
     return Consensus(
         sparsify=tuple(sparsify),
@@ -21,16 +35,18 @@ def _spec(
         elect=elect,
         normalize=bool(values["normalize"]),
         scale=float(values["lambda"]),
+        across=across,
     )
 
 
 def _trim(values: Values, operands: Sequence[Values], count: int) -> list[Sparsify]:
     """Keep the int(density * count) largest of each delta (Yadav et al. 2023, section 4.1)."""
     rescale = bool(values["rescale"])
+    tie_rule = INDEX if values.get("ties") == "index" else MIXED
     return [
         Sparsify(ALL)
         if operand["density"] >= 1
-        else Sparsify(MAGNITUDE, keep_count(operand["density"], count), MIXED, rescale=rescale)
+        else Sparsify(MAGNITUDE, keep_count(operand["density"], count), tie_rule, rescale=rescale)
         for operand in operands
     ]
 
@@ -57,7 +73,9 @@ def task_arithmetic(
 
 def ties(values: Values, operands: Sequence[Values], count: int, keys: Sequence[int]) -> Consensus:
     """Trim, elect the sign of the weighted sum, average the entries that agree."""
-    return _spec(values, operands, _trim(values, operands, count), elect=True)
+    kept = _trim(values, operands, count)
+    across = values.get("trim") == "model" and any(spec.kind != ALL for spec in kept)
+    return _spec(values, operands, kept, elect=True, across=across)
 
 
 def dare_linear(

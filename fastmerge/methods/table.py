@@ -47,6 +47,23 @@ def _task(normalize: bool, rescale: bool, *, density: bool) -> tuple[Parameter, 
     )
 
 
+_TRIM = (
+    Parameter(
+        "trim",
+        str,
+        "tensor",
+        "what is trimmed to the density: each tensor, or a model's tensors as one (the paper)",
+        choices=("tensor", "model"),
+    ),
+    Parameter(
+        "ties",
+        str,
+        "mixed",
+        "which of equal magnitudes stay: spread evenly, or those of lowest index",
+        choices=("mixed", "index"),
+    ),
+)
+
 _TIES = "Yadav et al. 2023, arXiv:2306.01708"
 _DARE = "Yu et al. 2023, arXiv:2311.03099"
 
@@ -108,7 +125,7 @@ _ROWS = (
     ),
     Method(
         "ties", "trim deltas by magnitude, elect a sign, merge what agrees", _TIES,
-        _task(True, False, density=True),
+        (*_task(True, False, density=True), *_TRIM),
         base="required", min_operands=1, max_operands=None, spec=consensus.ties,
     ),
     Method(

@@ -24,16 +24,23 @@ class Parameter:
     """One parameter, by mergekit's name. ``per_model`` ones are given for each operand."""
 
     name: str
-    kind: type  # float, int or bool
+    kind: type  # float, int, bool or str
     default: Any
     doc: str
     per_model: bool = False
     low: float | None = None
     high: float | None = None
     open_low: bool = False  # the bound itself is excluded
+    choices: tuple[str, ...] = ()  # of a word
 
     def check(self, value: Any, where: str) -> Any:
         """``value`` as ``kind``, within bounds; raises FastmergeError naming ``where``."""
+        if self.kind is str:
+            if value not in self.choices:
+                raise FastmergeError(
+                    f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}"
+                )
+            return value
         if self.kind is bool:
             if isinstance(value, bool):
                 return value
@@ -55,6 +62,8 @@ class Parameter:
 
     def bounds(self) -> str:
         """The allowed range in words, for messages and the method list."""
+        if self.choices:
+            return " or ".join(self.choices)
         low, high = self.low, self.high
         if low is not None and high is not None:
             return f"in {'(' if self.open_low else '['}{low:g}, {high:g}]"
@@ -89,6 +98,7 @@ class Consensus:
     elect: bool
     normalize: bool
     scale: float
+    across: bool = False  # `sparsify` is for all tensors of the model as one: see fastmerge.trims
 
 
 # (globals, per-operand values, element count, random keys per operand) -> Consensus

@@ -115,6 +115,8 @@ class Step(Section):
         for key, setting in self.parameters.items():
             if key in _IMPLIED and key != "t":
                 self.refuse(key, f"'{key}' of a step follows from 't': remove it")
+            if key == "trim" and any("model" in rule.values for rule in setting.rules):
+                self.refuse(key, "a step trims tensor by tensor: remove 'trim: model'")
             setting.checked(
                 _T if key == "t" else next(p for p in method.parameters if p.name == key)
             )
