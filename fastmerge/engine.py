@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C, algebra, backends, trims
-from fastmerge.algebra import Float64, Node, Source
+from fastmerge.algebra import Float64, Merge, Node, Source
 from fastmerge.backends import CpuBackend
 from fastmerge.checkpoint import Checkpoint
 from fastmerge.compute import Computation, Outcome, Trim
@@ -315,7 +315,7 @@ def merge_plan(
             raise
         results = writer.results
         files = dict(side_files or {})
-        files[LINEAGE_FILE] = _lineage_file(plan, results)
+        files[LINEAGE_FILE] = _lineage_file(plan, results, found)
         writer.finish(files)
         written = writer.bytes_written
     return MergeReport(
@@ -451,8 +451,12 @@ def _metadata(plan: Plan) -> dict[str, str]:
     }
 
 
-def _lineage_file(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The lineage that is known after it: effective coefficients and kept counts by tensor."""
+def _lineage_file(
+    plan: Plan, results: Mapping[str, Mapping[str, Any]], spanning: Mapping[Node, Trim]
+) -> bytes:
+    """The lineage that is known after it: effective coefficients and kept counts by tensor, or for
+    whole models.
+    """
     lineage = {
         **_metadata(plan),
         "fastmerge_inputs": {
@@ -460,4 +464,11 @@ def _lineage_file(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> bytes
         },
         "tensors": {name: results[name] for name in sorted(results)},
     }
+    for node, trim in list(spanning.items())[:1]:  # the counts are the same for all
+        assert isinstance(node, Merge)
+        lineage["kept"] = {
+            plan.references[part.model]: selection.kept
+            for part, selection in zip(node.operands, trim.selections, strict=True)
+            if isinstance(part, Source)
+        }
     return (json.dumps(lineage, indent=1) + "\n").encode()

@@ -199,7 +199,10 @@ def make_plan(
         for document in recipe.documents:
             planner.run(document)
     result = planner.views[recipe.output.name]
-    trims.spanning((item.root, item.count) for item in result.tensors.values())  # refuses now
+    # Found again before the merge; here for what they refuse.
+    trimmed = trims.spanning((item.root, item.count) for item in result.tensors.values())
+    for view in planner.views.values():
+        trims.check_whole((item.root for item in view.tensors.values()), trimmed)
     return Plan(
         models=tuple(planner.models),
         references=tuple(planner.references),

@@ -8,6 +8,7 @@ size is held in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fastmerge import _C, algebra
@@ -22,6 +23,15 @@ _ALIGN = 2048  # csrc/table.h: tiles, which no index of a tensor may straddle
 Sized = tuple[Node, int]  # a tensor's tree and its element count
 
 
+def is_spanning(node: Node) -> bool:
+    """Whether a merge is trimmed together with those of other tensors."""
+    return (
+        isinstance(node, Merge)
+        and node.values.get("trim") == "model"
+        and any(values["density"] < 1 for values in node.operand_values)
+    )
+
+
 def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
     """The merges of a plan that are trimmed together, in order, with their element counts.
 
@@ -30,27 +40,49 @@ def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
     found: dict[Merge, int] = {}
     for root, count in tensors:
         for node in algebra.walk(root):
-            if isinstance(node, Merge) and node.values.get("trim") == "model":
+            if isinstance(node, Merge) and is_spanning(node):
                 found.setdefault(node, count)
     nodes = list(found.items())
     if not nodes:
         return []
     first = nodes[0][0]
-    names = {node.name for node, _ in nodes}
     for node, _ in nodes:
         if not all(isinstance(part, Source) for part in node.inputs):
             raise FastmergeError(
                 f"trim: model: '{node.name}' is merged from another document's result; it takes "
                 "models that are there: write that result to a folder first"
             )
-        if _densities(node) != _densities(first):
-            raise FastmergeError(
-                f"trim: model: the densities of '{node.name}' and '{first.name}' differ; one "
-                "threshold for a model takes one density, without gradients and filters"
-            )
-    if len(names) < len(nodes):
+        for what, same in (
+            ("models", _models(node) == _models(first)),
+            ("density", _densities(node) == _densities(first)),
+            ("rescale", node.values.get("rescale") == first.values.get("rescale")),
+            ("ties", node.values.get("ties") == first.values.get("ties")),
+        ):
+            if not same:
+                raise FastmergeError(
+                    f"trim: model: the {what} of '{node.name}' and of '{first.name}' differ; a "
+                    "model is trimmed whole: no slices of others, no gradients, no filters"
+                )
+    if len({node.name for node, _ in nodes}) < len(nodes):
         raise FastmergeError("trim: model: only one document of a recipe can have it")
     return nodes
+
+
+def check_whole(document: Iterable[Node], used: Iterable[tuple[Merge, int]]) -> None:
+    """Raises FastmergeError where a document trims tensors that are not among those ``used``: the
+    threshold would follow from what a later document takes.
+    """
+    known = {node for node, _ in used}
+    for root in document:
+        if isinstance(root, Merge) and is_spanning(root) and root not in known:
+            raise FastmergeError(
+                f"trim: model: '{root.name}' is trimmed with the others and then left out; write "
+                "the document to a folder first"
+            )
+
+
+def _models(node: Merge) -> list[int]:
+    return [part.model for part in node.inputs if isinstance(part, Source)]
 
 
 def _densities(node: Merge) -> list[float]:
@@ -77,6 +109,11 @@ def find(
         origins,
         specs.sparsify,
     )
+    if not all(math.isfinite(selection.rescale) for selection in chosen):
+        raise FastmergeError(
+            "trim: model with rescale: a model has NaN or infinite weights, which would reach "
+            "every tensor; mend the model, or merge without rescale"
+        )
     return {
         node: Trim(tuple(chosen), origin) for (node, _), origin in zip(nodes, origins, strict=True)
     }

@@ -487,7 +487,9 @@ def test_scores_are_kept_under_what_made_them(tmp_path: Path) -> None:
         key(partial(fixed, value=[4.0])), key(closing(1.0)), key(closing(2.0)),
         key(closing(np.float32(2.0))), key(closing((1.0, 2.0))), key(default(1.0)),
         key(default(2.0)), key(Scorer(1.0)), key(Scorer(2.0)), key(Scorer(2.0).__call__),
-        key(fixed, dtype="bfloat16"),
+        key(fixed, dtype="bfloat16"), key(closing({1})), key(closing({2})),
+        key(closing(np.arange(3))), key(closing(np.arange(1, 4))), key(closing([1, [2]])),
+        key(closing([[1], 2])),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
 
@@ -510,6 +512,9 @@ def test_an_edited_scorer_is_another_one_even_in_one_process(
         keys.append(scorer.key)
         assert scorer.score(None, "steer").value == bias
     assert keys[0] != keys[1]
+    (tmp_path / "keyed.py").write_text("def another(model): return {}\n")
+    with pytest.raises(FastmergeError, match="the module has no 'score'"):
+        make_scorer(settings, tmp_path, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     (other / "keyed.py").write_text("def score(model): return {'a': 3.0}\n")

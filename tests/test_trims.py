@@ -163,8 +163,12 @@ def test_what_is_no_rule_is_refused(
 def test_what_has_no_one_threshold_is_refused(models: list[Path]) -> None:
     recipe = recipe_of(models)
     recipe["models"][0]["parameters"]["density"] = [0.1, 0.9]
-    with pytest.raises(FastmergeError, match="takes one density"):
+    with pytest.raises(FastmergeError, match=r"the density of .* differ"):
         api.plan(recipe)
+    for name, value in (("rescale", "true"), ("ties", "index")):
+        mixed = [{"filter": "mlp", "value": value}, {"value": "mixed" if name == "ties" else False}]
+        with pytest.raises(FastmergeError, match=rf"the {name} of .* differ"):
+            api.plan(recipe_of(models, **{name: mixed}))
     first = {**recipe_of(models), "name": "first"}
     with pytest.raises(FastmergeError, match="another document's result"):
         api.plan([first, recipe_of([models[0], Path("first")])])
@@ -174,6 +178,61 @@ def test_what_has_no_one_threshold_is_refused(models: list[Path]) -> None:
     }  # fmt: skip
     with pytest.raises(FastmergeError, match="only one document"):
         api.plan([first, {**first, "name": "second"}, average])
+
+
+def test_a_model_is_trimmed_whole_or_not_at_all(models: list[Path]) -> None:
+    base, one, two = map(str, models)
+
+    def slices(*tunes: str) -> dict[str, Any]:
+        found = []
+        for i, tune in enumerate(tunes):
+            own = {"model": tune, "layer_range": [i, i + 1], "parameters": {"weight": 1}}
+            found.append({"sources": [{"model": base, "layer_range": [i, i + 1]}, own]})
+        parameters = {"trim": "model", "density": 0.3}
+        return {"merge_method": "ties", "base_model": base, "slices": found,
+                "dtype": "float32", "parameters": parameters}  # fmt: skip
+
+    api.plan(slices(one, one, one))
+    with pytest.raises(FastmergeError, match=r"the models of .* differ"):
+        api.plan(slices(one, two, one))
+    first = {**recipe_of(models), "name": "first"}
+    part = {"merge_method": "passthrough", "dtype": "float32",
+            "slices": [{"sources": [{"model": "first", "layer_range": [0, 1]}]}]}  # fmt: skip
+    with pytest.raises(FastmergeError, match="and then left out"):
+        api.plan([first, part])
+
+
+def test_density_1_trims_nothing(models: list[Path]) -> None:
+    recipe = recipe_of(models)
+    for model in recipe["models"]:
+        model["parameters"]["density"] = 1.0
+    plain = {**recipe, "parameters": {}}
+    second = {**recipe, "name": "second"}
+    made = dict(fastmerge.materialise([{**recipe, "name": "first"}, second, {
+        "merge_method": "linear", "dtype": "float32",
+        "models": [{"model": n, "parameters": {"weight": 1}} for n in ("first", "second")],
+    }]))  # fmt: skip
+    for n, x in dict(fastmerge.materialise(plain)).items():
+        np.testing.assert_allclose(made[n], x, rtol=1e-6)
+
+
+def test_a_factor_that_is_no_number_ends_nothing_but_the_merge(
+    zoo: Any, models: list[Path], tmp_path: Path
+) -> None:
+    tensors = zoo.read(models[1])
+    tensors["model.norm.weight"][0] = np.nan
+    config = json.loads((models[0] / "config.json").read_text())
+    broken = zoo.write("broken", tensors, config, dtype="F32")
+    with pytest.raises(FastmergeError, match="NaN or infinite weights"):
+        fastmerge.merge(recipe_of([models[0], broken], rescale=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_lineage_has_the_counts(zoo: Any, models: list[Path], tmp_path: Path) -> None:
+    fastmerge.merge(recipe_of(models), tmp_path / "out")
+    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())
+    total = sum(x.size for x in zoo.read(models[0]).values())
+    assert lineage["kept"] == {str(m): int(0.3 * total) for m in models[1:]}
 
 
 def test_a_schedule_refuses_it(models: list[Path]) -> None:

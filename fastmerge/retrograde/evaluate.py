@@ -9,9 +9,10 @@ import functools
 import inspect
 import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
-from importlib import import_module, reload
+from importlib import import_module, invalidate_caches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,15 +76,24 @@ def _check_device(settings: Evaluate) -> None:
 
 
 _TEXTS: dict[str, str] = {}  # of the modules as they were imported
+_STARTED = time.time()
 
 
 def _imported(name: str) -> Any:
-    """The module; loaded again where its file has changed since this process imported it."""
+    """The module; imported anew where its file has changed since this process imported it."""
+    module = sys.modules.get(name)
+    if module is not None:
+        file = Path(getattr(module, "__file__", None) or "")
+        changed = (
+            _TEXTS[name] != _text_of(module)
+            if name in _TEXTS
+            else file.is_file() and file.stat().st_mtime > _STARTED  # somebody else imported it
+        )
+        if changed:
+            invalidate_caches()
+            del sys.modules[name]  # a reload would keep what is no longer there
     module = import_module(name)
-    text = _text_of(module)
-    if _TEXTS.get(name, text) != text:
-        module = reload(module)
-    _TEXTS[name] = text
+    _TEXTS[name] = _text_of(module)
     return module
 
 
@@ -96,17 +106,20 @@ def _load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
         sys.path.append(beside)  # last: it must not hide an installed module
     where = f"{settings.at('callable')}: '{settings.callable}'"
     try:
-        function: ScoreFunction = getattr(_imported(module), name)
+        found = _imported(module)
     except Exception as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
     near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
-    loaded = Path(getattr(sys.modules[module], "__file__", None) or "").resolve()
+    loaded = Path(getattr(found, "__file__", None) or "").resolve()
     if any(file.is_file() and file.resolve() != loaded for file in near):
         raise FastmergeError(
             f"{where}: beside the schedule lies a '{module}', and another one is loaded "
             f"({loaded}); rename one of them"
         )
+    function: ScoreFunction | None = getattr(found, name, None)
+    if function is None:
+        raise FastmergeError(f"{where}: the module has no '{name}'")
     if not callable(function):
         raise FastmergeError(f"{where}: is no function")
     return function
@@ -141,9 +154,13 @@ def _identity(function: Any) -> list[str]:
             continue
         seen.add(id(value))
         if isinstance(value, (list, tuple)):
-            left += value
+            left += ["]", *value, f"[{len(value)}"]
+        elif isinstance(value, (set, frozenset)):
+            found.append(repr(sorted(map(repr, value))))
+        elif isinstance(value, np.ndarray):
+            found.append(digest([value.dtype.str, value.shape, value.tobytes().hex()]))
         elif isinstance(value, dict):
-            left += [x for pair in value.items() for x in pair]
+            left += ["]", *(x for pair in value.items() for x in pair), f"[{len(value)}"]
         elif isinstance(value, functools.partial):
             left += [value.func, value.args, value.keywords]
         elif inspect.ismethod(value):
