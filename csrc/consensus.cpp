@@ -24,12 +24,12 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
 
     return fill_sink(pool, inputs, &base, out,
                      [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
+                         const auto index = static_cast<uint64_t>(rule.origin + begin);
                          std::vector<Term> terms(k);
                          std::vector<float> scratch(k * kConsensusScratch);
                          for (size_t j = 0; j < k; ++j) {
                              Term& term = terms[j];
-                             term.keep = keep_in_tile(selections[j], keys[j],
-                                                      static_cast<uint64_t>(rule.origin + begin));
+                             term.keep = keep_in_tile(selections[j], keys[j], index);
                              term.weight = weights[j];
                              term.rescaled = selections[j].rescale != 1.0f;
                              // Without a rescale, delta * mask * weight is delta * (mask * weight):
@@ -48,7 +48,7 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
                          args.normalize = rule.normalize;
                          args.divisor = divisor;
                          args.scale = rule.scale;
-                         args.index = static_cast<uint64_t>(rule.origin + begin);
+                         args.index = index;
                          args.count = end - begin;
                          args.scratch = scratch.data();
                          kernels().consensus[reader.type()](args);

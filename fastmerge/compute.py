@@ -278,27 +278,24 @@ class Computation(Generic[T, O]):
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
         trim = self._trims.get(root)
-        if trim is None and plan.across:
-            raise FastmergeError(
-                f"{self._name}: trim: model needs every tensor of the models; merge to a folder, "
-                "or on the CPU"
-            )
-        selections: Sequence[Selection]
         if trim is None:
-            selections = self._backend.select(tensors, base, plan.sparsify)
-        else:
-            selections = trim.selections
+            if plan.across:
+                raise FastmergeError(
+                    f"{self._name}: trim: model needs every tensor of the models; merge to a "
+                    "folder, or on the CPU"
+                )
+            trim = Trim(tuple(self._backend.select(tensors, base, plan.sparsify)), 0)
         nonfinite = self._backend.consensus(
             tensors,
             base,
             plan.weights,
-            selections,
+            trim.selections,
             out,
             elect=plan.elect,
             normalize=plan.normalize,
             scale=plan.scale,
-            origin=0 if trim is None else trim.origin,
+            origin=trim.origin,
         )
         # How many of them are this tensor's is not known where the trim spans others.
-        kept = None if trim else tuple(selection.kept for selection in selections)
+        kept = None if plan.across else tuple(selection.kept for selection in trim.selections)
         return Outcome(nonfinite, kept=kept)

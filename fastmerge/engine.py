@@ -295,11 +295,13 @@ def merge_plan(
         backend = CpuBackend(
             count, scratch_folder=writer.partial, scratch_bytes=memory_limit // _SCRATCH_SHARE
         )
-        found = trims_of(plan, backend, inputs)
+        spanning = trims_of(plan, backend, inputs)
         streamer = None
         if devices:
-            streamer = Streamer(devices, backend, inputs.fetch, gpu_memory=gpu_memory, trims=found)
-        run = _Run(plan, writer, backend, streamer, observe, found)
+            streamer = Streamer(
+                devices, backend, inputs.fetch, gpu_memory=gpu_memory, trims=spanning
+            )
+        run = _Run(plan, writer, backend, streamer, observe, spanning)
         pending = [items[name] for name in writer.pending()]
         done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
         with closing(in_order(run.tensor, pending, window)) as finished:
@@ -315,7 +317,7 @@ def merge_plan(
             raise
         results = writer.results
         files = dict(side_files or {})
-        files[LINEAGE_FILE] = _lineage_file(plan, results, found)
+        files[LINEAGE_FILE] = _lineage_file(plan, results, spanning)
         writer.finish(files)
         written = writer.bytes_written
     return MergeReport(

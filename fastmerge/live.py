@@ -199,8 +199,7 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     made: dict[int, TensorPlan] = {}  # by address
     for item in plan.tensors:
         target = state.get(item.name)
-        # Old checkpoints hold inv_freq, which the model computes; integers stay.
-        if item.name.endswith("rotary_emb.inv_freq") or not item.dtype.mergeable:
+        if not item.dtype.mergeable:  # integers stay
             continue
         if target is None:
             raise FastmergeError(f"the model has no parameter '{item.name}'")

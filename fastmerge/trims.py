@@ -19,16 +19,17 @@ from fastmerge.errors import FastmergeError
 
 _ALIGN = 2048  # csrc/table.h: tiles, which no index of a tensor may straddle
 
-
 Sized = tuple[Node, int]  # a tensor's tree and its element count
 
 
 def is_spanning(node: Node) -> bool:
     """Whether a merge is trimmed together with those of other tensors."""
+    if not isinstance(node, Merge) or node.method.spec is None:
+        return False
+    # Of 36 000 tensors the specs would take a while, and few methods have such a trim.
     return (
-        isinstance(node, Merge)
-        and node.values.get("trim") == "model"
-        and any(values["density"] < 1 for values in node.operand_values)
+        "trim" in node.values
+        and node.method.spec(node.values, node.operand_values, 1, [0] * len(node.operands)).across
     )
 
 

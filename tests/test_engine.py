@@ -380,16 +380,21 @@ def test_a_document_is_drawn_once_whatever_uses_it(zoo, models, tmp_path):
             np.testing.assert_array_equal(found[name.replace(".0.", ".2.")], value)
 
 
+def chain_of_ties(models, depth):
+    """The plan of so many documents, each merged from the one before."""
+    base, one, two = models
+    chain = [ties_recipe(base, one, two, name="s0")]
+    chain += [ties_recipe(base, f"s{i - 1}", two, name=f"s{i}") for i in range(1, depth)]
+    del chain[-1]["name"]
+    return api.plan(chain)
+
+
 def test_intermediates_share_one_budget_and_end_with_their_last_reader(models, tmp_path):
     """Ten documents deep: two intermediates at a time, wherever they lie."""
     from fastmerge.backends import CpuBackend
     from fastmerge.compute import Computation
 
-    base, one, two = models
-    chain = [ties_recipe(base, one, two, name="s0")]
-    chain += [ties_recipe(base, f"s{i - 1}", two, name=f"s{i}") for i in range(1, 10)]
-    del chain[-1]["name"]
-    plan = api.plan(chain)
+    plan = chain_of_ties(models, 10)
     item = max(plan.tensors, key=lambda tensor: tensor.count)
     backend = CpuBackend(1, scratch_folder=tmp_path, scratch_bytes=9 * item.count)
     living, most, taken = [0], [0], backend._take_scratch
@@ -409,11 +414,7 @@ def test_intermediates_share_one_budget_and_end_with_their_last_reader(models, t
 
 
 def test_a_chain_of_a_thousand_documents_is_no_deeper_than_one(models):
-    base, one, two = models
-    chain = [ties_recipe(base, one, two, name="s0")]
-    chain += [ties_recipe(base, f"s{i - 1}", two, name=f"s{i}") for i in range(1, 1000)]
-    del chain[-1]["name"]
-    plan = api.plan(chain)
+    plan = chain_of_ties(models, 1000)
     item = min(plan.tensors, key=lambda tensor: tensor.count)
     array, sink = engine.array_sink(item)
     backend = engine.backends.cpu(1)

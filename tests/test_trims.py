@@ -46,12 +46,11 @@ def models(zoo: Any) -> list[Path]:
 def survivors(deltas: list[np.ndarray], keep: int, rule: int, start: int = 0) -> list[np.ndarray]:
     """The ``keep`` largest magnitudes of all deltas as one vector, ties as defined."""
     origins = start + np.cumsum([0, *(-(-d.size // _ALIGN) * _ALIGN for d in deltas)])
-    index = np.concatenate(
-        [np.arange(d.size, dtype=np.uint64) + np.uint64(o) for d, o in zip(deltas, origins)]  # noqa: B905
-    )
+    starts = list(zip(deltas, origins[:-1].tolist(), strict=True))
+    index = np.concatenate([np.arange(o, o + d.size, dtype=np.uint64) for d, o in starts])
     order = index
     if rule == MIXED:
-        order = np.concatenate([mixed_indices(d.size, int(o)) for d, o in zip(deltas, origins)])  # noqa: B905
+        order = np.concatenate([mixed_indices(d.size, o) for d, o in starts])
     size = np.abs(np.concatenate([d.ravel() for d in deltas]))
     ranked = np.lexsort((order, -size))
     mask = np.zeros(size.size, bool)

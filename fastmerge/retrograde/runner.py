@@ -35,8 +35,9 @@ from fastmerge.retrograde.states import Space
 from fastmerge.retrograde.walking import OnStep, Trajectory, geometry_of, walk
 
 if TYPE_CHECKING:
+    from fastmerge.retrograde.callables import ScoreFunction
     from fastmerge.retrograde.comparison import Row
-    from fastmerge.retrograde.evaluate import ScoreFunction, Scorer
+    from fastmerge.retrograde.evaluate import Scorer
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "journal.jsonl",

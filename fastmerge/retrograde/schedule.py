@@ -325,6 +325,11 @@ class Evaluate(Section):
                 raise FastmergeError(f"{task.where}: task '{task.key}' is listed twice")
         return self
 
+    @property
+    def scoring_settings(self) -> dict[str, Any]:
+        """What decides a score beside the weights and what scores them."""
+        return self.model_dump(include={"dtype", "device", "max_length", "limit"})
+
 
 class Compare(Section):
     """One-shot merges with as many evaluations each as the walk spent."""

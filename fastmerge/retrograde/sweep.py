@@ -16,7 +16,8 @@ from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 from fastmerge.plan import Plan
 from fastmerge.retrograde import plots
-from fastmerge.retrograde.evaluate import Resident, ScoreFunction, make_scorer
+from fastmerge.retrograde.callables import ScoreFunction
+from fastmerge.retrograde.evaluate import Resident, make_scorer
 from fastmerge.retrograde.schedule import load_evaluate
 from fastmerge.retrograde.scores import Scores, digest, none, write_atomically
 
@@ -174,7 +175,7 @@ def sweep(
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
-    resident = None if settings is None else Resident(plan.models[0].path, settings, threads)
+    resident = None if settings is None else Resident(settings, threads)
     points = []
     for t in values:
         if t in known:
