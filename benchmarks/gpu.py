@@ -272,7 +272,7 @@ def primitives(bench: Bench) -> None:
     from fastmerge.kernels.consensus import consensus_many
     from fastmerge.kernels.gram import GramBatch, gram
     from fastmerge.kernels.select import select_many
-    from fastmerge.sparsity import MAGNITUDE, RANDOM, Sparsify
+    from fastmerge.selection import MAGNITUDE, RANDOM, Sparsify
 
     torch = bench.torch
     count = 1 << 12 if bench.rehearse else 1 << 29
@@ -348,9 +348,9 @@ def models(bench: Bench) -> None:
     """SLERP and TIES of whole models that lie in device memory, 7 B where that fits."""
     from checkpoints import SHAPES
 
-    from fastmerge.algebra import Merge, Source
+    from fastmerge.compute.batch import Batch, Job
     from fastmerge.methods import find
-    from fastmerge.resident import Job, Resident
+    from fastmerge.tree.nodes import Merge, Source
 
     torch = bench.torch
     size = "tiny"
@@ -384,7 +384,7 @@ def models(bench: Bench) -> None:
             return Merge(find(method), sources, based, values, (own, own))
 
         jobs = [Job(n, root(n), outs[n]) for n in tensors]
-        resident = Resident(jobs, lambda source: held[source.model][source.name])
+        resident = Batch(jobs, lambda source: held[source.model][source.name])
         moved = 2 * parameters * passes
         bench.record(f"{method} model", moved, resident.run, mergekit=mergekit)
 

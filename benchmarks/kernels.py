@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 from fastmerge import _C
+from fastmerge.compute.reference import round_to, widen
 from fastmerge.dtypes import BY_CODE
-from fastmerge.reference import round_to, widen
-from fastmerge.sparsity import MAGNITUDE, RANDOM, Selection, Sparsify, keep_below, keep_count
+from fastmerge.selection import MAGNITUDE, RANDOM, Selection, Sparsify, keep_below, keep_count
 
 
 def best_seconds(call: Callable[[], object], repeats: int) -> float:

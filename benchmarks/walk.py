@@ -82,9 +82,9 @@ def run_peer(models: list[Path], folder: Path) -> float:
 
 def planning_and_again(schedule: Path, folder: Path) -> dict[str, float]:
     """Seconds to plan the walk over known Gram matrices, and to make its last state again."""
-    from fastmerge import engine
+    from fastmerge.engine.merge import merge_plan
     from fastmerge.retrograde import load, open_space, walk
-    from fastmerge.retrograde.states import Space
+    from fastmerge.search.space import Space
 
     read = load(schedule)
     space = open_space(read, cache=folder / "grams.npz")
@@ -95,7 +95,7 @@ def planning_and_again(schedule: Path, folder: Path) -> dict[str, float]:
         plan = fresh.plan(walk(read, fresh, None, 0).states[-1])
         plans.append(time.perf_counter() - began)
     began = time.perf_counter()
-    report = engine.merge_plan(plan, folder / "again")
+    report = merge_plan(plan, folder / "again")
     again = time.perf_counter() - began
     shutil.rmtree(folder / "again")
     (folder / "grams.npz").unlink()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# One request or answer per delta, as the plain tuples of fastmerge.sparsity (Sparsify, Selection).
+# One request or answer per delta, as the plain tuples of fastmerge.selection (Sparsify, Selection).
 _Sparsify = tuple[int, int, int, int, int, bool]
 _Selection = tuple[int, int, int, int, int, int, float, int]
 
@@ -89,7 +89,7 @@ def combine(
 def select(
     pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[_Sparsify]
 ) -> list[_Selection]:
-    """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity."""
+    """For each delta x_i - base (fp32), which entries survive: see fastmerge.selection."""
 
 def select_across(
     pool: Pool,

@@ -7,13 +7,15 @@ tensors in memory; ``llama`` loads results through transformers; ``retrograde`` 
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge import api, live, llama, ops, retrograde
     from fastmerge.api import materialise, merge
-    from fastmerge.engine import MergeReport
+    from fastmerge.engine.report import MergeReport
     from fastmerge.errors import FastmergeError
 
 __all__ = [
@@ -29,12 +31,10 @@ __all__ = [
     "retrograde",
 ]
 
-__version__ = metadata.version("fastmerge")
-
 _HOMES = {
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
-    "MergeReport": "fastmerge.engine",
+    "MergeReport": "fastmerge.engine.report",
     "FastmergeError": "fastmerge.errors",
 }
 _MODULES = ("api", "live", "llama", "ops", "retrograde")

@@ -9,14 +9,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastmerge import engine
-from fastmerge.card import model_card
-from fastmerge.checkpoint import side_files
-from fastmerge.engine import MergeReport, Progress
+from fastmerge.compute.devices import GPU_MEMORY_BYTES
+from fastmerge.engine.in_memory import materialise_plan
+from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
+from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError
-from fastmerge.plan import Plan, make_plan
-from fastmerge.recipe import Recipe
-from fastmerge.stream import GPU_MEMORY_BYTES
+from fastmerge.models.folder import side_files
+from fastmerge.output.card import model_card
+from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import make_plan
+from fastmerge.recipe.document import Recipe
 
 DEVICES = ("cpu", "cuda", "auto")
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
@@ -43,14 +45,14 @@ def merge(
     out: str | Path,
     *,
     threads: int | None = None,
-    memory_limit: int = engine.MEMORY_LIMIT_BYTES,
+    memory_limit: int = MEMORY_LIMIT_BYTES,
     overwrite: bool = False,
     fresh: bool = False,
     seed: int | None = None,
     device: str = "cpu",
     gpu_memory: int = GPU_MEMORY_BYTES,
     io: str = "auto",
-    max_shard_bytes: int = engine.MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
@@ -64,7 +66,7 @@ def merge(
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
     decided = plan(recipe, seed=seed)
-    return engine.merge_plan(
+    return merge_plan(
         decided,
         Path(out),
         threads=threads,
@@ -88,7 +90,7 @@ def materialise(
     Arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are only copied,
     raw bytes (uint8, one axis). A few tensors are computed ahead. Raises FastmergeError.
     """
-    for item, array in engine.materialise(plan(recipe, seed=seed), threads=threads):
+    for item, array in materialise_plan(plan(recipe, seed=seed), threads=threads):
         yield item.name, array
 
 

@@ -6,6 +6,9 @@ prints it and exits with code 2; anything else that escapes is a defect in fastm
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 
 class FastmergeError(Exception):
     """Bad input or an impossible request; the message is one line and names the remedy."""
@@ -24,3 +27,8 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer: Python's or NumPy's, but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -14,14 +14,19 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fastmerge import _C, algebra, backends, engine, memory
-from fastmerge.algebra import Source
-from fastmerge.checkpoint import Checkpoint
-from fastmerge.compute import Outcome
+from fastmerge import _C
+from fastmerge.compute.arrays import written
+from fastmerge.compute.batch import Batch, Job
+from fastmerge.compute.cpu import cpu, thread_count
+from fastmerge.compute.devices import GPU_MEMORY_BYTES
+from fastmerge.compute.lane import Lane
+from fastmerge.compute.tensor import Outcome
+from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.errors import FastmergeError
-from fastmerge.plan import Plan, TensorPlan
-from fastmerge.resident import Job, Resident
-from fastmerge.stream import GPU_MEMORY_BYTES, Lane
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
+from fastmerge.tree.nodes import Source, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +44,7 @@ class _Prepared(NamedTuple):
 
     items: Sequence[TensorPlan]
     outs: Sequence[torch.Tensor]
-    resident: Resident
+    resident: Batch
 
 
 class _Held:
@@ -105,7 +110,7 @@ def merge_into(
     targets = _targets(model, plan)
     with torch.no_grad():
         if not _uses_gpu(targets):
-            for item, array in engine.materialise(plan, threads=threads):
+            for item, array in materialise_plan(plan, threads=threads):
                 if item.name in targets:
                     raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
                     stored = raw.view(getattr(torch, item.dtype.name)).reshape(item.shape)
@@ -138,7 +143,7 @@ def _merged_on_gpu(
         for item, out, outcome in zip(items, outs, resident.run(), strict=True):
             outcomes[item.name] = outcome
             if out is targets[item.name]:
-                memory.written(out)
+                written(out)
             else:
                 targets[item.name].copy_(out)
     return outcomes
@@ -151,7 +156,7 @@ def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
         if item.name not in targets:
             continue
         device = targets[item.name].device
-        for source in algebra.leaves([item.root]):
+        for source in leaves([item.root]):
             if held.key(plan.models[source.model], source.name, "device", device) in held.tensors:
                 continue
             nbytes = plan.models[source.model].tensors[source.name].nbytes
@@ -243,12 +248,12 @@ def _prepared(
     for items in _groups(plan, targets, gpu_memory // 2 if keep == "pinned" else None):
         device = targets[items[0].name].device
         on_device: dict[Source, torch.Tensor] = {}
-        for source in algebra.leaves([item.root for item in items]):
+        for source in leaves([item.root for item in items]):
             stored = _source(held, plan.models[source.model], source.name, keep, device)
             on_device[source] = stored.to(device, non_blocking=True)
         outs = [_out(targets[item.name], item) for item in items]
         jobs = [Job(item.name, item.root, out) for item, out in zip(items, outs, strict=True)]
-        prepared = _Prepared(items, outs, Resident(jobs, on_device.__getitem__))
+        prepared = _Prepared(items, outs, Batch(jobs, on_device.__getitem__))
         if keep == "device":
             made.append(prepared)
         yield prepared
@@ -274,7 +279,7 @@ def _groups(
     size = 0
     items = [item for item in plan.tensors if item.name in targets]
     for item in sorted(items, key=lambda item: str(targets[item.name].device)):
-        sources = algebra.leaves([item.root])
+        sources = leaves([item.root])
         nbytes = sum(plan.models[s.model].tensors[s.name].nbytes for s in sources)
         other = bool(group) and targets[group[0].name].device != targets[item.name].device
         if group and (other or (limit is not None and size + nbytes > limit)):
@@ -295,7 +300,7 @@ def _source(
     key = held.key(model, name, keep, device)
     if key not in held.tensors:
         view, entry = model.view(name), model.tensors[name]
-        pool = backends.cpu(backends.thread_count()).pool
+        pool = cpu(thread_count()).pool
         if keep == "device":
             if device not in held.lanes:
                 held.lanes[device] = Lane(str(device), pool)

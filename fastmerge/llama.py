@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fastmerge.api import Source
     from fastmerge.dtypes import DType
-    from fastmerge.plan import Plan
+    from fastmerge.plan.plan import Plan
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -57,13 +57,14 @@ def load_merged(
     model class's ``from_pretrained``.
     """
     transformers = _transformers()
-    from fastmerge import api, engine
+    from fastmerge import api
+    from fastmerge.engine.in_memory import materialise_plan
 
     plan = api.plan(recipe, seed=seed)
     model_class, config = _model_class(transformers, plan)
     state = {
         tensor.name: _as_torch(array, tensor.dtype, tensor.shape)
-        for tensor, array in engine.materialise(plan, threads=threads)
+        for tensor, array in materialise_plan(plan, threads=threads)
     }
     kwargs.setdefault("dtype", "auto")
     model, loading = model_class.from_pretrained(

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.algebra import Float64, Merge, Node, Source
-from fastmerge.compute import Computation
-from fastmerge.errors import FastmergeError
-from fastmerge.memory import Operands
+from fastmerge.compute.arrays import Operands
+from fastmerge.compute.tensor import Computation
+from fastmerge.errors import FastmergeError, is_whole
 from fastmerge.methods import REQUIRED, Method, Parameter, find
-from fastmerge.units import is_whole
+from fastmerge.methods.types import Float64
+from fastmerge.tree.nodes import Merge, Node, Source
 
 Numbers = Sequence[float] | NDArray[Any]
 

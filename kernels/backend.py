@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastmerge.kernels import combine, consensus, gram, select
-from fastmerge.sparsity import ALL, Selection, Sparsify
+from fastmerge.selection import ALL, Selection, Sparsify
 
 
 class TritonBackend:

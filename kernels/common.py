@@ -168,7 +168,7 @@ def magnitude_key(delta):
 
 @triton.jit
 def mix32(h):
-    """murmur3's 32-bit finaliser (fastmerge.sparsity.mixed_index)."""
+    """murmur3's 32-bit finaliser (fastmerge.selection.mixed_index)."""
     h = h ^ (h >> 16)
     h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
     h = h ^ (h >> 13)

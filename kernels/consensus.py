@@ -40,7 +40,7 @@ from fastmerge.kernels.common import (
     tally,
     upload,
 )
-from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection
+from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection
 
 # How one delta's entries are kept, a compile-time choice per delta.
 KEEP_ALL: tl.constexpr = tl.constexpr(0)

@@ -2,7 +2,7 @@
 launch.
 
 A trim needs the keep-th of all entries, ranked by magnitude and, where magnitudes tie, by order
-(fastmerge.sparsity): one 64-bit number, no two of which are equal (`common.rank_of`). A 2**11-bin
+(fastmerge.selection): one 64-bit number, no two of which are equal (`common.rank_of`). A 2**11-bin
 histogram in Triton costs tens of instructions an entry, more than the memory traffic; Floyd and
 Rivest's SELECT ("Expected time bounds for selection", CACM 18(3), 1975) costs two compares:
 
@@ -53,7 +53,7 @@ from fastmerge.kernels.ranking import (
     nth_kernel,
     rank_kernel,
 )
-from fastmerge.sparsity import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
+from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
 
 SAMPLES = 1 << 17
 ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of them if that is more
@@ -77,7 +77,7 @@ Int64 = NDArray[np.int64]
 def select(
     inputs: Sequence[torch.Tensor], base: torch.Tensor, specs: Sequence[Sparsify]
 ) -> list[Selection]:
-    """For each delta x_i - base (fp32), which entries survive: see fastmerge.sparsity. Waits for
+    """For each delta x_i - base (fp32), which entries survive: see fastmerge.selection. Waits for
     the device.
 
     inputs, base: contiguous tensors of one length and any mix of types. specs: one per input.

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 
 from fastmerge import _C
-from fastmerge.reference import round_to
+from fastmerge.compute.reference import round_to
 
 # Before torch or transformers are imported: no test may use the network, and xdist already fills
 # the cores (an OpenMP pool per worker makes small tests several times slower).

@@ -7,10 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmerge import algebra
-from fastmerge.algebra import Merge, Source
-from fastmerge.compute import Computation
+from fastmerge.compute.tensor import Computation
 from fastmerge.methods import find
+from fastmerge.tree import collapse, nodes
+from fastmerge.tree.nodes import Merge, Source
 
 SHAPE = (6, 50)
 RNG = np.random.default_rng(11)
@@ -70,7 +70,7 @@ def run(root, backend=None):
 def one_by_one(root):
     """Every merge of the tree on its own, its result an input of the next."""
     made = {s: MODELS[s.model] for s in (A, B, C)}
-    for node in algebra.walk(root):
+    for node in nodes.walk(root):
         if isinstance(node, Merge):
             local = Merge(
                 node.method,
@@ -143,7 +143,7 @@ def test_vectors_along_rows_collapse_with_their_own_coefficients():
 def test_another_axis_is_computed_first():
     columns = weighted("nuslerp", [A, B], [1, 1], nuslerp_flatten=False, nuslerp_row_wise=True)
     tree = merge("slerp", [columns, C], t=0.25)
-    collapsed = algebra.collapse(tree)
+    collapsed = collapse.collapse(tree)
     assert collapsed.parts == (columns, C) and not collapsed.is_complete
     got, outcome, backend = run(tree)
     np.testing.assert_allclose(got, one_by_one(tree), rtol=1e-9, atol=1e-12)
@@ -153,10 +153,10 @@ def test_another_axis_is_computed_first():
 def test_delta_basis_keeps_a_small_delta():
     """|delta| = 1e-7 |x|: the plain Gram matrix has lost its angle, [base, deltas] has not."""
     deltas = 1e-7 * RNG.normal(size=(2, BASE.size))
-    tree = algebra.collapse(weighted("nuslerp", [B, C], [0.3, 0.7], base=A))
+    tree = collapse.collapse(weighted("nuslerp", [B, C], [0.3, 0.7], base=A))
     assert tree.reference == tree.parts.index(A)
     stack = np.vstack([BASE.reshape(1, -1), deltas])
-    got = algebra.coefficients(tree, stack @ stack.T)
+    got = collapse.coefficients(tree, stack @ stack.T)
     units = deltas / np.linalg.norm(deltas, axis=1)[:, None]
     angle = np.arccos(units[0] @ units[1])
     arc = np.sin(np.array([0.3, 0.7]) * angle) / np.sin(angle)
@@ -169,4 +169,4 @@ def test_a_thousand_steps_do_not_exhaust_the_stack():
 
 
 def test_leaves_are_distinct_and_in_order():
-    assert algebra.leaves([slerp_walk(3), Source(0, "w"), Source(2, "w")]) == [A, B, C]
+    assert nodes.leaves([slerp_walk(3), Source(0, "w"), Source(2, "w")]) == [A, B, C]

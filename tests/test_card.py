@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmerge.card import display_name, model_card
-from fastmerge.plan import Plan, make_plan
+from fastmerge.output.card import display_name, model_card
+from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import make_plan
 
 RECIPE = """\
 # ``` a comment with a fence of its own

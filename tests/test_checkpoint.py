@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fastmerge.checkpoint import INDEX, Checkpoint, resolve, side_files
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import FastmergeError
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX, side_files
+from fastmerge.models.hub import resolve
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmerge import console, units
-from fastmerge.cli import main
+from fastmerge.cli import console, main, units
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastmerge.checkpoint import Checkpoint
-from fastmerge.compare import Comparison, TensorDifference, compare
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.diff import Comparison, TensorDifference, compare
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,12 @@ import pytest
 from safetensors import safe_open
 
 import fastmerge
-from fastmerge import _C, api, engine
+from fastmerge import _C, api
+from fastmerge.compute.cpu import cpu
+from fastmerge.engine.in_memory import array_sink, materialise_plan
+from fastmerge.engine.inputs import Inputs, write_tensor
 from fastmerge.errors import FastmergeError
+from fastmerge.output.lineage import LINEAGE_FILE
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -83,7 +87,7 @@ def test_linear_merge_has_the_right_values(zoo, models, tmp_path):
 def test_lineage_lies_beside_the_weights(models, tmp_path):
     base, one, _ = models
     fastmerge.merge(slerp_recipe(base, one), tmp_path / "out", seed=5)
-    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())
+    lineage = json.loads((tmp_path / "out" / LINEAGE_FILE).read_text())
     assert set(lineage["fastmerge_inputs"]) == {str(base), str(one)}
     tensors = lineage["tensors"]
     c = tensors["model.layers.0.mlp.up_proj.weight"]["coefficients"]
@@ -140,7 +144,7 @@ def test_a_drawn_seed_is_recorded_and_repeats(zoo, models, tmp_path):
 def test_ties_keeps_half_of_each_delta(models, tmp_path):
     base, one, two = models
     fastmerge.merge(ties_recipe(base, one, two), tmp_path / "out")
-    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())["tensors"]
+    lineage = json.loads((tmp_path / "out" / LINEAGE_FILE).read_text())["tensors"]
     assert lineage["model.norm.weight"]["kept"] == [16, 16]
     assert lineage["model.embed_tokens.weight"]["kept"] == [640, 640]
 
@@ -156,7 +160,7 @@ def test_an_intermediate_consensus_keeps_fp32(zoo, models, tmp_path):
     a, b = zoo.read(tmp_path / "chain"), zoo.read(tmp_path / "two_steps")
     assert all(np.array_equal(a[n], b[n]) for n in a)
     assert not (tmp_path / "stage-1").exists()
-    lineage = json.loads((tmp_path / "chain" / engine.LINEAGE_FILE).read_text())["tensors"]
+    lineage = json.loads((tmp_path / "chain" / LINEAGE_FILE).read_text())["tensors"]
     assert all("coefficients" not in line for line in lineage.values())
 
 
@@ -332,7 +336,7 @@ def test_finished_tensors_are_not_computed_again(killable, tmp_path, monkeypatch
     report = fastmerge.merge(killable, out)
     # 32 of these tensors share a 4 MiB buffer, two of which may not be full; 4 are under way.
     assert report.resumed >= 150 - 2 * 32 - 4
-    lineage = json.loads((out / engine.LINEAGE_FILE).read_text())["tensors"]
+    lineage = json.loads((out / LINEAGE_FILE).read_text())["tensors"]
     assert len(lineage) == 200 and all(line["kept"] for line in lineage.values())
 
 
@@ -391,8 +395,8 @@ def chain_of_ties(models, depth):
 
 def test_intermediates_share_one_budget_and_end_with_their_last_reader(models, tmp_path):
     """Ten documents deep: two intermediates at a time, wherever they lie."""
-    from fastmerge.backends import CpuBackend
-    from fastmerge.compute import Computation
+    from fastmerge.compute.cpu import CpuBackend
+    from fastmerge.compute.tensor import Computation
 
     plan = chain_of_ties(models, 10)
     item = max(plan.tensors, key=lambda tensor: tensor.count)
@@ -405,20 +409,20 @@ def test_intermediates_share_one_budget_and_end_with_their_last_reader(models, t
         return taken(nbytes)
 
     backend._take_scratch = counted
-    array, sink = engine.array_sink(item)
-    fetch = engine.Inputs(plan.models).fetch
+    array, sink = array_sink(item)
+    fetch = Inputs(plan.models).fetch
     Computation(backend, fetch, item.name, item.shape).run(item.root, sink)
     assert most == [2] and backend._scratch_left == 9 * item.count
-    made = {tensor.name: values for tensor, values in engine.materialise(plan)}
+    made = {tensor.name: values for tensor, values in materialise_plan(plan)}
     np.testing.assert_array_equal(array, made[item.name])
 
 
 def test_a_chain_of_a_thousand_documents_is_no_deeper_than_one(models):
     plan = chain_of_ties(models, 1000)
     item = min(plan.tensors, key=lambda tensor: tensor.count)
-    array, sink = engine.array_sink(item)
-    backend = engine.backends.cpu(1)
-    engine.write_tensor(backend, engine.Inputs(plan.models), item, sink)
+    array, sink = array_sink(item)
+    backend = cpu(1)
+    write_tensor(backend, Inputs(plan.models), item, sink)
     assert array.any()
 
 
@@ -428,7 +432,7 @@ def test_no_room_for_an_intermediate_is_one_line(models, tmp_path, monkeypatch):
 
     base, one, two = models
     chain = [ties_recipe(base, one, two, name="stage"), slerp_recipe("stage", one)]
-    monkeypatch.setattr("fastmerge.backends.os.posix_fallocate", full)
+    monkeypatch.setattr("fastmerge.compute.cpu.os.posix_fallocate", full)
     with pytest.raises(FastmergeError, match="no room for an intermediate tensor"):
         fastmerge.merge(chain, tmp_path / "out", memory_limit=4096)
 

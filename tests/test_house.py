@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "triton", "lm_eval", "matplotlib", "mergekit", "huggingface_hub"}
-MAX_LINES = 650  # about 600 is the rule; this is where about ends
+MAX_LINES = 600
 
 
 def _rows() -> dict[str, int]:
@@ -53,6 +54,34 @@ def _imports(tree: ast.AST) -> list[tuple[int, str]]:
             else:
                 found.append((node.lineno, module))
     return [(line, name) for line, name in found if name.split(".")[0] == "fastmerge"]
+
+
+def _files_imported(tree: ast.AST) -> set[str]:
+    """The modules of fastmerge that a file imports at any depth, types' imports included."""
+    known = set(MODULES.values())
+    found = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import name`: a module of that name, else what the package's face holds.
+            names = [
+                inner if (inner := f"{node.module}.{alias.name}") in known else node.module
+                for alias in node.names
+            ]
+        for name in names:
+            found.add(name if name in known else f"{name}.__init__")
+    return (found & known) - {"fastmerge.__init__"}  # _C, the types' face: nothing below it
+
+
+def test_no_circles_among_files() -> None:
+    graph = {name: _files_imported(ast.parse(path.read_text())) for path, name in MODULES.items()}
+    assert sum(map(len, graph.values())) > 300
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' -> '.join(error.args[1])}")
 
 
 def test_every_module_has_a_row() -> None:

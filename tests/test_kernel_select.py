@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmerge import _C, reference
-from fastmerge.sparsity import (
+from fastmerge import _C
+from fastmerge.compute import reference
+from fastmerge.selection import (
     ALL,
     INDEX,
     MAGNITUDE,

@@ -1,4 +1,4 @@
-"""gram, combine and consensus on every instruction set, against fastmerge.reference."""
+"""gram, combine and consensus on every instruction set, against fastmerge.compute.reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmerge import _C, reference
-from fastmerge.sparsity import INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify, keep_below
+from fastmerge import _C
+from fastmerge.compute import reference
+from fastmerge.selection import INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify, keep_below
 
 DTYPES = ("BF16", "F16", "F32")
 SIZES = (0, 1, 7, 63, 1000, 65537)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
-from fastmerge.layout import Layout
-from fastmerge.writer import ModelWriter
+from fastmerge.output.layout import Layout
+from fastmerge.output.writer import ModelWriter
 
 F32, F16, BF16, U8 = (BY_CODE[code] for code in ("F32", "F16", "BF16", "U8"))
 

@@ -15,9 +15,9 @@ import yaml
 from typer.testing import CliRunner
 
 from fastmerge.errors import FastmergeError
-from fastmerge.retrograde import harness
-from fastmerge.retrograde.evaluate import make_scorer
-from fastmerge.retrograde.schedule import load_evaluate
+from fastmerge.evaluation import harness, leaderboard
+from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.evaluation.settings import load_evaluate
 
 # As the leaderboard's page has it: title, task, shots, metric.
 TASKS = [
@@ -217,7 +217,8 @@ def test_a_missing_subject_is_the_preset_s_fault(data: Path) -> None:
 
 @pytest.mark.usefixtures("data")
 def test_a_steering_task_is_no_hold_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "LEADERBOARD_V1", harness.LEADERBOARD_V1[:1])  # 57 subjects: slow
+    first = leaderboard.LEADERBOARD_V1[:1]  # 57 subjects: slow
+    monkeypatch.setattr(harness, "LEADERBOARD_V1", first)
     message = refusal(holdout=["arc_challenge"])
     assert message.startswith("evaluate.holdout[0]: 'arc_challenge' is both a steering task")
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastmerge
-from fastmerge import engine, llama
+from fastmerge import llama
+from fastmerge.engine import in_memory
 from fastmerge.errors import FastmergeError
 
 torch.set_num_threads(1)
@@ -94,14 +95,14 @@ def test_parameters_are_the_merge(recipes, zoo):
 def test_merged_memory_is_the_models_memory(recipes, monkeypatch):
     """No second copy of the weights: every parameter lies where the engine wrote it."""
     arrays = []
-    materialise = engine.materialise
+    materialise = in_memory.materialise_plan
 
     def recorded(*args, **kwargs):
         for tensor, array in materialise(*args, **kwargs):
             arrays.append((array.ctypes.data, array.nbytes))
             yield tensor, array
 
-    monkeypatch.setattr(engine, "materialise", recorded)
+    monkeypatch.setattr(in_memory, "materialise_plan", recorded)
     model = llama.load_merged(recipes["slerp"])
     places = {(p.data_ptr(), p.nbytes) for p in model.parameters()}
     assert places == set(arrays)

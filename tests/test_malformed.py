@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from fastmerge.checkpoint import INDEX, Checkpoint
 from fastmerge.errors import FastmergeError
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX
 
 
 def entry(
@@ -294,5 +295,5 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object, **__: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("fastmerge.checkpoint.os.open", denied)
+    monkeypatch.setattr("fastmerge.models.header.os.open", denied)
     assert "cannot be read (Permission denied)" in refusal(path)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmerge.algebra import Merge, Source, leaves
 from fastmerge.dtypes import F16
 from fastmerge.methods import METHODS
-from fastmerge.plan import make_plan, passes
-from fastmerge.recipe import interpolate
+from fastmerge.plan.plan import passes
+from fastmerge.plan.planner import make_plan
+from fastmerge.recipe.settings import interpolate
+from fastmerge.tree.nodes import Merge, Source, leaves
 
 # Shaped like those on model cards; some try every level of precedence.
 RECIPES = {file.stem: file.read_text() for file in Path(__file__).parent.glob("recipes/*.yml")}

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmerge.algebra import Merge, Source
 from fastmerge.dtypes import BF16, F16, F32
-from fastmerge.plan import make_plan, passes
+from fastmerge.plan.plan import passes
+from fastmerge.plan.planner import make_plan
+from fastmerge.tree.nodes import Merge, Source
 
 RECIPES = {file.stem: file.read_text() for file in Path(__file__).parent.glob("recipes/*.yml")}
 LINEAR_AB = """

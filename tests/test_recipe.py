@@ -9,7 +9,8 @@ import pytest
 from fastmerge.dtypes import BF16, F16
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
-from fastmerge.recipe import Recipe, interpolate
+from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.settings import interpolate
 
 TWO = "models: [{model: a}, {model: b}]\n"
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\n"

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from fastmerge.errors import FastmergeError
-from fastmerge.retrograde import harness, run
-from fastmerge.retrograde.evaluate import make_scorer
-from fastmerge.retrograde.schedule import load_evaluate
-from fastmerge.retrograde.scores import Scores, TaskScore
+from fastmerge.evaluation import harness, leaderboard
+from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.evaluation.settings import load_evaluate
+from fastmerge.retrograde import run
 
 LETTERS = "abcdefgh0123456789+=?: \n"
 
@@ -298,14 +299,14 @@ def test_the_leaderboard_says_which_data_it_lacks() -> None:
 
 
 def test_the_leaderboard_table_holds_the_sources_row() -> None:
-    tasks = {title: TaskScore(50.0, "acc", 1) for title, _, _, _ in harness.LEADERBOARD_V1}
-    table = harness.leaderboard_table([("final", Scores(tasks))]).splitlines()
+    tasks = {title: TaskScore(50.0, "acc", 1) for title, _, _, _ in leaderboard.LEADERBOARD_V1}
+    table = leaderboard.leaderboard_table([("final", Scores(tasks))]).splitlines()
     assert table[0].startswith(
         "| model | ARC | HellaSwag | MMLU | TruthfulQA | Winogrande | GSM8K |"
     )
     assert "44.80 | 70.41 | 50.90 | 43.20 | 66.22 | 43.82 | 53.2" in table[2]
     assert table[3].endswith("| 50.00 |")
-    shots = [shots for _, _, shots, _ in harness.LEADERBOARD_V1]
+    shots = [shots for _, _, shots, _ in leaderboard.LEADERBOARD_V1]
     assert shots == [25, 10, 5, 0, 5, 5]
 
 

@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import Journal
 from fastmerge.retrograde import open_space, run
-from fastmerge.retrograde.baselines import Pool, candidates
-from fastmerge.retrograde.schedule import BASELINES, load
-from fastmerge.retrograde.scores import Journal
-from fastmerge.retrograde.states import Model
-from fastmerge.retrograde.sweep import parse_range
+from fastmerge.retrograde.schedule import load
+from fastmerge.search.expressions import Model
+from fastmerge.search.families import BASELINES, Pool, candidates
+from fastmerge.search.sweep import parse_range
 
 IDS = np.random.default_rng(0).integers(1, 39, (40, 8))
 
@@ -324,7 +324,8 @@ def test_cli_names_the_line_of_a_mistake(files: Path) -> None:
 
 
 def test_a_sweep_writes_what_single_merges_write(files: Path, zoo: Any) -> None:
-    from fastmerge import api, engine
+    from fastmerge import api
+    from fastmerge.engine import in_memory
 
     out = files / "sweep"
     done = invoke("sweep", str(files / "slerp.yml"), str(out), "--t", "0:1:0.5", "--quiet")
@@ -332,7 +333,7 @@ def test_a_sweep_writes_what_single_merges_write(files: Path, zoo: Any) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["sweep.json", "t=0", "t=0.5", "t=1"]
     single = {
         item.name: (array.astype(np.uint32) << 16).view(np.float32)
-        for item, array in engine.materialise(api.plan(files / "slerp.yml"), threads=1)
+        for item, array in in_memory.materialise_plan(api.plan(files / "slerp.yml"), threads=1)
     }
     swept = zoo.read(out / "t=0.5")
     for name, array in single.items():
@@ -372,9 +373,9 @@ def test_a_sweep_is_scored_and_resumes(files: Path) -> None:
 def test_without_matplotlib_a_measured_run_stops_before_it_starts(
     schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmerge.retrograde import plots
+    from fastmerge.search import figures
 
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     with pytest.raises(FastmergeError, match=r"pip install 'fastmerge\[plot\]'"):
         run(schedule, tmp_path / "out", score=score)
     assert not (tmp_path / "out").exists()
@@ -457,8 +458,8 @@ def test_a_filter_that_leaves_tensors_without_a_value_is_refused_at_once(
 def test_scores_are_kept_under_what_made_them(tmp_path: Path) -> None:
     from functools import partial
 
-    from fastmerge.retrograde.evaluate import make_scorer
-    from fastmerge.retrograde.schedule import load_evaluate
+    from fastmerge.evaluation.scorers import make_scorer
+    from fastmerge.evaluation.settings import load_evaluate
 
     def fixed(_: Any, value: float = 1.0) -> dict[str, float]:
         return {"a": value}
@@ -498,8 +499,8 @@ def test_scores_are_kept_under_what_made_them(tmp_path: Path) -> None:
 def test_an_edited_scorer_is_another_one_even_in_one_process(
     tmp_path: Path, decorator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmerge.retrograde.evaluate import make_scorer
-    from fastmerge.retrograde.schedule import load_evaluate
+    from fastmerge.evaluation.scorers import make_scorer
+    from fastmerge.evaluation.settings import load_evaluate
 
     monkeypatch.delitem(sys.modules, "keyed", raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))

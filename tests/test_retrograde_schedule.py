@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastmerge.errors import FastmergeError
-from fastmerge.retrograde.schedule import Schedule, affine, load
+from fastmerge.recipe.settings import affine
+from fastmerge.retrograde.schedule import Schedule, load
 
 TEXT = """\
 baseline: {model: ./blur, accuracy: 72.1}

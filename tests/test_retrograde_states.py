@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmerge import api, engine
-from fastmerge.retrograde import open_space, walk
-from fastmerge.retrograde.evaluate import Lab
-from fastmerge.retrograde.schedule import constant, load
-from fastmerge.retrograde.scores import Journal
-from fastmerge.retrograde.states import Blend, Model, Space, average, blend
+from fastmerge import api
+from fastmerge.engine import in_memory, products
+from fastmerge.evaluation.journal import Journal
+from fastmerge.recipe.settings import constant
+from fastmerge.retrograde import open_space, opening, walk
+from fastmerge.retrograde.schedule import load
+from fastmerge.search.expressions import Blend, Model, average, blend
+from fastmerge.search.lab import Lab
+from fastmerge.search.space import Space
 
 Tensors = dict[str, np.ndarray]
 
@@ -35,7 +38,7 @@ def final_of(schedule: Any) -> tuple[Space, Any]:
 def floats(space: Space, state: Any) -> Tensors:
     """A state's tensors as float64 arrays."""
     found = {}
-    for item, array in engine.materialise(space.plan(state), threads=1):
+    for item, array in in_memory.materialise_plan(space.plan(state), threads=1):
         if array.dtype == np.uint16:
             array = (array.astype(np.uint32) << 16).view(np.float32)
         found[item.name] = array.astype(np.float64)
@@ -43,7 +46,9 @@ def floats(space: Space, state: Any) -> Tensors:
 
 
 def bits(plan: Any) -> dict[str, bytes]:
-    return {item.name: array.tobytes() for item, array in engine.materialise(plan, threads=1)}
+    return {
+        item.name: array.tobytes() for item, array in in_memory.materialise_plan(plan, threads=1)
+    }
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -143,7 +148,7 @@ def ordered(raw: bytes) -> np.ndarray:
 def merge_to(zoo: Any, name: str, recipe: dict[str, Any]) -> Path:
     """The recipe's result as a float32 model folder."""
     plan = api.plan({**recipe, "dtype": "float32"})
-    made = {item.name: array for item, array in engine.materialise(plan, threads=1)}
+    made = {item.name: array for item, array in in_memory.materialise_plan(plan, threads=1)}
     return zoo.write(name, made, plan.config, dtype="F32")
 
 
@@ -249,7 +254,7 @@ def test_batched_coefficients_equal_the_engines(models: list[Path], method: str)
     }
     truth = {
         item.name: array.astype(np.float64)
-        for item, array in engine.materialise(api.plan(recipe), threads=1)
+        for item, array in in_memory.materialise_plan(api.plan(recipe), threads=1)
     }
     assert max(relative_errors(floats(space, trajectory.states[1]), truth)) < 1e-6
 
@@ -358,8 +363,8 @@ def test_the_gram_pass_is_cached_by_content(
     cache = tmp_path / "grams.npz"
     first = open_space(schedule, cache=cache)
     calls = []
-    real = engine.grams
-    monkeypatch.setattr(engine, "grams", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = products.grams
+    monkeypatch.setattr(opening, "grams", lambda *a, **k: calls.append(1) or real(*a, **k))
     again = open_space(schedule, cache=cache)
     assert not calls and (again.grams == first.grams).all()
     other = schedule_of([models[0], models[2], models[1]], WALK)

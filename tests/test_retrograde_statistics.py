@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastmerge.retrograde import report
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.evaluation.statistics import difference, holm, interval
+from fastmerge.retrograde import findings
 from fastmerge.retrograde.comparison import Row
-from fastmerge.retrograde.scores import Scores, TaskScore
-from fastmerge.retrograde.states import Model
-from fastmerge.retrograde.statistics import difference, holm, interval
+from fastmerge.search.expressions import Model
 
 
 def scores_of(*parts: Any) -> Scores:
@@ -65,9 +65,9 @@ def test_nan_is_no_difference() -> None:
     rows = [Row(name, "", Model(0), scores_of(x), None, 1) for name, x in found.items()]
     trajectory = SimpleNamespace(schedule=SimpleNamespace(evaluate=None), seed=0)
     result: Any = SimpleNamespace(rows=rows, trajectory=trajectory)
-    lines = report.compare_lines(result)
-    assert report.verdict_on_path(lines).startswith("No evidence")
-    assert "not tested" in report.finding(lines)[0]
+    lines = findings.compare_lines(result)
+    assert findings.verdict_on_path(lines).startswith("No evidence")
+    assert "not tested" in findings.finding(lines)[0]
 
 
 VERDICTS = {
@@ -89,7 +89,7 @@ def test_the_report_says_plainly_what_was_found(
         rows.append(Row(name, "", Model(0), scores, scores, 1))
     schedule = SimpleNamespace(evaluate=None)
     result = SimpleNamespace(rows=rows, trajectory=SimpleNamespace(schedule=schedule, seed=0))
-    lines = report.compare_lines(result)  # type: ignore[arg-type]
-    assert report.verdict_on_path(lines).startswith(expected)
-    found = report.finding(lines)
+    lines = findings.compare_lines(result)  # type: ignore[arg-type]
+    assert findings.verdict_on_path(lines).startswith(expected)
+    found = findings.finding(lines)
     assert len(found) == 2 and all("points" in sentence for sentence in found)

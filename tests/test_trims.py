@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmerge
-from fastmerge import _C, api, backends, engine, llama
+from fastmerge import _C, api, llama
+from fastmerge.compute import cpu
+from fastmerge.compute.across import TILE_ENTRIES
+from fastmerge.compute.reference import mixed_indices
+from fastmerge.engine import in_memory
 from fastmerge.errors import FastmergeError
-from fastmerge.reference import mixed_indices
+from fastmerge.output import lineage as lineage_module
 from fastmerge.retrograde.schedule import load
-from fastmerge.sparsity import INDEX, MAGNITUDE, MIXED, Sparsify
-from fastmerge.trims import _ALIGN
+from fastmerge.selection import INDEX, MAGNITUDE, MIXED, Sparsify
 
 
 def recipe_of(models: list[Path], **parameters: Any) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def models(zoo: Any) -> list[Path]:
 
 def survivors(deltas: list[np.ndarray], keep: int, rule: int, start: int = 0) -> list[np.ndarray]:
     """The ``keep`` largest magnitudes of all deltas as one vector, ties as defined."""
-    origins = start + np.cumsum([0, *(-(-d.size // _ALIGN) * _ALIGN for d in deltas)])
+    origins = start + np.cumsum([0, *(-(-d.size // TILE_ENTRIES) * TILE_ENTRIES for d in deltas)])
     starts = list(zip(deltas, origins[:-1].tolist(), strict=True))
     index = np.concatenate([np.arange(o, o + d.size, dtype=np.uint64) for d, o in starts])
     order = index
@@ -110,11 +113,13 @@ def test_any_tensors_any_ties(data: st.DataObject) -> None:
     keep = data.draw(st.integers(0, total))
     rule = data.draw(st.sampled_from([MIXED, INDEX]))
     bases = [np.zeros(n, np.float32) for n in sizes]
-    backend = backends.cpu(2)
+    backend = cpu.cpu(2)
     views = [[_C.View(d.ctypes.data, d.size, "F32", d)] for d in deltas]
     zeros = [_C.View(b.ctypes.data, b.size, "F32", b) for b in bases]
-    start = data.draw(st.sampled_from([0, (1 << 32) - 2 * _ALIGN, 5 << 32]))  # across 2**32 too
-    steps = [-(-n // _ALIGN) * _ALIGN for n in sizes]
+    start = data.draw(
+        st.sampled_from([0, (1 << 32) - 2 * TILE_ENTRIES, 5 << 32])
+    )  # across 2**32 too
+    steps = [-(-n // TILE_ENTRIES) * TILE_ENTRIES for n in sizes]
     origins = (start + np.cumsum([0, *steps])[:-1]).tolist()
     spec = Sparsify(MAGNITUDE, keep, rule)
     chosen = backend.select_across(views, zeros, origins, [spec])
@@ -229,7 +234,7 @@ def test_a_factor_that_is_no_number_ends_nothing_but_the_merge(
 
 def test_the_lineage_has_the_counts(zoo: Any, models: list[Path], tmp_path: Path) -> None:
     fastmerge.merge(recipe_of(models), tmp_path / "out")
-    lineage = json.loads((tmp_path / "out" / engine.LINEAGE_FILE).read_text())
+    lineage = json.loads((tmp_path / "out" / lineage_module.LINEAGE_FILE).read_text())
     total = sum(x.size for x in zoo.read(models[0]).values())
     assert lineage["kept"] == {str(m): int(0.3 * total) for m in models[1:]}
 
@@ -255,4 +260,4 @@ def test_a_chain_over_it_is_merged(zoo: Any, models: list[Path]) -> None:
 
 
 def engine_values(recipe: Any) -> Any:
-    return ((item.name, array) for item, array in engine.materialise(api.plan(recipe)))
+    return ((item.name, array) for item, array in in_memory.materialise_plan(api.plan(recipe)))

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 
-from fastmerge import writer as writer_module
-from fastmerge.checkpoint import INDEX
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
-from fastmerge.layout import Layout
-from fastmerge.writer import ModelWriter
+from fastmerge.models.folder import INDEX
+from fastmerge.output import journal
+from fastmerge.output import writer as writer_module
+from fastmerge.output.layout import Layout
+from fastmerge.output.writer import ModelWriter
 
 F32, F16, BF16, U8 = (BY_CODE[code] for code in ("F32", "F16", "BF16", "U8"))
 
@@ -216,7 +217,7 @@ def test_journal_does_not_outlive_the_boot(tmp_path: Path, monkeypatch: pytest.M
     """What was not synced may be lost in a power cut: the journal does not count after one."""
     target = tmp_path / "out"
     interrupted(target, 40)
-    monkeypatch.setattr(writer_module, "_boot", lambda: "another boot")
+    monkeypatch.setattr(journal, "_boot", lambda: "another boot")
     with ModelWriter(target, layout(), key="k") as writer:
         assert not writer.resumed
     assert siblings(target) == []

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastmerge import writer as writer_module
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError
-from fastmerge.layout import Layout
-from fastmerge.writer import ModelWriter
+from fastmerge.output import writer as writer_module
+from fastmerge.output.layout import Layout
+from fastmerge.output.writer import ModelWriter
 
 LAYOUT = Layout.plan([("x", F32, (2,))], max_shard_bytes=1000, metadata={})
 

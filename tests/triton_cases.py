@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmerge import _C, reference
+from fastmerge import _C
+from fastmerge.compute import reference
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import combine as combine_module
 from fastmerge.kernels import common
@@ -21,7 +22,7 @@ from fastmerge.kernels.combine import combine, combine_many
 from fastmerge.kernels.consensus import consensus, consensus_many
 from fastmerge.kernels.gram import gram, gram_many, gram_partials, gram_total
 from fastmerge.kernels.select import select, select_many
-from fastmerge.sparsity import (
+from fastmerge.selection import (
     ALL,
     INDEX,
     MAGNITUDE,

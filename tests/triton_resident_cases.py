@@ -11,14 +11,16 @@ import torch
 
 pytest.importorskip("pydantic")  # recipes are read with it; the kernels' own tests need none
 
-from fastmerge import _C, algebra, api, backends, live, llama
-from fastmerge.algebra import Merge, Source
-from fastmerge.compute import Computation
+from fastmerge import _C, api, live, llama
+from fastmerge.compute import cpu
+from fastmerge.compute.arrays import view_of
+from fastmerge.compute.batch import Batch, Job
+from fastmerge.compute.tensor import Computation
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
-from fastmerge.memory import view_of
 from fastmerge.methods import find
-from fastmerge.resident import Job, Resident
+from fastmerge.tree import nodes
+from fastmerge.tree.nodes import Merge, Source
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
 BF16, F32 = torch.bfloat16, torch.float32
@@ -94,10 +96,10 @@ def test_resident_equals_cpu(case):
     sources = models(4)
     outs = [torch.full(shape, 7, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
     jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES[case])]
-    resident = Resident(jobs, lambda source: sources[source.model][int(source.name)])
+    resident = Batch(jobs, lambda source: sources[source.model][int(source.name)])
     for _ in range(2):  # prepared once, run twice
         outcomes = resident.run()
-    backend = backends.cpu(2)
+    backend = cpu.cpu(2)
     on_cpu = [[tensor.cpu() for tensor in model] for model in sources]
     for t, (root, shape) in enumerate(zip(CASES[case], SHAPES, strict=True)):
         expected = torch.full(shape, 7, dtype=torch.bfloat16)
@@ -120,14 +122,14 @@ def test_the_tensor_that_does_not_fit_is_named(case):
     sources[1][3] = sources[1][3][1:]
     jobs = [Job(f"layer.{t}", root, outs[t]) for t, root in enumerate(CASES[case])]
     with pytest.raises(FastmergeError, match=r"layer\.3: input [12] has 160 elements"):
-        Resident(jobs, lambda source: sources[source.model][int(source.name)])
+        Batch(jobs, lambda source: sources[source.model][int(source.name)])
 
 
 def test_coefficients_of_the_callers_own():
     sources = models(2)
     outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
     jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES["slerp"])]
-    resident = Resident(jobs, lambda source: sources[source.model][int(source.name)])
+    resident = Batch(jobs, lambda source: sources[source.model][int(source.name)])
     assert resident.combine([np.array([0.25, 0.5])] * len(jobs)) == [0] * len(jobs)
     for t, out in enumerate(outs):
         expected = 0.25 * sources[0][t].float() + 0.5 * sources[1][t].float()
@@ -166,7 +168,7 @@ def exhausted_above(nbytes: int):
 
     def groups(plan, targets, limit):
         for group in whole(plan, targets, limit):
-            sources = algebra.leaves([item.root for item in group])
+            sources = nodes.leaves([item.root for item in group])
             size = sum(plan.models[s.model].tensors[s.name].nbytes for s in sources)
             if size > nbytes:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -229,4 +231,4 @@ def test_a_trim_over_the_model_is_refused_by_name():
     own = {"weight": 1.0, "density": 0.5}
     root = Merge(find("ties"), (Source(1, "x"),), Source(0, "x"), values, (own,))
     with pytest.raises(FastmergeError, match="x: trim: model is not for models on a GPU"):
-        Resident([Job("x", root, x.clone())], lambda _: x)
+        Batch([Job("x", root, x.clone())], lambda _: x)

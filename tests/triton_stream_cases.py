@@ -13,7 +13,9 @@ import torch
 
 pytest.importorskip("pydantic")  # recipes are read with it; the kernels' own tests need none
 
-from fastmerge import api, stream
+from fastmerge import api
+from fastmerge.compute import devices, stream
+from fastmerge.compute import lane as lane_module
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
 
@@ -24,8 +26,8 @@ INTERPRETED = common.interpreted()
 def device(monkeypatch):
     """The pipeline on this machine's GPUs, or on the CPU through the interpreter."""
     if INTERPRETED:
-        monkeypatch.setattr(stream, "cuda_devices", lambda: ["cpu"])
-    monkeypatch.setattr(stream, "PIECE_BYTES", 2000)  # several pieces, the last one short
+        monkeypatch.setattr(devices, "cuda_devices", lambda: ["cpu"])
+    monkeypatch.setattr(lane_module, "PIECE_BYTES", 2000)  # several pieces, the last one short
 
 
 def recipe(zoo, method: str) -> dict:
@@ -130,14 +132,14 @@ def test_a_merge_of_merges_in_pieces(wide, tmp_path):
 def test_a_device_short_of_memory_takes_smaller_pieces_and_says_so(wide, tmp_path, monkeypatch):
     given = of_wide(wide, "ties")
     api.merge(given, tmp_path / "cpu")
-    upload = stream.Lane.upload
+    upload = lane_module.Lane.upload
 
     def short(lane, view):  # no room for more than one chunk
         if view.count > common.CHUNK:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return upload(lane, view)
 
-    monkeypatch.setattr(stream.Lane, "upload", short)
+    monkeypatch.setattr(lane_module.Lane, "upload", short)
     report = api.merge(given, tmp_path / "gpu", device="cuda")
     assert any("ran out of memory: 2 tensors" in note for note in report.notes)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
@@ -151,7 +153,7 @@ def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_p
         def exhausted(*_: object) -> None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(stream.Lane, "upload", exhausted)
+        patch.setattr(lane_module.Lane, "upload", exhausted)
         with pytest.raises(FastmergeError, match=r"the GPU has no room.*--device cpu"):
             api.merge(given, tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
@@ -163,7 +165,7 @@ def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_p
 @pytest.mark.usefixtures("device")
 def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
     made, used = [], []
-    init, lane = stream.Lane.__init__, stream.Streamer.lane
+    init, lane = lane_module.Lane.__init__, stream.Streamer.lane
 
     def count(self, *given):
         made.append(self)
@@ -173,7 +175,7 @@ def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
         used.append(max(self._used.values()))
         return lane(self, need)
 
-    monkeypatch.setattr(stream.Lane, "__init__", count)
+    monkeypatch.setattr(lane_module.Lane, "__init__", count)
     monkeypatch.setattr(stream.Streamer, "lane", watch)
     api.merge(of_wide(wide, "ties"), tmp_path / "out", device="cuda", gpu_memory=400_000)
     assert max(used) <= 400_000 and len(made) < len(used)
@@ -205,14 +207,14 @@ def test_more_inputs_than_the_kernels_take_are_refused_before_anything(zoo, tmp_
 
 
 def test_auto_prefers_the_cpu_when_the_files_are_on_disk(zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "cuda_devices", lambda: ["cpu"])
-    monkeypatch.setattr(stream, "cached_share", lambda views: 0.1)
+    monkeypatch.setattr(devices, "cuda_devices", lambda: ["cpu"])
+    monkeypatch.setattr(devices, "cached_share", lambda views: 0.1)
     report = api.merge(recipe(zoo, "slerp"), tmp_path / "out", device="auto")
     assert report.backend == "cpu" and any("on disk" in note for note in report.notes)
 
 
 def test_cached_share_of_files_just_written(zoo):
-    from fastmerge.checkpoint import Checkpoint
+    from fastmerge.models.checkpoint import Checkpoint
 
     model = Checkpoint.open(zoo.base(layers=1))
-    assert stream.cached_share([model.view(name) for name in model.tensors]) == 1.0
+    assert devices.cached_share([model.view(name) for name in model.tensors]) == 1.0

@@ -1,4 +1,4 @@
-#include "mapping.h"
+#include "io/mapping.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -8,7 +8,7 @@
 #include <cerrno>
 #include <stdexcept>
 
-#include "error.h"
+#include "io/error.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22  // Linux 5.14; older headers lack it, older kernels answer EINVAL

@@ -1,4 +1,4 @@
-#include "staging.h"
+#include "io/staging.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "error.h"
+#include "io/error.h"
 
 namespace fastmerge {
 

@@ -53,7 +53,7 @@ FM_INLINE Words flat_order(uint64_t index, int vector) {
     return group_numbers(vector) + spread(static_cast<uint32_t>(index));
 }
 
-// The high word of fastmerge.sparsity.mixed_index: murmur3's 32-bit finaliser (Appleby).
+// The high word of fastmerge.selection.mixed_index: murmur3's 32-bit finaliser (Appleby).
 FM_INLINE Words mixed_order(uint64_t index, int vector) {
     const uint32_t high = static_cast<uint32_t>(index >> 32) * 0x9E3779B9u;
     Words h = flat_order(index, vector) ^ spread(high);

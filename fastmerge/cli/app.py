@@ -11,8 +11,9 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from fastmerge import console
+from fastmerge.cli.console import put, say
 from fastmerge.errors import FastmergeError
+from fastmerge.version import __version__
 
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as shells have it
 
@@ -51,7 +52,7 @@ def command(function: F) -> F:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    console.say(f"error: {' '.join(message.split())}")
+    say(f"error: {' '.join(message.split())}")
     raise typer.Exit(code)
 
 
@@ -74,7 +75,5 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        console.put(f"fastmerge {installed('fastmerge')}")
+        put(f"fastmerge {__version__}")
         raise typer.Exit

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from fastmerge import console
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+from fastmerge.cli.console import Progress, pairs, print_json, put, say
+from fastmerge.cli.units import format_bytes, format_count, format_seconds, parse_size
 from fastmerge.errors import FastmergeError
-from fastmerge.units import format_bytes, format_count, format_seconds, parse_size
 
 
 class Device(str, Enum):
@@ -64,7 +64,7 @@ def merge(
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
     try:
-        with console.Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
+        with Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(
                 decided,
                 out,
@@ -80,25 +80,25 @@ def merge(
     except KeyboardInterrupt:
         fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
     if json:
-        console.print_json(report.as_dict())
+        print_json(report.as_dict())
     if quiet or json:
         return
     for note in report.notes:
-        console.say(f"note: {note}")
+        say(f"note: {note}")
     for name, count in report.nonfinite.items():
-        console.say(f"warning: {name}: {count} NaN or infinite values")
+        say(f"warning: {name}: {count} NaN or infinite values")
     resumed = f", {report.resumed} of them done before" if report.resumed else ""
-    console.put(
+    put(
         f"{report.out}: {report.tensors} tensors{resumed}, {format_bytes(report.bytes_written)} "
         f"in {format_seconds(report.seconds)}"
     )
-    console.put(
+    put(
         f"read and wrote {report.gigabytes_per_second:.2f} GB/s on {report.threads} threads "
         f"({report.backend}, {report.isa}, {report.io} writes), "
         f"{format_bytes(report.peak_anonymous_bytes)} of memory at most"
     )
     if report.seed is not None:
-        console.put(f"seed {report.seed}")
+        put(f"seed {report.seed}")
 
 
 @command
@@ -115,8 +115,8 @@ def plan(
 ) -> None:
     """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
     from fastmerge import api
-    from fastmerge.layout import Layout
-    from fastmerge.writer import check_output
+    from fastmerge.output.layout import Layout
+    from fastmerge.output.place import check_output
 
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
@@ -130,7 +130,7 @@ def plan(
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
     if json:
-        console.print_json(found)
+        print_json(found)
         return
     methods = ", ".join(f"{count} {name}" for name, count in found["methods"].items())
     passes, files = found["passes"], found["files"]
@@ -154,7 +154,7 @@ def plan(
     if found["seed"] is not None:
         rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
     rows += [("note", note) for note in found["notes"]]
-    console.pairs(rows)
+    pairs(rows)
 
 
 def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastmerge import console
 from fastmerge.cli.app import Json, command
+from fastmerge.cli.console import pairs, print_json, put, table
 
 if TYPE_CHECKING:
     from fastmerge.methods import Method
@@ -25,10 +25,10 @@ def methods(
 
     chosen = METHODS.values() if name is None else [find(name, "methods")]
     if json:
-        console.print_json([_method_row(method) for method in chosen])
+        print_json([_method_row(method) for method in chosen])
         return
     if name is None:
-        console.table(
+        table(
             ("method", "models", "base", "parameters", "what it does", "paper"),
             (
                 (
@@ -44,15 +44,15 @@ def methods(
         )
         return
     (method,) = chosen
-    console.put(f"{method.name}: {method.summary}")
-    console.pairs(
+    put(f"{method.name}: {method.summary}")
+    pairs(
         [
             ("models", _arity(method.min_operands, method.max_operands)),
             ("base", _BASE[method.base]),
             ("paper", method.paper),
         ]
     )
-    console.table(
+    table(
         ("parameter", "type", "given", "default", "allowed", "meaning"),
         (
             (

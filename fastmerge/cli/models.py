@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fastmerge import console
 from fastmerge.cli.app import Json, Threads, command
-from fastmerge.units import format_bytes, format_count
+from fastmerge.cli.console import pairs, print_json, put, table
+from fastmerge.cli.units import format_bytes, format_count
 
 
 @command
@@ -18,12 +18,12 @@ def info(
     json: Json = False,
 ) -> None:
     """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
-    from fastmerge.checkpoint import resolve
-    from fastmerge.summary import summarise
+    from fastmerge.models.hub import resolve
+    from fastmerge.models.summary import summarise
 
     found = summarise(resolve(model))
     if json:
-        console.print_json(found.as_dict())
+        print_json(found.as_dict())
         return
     tied = {None: "not said", True: "yes", False: "no"}[found.tie_word_embeddings]
     rows = [
@@ -45,7 +45,7 @@ def info(
         ("side files", ", ".join(found.side_files) or "none"),
         ("fingerprint", found.fingerprint),
     ]
-    console.pairs(rows)
+    pairs(rows)
 
 
 @command
@@ -59,9 +59,10 @@ def diff(
     json: Json = False,
 ) -> None:
     """Compare the weights of A and B, tensor by tensor."""
-    from fastmerge.backends import isa, thread_count
-    from fastmerge.checkpoint import Checkpoint, resolve
-    from fastmerge.compare import compare
+    from fastmerge.compute.cpu import isa, thread_count
+    from fastmerge.models.checkpoint import Checkpoint
+    from fastmerge.models.diff import compare
+    from fastmerge.models.hub import resolve
 
     isa()
     found = compare(
@@ -69,10 +70,10 @@ def diff(
     )
     shown = found.tensors if limit is None else found.largest(limit)
     if json:
-        console.print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
+        print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
         return
     if shown:
-        console.table(
+        table(
             ("tensor", "shape", "type", "max", "mean", "ulps", "cosine", "changed"),
             (
                 (
@@ -93,11 +94,11 @@ def diff(
             right=("max", "mean", "ulps", "cosine", "changed"),
         )
     for name, shape_a, shape_b in found.reshaped:
-        console.put(f"{name}: shape {list(shape_a)} in A, {list(shape_b)} in B")
+        put(f"{name}: shape {list(shape_a)} in A, {list(shape_b)} in B")
     for place, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         for name in names:
-            console.put(f"{name}: only in {place}")
-    console.put(found.verdict())
+            put(f"{name}: only in {place}")
+    put(found.verdict())
 
 
 def _figure(value: float | None, form: str) -> str:

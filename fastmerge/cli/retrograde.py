@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastmerge import console
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory
@@ -39,20 +39,20 @@ def retrograde(
     json: Json = False,
 ) -> None:
     """Walk between strong and weak models as SCHEDULE says; measure, compare, report in OUT."""
-    from fastmerge.retrograde import runner
+    from fastmerge.retrograde.runner import describe, run
 
     if dry_run:
-        described = runner.describe(schedule, evaluate=not no_evaluate)
+        described = describe(schedule, evaluate=not no_evaluate)
         if json:
-            console.print_json(described)
+            print_json(described)
             return
         _show_dry_run(described)
         return
     try:
-        with console.Progress("reading the models", quiet=quiet or json) as progress:
+        with Progress("reading the models", quiet=quiet or json) as progress:
             # The bar ends where the table begins.
             steps = _Steps(quiet=quiet or json, begin=lambda: progress.__exit__(None, None, None))
-            result = runner.run(
+            result = run(
                 schedule,
                 out,
                 evaluate=not no_evaluate,
@@ -61,27 +61,29 @@ def retrograde(
                 threads=threads,
                 progress=progress,
                 on_step=steps,
-                on_row=lambda name: console.say(f"comparing with {name}", quiet=quiet or json),
+                on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
             )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", INTERRUPTED)
-    from fastmerge.retrograde import report
+    from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
+    from fastmerge.retrograde.record import as_json
+    from fastmerge.retrograde.report import leaderboard
 
-    lines = report.compare_lines(result)
+    lines = compare_lines(result)
     if json:
-        console.print_json(report.as_json(result, lines))
+        print_json(as_json(result, lines))
     if quiet or json:
         return
     trajectory = result.trajectory
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
-        console.put(report.leaderboard(lines, settings.limit))
-    if report.verdict_on_path(lines):
-        console.put(report.verdict_on_path(lines))
-    for sentence in report.finding(lines):
-        console.put(sentence.removeprefix("- "))
-    console.put(f"seed {trajectory.seed}; the model is state {trajectory.final}: {out / 'model'}")
-    console.put(f"report: {out / 'report.html'}")
+        put(leaderboard(lines, settings.limit))
+    if verdict_on_path(lines):
+        put(verdict_on_path(lines))
+    for sentence in finding(lines):
+        put(sentence.removeprefix("- "))
+    put(f"seed {trajectory.seed}; the model is state {trajectory.final}: {out / 'model'}")
+    put(f"report: {out / 'report.html'}")
 
 
 class _Steps:
@@ -93,7 +95,8 @@ class _Steps:
         self._began = False
 
     def __call__(self, trajectory: Trajectory) -> None:
-        from fastmerge.retrograde import lineage
+        from fastmerge.retrograde import words
+        from fastmerge.retrograde.words import other_label, step_text
 
         if self._quiet:
             return
@@ -101,19 +104,19 @@ class _Steps:
         if not self._began:
             self._began = True
             self._begin()
-            console.say(columns)
+            say(columns)
             score = trajectory.state.baseline_score
-            console.say(_line(0, "baseline", trajectory.schedule.labels[0], "", score, ""))
+            say(_line(0, "baseline", trajectory.schedule.labels[0], "", score, ""))
             return
         record = trajectory.state.records[-1]
-        console.say(
+        say(
             _line(
                 record.move.number,
                 record.move.step.kind,
-                lineage.other_label(trajectory, record),
-                lineage.step_text(record.move.step),
+                other_label(trajectory, record),
+                step_text(record.move.step),
                 record.score,
-                lineage.verdict(record),
+                words.verdict(record),
             )
         )
 
@@ -126,7 +129,7 @@ def _line(
 
 
 def _show_dry_run(described: dict[str, Any]) -> None:
-    console.table(
+    table(
         ["model", "reference", "given, %"],
         [
             [m["label"], m["reference"], "-" if m["accuracy"] is None else m["accuracy"]]
@@ -134,7 +137,7 @@ def _show_dry_run(described: dict[str, Any]) -> None:
         ],
         right=["given, %"],
     )
-    console.table(
+    table(
         ["step", "kind", "with", "method", "measured"],
         [
             [s["step"], s["kind"], s["with"], s["method"], "yes" if s["measured"] else "no"]
@@ -142,7 +145,7 @@ def _show_dry_run(described: dict[str, Any]) -> None:
         ],
         right=["step"],
     )
-    console.pairs(described["costs"].items())
+    pairs(described["costs"].items())
 
 
 @command
@@ -161,17 +164,17 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Merge RECIPE at many t from one reading of the inner products; models or scores in OUT."""
-    from fastmerge.retrograde.sweep import Point, parse_range
-    from fastmerge.retrograde.sweep import sweep as run
+    from fastmerge.search.sweep import Point, parse_range
+    from fastmerge.search.sweep import sweep as run
 
     def show(point: Point) -> None:
         what = str(point.out) if point.scores is None else f"{point.scores.value:.2f} %"
         if not quiet:
-            console.put(f"t = {point.t:<8g} {what}")
+            put(f"t = {point.t:<8g} {what}")
 
     values = parse_range(t)
     try:
-        with console.Progress("reading the models", quiet=quiet) as progress:
+        with Progress("reading the models", quiet=quiet) as progress:
             points = run(
                 recipe,
                 out,
@@ -187,4 +190,4 @@ def sweep(
     scored = [(point.scores.value, -point.t) for point in points if point.scores is not None]
     if scored and not quiet:
         best, t_best = max(scored, key=lambda pair: (pair[0] == pair[0], *pair))
-        console.put(f"best: t = {-t_best:g}, {best:.2f} %; plot: {out / 'sweep.png'}")
+        put(f"best: t = {-t_best:g}, {best:.2f} %; plot: {out / 'sweep.png'}")

@@ -19,12 +19,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fastmerge import api, engine
-from fastmerge.checkpoint import TOKENIZER_PATTERNS
-from fastmerge.engine import MergeReport, Progress
+from fastmerge import api
+from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
+from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, nearest
-from fastmerge.plan import Plan
-from fastmerge.recipe import Recipe
+from fastmerge.models.folder import TOKENIZER_PATTERNS
+from fastmerge.plan.plan import Plan
+from fastmerge.recipe.document import Recipe
 
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
 
@@ -95,11 +96,11 @@ def run_merge(
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
     except OSError as error:
         raise FastmergeError(f"{out.parent}: cannot be created ({error.strerror})") from error
-    return engine.merge_plan(
+    return merge_plan(
         plan,
         out,
         threads=given.get("num_threads"),
-        max_shard_bytes=given.get("out_shard_size", engine.MAX_SHARD_BYTES),
+        max_shard_bytes=given.get("out_shard_size", MAX_SHARD_BYTES),
         device=device,
         overwrite=overwrite,
         progress=progress,

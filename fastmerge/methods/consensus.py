@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmerge.methods.types import Consensus, Values
-from fastmerge.sparsity import (
+from fastmerge.selection import (
     ALL,
     INDEX,
     MAGNITUDE,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError
-from fastmerge.sparsity import Sparsify
+from fastmerge.selection import Sparsify
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
 
@@ -98,7 +98,7 @@ class Consensus:
     elect: bool
     normalize: bool
     scale: float
-    across: bool = False  # `sparsify` is for all tensors of the model as one: see fastmerge.trims
+    across: bool = False  # `sparsify` is for all tensors of the model as one: see plan.spanning
 
 
 # (globals, per-operand values, element count, random keys per operand) -> Consensus
@@ -137,3 +137,6 @@ class Method:
     def is_combination(self) -> bool:
         """Whether the result is a linear combination with coefficients from a Gram matrix."""
         return self.rule is not None
+
+
+Float64 = NDArray[np.float64]

@@ -11,13 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.evaluate import Lab
+    from fastmerge.evaluation.scores import Scores, TaskScore
     from fastmerge.retrograde.opening import open_space
-    from fastmerge.retrograde.runner import Result, run
+    from fastmerge.retrograde.result import Result
+    from fastmerge.retrograde.runner import run
     from fastmerge.retrograde.schedule import Schedule, load
-    from fastmerge.retrograde.scores import Scores, TaskScore
-    from fastmerge.retrograde.states import Blend, Model, Space, average, blend
     from fastmerge.retrograde.walking import Trajectory, walk
+    from fastmerge.search.expressions import Blend, Model, average, blend
+    from fastmerge.search.lab import Lab
+    from fastmerge.search.space import Space
 
 __all__ = [
     "Blend",
@@ -38,19 +40,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Lab",), "evaluate"),
-    **dict.fromkeys(("open_space",), "opening"),
-    **dict.fromkeys(("Result", "run"), "runner"),
-    **dict.fromkeys(("Schedule", "load"), "schedule"),
-    **dict.fromkeys(("Scores", "TaskScore"), "scores"),
-    **dict.fromkeys(("Blend", "Model", "Space", "average", "blend"), "states"),
-    **dict.fromkeys(("Trajectory", "walk"), "walking"),
+    "Lab": "search.lab",
+    "open_space": "retrograde.opening",
+    "Result": "retrograde.result",
+    "run": "retrograde.runner",
+    **dict.fromkeys(("Schedule", "load"), "retrograde.schedule"),
+    **dict.fromkeys(("Scores", "TaskScore"), "evaluation.scores"),
+    **dict.fromkeys(("Blend", "Model", "average", "blend"), "search.expressions"),
+    "Space": "search.space",
+    **dict.fromkeys(("Trajectory", "walk"), "retrograde.walking"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"fastmerge.retrograde.{_HOMES[name]}"), name)
+        return getattr(import_module(f"fastmerge.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fastmerge.retrograde' has no attribute '{name}'")
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastmerge.retrograde import baselines
-from fastmerge.retrograde.evaluate import Lab
-from fastmerge.retrograde.scores import Scores
-from fastmerge.retrograde.states import Expr, Model, Space, average
+from fastmerge.evaluation.scores import Scores
+from fastmerge.retrograde.schedule import Schedule
 from fastmerge.retrograde.walking import Trajectory, geometry_of
+from fastmerge.search.expressions import (
+    Expr,
+    Model,
+    average,
+    is_random,
+    reseeded,
+)
+from fastmerge.search.families import Entry, Pool, search
+from fastmerge.search.lab import Lab
+from fastmerge.search.space import Space
 
 
 @dataclass(frozen=True)
@@ -38,40 +46,39 @@ def compare(
     measured = [s for s in trajectory.scores[1:] if s is not None]
     budget = settings.budget if settings and settings.budget else max(1, len(measured))
     repeats = settings.seeds if settings else 1
-    found = [
-        baselines.Entry(
-            "schedule", final, lab.score(final), len(measured), "the walk's final state"
-        )
-    ]
+    found = [Entry("schedule", final, lab.score(final), len(measured), "the walk's final state")]
     place = geometry_of(space, lab, final)
     if place is not None and not isinstance(final, Model):
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
         how = f"the one linear merge nearest to the walk ({place.residual:.1%} off it)"
-        found.append(baselines.Entry("one_shot", one, lab.score(one), 0, how))
-    found.append(
-        baselines.Entry("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label)
-    )
-    pool = baselines.pool_of(schedule, trajectory.used)
+        found.append(Entry("one_shot", one, lab.score(one), 0, how))
+    found.append(Entry("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label))
+    pool = pool_of(schedule, trajectory.used)
     own = [trajectory.models[i].value for i in sorted(trajectory.models)]
     stages = schedule.evaluate.stages if schedule.evaluate else ()
     for name in settings.methods if settings else ():
         if on_row is not None:
             on_row(name)
-        entry = baselines.search(
-            name, pool, lab, own, budget=budget, seed=trajectory.seed, stages=stages
-        )
+        entry = search(name, pool, lab, own, budget=budget, seed=trajectory.seed, stages=stages)
         if entry is not None:
             found.append(entry)
     return tuple(_row(entry, lab, repeats) for entry in found)
 
 
-def _row(entry: baselines.Entry, lab: Lab, repeats: int) -> Row:
+def _row(entry: Entry, lab: Lab, repeats: int) -> Row:
     assert lab.scorer is not None
     split = "holdout" if lab.scorer.has("holdout") else "steer"
     held = lab.score(entry.state, "holdout") if split == "holdout" else None
     again: tuple[float, ...] = ()
-    if repeats > 1 and baselines.is_random(entry.state):
+    if repeats > 1 and is_random(entry.state):
         first = held.value if held is not None else entry.steer.value
-        others = [baselines.reseeded(entry.state, shift) for shift in range(1, repeats)]
+        others = [reseeded(entry.state, shift) for shift in range(1, repeats)]
         again = (first, *(lab.score(state, split).value for state in others))
     return Row(entry.name, entry.how, entry.state, entry.steer, held, entry.candidates, again)
+
+
+def pool_of(schedule: Schedule, used: Sequence[int]) -> Pool:
+    """The models of a schedule; ``used`` are the pool models that its walk has merged in."""
+    models = tuple(range(len(schedule.pool) + 1))
+    base = 0 if schedule.base_model is None else schedule.model_index("base_model")
+    return Pool(models, base or 0, tuple(dict.fromkeys(used)) or models[1:])

@@ -4,24 +4,27 @@ kept beside the run.
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmerge import engine
-from fastmerge.algebra import Float64, Merge, Source
-from fastmerge.errors import FastmergeError
-from fastmerge.plan import Plan, make_plan
-from fastmerge.recipe import Document, Recipe
-from fastmerge.recipe_yaml import LocatedDict, LocatedList
+from fastmerge.engine import products
+from fastmerge.engine.report import Progress
+from fastmerge.methods.types import Float64
+from fastmerge.plan.build import position
+from fastmerge.plan.inputs import View
+from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import make_plan
+from fastmerge.recipe.document import Document, Recipe
+from fastmerge.recipe.located import LocatedDict, LocatedList
+from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule
-from fastmerge.retrograde.scores import digest
-from fastmerge.retrograde.states import Model, Space, merged, take
-from fastmerge.stage import View, position
+from fastmerge.search.expressions import Model
+from fastmerge.search.grams import cached_grams, keep_grams
+from fastmerge.search.space import Space, merged
+from fastmerge.tree.nodes import Merge, Source
 
 
 def open_template(schedule: Schedule) -> Plan:
@@ -69,7 +72,7 @@ def open_space(
     *,
     cache: Path | None = None,
     threads: int | None = None,
-    progress: engine.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Space:
     """The models' geometry: one pass over the weights, or none where ``cache`` holds its result."""
     template = open_template(schedule)
@@ -84,7 +87,7 @@ def space_of(
     *,
     cache: Path | None = None,
     threads: int | None = None,
-    progress: engine.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Space:
     """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
     items = merged(template)
@@ -95,7 +98,7 @@ def space_of(
     }
     found = dict(known)
     if missing:
-        found |= engine.grams(template.models, missing, threads=threads, progress=progress)
+        found |= products.grams(template.models, missing, threads=threads, progress=progress)
         if cache is not None:
             keep_grams(cache, template, found)
     grams = np.stack([found[item.name] for item in items])
@@ -110,38 +113,3 @@ def positions(template: Plan) -> list[float]:
 
 def origin(schedule: Schedule) -> int:
     return 0 if schedule.base_model is None else schedule.model_index("base_model") or 0
-
-
-def _gram_key(template: Plan) -> str:
-    # 1 also held matrices over other bases, from walks with a base_model that measured nothing.
-    return digest([2, *(model.fingerprint for model in template.models)])
-
-
-def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
-    """What an earlier run of the same models left; nothing where there was none."""
-    if not path.is_file():
-        return {}
-    try:
-        with np.load(path) as file:
-            if str(file["key"]) != _gram_key(template):
-                return {}
-            names = [str(name) for name in file["names"]]
-            return dict(zip(names, file["grams"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise FastmergeError(
-            f"{path}: is damaged; delete it, and the inner products are found again"
-        ) from None
-
-
-def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            key=np.array(_gram_key(template)),
-            names=np.array(list(grams)),
-            grams=np.stack(list(grams.values())),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

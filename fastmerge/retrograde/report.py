@@ -1,4 +1,4 @@
-"""What a run leaves to read: trajectory.json, report.md, report.html and plots."""
+"""What a run leaves to read: report.md, report.html and plots."""
 
 from __future__ import annotations
 
@@ -6,35 +6,25 @@ import base64
 import json
 import statistics as stats
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastmerge.retrograde import plots
-from fastmerge.retrograde.harness import leaderboard_table
-from fastmerge.retrograde.lineage import figure, other_label, step_table
-from fastmerge.retrograde.scores import Scores, none, write_atomically
-from fastmerge.retrograde.statistics import Interval, difference, holm, interval, untested
+from fastmerge.evaluation.journal import write_atomically
+from fastmerge.evaluation.leaderboard import leaderboard_table
+from fastmerge.retrograde.findings import (
+    SIGNIFICANT,
+    Line,
+    compare_lines,
+    finding,
+    split_name,
+    verdict_on_path,
+)
+from fastmerge.retrograde.plots import comparison_png, trajectory_png
+from fastmerge.retrograde.record import as_json
+from fastmerge.retrograde.words import figure, step_table
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.comparison import Row
-    from fastmerge.retrograde.runner import Result
+    from fastmerge.retrograde.result import Result
     from fastmerge.retrograde.walking import Trajectory
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of the comparison with its statistics on the reported split."""
-
-    row: Row
-    value: float
-    interval: Interval | None
-    lead: Interval | None  # the schedule's score less this row's, the same items
-    p: float | None  # of the lead, Holm-adjusted over the rows
-
-    @property
-    def scores(self) -> Scores:
-        """On the hold-out where there is one."""
-        return self.row.steer if self.row.holdout is None else self.row.holdout
 
 
 def write(result: Result) -> None:
@@ -46,46 +36,14 @@ def write(result: Result) -> None:
     write_atomically(out / "trajectory.json", json.dumps(as_json(result, lines), indent=1) + "\n")
     pictures: dict[str, bytes] = {}
     if result.trajectory.models:
-        pictures["trajectory.png"] = plots.trajectory_png(result.trajectory)
+        pictures["trajectory.png"] = trajectory_png(result.trajectory)
         if len(lines) > 1:
-            pictures["comparison.png"] = plots.comparison_png(lines, split_name(lines))
+            pictures["comparison.png"] = comparison_png(lines, split_name(lines))
     for name, data in pictures.items():
         write_atomically(out / name, data)
     text = markdown(result, lines, list(pictures))
     write_atomically(out / "report.md", text)
     write_atomically(out / "report.html", page(text, pictures))
-
-
-def compare_lines(result: Result) -> list[Line]:
-    """The rows with intervals; the schedule comes first."""
-    rows = result.rows
-    if not rows:
-        return []
-    settings = result.trajectory.schedule.evaluate
-    resamples = settings.bootstrap if settings else 2000
-    seed = result.trajectory.seed
-    reported = [row.steer if row.holdout is None else row.holdout for row in rows]
-    first = reported[0]
-    leads = [
-        None if i == 0 else difference(first, scores, resamples=resamples, seed=seed)
-        for i, scores in enumerate(reported)
-    ]
-    adjusted = holm([float("nan") if lead is None else lead.p for lead in leads])
-    return [
-        Line(
-            row,
-            scores.value,
-            interval(scores, resamples=resamples, seed=seed),
-            lead,
-            none(p),
-        )
-        for row, scores, lead, p in zip(rows, reported, leads, adjusted, strict=True)
-    ]
-
-
-def split_name(lines: Sequence[Line]) -> str:
-    """Which split the comparison reports."""
-    return "hold-out" if lines and lines[0].row.holdout is not None else "steering"
 
 
 # --- in words ---
@@ -105,59 +63,6 @@ def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str
         weights = " | ".join(f"{weight:.4f}" for weight in place.one_shot)
         lines.append(f"| {number} | {weights} | {100 * place.residual:.2f} % |")
     return lines
-
-
-_RIVALS = {
-    "one_shot": "its one-shot equivalent",
-    "line_search": "the line search over t",
-    "best_single": "the best single model",
-    "baseline": "the baseline",
-}
-_SIGNIFICANT = 0.05  # of the Holm-adjusted p
-
-
-def finding(lines: Sequence[Line]) -> list[str]:
-    """The plain answer, one line for each rival: does the schedule beat what costs less?"""
-    rivals = {line.row.name: line for line in lines[1:]}
-    sentences = []
-    for name, title in _RIVALS.items():
-        if name not in rivals:
-            continue
-        line = rivals[name]
-        if line.lead is None:
-            gap = lines[0].value - line.value
-            sentences.append(
-                f"- against {title}: {gap:+.2f} points "
-                f"(not tested: {untested(lines[0].scores, line.scores)})"
-            )
-            continue
-        sentences.append(
-            f"- against {title}: {line.lead.value:+.2f} points "
-            f"[{line.lead.low:+.2f}, {line.lead.high:+.2f}], {_outcome(line)}"
-        )
-    return sentences
-
-
-def _outcome(line: Line) -> str:
-    if line.lead is None or line.p is None or line.p >= _SIGNIFICANT:
-        return "no difference shown"
-    return "better" if line.lead.value > 0 else "worse"
-
-
-def verdict_on_path(lines: Sequence[Line]) -> str:
-    """Whether the walk did what neither of its one-dimensional rivals could; "" if untested."""
-    outcomes = [
-        _outcome(line)
-        for line in lines[1:]
-        if line.row.name in ("one_shot", "line_search") and line.lead is not None
-    ]
-    if not outcomes:
-        return ""
-    if all(outcome == "better" for outcome in outcomes):
-        return "Here the path added something that one merge near it lacks."
-    if "worse" in outcomes:
-        return "Here the path cost something: a simpler merge of the same models scores higher."
-    return "No evidence that the path itself added anything over a simpler merge."
 
 
 def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> str:
@@ -218,7 +123,7 @@ def _how_tested(lines: Sequence[Line]) -> str:
     text = "The schedule less each rival, in percent points, the same items for both"
     if any(line.lead is not None for line in lines):
         text += (
-            f"; *better* and *worse* mean p < {_SIGNIFICANT} after Holm's correction over all rows"
+            f"; *better* and *worse* mean p < {SIGNIFICANT} after Holm's correction over all rows"
         )
     return f"{text}:"
 
@@ -290,7 +195,7 @@ def leaderboard(lines: Sequence[Line], limit: int | None) -> str:
 
 
 def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
-    from fastmerge import __version__
+    from fastmerge.version import __version__
 
     trajectory = result.trajectory
     schedule = trajectory.schedule
@@ -313,111 +218,6 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
         f"fastmerge {__version__}. The schedule:\n\n```yaml\n{schedule.text.rstrip()}\n```"
     )
     return parts
-
-
-# --- for programs ---
-
-
-def as_json(result: Result, lines: Sequence[Line]) -> dict[str, Any]:
-    """Everything the run knows, in plain values; scores in percent, angles in degrees."""
-    from fastmerge import __version__
-
-    trajectory = result.trajectory
-    schedule = trajectory.schedule
-    return {
-        "fastmerge": __version__,
-        "seed": trajectory.seed,
-        "evaluator": trajectory.evaluator or None,
-        "models": [
-            {
-                "label": label,
-                "reference": reference,
-                "fingerprint": model.fingerprint,
-                "score": _score_json(trajectory.models.get(number)),
-            }
-            for number, (label, reference, model) in enumerate(
-                zip(
-                    schedule.labels,
-                    schedule.references,
-                    result.space.template.models,
-                    strict=True,
-                )
-            )
-        ],
-        "steps": [_step_json(result, number) for number in range(1, len(trajectory.states))],
-        "final": trajectory.final,
-        "comparison": [_line_json(line) for line in lines],
-        "schedule": schedule.text,
-    }
-
-
-def _step_json(result: Result, number: int) -> dict[str, Any]:
-    trajectory = result.trajectory
-    record = trajectory.state.records[number - 1]
-    move = record.move
-    place = trajectory.geometry[number]
-    return {
-        "step": number,
-        "kind": move.step.kind,
-        "method": move.step.method,
-        "parameters": {
-            name: [[rule.filter, list(rule.values)] for rule in setting.rules]
-            for name, setting in move.step.parameters.items()
-        },
-        "base": trajectory.schedule.base_of(move.step),
-        "from": move.origin,
-        "with": other_label(trajectory, record),
-        "chosen": move.why,
-        "seed": move.seed,
-        "score": none(record.score),
-        "scores": _score_json(trajectory.scores[number]),
-        "judged": record.judged,
-        "accepted": record.accepted,
-        "state": record.state,
-        "fingerprint": result.space.fingerprint(trajectory.states[number]),
-        "norm": None if place is None else none(place.norm),
-        "relative_norm": None if place is None else none(place.relative_norm),
-        "angle_degrees": None if place is None else none(place.angle),
-        "one_shot": None if place is None else list(place.one_shot),
-        "residual": None if place is None else none(place.residual),
-        "coefficients": _coefficients_json(result, number),
-    }
-
-
-def _coefficients_json(result: Result, number: int) -> dict[str, list[float]] | None:
-    """Each tensor's effective coefficients over the models; None where there are none."""
-    factors = result.space.coefficients(result.trajectory.states[number])
-    if factors is None:
-        return None
-    if (factors == factors[:1]).all():
-        return {"*": factors[0].tolist()}
-    return {name: row.tolist() for name, row in zip(result.space.names, factors, strict=True)}
-
-
-def _score_json(scores: Scores | None) -> dict[str, Any] | None:
-    if scores is None:
-        return None
-    return {
-        "value": none(scores.value),
-        "tasks": {
-            name: {"value": none(t.value), "metric": t.metric, "items": t.count, "detail": t.detail}
-            for name, t in scores.tasks.items()
-        },
-    }
-
-
-def _line_json(line: Line) -> dict[str, Any]:
-    return {
-        "name": line.row.name,
-        "how": line.row.how,
-        "candidates": line.row.evaluations,
-        "steering": _score_json(line.row.steer),
-        "holdout": _score_json(line.row.holdout),
-        "interval": None if line.interval is None else [line.interval.low, line.interval.high],
-        "schedule_less_this": None if line.lead is None else list(line.lead[:3]),
-        "p_holm": line.p,
-        "repeats": list(line.row.repeats),
-    }
 
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;

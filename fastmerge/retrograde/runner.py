@@ -8,36 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastmerge import algebra, api, engine
-from fastmerge.algebra import Float64, Merge
-from fastmerge.compute import Outcome
+from fastmerge import api
+from fastmerge.compute.tensor import Outcome
+from fastmerge.engine.merge import merge_plan
+from fastmerge.engine.report import MergeReport, Observer, Progress
 from fastmerge.errors import FastmergeError
-from fastmerge.plan import Plan, TensorPlan
-from fastmerge.retrograde import driver, lineage
-from fastmerge.retrograde.opening import (
-    cached_grams,
-    check_steps,
-    keep_grams,
-    open_template,
-    origin,
-    positions,
-    space_of,
-)
+from fastmerge.evaluation.journal import Journal, digest, write_atomically
+from fastmerge.methods.types import Float64
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
+from fastmerge.retrograde import driver
+from fastmerge.retrograde.opening import check_steps, open_template, origin, positions, space_of
+from fastmerge.retrograde.result import Result
 from fastmerge.retrograde.schedule import Schedule, load
-from fastmerge.retrograde.scores import Journal, digest, write_atomically
-from fastmerge.retrograde.states import Space
 from fastmerge.retrograde.walking import OnStep, Trajectory, geometry_of, walk
+from fastmerge.retrograde.words import lineage_section, lineage_text, step_text
+from fastmerge.search.grams import cached_grams, keep_grams
+from fastmerge.search.space import Space
+from fastmerge.tree.collapse import collapse
+from fastmerge.tree.nodes import Merge
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.callables import ScoreFunction
-    from fastmerge.retrograde.comparison import Row
-    from fastmerge.retrograde.evaluate import Scorer
+    from fastmerge.evaluation.callables import ScoreFunction
+    from fastmerge.evaluation.scorers import Scorer
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "journal.jsonl",
@@ -45,17 +44,6 @@ JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "grams.npz",
     "model",
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    out: Path | None
-    trajectory: Trajectory
-    rows: tuple[Row, ...]
-    space: Space
-    report: engine.MergeReport | None
 
 
 def run(
@@ -67,7 +55,7 @@ def run(
     seed: int | None = None,
     threads: int | None = None,
     score: ScoreFunction | None = None,
-    progress: engine.Progress | None = None,
+    progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
 ) -> Result:
@@ -89,17 +77,18 @@ def run(
     known = cached_grams(cache, template)
     if scorer is None and not known and not _needs_distances(schedule):
         return _run_unmeasured(schedule, template, out, seed, threads, progress, on_step)
-    from fastmerge.retrograde import comparison, report
-    from fastmerge.retrograde.evaluate import Lab
+    from fastmerge.retrograde.comparison import compare
+    from fastmerge.retrograde.report import write
+    from fastmerge.search.lab import Lab
 
     space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
     journal = Journal(out / JOURNAL_FILE)
     lab = Lab(space, schedule.evaluate, scorer, journal, threads=threads)
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
-    rows = comparison.compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
+    rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
     written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)
     result = Result(out, trajectory, rows, space, written)
-    report.write(result)
+    write(result)
     return result
 
 
@@ -109,7 +98,7 @@ def _run_unmeasured(
     out: Path,
     seed: int,
     threads: int | None,
-    progress: engine.Progress | None,
+    progress: Progress | None,
     on_step: OnStep | None,
 ) -> Result:
     """A walk that nothing steers needs no Gram matrix before the merge, which finds it on its way.
@@ -125,7 +114,7 @@ def _run_unmeasured(
         if outcome.gram is None or item.name not in names:
             return
         assert isinstance(item.root, Merge)
-        tree = algebra.collapse(item.root)
+        tree = collapse(item.root)
         # A rule with a base, or of rows, reads another matrix than `engine.grams` finds.
         if tree.is_complete and tree.axis is None and tree.reference == 0:
             known[item.name] = outcome.gram
@@ -136,9 +125,9 @@ def _run_unmeasured(
     keep_grams(cache, template, dict(zip(space.names, space.grams, strict=True)))
     geometry = tuple(geometry_of(space, None, state) for state in trajectory.states)
     result = Result(out, replace(trajectory, geometry=geometry), (), space, written)
-    from fastmerge.retrograde import report  # after the merge, whose memory it would add to
+    from fastmerge.retrograde.report import write  # after the merge, whose memory it would add to
 
-    report.write(result)
+    write(result)
     return result
 
 
@@ -174,7 +163,7 @@ def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
                 "step": number,
                 "kind": step.kind,
                 "with": step.partner or step.toward,
-                "method": lineage.step_text(step),
+                "method": step_text(step),
                 "measured": measured[number - 1],
             }
             for number, step in enumerate(schedule.steps, start=1)
@@ -194,16 +183,16 @@ def _scorer(
 ) -> Scorer | None:
     if schedule.evaluate is None:
         return None
-    from fastmerge.retrograde import plots
-    from fastmerge.retrograde.evaluate import make_scorer
+    from fastmerge.evaluation.scorers import make_scorer
+    from fastmerge.search.figures import require
 
-    plots.require()
+    require()
     return make_scorer(schedule.evaluate, schedule.folder, template.models[0].path, function)
 
 
 def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, resume: bool) -> int:
     """Makes the run's folder, or checks that it holds this very run; returns the seed."""
-    from fastmerge import __version__
+    from fastmerge.version import __version__
 
     header: dict[str, Any] = {
         "fastmerge": __version__,
@@ -239,19 +228,19 @@ def _write_model(
     folder: Path,
     trajectory: Trajectory,
     threads: int | None,
-    progress: engine.Progress | None,
-    observe: engine.Observer | None = None,
-) -> engine.MergeReport:
+    progress: Progress | None,
+    observe: Observer | None = None,
+) -> MergeReport:
     """The final state as a model folder, its card with the steps that led to it."""
-    text = lineage.lineage_text(trajectory)
+    text = lineage_text(trajectory)
     plan = space.plan(trajectory.states[trajectory.final], text)
     files = api.model_files(plan, folder.parent.name or folder.name)
     card = files["README.md"]
     assert isinstance(card, bytes)
-    files["README.md"] = card + lineage.lineage_section(trajectory).encode()
+    files["README.md"] = card + lineage_section(trajectory).encode()
     files["schedule.yml"] = files.pop(api.RECIPE_FILE)  # what it records is no recipe
     # Cheap beside an evaluation, and a folder half as old as the run would be a trap.
-    return engine.merge_plan(
+    return merge_plan(
         plan,
         folder,
         threads=threads,

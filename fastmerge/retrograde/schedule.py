@@ -5,7 +5,7 @@ Accuracies are in percent everywhere in this package, as people quote them (72.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -13,29 +13,17 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from fastmerge import dtypes
 from fastmerge.errors import FastmergeError, nearest
+from fastmerge.evaluation.settings import Evaluate, Handler, Positive
 from fastmerge.methods import METHODS, Method, Parameter
-from fastmerge.recipe import Rule, Setting, Settings
-from fastmerge.recipe_yaml import LocatedDict, LocatedList, Section, read
+from fastmerge.recipe.located import LocatedDict, Section, expand, read
+from fastmerge.recipe.settings import Setting, Settings
+from fastmerge.search.families import BASELINES
 
 POLICIES = ("weakest", "strongest", "next", "random", "nearest", "farthest")
 ANCESTORS = ("baseline", "best", "previous")
-BASELINES = (
-    "best_single",
-    "linear",
-    "slerp",
-    "ties",
-    "dare_ties",
-    "task_arithmetic",
-    "model_stock",
-    "greedy_soup",
-    "line_search",
-)
 _T = Parameter("t", float, None, "fraction of the way to the other model")
 STATE = "state"  # the base of a step's deltas: the state it starts from
 _IMPLIED = ("weight", "t")  # parameters of the table that a step derives from its own t
-
-Handler = Callable[[Any], Any]
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Entry(Section):
@@ -233,104 +221,6 @@ class Stop(Section):
     patience: Positive
 
 
-class Task(Section):
-    """One task of the harness: a name or a local YAML file; ``items``: a range of its documents."""
-
-    name: str
-    metric: str | None = None  # default: the task's first metric
-    items: str | None = None  # "0:200"
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _range(self) -> Task:
-        if self.items is not None:
-            first, colon, last = self.items.partition(":")
-            if not colon or not all(part.strip().isdecimal() or not part for part in (first, last)):
-                raise FastmergeError(
-                    f"{self.at('items')}: 'items' is a range such as '0:200' or '200:', "
-                    f"not '{self.items}'"
-                )
-            begin, end = self.span
-            if end is not None and end <= begin:
-                raise FastmergeError(f"{self.at('items')}: 'items' {self.items} holds no document")
-        return self
-
-    @property
-    def span(self) -> tuple[int, int | None]:
-        """First document and the one past the last (None = to the end)."""
-        first, _, last = (self.items or ":").partition(":")
-        return int(first or 0), int(last) if last else None
-
-    @property
-    def key(self) -> str:
-        """The name in reports and files; tells two ranges of one task apart."""
-        short = Path(self.name).stem if self.name.endswith((".yaml", ".yml")) else self.name
-        return short if self.items is None else f"{short}[{self.items}]"
-
-
-class Evaluate(Section):
-    """How states are scored: harness tasks, a callable, or a text file's perplexity."""
-
-    every: Literal["step", "cycle", "end"] = "step"
-    tasks: tuple[Task, ...] = ()
-    holdout: tuple[Task, ...] = ()
-    preset: Literal["open_llm_leaderboard_v1"] | None = None
-    callable: str | None = None  # "module:function"
-    perplexity: str | None = None  # a text file
-    include_path: tuple[str, ...] = ()  # folders with task files
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Positive | None = None
-    batch_size: Positive = 32
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    stages: tuple[Positive, ...] = ()  # staged halving of searches: items per task, rising
-    bootstrap: Annotated[int, Field(ge=100)] = 2000  # resamples of the confidence intervals
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _shorthand(cls, value: Any, handler: Handler) -> Any:
-        return handler(_expand(value, {"tasks": "name", "holdout": "name", "include_path": ""}))
-
-    @model_validator(mode="after")
-    def _one_scorer(self) -> Evaluate:
-        ways = [w for w in ("tasks", "preset", "callable", "perplexity") if getattr(self, w)]
-        if len(ways) != 1:
-            found = f"found {' and '.join(ways)}" if ways else "found none"
-            raise FastmergeError(
-                f"{self.where}: steer by exactly one of tasks, preset, callable, perplexity; "
-                f"{found}"
-            )
-        if list(self.stages) != sorted(set(self.stages)):
-            raise FastmergeError(f"{self.at('stages')}: 'stages' must rise")
-        if self.callable is not None and not all(self.callable.partition(":")):
-            raise FastmergeError(
-                f"{self.at('callable')}: 'callable' is 'module:function', not '{self.callable}'"
-            )
-        if self.holdout and not (self.tasks or self.preset):
-            raise FastmergeError(
-                f"{self.at('holdout')}: 'holdout' tasks go with 'tasks' or a 'preset'; a callable "
-                "that takes 'split' scores its own hold-out"
-            )
-        for held in self.holdout:
-            for steering in self.tasks:
-                if steering.name == held.name and overlap(steering.span, held.span):
-                    raise FastmergeError(
-                        f"{held.where}: '{held.key}' is both a steering task and a hold-out: "
-                        "give the hold-out another task or disjoint 'items'"
-                    )
-        keys = [t.key for t in (*self.tasks, *self.holdout)]
-        for task in (*self.tasks, *self.holdout):
-            if keys.count(task.key) > 1:
-                raise FastmergeError(f"{task.where}: task '{task.key}' is listed twice")
-        return self
-
-    @property
-    def scoring_settings(self) -> dict[str, Any]:
-        """What decides a score beside the weights and what scores them."""
-        return self.model_dump(include={"dtype", "device", "max_length", "limit"})
-
-
 class Compare(Section):
     """One-shot merges with as many evaluations each as the walk spent."""
 
@@ -372,7 +262,7 @@ class Schedule(Section):
     @classmethod
     def _shorthand(cls, value: Any, handler: Handler) -> Any:
         keys = {"baseline": "model", "pool": "model", "accept": "rule", "compare": "methods"}
-        return handler(_expand(value, keys))
+        return handler(expand(value, keys))
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -521,66 +411,6 @@ def load(source: Any) -> Schedule:
     return schedule.written(text, None if origin == "schedule" else Path(source).parent)
 
 
-def load_evaluate(source: Any) -> Evaluate:
-    """A schedule's `evaluate` section on its own, from a file, YAML text or a dict."""
-    documents, _, _ = read(source, "evaluate")
-    return Evaluate.model_validate(documents[0])
-
-
-def _expand(data: Any, short: Mapping[str, str]) -> Any:
-    """Writes out shorthand: ``accept: improve`` means ``accept: {rule: improve}``; lists by item.
-
-    ``short`` maps a key to the one a bare value stands for; "" for keys that hold a list of texts.
-    """
-    if not isinstance(data, LocatedDict):
-        return data
-    full = LocatedDict(data)
-    full.where, full.at = data.where, data.at
-
-    def section(value: Any, key: str, place: str) -> Any:
-        if isinstance(value, Mapping) or value is None:
-            return value
-        inner = LocatedDict({key: value})
-        inner.where, inner.at = place, {key: place}
-        return inner
-
-    for name, key in short.items():
-        value = data.get(name)
-        if key == "":
-            full[name] = [value] if isinstance(value, str) else value
-
-        elif isinstance(value, LocatedList) and key != "methods":
-            items = LocatedList(
-                section(item, key, place) for item, place in zip(value, value.at, strict=True)
-            )
-            items.where, items.at = value.where, value.at
-            full[name] = items
-        elif name in data:
-            full[name] = section(value, key, data.at[name])
-    return full
-
-
 def uses_t(method: Method) -> bool:
     """Whether a step of this method moves a stated fraction (Karcher and Model Stock do not)."""
     return method.parameter("t") is not None or method.parameter("weight") is not None
-
-
-def affine(setting: Setting, scale: float, offset: float) -> Setting:
-    """``offset + scale * x`` for every value x of a setting; gradients and filters stay."""
-    return Setting(
-        tuple(
-            rule._replace(values=tuple(offset + scale * float(value) for value in rule.values))
-            for rule in setting.rules
-        )
-    )
-
-
-def constant(value: Any) -> Setting:
-    """The setting that gives every tensor the same value."""
-    return Setting((Rule(None, (value,), ""),))
-
-
-def overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:
-    """Whether two ranges of documents share one; None = to the end."""
-    ends = [end for _, end in (a, b) if end is not None]
-    return max(a[0], b[0]) < min(ends) if ends else True

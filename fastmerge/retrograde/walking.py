@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fastmerge.evaluation.scores import Scores
 from fastmerge.retrograde import driver
-from fastmerge.retrograde.driver import Move, State
+from fastmerge.retrograde.driver import State
+from fastmerge.retrograde.moves import make
 from fastmerge.retrograde.schedule import Schedule
-from fastmerge.retrograde.scores import Scores
-from fastmerge.retrograde.states import Blend, Expr, Geometry, Model, Space, take
+from fastmerge.search.expressions import Expr, Model
+from fastmerge.search.geometry import Geometry
+from fastmerge.search.space import Space
 
 if TYPE_CHECKING:  # a walk that measures nothing does without
-    from fastmerge.retrograde.evaluate import Lab
+    from fastmerge.search.lab import Lab
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,6 @@ def walk(
         state = driver.judge(schedule, state, move, None if score is None else score.value)
         if on_step is not None:
             on_step(so_far())
-
-
-def make(schedule: Schedule, move: Move, states: Sequence[Expr]) -> Blend:
-    """The candidate that ``move`` makes; ``states`` by step number."""
-    kind, number = move.other
-    other: Expr = Model(number) if kind == "model" else states[number]
-    return take(schedule, move.step, states[move.origin], other, move.seed)
 
 
 def geometry_of(space: Space, lab: Lab | None, state: Expr) -> Geometry | None:

@@ -1,0 +1,101 @@
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <memory>
+
+#include "bind/bind.h"
+#include "io/error.h"
+#include "io/mapping.h"
+#include "io/staging.h"
+
+namespace py = pybind11;
+using namespace fastmerge;
+
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void raise_io_errors(std::exception_ptr error) {
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const IoError& e) {
+        // OSError picks its subclass (FileNotFoundError, ...) from the arguments it is called with.
+        py::object made = py::handle(PyExc_OSError)(e.code, std::strerror(e.code), e.path);
+        PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());
+    }
+}
+
+StagedFile::Io parse_io(const std::string& name) {
+    if (name == "auto") return StagedFile::Io::kAuto;
+    if (name == "direct") return StagedFile::Io::kDirect;
+    if (name == "buffered") return StagedFile::Io::kBuffered;
+    throw std::invalid_argument("io must be auto, direct or buffered, not '" + name + "'");
+}
+
+}  // namespace
+
+void bind_io(py::module_& m) {
+    py::register_local_exception_translator(raise_io_errors);
+
+    py::class_<Mapping>(m, "Mapping")
+        .def(py::init<const std::string&>(), py::arg("path"), NoGil())
+        .def_property_readonly("size", &Mapping::size)
+        .def(
+            "view",
+            [](py::object self, int64_t offset, int64_t count, const std::string& code) {
+                const DType dtype = parse_dtype(code);
+                const auto& mapping = self.cast<const Mapping&>();
+                const auto item = static_cast<int64_t>(item_bytes(dtype));
+                if (count < 0 || count > mapping.size() / item)
+                    throw std::invalid_argument("range outside the mapped file");
+                return View{{mapping.at(offset, count * item), count, dtype}, self};
+            },
+            py::arg("offset"), py::arg("count"), py::arg("dtype"))
+        .def(
+            "bytes",
+            [](const Mapping& mapping, int64_t offset, int64_t nbytes) {
+                return py::bytes(mapping.at(offset, nbytes), static_cast<size_t>(nbytes));
+            },
+            py::arg("offset"), py::arg("nbytes"))
+        .def("prefetch", &Mapping::prefetch, py::arg("offset"), py::arg("nbytes"), NoGil())
+        .def("drop", &Mapping::drop, py::arg("offset"), py::arg("nbytes"), NoGil());
+
+    py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
+        .def(py::init<int64_t, int, int>(), py::arg("buffer_bytes"), py::arg("buffers"),
+             py::arg("threads"))
+        .def_property_readonly("bytes_written", &Staging::bytes_written)
+        .def_property_readonly("spills", &Staging::spills)
+        .def("close", &Staging::close, NoGil());
+
+    py::class_<StagedFile, std::shared_ptr<StagedFile>>(m, "StagedFile")
+        .def(py::init([](std::shared_ptr<Staging> staging, const std::string& path, int64_t size,
+                         const std::string& io, bool resume) {
+                 const auto mode = parse_io(io);
+                 py::gil_scoped_release release;
+                 return std::make_shared<StagedFile>(std::move(staging), path, size, mode, resume);
+             }),
+             py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(),
+             py::arg("io") = "auto", py::arg("resume") = false)
+        .def_property_readonly("direct", &StagedFile::direct)
+        .def(
+            "sink",
+            [](StagedFile& file, int64_t offset, int64_t count, const std::string& dtype) {
+                return file.sink(offset, count, parse_dtype(dtype));
+            },
+            py::arg("offset"), py::arg("count"), py::arg("dtype"))
+        .def(
+            "write",
+            [](StagedFile& file, int64_t offset, const py::bytes& data) {
+                char* bytes = nullptr;
+                py::ssize_t nbytes = 0;
+                if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &nbytes))
+                    throw py::error_already_set();
+                py::gil_scoped_release release;
+                file.write(offset, bytes, nbytes);
+            },
+            py::arg("offset"), py::arg("data"))
+        .def("done", &StagedFile::done, py::arg("offset"), py::arg("nbytes"), NoGil())
+        .def("keep", &StagedFile::keep, py::arg("offset"), py::arg("nbytes"), NoGil())
+        .def("finish", &StagedFile::finish, NoGil())
+        .def("abandon", &StagedFile::abandon, NoGil());
+}

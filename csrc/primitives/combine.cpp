@@ -1,0 +1,90 @@
+#include "primitives/combine.h"
+
+#include <cstring>
+
+namespace fastmerge {
+
+namespace {
+
+// The accumulator's start: see kernels/combine.inl.
+float start_of(int nonzero) { return nonzero == 1 ? -0.0f : 0.0f; }
+
+}  // namespace
+
+int64_t combine(Pool& pool, const std::vector<Span>& inputs,
+                const std::vector<double>& coefficients, Sink& out, const double* divisor,
+                const Shape& shape) {
+    const size_t k = inputs.size();
+    check_inputs(inputs, nullptr, out.count());
+    shape.check(out.count());
+    const auto vectors = static_cast<size_t>(shape.vectors());
+    if (coefficients.size() != vectors * k)
+        throw std::invalid_argument("one coefficient per vector and input is needed");
+    if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
+
+    const std::vector<float> by_vector(coefficients.begin(), coefficients.end());
+    std::vector<float> by_input, starts;  // for columns: one coefficient per element of a row
+    if (shape.axis == Axis::kColumns) {
+        by_input.resize(by_vector.size());
+        starts.resize(vectors);
+        for (size_t v = 0; v < vectors; ++v) {
+            int nonzero = 0;
+            for (size_t j = 0; j < k; ++j) {
+                by_input[j * vectors + v] = by_vector[v * k + j];
+                nonzero += by_vector[v * k + j] != 0;
+            }
+            starts[v] = start_of(nonzero);
+        }
+    }
+    const int64_t row_length =
+        shape.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : shape.cols;
+
+    return fill_sink(
+        pool, inputs, nullptr, out, [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
+            std::vector<const void*> used(k);
+            std::vector<const float*> factors(k);
+            const auto item = static_cast<int64_t>(item_bytes(reader.dtype()));
+            for (int64_t at = begin; at < end;) {
+                const int64_t row = at / row_length, column = at % row_length;
+                const int64_t count = std::min(end, (row + 1) * row_length) - at;
+                reader.seek(at, count);
+                CombineArgs args = {};
+                args.inputs = used.data();
+                args.coefficients = factors.data();
+                args.per_element = shape.axis == Axis::kColumns;
+                float start = 0;
+                int used_count = 0;
+                for (size_t j = 0; j < k; ++j) {
+                    const float* factor = args.per_element
+                                              ? by_input.data() + j * vectors + column
+                                              : by_vector.data() + static_cast<size_t>(row) * k + j;
+                    if (!args.per_element && *factor == 0) continue;
+                    used[static_cast<size_t>(used_count)] = reader.inputs()[j];
+                    factors[static_cast<size_t>(used_count++)] = factor;
+                }
+                start = start_of(used_count);
+                args.starts = args.per_element ? starts.data() + column : &start;
+                args.inputs_count = used_count;
+                args.divide = divisor != nullptr;
+                args.divisor = divisor ? static_cast<float>(*divisor) : 1.0f;
+                args.out = to + (at - begin) * item;
+                args.count = count;
+                kernels().combine[reader.type()](args);
+                at += count;
+            }
+        });
+}
+
+void copy(Pool& pool, const Span& source, Sink& out) {
+    if (source.dtype != out.dtype() || source.count != out.count())
+        throw std::invalid_argument("source and output differ in dtype or element count");
+    const auto item = static_cast<int64_t>(item_bytes(source.dtype));
+    pool.run(out.pieces(), [&](int64_t piece) {
+        int64_t begin = 0, end = 0;
+        out.range(piece, begin, end);
+        std::memcpy(out.open(piece), source.at(begin), static_cast<size_t>((end - begin) * item));
+        out.close(piece);
+    });
+}
+
+}  // namespace fastmerge

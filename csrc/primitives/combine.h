@@ -1,0 +1,17 @@
+#pragma once
+#include <vector>
+
+#include "primitives/tiles.h"
+
+namespace fastmerge {
+
+// out = (sum_j c_j x_j) / divisor; coefficients: vectors x inputs, row by row. Returns the number
+// of NaN and Inf stored.
+int64_t combine(Pool& pool, const std::vector<Span>& inputs,
+                const std::vector<double>& coefficients, Sink& out, const double* divisor,
+                const Shape& shape);
+
+// Copies bytes.
+void copy(Pool& pool, const Span& source, Sink& out);
+
+}  // namespace fastmerge

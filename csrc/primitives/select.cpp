@@ -1,0 +1,127 @@
+#include "primitives/select.h"
+
+#include "primitives/select_impl.h"
+
+namespace fastmerge {
+
+namespace {
+
+struct Masses {
+    std::vector<Mass> of;
+};
+
+// sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries.
+void measure(const Deltas& deltas, const std::vector<size_t>& which,
+             const std::vector<Sparsify>& specs, std::vector<Selection>& selections) {
+    int64_t blocks = 0;
+    for (const Part& part : deltas.parts) blocks += blocks_of(part.base.count, kSumBlock);
+    const size_t k = which.size();
+    std::vector<RoundKeys> keys;
+    for (const size_t j : which) keys.push_back(round_keys(selections[j].key));
+    std::vector<double> all(static_cast<size_t>(blocks) * k), kept(all.size());
+    std::vector<int64_t> counts(all.size());
+    for_each_block<Masses>(
+        deltas, which, kSumBlock, [&] { return Masses{std::vector<Mass>(k)}; },
+        [&](Masses& masses, const DeltaArgs& args, size_t type) {
+            for (size_t i = 0; i < k; ++i)
+                masses.of[i].keep = keep_in_tile(selections[which[i]], keys[i], args.index);
+            kernels().measure[type](args, masses.of.data());
+        },
+        [&](const Masses& masses, int64_t block) {
+            for (size_t i = 0; i < k; ++i) {
+                const size_t at = static_cast<size_t>(block) * k + i;
+                all[at] = add_lanes(masses.of[i].all);
+                kept[at] = add_lanes(masses.of[i].kept);
+                counts[at] = masses.of[i].count;
+            }
+        });
+    for (size_t i = 0; i < k; ++i) {
+        double all_sum = 0, kept_sum = 0;
+        int64_t count = 0;
+        for (size_t at = i; at < all.size(); at += k) {
+            all_sum += all[at];
+            kept_sum += kept[at];
+            count += counts[at];
+        }
+        Selection& selection = selections[which[i]];
+        selection.kept = count;
+        // mergekit 0.1.5 leaves a delta alone whose L1 norm is below 1e-7.
+        if (specs[which[i]].rescale && !(all_sum < 1e-7) && !(kept_sum < 1e-7))
+            selection.rescale = static_cast<float>(all_sum / kept_sum);
+    }
+}
+
+}  // namespace
+
+std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
+                              const std::vector<Sparsify>& specs) {
+    if (parts.empty()) throw std::invalid_argument("no inputs");
+    int64_t free = 0;
+    for (const Part& part : parts) {
+        check_inputs(part.inputs, &part.base, part.base.count);
+        if (specs.size() != part.inputs.size())
+            throw std::invalid_argument("one request per input is needed");
+        if (part.first < free || part.first % kTile != 0)
+            throw std::invalid_argument("parts must follow each other, at multiples of a tile");
+        free = part.first + part.base.count;
+    }
+    const Deltas deltas = {pool, parts};
+    const int64_t count = deltas.count();
+
+    std::vector<Selection> selections(specs.size());
+    std::vector<size_t> trimmed, measured;
+    std::vector<Threshold> thresholds;
+    for (size_t j = 0; j < specs.size(); ++j) {
+        const Sparsify& spec = specs[j];
+        Selection& selection = selections[j];
+        selection.kind = spec.kind;
+        selection.tie_rule = spec.tie_rule;
+        selection.keep_below = spec.keep_below;
+        selection.key = spec.key;
+        selection.kept = count;
+        if (spec.kind == Sparsity::kMagnitude) {
+            if (spec.keep < 0 || spec.keep > count)
+                throw std::invalid_argument("keep must be between 0 and the element count");
+            selection.kept = spec.keep;
+            selection.threshold = 0x7FFFFFFF;
+            selection.every_tie = spec.keep > 0;
+            if (spec.keep > 0) {
+                trimmed.push_back(j);
+                thresholds.emplace_back();
+                thresholds.back().keep = spec.keep;
+            }
+            if (spec.keep > 0 && spec.keep < count && spec.rescale) measured.push_back(j);
+        } else if (spec.kind == Sparsity::kRandom) {
+            if (spec.keep_below > uint64_t{1} << 32)
+                throw std::invalid_argument("keep_below must be at most 2**32");
+            if (spec.keep_below == 0) selection.kept = 0;
+            if (spec.keep_below > 0 && spec.keep_below <= 0xFFFFFFFFu) measured.push_back(j);
+        }
+    }
+
+    if (!trimmed.empty()) find_thresholds(deltas, trimmed, thresholds);
+    std::vector<size_t> tied;
+    std::vector<TieBound> bounds;
+    for (size_t i = 0; i < trimmed.size(); ++i) {
+        Selection& selection = selections[trimmed[i]];
+        selection.threshold = thresholds[i].key;
+        const int64_t wanted = thresholds[i].keep - thresholds[i].above;
+        if (wanted == thresholds[i].ties) continue;
+        tied.push_back(trimmed[i]);
+        TieBound bound;
+        bound.key = thresholds[i].key;
+        bound.rule = selection.tie_rule;
+        bound.ties = thresholds[i].ties;
+        bound.wanted = wanted;
+        bounds.push_back(bound);
+    }
+    if (!tied.empty()) find_tie_bounds(deltas, tied, bounds);
+    for (size_t i = 0; i < tied.size(); ++i) {
+        selections[tied[i]].every_tie = false;
+        selections[tied[i]].tie_bound = bounds[i].bound;
+    }
+    if (!measured.empty()) measure(deltas, measured, specs, selections);
+    return selections;
+}
+
+}  // namespace fastmerge

@@ -1,0 +1,241 @@
+// The exact k-th magnitude: a fixed sample brackets it, one pass counts the keys above the bracket
+// and inside it, and where the bracket misses or holds too many values the next pass narrows it.
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+#include "primitives/select_impl.h"
+
+namespace fastmerge {
+
+namespace {
+
+constexpr int32_t kLargestKey = 0x7FFFFFFF;
+constexpr int64_t kChunk = 32;  // neighbouring elements sampled together
+constexpr int64_t kSample = 1024 * kChunk;
+constexpr int64_t kSampleAll = 2 * kSample;  // tensors up to this size are their own sample
+constexpr double kSigmas = 5;                // half the bracket, in standard deviations of the rank
+constexpr int64_t kBins = 4096;
+
+// Keys of one delta that a pass gathered, by equal parts of the window.
+struct Bin {
+    static constexpr int32_t kEmpty = -1, kSeveral = -2;
+    int64_t count = 0;
+    int32_t key = kEmpty;  // the one key seen, or one of these
+
+    void add(int64_t more, int32_t other) {
+        if (more == 0) return;
+        key = key == kEmpty || key == other ? other : kSeveral;
+        count += more;
+    }
+};
+
+struct Search {
+    int32_t low = 0, high = kLargestKey;
+    int32_t peaks[2] = {-1, -1};
+    int shift = 0;
+    bool found = false;
+    // Results of a pass.
+    int64_t above = 0;
+    int64_t at_peak[2] = {0, 0};
+    std::vector<Bin> bins;
+
+    void narrow(int32_t new_low, int32_t new_high) {
+        low = new_low;
+        high = new_high;
+        shift = 0;
+        while (static_cast<int64_t>(high - low) >> shift >= kBins) ++shift;
+    }
+    size_t bin_of(int32_t key) const { return static_cast<size_t>((key - low) >> shift); }
+};
+
+std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
+    const int64_t count = deltas.count();
+    std::vector<int32_t> keys;
+    const auto read = [&](const Part& part, int64_t begin, int64_t length) {
+        float x[kTile], base[kTile];
+        const Span& input = part.inputs[j];
+        const Kernels& table = kernels();
+        table.widen[static_cast<size_t>(input.dtype)](input.at(begin), x, length);
+        table.widen[static_cast<size_t>(part.base.dtype)](part.base.at(begin), base, length);
+        table.subtract(base, x, length);
+        for (int64_t i = 0; i < length; ++i) {
+            int32_t key;
+            std::memcpy(&key, x + i, sizeof key);
+            keys.push_back(key & kLargestKey);
+        }
+    };
+    if (count <= kSampleAll) {
+        for (const Part& part : deltas.parts)
+            for_each_tile(0, part.base.count,
+                          [&](int64_t begin, int64_t end) { read(part, begin, end - begin); });
+        return keys;
+    }
+    // One chunk per equal part of the tensor, at a scattered place in it, or a matrix whose row
+    // length divides the step would be sampled in a few columns only.
+    keys.reserve(kSample);
+    const int64_t chunks = kSample / kChunk, step = count / chunks;
+    auto part = deltas.parts.begin();
+    int64_t before = 0;  // elements of the parts before it
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const uint32_t scattered = static_cast<uint32_t>(chunk) * 0x9E3779B9u;
+        // Below 2**32 chunks of 2**31 elements: the product has room in 64 bits.
+        const int64_t offset = static_cast<int64_t>(scattered) * (step - kChunk) >> 32;
+        int64_t at = chunk * step + offset - before;
+        while (at >= part->base.count) {
+            at -= part->base.count;
+            before += part->base.count;
+            ++part;
+        }
+        read(*part, at, std::min(kChunk, part->base.count - at));
+    }
+    return keys;
+}
+
+Search bracket(const Deltas& deltas, size_t j, int64_t keep) {
+    std::vector<int32_t> keys = sample_keys(deltas, j);
+    const auto size = static_cast<int64_t>(keys.size());
+    const double share = static_cast<double>(keep) / static_cast<double>(deltas.count());
+    const bool exact = size == deltas.count();
+    const auto half =
+        exact ? 0 : static_cast<int64_t>(kSigmas * std::sqrt(size * share * (1 - share))) + 8;
+    // Ranks from the largest key down, the first being 0.
+    const int64_t rank = exact ? keep - 1 : static_cast<int64_t>(share * size);
+    const int64_t first = std::max<int64_t>(0, rank - half);
+    const int64_t last = std::min(size - 1, rank + half);
+    const auto descending = std::greater<int32_t>();
+    std::nth_element(keys.begin(), keys.begin() + first, keys.end(), descending);
+    if (last > first)
+        std::nth_element(keys.begin() + first + 1, keys.begin() + last, keys.end(), descending);
+    std::sort(keys.begin() + first, keys.begin() + last + 1, descending);
+
+    Search search;
+    search.narrow(exact || rank + half < size ? keys[static_cast<size_t>(last)] : 0,
+                  exact || rank - half >= 0 ? keys[static_cast<size_t>(first)] : kLargestKey);
+    // The two most frequent keys of the bracket are counted without being gathered: a fifth of a
+    // bf16 delta can have one magnitude.
+    int64_t best[2] = {0, 0};
+    for (int64_t at = first; at <= last;) {
+        int64_t end = at;
+        const int32_t key = keys[static_cast<size_t>(at)];
+        while (end <= last && keys[static_cast<size_t>(end)] == key) ++end;
+        const int slot = end - at > best[0] ? 0 : 1;
+        if (end - at > best[slot]) {
+            if (slot == 0) best[1] = best[0], search.peaks[1] = search.peaks[0];
+            best[slot] = end - at, search.peaks[slot] = key;
+        }
+        at = end;
+    }
+    return search;
+}
+
+// One task's counts.
+struct Counts {
+    std::vector<Window> windows;
+    std::vector<std::vector<int32_t>> gathered;
+    std::vector<std::vector<Bin>> bins;  // empty until something was gathered
+};
+
+void count_window(const Deltas& deltas, const std::vector<size_t>& which,
+                  const std::vector<Search*>& searches) {
+    std::mutex mutex;
+    for (Search* search : searches) {
+        search->above = search->at_peak[0] = search->at_peak[1] = 0;
+        search->bins.assign(kBins, Bin());
+    }
+    for_each_block<Counts>(
+        deltas, which, kSelectBlock,
+        [&] {
+            Counts counts;
+            counts.bins.resize(searches.size());
+            for (const Search* search : searches) {
+                counts.gathered.emplace_back(kTile + 16);
+                Window window = {};
+                window.low = search->low;
+                window.high = search->high;
+                window.peaks[0] = search->peaks[0];
+                window.peaks[1] = search->peaks[1];
+                window.gathered = counts.gathered.back().data();
+                counts.windows.push_back(window);
+            }
+            return counts;
+        },
+        [&](Counts& counts, const DeltaArgs& args, size_t type) {
+            kernels().count_keys[type](args, counts.windows.data());
+            for (size_t s = 0; s < searches.size(); ++s) {
+                Window& window = counts.windows[s];
+                if (window.gathered_count == 0) continue;
+                std::vector<Bin>& bins = counts.bins[s];
+                if (bins.empty()) bins.resize(kBins);
+                for (int64_t i = 0; i < window.gathered_count; ++i)
+                    bins[searches[s]->bin_of(window.gathered[i])].add(1, window.gathered[i]);
+                window.gathered_count = 0;
+            }
+        },
+        [&](const Counts& counts, int64_t) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            for (size_t s = 0; s < searches.size(); ++s) {
+                searches[s]->above += counts.windows[s].above;
+                searches[s]->at_peak[0] += counts.windows[s].at_peak[0];
+                searches[s]->at_peak[1] += counts.windows[s].at_peak[1];
+                for (size_t b = 0; b < counts.bins[s].size(); ++b)
+                    searches[s]->bins[b].add(counts.bins[s][b].count, counts.bins[s][b].key);
+            }
+        });
+}
+
+// Reads a pass's counts: either the threshold is known, or the window is smaller or elsewhere.
+void resolve(Search& search, Threshold& threshold) {
+    if (threshold.keep <= search.above) return search.narrow(search.high + 1, kLargestKey);
+    for (int peak = 0; peak < 2; ++peak) {
+        const int32_t key = search.peaks[peak];
+        if (key >= search.low && key <= search.high)
+            search.bins[search.bin_of(key)].add(search.at_peak[peak], key);
+    }
+    int64_t above = search.above;
+    for (int64_t b = kBins - 1; b >= 0; --b) {
+        const Bin& bin = search.bins[static_cast<size_t>(b)];
+        if (threshold.keep > above + bin.count) {
+            above += bin.count;
+            continue;
+        }
+        if (bin.key >= 0) {
+            threshold.key = bin.key;
+            threshold.above = above;
+            threshold.ties = bin.count;
+            search.found = true;
+            return;
+        }
+        const int64_t width = int64_t{1} << search.shift;
+        const int64_t low = search.low + b * width;
+        return search.narrow(static_cast<int32_t>(low),
+                             static_cast<int32_t>(std::min<int64_t>(search.high, low + width - 1)));
+    }
+    search.narrow(0, search.low - 1);
+}
+
+}  // namespace
+
+void find_thresholds(const Deltas& deltas, const std::vector<size_t>& which,
+                     std::vector<Threshold>& thresholds) {
+    std::vector<Search> searches(which.size());
+    deltas.pool.run(static_cast<int64_t>(which.size()), [&](int64_t i) {
+        const auto at = static_cast<size_t>(i);
+        searches[at] = bracket(deltas, which[at], thresholds[at].keep);
+    });
+    for (;;) {
+        std::vector<size_t> open, open_inputs;
+        std::vector<Search*> open_searches;
+        for (size_t i = 0; i < which.size(); ++i) {
+            if (searches[i].found) continue;
+            open.push_back(i);
+            open_inputs.push_back(which[i]);
+            open_searches.push_back(&searches[i]);
+        }
+        if (open.empty()) return;
+        count_window(deltas, open_inputs, open_searches);
+        for (const size_t i : open) resolve(searches[i], thresholds[i]);
+    }
+}
+
+}  // namespace fastmerge

@@ -1,0 +1,167 @@
+// The tie bound: the `wanted`-th smallest order among tied entries. Mixed indices are spread evenly
+// over 64 bits, so their number brackets the bound: one pass counts those below the bracket and
+// gathers the few inside it.
+#include <cmath>
+#include <mutex>
+
+#include "primitives/select_impl.h"
+
+namespace fastmerge {
+
+namespace {
+
+constexpr size_t kGatherAtMost = 1 << 18;
+constexpr double kSigmas = 6;
+constexpr uint64_t kLast = ~uint64_t{0};
+
+// What is known: `below` tied entries have orders under `first`, `inside` lie in [first, last].
+// Each pass looks at [from, to] within that.
+struct Search {
+    uint64_t first = 0, last = kLast;
+    int64_t below = 0, inside = 0;
+    uint64_t from = 0, to = kLast;
+    int passes = 0;
+    bool found = false;
+    // Results of a pass.
+    int64_t under = 0, gathered_count = 0;
+    std::vector<uint64_t> gathered;  // all of [from, to], unless there are more than kGatherAtMost
+
+    void aim(int64_t wanted) {
+        const double width = static_cast<double>(last - first) + 1;
+        const double share =
+            (static_cast<double>(wanted - below) - 0.5) / static_cast<double>(inside);
+        double half = 0.25;  // halve the range when the orders turn out not to be even
+        if (passes++ < 3)
+            half = kSigmas * std::sqrt(share * (1 - share) / static_cast<double>(inside)) +
+                   4.0 / static_cast<double>(inside);
+        const double centre = passes <= 3 ? share : 0.5;
+        const auto at = [&](double part) {
+            return part <= 0 ? first
+                   : part >= 1
+                       ? last
+                       : first + std::min(last - first, static_cast<uint64_t>(part * width));
+        };
+        from = at(centre - half);
+        to = at(centre + half);
+    }
+};
+
+struct Counts {
+    std::vector<TieWindow> windows;
+    std::vector<std::vector<uint32_t>> words;  // one tile's
+    std::vector<std::vector<uint64_t>> orders;
+    std::vector<int64_t> gathered_counts;
+};
+
+void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
+                  const std::vector<const TieBound*>& bounds,
+                  const std::vector<Search*>& searches) {
+    std::mutex mutex;
+    for (Search* search : searches) {
+        search->under = search->gathered_count = 0;
+        search->gathered.clear();
+    }
+    for_each_block<Counts>(
+        deltas, which, kSelectBlock,
+        [&] {
+            Counts counts;
+            counts.orders.resize(searches.size());
+            counts.gathered_counts.resize(searches.size());
+            for (const TieBound* bound : bounds) {
+                counts.words.emplace_back(kTile + 16);
+                TieWindow window = {};
+                window.key = bound->key;
+                window.mixed = bound->rule == TieRule::kMixed;
+                window.many = bound->ties > deltas.count() / 32;
+                window.gathered = counts.words.back().data();
+                counts.windows.push_back(window);
+            }
+            return counts;
+        },
+        [&](Counts& counts, const DeltaArgs& args, size_t type) {
+            for (size_t s = 0; s < searches.size(); ++s) {
+                TieWindow& window = counts.windows[s];
+                const Search& search = *searches[s];
+                window.any_below = largest_order_word(search.from, false, bounds[s]->rule,
+                                                      args.index, window.below);
+                window.any = largest_order_word(search.to + 1, search.to == kLast, bounds[s]->rule,
+                                                args.index, window.last);
+            }
+            kernels().count_ties[type](args, counts.windows.data());
+            const uint64_t high = args.index >> 32;
+            for (size_t s = 0; s < searches.size(); ++s) {
+                TieWindow& window = counts.windows[s];
+                counts.gathered_counts[s] += window.gathered_count;
+                if (counts.orders[s].size() <= kGatherAtMost)
+                    for (int64_t i = 0; i < window.gathered_count; ++i) {
+                        const uint64_t word = window.gathered[i];
+                        counts.orders[s].push_back(window.mixed ? word << 32 | high
+                                                                : high << 32 | word);
+                    }
+                window.gathered_count = 0;
+            }
+        },
+        [&](const Counts& counts, int64_t) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            for (size_t s = 0; s < searches.size(); ++s) {
+                Search& search = *searches[s];
+                search.under += counts.windows[s].below_count;
+                search.gathered_count += counts.gathered_counts[s];
+                if (search.gathered.size() <= kGatherAtMost)
+                    search.gathered.insert(search.gathered.end(), counts.orders[s].begin(),
+                                           counts.orders[s].end());
+            }
+        });
+}
+
+void resolve(Search& search, TieBound& bound) {
+    if (bound.wanted <= search.under) {
+        search.last = search.from - 1;
+        search.inside = search.under - search.below;
+    } else if (bound.wanted > search.under + search.gathered_count) {
+        search.first = search.to + 1;
+        search.inside -= search.under + search.gathered_count - search.below;
+        search.below = search.under + search.gathered_count;
+    } else if (search.gathered.size() == static_cast<size_t>(search.gathered_count)) {
+        const auto nth = search.gathered.begin() + (bound.wanted - search.under - 1);
+        std::nth_element(search.gathered.begin(), nth, search.gathered.end());
+        bound.bound = *nth + 1;
+        search.found = true;
+    } else {
+        search.first = search.from;
+        search.last = search.to;
+        search.below = search.under;
+        search.inside = search.gathered_count;
+    }
+    if (!search.found) search.aim(bound.wanted);
+}
+
+}  // namespace
+
+void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
+                     std::vector<TieBound>& bounds) {
+    std::vector<Search> searches(which.size());
+    for (size_t i = 0; i < which.size(); ++i) {
+        searches[i].inside = bounds[i].ties;
+        if (bounds[i].rule == TieRule::kIndex)
+            searches[i].last = static_cast<uint64_t>(deltas.end() - 1);
+        searches[i].aim(bounds[i].wanted);
+    }
+    for (;;) {
+        std::vector<size_t> open, open_inputs;
+        std::vector<const TieBound*> open_bounds;
+        std::vector<Search*> open_searches;
+        for (size_t i = 0; i < which.size(); ++i) {
+            if (searches[i].found) continue;
+            open.push_back(i);
+            open_inputs.push_back(which[i]);
+            open_bounds.push_back(&bounds[i]);
+            open_searches.push_back(&searches[i]);
+        }
+        if (open.empty()) return;
+        count_orders(deltas, open_inputs, open_bounds, open_searches);
+        for (const size_t i : open) resolve(searches[i], bounds[i]);
+    }
+}
+
+}  // namespace fastmerge

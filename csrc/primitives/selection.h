@@ -1,0 +1,45 @@
+// The C++ face of fastmerge.selection: what a sparse merge keeps of each delta.
+#pragma once
+#include <array>
+#include <cstdint>
+
+#include "isa/table.h"
+
+namespace fastmerge {
+
+enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2 };
+enum class TieRule : int { kMixed = 0, kIndex = 1 };
+
+struct Sparsify {
+    Sparsity kind = Sparsity::kAll;
+    int64_t keep = 0;
+    TieRule tie_rule = TieRule::kMixed;
+    uint64_t keep_below = 0;  // 0 ... 2^32
+    uint64_t key = 0;
+    bool rescale = false;
+};
+
+struct Selection {
+    Sparsity kind = Sparsity::kAll;
+    int32_t threshold = 0;  // bit pattern of the fp32 magnitude
+    bool every_tie = true;  // tie_bound is 2^64
+    uint64_t tie_bound = 0;
+    TieRule tie_rule = TieRule::kMixed;
+    uint64_t keep_below = 0;
+    uint64_t key = 0;
+    float rescale = 1.0f;
+    int64_t kept = 0;
+};
+
+using RoundKeys = std::array<uint64_t, 20>;
+RoundKeys round_keys(uint64_t key);
+
+// Among the order words of the tile at `index`, the largest whose order is below `bound` (or below
+// 2^64 where `unbounded`); false where there is none.
+bool largest_order_word(uint64_t bound, bool unbounded, TieRule rule, uint64_t index,
+                        uint32_t& largest);
+
+// The selection as the kernels take it, for the tile at `index`.
+Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t index);
+
+}  // namespace fastmerge

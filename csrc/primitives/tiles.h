@@ -1,0 +1,133 @@
+// How the primitives cut tensors up, and how they feed kernels that take one element type.
+#pragma once
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "isa/table.h"
+#include "pool.h"
+#include "sink.h"
+
+namespace fastmerge {
+
+// Sums run over blocks of this many elements, whatever the threads, and the blocks' results are
+// added in order.
+constexpr int64_t kSumBlock = 1 << 16;
+
+// Adds the lanes of a block's sum in one fixed tree.
+inline double add_lanes(const double* lanes) {
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+           ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int64_t count) {
+    if (inputs.empty()) throw std::invalid_argument("no inputs");
+    for (const Span& span : inputs) {
+        if (span.dtype == DType::kRaw) throw std::invalid_argument("inputs must not be RAW");
+        if (span.count != count) throw std::invalid_argument("inputs differ in element count");
+    }
+    if (base && (base->dtype == DType::kRaw || base->count != count))
+        throw std::invalid_argument("base must not be RAW and must have the inputs' element count");
+}
+
+// One task's view of the inputs, a tile at a time: pointers into the tensors where every element
+// type is the wanted one, else into fp32 copies of the tile. Tiles have at most kTile elements.
+class TileReader {
+   public:
+    TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted)
+        : inputs_(inputs), base_(base), table_(kernels()) {
+        bool uniform = !base || base->dtype == wanted;
+        for (const Span& span : inputs) uniform = uniform && span.dtype == wanted;
+        dtype_ = uniform ? wanted : DType::kF32;
+        pointers_.resize(inputs.size());
+        if (!uniform) scratch_.resize((inputs.size() + 1) * kTile);
+    }
+
+    DType dtype() const { return dtype_; }
+    size_t type() const { return static_cast<size_t>(dtype_); }
+    const void* const* inputs() const { return pointers_.data(); }
+    const void* base() const { return base_pointer_; }
+
+    void seek(int64_t begin, int64_t count) {
+        for (size_t j = 0; j < inputs_.size(); ++j)
+            pointers_[j] = at(inputs_[j], begin, count, static_cast<int64_t>(j));
+        if (base_) base_pointer_ = at(*base_, begin, count, static_cast<int64_t>(inputs_.size()));
+    }
+
+   private:
+    const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
+        if (span.dtype == dtype_) return span.at(begin);
+        float* tile = scratch_.data() + slot * kTile;
+        table_.widen[static_cast<size_t>(span.dtype)](span.at(begin), tile, count);
+        return tile;
+    }
+
+    const std::vector<Span>& inputs_;
+    const Span* base_;
+    const Kernels& table_;
+    DType dtype_;
+    std::vector<const void*> pointers_;
+    const void* base_pointer_ = nullptr;
+    std::vector<float> scratch_;
+};
+
+// Calls body(begin, end) for the parts of [begin, end) between multiples of kTile.
+template <class Body>
+void for_each_tile(int64_t begin, int64_t end, const Body& body) {
+    for (int64_t at = begin; at < end;) {
+        const int64_t next = std::min(end, (at / kTile + 1) * kTile);
+        body(at, next);
+        at = next;
+    }
+}
+
+// Fills a sink piece by piece on the pool: fill(reader, begin, end, to) writes the elements [begin,
+// end) of one tile as reader.dtype() to `to`. Returns how many of the elements stored are NaN or
+// Inf.
+template <class Fill>
+int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base, Sink& out,
+                  const Fill& fill) {
+    const Kernels& table = kernels();
+    const auto type = static_cast<size_t>(out.dtype());
+    const auto item = static_cast<int64_t>(item_bytes(out.dtype()));
+    std::vector<int64_t> nonfinite(static_cast<size_t>(out.pieces()));
+    pool.run(out.pieces(), [&](int64_t piece) {
+        int64_t begin = 0, end = 0, found = 0;
+        out.range(piece, begin, end);
+        char* to = static_cast<char*>(out.open(piece));
+        TileReader reader(inputs, base, out.dtype());
+        std::vector<float> wide(reader.dtype() == out.dtype() ? 0 : kTile);
+        for_each_tile(begin, end, [&](int64_t tile_begin, int64_t tile_end) {
+            char* target = to + (tile_begin - begin) * item;
+            if (wide.empty()) {
+                fill(reader, tile_begin, tile_end, target);
+            } else {
+                fill(reader, tile_begin, tile_end, reinterpret_cast<char*>(wide.data()));
+                table.narrow[type](wide.data(), target, tile_end - tile_begin);
+            }
+            found += table.nonfinite[type](target, tile_end - tile_begin);
+        });
+        out.close(piece);
+        nonfinite[static_cast<size_t>(piece)] = found;
+    });
+    int64_t total = 0;
+    for (const int64_t found : nonfinite) total += found;
+    return total;
+}
+
+// Which elements form one vector.
+enum class Axis { kAll, kRows, kColumns };
+
+struct Shape {
+    Axis axis = Axis::kAll;
+    int64_t rows = 1, cols = 0;
+
+    int64_t vectors() const { return axis == Axis::kAll ? 1 : axis == Axis::kRows ? rows : cols; }
+    void check(int64_t count) const {
+        if (axis == Axis::kAll) return;
+        if (rows < 0 || cols < 0 || (rows > 0 && cols > count / rows) || rows * cols != count)
+            throw std::invalid_argument("rows times cols must be the element count");
+    }
+};
+
+}  // namespace fastmerge

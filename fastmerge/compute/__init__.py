@@ -1,0 +1,1 @@
+"""Trees of merges on a back end: the CPU's threads, CUDA streams, or NumPy as their meaning."""

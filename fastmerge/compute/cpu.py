@@ -1,0 +1,174 @@
+"""The CPU back end: ``_C`` on one pool of threads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fastmerge import _C
+from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.methods.types import Float64
+from fastmerge.selection import ALL, Selection, Sparsify
+
+
+def thread_count(threads: int | None = None) -> int:
+    """``threads``, else FASTMERGE_NUM_THREADS, else the CPUs this process may use."""
+    text = os.environ.get("FASTMERGE_NUM_THREADS")
+    where = "--threads"
+    if threads is None and text:
+        where = "FASTMERGE_NUM_THREADS"
+        try:
+            threads = int(text)
+        except ValueError as error:
+            raise FastmergeError(f"{where}: '{text}' is not a whole number of threads") from error
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if not is_whole(threads):
+        raise FastmergeError(f"{where}: {threads!r} is not a whole number of threads")
+    if not 1 <= threads <= 1024:
+        raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
+    return int(threads)
+
+
+def isa() -> str:
+    """The CPU instruction set in use; an unusable FASTMERGE_ISA is an error that names the known
+    ones.
+    """
+    try:
+        return _C.isa()
+    except (ValueError, RuntimeError) as error:
+        raise FastmergeError(str(error)) from error
+
+
+class CpuBackend:
+    """The C++ kernels on one thread pool. Tensors are `_C.View`, outputs are `_C.Sink`."""
+
+    name = "cpu"
+
+    def __init__(
+        self, threads: int, *, scratch_folder: Path | None = None, scratch_bytes: int = 64 << 20
+    ) -> None:
+        """Intermediate tensors for which ``scratch_bytes``, shared by all that exist at a time, has
+        no room lie in an unlinked file in ``scratch_folder``, so that anonymous memory stays
+        bounded whatever their size and number.
+        """
+        isa()
+        try:
+            self.pool = _C.Pool(threads)
+        except RuntimeError as error:
+            raise FastmergeError(f"--threads: no room for {threads} threads ({error})") from error
+        self._scratch_folder = scratch_folder
+        self._scratch_left = scratch_bytes
+        self._lock = threading.RLock()  # a collection inside it may free an array
+
+    def gram(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View | None,
+        *,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> Float64:
+        return _C.gram(self.pool, inputs, base, axis=axis, rows=rows, cols=cols)
+
+    def combine(
+        self,
+        inputs: Sequence[_C.View],
+        coefficients: Float64,
+        out: _C.Sink,
+        *,
+        divisor: float | None,
+        axis: int | None,
+        rows: int,
+        cols: int,
+    ) -> int:
+        return _C.combine(
+            self.pool, inputs, coefficients, out, divisor=divisor, axis=axis, rows=rows, cols=cols
+        )
+
+    def select(
+        self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
+    ) -> list[Selection]:
+        if all(
+            spec.kind == ALL for spec in specs
+        ):  # nothing to find: spare the pass over the weights
+            return [Selection(kept=view.count) for view in inputs]
+        return [Selection(*answer) for answer in _C.select(self.pool, inputs, base, specs)]
+
+    def consensus(
+        self,
+        inputs: Sequence[_C.View],
+        base: _C.View,
+        weights: Sequence[float],
+        selections: Sequence[Selection],
+        out: _C.Sink,
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+        origin: int = 0,
+    ) -> int:
+        return _C.consensus(
+            self.pool,
+            inputs,
+            base,
+            weights,
+            selections,
+            out,
+            elect=elect,
+            normalize=normalize,
+            scale=scale,
+            origin=origin,
+        )
+
+    def select_across(
+        self,
+        inputs: Sequence[Sequence[_C.View]],
+        bases: Sequence[_C.View],
+        origins: Sequence[int],
+        specs: Sequence[Sparsify],
+    ) -> list[Selection]:
+        """`select` of several tensors as one long vector."""
+        found = _C.select_across(self.pool, inputs, bases, origins, specs)
+        return [Selection(*answer) for answer in found]
+
+    def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
+        nbytes = 4 * count
+        if self._scratch_folder is None or self._take_scratch(nbytes):
+            array = np.empty(count, dtype=np.float32)
+            if self._scratch_folder is not None:
+                weakref.finalize(array, self._take_scratch, -nbytes)
+        else:
+            with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
+                try:
+                    # A page that the disk has no room for would end the process with SIGBUS.
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                except OSError as error:
+                    raise FastmergeError(
+                        f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
+                        f"bytes ({error.strerror}); free some, or raise --memory-limit"
+                    ) from error
+                array = np.memmap(file, dtype=np.float32, mode="r+", shape=(count,))
+        view = _C.View(array.ctypes.data, count, "F32", array)
+        return view, _C.MemorySink(view)
+
+    def _take_scratch(self, nbytes: int) -> bool:
+        with self._lock:
+            if nbytes > self._scratch_left:
+                return False
+            self._scratch_left -= nbytes
+            return True
+
+
+@lru_cache(maxsize=4)  # each keeps its threads
+def cpu(threads: int) -> CpuBackend:
+    """The process-wide CPU back end of this many threads."""
+    return CpuBackend(threads)

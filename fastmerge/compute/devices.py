@@ -1,0 +1,115 @@
+"""Which devices take part in a merge, and what a tensor needs there."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fastmerge import _C
+from fastmerge.compute.tensor import matrix, steps
+from fastmerge.dtypes import DType
+from fastmerge.errors import FastmergeError
+from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
+
+if TYPE_CHECKING:
+    pass
+
+GPU_MEMORY_BYTES = 2 << 30
+
+
+def cuda_devices(where: str = "device cuda") -> list[str]:
+    """The CUDA devices of this machine; FastmergeError where there is none to use."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise FastmergeError(
+            f"{where}: {error.name} is not installed; pip install 'fastmerge[gpu]', or use cpu"
+        ) from error
+    if not torch.cuda.is_available():
+        raise FastmergeError(f"{where}: this machine has no usable CUDA device; use --device cpu")
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def device_bytes(
+    root: Node, shape: tuple[int, ...], dtype: DType, source_bytes: Sequence[int]
+) -> int:
+    """Device memory that one tensor's merge takes: sources, output, intermediates, what select
+    gathers of each delta, inner products of rows, and 1 MiB for tables.
+    """
+    from fastmerge.kernels.select import gathered_bytes
+
+    count = math.prod(shape)
+    merges = [node for node in walk(root) if isinstance(node, Merge)]
+    intermediates = 4 * count * max(0, len(merges) - 1)
+    sparse = [node for node in merges if not node.method.is_combination]
+    deltas = max((len(node.operands) for node in sparse), default=0)
+    gathered = deltas * int(gathered_bytes(count))
+    products = 0
+    for node in merges:
+        if node.axis is not None:
+            rows, cols = matrix(shape, node.axis)
+            vectors = rows if node.axis == 1 else cols
+            products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
+    most = sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered
+    return most + products + (1 << 20)
+
+
+def choose_devices(
+    device: str, roots: Sequence[tuple[str, Node]], fetch: Callable[[Source], _C.View]
+) -> tuple[list[str], str]:
+    """The CUDA devices for ``--device``, none of them for the CPU, and a note on what auto chose.
+
+    ``roots``: the tensors to merge, by name. auto: the GPUs, where the inputs are in the page
+    cache; from a disk, the GPU would only wait for it. Raises FastmergeError where ``cuda`` is
+    asked for and there is none, or where its kernels cannot take as many inputs.
+    """
+    if device == "cpu":
+        return [], ""
+    try:
+        found = cuda_devices()
+    except FastmergeError:
+        if device == "cuda":
+            raise
+        return [], "device auto: merged on the CPU, as there is no usable CUDA device"
+    from fastmerge.kernels.combine import MAX_INPUTS
+
+    name, count = max(((name, _widest(root)) for name, root in roots), key=lambda pair: pair[1])
+    if count > MAX_INPUTS:
+        if device == "auto":
+            return [], f"device auto: merged on the CPU, as {name} has {count} inputs"
+        raise FastmergeError(
+            f"device cuda: {name} has {count} inputs and the GPU kernels take {MAX_INPUTS}; "
+            "use --device cpu"
+        )
+    views = [fetch(source) for source in leaves(root for _, root in roots)]
+    if device == "auto" and cached_share(views) < 0.5:
+        return [], "device auto: merged on the CPU, as the files are on disk and a GPU would wait"
+    return found, "device auto: merged on the GPU" if device == "auto" else ""
+
+
+def _widest(root: Node) -> int:
+    """The most tensors that one kernel of a tree reads, a base apart."""
+    if isinstance(root, Source):
+        return 1
+    return max(len(step.node.operands if step.tree is None else step.parts) for step in steps(root))
+
+
+def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:
+    """The share of mapped tensors' pages that are in memory, from ``samples`` pages of each."""
+    libc = ctypes.CDLL(None)
+    flag = ctypes.c_ubyte()
+    present = asked = 0
+    for view in views:
+        first = view.address // mmap.PAGESIZE
+        pages = (view.address + view.nbytes - 1) // mmap.PAGESIZE - first + 1
+        for i in range(min(samples, pages)):
+            page = first + i * pages // min(samples, pages)
+            where = ctypes.c_void_p(page * mmap.PAGESIZE)
+            if libc.mincore(where, ctypes.c_size_t(1), ctypes.byref(flag)) == 0:
+                present += flag.value & 1
+            asked += 1
+    return present / max(asked, 1)

@@ -1,0 +1,247 @@
+"""The four primitives in plain NumPy: the meaning of the kernels, readable and slow.
+
+Names and arguments follow fastmerge._C without the pool and the sink. Tensors are NumPy arrays:
+float32, float16, or uint16 for the bits of bfloat16. What decides bits (deltas, masks, thresholds,
+elections, random words) is computed exactly as the kernels do, in float32 and integers; everything
+else is float64, or with ``arithmetic=np.float32`` the kernels' own operations in their order, so
+that only the rounding to the output type is left to do (`round_to`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge.selection import ALL, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
+
+Array = NDArray[Any]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+_INFINITY_BITS = np.uint32(0x7F800000)
+
+
+def bf16_to_f32(bits: NDArray[np.uint16]) -> Float32:
+    """The float32 values of bfloat16 bit patterns; exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: Float32) -> NDArray[np.uint16]:
+    """Bits of the nearest bfloat16, ties to even; a NaN keeps its sign and becomes quiet."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> 16 & 1)
+    quiet = bits | np.uint32(0x400000)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > _INFINITY_BITS
+    return (np.where(is_nan, quiet, rounded) >> 16).astype(np.uint16)
+
+
+def widen(tensor: Array) -> Float32:
+    """A tensor's values in float32; exact."""
+    return bf16_to_f32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
+
+
+def round_to(values: Float32, dtype: str) -> Array:
+    """float32 values in storage type "BF16" (bits as uint16), "F16" or "F32"."""
+    if dtype == "BF16":
+        return f32_to_bf16(values)
+    with np.errstate(over="ignore"):
+        return values.astype({"F16": np.float16, "F32": np.float32}[dtype])
+
+
+def gram(inputs: Sequence[Array], base: Array | None = None, *, axis: int | None = None) -> Float64:
+    """Inner products in float64: (m, m), or (vectors, m, m) of rows (axis=1) or columns (axis=0).
+
+    With ``base`` the vectors are [base, x_1 - base, ...], differences rounded to float32.
+    """
+    vectors = [widen(x) for x in inputs]
+    if base is not None:
+        vectors = [widen(base), *(x - widen(base) for x in vectors)]
+    stacked = np.stack(vectors).astype(np.float64)
+    if axis is None:
+        flat = stacked.reshape(len(vectors), -1)
+        return np.asarray(flat @ flat.T)
+    subscripts = "irc,jrc->rij" if axis == 1 else "irc,jrc->cij"
+    return np.asarray(np.einsum(subscripts, stacked, stacked))
+
+
+def fused_multiply_add(a: Float32, b: Float32, c: Float32) -> Float32:
+    """a * b + c with one rounding to float32.
+
+    The product is exact in float64; the sum is rounded to odd there, after which the second
+    rounding cannot err (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product, addend = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    inexact = np.isfinite(total) & (error != 0)
+    even = (total.view(np.int64) & 1) == 0
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact & even, np.nextafter(total, toward), total).astype(np.float32)
+
+
+def combine(
+    inputs: Sequence[Array],
+    coefficients: Float64,
+    *,
+    divisor: float | None = None,
+    axis: int | None = None,
+    arithmetic: type = np.float64,
+) -> Array:
+    """(sum_i c_i x_i) / divisor, coefficients in float32; an input with coefficient 0 is skipped.
+
+    coefficients: (k,), or (vectors, k) for the rows (axis=1) or columns (axis=0) of matrices.
+    """
+    factors = np.asarray(coefficients, np.float64).astype(np.float32)
+    if axis == 1:
+        columns = [factors[:, i, None] for i in range(len(inputs))]
+    else:
+        columns = [factors[..., i] for i in range(len(inputs))]
+    nonzero = sum((column != 0).astype(np.int64) for column in columns)
+    # A single product keeps the sign of its zero; a sum starts from +0.
+    start = np.where(nonzero == 1, np.float32(-0.0), np.float32(0.0))
+    total: Array = np.broadcast_to(start, inputs[0].shape).astype(arithmetic)
+    for tensor, column in zip(inputs, columns, strict=True):
+        x = widen(tensor)
+        wide = np.broadcast_to(column, x.shape)
+        added: Array
+        if arithmetic is np.float32:
+            added = fused_multiply_add(x, wide, total)
+        else:
+            added = total + x.astype(np.float64) * wide
+        total = np.where(wide != 0, added, total)
+    return total if divisor is None else total / arithmetic(np.float32(divisor))
+
+
+def magnitude_keys(tensor: Array, base: Array) -> NDArray[np.uint32]:
+    """Bits of |tensor - base| in float32, flat: they order magnitudes, NaN above infinity."""
+    delta = (widen(tensor) - widen(base)).ravel()
+    return delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def mixed_indices(count: int, first: int = 0) -> NDArray[np.uint64]:
+    """`fastmerge.selection.mixed_index` of ``count`` flat indices from ``first`` on."""
+    index = np.arange(first, first + count, dtype=np.uint64)
+    high = index >> np.uint64(32)
+    h: Array = (index ^ high * np.uint64(0x9E3779B9)).astype(np.uint32)
+    h = (h ^ h >> 16) * np.uint32(0x85EBCA6B)
+    h = (h ^ h >> 13) * np.uint32(0xC2B2AE35)
+    h ^= h >> 16
+    return h.astype(np.uint64) << np.uint64(32) | high
+
+
+def philox_words(count: int, key: int, first: int = 0) -> NDArray[np.uint32]:
+    """Word i % 4 of Philox4x32-10 at counter i // 4, for ``count`` elements from ``first`` on.
+
+    (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11.)
+    """
+    begin, end = first // 4, -(-(first + count) // 4)
+    counter = np.arange(begin, end, dtype=np.uint64)
+    low32, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1 = counter & low32, counter >> shift
+    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low32
+        c2, c3 = (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low32
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    words = np.stack([c0, c1, c2, c3], axis=1).ravel().astype(np.uint32)
+    return words[first - 4 * begin : first - 4 * begin + count]
+
+
+def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which entries a selection keeps, given their magnitude keys."""
+    if selection.kind == MAGNITUDE:
+        if selection.tie_rule == MIXED:
+            order = mixed_indices(len(keys))
+        else:
+            order = np.arange(len(keys), dtype=np.uint64)
+        # A bound of 2**64 keeps every tie and does not fit 64 bits.
+        early = order < selection.tie_bound if selection.tie_bound < 1 << 64 else True
+        tied = keys == selection.threshold_bits
+        return np.asarray((keys > selection.threshold_bits) | (tied & early))
+    if selection.kind == RANDOM:
+        words = philox_words(len(keys), selection.key).astype(np.uint64)
+        return np.asarray(words < np.uint64(selection.keep_below))
+    return np.ones(len(keys), np.bool_)
+
+
+def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> list[Selection]:
+    """For each delta, which entries survive: see `fastmerge.selection`. Sorts, unlike `_C`."""
+    return [
+        _select(magnitude_keys(x, base), Sparsify(*s)) for x, s in zip(inputs, specs, strict=True)
+    ]
+
+
+def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
+    count = len(keys)
+    found = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key, kept=count)
+    if spec.kind == MAGNITUDE and spec.keep == 0:
+        found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
+    elif spec.kind == MAGNITUDE:
+        threshold = int(np.sort(keys)[count - spec.keep])
+        tied = np.flatnonzero(keys == threshold)
+        wanted = spec.keep - int(np.count_nonzero(keys > threshold))
+        found = found._replace(threshold_bits=threshold)
+        if wanted < len(tied):
+            order = mixed_indices(count)[tied] if spec.tie_rule == MIXED else tied
+            found = found._replace(tie_bound=int(np.sort(order)[wanted - 1]) + 1)
+    kept = survivors(found, keys)
+    found = found._replace(kept=int(np.count_nonzero(kept)))
+    if spec.kind != ALL and spec.rescale and found.kept < count:
+        size = keys.view(np.float32).astype(np.float64)
+        before, after = size.sum(), size[kept].sum()
+        if not (before < 1e-7 or after < 1e-7):  # mergekit 0.1.5 leaves such deltas alone
+            found = found._replace(rescale=float(np.float32(before / after)))
+    return found
+
+
+def consensus(
+    inputs: Sequence[Array],
+    base: Array,
+    weights: Sequence[float],
+    selections: Sequence[Selection],
+    *,
+    elect: bool,
+    normalize: bool,
+    scale: float = 1.0,
+    arithmetic: type = np.float64,
+) -> Array:
+    """base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), as mergekit 0.1.5 orders it.
+
+    With ``elect``, per entry: the sign of the float32 sum of weighted deltas (zero counts as +),
+    and the average of the deltas that have it (TIES: Yadav et al., arXiv:2306.01708, section 3).
+    """
+    origin = widen(base)
+    w = np.asarray(weights, np.float32)
+    weighted = []
+    for x, weight, choice in zip(inputs, w, selections, strict=True):
+        selection = Selection(*choice)
+        delta = widen(x) - origin
+        if selection.kind != ALL:
+            kept = survivors(selection, magnitude_keys(x, base)).reshape(delta.shape)
+            delta = delta * kept.astype(np.float32)
+        if selection.rescale != 1:
+            delta = delta * np.float32(selection.rescale)
+        weighted.append(delta * weight)
+    zero = np.zeros(origin.shape, np.float32)
+    total = zero
+    for delta in weighted:
+        total = total + delta
+    majority = np.where(total >= 0, np.float32(1), np.float32(-1))
+    merged: Array = zero.astype(arithmetic)
+    share: Array = merged
+    for delta, weight in zip(weighted, w, strict=True):
+        agrees = (np.sign(delta) == majority if elect else zero == 0).astype(np.float32)
+        merged = merged + delta * agrees
+        share = share + weight * agrees
+    if normalize:
+        empty = share == 0 if elect else np.abs(share) < np.float32(1e-8)
+        merged = merged / np.where(empty, arithmetic(1), share)
+    if scale != 1:
+        merged = merged * arithmetic(np.float32(scale))
+    return np.asarray(origin + merged)

@@ -1,0 +1,254 @@
+"""Computes one tensor's merge tree on a back end: the only place that calls the four primitives in
+order.
+
+The engine, the in-memory API and the GPU pipeline all come through here, so a method means the same
+everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+
+from fastmerge.compute.backend import Backend, O, T
+from fastmerge.errors import FastmergeError
+from fastmerge.methods.types import Consensus, Float64
+from fastmerge.selection import Selection, random_key
+from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
+from fastmerge.tree.nodes import Merge, Node, Source
+
+_LARGE = 1e3  # of fp32's 24 bits, ten would go
+
+
+class Trim(NamedTuple):
+    """What survives of one tensor's deltas, whose first entry has the flat index ``origin``."""
+
+    selections: tuple[Selection, ...]
+    origin: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one tensor's merge came to."""
+
+    nonfinite: int = 0  # NaN or Inf among the outputs
+    coefficients: Mapping[Source, float] | None = None  # effective, when one per tensor
+    kept: tuple[int, ...] | None = None  # entries kept of each delta, for a consensus
+    gram: Float64 | None = None  # the inner products that the coefficients followed from
+
+
+def matrix(shape: Sequence[int], axis: int | None) -> tuple[int, int]:
+    """(rows, cols) of a tensor seen as a matrix whose rows (axis 1) or columns (axis 0) are
+    vectors.
+    """
+    if axis is None or not shape:
+        return 1, math.prod(shape)
+    if axis == 1:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def gram_of(
+    backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
+) -> Float64:
+    """The Gram matrix that ``algebra.coefficients`` expects for ``tree``."""
+    rows, cols = matrix(shape, tree.axis)
+    r = tree.reference
+    if r is None:
+        return backend.gram(tensors, None, axis=tree.axis, rows=rows, cols=cols)
+    others = [tensor for i, tensor in enumerate(tensors) if i != r]
+    return backend.gram(others, tensors[r], axis=tree.axis, rows=rows, cols=cols)
+
+
+def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | None]:
+    """The coefficients of the parts and the divisor, float64; of many trees of one form at once
+    where ``gram`` is (trees, n, n).
+    """
+    if gram is None and tree.parts == tree.root.inputs:
+        # One linear merge keeps mergekit's order: accumulate the raw weights, divide once at the
+        # end.
+        rule = apply_rule(tree.root, None)
+        return rule.coefficients, rule.divisor
+    return coefficients(tree, gram), None
+
+
+def cancels(tree: Collapsed, factors: Float64) -> bool:
+    """Whether a sum of the parts with these coefficients would lose in fp32 what one of their
+    deltas keeps: multislerp gives a delta of a thousandth of the others' length a thousandfold
+    weight, which the base's must cancel.
+    """
+    if tree.reference is None or factors.ndim > 1:
+        return False
+    largest = float(np.abs(factors).max())
+    return largest > _LARGE and abs(float(factors.sum()) - 1.0) < 1e-9 * largest
+
+
+def effective(
+    tree: Collapsed, factors: Float64, divisor: float | None
+) -> Mapping[Source, float] | None:
+    """What each source counts for in the end, where that is one number per tensor."""
+    if factors.ndim > 1 or not tree.is_complete:
+        return None
+    values = factors / (1.0 if divisor is None else divisor)
+    return {
+        part: float(value)
+        for part, value in zip(tree.parts, values, strict=True)
+        if isinstance(part, Source)
+    }
+
+
+def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
+    """What a consensus asks of `select` and `consensus` for the tensor ``name`` of ``count``
+    elements.
+    """
+    if root.method.spec is None or root.base is None:
+        raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
+    seed = 0 if root.seed is None else root.seed
+    keys = [random_key(seed, root.name or name, i) for i in range(len(root.operands))]
+    return root.method.spec(root.values, root.operand_values, count, keys)
+
+
+class Step(NamedTuple):
+    """A merge to be computed, and the tensors it reads: of a combination what it collapses to."""
+
+    node: Merge
+    tree: Collapsed | None
+    parts: Sequence[Node]
+
+
+def steps(root: Merge) -> list[Step]:
+    """The merges that are computed for ``root``, each after those it reads."""
+    made: dict[Node, Step] = {}
+    order: list[Step] = []
+    stack: list[tuple[Merge, bool]] = [(root, False)]
+    while stack:  # not recursive: a chain of a thousand documents is a thousand deep
+        node, ready = stack.pop()
+        if ready:
+            order.append(made[node])
+        elif node not in made:
+            tree = collapse(node) if node.method.is_combination else None
+            made[node] = Step(node, tree, node.inputs if tree is None else tree.parts)
+            stack.append((node, True))
+            stack.extend((part, False) for part in made[node].parts if isinstance(part, Merge))
+    return order
+
+
+class Computation(Generic[T, O]):
+    """One tensor: ``fetch`` gives a source's weights, results go to ``out``."""
+
+    def __init__(
+        self,
+        backend: Backend[T, O],
+        fetch: Callable[[Source], T],
+        name: str,
+        shape: Sequence[int],
+        trims: Mapping[Node, Trim] | None = None,
+    ) -> None:
+        """``trims``: those that span all tensors, by their merge."""
+        self._backend = backend
+        self._trims = trims or {}
+        self._fetch = fetch
+        self._name = name
+        self._shape = tuple(shape)
+        self._made: dict[Node, T] = {}  # intermediate results that a later step reads
+
+    def run(self, root: Node, out: O) -> Outcome:
+        """Writes the tree's value to ``out`` with one rounding."""
+        if isinstance(root, Source):
+            return self._combine([self._fetch(root)], np.ones(1), None, None, out)
+        *intermediates, last = steps(root)
+        if intermediates:
+            uses = Counter(part for step in (*intermediates, last) for part in set(step.parts))
+            for step in intermediates:
+                self._made[step.node], to = self._backend.scratch(math.prod(self._shape))
+                self._take(step, to)
+                self._let_go(step.parts, uses)
+        return self._take(last, out)
+
+    def _let_go(self, parts: Sequence[Node], uses: Counter[Node]) -> None:
+        """Frees the intermediates that no later step reads."""
+        for part in set(parts):
+            uses[part] -= 1
+            if not uses[part]:
+                self._made.pop(part, None)
+
+    def _take(self, step: Step, out: O) -> Outcome:
+        if step.tree is None:
+            return self._consensus(step.node, out)
+        return self._combination(step.tree, out)
+
+    def _tensor(self, node: Node) -> T:
+        return self._fetch(node) if isinstance(node, Source) else self._made[node]
+
+    def _combination(self, tree: Collapsed, out: O) -> Outcome:
+        tensors = [self._tensor(part) for part in tree.parts]
+        gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
+        factors, divisor = factors_of(tree, gram)
+        if cancels(tree, factors):
+            outcome = self._sum_deltas(tree.reference or 0, tensors, factors, out)
+        else:
+            outcome = self._combine(tensors, factors, divisor, tree.axis, out)
+        named = effective(tree, factors, divisor)
+        return Outcome(outcome.nonfinite, coefficients=named, gram=gram)
+
+    def _combine(
+        self,
+        tensors: Sequence[T],
+        factors: Float64,
+        divisor: float | None,
+        axis: int | None,
+        out: O,
+    ) -> Outcome:
+        axis = axis if factors.ndim > 1 else None
+        rows, cols = matrix(self._shape, axis)
+        return Outcome(
+            self._backend.combine(
+                tensors, factors, out, divisor=divisor, axis=axis, rows=rows, cols=cols
+            )
+        )
+
+    def _sum_deltas(
+        self, reference: int, tensors: Sequence[T], factors: Float64, out: O
+    ) -> Outcome:
+        """x_r + sum_i c_i (x_i - x_r): the same where the coefficients sum to 1."""
+        others = [i for i in range(len(tensors)) if i != reference]
+        every = Selection(kept=math.prod(self._shape))
+        bad = self._backend.consensus(
+            [tensors[i] for i in others], tensors[reference],
+            [float(factors[i]) for i in others], [every] * len(others), out,
+            elect=False, normalize=False, scale=1.0,
+        )  # fmt: skip
+        return Outcome(bad)
+
+    def _consensus(self, root: Merge, out: O) -> Outcome:
+        plan = consensus_plan(root, self._name, math.prod(self._shape))
+        assert root.base is not None
+        base = self._tensor(root.base)
+        tensors = [self._tensor(node) for node in root.operands]
+        trim = self._trims.get(root)
+        if trim is None:
+            if plan.across:
+                raise FastmergeError(
+                    f"{self._name}: trim: model needs every tensor of the models; merge to a "
+                    "folder, or on the CPU"
+                )
+            trim = Trim(tuple(self._backend.select(tensors, base, plan.sparsify)), 0)
+        nonfinite = self._backend.consensus(
+            tensors,
+            base,
+            plan.weights,
+            trim.selections,
+            out,
+            elect=plan.elect,
+            normalize=plan.normalize,
+            scale=plan.scale,
+            origin=trim.origin,
+        )
+        # How many of them are this tensor's is not known where the trim spans others.
+        kept = None if plan.across else tuple(selection.kept for selection in trim.selections)
+        return Outcome(nonfinite, kept=kept)

@@ -1,0 +1,1 @@
+"""Runs plans: read, compute and hand over, one bounded-memory pass over the inputs."""

@@ -1,0 +1,51 @@
+"""Gram matrices of a plan's sources, in one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+
+from fastmerge.compute.cpu import cpu, thread_count
+from fastmerge.engine.inputs import Inputs
+from fastmerge.engine.report import Progress
+from fastmerge.engine.window import in_order, window_size
+from fastmerge.methods.types import Float64
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.tree.nodes import Source
+
+
+def grams(
+    models: Sequence[Checkpoint],
+    tensors: Mapping[str, Sequence[Source]],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Float64]:
+    """The Gram matrix of each tensor's sources, in one pass over the weights.
+
+    ``tensors`` maps a name to sources of one shape. The result is float64, shape (n, n), over
+    [x_0, x_1 - x_0, ..., x_{n-1} - x_0]: what `algebra.coefficients` takes with ``reference`` = 0.
+    """
+    count = thread_count(threads)
+    backend = cpu(count)
+    inputs = Inputs(models)
+    total = sum(inputs.nbytes(sources) for sources in tensors.values())
+    done = 0
+
+    def one(entry: tuple[str, Sequence[Source]]) -> Float64:
+        sources = list(entry[1])
+        inputs.prefetch(sources)
+        first, *others = [inputs.fetch(source) for source in sources]
+        split = (others, first) if others else ([first], None)
+        gram = backend.gram(*split, axis=None, rows=1, cols=first.count)
+        inputs.drop(sources)
+        return gram
+
+    found: dict[str, Float64] = {}
+    with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
+        for (name, sources), gram in finished:
+            found[name] = gram
+            done += inputs.nbytes(sources)
+            if progress is not None:
+                progress(done, total, name)
+    return found

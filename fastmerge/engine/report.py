@@ -1,0 +1,60 @@
+"""What a merge did, and who is told meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastmerge.compute.tensor import Outcome
+from fastmerge.plan.inputs import TensorPlan
+
+Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Bytes are of tensor data; ``nonfinite`` counts NaN and Inf by output
+    tensor.
+    """
+
+    out: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tensors: int
+    resumed: int  # tensors that an interrupted run had finished
+    threads: int
+    isa: str
+    backend: str
+    io: str  # "direct" or "buffered"
+    seed: int | None
+    peak_anonymous_bytes: int
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Tensor bytes read and written per second, in 1e9."""
+        return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        values = asdict(self)
+        values["out"] = str(self.out)
+        values["gigabytes_per_second"] = round(self.gigabytes_per_second, 3)
+        return values
+
+
+def anonymous_bytes() -> int:
+    """The process's anonymous resident memory now (Linux's RssAnon); 0 where it is not told."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in text.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,1 @@
+"""Scores of a model: what is asked, who scores it, what is kept, how sure one may be."""

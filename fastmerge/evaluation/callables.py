@@ -1,0 +1,211 @@
+"""Scorers that users write: functions of the model, imported by name or given from Python.
+
+Their scores are kept under what shows that a function has changed, so that an edit is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import import_module, invalidate_caches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.evaluation.settings import Evaluate
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+ScoreFunction = Callable[..., Mapping[str, Any]]
+
+_TEXTS: dict[str, str] = {}  # of the modules as they were imported
+_STARTED = time.time()
+
+
+def _imported(name: str) -> Any:
+    """The module; imported anew where its file has changed since this process imported it."""
+    module = sys.modules.get(name)
+    if module is not None:
+        file = Path(getattr(module, "__file__", None) or "")
+        changed = (
+            _TEXTS[name] != _text_of(module)
+            if name in _TEXTS
+            else file.is_file() and file.stat().st_mtime > _STARTED  # somebody else imported it
+        )
+        if changed:
+            invalidate_caches()
+            del sys.modules[name]  # a reload would keep what is no longer there
+    module = import_module(name)
+    _TEXTS[name] = _text_of(module)
+    return module
+
+
+def load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
+    """Imports 'module:function'; the module may lie beside the schedule."""
+    assert settings.callable is not None
+    module, _, name = settings.callable.partition(":")
+    beside = str(folder.resolve())
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: it must not hide an installed module
+    where = f"{settings.at('callable')}: '{settings.callable}'"
+    try:
+        found = _imported(module)
+    except Exception as error:  # importing runs the user's own code
+        raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
+    # A module of that name may be installed, or have lain beside another schedule.
+    near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
+    loaded = Path(getattr(found, "__file__", None) or "").resolve()
+    if any(file.is_file() and file.resolve() != loaded for file in near):
+        raise FastmergeError(
+            f"{where}: beside the schedule lies a '{module}', and another one is loaded "
+            f"({loaded}); rename one of them"
+        )
+    function: ScoreFunction | None = getattr(found, name, None)
+    if function is None:
+        raise FastmergeError(f"{where}: the module has no '{name}'")
+    if not callable(function):
+        raise FastmergeError(f"{where}: is no function")
+    return function
+
+
+def _in_user_code(error: BaseException) -> str:
+    """What went wrong and where, in a line: 'scoring.py:12: ZeroDivisionError: ...'."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or '').name}:{error.lineno}: "
+    return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _identity(function: Any) -> list[str]:
+    """What shows that a function has changed: the texts of its file and its decorators' (which hold
+    helpers and constants too), and the plain values that it closes over or is bound to.
+    """
+    found: list[str] = []
+    seen: set[int] = set()
+    left = [function]
+    while left:
+        value = left.pop()
+        if isinstance(value, (*_PLAIN, np.generic, Path)):
+            found.append(repr(value))
+        elif id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple)):
+            left += ["]", *value, f"[{len(value)}"]
+        elif isinstance(value, (set, frozenset)):
+            found.append(repr(sorted(map(repr, value))))
+        elif isinstance(value, np.ndarray):
+            found.append(digest([value.dtype.str, value.shape, value.tobytes().hex()]))
+        elif isinstance(value, dict):
+            left += ["]", *(x for pair in value.items() for x in pair), f"[{len(value)}"]
+        elif isinstance(value, functools.partial):
+            left += [value.func, value.args, value.keywords]
+        elif inspect.ismethod(value):
+            left += [value.__func__, *_attributes(value.__self__)]
+        elif inspect.isfunction(value):
+            found += [value.__qualname__, _text_of(value)]
+            left += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
+            left += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        elif value is function:  # an object that can be called
+            found += [type(value).__qualname__, _text_of(type(value))]
+            left += _attributes(value)
+    return found
+
+
+def _attributes(thing: Any) -> list[Any]:
+    return [] if inspect.isclass(thing) else list(getattr(thing, "__dict__", {}).items())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _text_of(thing: Any) -> str:
+    """The text of the file that defines it; in a notebook its own; "" where there is none."""
+    try:
+        # Not getsource alone: it looks through decorators, which may close over something.
+        file = Path(inspect.getsourcefile(thing) or "")
+        return file.read_text("utf-8") if file.is_file() else inspect.getsource(thing)
+    except (OSError, TypeError, UnicodeDecodeError):
+        return ""  # built in, or made by exec
+
+
+class CallableScorer:
+    """A function of the model; it may also take ``split`` and ``limit``.
+
+    It returns a number, or the list of its items' numbers, for each task. They are taken as they
+    are: return percent where they meet accuracies given in the schedule.
+    """
+
+    def __init__(self, function: ScoreFunction, settings: Evaluate) -> None:
+        self._function = function
+        self._name = settings.callable or getattr(function, "__qualname__", "callable")
+        signature = inspect.signature(function)
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
+        # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
+        self._takes = {"split", "limit"} & set(signature.parameters)
+        self._limit = settings.limit
+        for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
+            if asked and "limit" not in self._takes:
+                raise FastmergeError(
+                    f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
+                    "or remove the key"
+                )
+        self._key = digest([self._name, _identity(function), settings.scoring_settings])
+
+    @property
+    def key(self) -> str:
+        return self._key
+
+    @property
+    def version(self) -> str:
+        return f"callable {self._name}"
+
+    def has(self, split: str) -> bool:
+        return split == "steer" or "split" in self._takes
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+        limits = [n for n in (limit, self._limit) if n is not None]
+        given = {"split": split, "limit": min(limits, default=None)}
+        options = {name: value for name, value in given.items() if name in self._takes}
+        try:
+            answer = self._function(model, **options)
+        except Exception as error:  # the user's own code
+            raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
+        if not isinstance(answer, Mapping) or not answer:
+            raise FastmergeError(
+                f"{self._name}: must return a dict of task names and numbers, "
+                f"not {type(answer).__name__}"
+            )
+        return Scores({str(name): self._task(name, value) for name, value in answer.items()})
+
+    def _task(self, name: str, value: Any) -> TaskScore:
+        try:
+            # None would become NaN, a score that is refused without a word about why.
+            if value is None or (isinstance(value, (list, tuple)) and None in value):
+                raise TypeError("it is None")
+            numbers = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
+            raise FastmergeError(
+                f"{self._name}: the score of '{name}' is no number: {error}"
+            ) from error
+        if numbers.ndim == 0:
+            return TaskScore(float(numbers), "score", 1)
+        if not numbers.size:
+            raise FastmergeError(f"{self._name}: '{name}' has no items to score")
+        items = {str(name): tuple(float(x) for x in numbers.ravel())}
+        return TaskScore(float(numbers.mean()), "score", numbers.size, items)

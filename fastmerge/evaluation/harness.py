@@ -1,0 +1,446 @@
+"""lm-evaluation-harness in process, on a model that exists only in memory.
+
+The tasks and the model wrapper are built once; the weights change in place between calls. The
+harness's own result cache (``use_cache``) is never used: its key does not see the weights change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.evaluation.settings import Evaluate, Task, overlap
+from fastmerge.llama import load_tokenizer
+from fastmerge.recipe.located import LocatedDict
+
+_MMLU_SUBJECTS = 57
+BUILT_IN = True  # whether names may be tasks of the harness's own
+_FEWSHOT_SEED = 1234  # the harness's own default
+
+# Their samples are (log-likelihood, weight); the score is exp(ll / weight), which is bounded.
+_PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One row of a score table: one harness task, or the plain mean of several."""
+
+    key: str
+    parts: Mapping[str, Any]  # the harness's task objects by name
+    metric: str  # "acc,none"; "" = the first the task lists
+    span: tuple[int, int | None]
+
+
+class Harness:
+    """The tasks of one run, loaded once."""
+
+    def __init__(self, settings: Evaluate, folder: Path, tokenizer_folder: Path) -> None:
+        """Loads every task. Raises FastmergeError for unknown tasks and data that is not there."""
+        self._settings = settings
+        self._preset = settings.preset is not None
+        sources = _Sources(settings, folder)
+        if sources.local_only:
+            # Nothing to look up: do not let the libraries try the network first.
+            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+                os.environ.setdefault(name, "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._lm: Any = None
+        self._model: Any = None
+        manager = sources.manager()
+        if self._preset:
+            check_leaderboard_data(manager)
+        self._units = {
+            "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
+            "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
+        }
+        for entries, split in ((sources.steering, "steer"), (sources.holdout, "holdout")):
+            self._check_shared(entries, self._units[split])
+        self._check_holdout(sources.holdout)
+        for units in self._units.values():
+            _samples(units, settings.limit)  # refuses ranges without documents
+        self._tokenizer = load_tokenizer(tokenizer_folder)
+        self._texts = sources.texts
+
+    @property
+    def version(self) -> str:
+        """The harness's version, for the report."""
+        from importlib.metadata import version
+
+        return f"lm_eval {version('lm_eval')}"
+
+    @property
+    def key(self) -> str:
+        """A digest of all settings that decide a score, the task files' texts included."""
+        from importlib.metadata import version
+
+        values = self._settings.model_dump(exclude={"every", "stages", "bootstrap"})
+        return digest([values, self._texts, version("lm_eval")])
+
+    def has(self, split: str) -> bool:
+        """Whether any task belongs to ``split`` ('steer' or 'holdout')."""
+        return bool(self._units[split])
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+        """The scores of ``model`` as it is in memory now; at most ``limit`` items a task."""
+        import lm_eval
+
+        units = self._units[split]
+        limits = [n for n in (limit, self._settings.limit) if n is not None]
+        tasks = {name: task for unit in units for name, task in unit.parts.items()}
+        samples = _samples(units, min(limits) if limits else None)
+        lm = self._wrapped(model)
+        for task in tasks.values():
+            # The sampler's generator runs on from call to call: the same examples need a new start.
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        with quiet():
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+                samples=samples,
+                bootstrap_iters=0,
+                log_samples=True,
+            )
+        return Scores({unit.key: _read(unit, results) for unit in units})
+
+    def _wrapped(self, model: Any) -> Any:
+        if self._lm is None or self._model is not model:
+            from lm_eval.models.huggingface import HFLM
+
+            options: dict[str, Any] = {"batch_size": self._settings.batch_size}
+            if self._settings.max_length is not None:
+                options["max_length"] = self._settings.max_length
+            if self._preset:
+                options["add_bos_token"] = False  # the leaderboard's harness added none
+            with quiet():
+                self._lm = HFLM(pretrained=model, tokenizer=self._tokenizer, **options)
+            self._model = model
+        return self._lm
+
+    def _check_shared(self, entries: Sequence[Task], units: Sequence[_Unit]) -> None:
+        """Refuses a harness task that two entries of a split hold: it would be scored once, by the
+        settings of the last, and its items counted twice.
+        """
+        owners: dict[str, str] = {}
+        for entry, unit in zip(entries, units, strict=True):
+            for name in unit.parts:
+                if name in owners:
+                    raise FastmergeError(
+                        f"{entry.where}: '{name}' is part of '{owners[name]}' already; name it "
+                        "once, with one range of 'items'"
+                    )
+                owners[name] = unit.key
+
+    def _check_holdout(self, entries: Sequence[Task]) -> None:
+        """Refuses what steers too: the schedule cannot see what a preset or a group consists of."""
+        for entry, held in zip(entries, self._units["holdout"], strict=True):
+            for unit in self._units["steer"]:
+                shared = [name for name in held.parts if name in unit.parts]
+                if shared and overlap(held.span, unit.span):
+                    raise FastmergeError(
+                        f"{entry.where}: '{shared[0]}' is both a steering task (of '{unit.key}') "
+                        "and a hold-out: give the hold-out another task"
+                    )
+
+    def _unit(self, manager: Any, sources: _Sources, entry: Task) -> _Unit:
+        name = sources.names[entry.name]
+        if name not in manager.all_tasks:
+            hint = nearest(name, manager.all_tasks, limit=6)
+            raise FastmergeError(f"{entry.where}: unknown task '{name}'; {hint}")
+        try:
+            with quiet():
+                loaded = manager.load([name])
+        except _load_errors() as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise FastmergeError(
+                f"{entry.where}: task '{name}' cannot be loaded ({type(error).__name__}: {reason})"
+            ) from error
+        parts = dict(sorted(loaded["tasks"].items()))
+        if self._preset and name == "mmlu" and len(parts) != _MMLU_SUBJECTS:
+            raise FastmergeError(f"mmlu: {len(parts)} subjects, not {_MMLU_SUBJECTS}")
+        shots = entry.num_fewshot if entry.num_fewshot is not None else self._settings.num_fewshot
+        for part in parts.values():
+            own = part.get_config("num_fewshot")
+            if shots is not None and own != 0:  # as the harness: a 0 in the task file is final
+                part.set_config(key="num_fewshot", value=shots)
+            elif own is None:
+                part.set_config(key="num_fewshot", value=0)
+            _check_metric(entry, part)
+            _check_shots(entry, part)
+        return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
+
+
+class _Sources:
+    """Where the tasks come from: names of the harness, or local files."""
+
+    def __init__(self, settings: Evaluate, folder: Path) -> None:
+        self.steering: Sequence[Task] = settings.tasks
+        self.holdout: Sequence[Task] = settings.holdout
+        self.names: dict[str, str] = {}
+        self.titles: dict[str, str] = {}  # of a preset's tasks
+        self.texts: dict[str, str] = {}
+        self._folders = [str(_find(folder, path)) for path in settings.include_path]
+        for given, path in zip(settings.include_path, self._folders, strict=True):
+            if not Path(path).is_dir():
+                raise FastmergeError(f"{settings.at('include_path')}: no such folder: {given}")
+        if settings.preset is not None:
+            self.steering = [
+                Task(name=name, num_fewshot=shots, metric=metric)
+                for _, name, shots, metric in LEADERBOARD_V1
+            ]
+            here = LocatedDict()  # the user wrote the preset, not these tasks
+            here.where, here.at = settings.at("preset"), {}
+            for task in self.steering:
+                task.locate(here)
+        for title, name, _, _ in LEADERBOARD_V1 if settings.preset is not None else ():
+            self.titles[name] = title
+        for path in self._folders:
+            for file in sorted(Path(path).glob("**/*.y*ml")):
+                self.texts[file.name] = file.read_text()
+        known = {_task_name(text) for text in self.texts.values()}
+        for entry in (*self.steering, *self.holdout):
+            name = entry.name
+            if name.endswith((".yaml", ".yml")):
+                file = _find(folder, name)
+                if not file.is_file():
+                    raise FastmergeError(f"{entry.where}: no such task file: {name}")
+                self.texts[file.name] = file.read_text()
+                self._folders.append(str(file.parent))
+                found = _task_name(self.texts[file.name])
+                if found is None:
+                    raise FastmergeError(f"{entry.where}: {name} has no 'task:' line")
+                name = found
+                known.add(name)
+            self.names[entry.name] = name
+        for file_name, text in dict(self.texts).items():
+            for data in _data_files(file_name, text):
+                self.texts[str(data)] = hashlib.sha256(data.read_bytes()).hexdigest()
+        self.local_only = all(name in known for name in self.names.values())
+
+    def manager(self) -> Any:
+        """The task index; without the 13 000 built-in tasks (12.8 s) when none is used."""
+        _import_harness()
+        from lm_eval.tasks import TaskManager
+
+        with quiet():
+            return TaskManager(
+                include_path=list(dict.fromkeys(self._folders)) or None,
+                include_defaults=BUILT_IN and not self.local_only,
+            )
+
+
+def _find(folder: Path, path: str) -> Path:
+    """A path of the schedule: from the schedule's folder, else from the working directory."""
+    near = folder / Path(path).expanduser()
+    return (near if near.exists() else Path(path).expanduser()).resolve()
+
+
+def _task_name(text: str) -> str | None:
+    found = re.search(r"^(?:task|group):[ \t]*['\"]?([\w./-]+)", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads task files without running their !function tags."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _data_files(name: str, text: str) -> list[Path]:
+    """A task's local data files; FastmergeError for one that is not there.
+
+    The harness takes relative ones from the working directory, not from the task file.
+    """
+    try:
+        document = yaml.load(text, Loader=_AnyTag)
+    except yaml.YAMLError as error:
+        raise FastmergeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, Mapping) or document.get("dataset_path") not in (
+        "json",
+        "csv",
+        "text",
+    ):
+        return []
+    options = document.get("dataset_kwargs")
+    files = options.get("data_files") if isinstance(options, Mapping) else None
+    listed = files.values() if isinstance(files, Mapping) else [files]
+    found = []
+    for item in listed:
+        for file in item if isinstance(item, list) else [item]:
+            if not isinstance(file, str) or "*" in file:
+                continue
+            if not Path(file).is_file():
+                raise FastmergeError(
+                    f"{name}: data file '{file}' not found (relative paths start at the working "
+                    "directory); write an absolute path"
+                )
+            found.append(Path(file))
+    return found
+
+
+def _import_harness() -> None:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise FastmergeError(
+            f"evaluation tasks need the harness ({error.name} is missing); install it with: "
+            "pip install 'fastmerge[eval]'"
+        ) from error
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What loading a task raises; for damaged data that is a class of the data library's own."""
+    own = import_module("datasets.exceptions").DatasetsError
+    # TypeError: a key that no task has; StopIteration: a data file without a line.
+    return OSError, ValueError, KeyError, TypeError, StopIteration, own
+
+
+def _check_shots(entry: Task, part: Any) -> None:
+    shots = part.get_config("num_fewshot")
+    if not shots:
+        return
+    examples = len(part.sampler.fewshot_docs())
+    # Drawn from the documents that are scored, one more is drawn and the scored one left out.
+    own = part.config.fewshot_split == (part.config.test_split or part.config.validation_split)
+    if shots + own > examples:
+        raise FastmergeError(
+            f"{entry.where}: num_fewshot {shots} is more than the task's {examples} examples allow"
+        )
+
+
+def _check_metric(entry: Task, part: Any) -> None:
+    metrics = list(part.aggregation())
+    if entry.metric is not None and entry.metric.partition(",")[0] not in metrics:
+        hint = nearest(entry.metric, metrics)
+        raise FastmergeError(f"{entry.where}: task has no metric '{entry.metric}'; {hint}")
+    chosen = (entry.metric or metrics[0]).partition(",")[0]
+    higher = part.higher_is_better().get(chosen, True)
+    if not higher and chosen not in _PERPLEXITIES:
+        raise FastmergeError(
+            f"{entry.where}: metric '{chosen}' falls as models improve; choose one of "
+            f"{', '.join(m for m in metrics if m != chosen) or 'another task'}"
+        )
+
+
+def _samples(units: Sequence[_Unit], limit: int | None) -> dict[str, list[int]] | None:
+    """The documents of each task, None for all of all tasks."""
+    if limit is None and all(unit.span == (0, None) for unit in units):
+        return None
+    chosen = {}
+    for unit in units:
+        begin, end = unit.span
+        for name, task in unit.parts.items():
+            last = len(task.eval_docs) if end is None else min(end, len(task.eval_docs))
+            if limit is not None:
+                last = min(last, begin + limit)
+            if last <= begin:
+                raise FastmergeError(f"task '{name}' has no documents from {begin} on")
+            chosen[name] = list(range(begin, last))
+    return chosen
+
+
+def _read(unit: _Unit, results: Mapping[str, Any]) -> TaskScore:
+    values, items, count = [], {}, 0
+    complete = True
+    metric = ""
+    for name in unit.parts:
+        row = results["results"][name]
+        metric = _metric_key(unit, name, row)
+        plain, _, chosen = metric.partition(",")
+        samples = [s for s in results["samples"][name] if s.get("filter", chosen) == chosen]
+        found = [_item(plain, sample.get(plain)) for sample in samples]
+        count += len(samples)
+        if any(item is None for item in found):
+            complete = False
+        else:
+            items[name] = tuple(item for item in found if item is not None)
+        if plain in _PERPLEXITIES:
+            if name not in items:
+                raise FastmergeError(f"task '{name}': no log-likelihoods to score '{plain}' by")
+            values.append(sum(items[name]) / len(items[name]))
+        else:
+            values.append(100.0 * float(row[metric]))
+            # An aggregation other than the mean has no per-item values to resample.
+            own = sum(items.get(name, ())) / max(len(items.get(name, ())), 1)
+            complete = complete and abs(own - values[-1]) < 1e-6 * max(abs(own), 1.0)
+    first = next(iter(unit.parts))
+    detail = {metric: float(results["results"][first][metric])} if len(values) == 1 else None
+    return TaskScore(sum(values) / len(values), metric, count, items if complete else None, detail)
+
+
+def _metric_key(unit: _Unit, name: str, row: Mapping[str, Any]) -> str:
+    """ "acc,none" from "acc": the first filter; or the task's first metric."""
+    keys = [key for key in row if "," in key and "_stderr" not in key]
+    wanted = unit.metric
+    if not wanted:
+        wanted = next(iter(unit.parts[name].aggregation()))
+    if wanted in keys:
+        return wanted
+    found = next((key for key in keys if key.partition(",")[0] == wanted), None)
+    if found is None:
+        raise FastmergeError(f"task '{name}': no metric '{wanted}'; {nearest(wanted, keys)}")
+    return found
+
+
+def _item(metric: str, value: Any) -> float | None:
+    """One document's score in percent; None for what is not a number."""
+    if metric in _PERPLEXITIES:
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not value[1]:
+            return None
+        return 100.0 * math.exp(min(float(value[0]) / float(value[1]), 0.0))
+    if isinstance(value, (bool, int, float)):
+        return 100.0 * float(value)
+    try:
+        return 100.0 * float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_leaderboard_data(manager: Any) -> None:
+    """Says at once which data sets of the leaderboard cannot be had."""
+    missing = []
+    for title, name, _, _ in LEADERBOARD_V1:
+        probe = "mmlu_anatomy" if name == "mmlu" else name  # one subject stands for the data set
+        try:
+            with quiet():
+                manager.load([probe])
+        except _load_errors() as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            missing.append(f"{title} ({reason[:80]})")
+    if missing:
+        raise FastmergeError(
+            f"open_llm_leaderboard_v1: {len(missing)} of {len(LEADERBOARD_V1)} data sets cannot be "
+            f"loaded: {'; '.join(missing)}; run once with internet, or bring a filled HF_HOME"
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the harness's logs and progress bars from the terminal; warnings of ours still show."""
+    names = ("lm_eval", "lm-eval", "datasets", "transformers")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

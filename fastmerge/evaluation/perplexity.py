@@ -1,0 +1,84 @@
+"""The perplexity of a text as a score."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge import llama
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.evaluation.settings import Evaluate
+
+
+class Perplexity:
+    """100 / perplexity of a text, window by window: bounded, and higher is better."""
+
+    def __init__(self, settings: Evaluate, folder: Path, tokenizer_folder: Path) -> None:
+        assert settings.perplexity is not None
+        near = folder / settings.perplexity
+        path = near if near.exists() else Path(settings.perplexity)
+        try:
+            self._text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise FastmergeError(
+                f"{settings.at('perplexity')}: {path}: cannot be read ({error.strerror})"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise FastmergeError(f"{settings.at('perplexity')}: {path}: {error}") from error
+        self._settings = settings
+        self._name = path.stem
+        ids = llama.load_tokenizer(tokenizer_folder)(self._text)["input_ids"]
+        if len(ids) < 2:
+            raise FastmergeError(f"{settings.at('perplexity')}: {path}: the text is too short")
+        self._ids = ids
+        self._windows: Any = None
+
+    @property
+    def key(self) -> str:
+        return digest([self._text, self._ids, self._settings.scoring_settings])
+
+    @property
+    def version(self) -> str:
+        return f"perplexity of {self._name}"
+
+    def has(self, split: str) -> bool:
+        return split == "steer"
+
+    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+        import torch
+
+        if split != "steer":
+            raise ValueError("a perplexity has no hold-out")
+        if self._windows is None:
+            self._windows = self._cut(model)
+        limits = [n for n in (limit, self._settings.limit) if n is not None]
+        windows = self._windows[: min(limits)] if limits else self._windows
+        losses, tokens = [], []
+        with torch.no_grad():
+            for window in windows:
+                ids = window[None].to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+                losses.append(float(loss))
+                tokens.append(len(window) - 1)
+        mean = float(np.average(losses, weights=tokens))
+        items = tuple(100.0 * math.exp(-loss) for loss in losses)
+        detail = {"perplexity": math.exp(mean) if mean < 700 else math.inf}
+        task = TaskScore(
+            float(np.mean(items)), "100/perplexity", len(items), {self._name: items}, detail
+        )
+        return Scores({self._name: task})
+
+    def _cut(self, model: Any) -> Any:
+        import torch
+
+        ids = torch.tensor(self._ids, dtype=torch.long)
+        length = self._settings.max_length or int(
+            getattr(model.config, "max_position_embeddings", 1024)
+        )
+        return [window for window in torch.split(ids, length) if len(window) > 1]

@@ -1,0 +1,72 @@
+"""What an evaluation says: scores in percent, by task and item."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's score in percent. ``items``: each item's, by part (a group's tasks), if known."""
+
+    value: float
+    metric: str
+    count: int
+    items: Mapping[str, tuple[float, ...]] | None = None
+    detail: Mapping[str, float] | None = None  # the harness's own numbers, perplexity, ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one state on one split; ``value`` is the plain mean over its tasks, percent."""
+
+    tasks: Mapping[str, TaskScore]
+
+    @property
+    def value(self) -> float:
+        """NaN when any task's score is."""
+        values = [task.value for task in self.tasks.values()]
+        return float(np.mean(values)) if values else math.nan
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; NaN as null."""
+        return {
+            name: {
+                "value": none(task.value),
+                "metric": task.metric,
+                "count": task.count,
+                "items": None
+                if task.items is None
+                else {k: [float(f"{x:.9g}") for x in v] for k, v in task.items.items()},
+                "detail": None if task.detail is None else dict(task.detail),
+            }
+            for name, task in self.tasks.items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Scores:
+        """The inverse of as_json."""
+        return cls(
+            {
+                name: TaskScore(
+                    math.nan if task["value"] is None else task["value"],
+                    task["metric"],
+                    task["count"],
+                    None
+                    if task["items"] is None
+                    else {k: tuple(v) for k, v in task["items"].items()},
+                    task["detail"],
+                )
+                for name, task in values.items()
+            }
+        )
+
+
+def none(value: float | None) -> float | None:
+    """The value as JSON can hold it: None for NaN and infinities."""
+    return None if value is None or not math.isfinite(value) else value

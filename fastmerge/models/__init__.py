@@ -1,0 +1,1 @@
+"""Models: what is on disk, checked before a weight is read."""

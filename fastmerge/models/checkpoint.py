@@ -1,0 +1,192 @@
+"""One model on disk: its tensors, its mapped weights, its fingerprint.
+
+Every header is read and checked when it is opened; weights are mapped when they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastmerge import _C
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.models.folder import INDEX, check_index, find_files
+from fastmerge.models.header import (
+    Header,
+    Stamp,
+    TensorInfo,
+    read_header,
+    read_object,
+    show,
+    stamp_of,
+    unreadable,
+)
+
+_SAMPLE_BYTES = 4096
+_MAX_SAMPLES = 12_288  # 48 MiB: under a second even where every read is a seek on flash
+
+
+class Checkpoint:
+    """The tensors and the config of one model on disk; safe to share between threads.
+
+    path: the folder (or single file) opened. config: config.json in it (or beside it), {} where
+    there is none.
+    tensors: by name, in file order. metadata: the files' ``__metadata__``, the first file's entry
+    winning.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        files: tuple[Path, ...],
+        stamp: tuple[Stamp, ...],
+        headers: tuple[Header, ...],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.files = files
+        self.stamp = stamp
+        self.tensors = {info.name: info for header in headers for info in header.tensors}
+        self.metadata: dict[str, str] = {}
+        for header in reversed(headers):
+            self.metadata.update(header.metadata)
+        self.total_bytes = sum(info.nbytes for info in self.tensors.values())
+        self._digests = tuple(header.digest for header in headers)
+        self._lock = threading.Lock()
+        self._mappings: dict[int, _C.Mapping] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Reads and checks every header of the model at ``path``; no weights.
+
+        path: a folder with model.safetensors, or with shards and model.safetensors.index.json, or
+        one .safetensors file. Raises FastmergeError for what is missing, unreadable or malformed.
+        """
+        path = Path(path)
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise FastmergeError(f"{path}: the path is not UTF-8; rename the folder") from None
+        config: dict[str, Any] = {}
+        weight_map: dict[str, str] | None = None
+        if path.is_dir():
+            files, weight_map = find_files(path)
+        elif path.suffix == ".safetensors" and path.exists():
+            files = (path,)
+        elif path.exists():
+            raise FastmergeError(f"{path}: not a model folder or a .safetensors file")
+        else:
+            raise FastmergeError(f"{path}: no such file or folder")
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        if beside.exists():
+            config = read_object(beside)
+        opened = [read_header(file, index) for index, file in enumerate(files)]
+        headers = tuple(header for header, _ in opened)
+        if weight_map is not None:
+            check_index(path / INDEX, weight_map, files, headers)
+        return cls(path, config, files, tuple(stamp for _, stamp in opened), headers)
+
+    def __repr__(self) -> str:
+        return (
+            f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors, {self.total_bytes} bytes)"
+        )
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor called ``name``; FastmergeError with the nearest name where there is none."""
+        found = self.tensors.get(name)
+        if found is None:
+            hint = nearest(name, self.tensors, limit=3)
+            raise FastmergeError(f"{self.path}: no tensor {show(name)}; {hint}")
+        return found
+
+    def view(self, name: str, *, raw: bool = False) -> _C.View:
+        """The mapped tensor: its elements, or bytes if ``raw`` or of a type without kernels."""
+        info = self.info(name)
+        mapping = self._mapping(info.file)
+        if raw or not info.dtype.mergeable:
+            return mapping.view(info.begin, info.nbytes, "RAW")
+        return mapping.view(info.begin, info.count, info.dtype.code)
+
+    def prefetch(self, name: str) -> None:
+        """Brings the tensor's pages in; blocks while a cold disk is read: call it from a thread."""
+        info = self.info(name)
+        self._mapping(info.file).prefetch(info.begin, info.nbytes)
+
+    def drop(self, name: str) -> None:
+        """The tensor will not be read again: its pages stop counting as this process's memory."""
+        info = self.info(name)
+        self._mapping(info.file).drop(info.begin, info.nbytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that identifies the weights without reading them all.
+
+        Over, file by file in order: the file's size and its header bytes; then samples of 4 KiB
+        at the start, the middle and the end of every tensor (the whole of one that has at most
+        12 KiB). Where that makes more than 12 288 samples, every n-th is taken, n the smallest
+        that fits. Names and dates of files do not enter: equal copies have equal fingerprints.
+        A change that misses every sample goes unseen (see ``stamp`` for noticing those).
+        """
+        digest = hashlib.sha256(b"fastmerge checkpoint 1")
+        spots: list[tuple[int, int, int]] = []
+        for info in self.tensors.values():
+            if info.nbytes <= 3 * _SAMPLE_BYTES:
+                spots.append((info.file, info.begin, info.nbytes))
+                continue
+            last = info.nbytes - _SAMPLE_BYTES
+            spots += ((info.file, info.begin + at, _SAMPLE_BYTES) for at in (0, last // 2, last))
+        step = max(1, -(-len(spots) // _MAX_SAMPLES))
+        by_file: dict[int, list[tuple[int, int]]] = {}
+        for file, begin, nbytes in spots[::step]:
+            by_file.setdefault(file, []).append((begin, nbytes))
+        for index, path in enumerate(self.files):
+            digest.update(self.stamp[index].size.to_bytes(8, "little") + self._digests[index])
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    # Read-ahead would turn every 4 KiB into 128.
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                    for begin, nbytes in by_file.get(index, ()):
+                        digest.update(os.pread(descriptor, nbytes, begin))
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                unreadable(path, error)
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where a file is not the one whose header was read."""
+        for path, stamp in zip(self.files, self.stamp, strict=True):
+            try:
+                now = stamp_of(path, os.stat(path))
+            except OSError as error:
+                unreadable(path, error)
+            if now != stamp:
+                raise _changed(path)
+
+    def _mapping(self, index: int) -> _C.Mapping:
+        found = self._mappings.get(index)
+        if found is not None:
+            return found
+        with self._lock:
+            if index not in self._mappings:
+                path = self.files[index]
+                try:
+                    mapping = _C.Mapping(str(path))
+                    now = stamp_of(path, os.stat(path))
+                except OSError as error:
+                    unreadable(path, error)
+                # Reading on would use the offsets of a header that is no longer there.
+                if now != self.stamp[index] or mapping.size != now.size:
+                    raise _changed(path)
+                self._mappings[index] = mapping
+            return self._mappings[index]
+
+
+def _changed(path: Path) -> FastmergeError:
+    return FastmergeError(f"{path}: changed while it was being read; run again when it is complete")

@@ -1,0 +1,134 @@
+"""Which files of a folder make a model: its weights, and what lies beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fastmerge.errors import FastmergeError
+from fastmerge.models.header import Header, read_object, show
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+TOKENIZER_PATTERNS = (
+    "tokenizer*.json",
+    "tokenizer*.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenization_*.py",
+)
+# What a model folder holds beside its weights that a merged model needs too.
+SIDE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_PATTERNS,
+    "*preprocessor_config.json",
+    "processor_config.json",
+    # A config with `auto_map` names these and does not load without them. Copied, never run.
+    "configuration_*.py",
+    "modeling_*.py",
+)
+
+
+def side_files(path: Path) -> dict[str, Path]:
+    """What a merged model takes over from the one at ``path``, by name: config, tokenizer, ..."""
+    folder = path if path.is_dir() else path.parent
+    found = {
+        file.name: file
+        for pattern in SIDE_PATTERNS
+        for file in folder.glob(pattern)
+        if file.is_file()
+    }
+    found.pop(INDEX, None)
+    return dict(sorted(found.items()))
+
+
+# --- finding the files ---
+
+
+def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists():
+        weight_map = _read_weight_map(index)
+        names = sorted(set(weight_map.values()))
+        if single.exists() and names != [SINGLE]:
+            raise FastmergeError(
+                f"{folder}: has both {SINGLE} and {INDEX} for other files; remove the stale one"
+            )
+        for name in names:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise FastmergeError(f"{index}: shard {show(name)} lies outside the folder")
+            if not (folder / name).exists():
+                raise FastmergeError(
+                    f"{index}: shard {show(name)} is missing; download or copy it again"
+                )
+        return tuple(folder / name for name in names), weight_map
+    if single.exists():
+        return (single,), None
+    if single.is_symlink():
+        raise FastmergeError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if any("-of-" in name for name in others):
+        raise FastmergeError(f"{folder}: has shards but no {INDEX}; download or copy it again")
+    if any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
+        raise FastmergeError(
+            f"{folder}: a LoRA adapter, not a model; merge it into its base with peft first"
+        )
+    if others:
+        raise FastmergeError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")
+    pickled = sorted(
+        file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")
+    )
+    if pickled:
+        raise FastmergeError(
+            f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert: "
+            f'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}', dtype='auto')"
+            f".save_pretrained('{folder}-safe', safe_serialization=True)\""
+        )
+    if any(folder.glob("*.gguf")):
+        raise FastmergeError(f"{folder}: GGUF files, which are quantised; get the safetensors ones")
+    raise FastmergeError(f"{folder}: no {SINGLE} or {INDEX} in it")
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_object(index, strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FastmergeError(f"{index}: has no 'weight_map'")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise FastmergeError(f"{index}: tensor {show(name)} has no shard name")
+    return weight_map
+
+
+def check_index(
+    index: Path, weight_map: Mapping[str, str], files: tuple[Path, ...], headers: Iterable[Header]
+) -> None:
+    missing = dict(weight_map)
+    for file, header in zip(files, headers, strict=True):
+        shard = file.relative_to(index.parent).as_posix()
+        for info in header.tensors:
+            place = missing.pop(info.name, None)
+            if place == shard:
+                continue
+            place = weight_map.get(info.name)
+            where = (
+                f"but the index places it in '{place}'"
+                if place
+                else "but the index does not list it"
+            )
+            raise FastmergeError(
+                f"{file}: has tensor {show(info.name)}, {where}; one of the two is stale"
+            )
+    for name, shard in missing.items():
+        raise FastmergeError(f"{index}: tensor {show(name)} is not in its shard '{shard}'")

@@ -1,0 +1,231 @@
+"""The safetensors format: one file's header, checked in full.
+
+As strict as the safetensors library, and beyond it: duplicate keys and unknown fields are refused.
+Every refusal is one line that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from fastmerge.dtypes import BY_CODE, DType
+from fastmerge.errors import FastmergeError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
+_MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the headers describe it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int  # index into Checkpoint.files
+    begin: int  # byte offset in that file
+    nbytes: int
+    count: int  # elements
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is touched: cheap to compare, proves nothing about content."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def show(name: str) -> str:
+    """A tensor or key name fit for a one-line message."""
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return f"'{text}'" if len(text) <= 120 else f"'{text[:117]}...'"
+
+
+# --- one header ---
+
+
+class Header(NamedTuple):
+    tensors: list[TensorInfo]  # in file order
+    metadata: dict[str, str]
+    digest: bytes
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {show(key)}")
+            seen.add(key)
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse_object(data: bytes, *, strict: bool) -> dict[str, Any]:
+    """One JSON object; ValueError says what it is instead. strict: no duplicate keys, no NaN."""
+    try:
+        text = data.decode("utf-8")
+        if strict:
+            found = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        else:
+            found = json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    try:
+        return _parse_object(path.read_bytes(), strict=strict)
+    except OSError as error:
+        unreadable(path, error)
+    except ValueError as error:
+        raise FastmergeError(f"{path}: {error}") from None
+
+
+def unreadable(path: Path, error: OSError) -> NoReturn:
+    raise FastmergeError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def stamp_of(path: Path, info: os.stat_result) -> Stamp:
+    return Stamp(str(path.resolve()), info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FastmergeError(f"{path}: not a regular file")
+            size = status.st_size
+            if size < 8:
+                raise FastmergeError(f"{path}: truncated: {size} bytes, not even a header length")
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if length == _LFS_POINTER:
+                raise FastmergeError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
+            if length > MAX_HEADER_BYTES:
+                raise FastmergeError(
+                    f"{path}: header length {length} is over {MAX_HEADER_BYTES}; not safetensors"
+                )
+            if length > size - 8:
+                raise FastmergeError(
+                    f"{path}: truncated: {size} bytes, but its header alone takes {8 + length}"
+                )
+            data = os.pread(descriptor, length, 8)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        unreadable(path, error)
+    try:
+        if not data.startswith(b"{"):
+            raise ValueError("does not start with '{'")
+        parsed = _parse_object(data, strict=True)
+        metadata = _check_metadata(parsed.pop("__metadata__", {}))
+        tensors = [_check_tensor(name, entry, file, 8 + length) for name, entry in parsed.items()]
+        tensors.sort(key=lambda info: (info.begin, info.nbytes))
+        _check_coverage(tensors, 8 + length, size)
+    except ValueError as error:
+        raise FastmergeError(f"{path}: bad header: {error}") from None
+    return Header(tensors, metadata, hashlib.sha256(data).digest()), stamp_of(path, status)
+
+
+def _check_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise ValueError("__metadata__ must map strings to strings")
+    return metadata
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise ValueError(
+            f"tensor {show(name)} must have dtype, shape and data_offsets, and nothing else"
+        )
+    if not name.isascii():
+        _check_text(name)
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise ValueError(f"tensor {show(name)} has unknown dtype {show(str(code))}")
+    if not _are_sizes(shape):
+        raise ValueError(
+            f"tensor {show(name)} has shape {show(str(shape))}; need non-negative integers"
+        )
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(
+            f"tensor {show(name)} has data_offsets {show(str(offsets))}; need [begin, end]"
+        )
+    count = math.prod(shape)
+    # A zero in the shape must not hide an overflow from readers that multiply in 64 bits.
+    if math.prod(size or 1 for size in shape) * dtype.bits > _MAX_INT:
+        raise ValueError(f"tensor {show(name)} overflows: shape {show(str(shape))}")
+    if count * dtype.bits % 8:
+        raise ValueError(
+            f"tensor {show(name)} does not fill whole bytes: {count} elements of {dtype.code}"
+        )
+    begin, end = offsets
+    if end - begin != dtype.bytes_for(count):
+        raise ValueError(
+            f"tensor {show(name)} needs {dtype.bytes_for(count)} bytes for {dtype.code} of shape "
+            f"{show(str(shape))}, but its data_offsets span {end - begin}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_begin + begin, end - begin, count)
+
+
+def _check_text(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"tensor {show(name)} has a name that is not Unicode text") from None
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item <= _MAX_INT for item in value
+    )
+
+
+def _check_coverage(tensors: Iterable[TensorInfo], data_begin: int, size: int) -> None:
+    """The tensors' bytes start at the header's end, touch, never overlap, and end with the file."""
+    end = data_begin
+    for info in tensors:
+        if info.begin < end:
+            raise ValueError(
+                f"tensor {show(info.name)} overlaps the one before it by {end - info.begin} bytes"
+            )
+        if info.begin > end:
+            raise ValueError(
+                f"{info.begin - end} bytes before tensor {show(info.name)} belong to no tensor"
+            )
+        end = info.begin + info.nbytes
+    if end > size:
+        raise ValueError(f"the file is truncated: {size} bytes, but the tensors need {end}")
+    if end < size:
+        raise ValueError(f"{size - end} bytes at the end of the file belong to no tensor")

@@ -1,0 +1,1 @@
+"""A model folder that is either absent or whole, and what lies in it beside the weights."""

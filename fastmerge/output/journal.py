@@ -1,0 +1,119 @@
+"""The lock of a target, and what survives a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import FastmergeError
+from fastmerge.output.place import explain
+
+
+def _is_head(line: Any) -> bool:
+    return isinstance(line, dict) and {"job", "boot", "folder"} <= line.keys()
+
+
+def _is_entry(line: Any) -> bool:
+    return (
+        isinstance(line, list)
+        and len(line) == 2
+        and isinstance(line[0], str)
+        and isinstance(line[1], dict)
+    )
+
+
+class Journal:
+    """The lock of a target, and its finished tensors: a JSON line about the job, one per tensor.
+
+    Appended with plain writes: a killed process loses none of them; a torn last line is ignored.
+    Nothing is synced, so entries do not outlive the boot that they were written in.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path = path
+        self.job = ""
+        self.entries = 0
+        self.begun = False  # this process owns what the partial folder holds
+        try:
+            self._descriptor = self._locked(path)
+        except BlockingIOError:
+            raise FastmergeError(f"{target}: another merge is writing it now ({path})") from None
+        except OSError as error:
+            raise explain(error, target) from error
+
+    @staticmethod
+    def _locked(path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held the lock may have removed the file after we opened it.
+                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _entries(self) -> tuple[dict[str, Any], list[Any], int]:
+        """The job, the entries that are whole, and the bytes of both. A power cut may leave blocks
+        that were never written: what follows the first damaged line counts for nothing.
+        """
+        text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        found: list[Any] = []
+        size = 0
+        for line in text.split(b"\n")[:-1]:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not (_is_entry(entry) if found else _is_head(entry)):
+                break
+            found.append(entry)
+            size += len(line) + 1
+        return found[0] if found else {}, found[1:], size
+
+    def folder(self) -> int:
+        """The inode of the folder that the journal is about; 0 for an empty journal."""
+        return int(self._entries()[0].get("folder", 0))
+
+    def read(self, inode: int) -> dict[str, dict[str, Any]]:
+        """The tensors listed, if of this boot and of the folder with this inode; else none."""
+        head, entries, size = self._entries()
+        if head.get("boot") != _boot() or head["folder"] != inode:
+            return {}
+        os.ftruncate(self._descriptor, size)
+        self.job, self.entries = head["job"], len(entries)
+        return dict(entries)
+
+    def begin(self, job: str, inode: int) -> None:
+        os.ftruncate(self._descriptor, 0)
+        self.job, self.entries, self.begun = job, 0, True
+        self._append([json.dumps({"job": job, "boot": _boot(), "folder": inode})])
+
+    def add(self, results: Mapping[str, dict[str, Any]]) -> None:
+        self._append([json.dumps(item) for item in results.items()])
+        self.entries += len(results)
+
+    def _append(self, lines: list[str]) -> None:
+        data = "".join(line + "\n" for line in lines).encode()
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def close(self, *, remove: bool) -> None:
+        if self._descriptor >= 0:
+            if remove:
+                self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,257 @@
+"""Makes the trees of one document's output tensors; what is refused, and in which words, is at the
+end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastmerge.dtypes import F32, DType
+from fastmerge.errors import FastmergeError
+from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+from fastmerge.tree.nodes import Merge, Source
+
+# ---------------------------------------------------------------- tensors
+
+
+class Builder:
+    """Makes the output tensors of one document."""
+
+    def __init__(self, dtype: DType | None, seed: int | None, models: Sequence[Checkpoint]) -> None:
+        self._dtype = dtype  # None: the inputs' promoted type
+        self._seed = seed
+        self._models = models
+        self._tried: set[tuple[int, ...]] = set()  # see _try_rule
+
+    def whole(self, part: Part) -> dict[str, TensorPlan]:
+        """Every tensor of the lead, merged with its namesakes."""
+        lead = part.lead.view
+        others = [item for item in part.inputs if item.view is not lead]
+        for item in others:
+            _check_names(lead.tensors, item.view.tensors, part.lead, item)
+        result = {}
+        for name in lead.tensors:
+            sources = [item.view.tensors[name] for item in part.inputs]
+            t = position(lead, name) if part.varies else 0.0
+            result[name] = self._tensor(part, name, sources, t)
+        return result
+
+    def stacked(self, parts: Sequence[Part]) -> dict[str, TensorPlan]:
+        """The layers of every slice, renumbered; what precedes and follows them from the first and
+        last slice.
+        """
+        first, last = parts[0], parts[-1]
+        stack = first.lead.view.stack
+        assert stack is not None  # _Planner._source refused the recipe otherwise
+        result = self._around(first, stack, stack.before)
+        index = 0
+        for part in parts:
+            if part.lead.view.stack != stack:
+                raise FastmergeError(
+                    f"{part.where}: '{part.lead.view.label}' names its layers otherwise than "
+                    f"'{first.lead.view.label}' ({stack.layers}.N)"
+                )
+            length = part.layers or 0
+            for offset in range(length):
+                # One layer alone stands at the gradient's end, as in mergekit.
+                t = offset / (length - 1) if length > 1 else 1.0
+                result |= self._layer(part, stack, offset, index, t)
+                index += 1
+        return result | self._around(last, stack, stack.after)
+
+    def _layer(
+        self, part: Part, stack: Stack, offset: int, index: int, t: float
+    ) -> dict[str, TensorPlan]:
+        def layer(item: Input) -> dict[str, TensorPlan]:
+            return item.view.layers.get(stack.layers, {}).get(item.start + offset, {})
+
+        lead = layer(part.lead)
+        layers = [layer(item) for item in part.inputs]
+        for item, other in zip(part.inputs, layers, strict=True):
+            prefix = f"{stack.layers}.{item.start + offset}."
+            _check_names(lead, other, part.lead, item, prefix)
+        result = {}
+        for rest in lead:
+            name = f"{stack.layers}.{index}.{rest}"
+            result[name] = self._tensor(part, name, [other[rest] for other in layers], t)
+        return result
+
+    def _around(self, part: Part, stack: Stack, prefixes: tuple[str, ...]) -> dict[str, TensorPlan]:
+        around = [self._outside(item, stack, prefixes) for item in part.inputs]
+        lead = self._outside(part.lead, stack, prefixes)
+        for item, other in zip(part.inputs, around, strict=True):
+            _check_names(lead, other, part.lead, item)
+        return {
+            name: self._tensor(part, name, [other[name] for other in around], 0.0) for name in lead
+        }
+
+    def _outside(
+        self, item: Input, stack: Stack, prefixes: tuple[str, ...]
+    ) -> dict[str, TensorPlan]:
+        """The tensors outside the layers whose names begin with ``prefixes``."""
+        found = {}
+        for name, tensor in item.view.tensors.items():
+            if name.startswith(prefixes):
+                found[name] = tensor
+            elif not name.startswith((f"{stack.layers}.", *stack.before, *stack.after)):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' of model '{item.view.label}' is in no layer "
+                    "and not known to stand before or after them, so 'slices:' cannot place it; "
+                    "use 'models:'"
+                )
+        return found
+
+    def _tensor(self, part: Part, name: str, sources: Sequence[TensorPlan], t: float) -> TensorPlan:
+        """One output tensor from its inputs (parallel to ``part.inputs``) at gradient position
+        ``t``.
+        """
+        first = sources[0]
+        for item, tensor in zip(part.inputs, sources, strict=True):
+            if tensor.shape != first.shape:
+                raise _shapes(name, part.inputs[0], first, item, tensor)
+        method, shape = part.method, first.shape
+        each = tuple(
+            values.at(sources[i].name, t)
+            for values, i in zip(part.each, part.operands, strict=True)
+        )
+        is_copy = method.name == "passthrough" and each[0]["scale"] is None
+        if not all(tensor.dtype.mergeable for tensor in sources):
+            self._check_copied(part, name, sources, is_copy)
+            lead = sources[part.base if part.base is not None else part.operands[0]]
+            return TensorPlan(name, shape, lead.dtype, lead.root)
+        dtype = self._dtype or _promoted(sources)
+        if is_copy and (dtype == first.dtype or isinstance(first.root, Merge)):
+            return TensorPlan(name, shape, dtype, first.root)
+        root = Merge(
+            method,
+            tuple(sources[i].root for i in part.operands),
+            None if part.base is None else sources[part.base].root,
+            part.shared.at(name, t),
+            each,
+            self._seed,
+            name,
+        )
+        self._try_rule(root, part)
+        return TensorPlan(name, shape, dtype, root)
+
+    def _try_rule(self, node: Merge, part: Part) -> None:
+        """Runs a combination's rule once for each set of values, on orthonormal vectors.
+
+        So weights that sum to zero are refused now and not in the middle of the merge.
+        """
+        key = (id(node.method), id(node.values), *map(id, node.operand_values))
+        if key in self._tried or node.method.rule is None:
+            return
+        self._tried.add(key)
+        gram = np.eye(len(node.inputs))
+        try:
+            node.method.rule(gram, node.values, node.operand_values, node.base is not None)
+        except FastmergeError as error:
+            raise FastmergeError(f"{part.where}: {error}") from None
+
+    def _check_copied(
+        self, part: Part, name: str, sources: Sequence[TensorPlan], is_copy: bool
+    ) -> None:
+        """A tensor that cannot be computed with is only taken over: alone, or as integers equal in
+        all models.
+        """
+        if is_copy:
+            return
+        for item, tensor in zip(part.inputs, sources, strict=True):
+            kind = tensor.dtype
+            if not kind.mergeable and not kind.name.startswith(("int", "uint", "bool")):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' of model '{item.view.label}' is {kind.name}, "
+                    "which fastmerge does not merge; convert it to bfloat16, float16 or float32 "
+                    "first"
+                )
+            if tensor is sources[0]:
+                continue
+            if kind != sources[0].dtype or self._bytes(tensor) != self._bytes(sources[0]):
+                raise FastmergeError(
+                    f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
+                    f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
+                    "copied when equal"
+                )
+
+    def _bytes(self, tensor: TensorPlan) -> bytes:
+        # Integer tensors are never computed, so their root is a source.
+        assert isinstance(tensor.root, Source)
+        view = self._models[tensor.root.model].view(tensor.root.name, raw=True)
+        return ctypes.string_at(view.address, view.nbytes)
+
+
+def position(view: View, name: str) -> float:
+    """Where a tensor's layer lies in its stack: 0 to 1; 0 outside layers, 1 in a stack of one."""
+    place = layer_of(name)
+    if place is None:
+        return 0.0
+    count = view.count(place.stack)
+    return place.number / (count - 1) if count > 1 else 1.0
+
+
+def _promoted(sources: Sequence[TensorPlan]) -> DType:
+    """The smallest type that holds all of the inputs' (bfloat16 with float16 gives float32)."""
+    first = sources[0].dtype
+    return first if all(tensor.dtype == first for tensor in sources) else F32
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_names(
+    lead: Mapping[str, Any],
+    other: Mapping[str, Any],
+    lead_item: Input,
+    item: Input,
+    prefix: str = "",
+) -> None:
+    if lead.keys() == other.keys():
+        return
+    lost = [name for name in lead if name not in other]
+    if lost:
+        raise _missing(prefix + lost[0], item, lead_item, len(lost))
+    extra = [name for name in other if name not in lead]
+    rest = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    raise FastmergeError(
+        f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
+        f"'{lead_item.view.label}' lacks: they are not of one "
+        f"architecture{_layer_counts(lead_item, item)}"
+    )
+
+
+def _missing(name: str, item: Input, lead: Input, count: int) -> FastmergeError:
+    rest = f" (and {count - 1} more)" if count > 1 else ""
+    return FastmergeError(
+        f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{rest}, which "
+        f"'{lead.view.label}' has: they are not of one architecture{_layer_counts(lead, item)}"
+    )
+
+
+def _layer_counts(lead: Input, item: Input) -> str:
+    counts = []
+    for view in (item.view, lead.view):
+        stack = view.stack
+        if stack is None:
+            return ""
+        counts.append(view.count(stack.layers))
+    return "" if counts[0] == counts[1] else f" ({counts[0]} and {counts[1]} layers)"
+
+
+def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> FastmergeError:
+    if name in VOCABULARY and x.shape[1:] == y.shape[1:]:
+        return FastmergeError(
+            f"{b.where}: vocabulary mismatch in '{name}': {x.shape[0]} rows in '{a.view.label}', "
+            f"{y.shape[0]} in '{b.view.label}'; fastmerge does not merge tokenizers yet: resize "
+            "one model's embeddings first"
+        )
+    return FastmergeError(
+        f"{b.where}: tensor '{name}' is {list(x.shape)} in model '{a.view.label}' but "
+        f"{list(y.shape)} in '{b.view.label}'; only models of one shape can be merged"
+    )

@@ -1,0 +1,142 @@
+"""The plan of a merge: every output tensor's tree, and what follows from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.inputs import (
+    TensorPlan,
+)
+from fastmerge.selection import MAGNITUDE
+from fastmerge.tree.collapse import collapse
+from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge needs to know before it reads a weight."""
+
+    models: tuple[Checkpoint, ...]
+    references: tuple[str, ...]  # parallel to models, as the user wrote them
+    tensors: tuple[TensorPlan, ...]  # in the order to write them
+    config: dict[str, Any]  # of the output
+    donor: Path  # whose tokenizer and other side files are copied
+    seed: int | None  # None: nothing is drawn
+    seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
+    recipe_text: str
+    notes: tuple[str, ...]  # what was decided that the recipe does not say
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of the source tensors of every output tensor, each counted once for each output."""
+        return sum(
+            self.models[leaf.model].tensors[leaf.name].nbytes
+            for tensor in self.tensors
+            for leaf in leaves([tensor.root])
+        )
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of tensor data written."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex) of all that decides the output's bytes: version, inputs, methods, values,
+        seed, dtypes.
+        """
+        from fastmerge.version import __version__
+
+        seen: dict[int, str] = {}
+        digest = hashlib.sha256()
+        head = [__version__, [model.fingerprint for model in self.models], self.config]
+        digest.update(json.dumps(head, sort_keys=True, default=str).encode())
+        for tensor in self.tensors:
+            tree = _node_key(tensor.root, seen)
+            digest.update(f"\n{tensor.name!r} {tensor.shape} {tensor.dtype.code} {tree}".encode())
+        return digest.hexdigest()
+
+    @property
+    def methods(self) -> dict[str, int]:
+        """How many output tensors each method makes; 'copy' for those taken as they are."""
+        roots = (tensor.root for tensor in self.tensors)
+        return dict(Counter(r.method.name if isinstance(r, Merge) else "copy" for r in roots))
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in plain values, for people and for JSON. ``passes`` is the most any tensor
+        needs over its inputs.
+        """
+        return {
+            "tensors": len(self.tensors),
+            "parameters": sum(tensor.count for tensor in self.tensors),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "passes": max((passes(tensor) for tensor in self.tensors), default=0),
+            "methods": self.methods,
+            "dtypes": dict(Counter(tensor.dtype.name for tensor in self.tensors)),
+            "largest_tensor_bytes": max((tensor.nbytes for tensor in self.tensors), default=0),
+            "models": [
+                {
+                    "reference": reference,
+                    "path": str(model.path),
+                    "tensors": len(model.tensors),
+                    "bytes": model.total_bytes,
+                }
+                for reference, model in zip(self.references, self.models, strict=True)
+            ],
+            "donor": str(self.donor),
+            "seed": self.seed,
+            "seed_derived": self.seed_derived,
+            "notes": list(self.notes),
+        }
+
+
+def passes(tensor: TensorPlan) -> int:
+    """How often ``tensor``'s inputs are read: 1, or 2 when a Gram matrix or a threshold comes
+    first.
+
+    Merges that cannot be collapsed into one are computed one after another, and counted so.
+    """
+    total, seen = 0, set[Node]()
+    stack: list[Node] = [tensor.root]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, Source):
+            continue
+        if node.method.spec is None:
+            tree = collapse(node)
+            total += 2 if tree.needs_gram else 1
+            stack.extend(tree.parts)
+        else:
+            keys = [0] * len(node.operands)
+            spec = node.method.spec(node.values, node.operand_values, tensor.count, keys)
+            total += 2 if any(s.kind == MAGNITUDE or s.rescale for s in spec.sparsify) else 1
+            total += spec.across  # one to count the entries, one for those that tie
+            stack.extend(node.inputs)
+    return max(total, 1)
+
+
+def _node_key(root: Node, seen: dict[int, str]) -> str:
+    """A digest of a tree; ``seen`` holds those of shared nodes."""
+    for node in walk(root):
+        if id(node) in seen:
+            continue
+        if isinstance(node, Source):
+            seen[id(node)] = f"{node.model}/{node.name!r}"
+            continue
+        values = [sorted(node.values.items()), [sorted(v.items()) for v in node.operand_values]]
+        inputs = " ".join(seen[id(child)] for child in node.inputs)
+        draws = f"{node.seed} {node.name!r}" if node.method.random else ""
+        text = f"{node.method.name} {values} {draws} {node.base is None} {inputs}"
+        seen[id(node)] = hashlib.sha256(text.encode()).hexdigest()
+    return seen[id(root)]

@@ -1,0 +1,436 @@
+"""From a recipe to a plan: one expression tree for each output tensor, made from headers alone.
+
+Whatever can be refused is refused here, before a weight is read: missing and extra tensors, shapes,
+vocabularies, layer ranges, types, and how many models a method takes. An operand that names an
+earlier document becomes that document's own tree, so a chain of documents is one tree, computed
+once and rounded once.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.methods import Method
+from fastmerge.models import hub
+from fastmerge.models.architecture import COMPUTED, is_tied, numbered_settings, untied
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.build import Builder
+from fastmerge.plan.config import output_config, set_layers
+from fastmerge.plan.inputs import (
+    Input,
+    Part,
+    TensorPlan,
+    View,
+    check_quantised,
+    has_own_head,
+    with_head,
+)
+from fastmerge.plan.plan import Plan
+from fastmerge.plan.spanning import check_whole, spanning
+from fastmerge.plan.values import ParameterValues
+from fastmerge.recipe.document import (
+    Document,
+    ModelEntry,
+    Recipe,
+    Slice,
+    SliceSource,
+    settings_for,
+    without_effect,
+)
+from fastmerge.recipe.settings import Setting
+from fastmerge.tree.nodes import Source
+
+
+def make_plan(
+    recipe: Any,
+    *,
+    base_folder: Path | None = None,
+    seed: int | None = None,
+    resolve: Callable[[str], Path] = hub.resolve,
+) -> Plan:
+    """Plans a recipe (a `Recipe` or whatever `Recipe.load` takes) from its models' headers.
+
+    base_folder: where relative paths of models start, if there is such a folder there (else, as in
+    mergekit, from the working directory). seed: overrides the recipe's. resolve: finds a model's
+    folder from its reference. Raises FastmergeError, one line, for whatever cannot be merged.
+    """
+    recipe = Recipe.load(recipe)
+    if seed is not None:
+        if not is_whole(seed) or not 0 <= seed < 1 << 64:
+            raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
+        seed = int(seed)
+    planner = _Planner(recipe, base_folder, resolve, seed)
+    with _collector_paused():
+        for document in recipe.documents:
+            planner.run(document)
+    result = planner.views[recipe.output.name]
+    # Found again before the merge; here for what they refuse.
+    trimmed = spanning((item.root, item.count) for item in result.tensors.values())
+    for view in planner.views.values():
+        check_whole((item.root for item in view.tensors.values()), trimmed)
+    return Plan(
+        models=tuple(planner.models),
+        references=tuple(planner.references),
+        tensors=tuple(result.tensors.values()),
+        config=result.config,
+        donor=result.donor,
+        seed=planner.seed if planner.seed_used else None,
+        seed_derived=planner.seed_used and planner.seed_derived,
+        recipe_text=recipe.text,
+        notes=tuple(planner.notes),
+    )
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Looking for cycles among the million objects of 36 000 trees took half the planning time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# ---------------------------------------------------------------- the planner
+
+
+def _seed_of(text: str) -> int:
+    """The seed of a recipe that gives none: 32 bits of its text, so that a merge that was killed
+    goes on, and one that is repeated ends the same.
+    """
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+class _Planner:
+    """The state of planning one recipe."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base_folder: Path | None,
+        resolve: Callable[[str], Path],
+        seed: int | None,
+    ) -> None:
+        self.recipe = recipe
+        self.models: list[Checkpoint] = []
+        self.references: list[str] = []
+        self.notes: dict[str, None] = {}  # in order, each once
+        self.views: dict[str | None, View] = {}  # results by document name
+        self._opened: dict[Path, View] = {}
+        self._found: dict[str, View] = {}
+        self._base_folder = base_folder
+        self._resolve = resolve
+        given = recipe.output.own_seed if seed is None else seed
+        self.seed_derived, self.seed_used = given is None, False
+        self.seed = _seed_of(recipe.text) if given is None else given
+
+    def note(self, text: str) -> None:
+        self.notes.setdefault(text)
+
+    # -------- models
+
+    def view(self, reference: str, where: str) -> View:
+        """The earlier document or the model called ``reference``."""
+        if reference in self.views:
+            return self.views[reference]
+        if reference not in self._found:
+            self._found[reference] = self._open(reference, where)
+        return self._found[reference]
+
+    def _open(self, reference: str, where: str) -> View:
+        local = None if self._base_folder is None else self._base_folder / reference
+        try:
+            path = local if local is not None and local.exists() else self._resolve(reference)
+        except FastmergeError as error:
+            if "+" in reference:
+                raise FastmergeError(
+                    f"{where}: '{reference}': LoRA adapters ('+') are not supported; merge the "
+                    "adapter into its base with peft first"
+                ) from None
+            raise FastmergeError(f"{where}: {error}") from None
+        identity = path.resolve()
+        if identity in self._opened:
+            return self._opened[identity]
+        model = Checkpoint.open(path)
+        index = len(self.models)
+        self.models.append(model)
+        self.references.append(reference)
+        tensors = {
+            name: TensorPlan(name, info.shape, info.dtype, Source(index, name))
+            for name, info in model.tensors.items()
+            if not name.endswith(COMPUTED)
+        }
+        if len(tensors) < len(model.tensors):
+            self.note(f"{COMPUTED[1:]} is not written: transformers computes it")
+        donor = model.path if model.path.is_dir() else model.path.parent
+        view = View(reference, model.config, tensors, donor)
+        self._opened[identity] = view
+        return view
+
+    # -------- one document
+
+    def run(self, document: Document) -> None:
+        """Plans one document; its result becomes ``views[document.name]``."""
+        method = document.method
+        is_output = document is self.recipe.output
+        for line in without_effect(document):
+            self.note(line)
+        if not is_output and document.output_dtype is not None:
+            self.note(
+                "dtypes of named documents are not applied: results between documents stay exact"
+            )
+        base = self._base(document.base_model, document.at("base_model"))
+        if document.models is not None:
+            parts = [self._whole(document, document.models, base)]
+        else:
+            parts = [self._slice(document, part, base) for part in document.slices or ()]
+        lead = base or parts[0].inputs[0].view
+        for part in parts:
+            for item in part.inputs:
+                check_quantised(item.view, method, item.where)
+        if not lead.config:
+            self.note(
+                f"'{lead.label}' has no config.json, so the output has none; transformers will not "
+                "load it without"
+            )
+        tied = is_tied(lead.config)
+        heads = parts if document.models is not None else parts[-1:]  # whose heads are merged
+        if tied and any(has_own_head(item.view) for part in heads for item in part.inputs):
+            tied = False
+            lead = replace(lead, config=untied(lead.config))
+            self.note(
+                f"'{lead.label}' ties its head to its embeddings and another model does not: the "
+                "output has a head of its own"
+            )
+        parts = self._tie(parts, tied)
+        build = Builder(document.output_dtype, self._stage_seed(document), self.models)
+        tensors = build.whole(parts[0]) if document.models is not None else build.stacked(parts)
+        self._unused_filters(document, parts)
+        if document.tokenizer_source or document.tokenizer:
+            self.note(
+                f"the tokenizer of '{lead.label}' is copied; equal vocabulary sizes are all that "
+                "is checked"
+            )
+        config = output_config(lead.config, document.output_dtype, tensors)
+        if document.slices is not None:
+            set_layers(config, parts, lead.stack)
+            self._renumbered(parts, lead)
+        self.views[document.name] = View(document.name or "output", config, tensors, lead.donor)
+
+    def _base(self, reference: str | None, where: str) -> View | None:
+        return None if reference is None else self.view(reference, where)
+
+    def _stage_seed(self, document: Document) -> int | None:
+        if not document.method.random:
+            return None
+        if document is not self.recipe.output:
+            if document.own_seed is not None:
+                return document.own_seed
+            # The same seed in two documents would drop the same entries in both.
+            text = f"{self.seed}\0{document.name}".encode()
+            self.seed_used = True
+            return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        self.seed_used = True
+        return self.seed
+
+    def _whole(self, document: Document, entries: Sequence[ModelEntry], base: View | None) -> Part:
+        method = document.method
+        inputs = []
+        for entry in entries:
+            view = self.view(entry.model, entry.at("model"))
+            self._whole_range(entry, view)
+            inputs.append(Input(view, 0, entry.at("model"), settings_for(method, entry)))
+        if base is not None and all(item.view is not base for item in inputs):
+            if method.base == "none":
+                raise FastmergeError(
+                    f"{document.at('base_model')}: {method.name} takes no base_model; remove it "
+                    "(the model's own config and tokenizer are used)"
+                )
+            inputs.append(Input(base, 0, document.at("base_model"), {}))
+        levels = [settings_for(method, document)]
+        return self._part(document, inputs, base, levels, None, document.at("models"))
+
+    def _whole_range(self, entry: ModelEntry, view: View) -> None:
+        stack = view.stack
+        if entry.layer_range is None:
+            return
+        count = 0 if stack is None else view.count(stack.layers)
+        if entry.layer_range != (0, count):
+            start, end = entry.layer_range
+            raise FastmergeError(
+                f"{entry.at('layer_range')}: layer_range [{start}, {end}] under 'models:' would "
+                f"have no effect ('{entry.model}' has {count} layers); to choose layers use "
+                "'slices:'"
+            )
+
+    def _slice(self, document: Document, part: Slice, base: View | None) -> Part:
+        method = document.method
+        if part.base_model is not None:
+            base = self.view(part.base_model, part.at("base_model"))
+        inputs = [self._source(method, source) for source in part.sources]
+        absent = base is not None and all(item.view is not base for item in inputs)
+        if base is not None and absent and method.base in ("required", "optional", "first"):
+            raise FastmergeError(
+                f"{part.at('sources')}: base_model '{base.label}' is not among this slice's "
+                f"sources; {method.name} needs its layers: add it as a source"
+            )
+        levels = [settings_for(method, part), settings_for(method, document)]
+        first, last = part.sources[0].layer_range
+        return self._part(
+            document, inputs, None if absent else base, levels, last - first, part.at("sources")
+        )
+
+    def _source(self, method: Method, source: SliceSource) -> Input:
+        view = self.view(source.model, source.at("model"))
+        stack = view.stack
+        if stack is None:
+            raise FastmergeError(
+                f"{source.at('model')}: '{source.model}' has no layers named as fastmerge knows "
+                "them (such as model.layers.0.); use 'models:', which takes any names"
+            )
+        start, end = source.layer_range
+        count = view.count(stack.layers)
+        if end > count:
+            raise FastmergeError(
+                f"{source.at('layer_range')}: layer_range [{start}, {end}] is out of range: "
+                f"'{source.model}' has {count} layers"
+            )
+        return Input(view, start, source.at("model"), settings_for(method, source))
+
+    def _part(
+        self,
+        document: Document,
+        inputs: Sequence[Input],
+        base: View | None,
+        levels: list[dict[str, Setting]],
+        layers: int | None,
+        where: str,
+    ) -> Part:
+        method = document.method
+        position = next((i for i, item in enumerate(inputs) if item.view is base), None)
+        if method.base in ("required", "first") and position is None:
+            raise FastmergeError(
+                f"{document.where}: {method.name} needs a 'base_model:'; name one of the models"
+            )
+        seen: dict[tuple[int, int], str] = {}
+        for item in inputs:
+            if (id(item.view), item.start) in seen:
+                raise FastmergeError(
+                    f"{item.where}: model '{item.view.label}' is listed twice; keep one"
+                )
+            seen[id(item.view), item.start] = item.where
+        apart = position if method.base in ("required", "optional") else None
+        operands = [i for i in range(len(inputs)) if i != apart]
+        if method.base == "first":
+            operands.sort(key=lambda i: i != position)
+        _arity(method, len(operands), where)
+        shared = [p for p in method.parameters if not p.per_model]
+        own = [p for p in method.parameters if p.per_model]
+        if apart is not None and inputs[apart].settings:
+            names = ", ".join(inputs[apart].settings)
+            self.note(f"the base model's own parameters have no effect with {method.name}: {names}")
+        return Part(
+            method=method,
+            inputs=tuple(inputs),
+            base=apart,
+            operands=tuple(operands),
+            shared=ParameterValues(
+                shared,
+                levels,
+                f"{document.where}: {method.name} needs the parameter '{{name}}'; give it under "
+                "'parameters:'",
+            ),
+            each=tuple(
+                ParameterValues(own, [inputs[i].settings, *levels], _needs(method, inputs[i], base))
+                for i in operands
+            ),
+            layers=layers,
+            where=where,
+        )
+
+    # -------- decisions with a note
+
+    def _tie(self, parts: list[Part], tied: bool) -> list[Part]:
+        """Every view with or without a head of its own, as the output's config wants it."""
+        changed: dict[int, View] = {}
+        for part in parts:
+            for item in part.inputs:
+                view = item.view
+                if id(view) in changed:
+                    continue
+                changed[id(view)] = with_head(view, tied)
+                if changed[id(view)] is view:
+                    continue
+                if not tied:
+                    self.note(
+                        f"'{view.label}' ties its head to its embeddings: these stand in for its "
+                        "lm_head"
+                    )
+                else:
+                    self.note("lm_head.weight is not written: the config ties it to the embeddings")
+        return [
+            replace(
+                part,
+                inputs=tuple(replace(item, view=changed[id(item.view)]) for item in part.inputs),
+            )
+            for part in parts
+        ]
+
+    def _renumbered(self, parts: Sequence[Part], lead: View) -> None:
+        numbers = [
+            i.start + at for part in parts for i in [part.lead] for at in range(part.layers or 0)
+        ]
+        if numbers != list(range(len(numbers))):
+            for name in numbered_settings(lead.config):
+                self.note(
+                    f"config.json: {name} goes by layer number, and layers were renumbered; "
+                    "check it"
+                )
+
+    def _unused_filters(self, document: Document, parts: Sequence[Part]) -> None:
+        rules = {
+            rule.filter: rule.where
+            for section in document.sections()
+            for name, setting in section.parameters.items()
+            if document.method.parameter(name) is not None
+            for rule in setting.rules
+            if rule.filter is not None
+        }
+        for text, where in rules.items():
+            if not any(text in n for part in parts for i in part.inputs for n in i.view.tensors):
+                self.note(f"{where}: filter '{text}' matches no tensor")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _arity(method: Method, count: int, place: str) -> None:
+    low, high = method.min_operands, method.max_operands
+    if count >= low and (high is None or count <= high):
+        return
+    wanted = (
+        f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
+    )
+    noun = "model" if wanted.endswith(" 1") else "models"
+    besides = " besides the base" if method.base in ("required", "optional") else ""
+    raise FastmergeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
+
+
+def _needs(method: Method, item: Input, base: View | None) -> str:
+    """What to say when a per-model parameter is missing."""
+    text = f"{item.where}: {method.name} needs '{{name}}' for model '{item.view.label}'"
+    if method.base == "operand" and item.view is base:
+        return (
+            f"{text} (base_model is averaged too); list it in 'models:' with one, or remove it as "
+            "base_model"
+        )
+    return f"{text}; give it in the model's 'parameters:' or for all at the top"

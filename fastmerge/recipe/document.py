@@ -1,0 +1,351 @@
+"""mergekit's recipe language: what it says, checked as far as it can be without looking at a model.
+
+A recipe is one document, or several that name each other (mergekit-multi). Every fault raises
+FastmergeError with one line: the place ('recipe.yml:12'), what is wrong, and the remedy. Keys of
+mergekit's language that fastmerge does not support are refused by name; nothing is silently
+ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from fastmerge.dtypes import DType
+from fastmerge.dtypes import parse as parse_dtype
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.methods import METHODS, Method, find
+from fastmerge.recipe.located import Section, read
+from fastmerge.recipe.settings import Setting, Settings, shown
+
+# mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
+# spelling.
+_NOT_YET = (
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+    "nearswap", "ram", "ramplus_tl", "sce",
+)  # fmt: skip
+# Parameters that only those methods (or older versions) read. People leave them in.
+_FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_topk")
+
+
+def _reference(value: Any) -> str:
+    """``path``, ``hub/id`` or either with ``@revision``, from mergekit's text or mapping form."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("is empty; give a folder or a Hub id")
+        return value.strip()
+    if not isinstance(value, Mapping) or not {"model", "path"} & set(value):
+        raise ValueError(f"must be a folder or a Hub id, not {shown(value)}")
+    for key, item in value.items():
+        if item is None:
+            continue
+        if key == "lora":
+            raise ValueError(
+                "has a LoRA, which is not supported: merge the adapter into its base first"
+            )
+        if key not in ("model", "path", "revision"):
+            raise ValueError(
+                f"has the key '{key}', which is not supported; known: model, path, revision"
+            )
+    if "model" in value:
+        return _reference(value["model"])
+    path, revision = value["path"], value.get("revision")
+    if not isinstance(path, str):
+        raise ValueError(f"has a path that is not text: {shown(path)}")
+    return path if revision is None else f"{path}@{revision}"
+
+
+Reference = Annotated[str, BeforeValidator(_reference)]
+
+
+# ---------------------------------------------------------------- sections
+
+_UNDER_PARAMETERS = {
+    parameter.name: "it belongs under 'parameters:'"
+    for method in METHODS.values()
+    for parameter in method.parameters
+}
+
+
+class ModelEntry(Section):
+    """One entry of ``models:``."""
+
+    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
+    model: Reference
+    parameters: Settings = Field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None  # only the whole model; for parts there is `slices`
+
+
+class SliceSource(Section):
+    """One entry of a slice's ``sources:``: layers [start, end) of a model."""
+
+    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
+    model: Reference
+    layer_range: tuple[int, int]
+    parameters: Settings = Field(default_factory=dict)
+
+    def check(self) -> None:
+        start, end = self.layer_range
+        if not 0 <= start < end:
+            raise FastmergeError(
+                f"{self.at('layer_range')}: layer_range [{start}, {end}] must be [start, end) "
+                "with 0 <= start < end"
+            )
+
+
+class Slice(Section):
+    """One entry of ``slices:``: a run of output layers."""
+
+    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
+    refused: ClassVar[Mapping[str, str]] = {
+        "residual_weight": "mergekit reads it and does nothing with it; remove it",
+    }
+    sources: list[SliceSource]
+    base_model: Reference | None = None
+    parameters: Settings = Field(default_factory=dict)
+
+    def check(self) -> None:
+        if not self.sources:
+            raise FastmergeError(f"{self.at('sources')}: a slice needs at least one source")
+        lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
+        if len(set(lengths)) > 1:
+            raise FastmergeError(
+                f"{self.at('sources')}: every source of a slice must give the same number of "
+                f"layers, not {', '.join(map(str, lengths))}"
+            )
+
+
+_MOE = "mixture-of-experts recipes are not merges of one architecture; use mergekit-moe"
+_SCHEDULE = "this is a schedule, not a recipe; run `fastmerge retrograde`"
+_AFTER = "set it in the written folder's tokenizer files afterwards"
+
+
+class Document(Section):
+    """One document: a method, its inputs and what it writes."""
+
+    hints: ClassVar[Mapping[str, str]] = {**_UNDER_PARAMETERS, "model": "put it in 'models:'"}
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("baseline", "pool", "schedule"), "this is a schedule; run `fastmerge retrograde`"
+        ),
+        "modules": "merge a model of several modules with 'models:' (every tensor, by name)",
+        "gate_mode": _MOE,
+        "experts": _MOE,
+        "experts_per_token": _MOE,
+        "shared_experts": _MOE,
+        "chat_template": _AFTER,
+        "input_model_parameters": "mergekit dropped it; use each model's 'parameters:'",
+        "embed_slerp": "mergekit dropped it; remove it",
+    }
+    merge_method: str
+    name: str | None = None
+    models: list[ModelEntry] | None = None
+    slices: list[Slice] | None = None
+    base_model: Reference | None = None
+    parameters: Settings = Field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: Reference | None = None
+    tokenizer: dict[str, Any] | None = None
+    seed: int | None = None
+    random_seed: int | None = None  # what some recipes in the wild call it
+
+    @property
+    def method(self) -> Method:
+        return find(self.merge_method, self.at("merge_method"))
+
+    @property
+    def output_dtype(self) -> DType | None:
+        """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever it says)."""
+        for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
+            if name is not None:
+                return parse_dtype(name, f"{self.at(key)}: {key}")
+        return None
+
+    @property
+    def own_seed(self) -> int | None:
+        return self.random_seed if self.seed is None else self.seed
+
+    def sections(self) -> Iterator[Document | ModelEntry | Slice | SliceSource]:
+        """Every section that can hold parameters."""
+        yield self
+        yield from self.models or ()
+        for part in self.slices or ():
+            yield part
+            yield from part.sources
+
+    def references(self) -> list[tuple[str, str]]:
+        """Every model named, with its place, in recipe order; the base where it is first named."""
+        found: dict[str, str] = {}
+        for entry in self.models or ():
+            found.setdefault(entry.model, entry.at("model"))
+        for part in self.slices or ():
+            for source in part.sources:
+                found.setdefault(source.model, source.at("model"))
+            if part.base_model is not None:
+                found.setdefault(part.base_model, part.at("base_model"))
+        if self.base_model is not None:
+            found.setdefault(self.base_model, self.at("base_model"))
+        return list(found.items())
+
+    def check(self) -> None:
+        if self.merge_method in _NOT_YET:
+            known = ", ".join(METHODS)
+            raise FastmergeError(
+                f"{self.at('merge_method')}: mergekit's method '{self.merge_method}' is not "
+                f"supported yet; known: {known}"
+            )
+        method = self.method
+        if bool(self.models) == bool(self.slices):
+            raise FastmergeError(
+                f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
+            )
+        for section in self.sections():
+            settings_for(method, section)
+        for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
+            if name is not None:
+                parse_dtype(name, f"{self.at(key)}: {key}")
+        if self.seed is not None and self.random_seed is not None:
+            raise FastmergeError(
+                f"{self.at('random_seed')}: 'seed' and 'random_seed' say the same; keep one"
+            )
+        seed = self.own_seed
+        if seed is not None and not 0 <= seed < 1 << 64:
+            key = "seed" if self.seed is not None else "random_seed"
+            raise FastmergeError(f"{self.at(key)}: '{key}' must be in [0, 2^64), not {seed}")
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        """Only the base's own tokenizer: fastmerge copies a tokenizer and merges none."""
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise FastmergeError(
+                f"{self.at('tokenizer')}: give 'tokenizer' or 'tokenizer_source', not both"
+            )
+        key, source = "tokenizer_source", self.tokenizer_source
+        if self.tokenizer is not None:
+            key, source = "tokenizer", str(self.tokenizer.get("source") or "union")
+            for name, value in self.tokenizer.items():
+                if name != "source" and value is not None:
+                    raise FastmergeError(
+                        f"{self.at(key)}: tokenizer option '{name}' is not supported: fastmerge "
+                        "copies the base model's tokenizer as it is; write `tokenizer_source: base`"
+                    )
+        if source is not None and source not in ("base", self.base_model):
+            raise FastmergeError(
+                f"{self.at(key)}: {key} '{source}' is not supported yet: fastmerge copies the "
+                "base model's tokenizer and merges none; write `tokenizer_source: base`"
+            )
+        if source is not None and self.base_model is None:
+            raise FastmergeError(f"{self.at(key)}: {key} '{source}' needs a 'base_model:'")
+
+
+def settings_for(
+    method: Method, section: Document | ModelEntry | Slice | SliceSource
+) -> dict[str, Setting]:
+    """The section's settings of ``method``'s parameters, checked.
+
+    A name that only another method knows is left out (mergekit ignores it too; `without_effect`
+    lists it for a note); a name that no method knows is an error.
+    """
+    found = {}
+    for name, setting in section.parameters.items():
+        parameter = method.parameter(name)
+        if parameter is not None:
+            found[name] = setting.checked(parameter)
+        elif name not in _UNDER_PARAMETERS and name not in _FOREIGN_PARAMETERS:
+            known = [item.name for item in method.parameters]
+            raise FastmergeError(
+                f"{setting.rules[0].where}: unknown parameter '{name}' for {method.name}; "
+                f"{nearest(name, known)}"
+            )
+    return found
+
+
+def without_effect(document: Document) -> list[str]:
+    """One line for each parameter that the recipe gives and the method does not read there."""
+    method = document.method
+    found: dict[str, None] = {}
+    for section in document.sections():
+        single = isinstance(section, (ModelEntry, SliceSource))
+        for name, setting in section.parameters.items():
+            parameter = method.parameter(name)
+            if parameter is None and name != "int8_mask":
+                found.setdefault(f"parameter '{name}' has no effect with {method.name}")
+            elif parameter is not None and single and not parameter.per_model:
+                where = setting.rules[0].where
+                found.setdefault(
+                    f"{where}: '{name}' has no effect under a single model; give it at the top"
+                )
+    return list(found)
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Documents in the order to run them (each after those it names), the last one being the
+    output.
+    """
+
+    documents: tuple[Document, ...]
+    text: str  # as given, to be recorded beside the output
+
+    @property
+    def output(self) -> Document:
+        return self.documents[-1]
+
+    @classmethod
+    def load(cls, source: Any) -> Recipe:
+        """The recipe in a file, in YAML text (a str with a line break), a dict, or a list of dicts.
+
+        Raises FastmergeError: one line with the place, the fault and the remedy.
+        """
+        if isinstance(source, Recipe):
+            return source
+        located, text, origin = read(source, "recipe")
+        documents = [Document.model_validate(item) for item in located]
+        return cls(tuple(_in_order(documents, origin)), text)
+
+
+def _in_order(documents: list[Document], origin: str) -> list[Document]:
+    """Dependencies first, the output last; raises on doubles, circles, loose ends and doubt."""
+    names = [document.name for document in documents if document.name is not None]
+    unnamed = [document for document in documents if document.name is None]
+    if len(unnamed) > 1:
+        raise FastmergeError(
+            f"{unnamed[1].where}: {len(unnamed)} documents have no 'name:'; name all but the output"
+        )
+    for document in documents:
+        if document.name is not None and names.count(document.name) > 1:
+            raise FastmergeError(
+                f"{document.at('name')}: two documents are called '{document.name}'"
+            )
+    uses = {
+        document.name: [ref for ref, _ in document.references() if ref in names]
+        for document in documents
+    }
+    try:
+        order = list(TopologicalSorter(uses).static_order())
+    except CycleError as error:
+        circle = " -> ".join(str(name) for name in reversed(error.args[1]))
+        raise FastmergeError(
+            f"{origin}: the documents name each other in a circle: {circle}"
+        ) from None
+    used = {name for refs in uses.values() for name in refs}
+    roots = [document for document in documents if document.name not in used]
+    output = unnamed[0] if unnamed else roots[-1]
+    for document in roots:
+        if document is not output:
+            remedy = (
+                "remove it, or merge it on its own"
+                if unnamed
+                else (f"and none '{output.name}': which one is the output? Keep one of them")
+            )
+            raise FastmergeError(f"{document.where}: no document uses '{document.name}'; {remedy}")
+    by_name = {document.name: document for document in documents}
+    return [by_name[name] for name in order]

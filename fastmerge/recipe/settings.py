@@ -1,0 +1,155 @@
+"""What a recipe gives a parameter: a value, a gradient over the layers, filters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import PlainValidator
+
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.methods import Parameter
+from fastmerge.recipe.located import LocatedDict, LocatedList
+
+Scalar = bool | int | float | str
+
+
+# ---------------------------------------------------------------- parameter settings
+
+
+class Rule(NamedTuple):
+    """One value or gradient for the tensors whose name contains ``filter`` (None: every tensor)."""
+
+    filter: str | None
+    values: tuple[Scalar, ...]  # one: a constant; several: a gradient over the layers
+    where: str
+
+    def matches(self, tensor: str) -> bool:
+        return self.filter is None or self.filter in tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one level of a recipe gives one parameter: rules, of which the first that matches
+    counts.
+    """
+
+    rules: tuple[Rule, ...]
+
+    def checked(self, parameter: Parameter) -> Setting:
+        """The same with every value of ``parameter``'s kind and in its bounds; raises
+        FastmergeError.
+        """
+        for rule in self.rules:
+            if parameter.kind is str and len(rule.values) > 1:
+                raise FastmergeError(f"{rule.where}: '{parameter.name}' takes no gradient")
+        return Setting(
+            tuple(
+                rule._replace(values=tuple(parameter.check(v, rule.where) for v in rule.values))
+                for rule in self.rules
+            )
+        )
+
+
+def interpolate(values: tuple[Scalar, ...], t: float, parameter: Parameter, where: str) -> Any:
+    """The value of a gradient of checked ``values`` at ``t`` in [0, 1].
+
+    Numbers: piecewise linear over equal intervals, in double precision; booleans: the entry at
+    int(t * (len - 1)). As mergekit 0.1.5 (config.py, evaluate_setting).
+    """
+    if len(values) == 1:
+        return values[0]
+    scaled = t * (len(values) - 1)
+    low = int(scaled)
+    if parameter.kind is bool:
+        return values[low]
+    high = min(len(values) - 1, low + 1)
+    fraction = scaled - low
+    value = (1 - fraction) * float(values[low]) + fraction * float(values[high])
+    return parameter.check(value, where) if parameter.kind is int else value
+
+
+def _scalar(value: Any, where: str) -> Scalar:
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-5 (no dot) as text; people mean the number.
+        word = value.strip().lower()
+        if word in ("true", "false"):
+            return word == "true"
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, int) and abs(value) > 1 << 53:
+        raise FastmergeError(f"{where}: the number is out of range")
+    if isinstance(value, (bool, int, float)):
+        return value
+    raise FastmergeError(f"{where}: a value must be a number, true or false, not {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else "nothing" if value is None else repr(value)
+
+
+def _gradient(value: Any, where: str) -> tuple[Scalar, ...]:
+    if not isinstance(value, LocatedList):
+        return (_scalar(value, where),)
+    if not value:
+        raise FastmergeError(f"{where}: the list of values is empty")
+    return tuple(_scalar(item, at) for item, at in zip(value, value.at, strict=True))
+
+
+def _rule(value: LocatedDict, where: str) -> Rule:
+    for key in value:
+        if key not in ("filter", "value"):
+            hint = nearest(key, ("filter", "value"))
+            raise FastmergeError(f"{value.at[key]}: unknown key '{key}'; {hint}")
+    if value.get("value") is None:
+        raise FastmergeError(f"{where}: a filter needs a 'value:'")
+    name = value.get("filter")
+    if name is not None and not isinstance(name, str):
+        raise FastmergeError(f"{value.at['filter']}: 'filter' must be text, not {shown(name)}")
+    at = value.at["value"]
+    return Rule(None if name == "*" else name, _gradient(value["value"], at), at)
+
+
+def _setting(value: Any, where: str) -> Setting:
+    if isinstance(value, LocatedDict):
+        return Setting((_rule(value, where),))
+    if isinstance(value, LocatedList) and any(isinstance(item, LocatedDict) for item in value):
+        rules = []
+        for item, at in zip(value, value.at, strict=True):
+            if not isinstance(item, LocatedDict):
+                raise FastmergeError(
+                    f"{at}: a list holds either values or filters; write {shown(item)} as "
+                    "`value: ...`"
+                )
+            rules.append(_rule(item, at))
+        return Setting(tuple(rules))
+    return Setting((Rule(None, _gradient(value, where), where),))
+
+
+def _settings(value: Any) -> dict[str, Setting]:
+    if not isinstance(value, LocatedDict):
+        raise ValueError(f"must be a mapping of parameters, not {shown(value)}")
+    return {k: _setting(v, value.at[k]) for k, v in value.items() if v is not None}
+
+
+Settings = Annotated[dict[str, Setting], PlainValidator(_settings)]
+
+
+def affine(setting: Setting, scale: float, offset: float) -> Setting:
+    """``offset + scale * x`` for every value x of a setting; gradients and filters stay."""
+    return Setting(
+        tuple(
+            rule._replace(values=tuple(offset + scale * float(value) for value in rule.values))
+            for rule in setting.rules
+        )
+    )
+
+
+def constant(value: Any) -> Setting:
+    """The setting that gives every tensor the same value."""
+    return Setting((Rule(None, (value,), ""),))

@@ -1,0 +1,25 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastmerge.engine.report import MergeReport
+from fastmerge.retrograde.walking import Trajectory
+from fastmerge.search.space import Space
+
+if TYPE_CHECKING:
+    from fastmerge.retrograde.comparison import Row
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    out: Path | None
+    trajectory: Trajectory
+    rows: tuple[Row, ...]
+    space: Space
+    report: MergeReport | None

@@ -1,0 +1,1 @@
+"""Whole models as expressions, scored: coefficients, geometry, one-shot families, sweeps."""

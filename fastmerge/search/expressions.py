@@ -1,0 +1,134 @@
+"""States as expressions over whole models: a `Model`, or a `Blend` of other states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastmerge.methods import METHODS, Method
+from fastmerge.recipe.settings import Setting, constant
+
+Settings = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the run's models, by number: 0 the baseline, then the pool, then base_model."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A merge of whole models; parameters may still differ by tensor (gradients, filters)."""
+
+    method: Method
+    operands: tuple[Expr, ...]
+    base: Expr | None = None
+    shared: Settings = field(default_factory=dict)
+    each: tuple[Settings, ...] = ()  # parallel to operands
+    seed: int | None = None
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        """The base first, when there is one, then the operands."""
+        return self.operands if self.base is None else (self.base, *self.operands)
+
+
+Expr = Model | Blend
+
+
+def blend(
+    method: str,
+    operands: Sequence[Expr],
+    weights: Sequence[Setting | float] | None = None,
+    *,
+    base: Expr | None = None,
+    parameters: Settings | None = None,
+    seed: int | None = None,
+) -> Blend:
+    """A merge by the table's row called ``method``; ``weights`` are parallel to ``operands``."""
+    row = METHODS[method]
+    given = dict(parameters or {})
+    own = {p.name for p in row.parameters if p.per_model}
+    common = {name: setting for name, setting in given.items() if name in own}
+    shared = {name: setting for name, setting in given.items() if name not in own}
+    each = [dict(common) for _ in operands]
+    for values, weight in zip(each, weights or [], strict=False):
+        values["weight"] = weight if isinstance(weight, Setting) else constant(float(weight))
+    return Blend(row, tuple(operands), base, shared, tuple(each), seed if row.random else None)
+
+
+def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Blend:
+    """The weighted sum of ``operands`` as it is: the weights are not divided by their sum."""
+    return blend("linear", operands, weights, parameters={"normalize": constant(False)})
+
+
+def order(root: Expr) -> list[Blend]:
+    """Every blend below ``root`` once, inputs before those that use them."""
+    found: dict[int, Blend] = {}
+    stack: list[tuple[Expr, bool]] = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if isinstance(node, Model) or id(node) in found:
+            continue
+        if expanded:
+            found[id(node)] = node
+        else:
+            stack.append((node, True))
+            stack.extend((child, False) for child in reversed(node.inputs))
+    return list(found.values())
+
+
+def as_json(root: Expr) -> list[dict[str, Any]]:
+    """The expression in plain values: blends in order, inputs as model numbers or "#position"."""
+    nodes = order(root)
+    place: dict[int, str] = {id(node): f"#{i}" for i, node in enumerate(nodes)}
+
+    def name(node: Expr) -> int | str:
+        return node.index if isinstance(node, Model) else place[id(node)]
+
+    def plain(settings: Settings) -> dict[str, Any]:
+        return {
+            key: [[rule.filter, list(rule.values)] for rule in setting.rules]
+            for key, setting in dict(settings).items()
+        }
+
+    if isinstance(root, Model):
+        return [{"model": root.index}]
+    return [
+        {
+            "method": node.method.name,
+            "base": None if node.base is None else name(node.base),
+            "operands": [name(operand) for operand in node.operands],
+            "parameters": plain(node.shared),
+            "each": [plain(values) for values in node.each],
+            "seed": node.seed,
+        }
+        for node in nodes
+    ]
+
+
+def is_random(state: Expr) -> bool:
+    """Whether any merge below draws masks."""
+    return any(node.method.random for node in order(state))
+
+
+def reseeded(state: Expr, shift: int) -> Expr:
+    """The same expression with other masks: every seed moved by ``shift``."""
+    made: dict[int, Expr] = {}
+
+    def of(node: Expr) -> Expr:
+        return node if isinstance(node, Model) else made[id(node)]
+
+    for node in order(state):
+        made[id(node)] = Blend(
+            node.method,
+            tuple(of(operand) for operand in node.operands),
+            None if node.base is None else of(node.base),
+            node.shared,
+            node.each,
+            None if node.seed is None else node.seed + shift,
+        )
+    return of(state)

@@ -1,0 +1,202 @@
+"""One-shot merges of the same models, as many evaluations each: what a schedule must beat.
+
+Each family draws candidates from a stated range with a recorded seed; the best on the steering
+score is the family's entry. Hold-out items are looked at once, by the entries only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from fastmerge.evaluation.scores import Scores
+from fastmerge.recipe.settings import constant
+from fastmerge.search.expressions import Expr, Model, average, blend
+from fastmerge.search.lab import Lab
+
+_KEPT_SHARE, _KEPT_LEAST = 4, 5  # staged halving keeps a quarter, at least 5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The best candidate of one family on the steering score."""
+
+    name: str
+    state: Expr
+    steer: Scores
+    candidates: int
+    how: str  # in words, for the report
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the families draw from: models by number, and where deltas start."""
+
+    models: tuple[int, ...]  # the baseline and the pool
+    base: int  # base_model, else the baseline
+    partners: tuple[int, ...]  # the pool models the walk used, else the whole pool
+
+    @property
+    def tuned(self) -> tuple[int, ...]:
+        """The models that have a delta to the base."""
+        return tuple(i for i in self.models if i != self.base)
+
+
+def candidates(
+    name: str, pool: Pool, scores: Sequence[float], budget: int, seed: int
+) -> Iterator[tuple[Expr, str]]:
+    """Up to ``budget`` candidates of the family ``name``, each with its description.
+
+    ``scores``: the models' own steering scores, by number (percent).
+    """
+    rng = np.random.default_rng([seed, BASELINES.index(name)])
+    if name == "best_single":
+        best = max(pool.models, key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
+        yield Model(best), "the best model as it is"
+    elif name == "model_stock":
+        yield from _stocks(pool, budget)
+    elif name == "line_search":
+        middle = average(
+            [Model(i) for i in pool.partners], [1.0 / len(pool.partners)] * len(pool.partners)
+        )
+        for number in range(1, budget + 1):
+            t = number / (budget + 1)
+            yield (
+                average([Model(0), middle], [1.0 - t, t]),
+                f"t = {t:.4g} toward the partners' mean",
+            )
+    elif name in _DRAWN:
+        for _ in range(budget):
+            yield _DRAWN[name](pool, rng)
+
+
+def _draw_linear(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
+    weights = rng.dirichlet(np.ones(len(pool.models)))
+    return average([Model(i) for i in pool.models], list(weights)), f"weights {_round(weights)}"
+
+
+def _draw_slerp(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
+    a, b = (int(i) for i in rng.choice(pool.models, 2, replace=False))
+    t = float(rng.random())
+    state = blend("slerp", [Model(a), Model(b)], parameters={"t": constant(t)})
+    return state, f"models {a} and {b}, t = {t:.3f}"
+
+
+def _draw_task_arithmetic(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
+    weights = rng.uniform(0.0, 1.2, len(pool.tuned))
+    operands = [Model(pool.base), *(Model(i) for i in pool.tuned)]
+    state = average(operands, [1.0 - float(weights.sum()), *weights])
+    return state, f"weights {_round(weights)}"
+
+
+def _draw_ties(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
+    return _draw_consensus("ties", pool, rng, (0.1, 1.0), (0.4, 1.4))
+
+
+def _draw_dare_ties(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
+    return _draw_consensus("dare_ties", pool, rng, (0.4, 1.0), (0.4, 1.2))
+
+
+def _draw_consensus(
+    method: str,
+    pool: Pool,
+    rng: np.random.Generator,
+    densities: tuple[float, float],
+    factors: tuple[float, float],
+) -> tuple[Expr, str]:
+    weights = rng.dirichlet(np.ones(len(pool.tuned)))
+    density, factor = float(rng.uniform(*densities)), float(rng.uniform(*factors))
+    state = blend(
+        method,
+        [Model(i) for i in pool.tuned],
+        list(weights),
+        base=Model(pool.base),
+        parameters={"density": constant(density), "lambda": constant(factor)},
+        seed=int(rng.integers(2**31)),
+    )
+    return state, f"weights {_round(weights)}, density {density:.3f}, lambda {factor:.3f}"
+
+
+def _stocks(pool: Pool, budget: int) -> Iterator[tuple[Expr, str]]:
+    """Largest subsets first: Model Stock has no parameter to search."""
+    subsets = [
+        subset
+        for size in range(len(pool.tuned), 1, -1)
+        for subset in combinations(pool.tuned, size)
+    ]
+    for subset in subsets[:budget]:
+        state = blend("model_stock", [Model(i) for i in subset], base=Model(pool.base))
+        yield state, f"models {', '.join(map(str, subset))}"
+
+
+_DRAWN: dict[str, Callable[[Pool, np.random.Generator], tuple[Expr, str]]] = {
+    "linear": _draw_linear,
+    "slerp": _draw_slerp,
+    "task_arithmetic": _draw_task_arithmetic,
+    "ties": _draw_ties,
+    "dare_ties": _draw_dare_ties,
+}
+
+
+def search(
+    name: str, pool: Pool, lab: Lab, scores: Sequence[float], *, budget: int, seed: int,
+    stages: Sequence[int] = (),
+) -> Entry | None:  # fmt: skip
+    """The family's entry, or None where the models do not allow the family."""
+    if name == "greedy_soup":
+        return _greedy_soup(pool, lab, scores, budget)
+    found = list(candidates(name, pool, scores, budget, seed))
+    if not found:
+        return None
+    kept = list(range(len(found)))
+    for items in stages:
+        if len(kept) <= _KEPT_LEAST:
+            break
+        ranked = _ranked([(i, lab.score(found[i][0], limit=items).value) for i in kept])
+        kept = ranked[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
+    full = {i: lab.score(found[i][0]) for i in sorted(kept)}
+    best = _ranked([(i, score.value) for i, score in full.items()])[0]
+    return Entry(name, found[best][0], full[best], len(found), found[best][1])
+
+
+def _ranked(values: Sequence[tuple[int, float]]) -> list[int]:
+    """Numbers by falling score, NaN last, the earlier of equals first."""
+    return [i for i, v in sorted(values, key=lambda p: (math.isnan(p[1]), -p[1], p[0]))]
+
+
+def _greedy_soup(pool: Pool, lab: Lab, scores: Sequence[float], budget: int) -> Entry:
+    """Adds models to the average, best first, where the score rises (Wortsman et al. 2022)."""
+    first, *others = _ranked([(i, scores[i]) for i in pool.models])
+    members, state = [first], Model(first)
+    best: Scores = lab.score(state)
+    chosen: Expr = state
+    tried = 0
+    for other in others[:budget]:
+        tried += 1
+        trial = [*members, other]
+        candidate = average([Model(i) for i in trial], [1.0 / len(trial)] * len(trial))
+        score = lab.score(candidate)
+        if score.value > best.value:
+            members, chosen, best = trial, candidate, score
+    return Entry("greedy_soup", chosen, best, tried, f"models {', '.join(map(str, members))}")
+
+
+def _round(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+BASELINES = (
+    "best_single",
+    "linear",
+    "slerp",
+    "ties",
+    "dare_ties",
+    "task_arithmetic",
+    "model_stock",
+    "greedy_soup",
+    "line_search",
+)

@@ -1,0 +1,50 @@
+"""Axes and colours of every picture, and the sweep's plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from fastmerge.errors import FastmergeError
+
+if TYPE_CHECKING:
+    pass
+
+DEGRADE, RETRACE, BASELINE, OTHER = "#c0392b", "#1f6fb4", "#222222", "#8a8a8a"
+
+
+def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
+    """Score against t."""
+    figure, axes = new_figure(6.0, 3.5)
+    axes.plot(*zip(*points, strict=True), "o-", color=RETRACE)
+    axes.set_xlabel("t")
+    axes.set_ylabel("score, %")
+    return png(figure)
+
+
+def require() -> None:
+    """Raises FastmergeError where plots cannot be drawn: before hours of evaluation, not after."""
+    if find_spec("matplotlib") is None:
+        raise FastmergeError(
+            "plots need matplotlib; install it with: pip install 'fastmerge[plot]'"
+        )
+
+
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    # No date and no version inside: the same run draws the same bytes.
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,50 @@
+"""Gram matrices kept beside a run."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import digest
+from fastmerge.methods.types import Float64
+from fastmerge.plan.plan import Plan
+
+
+def _gram_key(template: Plan) -> str:
+    # 1 also held matrices over other bases, from walks with a base_model that measured nothing.
+    return digest([2, *(model.fingerprint for model in template.models)])
+
+
+def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
+    """What an earlier run of the same models left; nothing where there was none."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path) as file:
+            if str(file["key"]) != _gram_key(template):
+                return {}
+            names = [str(name) for name in file["names"]]
+            return dict(zip(names, file["grams"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise FastmergeError(
+            f"{path}: is damaged; delete it, and the inner products are found again"
+        ) from None
+
+
+def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            key=np.array(_gram_key(template)),
+            names=np.array(list(grams)),
+            grams=np.stack(list(grams.values())),
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

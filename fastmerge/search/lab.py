@@ -1,0 +1,107 @@
+"""Measures states: makes their weights, loads them into one model, scores it, remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastmerge import _C
+from fastmerge.compute.cpu import cpu
+from fastmerge.engine.in_memory import materialise_plan
+from fastmerge.evaluation.journal import Journal, digest
+from fastmerge.evaluation.loaded import Loaded
+from fastmerge.evaluation.scorers import Scorer
+from fastmerge.evaluation.scores import Scores
+from fastmerge.evaluation.settings import Evaluate
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.search.expressions import Expr
+from fastmerge.search.geometry import Geometry
+from fastmerge.search.space import Space
+
+
+class Lab:
+    """Measures states: makes their weights, loads them into one model, scores it, remembers."""
+
+    def __init__(
+        self,
+        space: Space,
+        settings: Evaluate | None,
+        scorer: Scorer | None,
+        journal: Journal,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self.space = space
+        self.scorer = scorer
+        self._journal = journal
+        self._threads = threads
+        self._resident = None if settings is None else Loaded(settings, threads)
+        self._loaded: tuple[str, Any] | None = None
+
+    def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
+        """The scores of ``state``; the same state and settings are measured once."""
+        if self.scorer is None:
+            raise ValueError("this run does not evaluate")
+        key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
+        known = self._journal.get(f"score:{key}")
+        if known is None:
+            known = self.scorer.score(self.model(state), split, limit).as_json()
+            self._journal.put(f"score:{key}", known)
+        return Scores.from_json(known)  # also when new: a resumed run must see the same digits
+
+    def model(self, state: Expr) -> Any:
+        """The resident model with the weights of ``state``."""
+        assert self._resident is not None
+        key = self.space.fingerprint(state)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # half-loaded weights are nobody's
+            meter = None
+            if self.space.coefficients(state) is None:
+                meter = GramMeter(self.space)
+            model = self._resident.load(self.space.plan(state), meter)
+            if meter is not None:
+                self._keep(key, meter)
+            self._loaded = key, model
+        return self._loaded[1]
+
+    def geometry(self, state: Expr) -> Geometry:
+        """Where ``state`` lies; one that does not collapse is materialised for it, once."""
+        factors = self.space.coefficients(state)
+        if factors is not None:
+            return self.space.geometry(factors)
+        key = self.space.fingerprint(state)
+        if self._journal.get(f"geometry 2:{key}") is None:
+            meter = GramMeter(self.space)
+            for item, array in materialise_plan(self.space.plan(state), threads=self._threads):
+                meter(item, array)
+            self._keep(key, meter)
+        return Geometry.from_json(self._journal.get(f"geometry 2:{key}"))
+
+    def _keep(self, key: str, meter: GramMeter) -> None:
+        geometry = self.space.geometry_of(meter.grams)
+        self._journal.put(f"geometry 2:{key}", geometry.as_json())
+
+
+class GramMeter:
+    """Gram matrices of [x_0, x_1 - x_0, ..., state - x_0], filled in tensor by tensor."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._index = {name: i for i, name in enumerate(space.names)}
+        self._backend = cpu(1)
+        size = space.count + 1
+        self.grams = np.zeros((len(space.names), size, size))
+
+    def __call__(self, item: TensorPlan, array: np.ndarray[Any, Any]) -> None:
+        """One tensor of the state; those that are only copied do not count."""
+        index = self._index.get(item.name)
+        if index is None:
+            return
+        models = self._space.template.models
+        sources = self._space.sources(item.name)
+        first, *others = [models[s.model].view(s.name) for s in sources]
+        own = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
+        self.grams[index] = self._backend.gram(
+            [*others, own], first, axis=None, rows=1, cols=array.size
+        )

@@ -1,0 +1,1 @@
+"""The tree that makes one output tensor, and the algebra that makes it one combination."""
