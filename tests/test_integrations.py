@@ -132,7 +132,7 @@ def test_a_gpu_is_asked_for(
     def merge_plan(*_: object, device: str, **__: object) -> None:
         asked.append(device)
 
-    monkeypatch.setattr(fastmerge.integrations.mergekit.engine, "merge_plan", merge_plan)
+    monkeypatch.setattr(fastmerge.integrations.mergekit, "merge_plan", merge_plan)
     run_merge(recipe, tmp_path / "out", options)
     assert asked == ["cuda"]
 

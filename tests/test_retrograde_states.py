@@ -364,7 +364,7 @@ def test_the_gram_pass_is_cached_by_content(
     first = open_space(schedule, cache=cache)
     calls = []
     real = products.grams
-    monkeypatch.setattr(opening, "grams", lambda *a, **k: calls.append(1) or real(*a, **k))
+    monkeypatch.setattr(products, "grams", lambda *a, **k: calls.append(1) or real(*a, **k))
     again = open_space(schedule, cache=cache)
     assert not calls and (again.grams == first.grams).all()
     other = schedule_of([models[0], models[2], models[1]], WALK)
