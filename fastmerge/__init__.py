@@ -16,11 +16,23 @@ if TYPE_CHECKING:
     from fastmerge import api, live, llama, ops, retrograde
     from fastmerge.api import materialise, merge
     from fastmerge.engine.report import MergeReport
-    from fastmerge.errors import FastmergeError
+    from fastmerge.errors import (
+        FastmergeError,
+        ModelError,
+        OutputError,
+        RecipeError,
+        ResourceError,
+        UnsupportedError,
+    )
 
 __all__ = [
     "FastmergeError",
     "MergeReport",
+    "ModelError",
+    "OutputError",
+    "RecipeError",
+    "ResourceError",
+    "UnsupportedError",
     "__version__",
     "api",
     "live",
@@ -35,7 +47,7 @@ _HOMES = {
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "MergeReport": "fastmerge.engine.report",
-    "FastmergeError": "fastmerge.errors",
+    **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},
 }
 _MODULES = ("api", "live", "llama", "ops", "retrograde")
 

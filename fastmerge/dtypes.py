@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, UnsupportedError, nearest
 
 
 class DType(NamedTuple):
@@ -63,7 +63,7 @@ def parse(name: str, where: str = "dtype") -> DType:
     found = BY_NAME.get(text) or BY_CODE.get(text) or _SHORT.get(text.lower())
     known = [dtype.name for dtype in MERGEABLE]
     if found is None:
-        raise FastmergeError(f"{where}: unknown dtype '{name}'; {nearest(text, known)}")
+        raise RecipeError(f"{where}: unknown dtype '{name}'; {nearest(text, known)}")
     if not found.mergeable:
-        raise FastmergeError(f"{where}: cannot merge in '{name}'; use one of {', '.join(known)}")
+        raise UnsupportedError(f"{where}: cannot merge in '{name}'; use one of {', '.join(known)}")
     return found

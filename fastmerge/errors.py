@@ -1,7 +1,16 @@
-"""The one exception that a user's mistake raises.
+"""What a user's mistake raises: one class for each thing that can be at fault.
 
-Every message is one line that names the file, tensor or key at fault and the fix. The command line
-prints it and exits with code 2; anything else that escapes is a defect in fastmerge.
+    FastmergeError
+    ├── RecipeError       what is asked for: a recipe, a schedule, a method's parameter
+    ├── ModelError        a model: files missing, damaged, changed; models that do not fit
+    ├── UnsupportedError  understood and in order, but not done (here): a LoRA, a quantised model
+    ├── OutputError       where the result goes: it exists, is an input, cannot be written
+    └── ResourceError     what the machine lacks: memory, disk space, threads, a GPU, a package
+
+FastmergeError itself is raised for an argument of a Python call that is none of these. Every
+message is one line that names the file, tensor or key at fault and the fix. The command line prints
+it and exits with code 2; anything else that escapes is a defect in fastmerge. Callers catch
+classes; no message is promised to stay.
 """
 
 from __future__ import annotations
@@ -11,11 +20,39 @@ from typing import Any
 
 
 class FastmergeError(Exception):
-    """Bad input or an impossible request; the message is one line and names the remedy."""
+    """Bad input or an impossible request; the message is one line and names the remedy.
+
+    Every class is made from the message alone, so that an error can be pickled, and raised again as
+    ``type(error)(f"{where}: {error}")``.
+    """
 
     def __init__(self, message: str) -> None:
         # File and tensor names are other people's: no line break or escape sequence gets through.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+class RecipeError(FastmergeError):
+    """A recipe or schedule, an evaluation's settings, or a method's name or parameter: its words,
+    its values, or how they go together.
+    """
+
+
+class ModelError(FastmergeError):
+    """A model's files are missing, unreadable, malformed or changed, or models are not of one
+    architecture.
+    """
+
+
+class UnsupportedError(FastmergeError):
+    """Understood, and nothing is wrong with it, but fastmerge or this device does not do it."""
+
+
+class OutputError(FastmergeError):
+    """The folder to write, or what an earlier run left in it, stands in the way."""
+
+
+class ResourceError(FastmergeError):
+    """The machine lacks memory, disk space, threads, a GPU or an installed package."""
 
 
 def nearest(word: str, known: object, *, limit: int = 12) -> str:

@@ -22,7 +22,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.compute.lane import Lane
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.in_memory import materialise_plan
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -125,7 +125,7 @@ def merge_into(
             held.let_go_of_device()
             torch.cuda.empty_cache()
             if keep == "device" or (place == "pinned" and gpu_memory < 2 * _LEAST_BYTES):
-                raise FastmergeError(
+                raise ResourceError(
                     "the GPU has no room to merge the model in its memory, and its weights may be "
                     "half old, half new; end other programs on it, use keep='pinned', or load the "
                     "model on the CPU"
@@ -207,29 +207,29 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
         if not item.dtype.mergeable:  # integers stay
             continue
         if target is None:
-            raise FastmergeError(f"the model has no parameter '{item.name}'")
+            raise ModelError(f"the model has no parameter '{item.name}'")
         if tuple(target.shape) != item.shape:
-            raise FastmergeError(
+            raise ModelError(
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
             )
         targets[item.name] = target
         # Tied parameters are one memory: of two different results the later would win.
         first = made.setdefault(target.data_ptr(), item) if target.numel() else item
         if first.root is not item.root:
-            raise FastmergeError(
+            raise ModelError(
                 f"the model ties '{item.name}' to '{first.name}', and the merge makes two of them; "
                 "load the model with tie_word_embeddings=False"
             )
     kinds = {target.device.type: name for name, target in targets.items()}
     if len(kinds) > 1 or "meta" in kinds:
         places = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())
-        raise FastmergeError(
+        raise UnsupportedError(
             f"the model is not whole on one kind of device ({places}); load it without offloading"
         )
     filled = {target.data_ptr() for target in targets.values()}
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() not in filled:
-            raise FastmergeError(f"the merge has no tensor for the model's parameter '{name}'")
+            raise ModelError(f"the merge has no tensor for the model's parameter '{name}'")
     return targets
 
 

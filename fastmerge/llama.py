@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def load_tokenizer(source: Source, **kwargs: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FastmergeError(f"{folder}: has no tokenizer that loads: {reason[:200]}") from error
+        raise ModelError(f"{folder}: has no tokenizer that loads: {reason[:200]}") from error
 
 
 def _transformers() -> Any:
@@ -127,7 +127,7 @@ def _transformers() -> Any:
         import torch  # noqa: F401
         import transformers
     except ImportError as error:
-        raise FastmergeError(
+        raise ResourceError(
             f"loading a model needs torch and transformers ({error.name} is missing); "
             "install them with: pip install 'fastmerge[llama]'"
         ) from error
@@ -137,9 +137,9 @@ def _transformers() -> Any:
 def _model_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
-        raise FastmergeError(f"{path}: no such folder; give the folder of a merged model")
+        raise ModelError(f"{path}: no such folder; give the folder of a merged model")
     if not (folder / "config.json").is_file():
-        raise FastmergeError(f"{path}: has no config.json, so it is not a Hugging Face model")
+        raise ModelError(f"{path}: has no config.json, so it is not a Hugging Face model")
     return folder
 
 
@@ -148,14 +148,14 @@ def _model_class(transformers: Any, plan: Plan) -> tuple[Any, Any]:
     model_type = plan.config.get("model_type")
     known = transformers.CONFIG_MAPPING
     if model_type not in known:
-        raise FastmergeError(
+        raise UnsupportedError(
             f"transformers {transformers.__version__} does not know the merged config's model_type "
             f"'{model_type}'; upgrade it, or write a folder and load that with its own code"
         )
     config = known[model_type].from_dict(plan.config)
     classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in classes:
-        raise FastmergeError(f"model_type '{model_type}' is not a causal language model")
+        raise UnsupportedError(f"model_type '{model_type}' is not a causal language model")
     return classes[type(config)], config
 
 
@@ -174,4 +174,4 @@ def _check(loading: Mapping[str, Any], where: str) -> None:
         names = sorted(str(name) for name in loading[kind])
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise FastmergeError(f"{where}: {kind.replace('_keys', '')} weight {names[0]}{more}")
+            raise ModelError(f"{where}: {kind.replace('_keys', '')} weight {names[0]}{more}")

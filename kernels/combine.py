@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
@@ -282,6 +282,6 @@ def combine_many(
 def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     check(inputs, None, out)
     if len(inputs) > MAX_INPUTS:
-        raise FastmergeError(
+        raise UnsupportedError(
             f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once"
         )

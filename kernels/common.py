@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
 
 # Element types by number: the first three as in csrc/tensor.h, then the two that are only read.
 F32: tl.constexpr = tl.constexpr(0)
@@ -351,7 +351,7 @@ def check(
     named += [("out", out)] if out is not None else []
     first = inputs[0]
     if first.device.type != "cuda" and not interpreted():
-        raise FastmergeError(
+        raise ResourceError(
             f"input 0 is on '{first.device}': the Triton kernels need a GPU; use device cpu"
         )
     for name, tensor in named:
@@ -359,7 +359,7 @@ def check(
             known = ", ".join(
                 str(t).removeprefix("torch.") for t in (OUTPUTS if name == "out" else CODES)
             )
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"{name}: cannot merge {tensor.dtype}; convert it to one of {known}"
             )
         if tensor.device != first.device:

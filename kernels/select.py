@@ -27,7 +27,7 @@ import torch
 import triton
 from numpy.typing import NDArray
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
@@ -229,7 +229,7 @@ def _check(count: int, specs: Sequence[Sparsify]) -> None:
         if not 0 <= spec.keep <= count:
             raise FastmergeError(f"keep {spec.keep}: use 0 to {count}, the element count")
         if spec.kind == MAGNITUDE and count > MOST:
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"{count} elements: the GPU trims tensors of up to {MOST}; use device cpu"
             )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Trim
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError
 from fastmerge.tree.nodes import Merge, Node, Source
 
 TILE_ENTRIES = 2048  # csrc/isa/table.h: tiles, which no index of a tensor may straddle
@@ -37,7 +37,7 @@ def find_trims(
         specs.sparsify,
     )
     if not all(math.isfinite(selection.rescale) for selection in chosen):
-        raise FastmergeError(
+        raise ModelError(
             "trim: model with rescale: a model has NaN or infinite weights, which would reach "
             "every tensor; mend the model, or merge without rescale"
         )

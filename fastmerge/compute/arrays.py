@@ -14,7 +14,7 @@ from fastmerge import _C
 from fastmerge.compute.backend import Backend, triton
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.dtypes import BF16, BY_NAME, F32, MERGEABLE, DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, UnsupportedError
 
 Extent = tuple[int, int]
 
@@ -34,7 +34,7 @@ def dtype_of(tensor: Any, where: str) -> DType:
     dtype = BY_NAME.get(name)
     if dtype is None or not dtype.mergeable:
         known = ", ".join(d.name for d in MERGEABLE)
-        raise FastmergeError(f"{where}: cannot merge {name} tensors; convert to one of {known}")
+        raise UnsupportedError(f"{where}: cannot merge {name} tensors; convert to one of {known}")
     return dtype
 
 
@@ -59,7 +59,7 @@ def check_torch(tensor: Any, where: str) -> None:
     import torch
 
     if tensor.layout != torch.strided or tensor.is_nested:
-        raise FastmergeError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
+        raise UnsupportedError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
     own = getattr(type(tensor), "__torch_dispatch__", None)
     if own not in (None, torch.Tensor.__torch_dispatch__):
         raise _no_memory(tensor, where)

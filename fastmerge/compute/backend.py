@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import UnsupportedError
 from fastmerge.methods.types import Float64
 from fastmerge.selection import Selection, Sparsify
 
@@ -61,7 +61,9 @@ class Backend(Protocol[T, O]):
 def triton(where: str, device: str) -> Any:
     """The Triton back end of a torch device; FastmergeError naming ``where`` if it has none."""
     if not device.startswith("cuda"):
-        raise FastmergeError(f"{where}: no kernels for device '{device}'; use CPU or CUDA tensors")
+        raise UnsupportedError(
+            f"{where}: no kernels for device '{device}'; use CPU or CUDA tensors"
+        )
     from fastmerge.kernels.backend import TritonBackend
 
     return TritonBackend(device)

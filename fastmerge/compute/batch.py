@@ -24,7 +24,7 @@ from fastmerge.compute.tensor import (
     effective,
     factors_of,
 )
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse
@@ -118,7 +118,7 @@ class Batch:
             try:
                 check([self._fetch(source) for source in leaves([root])], None, out)
             except FastmergeError as own:
-                return FastmergeError(f"{name}: {own}")
+                return type(own)(f"{name}: {own}")
         return error
 
     def _sort(self, place: int, job: Job) -> None:
@@ -136,7 +136,7 @@ class Batch:
         elif all(isinstance(node, Source) for node in root.inputs):
             plan = consensus_plan(root, job.name, math.prod(job.out.shape))
             if plan.across:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{job.name}: trim: model is not for models on a GPU; merge to a folder, or "
                     "into a model on the CPU"
                 )

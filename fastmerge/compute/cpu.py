@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.errors import FastmergeError, ResourceError, is_whole
 from fastmerge.methods.types import Float64
 from fastmerge.selection import ALL, Selection, Sparsify
 
@@ -63,7 +63,7 @@ class CpuBackend:
         try:
             self.pool = _C.Pool(threads)
         except RuntimeError as error:
-            raise FastmergeError(f"--threads: no room for {threads} threads ({error})") from error
+            raise ResourceError(f"--threads: no room for {threads} threads ({error})") from error
         self._scratch_folder = scratch_folder
         self._scratch_left = scratch_bytes
         self._lock = threading.RLock()  # a collection inside it may free an array
@@ -152,7 +152,7 @@ class CpuBackend:
                     # A page that the disk has no room for would end the process with SIGBUS.
                     os.posix_fallocate(file.fileno(), 0, nbytes)
                 except OSError as error:
-                    raise FastmergeError(
+                    raise ResourceError(
                         f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
                         f"bytes ({error.strerror}); free some, or raise --memory-limit"
                     ) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastmerge import _C
 from fastmerge.compute.tensor import matrix, steps
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
 from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
         import torch
         import triton  # noqa: F401
     except ImportError as error:
-        raise FastmergeError(
+        raise ResourceError(
             f"{where}: {error.name} is not installed; pip install 'fastmerge[gpu]', or use cpu"
         ) from error
     if not torch.cuda.is_available():
-        raise FastmergeError(f"{where}: this machine has no usable CUDA device; use --device cpu")
+        raise ResourceError(f"{where}: this machine has no usable CUDA device; use --device cpu")
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
@@ -81,7 +81,7 @@ def choose_devices(
     if count > MAX_INPUTS:
         if device == "auto":
             return [], f"device auto: merged on the CPU, as {name} has {count} inputs"
-        raise FastmergeError(
+        raise UnsupportedError(
             f"device cuda: {name} has {count} inputs and the GPU kernels take {MAX_INPUTS}; "
             "use --device cpu"
         )

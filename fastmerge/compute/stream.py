@@ -24,7 +24,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, device_bytes
 from fastmerge.compute.lane import Lane, Place, reserved
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ResourceError
 from fastmerge.methods.types import Float64
 from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Node, Source, leaves
@@ -276,7 +276,7 @@ class _Pieces:
         row_bytes = out_bytes + sum(BY_CODE[view.dtype].bytes_for(width) for view in views)
         budget = self._streamer.budget
         if min(step, count) * row_bytes > budget:
-            raise FastmergeError(
+            raise ResourceError(
                 f"--gpu-memory: {budget} bytes do not hold the smallest piece of {self._tensor}; "
                 f"give at least {min(step, count) * row_bytes}"
             )
@@ -292,7 +292,7 @@ class _Pieces:
                 return done
             half = -(-(end - begin) // (2 * step)) * step  # whole steps
             if half >= end - begin:
-                raise FastmergeError(
+                raise ResourceError(
                     f"{self._tensor}: the GPU has no room for {(end - begin) * row_bytes} bytes; "
                     "end other programs on it, or use --device cpu"
                 )

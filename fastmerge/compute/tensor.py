@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from fastmerge.compute.backend import Backend, O, T
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import UnsupportedError
 from fastmerge.methods.types import Consensus, Float64
 from fastmerge.selection import Selection, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
@@ -233,7 +233,7 @@ class Computation(Generic[T, O]):
         trim = self._trims.get(root)
         if trim is None:
             if plan.across:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{self._name}: trim: model needs every tensor of the models; merge to a "
                     "folder, or on the CPU"
                 )

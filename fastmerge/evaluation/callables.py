@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, RecipeError
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
@@ -63,15 +63,15 @@ def load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
     near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
     loaded = Path(getattr(found, "__file__", None) or "").resolve()
     if any(file.is_file() and file.resolve() != loaded for file in near):
-        raise FastmergeError(
+        raise RecipeError(
             f"{where}: beside the schedule lies a '{module}', and another one is loaded "
             f"({loaded}); rename one of them"
         )
     function: ScoreFunction | None = getattr(found, name, None)
     if function is None:
-        raise FastmergeError(f"{where}: the module has no '{name}'")
+        raise RecipeError(f"{where}: the module has no '{name}'")
     if not callable(function):
-        raise FastmergeError(f"{where}: is no function")
+        raise RecipeError(f"{where}: is no function")
     return function
 
 
@@ -161,7 +161,7 @@ class CallableScorer:
         self._limit = settings.limit
         for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
             if asked and "limit" not in self._takes:
-                raise FastmergeError(
+                raise RecipeError(
                     f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
                     "or remove the key"
                 )

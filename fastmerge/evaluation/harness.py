@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, ResourceError, nearest
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.scores import Scores, TaskScore
@@ -140,7 +140,7 @@ class Harness:
         for entry, unit in zip(entries, units, strict=True):
             for name in unit.parts:
                 if name in owners:
-                    raise FastmergeError(
+                    raise RecipeError(
                         f"{entry.where}: '{name}' is part of '{owners[name]}' already; name it "
                         "once, with one range of 'items'"
                     )
@@ -152,7 +152,7 @@ class Harness:
             for unit in self._units["steer"]:
                 shared = [name for name in held.parts if name in unit.parts]
                 if shared and overlap(held.span, unit.span):
-                    raise FastmergeError(
+                    raise RecipeError(
                         f"{entry.where}: '{shared[0]}' is both a steering task (of '{unit.key}') "
                         "and a hold-out: give the hold-out another task"
                     )
@@ -161,18 +161,18 @@ class Harness:
         name = sources.names[entry.name]
         if name not in manager.all_tasks:
             hint = nearest(name, manager.all_tasks, limit=6)
-            raise FastmergeError(f"{entry.where}: unknown task '{name}'; {hint}")
+            raise RecipeError(f"{entry.where}: unknown task '{name}'; {hint}")
         try:
             with quiet():
                 loaded = manager.load([name])
         except _load_errors() as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise FastmergeError(
+            raise RecipeError(
                 f"{entry.where}: task '{name}' cannot be loaded ({type(error).__name__}: {reason})"
             ) from error
         parts = dict(sorted(loaded["tasks"].items()))
         if self._preset and name == "mmlu" and len(parts) != _MMLU_SUBJECTS:
-            raise FastmergeError(f"mmlu: {len(parts)} subjects, not {_MMLU_SUBJECTS}")
+            raise RecipeError(f"mmlu: {len(parts)} subjects, not {_MMLU_SUBJECTS}")
         shots = entry.num_fewshot if entry.num_fewshot is not None else self._settings.num_fewshot
         for part in parts.values():
             own = part.get_config("num_fewshot")
@@ -197,7 +197,7 @@ class _Sources:
         self._folders = [str(_find(folder, path)) for path in settings.include_path]
         for given, path in zip(settings.include_path, self._folders, strict=True):
             if not Path(path).is_dir():
-                raise FastmergeError(f"{settings.at('include_path')}: no such folder: {given}")
+                raise RecipeError(f"{settings.at('include_path')}: no such folder: {given}")
         if settings.preset is not None:
             self.steering = [
                 Task(name=name, num_fewshot=shots, metric=metric)
@@ -218,12 +218,12 @@ class _Sources:
             if name.endswith((".yaml", ".yml")):
                 file = _find(folder, name)
                 if not file.is_file():
-                    raise FastmergeError(f"{entry.where}: no such task file: {name}")
+                    raise RecipeError(f"{entry.where}: no such task file: {name}")
                 self.texts[file.name] = file.read_text()
                 self._folders.append(str(file.parent))
                 found = _task_name(self.texts[file.name])
                 if found is None:
-                    raise FastmergeError(f"{entry.where}: {name} has no 'task:' line")
+                    raise RecipeError(f"{entry.where}: {name} has no 'task:' line")
                 name = found
                 known.add(name)
             self.names[entry.name] = name
@@ -270,7 +270,7 @@ def _data_files(name: str, text: str) -> list[Path]:
     try:
         document = yaml.load(text, Loader=_AnyTag)
     except yaml.YAMLError as error:
-        raise FastmergeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, Mapping) or document.get("dataset_path") not in (
         "json",
         "csv",
@@ -286,7 +286,7 @@ def _data_files(name: str, text: str) -> list[Path]:
             if not isinstance(file, str) or "*" in file:
                 continue
             if not Path(file).is_file():
-                raise FastmergeError(
+                raise RecipeError(
                     f"{name}: data file '{file}' not found (relative paths start at the working "
                     "directory); write an absolute path"
                 )
@@ -299,7 +299,7 @@ def _import_harness() -> None:
         import lm_eval
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
-        raise FastmergeError(
+        raise ResourceError(
             f"evaluation tasks need the harness ({error.name} is missing); install it with: "
             "pip install 'fastmerge[eval]'"
         ) from error
@@ -320,7 +320,7 @@ def _check_shots(entry: Task, part: Any) -> None:
     # Drawn from the documents that are scored, one more is drawn and the scored one left out.
     own = part.config.fewshot_split == (part.config.test_split or part.config.validation_split)
     if shots + own > examples:
-        raise FastmergeError(
+        raise RecipeError(
             f"{entry.where}: num_fewshot {shots} is more than the task's {examples} examples allow"
         )
 
@@ -329,11 +329,11 @@ def _check_metric(entry: Task, part: Any) -> None:
     metrics = list(part.aggregation())
     if entry.metric is not None and entry.metric.partition(",")[0] not in metrics:
         hint = nearest(entry.metric, metrics)
-        raise FastmergeError(f"{entry.where}: task has no metric '{entry.metric}'; {hint}")
+        raise RecipeError(f"{entry.where}: task has no metric '{entry.metric}'; {hint}")
     chosen = (entry.metric or metrics[0]).partition(",")[0]
     higher = part.higher_is_better().get(chosen, True)
     if not higher and chosen not in _PERPLEXITIES:
-        raise FastmergeError(
+        raise RecipeError(
             f"{entry.where}: metric '{chosen}' falls as models improve; choose one of "
             f"{', '.join(m for m in metrics if m != chosen) or 'another task'}"
         )
@@ -351,7 +351,7 @@ def _samples(units: Sequence[_Unit], limit: int | None) -> dict[str, list[int]] 
             if limit is not None:
                 last = min(last, begin + limit)
             if last <= begin:
-                raise FastmergeError(f"task '{name}' has no documents from {begin} on")
+                raise RecipeError(f"task '{name}' has no documents from {begin} on")
             chosen[name] = list(range(begin, last))
     return chosen
 
@@ -373,7 +373,7 @@ def _read(unit: _Unit, results: Mapping[str, Any]) -> TaskScore:
             items[name] = tuple(item for item in found if item is not None)
         if plain in _PERPLEXITIES:
             if name not in items:
-                raise FastmergeError(f"task '{name}': no log-likelihoods to score '{plain}' by")
+                raise RecipeError(f"task '{name}': no log-likelihoods to score '{plain}' by")
             values.append(sum(items[name]) / len(items[name]))
         else:
             values.append(100.0 * float(row[metric]))
@@ -395,7 +395,7 @@ def _metric_key(unit: _Unit, name: str, row: Mapping[str, Any]) -> str:
         return wanted
     found = next((key for key in keys if key.partition(",")[0] == wanted), None)
     if found is None:
-        raise FastmergeError(f"task '{name}': no metric '{wanted}'; {nearest(wanted, keys)}")
+        raise RecipeError(f"task '{name}': no metric '{wanted}'; {nearest(wanted, keys)}")
     return found
 
 
@@ -425,7 +425,7 @@ def check_leaderboard_data(manager: Any) -> None:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             missing.append(f"{title} ({reason[:80]})")
     if missing:
-        raise FastmergeError(
+        raise ResourceError(
             f"open_llm_leaderboard_v1: {len(missing)} of {len(LEADERBOARD_V1)} data sets cannot be "
             f"loaded: {'; '.join(missing)}; run once with internet, or bring a filled HF_HOME"
         )

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError
 
 
 def digest(value: Any) -> str:
@@ -39,7 +39,7 @@ class Journal:
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                raise FastmergeError(
+                raise OutputError(
                     f"{path}: line {number} is damaged; delete that line, whose result is then "
                     "measured again"
                 ) from None

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmerge import live, llama
 from fastmerge.engine.in_memory import materialise_plan
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError
 from fastmerge.evaluation.harness import quiet
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.plan.inputs import TensorPlan
@@ -47,7 +47,7 @@ class Loaded:
                 observe(item, array)
                 target = parameters.get(item.name)
                 if target is None:
-                    raise FastmergeError(f"the model has no parameter '{item.name}'")
+                    raise ModelError(f"the model has no parameter '{item.name}'")
                 if item.dtype.mergeable:  # integers stay
                     raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
                     target.copy_(raw.view(getattr(torch, item.dtype.name)).reshape(item.shape))

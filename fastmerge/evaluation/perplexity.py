@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import llama
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
@@ -25,16 +25,16 @@ class Perplexity:
         try:
             self._text = path.read_text(encoding="utf-8")
         except OSError as error:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{settings.at('perplexity')}: {path}: cannot be read ({error.strerror})"
             ) from error
         except UnicodeDecodeError as error:
-            raise FastmergeError(f"{settings.at('perplexity')}: {path}: {error}") from error
+            raise RecipeError(f"{settings.at('perplexity')}: {path}: {error}") from error
         self._settings = settings
         self._name = path.stem
         ids = llama.load_tokenizer(tokenizer_folder)(self._text)["input_ids"]
         if len(ids) < 2:
-            raise FastmergeError(f"{settings.at('perplexity')}: {path}: the text is too short")
+            raise RecipeError(f"{settings.at('perplexity')}: {path}: the text is too short")
         self._ids = ids
         self._windows: Any = None
 

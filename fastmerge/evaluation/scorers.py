@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError, ResourceError
 from fastmerge.evaluation.callables import CallableScorer, ScoreFunction, load_callable
 from fastmerge.evaluation.harness import Harness
 from fastmerge.evaluation.perplexity import Perplexity
@@ -48,10 +48,10 @@ def _check_device(settings: Evaluate) -> None:
     try:
         device = torch.device(settings.device)
     except RuntimeError:
-        raise FastmergeError(
+        raise RecipeError(
             f"{settings.at('device')}: unknown device '{settings.device}'; use cpu or cuda"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastmergeError(
+        raise ResourceError(
             f"{settings.at('device')}: this machine has no device '{settings.device}'; use cpu"
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError
 from fastmerge.recipe.located import Section, expand, read
 
 Handler = Callable[[Any], Any]
@@ -28,13 +28,13 @@ class Task(Section):
         if self.items is not None:
             first, colon, last = self.items.partition(":")
             if not colon or not all(part.strip().isdecimal() or not part for part in (first, last)):
-                raise FastmergeError(
+                raise RecipeError(
                     f"{self.at('items')}: 'items' is a range such as '0:200' or '200:', "
                     f"not '{self.items}'"
                 )
             begin, end = self.span
             if end is not None and end <= begin:
-                raise FastmergeError(f"{self.at('items')}: 'items' {self.items} holds no document")
+                raise RecipeError(f"{self.at('items')}: 'items' {self.items} holds no document")
         return self
 
     @property
@@ -79,32 +79,32 @@ class Evaluate(Section):
         ways = [w for w in ("tasks", "preset", "callable", "perplexity") if getattr(self, w)]
         if len(ways) != 1:
             found = f"found {' and '.join(ways)}" if ways else "found none"
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.where}: steer by exactly one of tasks, preset, callable, perplexity; "
                 f"{found}"
             )
         if list(self.stages) != sorted(set(self.stages)):
-            raise FastmergeError(f"{self.at('stages')}: 'stages' must rise")
+            raise RecipeError(f"{self.at('stages')}: 'stages' must rise")
         if self.callable is not None and not all(self.callable.partition(":")):
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('callable')}: 'callable' is 'module:function', not '{self.callable}'"
             )
         if self.holdout and not (self.tasks or self.preset):
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('holdout')}: 'holdout' tasks go with 'tasks' or a 'preset'; a callable "
                 "that takes 'split' scores its own hold-out"
             )
         for held in self.holdout:
             for steering in self.tasks:
                 if steering.name == held.name and overlap(steering.span, held.span):
-                    raise FastmergeError(
+                    raise RecipeError(
                         f"{held.where}: '{held.key}' is both a steering task and a hold-out: "
                         "give the hold-out another task or disjoint 'items'"
                     )
         keys = [t.key for t in (*self.tasks, *self.holdout)]
         for task in (*self.tasks, *self.holdout):
             if keys.count(task.key) > 1:
-                raise FastmergeError(f"{task.where}: task '{task.key}' is listed twice")
+                raise RecipeError(f"{task.where}: task '{task.key}' is listed twice")
         return self
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 from fastmerge import api
 from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, nearest
 from fastmerge.models.folder import TOKENIZER_PATTERNS
 from fastmerge.plan.plan import Plan
 from fastmerge.recipe.document import Recipe
@@ -95,7 +95,7 @@ def run_merge(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
     except OSError as error:
-        raise FastmergeError(f"{out.parent}: cannot be created ({error.strerror})") from error
+        raise OutputError(f"{out.parent}: cannot be created ({error.strerror})") from error
     return merge_plan(
         plan,
         out,
@@ -123,9 +123,11 @@ def _options(options: Any) -> dict[str, Any]:
         if name not in _KNOWN:
             raise FastmergeError(f"options: unknown '{name}'; {nearest(str(name), _KNOWN)}")
     if not given.get("safe_serialization", True):
-        raise FastmergeError("safe_serialization: fastmerge writes safetensors only; leave it true")
+        raise UnsupportedError(
+            "safe_serialization: fastmerge writes safetensors only; leave it true"
+        )
     if given.get("transformers_cache") is not None:
-        raise FastmergeError(
+        raise UnsupportedError(
             "transformers_cache: models come from huggingface_hub's cache; set HF_HUB_CACHE instead"
         )
     return {name: value for name, value in given.items() if value is not None}
@@ -136,7 +138,7 @@ def _device(given: Mapping[str, Any]) -> str:
     device = str(given.get("device") or ("cuda" if wants_gpu else "cpu"))
     kind, _, index = device.partition(":")
     if index:
-        raise FastmergeError(
+        raise UnsupportedError(
             f"device: '{device}': every GPU that is visible takes part; "
             f"set CUDA_VISIBLE_DEVICES={index} and ask for '{kind}'"
         )

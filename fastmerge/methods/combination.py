@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError
 from fastmerge.methods.types import Combination, Values
 
 Float64 = NDArray[np.float64]
@@ -59,7 +59,7 @@ def linear(
     for weight in weights:  # fp32 and in order, as the kernel's accumulation
         total += np.float32(weight)
     if total == 0:
-        raise FastmergeError(
+        raise RecipeError(
             f"linear: the weights {weights.tolist()} sum to 0; change them or set normalize: false"
         )
     return Combination(weights, float(total))
@@ -137,7 +137,7 @@ def multislerp(
     w = _column(operands, "weight")
     if values["normalize_weights"]:
         if w.sum() == 0:
-            raise FastmergeError(
+            raise RecipeError(
                 f"multislerp: the weights {w.tolist()} sum to 0; change them or set "
                 "normalize_weights: false"
             )
@@ -150,7 +150,7 @@ def multislerp(
     length = _length(mean, g)
     if length < eps:
         if count != 2:
-            raise FastmergeError(
+            raise RecipeError(
                 "multislerp: the weighted mean direction of a tensor is zero (opposite models); "
                 "change the weights"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods import combination, consensus
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
@@ -152,5 +152,5 @@ def find(name: str, where: str = "merge_method") -> Method:
     """The row called ``name``; raises FastmergeError with the nearest known name."""
     row = METHODS.get(name)
     if row is None:
-        raise FastmergeError(f"{where}: unknown method '{name}'; {nearest(name, METHODS)}")
+        raise RecipeError(f"{where}: unknown method '{name}'; {nearest(name, METHODS)}")
     return row

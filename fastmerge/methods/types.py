@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError
 from fastmerge.selection import Sparsify
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
@@ -37,27 +37,25 @@ class Parameter:
         """``value`` as ``kind``, within bounds; raises FastmergeError naming ``where``."""
         if self.kind is str:
             if value not in self.choices:
-                raise FastmergeError(
-                    f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}"
-                )
+                raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}")
             return value
         if self.kind is bool:
             if isinstance(value, bool):
                 return value
             if value in (0, 1):
                 return bool(value)
-            raise FastmergeError(f"{where}: '{self.name}' must be true or false, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be true or false, not {value!r}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
-            raise FastmergeError(f"{where}: '{self.name}' must be a number, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be a number, not {value!r}")
         if abs(value) > _LARGEST or value != value:
-            raise FastmergeError(f"{where}: '{self.name}' must be finite")
+            raise RecipeError(f"{where}: '{self.name}' must be finite")
         if self.kind is int and value != int(value):
-            raise FastmergeError(f"{where}: '{self.name}' must be a whole number, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be a whole number, not {value!r}")
         too_low = self.low is not None and (
             value <= self.low if self.open_low else value < self.low
         )
         if too_low or (self.high is not None and value > self.high):
-            raise FastmergeError(f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}")
         return self.kind(value)
 
     def bounds(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge import _C
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import FastmergeError, ModelError, nearest
 from fastmerge.models.folder import INDEX, check_index, find_files
 from fastmerge.models.header import (
     Header,
@@ -71,7 +71,7 @@ class Checkpoint:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise FastmergeError(f"{path}: the path is not UTF-8; rename the folder") from None
+            raise ModelError(f"{path}: the path is not UTF-8; rename the folder") from None
         config: dict[str, Any] = {}
         weight_map: dict[str, str] | None = None
         if path.is_dir():
@@ -79,9 +79,9 @@ class Checkpoint:
         elif path.suffix == ".safetensors" and path.exists():
             files = (path,)
         elif path.exists():
-            raise FastmergeError(f"{path}: not a model folder or a .safetensors file")
+            raise ModelError(f"{path}: not a model folder or a .safetensors file")
         else:
-            raise FastmergeError(f"{path}: no such file or folder")
+            raise ModelError(f"{path}: no such file or folder")
         beside = (path if path.is_dir() else path.parent) / "config.json"
         if beside.exists():
             config = read_object(beside)
@@ -101,7 +101,7 @@ class Checkpoint:
         found = self.tensors.get(name)
         if found is None:
             hint = nearest(name, self.tensors, limit=3)
-            raise FastmergeError(f"{self.path}: no tensor {show(name)}; {hint}")
+            raise ModelError(f"{self.path}: no tensor {show(name)}; {hint}")
         return found
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
@@ -189,4 +189,4 @@ class Checkpoint:
 
 
 def _changed(path: Path) -> FastmergeError:
-    return FastmergeError(f"{path}: changed while it was being read; run again when it is complete")
+    return ModelError(f"{path}: changed while it was being read; run again when it is complete")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.models.header import Header, read_object, show
 
 SINGLE = "model.safetensors"
@@ -62,52 +62,54 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         weight_map = _read_weight_map(index)
         names = sorted(set(weight_map.values()))
         if single.exists() and names != [SINGLE]:
-            raise FastmergeError(
+            raise ModelError(
                 f"{folder}: has both {SINGLE} and {INDEX} for other files; remove the stale one"
             )
         for name in names:
             if name.startswith("/") or ".." in name.split("/"):
-                raise FastmergeError(f"{index}: shard {show(name)} lies outside the folder")
+                raise ModelError(f"{index}: shard {show(name)} lies outside the folder")
             if not (folder / name).exists():
-                raise FastmergeError(
+                raise ModelError(
                     f"{index}: shard {show(name)} is missing; download or copy it again"
                 )
         return tuple(folder / name for name in names), weight_map
     if single.exists():
         return (single,), None
     if single.is_symlink():
-        raise FastmergeError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
+        raise ModelError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if any("-of-" in name for name in others):
-        raise FastmergeError(f"{folder}: has shards but no {INDEX}; download or copy it again")
+        raise ModelError(f"{folder}: has shards but no {INDEX}; download or copy it again")
     if any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
-        raise FastmergeError(
+        raise UnsupportedError(
             f"{folder}: a LoRA adapter, not a model; merge it into its base with peft first"
         )
     if others:
-        raise FastmergeError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")
+        raise ModelError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")
     pickled = sorted(
         file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")
     )
     if pickled:
-        raise FastmergeError(
+        raise UnsupportedError(
             f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert: "
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}', dtype='auto')"
             f".save_pretrained('{folder}-safe', safe_serialization=True)\""
         )
     if any(folder.glob("*.gguf")):
-        raise FastmergeError(f"{folder}: GGUF files, which are quantised; get the safetensors ones")
-    raise FastmergeError(f"{folder}: no {SINGLE} or {INDEX} in it")
+        raise UnsupportedError(
+            f"{folder}: GGUF files, which are quantised; get the safetensors ones"
+        )
+    raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FastmergeError(f"{index}: has no 'weight_map'")
+        raise ModelError(f"{index}: has no 'weight_map'")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise FastmergeError(f"{index}: tensor {show(name)} has no shard name")
+            raise ModelError(f"{index}: tensor {show(name)} has no shard name")
     return weight_map
 
 
@@ -127,8 +129,8 @@ def check_index(
                 if place
                 else "but the index does not list it"
             )
-            raise FastmergeError(
+            raise ModelError(
                 f"{file}: has tensor {show(info.name)}, {where}; one of the two is stale"
             )
     for name, shard in missing.items():
-        raise FastmergeError(f"{index}: tensor {show(name)} is not in its shard '{shard}'")
+        raise ModelError(f"{index}: tensor {show(name)} is not in its shard '{shard}'")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from fastmerge.dtypes import BY_CODE, DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
@@ -101,11 +101,11 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
     except OSError as error:
         unreadable(path, error)
     except ValueError as error:
-        raise FastmergeError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {error}") from None
 
 
 def unreadable(path: Path, error: OSError) -> NoReturn:
-    raise FastmergeError(f"{path}: cannot be read ({error.strerror or error})") from error
+    raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def stamp_of(path: Path, info: os.stat_result) -> Stamp:
@@ -119,19 +119,19 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise FastmergeError(f"{path}: not a regular file")
+                raise ModelError(f"{path}: not a regular file")
             size = status.st_size
             if size < 8:
-                raise FastmergeError(f"{path}: truncated: {size} bytes, not even a header length")
+                raise ModelError(f"{path}: truncated: {size} bytes, not even a header length")
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             if length == _LFS_POINTER:
-                raise FastmergeError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
+                raise ModelError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
             if length > MAX_HEADER_BYTES:
-                raise FastmergeError(
+                raise ModelError(
                     f"{path}: header length {length} is over {MAX_HEADER_BYTES}; not safetensors"
                 )
             if length > size - 8:
-                raise FastmergeError(
+                raise ModelError(
                     f"{path}: truncated: {size} bytes, but its header alone takes {8 + length}"
                 )
             data = os.pread(descriptor, length, 8)
@@ -148,7 +148,7 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
         tensors.sort(key=lambda info: (info.begin, info.nbytes))
         _check_coverage(tensors, 8 + length, size)
     except ValueError as error:
-        raise FastmergeError(f"{path}: bad header: {error}") from None
+        raise ModelError(f"{path}: bad header: {error}") from None
     return Header(tensors, metadata, hashlib.sha256(data).digest()), stamp_of(path, status)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError, ResourceError
 from fastmerge.models.folder import INDEX, SIDE_PATTERNS
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -23,17 +23,17 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
         return local
     name, _, pinned = reference.partition("@")
     if revision is not None and pinned and pinned != revision:
-        raise FastmergeError(
+        raise ModelError(
             f"{reference}: revision '{revision}' contradicts '@{pinned}'; give one of them"
         )
     if not _HUB_ID.fullmatch(name):
-        raise FastmergeError(
+        raise ModelError(
             f"{reference}: no such folder or file (and not a Hub id of the form org/name)"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise FastmergeError(
+        raise ResourceError(
             f"{reference}: not a local folder, and fetching it from the Hub needs "
             f"`pip install huggingface_hub`"
         ) from None
@@ -49,7 +49,7 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
         Exception
     ) as error:  # its own, httpx's, requests' and the OS's errors share no base class
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise FastmergeError(
+        raise ModelError(
             f"{reference}: not a local folder, and the Hub did not provide it "
             f"({type(error).__name__}: {reason[:200]})"
         ) from error

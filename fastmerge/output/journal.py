@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError
 from fastmerge.output.place import explain
 
 
@@ -41,7 +41,7 @@ class Journal:
         try:
             self._descriptor = self._locked(path)
         except BlockingIOError:
-            raise FastmergeError(f"{target}: another merge is writing it now ({path})") from None
+            raise OutputError(f"{target}: another merge is writing it now ({path})") from None
         except OSError as error:
             raise explain(error, target) from error
 

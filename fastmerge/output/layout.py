@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError
 from fastmerge.models.folder import SINGLE
 from fastmerge.models.header import MAX_HEADER_BYTES, show
 
@@ -85,7 +85,7 @@ class Layout:
         if len(slots) != len(tensors):
             names = [name for name, _, _ in tensors]
             twice = next(name for name in names if names.count(name) > 1)
-            raise FastmergeError(f"output: tensor {show(twice)} is there twice")
+            raise OutputError(f"output: tensor {show(twice)} is there twice")
         total = sum(slot.nbytes for slot in slots.values())
         index = None
         if len(shards) > 1:
@@ -129,7 +129,7 @@ def _plan_shard(
     # The format allows spaces after the header, and its own library pads with them (to 8).
     text += b" " * (-(8 + len(text)) % _ALIGN)
     if len(text) > MAX_HEADER_BYTES:
-        raise FastmergeError(f"output: the header of {name} is over 100 MB; use smaller shards")
+        raise OutputError(f"output: the header of {name} is over 100 MB; use smaller shards")
     begin = 8 + len(text)
     for tensor, dtype, shape, count, nbytes in group:
         slots[tensor] = Slot(tensor, dtype, tuple(shape), number, begin, nbytes, count)

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from fastmerge import _C
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError, ResourceError
 from fastmerge.models.folder import INDEX
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout, Slot
@@ -112,7 +112,7 @@ class ModelWriter:
         if not kept:
             return {}
         if self._journal.job != job:
-            raise FastmergeError(
+            raise OutputError(
                 f"{self.partial}: an unfinished merge of other inputs or another recipe "
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
                 f"--fresh"
@@ -146,7 +146,7 @@ class ModelWriter:
             try:
                 staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
             except RuntimeError as error:
-                raise FastmergeError(
+                raise ResourceError(
                     f"{self.target}: the system refuses {io_threads} threads to write it ({error})"
                 ) from error
             for shard in self.layout.shards:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.dtypes import F32, DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
@@ -53,7 +53,7 @@ class Builder:
         index = 0
         for part in parts:
             if part.lead.view.stack != stack:
-                raise FastmergeError(
+                raise ModelError(
                     f"{part.where}: '{part.lead.view.label}' names its layers otherwise than "
                     f"'{first.lead.view.label}' ({stack.layers}.N)"
                 )
@@ -100,7 +100,7 @@ class Builder:
             if name.startswith(prefixes):
                 found[name] = tensor
             elif not name.startswith((f"{stack.layers}.", *stack.before, *stack.after)):
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{item.where}: tensor '{name}' of model '{item.view.label}' is in no layer "
                     "and not known to stand before or after them, so 'slices:' cannot place it; "
                     "use 'models:'"
@@ -153,7 +153,7 @@ class Builder:
         try:
             node.method.rule(gram, node.values, node.operand_values, node.base is not None)
         except FastmergeError as error:
-            raise FastmergeError(f"{part.where}: {error}") from None
+            raise type(error)(f"{part.where}: {error}") from None
 
     def _check_copied(
         self, part: Part, name: str, sources: Sequence[TensorPlan], is_copy: bool
@@ -166,7 +166,7 @@ class Builder:
         for item, tensor in zip(part.inputs, sources, strict=True):
             kind = tensor.dtype
             if not kind.mergeable and not kind.name.startswith(("int", "uint", "bool")):
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{item.where}: tensor '{name}' of model '{item.view.label}' is {kind.name}, "
                     "which fastmerge does not merge; convert it to bfloat16, float16 or float32 "
                     "first"
@@ -174,7 +174,7 @@ class Builder:
             if tensor is sources[0]:
                 continue
             if kind != sources[0].dtype or self._bytes(tensor) != self._bytes(sources[0]):
-                raise FastmergeError(
+                raise ModelError(
                     f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
                     f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
                     "copied when equal"
@@ -219,7 +219,7 @@ def _check_names(
         raise _missing(prefix + lost[0], item, lead_item, len(lost))
     extra = [name for name in other if name not in lead]
     rest = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-    raise FastmergeError(
+    raise ModelError(
         f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
         f"'{lead_item.view.label}' lacks: they are not of one "
         f"architecture{_layer_counts(lead_item, item)}"
@@ -228,7 +228,7 @@ def _check_names(
 
 def _missing(name: str, item: Input, lead: Input, count: int) -> FastmergeError:
     rest = f" (and {count - 1} more)" if count > 1 else ""
-    return FastmergeError(
+    return ModelError(
         f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{rest}, which "
         f"'{lead.view.label}' has: they are not of one architecture{_layer_counts(lead, item)}"
     )
@@ -246,12 +246,12 @@ def _layer_counts(lead: Input, item: Input) -> str:
 
 def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> FastmergeError:
     if name in VOCABULARY and x.shape[1:] == y.shape[1:]:
-        return FastmergeError(
+        return UnsupportedError(
             f"{b.where}: vocabulary mismatch in '{name}': {x.shape[0]} rows in '{a.view.label}', "
             f"{y.shape[0]} in '{b.view.label}'; fastmerge does not merge tokenizers yet: resize "
             "one model's embeddings first"
         )
-    return FastmergeError(
+    return ModelError(
         f"{b.where}: tensor '{name}' is {list(x.shape)} in model '{a.view.label}' but "
         f"{list(y.shape)} in '{b.view.label}'; only models of one shape can be merged"
     )

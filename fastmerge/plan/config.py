@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ModelError
 from fastmerge.models.architecture import PER_LAYER_LISTS, Stack, text_config
 from fastmerge.plan.inputs import Part, TensorPlan
 
@@ -51,7 +51,7 @@ def set_layers(
             given = text_config(item.view.config).get(key)
             end = item.start + (part.layers or 0)
             if not isinstance(given, list) or len(given) < end:
-                raise FastmergeError(
+                raise ModelError(
                     f"{item.where}: config.json of '{item.view.label}' has no '{key}' for layers "
                     f"up to {end}, as stacking layers needs"
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Method
 from fastmerge.models.architecture import STACKS, Stack, find_stack, is_tied, layer_of
 from fastmerge.plan.values import ParameterValues
@@ -96,7 +96,7 @@ def check_quantised(view: View, method: Method, where: str) -> None:
     quantised = view.config.get("quantization_config")
     if quantised and method.name != "passthrough":
         kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-        raise FastmergeError(
+        raise UnsupportedError(
             f"{where}: model '{view.label}' is quantised ({kind or 'quantization_config'} in "
             "config.json), and fastmerge does not dequantise; merge the original weights"
         )

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_whole
 from fastmerge.methods import Method
 from fastmerge.models import hub
 from fastmerge.models.architecture import COMPUTED, is_tied, numbered_settings, untied
@@ -152,11 +152,11 @@ class _Planner:
             path = local if local is not None and local.exists() else self._resolve(reference)
         except FastmergeError as error:
             if "+" in reference:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{where}: '{reference}': LoRA adapters ('+') are not supported; merge the "
                     "adapter into its base with peft first"
                 ) from None
-            raise FastmergeError(f"{where}: {error}") from None
+            raise type(error)(f"{where}: {error}") from None
         identity = path.resolve()
         if identity in self._opened:
             return self._opened[identity]
@@ -251,7 +251,7 @@ class _Planner:
             inputs.append(Input(view, 0, entry.at("model"), settings_for(method, entry)))
         if base is not None and all(item.view is not base for item in inputs):
             if method.base == "none":
-                raise FastmergeError(
+                raise RecipeError(
                     f"{document.at('base_model')}: {method.name} takes no base_model; remove it "
                     "(the model's own config and tokenizer are used)"
                 )
@@ -266,7 +266,7 @@ class _Planner:
         count = 0 if stack is None else view.count(stack.layers)
         if entry.layer_range != (0, count):
             start, end = entry.layer_range
-            raise FastmergeError(
+            raise RecipeError(
                 f"{entry.at('layer_range')}: layer_range [{start}, {end}] under 'models:' would "
                 f"have no effect ('{entry.model}' has {count} layers); to choose layers use "
                 "'slices:'"
@@ -279,7 +279,7 @@ class _Planner:
         inputs = [self._source(method, source) for source in part.sources]
         absent = base is not None and all(item.view is not base for item in inputs)
         if base is not None and absent and method.base in ("required", "optional", "first"):
-            raise FastmergeError(
+            raise RecipeError(
                 f"{part.at('sources')}: base_model '{base.label}' is not among this slice's "
                 f"sources; {method.name} needs its layers: add it as a source"
             )
@@ -293,14 +293,14 @@ class _Planner:
         view = self.view(source.model, source.at("model"))
         stack = view.stack
         if stack is None:
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"{source.at('model')}: '{source.model}' has no layers named as fastmerge knows "
                 "them (such as model.layers.0.); use 'models:', which takes any names"
             )
         start, end = source.layer_range
         count = view.count(stack.layers)
         if end > count:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{source.at('layer_range')}: layer_range [{start}, {end}] is out of range: "
                 f"'{source.model}' has {count} layers"
             )
@@ -318,13 +318,13 @@ class _Planner:
         method = document.method
         position = next((i for i, item in enumerate(inputs) if item.view is base), None)
         if method.base in ("required", "first") and position is None:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{document.where}: {method.name} needs a 'base_model:'; name one of the models"
             )
         seen: dict[tuple[int, int], str] = {}
         for item in inputs:
             if (id(item.view), item.start) in seen:
-                raise FastmergeError(
+                raise RecipeError(
                     f"{item.where}: model '{item.view.label}' is listed twice; keep one"
                 )
             seen[id(item.view), item.start] = item.where
@@ -422,7 +422,7 @@ def _arity(method: Method, count: int, place: str) -> None:
     )
     noun = "model" if wanted.endswith(" 1") else "models"
     besides = " besides the base" if method.base in ("required", "optional") else ""
-    raise FastmergeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
+    raise RecipeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
 
 
 def _needs(method: Method, item: Input, base: View | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import UnsupportedError
 from fastmerge.tree.nodes import Merge, Node, Source, walk
 
 Sized = tuple[Node, int]  # a tensor's tree and its element count
@@ -41,7 +41,7 @@ def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
     first = nodes[0][0]
     for node, _ in nodes:
         if not all(isinstance(part, Source) for part in node.inputs):
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"trim: model: '{node.name}' is merged from another document's result; it takes "
                 "models that are there: write that result to a folder first"
             )
@@ -52,12 +52,12 @@ def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
             ("ties", node.values.get("ties") == first.values.get("ties")),
         ):
             if not same:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"trim: model: the {what} of '{node.name}' and of '{first.name}' differ; a "
                     "model is trimmed whole: no slices of others, no gradients, no filters"
                 )
     if len({node.name for node, _ in nodes}) < len(nodes):
-        raise FastmergeError("trim: model: only one document of a recipe can have it")
+        raise UnsupportedError("trim: model: only one document of a recipe can have it")
     return nodes
 
 
@@ -68,7 +68,7 @@ def check_whole(document: Iterable[Node], used: Iterable[tuple[Merge, int]]) -> 
     known = {node for node, _ in used}
     for root in document:
         if isinstance(root, Merge) and is_spanning(root) and root not in known:
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"trim: model: '{root.name}' is trimmed with the others and then left out; write "
                 "the document to a folder first"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, RecipeError
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.recipe.settings import Rule, Setting, interpolate
 
@@ -67,4 +67,4 @@ class ParameterValues:
                 f"{text.split(';')[0]}: no filter matches tensor '{tensor}'; "
                 "end the list with `- value: ...`"
             )
-        return FastmergeError(text)
+        return RecipeError(text)

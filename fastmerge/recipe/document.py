@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 
 from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, UnsupportedError, nearest
 from fastmerge.methods import METHODS, Method, find
 from fastmerge.recipe.located import Section, read
 from fastmerge.recipe.settings import Setting, Settings, shown
@@ -91,7 +91,7 @@ class SliceSource(Section):
     def check(self) -> None:
         start, end = self.layer_range
         if not 0 <= start < end:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('layer_range')}: layer_range [{start}, {end}] must be [start, end) "
                 "with 0 <= start < end"
             )
@@ -110,10 +110,10 @@ class Slice(Section):
 
     def check(self) -> None:
         if not self.sources:
-            raise FastmergeError(f"{self.at('sources')}: a slice needs at least one source")
+            raise RecipeError(f"{self.at('sources')}: a slice needs at least one source")
         lengths = [source.layer_range[1] - source.layer_range[0] for source in self.sources]
         if len(set(lengths)) > 1:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('sources')}: every source of a slice must give the same number of "
                 f"layers, not {', '.join(map(str, lengths))}"
             )
@@ -195,13 +195,13 @@ class Document(Section):
     def check(self) -> None:
         if self.merge_method in _NOT_YET:
             known = ", ".join(METHODS)
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"{self.at('merge_method')}: mergekit's method '{self.merge_method}' is not "
                 f"supported yet; known: {known}"
             )
         method = self.method
         if bool(self.models) == bool(self.slices):
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
             )
         for section in self.sections():
@@ -210,19 +210,19 @@ class Document(Section):
             if name is not None:
                 parse_dtype(name, f"{self.at(key)}: {key}")
         if self.seed is not None and self.random_seed is not None:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('random_seed')}: 'seed' and 'random_seed' say the same; keep one"
             )
         seed = self.own_seed
         if seed is not None and not 0 <= seed < 1 << 64:
             key = "seed" if self.seed is not None else "random_seed"
-            raise FastmergeError(f"{self.at(key)}: '{key}' must be in [0, 2^64), not {seed}")
+            raise RecipeError(f"{self.at(key)}: '{key}' must be in [0, 2^64), not {seed}")
         self._check_tokenizer()
 
     def _check_tokenizer(self) -> None:
         """Only the base's own tokenizer: fastmerge copies a tokenizer and merges none."""
         if self.tokenizer is not None and self.tokenizer_source is not None:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.at('tokenizer')}: give 'tokenizer' or 'tokenizer_source', not both"
             )
         key, source = "tokenizer_source", self.tokenizer_source
@@ -230,17 +230,17 @@ class Document(Section):
             key, source = "tokenizer", str(self.tokenizer.get("source") or "union")
             for name, value in self.tokenizer.items():
                 if name != "source" and value is not None:
-                    raise FastmergeError(
+                    raise UnsupportedError(
                         f"{self.at(key)}: tokenizer option '{name}' is not supported: fastmerge "
                         "copies the base model's tokenizer as it is; write `tokenizer_source: base`"
                     )
         if source is not None and source not in ("base", self.base_model):
-            raise FastmergeError(
+            raise UnsupportedError(
                 f"{self.at(key)}: {key} '{source}' is not supported yet: fastmerge copies the "
                 "base model's tokenizer and merges none; write `tokenizer_source: base`"
             )
         if source is not None and self.base_model is None:
-            raise FastmergeError(f"{self.at(key)}: {key} '{source}' needs a 'base_model:'")
+            raise RecipeError(f"{self.at(key)}: {key} '{source}' needs a 'base_model:'")
 
 
 def settings_for(
@@ -258,7 +258,7 @@ def settings_for(
             found[name] = setting.checked(parameter)
         elif name not in _UNDER_PARAMETERS and name not in _FOREIGN_PARAMETERS:
             known = [item.name for item in method.parameters]
-            raise FastmergeError(
+            raise RecipeError(
                 f"{setting.rules[0].where}: unknown parameter '{name}' for {method.name}; "
                 f"{nearest(name, known)}"
             )
@@ -317,14 +317,12 @@ def _in_order(documents: list[Document], origin: str) -> list[Document]:
     names = [document.name for document in documents if document.name is not None]
     unnamed = [document for document in documents if document.name is None]
     if len(unnamed) > 1:
-        raise FastmergeError(
+        raise RecipeError(
             f"{unnamed[1].where}: {len(unnamed)} documents have no 'name:'; name all but the output"
         )
     for document in documents:
         if document.name is not None and names.count(document.name) > 1:
-            raise FastmergeError(
-                f"{document.at('name')}: two documents are called '{document.name}'"
-            )
+            raise RecipeError(f"{document.at('name')}: two documents are called '{document.name}'")
     uses = {
         document.name: [ref for ref, _ in document.references() if ref in names]
         for document in documents
@@ -333,7 +331,7 @@ def _in_order(documents: list[Document], origin: str) -> list[Document]:
         order = list(TopologicalSorter(uses).static_order())
     except CycleError as error:
         circle = " -> ".join(str(name) for name in reversed(error.args[1]))
-        raise FastmergeError(
+        raise RecipeError(
             f"{origin}: the documents name each other in a circle: {circle}"
         ) from None
     used = {name for refs in uses.values() for name in refs}
@@ -346,6 +344,6 @@ def _in_order(documents: list[Document], origin: str) -> list[Document]:
                 if unnamed
                 else (f"and none '{output.name}': which one is the output? Keep one of them")
             )
-            raise FastmergeError(f"{document.where}: no document uses '{document.name}'; {remedy}")
+            raise RecipeError(f"{document.where}: no document uses '{document.name}'; {remedy}")
     by_name = {document.name: document for document in documents}
     return [by_name[name] for name in order]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, UnsupportedError, nearest
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -52,7 +52,7 @@ class _Builder:
 
     def build(self, node: Node) -> Any:
         if id(node) in self.open:
-            raise FastmergeError(f"{self.place(node)}: this anchor contains itself")
+            raise RecipeError(f"{self.place(node)}: this anchor contains itself")
         if id(node) not in self.done:
             self.open.add(id(node))
             self.done[id(node)] = self._build(node)
@@ -67,12 +67,12 @@ class _Builder:
             items.where, items.at = self.place(node), [self.place(item) for item in node.value]
             return items
         if not isinstance(node, ScalarNode):
-            raise FastmergeError(f"{self.place(node)}: the tag '{node.tag}' has no use here")
+            raise RecipeError(f"{self.place(node)}: the tag '{node.tag}' has no use here")
         try:
             return self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             detail = getattr(error, "problem", None) or str(error)
-            raise FastmergeError(f"{self.place(node)}: not valid YAML: {detail}") from None
+            raise RecipeError(f"{self.place(node)}: not valid YAML: {detail}") from None
 
     def _mapping(self, node: MappingNode) -> LocatedDict:
         seen: dict[str, Node] = {}
@@ -82,10 +82,10 @@ class _Builder:
             if not isinstance(key, ScalarNode) or key.tag != f"{_TAG}str":
                 text = getattr(key, "value", "")
                 shown = f" '{text}'" if isinstance(text, str) else ""
-                raise FastmergeError(f"{self.place(key)}: the key{shown} is not text; quote it")
+                raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
             if key.value in seen:
                 first = seen[key.value].start_mark.line + 1
-                raise FastmergeError(
+                raise RecipeError(
                     f"{self.place(key)}: key '{key.value}' is given twice (first on line {first})"
                 )
             seen[key.value] = key
@@ -94,7 +94,7 @@ class _Builder:
             self.constructor.flatten_mapping(node)
         except yaml.YAMLError as error:
             detail = getattr(error, "problem", error)
-            raise FastmergeError(f"{self.place(node)}: not valid YAML: {detail}") from None
+            raise RecipeError(f"{self.place(node)}: not valid YAML: {detail}") from None
         result = LocatedDict({key.value: self.build(value) for key, value in node.value})
         result.where = self.place(node)
         result.at = {key.value: self.place(key) for key, _ in node.value}
@@ -106,7 +106,7 @@ def _located(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise FastmergeError(f"{place}: key {key!r} is not text")
+                raise RecipeError(f"{place}: key {key!r} is not text")
         result = LocatedDict({k: _located(v, f"{place}.{k}") for k, v in value.items()})
         result.where, result.at = place, {key: f"{place}.{key}" for key in value}
         return result
@@ -118,7 +118,7 @@ def _located(value: Any, place: str) -> Any:
         return os.fspath(value)
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is not None and type(plain) not in (bool, int, float, str):
-        raise FastmergeError(f"{place}: {plain!r:.60} has no meaning here")
+        raise RecipeError(f"{place}: {plain!r:.60} has no meaning here")
     return plain
 
 
@@ -150,7 +150,7 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         located = [_located(item, name) for item, name in zip(source, names, strict=True)]
         text = yaml.safe_dump_all([_plain(item) for item in located], sort_keys=False)
         if not located:
-            raise FastmergeError(f"{what}: the {what} is empty")
+            raise RecipeError(f"{what}: the {what} is empty")
         return [_document(item, what) for item in located], text, what
     if isinstance(source, str) and "\n" in source:
         text, origin = source, what
@@ -160,15 +160,13 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise FastmergeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+            raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
         except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name
-            raise FastmergeError(f"{path}: no such {what} file") from None
+            raise RecipeError(f"{path}: no such {what} file") from None
         except OSError as error:
-            raise FastmergeError(f"{path}: cannot be read: {error.strerror}") from None
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     else:
-        raise FastmergeError(
-            f"a {what} is a path, YAML text or a dict, not {type(source).__name__}"
-        )
+        raise RecipeError(f"a {what} is a path, YAML text or a dict, not {type(source).__name__}")
     return _parse(text, origin, what), text, origin
 
 
@@ -180,14 +178,14 @@ def _parse(text: str, origin: str, what: str) -> list[LocatedDict]:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or error.context or "unreadable"
-        raise FastmergeError(f"{origin}{line}: not valid YAML: {problem}") from None
+        raise RecipeError(f"{origin}{line}: not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
-        raise FastmergeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise FastmergeError(f"{origin}: nested too deeply for a {what}") from None
+        raise RecipeError(f"{origin}: nested too deeply for a {what}") from None
     documents = [item for item in built if item is not None]
     if not documents:
-        raise FastmergeError(f"{origin}: the {what} is empty")
+        raise RecipeError(f"{origin}: the {what} is empty")
     return [_document(item, origin) for item in documents]
 
 
@@ -195,7 +193,7 @@ def _document(item: Any, origin: str) -> LocatedDict:
     if not isinstance(item, LocatedDict):
         kind = "a list" if isinstance(item, list) else f"{item!r:.40}"
         where = getattr(item, "where", "") or origin
-        raise FastmergeError(f"{where}: a document must be a mapping of keys, not {kind}")
+        raise RecipeError(f"{where}: a document must be a mapping of keys, not {kind}")
     return item
 
 
@@ -233,16 +231,16 @@ class Section(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in data:
             if key in cls.refused and data[key] is not None:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"{data.at[key]}: '{key}' is not supported: {cls.refused[key]}"
                 )
             if key not in known and key not in cls.refused:
                 hint = cls.hints.get(key) or nearest(key, known)
-                raise FastmergeError(f"{data.at[key]}: unknown key '{key}'; {hint}")
+                raise RecipeError(f"{data.at[key]}: unknown key '{key}'; {hint}")
         try:
             section = handler({k: v for k, v in data.items() if v is not None and k in known})
         except ValidationError as error:
-            raise FastmergeError(_one_line(error, data)) from None
+            raise RecipeError(_one_line(error, data)) from None
         section.locate(data)
         section.check()
         return section

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import PlainValidator
 
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods import Parameter
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
@@ -43,7 +43,7 @@ class Setting:
         """
         for rule in self.rules:
             if parameter.kind is str and len(rule.values) > 1:
-                raise FastmergeError(f"{rule.where}: '{parameter.name}' takes no gradient")
+                raise RecipeError(f"{rule.where}: '{parameter.name}' takes no gradient")
         return Setting(
             tuple(
                 rule._replace(values=tuple(parameter.check(v, rule.where) for v in rule.values))
@@ -81,10 +81,10 @@ def _scalar(value: Any, where: str) -> Scalar:
         except ValueError:
             return value
     if isinstance(value, int) and abs(value) > 1 << 53:
-        raise FastmergeError(f"{where}: the number is out of range")
+        raise RecipeError(f"{where}: the number is out of range")
     if isinstance(value, (bool, int, float)):
         return value
-    raise FastmergeError(f"{where}: a value must be a number, true or false, not {shown(value)}")
+    raise RecipeError(f"{where}: a value must be a number, true or false, not {shown(value)}")
 
 
 def shown(value: Any) -> str:
@@ -97,7 +97,7 @@ def _gradient(value: Any, where: str) -> tuple[Scalar, ...]:
     if not isinstance(value, LocatedList):
         return (_scalar(value, where),)
     if not value:
-        raise FastmergeError(f"{where}: the list of values is empty")
+        raise RecipeError(f"{where}: the list of values is empty")
     return tuple(_scalar(item, at) for item, at in zip(value, value.at, strict=True))
 
 
@@ -105,12 +105,12 @@ def _rule(value: LocatedDict, where: str) -> Rule:
     for key in value:
         if key not in ("filter", "value"):
             hint = nearest(key, ("filter", "value"))
-            raise FastmergeError(f"{value.at[key]}: unknown key '{key}'; {hint}")
+            raise RecipeError(f"{value.at[key]}: unknown key '{key}'; {hint}")
     if value.get("value") is None:
-        raise FastmergeError(f"{where}: a filter needs a 'value:'")
+        raise RecipeError(f"{where}: a filter needs a 'value:'")
     name = value.get("filter")
     if name is not None and not isinstance(name, str):
-        raise FastmergeError(f"{value.at['filter']}: 'filter' must be text, not {shown(name)}")
+        raise RecipeError(f"{value.at['filter']}: 'filter' must be text, not {shown(name)}")
     at = value.at["value"]
     return Rule(None if name == "*" else name, _gradient(value["value"], at), at)
 
@@ -122,7 +122,7 @@ def _setting(value: Any, where: str) -> Setting:
         rules = []
         for item, at in zip(value, value.at, strict=True):
             if not isinstance(item, LocatedDict):
-                raise FastmergeError(
+                raise RecipeError(
                     f"{at}: a list holds either values or filters; write {shown(item)} as "
                     "`value: ...`"
                 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.retrograde.schedule import Schedule, Step
 
@@ -196,7 +196,7 @@ def _partner(
     known = [i for i in pool if i in values and not math.isnan(values[i])]
     if not known:
         what = "distance" if policy in ("nearest", "farthest") else "accuracy"
-        raise FastmergeError(
+        raise RecipeError(
             f"step {number}: no pool model has a known {what} to choose the '{policy}' by; "
             "name the partner"
         )

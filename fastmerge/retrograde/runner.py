@@ -18,7 +18,7 @@ from fastmerge import api
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer, Progress
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.plan.inputs import TensorPlan
@@ -202,20 +202,20 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
     path = out / HEADER_FILE
     if path.is_file():
         if not resume:
-            raise FastmergeError(f"{out}: holds a run already; use --resume, or another folder")
+            raise OutputError(f"{out}: holds a run already; use --resume, or another folder")
         found = json.loads(path.read_text())
         recorded = int(found.pop("seed"))
         if found != header:
             what = next(key for key in header if found.get(key) != header[key])
-            raise FastmergeError(
+            raise OutputError(
                 f"{out}: was begun with other '{what}'; use the same schedule and models, "
                 "or another folder"
             )
         if seed is not None and seed != recorded:
-            raise FastmergeError(f"{out}: was begun with seed {recorded}, not {seed}")
+            raise OutputError(f"{out}: was begun with seed {recorded}, not {seed}")
         return recorded
     if out.exists() and any(out.iterdir()):
-        raise FastmergeError(f"{out}: is not empty; give a new folder")
+        raise OutputError(f"{out}: is not empty; give a new folder")
     if seed is None:
         seed = schedule.seed if schedule.seed is not None else driver.draw_seed()
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import Field, PrivateAttr, model_validator
 
 from fastmerge import dtypes
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate, Handler, Positive
 from fastmerge.methods import METHODS, Method, Parameter
 from fastmerge.recipe.located import LocatedDict, Section, expand, read
@@ -76,7 +76,7 @@ class Step(Section):
             for key in extra:
                 if key not in known and key != "t":
                     hint = nearest(key, [*(k for k in known if k not in _IMPLIED), *own, "t"])
-                    raise FastmergeError(
+                    raise RecipeError(
                         f"{extra.at[key]}: unknown key '{key}' for a {method.name} step; {hint}"
                     )
         gathered["parameters"] = extra
@@ -117,7 +117,7 @@ class Step(Section):
 
     def refuse(self, key: str, message: str) -> NoReturn:
         """Raises FastmergeError at the place of ``key``."""
-        raise FastmergeError(f"{self.at(key)}: {message}")
+        raise RecipeError(f"{self.at(key)}: {message}")
 
     @property
     def kind(self) -> Literal["degrade", "retrace"]:
@@ -173,7 +173,7 @@ class Pair(Section):
     @model_validator(mode="after")
     def _one(self) -> Pair:
         if (self.degrade is None) == (self.retrace is None):
-            raise FastmergeError(f"{self.where}: each step is either 'degrade:' or 'retrace:'")
+            raise RecipeError(f"{self.where}: each step is either 'degrade:' or 'retrace:'")
         return self
 
     @property
@@ -196,11 +196,11 @@ class Moves(Section):
     def _either(self) -> Moves:
         if self.steps is not None:
             if (self.cycles, self.degrade, self.retrace) != (None, None, None):
-                raise FastmergeError(f"{self.where}: give either 'steps' or 'cycles', not both")
+                raise RecipeError(f"{self.where}: give either 'steps' or 'cycles', not both")
             if not self.steps:
-                raise FastmergeError(f"{self.at('steps')}: 'steps' is empty: give at least one")
+                raise RecipeError(f"{self.at('steps')}: 'steps' is empty: give at least one")
         elif self.cycles is None or self.degrade is None or self.retrace is None:
-            raise FastmergeError(
+            raise RecipeError(
                 f"{self.where}: give 'cycles' with 'degrade' and 'retrace', or explicit 'steps'"
             )
         return self
@@ -232,11 +232,11 @@ class Compare(Section):
     def _known(self) -> Compare:
         for name in self.methods:
             if name not in BASELINES:
-                raise FastmergeError(
+                raise RecipeError(
                     f"{self.at('methods')}: unknown comparison '{name}'; {nearest(name, BASELINES)}"
                 )
         if len(set(self.methods)) < len(self.methods):
-            raise FastmergeError(f"{self.at('methods')}: a comparison is listed twice")
+            raise RecipeError(f"{self.at('methods')}: a comparison is listed twice")
         return self
 
 
@@ -338,7 +338,7 @@ class Schedule(Section):
             )
 
     def _refuse(self, key: str, message: str) -> NoReturn:
-        raise FastmergeError(f"{self.at(key)}: {message}")
+        raise RecipeError(f"{self.at(key)}: {message}")
 
     @property
     def steps(self) -> list[Step]:
@@ -406,7 +406,7 @@ def load(source: Any) -> Schedule:
     """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault."""
     documents, text, origin = read(source, "schedule")
     if len(documents) > 1:
-        raise FastmergeError(f"{documents[1].where}: a schedule file holds one document")
+        raise RecipeError(f"{documents[1].where}: a schedule file holds one document")
     schedule = Schedule.model_validate(documents[0])
     return schedule.written(text, None if origin == "schedule" else Path(source).parent)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import ResourceError
 
 if TYPE_CHECKING:
     pass
@@ -27,9 +27,7 @@ def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
 def require() -> None:
     """Raises FastmergeError where plots cannot be drawn: before hours of evaluation, not after."""
     if find_spec("matplotlib") is None:
-        raise FastmergeError(
-            "plots need matplotlib; install it with: pip install 'fastmerge[plot]'"
-        )
+        raise ResourceError("plots need matplotlib; install it with: pip install 'fastmerge[plot]'")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:

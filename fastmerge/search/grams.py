@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import digest
 from fastmerge.methods.types import Float64
 from fastmerge.plan.plan import Plan
@@ -31,7 +31,7 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
             names = [str(name) for name in file["names"]]
             return dict(zip(names, file["grams"], strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise FastmergeError(
+        raise OutputError(
             f"{path}: is damaged; delete it, and the inner products are found again"
         ) from None
 

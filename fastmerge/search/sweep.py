@@ -14,7 +14,7 @@ from fastmerge import api
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
 from fastmerge.engine.report import Progress
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
@@ -82,14 +82,14 @@ class Sweep:
                 continue
             tree = collapse(item.root)
             if not tree.is_complete or tree.axis is not None:
-                raise FastmergeError(
+                raise UnsupportedError(
                     f"sweep: '{item.root.method.name}' does not follow from one Gram matrix; sweep "
                     "methods that are combinations of whole tensors"
                 )
             self._trees[item.name] = tree
         roots = [tree.root for tree in self._trees.values()]
         if not any(_has_t(node) for root in roots for node in walk(root)):
-            raise FastmergeError(
+            raise RecipeError(
                 "sweep: nothing in this recipe has a t; use slerp, or linear with two models"
             )
         wanted = {n: _sources(tree) for n, tree in self._trees.items() if tree.needs_gram}
@@ -216,16 +216,16 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     if not out.exists() or not any(out.iterdir()):
         return {}
     if not resume:
-        raise FastmergeError(f"{out}: is not empty; give a new folder, or --resume a sweep")
+        raise OutputError(f"{out}: is not empty; give a new folder, or --resume a sweep")
     if not (out / FILE).is_file():
-        raise FastmergeError(f"{out}: holds no sweep to resume ({FILE} is missing)")
+        raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
     try:
         table = json.loads((out / FILE).read_text())
         points = {entry["t"]: _point(entry, out) for entry in table["points"]}
     except (ValueError, KeyError, TypeError):
-        raise FastmergeError(f"{out / FILE}: is damaged; use another folder") from None
+        raise OutputError(f"{out / FILE}: is damaged; use another folder") from None
     if table["key"] != key:
-        raise FastmergeError(
+        raise OutputError(
             f"{out}: was begun with another recipe, other models or another evaluation"
         )
     return {t: point for t, point in points.items() if point.out is None or point.out.is_dir()}
