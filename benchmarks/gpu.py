@@ -350,7 +350,7 @@ def models(bench: Bench) -> None:
 
     from fastmerge.compute.batch import Batch, Job
     from fastmerge.methods import find
-    from fastmerge.tree.nodes import Merge, Source
+    from fastmerge.tree.nodes import Merge, Stored
 
     torch = bench.torch
     size = "tiny"
@@ -379,8 +379,8 @@ def models(bench: Bench) -> None:
                 merge_tensors(given, method, parameters={**own, **values}, base_index=0)
 
         def root(n: str) -> Merge:
-            sources = Source(1, n), Source(2, n)
-            based = Source(0, n) if 0 in models else None
+            sources = Stored(1, n), Stored(2, n)
+            based = Stored(0, n) if 0 in models else None
             return Merge(find(method), sources, based, values, (own, own))
 
         jobs = [Job(n, root(n), outs[n]) for n in tensors]

@@ -26,7 +26,7 @@ from fastmerge.errors import FastmergeError, ModelError, ResourceError, Unsuppor
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Source, leaves
+from fastmerge.tree.nodes import Stored, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +159,7 @@ def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
         for source in leaves([item.root]):
             if held.key(plan.models[source.model], source.name, "device", device) in held.tensors:
                 continue
-            nbytes = plan.models[source.model].tensors[source.name].nbytes
-            need[device] = need.get(device, 0) + nbytes
+            need[device] = need.get(device, 0) + source.nbytes
     for device, nbytes in need.items():
         room = _room(device)
         if room is not None and nbytes > room:
@@ -247,7 +246,7 @@ def _prepared(
     # Half: while one group is on its way, the one before it is still there.
     for items in _groups(plan, targets, gpu_memory // 2 if keep == "pinned" else None):
         device = targets[items[0].name].device
-        on_device: dict[Source, torch.Tensor] = {}
+        on_device: dict[Stored, torch.Tensor] = {}
         for source in leaves([item.root for item in items]):
             stored = _source(held, plan.models[source.model], source.name, keep, device)
             on_device[source] = stored.to(device, non_blocking=True)
@@ -279,8 +278,7 @@ def _groups(
     size = 0
     items = [item for item in plan.tensors if item.name in targets]
     for item in sorted(items, key=lambda item: str(targets[item.name].device)):
-        sources = leaves([item.root])
-        nbytes = sum(plan.models[s.model].tensors[s.name].nbytes for s in sources)
+        nbytes = item.bytes_in
         other = bool(group) and targets[group[0].name].device != targets[item.name].device
         if group and (other or (limit is not None and size + nbytes > limit)):
             yield group

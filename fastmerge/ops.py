@@ -20,7 +20,7 @@ from fastmerge.compute.tensor import Computation
 from fastmerge.errors import FastmergeError, is_whole
 from fastmerge.methods import REQUIRED, Method, Parameter, find
 from fastmerge.methods.types import Float64
-from fastmerge.tree.nodes import Merge, Node, Source
+from fastmerge.tree.nodes import Merge, Stored
 
 Numbers = Sequence[float] | NDArray[Any]
 
@@ -264,11 +264,13 @@ def _merge(
         raise FastmergeError(f"{method.name}: needs a base tensor")
     operands = Operands(method.name, [*tensors] if base is None else [*tensors, base])
     # Every tensor is its own source here: the model index is its place in the list.
-    nodes: tuple[Node, ...] = tuple(Source(index, "") for index in range(count))
+    leaves = [
+        Stored(index, "", operands.shape, dtype) for index, dtype in enumerate(operands.dtypes)
+    ]
     root = Merge(
         method,
-        nodes,
-        None if base is None else Source(count, ""),
+        tuple(leaves[:count]),
+        None if base is None else leaves[count],
         {p.name: _value(method, p.name, values) for p in method.parameters if not p.per_model},
         tuple(_operand_values(method, per_model, index, count) for index in range(count)),
         _seed(method, seed),

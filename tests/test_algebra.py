@@ -10,7 +10,8 @@ import pytest
 from fastmerge.compute.tensor import Computation
 from fastmerge.methods import find
 from fastmerge.tree import collapse, nodes
-from fastmerge.tree.nodes import Merge, Source
+from fastmerge.tree.nodes import Merge
+from fastmerge.tree.nodes import Stored as Source
 
 SHAPE = (6, 50)
 RNG = np.random.default_rng(11)

@@ -13,7 +13,8 @@ from fastmerge.methods import METHODS
 from fastmerge.plan.plan import passes
 from fastmerge.plan.planner import make_plan
 from fastmerge.recipe.settings import interpolate
-from fastmerge.tree.nodes import Merge, Source, leaves
+from fastmerge.tree.nodes import Merge, leaves
+from fastmerge.tree.nodes import Stored as Source
 
 # Shaped like those on model cards; some try every level of precedence.
 RECIPES = {file.stem: file.read_text() for file in Path(__file__).parent.glob("recipes/*.yml")}

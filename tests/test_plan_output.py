@@ -11,7 +11,8 @@ import pytest
 from fastmerge.dtypes import BF16, F16, F32
 from fastmerge.plan.plan import passes
 from fastmerge.plan.planner import make_plan
-from fastmerge.tree.nodes import Merge, Source
+from fastmerge.tree.nodes import Merge
+from fastmerge.tree.nodes import Stored as Source
 
 RECIPES = {file.stem: file.read_text() for file in Path(__file__).parent.glob("recipes/*.yml")}
 LINEAR_AB = """

@@ -13,7 +13,7 @@ from fastmerge import api
 from fastmerge.engine import in_memory, products
 from fastmerge.evaluation.journal import Journal
 from fastmerge.recipe.settings import constant
-from fastmerge.retrograde import open_space, opening, walk
+from fastmerge.retrograde import open_space, walk
 from fastmerge.retrograde.schedule import load
 from fastmerge.search.expressions import Blend, Model, average, blend
 from fastmerge.search.lab import Lab

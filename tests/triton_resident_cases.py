@@ -20,7 +20,8 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
 from fastmerge.methods import find
 from fastmerge.tree import nodes
-from fastmerge.tree.nodes import Merge, Source
+from fastmerge.tree.nodes import Merge
+from fastmerge.tree.nodes import Stored as Source
 
 DEVICE = "cpu" if common.interpreted() else "cuda"
 BF16, F32 = torch.bfloat16, torch.float32

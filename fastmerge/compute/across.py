@@ -11,13 +11,13 @@ from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Trim
 from fastmerge.errors import ModelError
-from fastmerge.tree.nodes import Merge, Node, Source
+from fastmerge.tree.nodes import Merge, Node, Stored
 
 TILE_ENTRIES = 2048  # csrc/isa/table.h: tiles, which no index of a tensor may straddle
 
 
 def find_trims(
-    nodes: Sequence[tuple[Merge, int]], backend: CpuBackend, fetch: Callable[[Source], _C.View]
+    nodes: Sequence[tuple[Merge, int]], backend: CpuBackend, fetch: Callable[[Stored], _C.View]
 ) -> Mapping[Node, Trim]:
     """The trims of the merges of `spanning`, from all their tensors' weights."""
     if not nodes:
@@ -31,8 +31,8 @@ def find_trims(
     total = sum(count for _, count in nodes)
     specs = first.method.spec(first.values, first.operand_values, total, [])
     chosen = backend.select_across(
-        [[fetch(part) for part in node.operands if isinstance(part, Source)] for node, _ in nodes],
-        [fetch(node.base) for node, _ in nodes if isinstance(node.base, Source)],
+        [[fetch(part) for part in node.operands if isinstance(part, Stored)] for node, _ in nodes],
+        [fetch(node.base) for node, _ in nodes if isinstance(node.base, Stored)],
         origins,
         specs.sparsify,
     )

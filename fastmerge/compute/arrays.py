@@ -122,7 +122,7 @@ class Operands:
                 raise FastmergeError(
                     f"{where}: tensors on different devices: {self._device} and {tensor.device}"
                 )
-        self._dtypes = [dtype_of(tensor, where) for tensor in self._tensors]
+        self.dtypes = [dtype_of(tensor, where) for tensor in self._tensors]
         self.views: list[Any] = (
             [view_of(tensor, where) for tensor in self._tensors]
             if self._device == "cpu"
@@ -152,12 +152,12 @@ class Operands:
         return result, _C.MemorySink(view)
 
     def _new(self) -> Any:
-        dtype = self._dtypes[0] if len(set(self._dtypes)) == 1 else F32
+        dtype = self.dtypes[0] if len(set(self.dtypes)) == 1 else F32
         if self._torch:
             import torch
 
             return torch.empty(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
-        first = self._tensors[self._dtypes.index(dtype)] if dtype in self._dtypes else None
+        first = self._tensors[self.dtypes.index(dtype)] if dtype in self.dtypes else None
         storage = _STORAGE[dtype.code] if first is None else first.dtype
         return np.empty(self.shape, dtype=storage)
 

@@ -28,7 +28,7 @@ from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse
-from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class _Consensuses:
 class Batch:
     """Merges prepared for sources that lie on one device. ``fetch`` gives a source's tensor."""
 
-    def __init__(self, jobs: Sequence[Job], fetch: Callable[[Source], Tensor]) -> None:
+    def __init__(self, jobs: Sequence[Job], fetch: Callable[[Stored], Tensor]) -> None:
         """Raises FastmergeError where a job's tensors do not fit together, naming it."""
         from fastmerge.kernels.backend import TritonBackend
 
@@ -123,7 +123,7 @@ class Batch:
 
     def _sort(self, place: int, job: Job) -> None:
         root = job.root
-        if isinstance(root, Source):
+        if not isinstance(root, Merge):
             root = Merge(find("passthrough"), (root,), None, {}, ({},))
         if root.method.is_combination:
             tree = collapse(root)
@@ -133,7 +133,7 @@ class Batch:
             form = self._forms.setdefault(_form(tree), _Combinations([], []))
             form.trees.append(tree)
             form.places.append(place)
-        elif all(isinstance(node, Source) for node in root.inputs):
+        elif all(isinstance(node, Stored) for node in root.inputs):
             plan = consensus_plan(root, job.name, math.prod(job.out.shape))
             if plan.across:
                 raise UnsupportedError(
@@ -212,7 +212,7 @@ class Batch:
                 outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
 
     def _tensor(self, node: Node | None) -> Tensor:
-        assert isinstance(node, Source)
+        assert isinstance(node, Stored)
         return self._fetch(node)
 
 

@@ -12,7 +12,7 @@ from fastmerge import _C
 from fastmerge.compute.tensor import matrix, steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 if TYPE_CHECKING:
     pass
@@ -34,9 +34,7 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-def device_bytes(
-    root: Node, shape: tuple[int, ...], dtype: DType, source_bytes: Sequence[int]
-) -> int:
+def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     """Device memory that one tensor's merge takes: sources, output, intermediates, what select
     gathers of each delta, inner products of rows, and 1 MiB for tables.
     """
@@ -54,12 +52,13 @@ def device_bytes(
             rows, cols = matrix(shape, node.axis)
             vectors = rows if node.axis == 1 else cols
             products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
-    most = sum(source_bytes) + dtype.bytes_for(count) + intermediates + gathered
+    sources = sum(stored.nbytes for stored in leaves([root]))
+    most = sources + dtype.bytes_for(count) + intermediates + gathered
     return most + products + (1 << 20)
 
 
 def choose_devices(
-    device: str, roots: Sequence[tuple[str, Node]], fetch: Callable[[Source], _C.View]
+    device: str, roots: Sequence[tuple[str, Node]], fetch: Callable[[Stored], _C.View]
 ) -> tuple[list[str], str]:
     """The CUDA devices for ``--device``, none of them for the CPU, and a note on what auto chose.
 
@@ -93,7 +92,7 @@ def choose_devices(
 
 def _widest(root: Node) -> int:
     """The most tensors that one kernel of a tree reads, a base apart."""
-    if isinstance(root, Source):
+    if not isinstance(root, Merge):
         return 1
     return max(len(step.node.operands if step.tree is None else step.parts) for step in steps(root))
 

@@ -27,7 +27,7 @@ from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ResourceError
 from fastmerge.methods.types import Float64
 from fastmerge.selection import Selection, Sparsify
-from fastmerge.tree.nodes import Node, Source, leaves
+from fastmerge.tree.nodes import Node, Stored, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Streamer:
         self,
         devices: Sequence[str],
         cpu: CpuBackend,
-        fetch: Callable[[Source], _C.View],
+        fetch: Callable[[Stored], _C.View],
         *,
         gpu_memory: int = GPU_MEMORY_BYTES,
         trims: Mapping[Node, Trim] | None = None,
@@ -78,8 +78,7 @@ class Streamer:
 
     def run(self, name: str, root: Node, shape: tuple[int, ...], place: Place) -> Outcome:
         """Computes one tensor into ``place``; raises FastmergeError if not even pieces fit."""
-        sources = leaves([root])
-        need = device_bytes(root, shape, place.dtype, [self._fetch(s).nbytes for s in sources])
+        need = device_bytes(root, shape, place.dtype)
         if need > self.budget:
             self._split[name] = None
         else:

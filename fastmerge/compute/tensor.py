@@ -20,7 +20,7 @@ from fastmerge.errors import UnsupportedError
 from fastmerge.methods.types import Consensus, Float64
 from fastmerge.selection import Selection, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
-from fastmerge.tree.nodes import Merge, Node, Source
+from fastmerge.tree.nodes import Merge, Node, Stored
 
 _LARGE = 1e3  # of fp32's 24 bits, ten would go
 
@@ -37,7 +37,7 @@ class Outcome:
     """What one tensor's merge came to."""
 
     nonfinite: int = 0  # NaN or Inf among the outputs
-    coefficients: Mapping[Source, float] | None = None  # effective, when one per tensor
+    coefficients: Mapping[Stored, float] | None = None  # effective, when one per tensor
     kept: tuple[int, ...] | None = None  # entries kept of each delta, for a consensus
     gram: Float64 | None = None  # the inner products that the coefficients followed from
 
@@ -90,7 +90,7 @@ def cancels(tree: Collapsed, factors: Float64) -> bool:
 
 def effective(
     tree: Collapsed, factors: Float64, divisor: float | None
-) -> Mapping[Source, float] | None:
+) -> Mapping[Stored, float] | None:
     """What each source counts for in the end, where that is one number per tensor."""
     if factors.ndim > 1 or not tree.is_complete:
         return None
@@ -98,7 +98,7 @@ def effective(
     return {
         part: float(value)
         for part, value in zip(tree.parts, values, strict=True)
-        if isinstance(part, Source)
+        if isinstance(part, Stored)
     }
 
 
@@ -144,7 +144,7 @@ class Computation(Generic[T, O]):
     def __init__(
         self,
         backend: Backend[T, O],
-        fetch: Callable[[Source], T],
+        fetch: Callable[[Stored], T],
         name: str,
         shape: Sequence[int],
         trims: Mapping[Node, Trim] | None = None,
@@ -159,8 +159,8 @@ class Computation(Generic[T, O]):
 
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
-        if isinstance(root, Source):
-            return self._combine([self._fetch(root)], np.ones(1), None, None, out)
+        if not isinstance(root, Merge):
+            return self._combine([self._tensor(root)], np.ones(1), None, None, out)
         *intermediates, last = steps(root)
         if intermediates:
             uses = Counter(part for step in (*intermediates, last) for part in set(step.parts))
@@ -183,7 +183,7 @@ class Computation(Generic[T, O]):
         return self._combination(step.tree, out)
 
     def _tensor(self, node: Node) -> T:
-        return self._fetch(node) if isinstance(node, Source) else self._made[node]
+        return self._fetch(node) if isinstance(node, Stored) else self._made[node]
 
     def _combination(self, tree: Collapsed, out: O) -> Outcome:
         tensors = [self._tensor(part) for part in tree.parts]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.compute.cpu import cpu, thread_count
-from fastmerge.engine.inputs import Inputs, output_bytes, trims_of, write_tensor
+from fastmerge.engine.inputs import Inputs, trims_of, write_tensor
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -53,7 +53,7 @@ def array_sink(item: TensorPlan) -> tuple[NDArray[Any], _C.Sink]:
     storage = _STORAGE.get(item.dtype.code)
     array: NDArray[Any]
     if storage is None:
-        array = np.empty(output_bytes(item), np.uint8)
+        array = np.empty(item.nbytes, np.uint8)
         view = _C.View(array.ctypes.data, array.nbytes, "RAW", array)
     else:
         array = np.empty(item.shape, storage)

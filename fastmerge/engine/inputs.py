@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Outcome, Trim
-from fastmerge.dtypes import DType
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.plan import spanning as spanning_module
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node, Source
+from fastmerge.tree.nodes import Node, Stored
 
 
 class Inputs:
@@ -25,27 +23,16 @@ class Inputs:
     def __init__(self, models: Sequence[Checkpoint]) -> None:
         self._models = models
 
-    def fetch(self, source: Source) -> _C.View:
+    def fetch(self, source: Stored) -> _C.View:
         return self._models[source.model].view(source.name)
 
-    def dtype(self, source: Source) -> DType:
-        return self._models[source.model].tensors[source.name].dtype
-
-    def nbytes(self, sources: Sequence[Source]) -> int:
-        return sum(self._models[s.model].tensors[s.name].nbytes for s in sources)
-
-    def prefetch(self, sources: Sequence[Source]) -> None:
+    def prefetch(self, sources: Sequence[Stored]) -> None:
         for source in sources:
             self._models[source.model].prefetch(source.name)
 
-    def drop(self, sources: Sequence[Source]) -> None:
+    def drop(self, sources: Sequence[Stored]) -> None:
         for source in sources:
             self._models[source.model].drop(source.name)
-
-
-def output_bytes(item: TensorPlan) -> int:
-    """Bytes of one output tensor."""
-    return item.dtype.bytes_for(math.prod(item.shape))
 
 
 def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
@@ -63,7 +50,7 @@ def write_tensor(
 ) -> Outcome:
     """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
     root = item.root
-    if isinstance(root, Source) and inputs.dtype(root) == item.dtype:
+    if isinstance(root, Stored) and root.dtype == item.dtype:
         _C.copy(backend.pool, inputs.fetch(root), sink)
         return Outcome()
     return Computation(backend, inputs.fetch, item.name, item.shape, spanning).run(root, sink)

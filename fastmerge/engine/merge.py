@@ -21,7 +21,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
 from fastmerge.compute.lane import Place
 from fastmerge.compute.stream import Streamer
 from fastmerge.compute.tensor import Outcome, Trim
-from fastmerge.engine.inputs import Inputs, output_bytes, trims_of, write_tensor
+from fastmerge.engine.inputs import Inputs, trims_of, write_tensor
 from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.errors import FastmergeError, is_whole
@@ -30,7 +30,7 @@ from fastmerge.output.lineage import LINEAGE_FILE, lineage_file, metadata
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node, Source, leaves
+from fastmerge.tree.nodes import Leaf, Node, leaves
 
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000
@@ -62,16 +62,12 @@ class _Run:
         self.bytes_read = 0
         self.peak_anonymous_bytes = 0
 
-    def bytes_in(self, item: TensorPlan) -> int:
-        """Bytes of the sources of one tensor."""
-        return self._inputs.nbytes(leaves([item.root]))
-
     def tensor(self, item: TensorPlan) -> int:
         """Computes one tensor into the writer; returns the bytes it read and wrote."""
         sources = leaves([item.root])
-        nbytes = self._inputs.nbytes(sources)
+        nbytes = sum(stored.nbytes for stored in sources)
         self._inputs.prefetch(sources)
-        if self._streamer is None or isinstance(item.root, Source):
+        if self._streamer is None or isinstance(item.root, Leaf):
             sink = self._writer.sink(item.name)
             outcome = write_tensor(self._backend, self._inputs, item, sink, self._trims)
         else:
@@ -84,7 +80,7 @@ class _Run:
         with self._lock:
             self.bytes_read += nbytes
             self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, anonymous_bytes())
-        return nbytes + output_bytes(item)
+        return nbytes + item.nbytes
 
     def _lineage(self, outcome: Outcome) -> dict[str, Any]:
         """What one tensor's result followed from, for the journal and the lineage file."""
@@ -147,7 +143,7 @@ def merge_plan(
         metadata=metadata(plan),
     )
     items = {item.name: item for item in plan.tensors}
-    total = sum(output_bytes(item) for item in plan.tensors) + plan.bytes_in
+    total = plan.bytes_in + plan.bytes_out
     with ModelWriter(
         out,
         layout,
@@ -169,7 +165,7 @@ def merge_plan(
             )
         run = _Run(plan, writer, backend, streamer, observe, spanning)
         pending = [items[name] for name in writer.pending()]
-        done = total - sum(output_bytes(item) + run.bytes_in(item) for item in pending)
+        done = total - sum(item.bytes_in + item.nbytes for item in pending)
         with closing(in_order(run.tensor, pending, window)) as finished:
             for item, nbytes in finished:
                 done += nbytes

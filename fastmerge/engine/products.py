@@ -11,12 +11,12 @@ from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.tree.nodes import Source
+from fastmerge.tree.nodes import Stored
 
 
 def grams(
     models: Sequence[Checkpoint],
-    tensors: Mapping[str, Sequence[Source]],
+    tensors: Mapping[str, Sequence[Stored]],
     *,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -29,10 +29,10 @@ def grams(
     count = thread_count(threads)
     backend = cpu(count)
     inputs = Inputs(models)
-    total = sum(inputs.nbytes(sources) for sources in tensors.values())
+    total = sum(stored.nbytes for sources in tensors.values() for stored in sources)
     done = 0
 
-    def one(entry: tuple[str, Sequence[Source]]) -> Float64:
+    def one(entry: tuple[str, Sequence[Stored]]) -> Float64:
         sources = list(entry[1])
         inputs.prefetch(sources)
         first, *others = [inputs.fetch(source) for source in sources]
@@ -45,7 +45,7 @@ def grams(
     with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
         for (name, sources), gram in finished:
             found[name] = gram
-            done += inputs.nbytes(sources)
+            done += sum(stored.nbytes for stored in sources)
             if progress is not None:
                 progress(done, total, name)
     return found

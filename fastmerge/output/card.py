@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from fastmerge.methods import Method
-from fastmerge.tree.nodes import Merge, Source, walk
+from fastmerge.tree.nodes import Merge, Stored, walk
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
@@ -74,9 +74,9 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     as_base: Counter[int] = Counter()
     for tensor in plan.tensors:
         nodes = walk(tensor.root)
-        tensors.update({node.model for node in nodes if isinstance(node, Source)})
+        tensors.update({node.model for node in nodes if isinstance(node, Stored)})
         as_base.update(
-            {n.base.model for n in nodes if isinstance(n, Merge) and isinstance(n.base, Source)}
+            {n.base.model for n in nodes if isinstance(n, Merge) and isinstance(n.base, Stored)}
         )
     lines = ["| model | tensors | role | fingerprint |", "|---|---:|---|---|"]
     for index, name in enumerate(names):

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmerge.compute.tensor import Trim
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Merge, Node, Source
+from fastmerge.tree.nodes import Merge, Node, Stored
 
 LINEAGE_FILE = "fastmerge.json"
 
@@ -49,6 +49,6 @@ def lineage_file(
         lineage["kept"] = {
             plan.references[part.model]: selection.kept
             for part, selection in zip(node.operands, trim.selections, strict=True)
-            if isinstance(part, Source)
+            if isinstance(part, Stored)
         }
     return (json.dumps(lineage, indent=1) + "\n").encode()

@@ -15,7 +15,7 @@ from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
-from fastmerge.tree.nodes import Merge, Source
+from fastmerge.tree.nodes import Merge, Stored
 
 # ---------------------------------------------------------------- tensors
 
@@ -182,7 +182,7 @@ class Builder:
 
     def _bytes(self, tensor: TensorPlan) -> bytes:
         # Integer tensors are never computed, so their root is a source.
-        assert isinstance(tensor.root, Source)
+        assert isinstance(tensor.root, Stored)
         view = self._models[tensor.root.model].view(tensor.root.name, raw=True)
         return ctypes.string_at(view.address, view.nbytes)
 

@@ -15,7 +15,7 @@ from fastmerge.methods import Method
 from fastmerge.models.architecture import STACKS, Stack, find_stack, is_tied, layer_of
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
-from fastmerge.tree.nodes import Node
+from fastmerge.tree.nodes import Node, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,11 @@ class TensorPlan:
     def nbytes(self) -> int:
         """Bytes written."""
         return self.dtype.bytes_for(self.count)
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of the stored tensors that its tree reads, each once."""
+        return sum(stored.nbytes for stored in leaves([self.root]))
 
 
 # ---------------------------------------------------------------- models

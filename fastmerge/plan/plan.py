@@ -16,7 +16,8 @@ from fastmerge.plan.inputs import (
 )
 from fastmerge.selection import MAGNITUDE
 from fastmerge.tree.collapse import collapse
-from fastmerge.tree.nodes import Merge, Node, Source, leaves, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.rewrite import digest as tree_digest
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class Plan:
     @cached_property
     def bytes_in(self) -> int:
         """Bytes of the source tensors of every output tensor, each counted once for each output."""
-        return sum(
-            self.models[leaf.model].tensors[leaf.name].nbytes
-            for tensor in self.tensors
-            for leaf in leaves([tensor.root])
-        )
+        return sum(tensor.bytes_in for tensor in self.tensors)
 
     @cached_property
     def bytes_out(self) -> int:
@@ -54,12 +51,12 @@ class Plan:
         """
         from fastmerge.version import __version__
 
-        seen: dict[int, str] = {}
+        seen: dict[Node, str] = {}
         digest = hashlib.sha256()
         head = [__version__, [model.fingerprint for model in self.models], self.config]
         digest.update(json.dumps(head, sort_keys=True, default=str).encode())
         for tensor in self.tensors:
-            tree = _node_key(tensor.root, seen)
+            tree = tree_digest(tensor.root, seen)
             digest.update(f"\n{tensor.name!r} {tensor.shape} {tensor.dtype.code} {tree}".encode())
         return digest.hexdigest()
 
@@ -111,7 +108,7 @@ def passes(tensor: TensorPlan) -> int:
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node, Source):
+        if isinstance(node, Leaf):
             continue
         if node.method.spec is None:
             tree = collapse(node)
@@ -124,19 +121,3 @@ def passes(tensor: TensorPlan) -> int:
             total += spec.across  # one to count the entries, one for those that tie
             stack.extend(node.inputs)
     return max(total, 1)
-
-
-def _node_key(root: Node, seen: dict[int, str]) -> str:
-    """A digest of a tree; ``seen`` holds those of shared nodes."""
-    for node in walk(root):
-        if id(node) in seen:
-            continue
-        if isinstance(node, Source):
-            seen[id(node)] = f"{node.model}/{node.name!r}"
-            continue
-        values = [sorted(node.values.items()), [sorted(v.items()) for v in node.operand_values]]
-        inputs = " ".join(seen[id(child)] for child in node.inputs)
-        draws = f"{node.seed} {node.name!r}" if node.method.random else ""
-        text = f"{node.method.name} {values} {draws} {node.base is None} {inputs}"
-        seen[id(node)] = hashlib.sha256(text.encode()).hexdigest()
-    return seen[id(root)]

@@ -45,7 +45,7 @@ from fastmerge.recipe.document import (
     without_effect,
 )
 from fastmerge.recipe.settings import Setting
-from fastmerge.tree.nodes import Source
+from fastmerge.tree.nodes import Stored
 
 
 def make_plan(
@@ -165,7 +165,9 @@ class _Planner:
         self.models.append(model)
         self.references.append(reference)
         tensors = {
-            name: TensorPlan(name, info.shape, info.dtype, Source(index, name))
+            name: TensorPlan(
+                name, info.shape, info.dtype, Stored(index, name, info.shape, info.dtype)
+            )
             for name, info in model.tensors.items()
             if not name.endswith(COMPUTED)
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastmerge.errors import UnsupportedError
-from fastmerge.tree.nodes import Merge, Node, Source, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, walk
 
 Sized = tuple[Node, int]  # a tensor's tree and its element count
 
@@ -40,7 +40,7 @@ def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
         return []
     first = nodes[0][0]
     for node, _ in nodes:
-        if not all(isinstance(part, Source) for part in node.inputs):
+        if not all(isinstance(part, Stored) for part in node.inputs):
             raise UnsupportedError(
                 f"trim: model: '{node.name}' is merged from another document's result; it takes "
                 "models that are there: write that result to a folder first"
@@ -75,7 +75,7 @@ def check_whole(document: Iterable[Node], used: Iterable[tuple[Merge, int]]) -> 
 
 
 def _models(node: Merge) -> list[int]:
-    return [part.model for part in node.inputs if isinstance(part, Source)]
+    return [part.model for part in node.inputs if isinstance(part, Stored)]
 
 
 def _densities(node: Merge) -> list[float]:

@@ -24,7 +24,7 @@ from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Model
 from fastmerge.search.grams import cached_grams, keep_grams
 from fastmerge.search.space import Space, merged
-from fastmerge.tree.nodes import Merge, Source
+from fastmerge.tree.nodes import Merge, Stored
 
 
 def open_template(schedule: Schedule) -> Plan:
@@ -92,7 +92,7 @@ def space_of(
     """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
     items = merged(template)
     missing = {
-        item.name: [part for part in item.root.operands if isinstance(part, Source)]
+        item.name: [part for part in item.root.operands if isinstance(part, Stored)]
         for item in items
         if isinstance(item.root, Merge) and item.name not in known
     }

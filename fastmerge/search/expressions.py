@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from fastmerge.methods import METHODS, Method
 from fastmerge.recipe.settings import Setting, constant
+from fastmerge.tree.nodes import walk
+from fastmerge.tree.rewrite import fold
 
 Settings = Mapping[str, Setting]
 
@@ -16,6 +18,7 @@ Settings = Mapping[str, Setting]
 class Model:
     """One of the run's models, by number: 0 the baseline, then the pool, then base_model."""
 
+    inputs: ClassVar[tuple[Expr, ...]] = ()
     index: int
 
 
@@ -67,18 +70,7 @@ def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Ble
 
 def order(root: Expr) -> list[Blend]:
     """Every blend below ``root`` once, inputs before those that use them."""
-    found: dict[int, Blend] = {}
-    stack: list[tuple[Expr, bool]] = [(root, False)]
-    while stack:
-        node, expanded = stack.pop()
-        if isinstance(node, Model) or id(node) in found:
-            continue
-        if expanded:
-            found[id(node)] = node
-        else:
-            stack.append((node, True))
-            stack.extend((child, False) for child in reversed(node.inputs))
-    return list(found.values())
+    return [node for node in walk(root) if isinstance(node, Blend)]
 
 
 def as_json(root: Expr) -> list[dict[str, Any]]:
@@ -117,18 +109,12 @@ def is_random(state: Expr) -> bool:
 
 def reseeded(state: Expr, shift: int) -> Expr:
     """The same expression with other masks: every seed moved by ``shift``."""
-    made: dict[int, Expr] = {}
 
-    def of(node: Expr) -> Expr:
-        return node if isinstance(node, Model) else made[id(node)]
+    def moved(node: Expr, inputs: Sequence[Expr]) -> Expr:
+        if isinstance(node, Model):
+            return node
+        base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
+        seed = None if node.seed is None else node.seed + shift
+        return replace(node, operands=tuple(operands), base=base, seed=seed)
 
-    for node in order(state):
-        made[id(node)] = Blend(
-            node.method,
-            tuple(of(operand) for operand in node.operands),
-            None if node.base is None else of(node.base),
-            node.shared,
-            node.each,
-            None if node.seed is None else node.seed + shift,
-        )
-    return of(state)
+    return fold(state, moved)

@@ -23,7 +23,8 @@ from fastmerge.plan.values import ParameterValues
 from fastmerge.search.expressions import Blend, Expr, Model, as_json, order
 from fastmerge.search.geometry import Geometry, angle, small_angle
 from fastmerge.tree.collapse import Collapsed, coefficients
-from fastmerge.tree.nodes import Merge, Node, Source, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.rewrite import fold
 
 # Rules that take the Gram matrices of many tensors at once; the others go tensor by tensor.
 _BATCHED = frozenset({"linear", "slerp", "nuslerp", "model_stock", "passthrough"})
@@ -55,7 +56,7 @@ class Space:
         self._known: dict[Expr, Float64 | None] = {}
         self._values: dict[int, tuple[Blend, _Values]] = {}
 
-    def sources(self, name: str) -> tuple[Source, ...]:
+    def sources(self, name: str) -> tuple[Stored, ...]:
         """The models' tensors that one merged tensor is made from."""
         return _sources(self._items[self.names.index(name)])
 
@@ -80,10 +81,10 @@ class Space:
             groups.setdefault(key if batched else (index,), []).append(index)
         result = np.empty((tensors, self.count))
         for members in groups.values():
-            tree = self._tree(root, members[0], [Source(i, "") for i in range(self.count)])
+            tree = self._tree(root, members[0], [Stored(i, "") for i in range(self.count)])
             if any(n.axis is not None for n in walk(tree) if isinstance(n, Merge)):
                 return None
-            parts = tuple(Source(i, "") for i in range(self.count))
+            parts = tuple(Stored(i, "") for i in range(self.count))
             assert isinstance(tree, Merge)
             collapsed = Collapsed(tree, parts, None, True, 0)
             grams = self.grams[members] if batched else self.grams[members[0]]
@@ -103,24 +104,15 @@ class Space:
 
     def _tree(self, root: Expr, tensor: int, sources: Sequence[Node]) -> Node:
         """The algebra tree of one tensor; shared states are shared nodes."""
-        if isinstance(root, Model):
-            return sources[root.index]
-        made: dict[int, Node] = {}
 
-        def node_of(part: Expr) -> Node:
-            return sources[part.index] if isinstance(part, Model) else made[id(part)]
-
-        for node in order(root):
+        def of(node: Expr, inputs: Sequence[Node]) -> Node:
+            if isinstance(node, Model):
+                return sources[node.index]
+            base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
             shared, each = self._resolved(node).at(tensor)
-            made[id(node)] = Merge(
-                node.method,
-                tuple(node_of(operand) for operand in node.operands),
-                None if node.base is None else node_of(node.base),
-                shared,
-                each,
-                node.seed,
-            )
-        return made[id(root)]
+            return Merge(node.method, tuple(operands), base, shared, each, node.seed)
+
+        return fold(root, of)
 
     def plan(self, root: Expr, text: str = "") -> Plan:
         """The plan that materialises ``root``: one linear merge where it collapses.
@@ -276,9 +268,9 @@ def merged(template: Plan) -> list[TensorPlan]:
     return [item for item in template.tensors if isinstance(item.root, Merge)]
 
 
-def _sources(item: TensorPlan) -> tuple[Source, ...]:
+def _sources(item: TensorPlan) -> tuple[Stored, ...]:
     assert isinstance(item.root, Merge)
-    sources = tuple(node for node in item.root.operands if isinstance(node, Source))
+    sources = tuple(node for node in item.root.operands if isinstance(node, Stored))
     assert len(sources) == len(item.root.operands)
     return sources
 

@@ -26,7 +26,7 @@ from fastmerge.methods.types import Float64
 from fastmerge.plan.plan import Plan
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse
-from fastmerge.tree.nodes import Merge, Node, Source, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, walk
 
 FILE = "sweep.json"
 MOST_VALUES = 10_000
@@ -119,8 +119,8 @@ class Sweep:
         )
 
 
-def _sources(tree: Collapsed) -> list[Source]:
-    return [part for part in tree.parts if isinstance(part, Source)]
+def _sources(tree: Collapsed) -> list[Stored]:
+    return [part for part in tree.parts if isinstance(part, Stored)]
 
 
 def _has_t(node: Node) -> bool:
@@ -133,7 +133,7 @@ def _with_t(root: Merge, t: float) -> Merge:
     """The tree with every t replaced; a linear pair gets the weights 1 - t and t."""
     made: dict[Node, Node] = {}
     for node in walk(root):
-        if isinstance(node, Source):
+        if isinstance(node, Stored):
             made[node] = node
             continue
         values, each = node.values, node.operand_values

@@ -1,6 +1,6 @@
 """The algebra of merges: a tree of combinations is again one combination of its source tensors.
 
-One output tensor is described by a tree of `Merge` nodes over `Source` leaves. As long as every
+One output tensor is described by a tree of `Merge` nodes over leaves. As long as every
 node is a combination (linear, SLERP, Karcher, ...), the tensor equals ``sum_i c_i x_i`` over the
 leaves, and the ``c_i`` follow from the leaves' own Gram matrix G = <x_i, x_j>: if A maps leaf
 vectors to a node's operands, the operands' Gram matrix is A G A^T. So a chain of N merges needs one
@@ -9,13 +9,14 @@ Gram pass, one combine pass and one rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastmerge.methods.types import Combination, Float64
-from fastmerge.tree.nodes import Merge, Node, Source, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.rewrite import fold
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,13 @@ class Collapsed:
     parts: tuple[Node, ...]
     axis: int | None
     needs_gram: bool
-    reference: (
-        int | None
-    )  # the part that deltas are taken to, where that keeps the Gram matrix exact
+    # The part that deltas are taken to, where that keeps the Gram matrix exact.
+    reference: int | None
 
     @property
     def is_complete(self) -> bool:
         """Whether every part is a source, so that no intermediate tensor is needed."""
-        return all(isinstance(part, Source) for part in self.parts)
+        return all(isinstance(part, Leaf) for part in self.parts)
 
 
 def collapse(root: Merge) -> Collapsed:
@@ -84,11 +84,13 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     """
     count = len(tree.parts)
     basis = np.eye(count) if tree.reference is None else _delta_basis(count, tree.reference)
-    vectors: dict[Node, Float64] = dict(zip(tree.parts, np.eye(count), strict=True))
-    for node in walk(tree.root, stop=vectors):
-        if isinstance(node, Merge) and node not in vectors:
-            vectors[node] = _merge_vector(node, vectors, basis, gram)
-    return vectors[tree.root]
+    units: dict[Node, Float64] = dict(zip(tree.parts, np.eye(count), strict=True))
+
+    def vector(node: Node, inputs: Sequence[Float64]) -> Float64:
+        assert isinstance(node, Merge)  # leaves are parts
+        return _merge_vector(node, inputs, basis, gram)
+
+    return fold(tree.root, vector, units)
 
 
 def _delta_basis(count: int, reference: int) -> Float64:
@@ -102,11 +104,9 @@ def _delta_basis(count: int, reference: int) -> Float64:
 
 
 def _merge_vector(
-    node: Merge, vectors: Mapping[Node, Float64], basis: Float64, gram: Float64 | None
+    node: Merge, inputs: Sequence[Float64], basis: Float64, gram: Float64 | None
 ) -> Float64:
-    operands = np.stack(
-        np.broadcast_arrays(*[vectors[n] for n in node.inputs]), axis=-2
-    )  # (..., m, n)
+    operands = np.stack(np.broadcast_arrays(*inputs), axis=-2)  # (..., m, n)
     local: Float64 | None = None
     if node.method.needs_gram:
         if gram is None:

@@ -1,20 +1,54 @@
-"""The tree that one output tensor is made by: `Merge` nodes over `Source` leaves."""
+"""The tree that one output tensor is made by: `Merge` nodes over leaves."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
+from fastmerge.dtypes import F32, DType
 from fastmerge.methods.types import Method
 
 
+class Leaf(ABC):
+    """What the numbers of a tree come from: a stored tensor, or what follows from several."""
+
+    inputs: ClassVar[tuple[Node, ...]] = ()
+
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[Stored, ...]:
+        """The tensors of models that it reads."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """What decides its numbers, as text; models by their place in the plan."""
+
+
 @dataclass(frozen=True)
-class Source:
+class Stored(Leaf):
     """One tensor of one input model: ``model`` indexes Plan.models, ``name`` is its name there."""
 
     model: int
     name: str
+    shape: tuple[int, ...] = field(default=(), compare=False)
+    dtype: DType = field(default=F32, compare=False)
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return (self,)
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}/{self.name!r}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the model's file."""
+        return self.dtype.bytes_for(math.prod(self.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +76,27 @@ class Merge:
         return self.method.axis(self.values)
 
 
-Node: TypeAlias = "Source | Merge"
+Node: TypeAlias = Leaf | Merge
 
 
-def walk(root: Node, stop: Container[Node] = ()) -> list[Node]:
-    """Every node below ``root`` once, inputs before the merges that use them; not below ``stop``.
+class HasInputs(Protocol):
+    """A node of any tree: of tensors here, of whole models in fastmerge.search."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]: ...
+
+
+N = TypeVar("N", bound=HasInputs)
+
+
+def walk(root: N, stop: Container[N] = ()) -> list[N]:
+    """Every node below ``root`` once, inputs before the nodes that use them; not below ``stop``.
 
     An explicit stack: a schedule of a thousand steps is a tree a thousand deep.
     """
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False)]
+    order: list[N] = []
+    seen: set[N] = set()
+    stack: list[tuple[N, bool]] = [(root, False)]
     while stack:
         node, expanded = stack.pop()
         if expanded:
@@ -60,12 +104,12 @@ def walk(root: Node, stop: Container[Node] = ()) -> list[Node]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            if isinstance(node, Merge) and node not in stop:
+            if node not in stop:
                 stack.extend((child, False) for child in reversed(node.inputs))
     return order
 
 
-def leaves(roots: Iterable[Node]) -> list[Source]:
-    """The distinct source tensors below ``roots``, in order of first use."""
-    found = (node for root in roots for node in walk(root) if isinstance(node, Source))
-    return list(dict.fromkeys(found))
+def leaves(roots: Iterable[Node]) -> list[Stored]:
+    """The distinct stored tensors that ``roots`` read, in order of first use."""
+    found = (node for root in roots for node in walk(root) if isinstance(node, Leaf))
+    return list(dict.fromkeys(stored for leaf in found for stored in leaf.stored))

@@ -1,0 +1,59 @@
+"""Whole trees at once: what follows from a node's inputs, other trees, digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastmerge.tree.nodes import HasInputs, Merge, Node, walk
+
+N = TypeVar("N", bound=HasInputs)
+R = TypeVar("R")
+
+
+def fold(
+    root: N,
+    step: Callable[[N, Sequence[R]], R],
+    known: MutableMapping[N, R] | None = None,
+) -> R:
+    """``step(node, results of its inputs)`` of ``root``, each node once, without recursion.
+
+    ``known`` holds results that are there already, which end the way down, and takes the new ones.
+    """
+    made: MutableMapping[N, R] = {} if known is None else known
+    for node in walk(root, stop=made):
+        if node not in made:
+            made[node] = step(node, [made[child] for child in node.inputs])
+    return made[root]
+
+
+def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
+    """The tree with ``change`` of every merge, whose inputs are rewritten by then."""
+
+    def step(node: Node, inputs: Sequence[Node]) -> Node:
+        if not isinstance(node, Merge):
+            return node
+        base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
+        return change(replace(node, operands=tuple(operands), base=base))
+
+    return fold(root, step)
+
+
+def digest(root: Node, known: MutableMapping[Node, str]) -> str:
+    """What decides the value of a tree, as text: leaves, methods, values, seeds.
+
+    ``known`` holds the digests of nodes that several trees share.
+    """
+
+    def step(node: Node, inputs: Sequence[str]) -> str:
+        if not isinstance(node, Merge):
+            return node.key
+        values: list[Any] = [sorted(node.values.items())]
+        values.append([sorted(own.items()) for own in node.operand_values])
+        draws = f"{node.seed} {node.name!r}" if node.method.random else ""
+        text = f"{node.method.name} {values} {draws} {node.base is None} {' '.join(inputs)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    return fold(root, step, known)
