@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, invalidate_caches
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import decode_source
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +27,88 @@ from fastmerge.evaluation.settings import Evaluate
 _PLAIN = (bool, int, float, str, bytes, type(None))
 ScoreFunction = Callable[..., Mapping[str, Any]]
 
-_TEXTS: dict[str, str] = {}  # of the modules as they were imported
-_STARTED = time.time()
+_TEXTS: dict[str, str] = {}  # of the modules that ran as they were read, by file
+_LIBRARY = Path(os.__file__).parent
 
 
-def _imported(name: str) -> Any:
-    """The module; imported anew where its file has changed since this process imported it."""
-    module = sys.modules.get(name)
-    if module is not None:
-        file = Path(getattr(module, "__file__", None) or "")
-        changed = (
-            _TEXTS[name] != _text_of(module)
-            if name in _TEXTS
-            else file.is_file() and file.stat().st_mtime > _STARTED  # somebody else imported it
+class _AsRead(SourceFileLoader):
+    """Runs the very text that a score's key is made of.
+
+    Not the bytecode that Python keeps: after an edit within the same second, to a text of the same
+    length, that is still the old text's.
+    """
+
+    def get_code(self, fullname: str) -> Any:  # noqa: ARG002
+        data = self.get_data(self.path)
+        code = self.source_to_code(data, self.path)
+        _TEXTS[self.path] = decode_source(data)
+        return code
+
+
+class _Finder:
+    """Lets the scorer's module run as it is read, and the modules beside it or the schedule."""
+
+    module = ""
+    folders: frozenset[Path] = frozenset()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        if type(spec.loader) is SourceFileLoader:
+            file = Path(spec.loader.path).resolve()
+            if f"{self.module}.".startswith(f"{name}."):  # it, or a package that it is in
+                self.folders |= {file.parent}
+            if self.is_own(name, file):
+                spec.loader = _AsRead(name, spec.loader.path)
+        return spec
+
+    def is_own(self, name: str, file: Path) -> bool:
+        """Whether a module is the scorer's, and not the library's or an installed one's."""
+        is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
+        if name.partition(".")[0] == "fastmerge" or (_LIBRARY in file.parents and not is_installed):
+            return False
+        return name == self.module or (
+            not is_installed and not self.folders.isdisjoint(file.parents)
         )
-        if changed:
-            invalidate_caches()
-            del sys.modules[name]  # a reload would keep what is no longer there
-    module = import_module(name)
-    _TEXTS[name] = _text_of(module)
-    return module
 
 
-def load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
-    """Imports 'module:function'; the module may lie beside the schedule."""
+_FINDER = _Finder()
+
+
+def _imported(name: str, folder: Path) -> Any:
+    """The module, anew: what somebody imported before may be another text than the file's."""
+    _FINDER.module, _FINDER.folders = name, frozenset([folder])
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(sys.meta_path.index(PathFinder), _FINDER)
+    for known, module in list(sys.modules.items()):
+        loader = getattr(getattr(module, "__spec__", None), "loader", None)
+        if isinstance(loader, _AsRead) or (
+            known == name
+            and type(loader) is SourceFileLoader
+            and _FINDER.is_own(name, Path(loader.path).resolve())
+        ):
+            del sys.modules[known]  # a reload would keep what is no longer there
+    _TEXTS.clear()
+    invalidate_caches()
+    return import_module(name)
+
+
+def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, list[str]]:
+    """Imports 'module:function'; the module may lie beside the schedule. With it the texts of what
+    was read for it: its file's, and of the modules beside it that its file imports.
+    """
     assert settings.callable is not None
     module, _, name = settings.callable.partition(":")
-    beside = str(folder.resolve())
-    if beside not in sys.path:
-        sys.path.append(beside)  # last: it must not hide an installed module
+    beside = folder.resolve()
+    if str(beside) not in sys.path:
+        sys.path.append(str(beside))  # last: it must not hide an installed module
     where = f"{settings.at('callable')}: '{settings.callable}'"
     try:
-        found = _imported(module)
+        found = _imported(module, beside)
     except Exception as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
@@ -72,7 +124,7 @@ def load_callable(settings: Evaluate, folder: Path) -> ScoreFunction:
         raise RecipeError(f"{where}: the module has no '{name}'")
     if not callable(function):
         raise RecipeError(f"{where}: is no function")
-    return function
+    return function, list(_TEXTS.values())
 
 
 def _in_user_code(error: BaseException) -> str:
@@ -135,7 +187,10 @@ def _text_of(thing: Any) -> str:
     """The text of the file that defines it; in a notebook its own; "" where there is none."""
     try:
         # Not getsource alone: it looks through decorators, which may close over something.
-        file = Path(inspect.getsourcefile(thing) or "")
+        name = inspect.getsourcefile(thing) or ""
+        if name in _TEXTS:
+            return _TEXTS[name]
+        file = Path(name)
         return file.read_text("utf-8") if file.is_file() else inspect.getsource(thing)
     except (OSError, TypeError, UnicodeDecodeError):
         return ""  # built in, or made by exec
@@ -148,7 +203,10 @@ class CallableScorer:
     are: return percent where they meet accuracies given in the schedule.
     """
 
-    def __init__(self, function: ScoreFunction, settings: Evaluate) -> None:
+    def __init__(
+        self, function: ScoreFunction, settings: Evaluate, texts: Sequence[str] = ()
+    ) -> None:
+        """``texts`` are those of the modules that ``function`` was imported with."""
         self._function = function
         self._name = settings.callable or getattr(function, "__qualname__", "callable")
         signature = inspect.signature(function)
@@ -165,7 +223,9 @@ class CallableScorer:
                     f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
                     "or remove the key"
                 )
-        self._key = digest([self._name, _identity(function), settings.scoring_settings])
+        identity = _identity(function)
+        identity += sorted(set(texts) - set(identity))
+        self._key = digest([self._name, identity, settings.scoring_settings])
 
     @property
     def key(self) -> str:

@@ -35,8 +35,11 @@ def make_scorer(
     Raises FastmergeError for whatever is missing: the harness, a task, its data, a module.
     """
     _check_device(settings)
-    if function is not None or settings.callable is not None:
-        return CallableScorer(function or load_callable(settings, folder), settings)
+    if function is not None:
+        return CallableScorer(function, settings)
+    if settings.callable is not None:
+        found, texts = load_callable(settings, folder)
+        return CallableScorer(found, settings, texts)
     if settings.perplexity is not None:
         return Perplexity(settings, folder, tokenizer_folder)
     return Harness(settings, folder, tokenizer_folder)
