@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# One request or answer per delta, as the plain tuples of fastmerge.selection (Sparsify, Selection).
-_Sparsify = tuple[int, int, int, int, int, bool]
-_Selection = tuple[int, int, int, int, int, int, float, int]
+from fastmerge.selection import Selection, Sparsify
 
 def isa() -> str: ...  # the instruction set in use: scalar, neon, avx2 or avx512
 def isas() -> list[str]: ...  # those this CPU can run, best first
@@ -87,8 +85,8 @@ def combine(
     """
 
 def select(
-    pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[_Sparsify]
-) -> list[_Selection]:
+    pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[Sparsify]
+) -> list[Selection]:
     """For each delta x_i - base (fp32), which entries survive: see fastmerge.selection."""
 
 def select_across(
@@ -96,8 +94,8 @@ def select_across(
     inputs: Sequence[Sequence[View]],
     bases: Sequence[View],
     origins: Sequence[int],
-    specs: Sequence[_Sparsify],
-) -> list[_Selection]:
+    specs: Sequence[Sparsify],
+) -> list[Selection]:
     """`select` of several tensors as one long vector: ``inputs`` and ``bases`` by tensor. The flat
     index of a tensor's first element is its origin: rising multiples of 2048 with room for it.
     """
@@ -107,7 +105,7 @@ def consensus(
     inputs: Sequence[View],
     base: View,
     weights: Sequence[float],
-    selections: Sequence[_Selection],
+    selections: Sequence[Selection],
     out: Sink,
     *,
     elect: bool,

@@ -214,7 +214,7 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
     backend = operands.backend(threads)
     views = operands.views
     split = (views, None) if base is None else (views[1:], views[0])
-    return backend.gram(*split, axis=None, rows=1, cols=operands.count)
+    return backend.gram(*split)
 
 
 def combine(
@@ -233,15 +233,7 @@ def combine(
     factors = [each.check(_plain(value), "combine") for value in _plain(coefficients)]
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
-    operands.backend(threads).combine(
-        operands.views,
-        np.array(factors),
-        sink,
-        divisor=None,
-        axis=None,
-        rows=1,
-        cols=operands.count,
-    )
+    operands.backend(threads).combine(operands.views, np.array(factors), sink)
     return result
 
 

@@ -1,7 +1,7 @@
 """What a sparse merge keeps of each delta: the request (`Sparsify`) and the answer (`Selection`).
 
-Both are plain tuples of numbers so that the CPU, Triton and reference back ends share them.
-``kind`` is one of ALL, MAGNITUDE, RANDOM; ``tie_rule`` one of MIXED, INDEX.
+The CPU, Triton and reference back ends share them. ``kind`` is one of ALL, MAGNITUDE, RANDOM;
+``tie_rule`` one of MIXED, INDEX.
 """
 
 from __future__ import annotations
@@ -36,18 +36,24 @@ class Selection(NamedTuple):
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
     order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as
-    the 31-bit patterns of fp32, so NaN is above infinity. Where every tied entry is kept, any
-    bound above the last one's order says so.
+    the 31-bit patterns of fp32, so NaN is above infinity.
     """
 
     kind: int = ALL
     threshold_bits: int = 0  # bit pattern of the fp32 threshold, sign bit clear
-    tie_bound: int = 1 << 64  # 65 bits: 2**64 keeps every tied entry
+    tie_bound: int | None = None  # 64 bits; None keeps every tied entry
     tie_rule: int = MIXED
     keep_below: int = 0
     key: int = 0
     rescale: float = 1.0  # fp32 value, multiplied in after the mask
     kept: int = 0
+
+    @classmethod
+    def asked(cls, spec: Sparsify, kept: int) -> Selection:
+        """As far as it follows from the request alone."""
+        return cls(
+            spec.kind, tie_rule=spec.tie_rule, keep_below=spec.keep_below, key=spec.key, kept=kept
+        )
 
 
 def mixed_index(index: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastmerge.kernels import combine, consensus, gram, select
+from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
 
 
@@ -23,13 +24,10 @@ class TritonBackend:
     def gram(
         self,
         inputs: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        *,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        base: torch.Tensor | None = None,
+        vectors: Vectors = WHOLE,
     ) -> NDArray[np.float64]:
-        return gram.gram(inputs, base, axis=axis, rows=rows, cols=cols)
+        return gram.gram(inputs, base, **vars(vectors))
 
     def combine(
         self,
@@ -37,14 +35,10 @@ class TritonBackend:
         coefficients: NDArray[np.float64],
         out: torch.Tensor,
         *,
-        divisor: float | None,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        divisor: float | None = None,
+        vectors: Vectors = WHOLE,
     ) -> int:
-        return combine.combine(
-            inputs, coefficients, out, divisor=divisor, axis=axis, rows=rows, cols=cols
-        )
+        return combine.combine(inputs, coefficients, out, divisor=divisor, **vars(vectors))
 
     def select(
         self, inputs: Sequence[torch.Tensor], base: torch.Tensor, specs: Sequence[Sparsify]
@@ -60,23 +54,9 @@ class TritonBackend:
         weights: Sequence[float],
         selections: Sequence[Selection],
         out: torch.Tensor,
-        *,
-        elect: bool,
-        normalize: bool,
-        scale: float,
-        origin: int = 0,
+        agreement: Agreement,
     ) -> int:
-        return consensus.consensus(
-            inputs,
-            base,
-            weights,
-            selections,
-            out,
-            elect=elect,
-            normalize=normalize,
-            scale=scale,
-            origin=origin,
-        )
+        return consensus.consensus(inputs, base, weights, selections, out, **vars(agreement))
 
     def scratch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = torch.empty(count, dtype=torch.float32, device=self.device)

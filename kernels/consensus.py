@@ -269,7 +269,7 @@ class ConsensusBatch:
             key = (
                 *self._keys[n],
                 tuple(mode for mode, _ in rules[n]),
-                tuple(s[6] != 1.0 for s in selections[n]),
+                tuple(s.rescale != 1.0 for s in selections[n]),
                 bool(np.float32(scales[n]) != 1),
                 self._elect and self._normalize and _exact(tuple(weights[n])),
             )
@@ -352,15 +352,16 @@ def _exact(weights: tuple[float, ...]) -> bool:
 
 def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
     """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
-    chosen = Selection(*selection)
-    if chosen.kind == RANDOM:
-        return KEEP_RANDOM.value, [0, chosen.keep_below, _signed(chosen.key)]
-    if chosen.kind != MAGNITUDE:
+    if selection.kind == RANDOM:
+        return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key)]
+    if selection.kind != MAGNITUDE:
         return KEEP_ALL.value, [0, 0, 0]
-    threshold, last = chosen.threshold_bits, min(chosen.tie_bound, 1 << 64) - 1
-    if last < 0:  # no tied entry survives: every one from the next key on does
-        threshold, last = threshold + 1, (1 << 64) - 1
-    if chosen.tie_rule == INDEX:
+    threshold, last = selection.threshold_bits, (1 << 64) - 1
+    if selection.tie_bound == 0:  # no tied entry survives: every one from the next key on does
+        threshold += 1
+    elif selection.tie_bound is not None:
+        last = selection.tie_bound - 1
+    if selection.tie_rule == INDEX:
         last = last if wide else min(last, (1 << 32) - 1)
         return KEEP_INDEX.value, [threshold, _signed(last), 0]
     return KEEP_MIXED.value, [threshold, _signed(last if wide else last >> 32), 0]
@@ -381,9 +382,5 @@ def _numbers(
     for weight in weights:
         total = np.float32(total + np.float32(weight))
     divisor = float(total) if abs(total) >= np.float32(1e-8) else 1.0
-    pairs = [
-        number
-        for w, s in zip(weights, selections, strict=True)
-        for number in (w, Selection(*s).rescale)
-    ]
+    pairs = [number for w, s in zip(weights, selections, strict=True) for number in (w, s.rescale)]
     return [scale, divisor, *pairs]

@@ -120,7 +120,7 @@ class SelectBatch:
                 raise FastmergeError(
                     f"{self._widths[n]} inputs and {len(specs[n])} sparsifiers; give one each"
                 )
-            wanted.append([Sparsify(*spec) for spec in specs[n][at : at + DELTAS]])
+            wanted.append(specs[n][at : at + DELTAS])
         for row, given in zip(self._rows, wanted, strict=True):
             _check(row[0].numel(), given)
         found = self._trimmed(wanted)
@@ -243,11 +243,10 @@ def _ranked(spec: Sparsify, count: int) -> int:
 
 def _unsearched(spec: Sparsify, count: int) -> Selection:
     """The selection as far as it follows from the request alone."""
-    asked = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key)
     if spec.kind != MAGNITUDE:
-        return asked._replace(kept=0 if spec.kind == RANDOM and not spec.keep_below else count)
+        return Selection.asked(spec, 0 if spec.kind == RANDOM and not spec.keep_below else count)
     # To keep nothing: no key is above the largest, none is tied with it.
-    return asked._replace(threshold_bits=0x7FFFFFFF, tie_bound=0, kept=spec.keep)
+    return Selection.asked(spec, spec.keep)._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
 
 
 def _bounded(selection: Selection, value: int, *, wide: bool) -> Selection:

@@ -28,7 +28,8 @@ class Float64Backend:
     def __init__(self):
         self.grams = self.combines = 0
 
-    def gram(self, inputs, base, *, axis, rows, cols):
+    def gram(self, inputs, base, vectors):
+        axis, rows, cols = vectors.axis, vectors.rows, vectors.cols
         self.grams += 1
         x = [np.asarray(v) for v in inputs]
         x = x if base is None else [base, *(v - base for v in x)]
@@ -38,7 +39,8 @@ class Float64Backend:
             return flat @ flat.T
         return np.einsum("irc,jrc->rij" if axis == 1 else "irc,jrc->cij", stack, stack)
 
-    def combine(self, inputs, coefficients, out, *, divisor, axis, rows, cols):
+    def combine(self, inputs, coefficients, out, *, divisor, vectors):
+        axis, rows, cols = vectors.axis, vectors.rows, vectors.cols
         self.combines += 1
         stack = np.stack([np.asarray(v).reshape(rows, cols) for v in inputs])
         pattern = {None: "i,irc->rc", 1: "ri,irc->rc", 0: "ci,irc->rc"}[axis]

@@ -223,7 +223,7 @@ def selections(count: int, inputs: int) -> list[list[Selection]]:
     """Several ways to keep entries, mixed among the inputs."""
     half = int(np.float32(0.7).view(np.int32))
     trims = [
-        Selection(MAGNITUDE, half, 1 << 64),
+        Selection(MAGNITUDE, half),
         Selection(MAGNITUDE, half, 1 << 63, MIXED),
         Selection(MAGNITUDE, half, count // 2, INDEX),
         Selection(MAGNITUDE, half, 0),

@@ -19,6 +19,7 @@ from fastmerge.compute.reference import mixed_indices
 from fastmerge.engine import in_memory
 from fastmerge.errors import FastmergeError
 from fastmerge.output import lineage as lineage_module
+from fastmerge.primitives import Agreement
 from fastmerge.retrograde.schedule import load
 from fastmerge.selection import INDEX, MAGNITUDE, MIXED, Sparsify
 
@@ -131,7 +132,7 @@ def test_any_tensors_any_ties(data: st.DataObject) -> None:
         sink = _C.MemorySink(_C.View(out.ctypes.data, out.size, "F32", out))
         backend.consensus(
             view, zero, [1.0], chosen, sink,
-            elect=False, normalize=False, scale=1.0, origin=origin,
+            Agreement(elect=False, normalize=False, scale=1.0, origin=origin),
         )  # fmt: skip
         np.testing.assert_array_equal(out, delta * mask)
 

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bind/bind.h"
+#include "bind/selection.h"
 #include "pool.h"
 #include "primitives/combine.h"
 #include "primitives/consensus.h"
@@ -29,48 +30,6 @@ Shape shape_of(std::optional<int> axis, int64_t rows, int64_t cols) {
     if (!axis) return {};
     if (*axis != 0 && *axis != 1) throw std::invalid_argument("axis must be None, 0 or 1");
     return {*axis == 1 ? Axis::kRows : Axis::kColumns, rows, cols};
-}
-
-template <class Enum>
-Enum parse_enum(const py::handle& value, int last, const char* what) {
-    const int number = value.cast<int>();
-    if (number < 0 || number > last)
-        throw std::invalid_argument(std::string(what) + " must be 0 to " + std::to_string(last));
-    return static_cast<Enum>(number);
-}
-
-Sparsify parse_sparsify(const py::tuple& t) {
-    if (t.size() != 6) throw std::invalid_argument("a Sparsify has 6 fields");
-    return {parse_enum<Sparsity>(t[0], 2, "kind"),
-            t[1].cast<int64_t>(),
-            parse_enum<TieRule>(t[2], 1, "tie_rule"),
-            t[3].cast<uint64_t>(),
-            t[4].cast<uint64_t>(),
-            t[5].cast<bool>()};
-}
-
-Selection parse_selection(const py::tuple& t) {
-    if (t.size() != 8) throw std::invalid_argument("a Selection has 8 fields");
-    Selection s;
-    s.kind = parse_enum<Sparsity>(t[0], 2, "kind");
-    s.threshold = t[1].cast<int32_t>();
-    // 65 bits: 2**64 is one more than C++ can take.
-    const py::int_ bound = t[2];
-    s.every_tie = !(bound >> py::int_(64)).equal(py::int_(0));
-    s.tie_bound = s.every_tie ? 0 : bound.cast<uint64_t>();
-    s.tie_rule = parse_enum<TieRule>(t[3], 1, "tie_rule");
-    s.keep_below = t[4].cast<uint64_t>();
-    s.key = t[5].cast<uint64_t>();
-    s.rescale = t[6].cast<float>();
-    s.kept = t[7].cast<int64_t>();
-    return s;
-}
-
-py::tuple selection_tuple(const Selection& s) {
-    const py::object bound =
-        s.every_tie ? py::object(py::int_(1) << py::int_(64)) : py::object(py::int_(s.tie_bound));
-    return py::make_tuple(static_cast<int>(s.kind), s.threshold, bound,
-                          static_cast<int>(s.tie_rule), s.keep_below, s.key, s.rescale, s.kept);
 }
 
 py::array_t<double> bound_gram(Pool& pool, const std::vector<View>& inputs,
@@ -103,45 +62,33 @@ int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers
     return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, shape);
 }
 
-py::list select_parts(Pool& pool, const std::vector<Part>& parts,
-                      const std::vector<py::tuple>& specs) {
-    std::vector<Sparsify> requests;
-    for (const py::tuple& spec : specs) requests.push_back(parse_sparsify(spec));
-    std::vector<Selection> found;
-    {
-        py::gil_scoped_release release;
-        found = select(pool, parts, requests);
-    }
-    py::list answers;
-    for (const Selection& selection : found) answers.append(selection_tuple(selection));
-    return answers;
+std::vector<Selection> bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
+                                    const std::vector<Sparsify>& specs) {
+    const std::vector<Part> parts = {{spans(inputs), base.span, 0}};
+    py::gil_scoped_release release;
+    return select(pool, parts, specs);
 }
 
-py::list bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
-                      const std::vector<py::tuple>& specs) {
-    return select_parts(pool, {{spans(inputs), base.span, 0}}, specs);
-}
-
-py::list bound_select_across(Pool& pool, const std::vector<std::vector<View>>& inputs,
-                             const std::vector<View>& bases, const std::vector<int64_t>& origins,
-                             const std::vector<py::tuple>& specs) {
+std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::vector<View>>& inputs,
+                                           const std::vector<View>& bases,
+                                           const std::vector<int64_t>& origins,
+                                           const std::vector<Sparsify>& specs) {
     if (bases.size() != inputs.size() || origins.size() != inputs.size())
         throw std::invalid_argument("one base and one origin per tensor are needed");
     std::vector<Part> parts;
     for (size_t i = 0; i < inputs.size(); ++i)
         parts.push_back({spans(inputs[i]), bases[i].span, origins[i]});
-    return select_parts(pool, parts, specs);
+    py::gil_scoped_release release;
+    return select(pool, parts, specs);
 }
 
 int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View& base,
-                        const std::vector<float>& weights, const std::vector<py::tuple>& selections,
+                        const std::vector<float>& weights, const std::vector<Selection>& selections,
                         Sink& out, bool elect, bool normalize, float scale, int64_t origin) {
     const std::vector<Span> tensors = spans(inputs);
-    std::vector<Selection> chosen;
-    for (const py::tuple& selection : selections) chosen.push_back(parse_selection(selection));
     py::gil_scoped_release release;
     const Consensus rule = {elect, normalize, scale, origin};
-    return consensus(pool, tensors, base.span, weights, chosen, out, rule);
+    return consensus(pool, tensors, base.span, weights, selections, out, rule);
 }
 
 }  // namespace

@@ -83,8 +83,9 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
             if (spec.keep < 0 || spec.keep > count)
                 throw std::invalid_argument("keep must be between 0 and the element count");
             selection.kept = spec.keep;
-            selection.threshold = 0x7FFFFFFF;
-            selection.every_tie = spec.keep > 0;
+            // To keep nothing: no key is above the largest, none is tied with it.
+            selection.threshold_bits = 0x7FFFFFFF;
+            selection.tie_bound = 0;
             if (spec.keep > 0) {
                 trimmed.push_back(j);
                 thresholds.emplace_back();
@@ -104,7 +105,8 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
     std::vector<TieBound> bounds;
     for (size_t i = 0; i < trimmed.size(); ++i) {
         Selection& selection = selections[trimmed[i]];
-        selection.threshold = thresholds[i].key;
+        selection.threshold_bits = thresholds[i].key;
+        selection.tie_bound.reset();
         const int64_t wanted = thresholds[i].keep - thresholds[i].above;
         if (wanted == thresholds[i].ties) continue;
         tied.push_back(trimmed[i]);
@@ -116,10 +118,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         bounds.push_back(bound);
     }
     if (!tied.empty()) find_tie_bounds(deltas, tied, bounds);
-    for (size_t i = 0; i < tied.size(); ++i) {
-        selections[tied[i]].every_tie = false;
-        selections[tied[i]].tie_bound = bounds[i].bound;
-    }
+    for (size_t i = 0; i < tied.size(); ++i) selections[tied[i]].tie_bound = bounds[i].bound;
     if (!measured.empty()) measure(deltas, measured, specs, selections);
     return selections;
 }

@@ -82,10 +82,11 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
             for (size_t s = 0; s < searches.size(); ++s) {
                 TieWindow& window = counts.windows[s];
                 const Search& search = *searches[s];
-                window.any_below = largest_order_word(search.from, false, bounds[s]->rule,
-                                                      args.index, window.below);
-                window.any = largest_order_word(search.to + 1, search.to == kLast, bounds[s]->rule,
-                                                args.index, window.last);
+                const TieRule rule = bounds[s]->rule;
+                std::optional<uint64_t> end;
+                if (search.to < kLast) end = search.to + 1;
+                window.any_below = largest_order_word(search.from, rule, args.index, window.below);
+                window.any = largest_order_word(end, rule, args.index, window.last);
             }
             kernels().count_ties[type](args, counts.windows.data());
             const uint64_t high = args.index >> 32;

@@ -16,11 +16,11 @@ RoundKeys round_keys(uint64_t key) {
     return keys;
 }
 
-bool largest_order_word(uint64_t bound, bool unbounded, TieRule rule, uint64_t index,
+bool largest_order_word(std::optional<uint64_t> bound, TieRule rule, uint64_t index,
                         uint32_t& largest) {
     largest = 0xFFFFFFFFu;
-    if (unbounded) return true;
-    const uint64_t high = index >> 32, bound_high = bound >> 32, bound_low = bound & 0xFFFFFFFFu;
+    if (!bound) return true;
+    const uint64_t high = index >> 32, bound_high = *bound >> 32, bound_low = *bound & 0xFFFFFFFFu;
     uint64_t below;  // how many order words are below the bound: 0 ... 2^32
     if (rule == TieRule::kMixed)
         below = bound_high + (high < bound_low ? 1 : 0);
@@ -34,11 +34,11 @@ bool largest_order_word(uint64_t bound, bool unbounded, TieRule rule, uint64_t i
 Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t index) {
     Keep keep;
     keep.mixed = selection.tie_rule == TieRule::kMixed;
-    keep.threshold = selection.threshold;
+    keep.threshold = selection.threshold_bits;
     keep.round_keys = keys.data();
     if (selection.kind == Sparsity::kMagnitude) {
-        const bool some = largest_order_word(selection.tie_bound, selection.every_tie,
-                                             selection.tie_rule, index, keep.order_max);
+        const bool some =
+            largest_order_word(selection.tie_bound, selection.tie_rule, index, keep.order_max);
         keep.kind = some ? Keep::kAboveOrTie : Keep::kAbove;
         if (some && keep.order_max == 0xFFFFFFFFu) {  // key >= threshold: the order does not matter
             keep.kind = Keep::kAbove;

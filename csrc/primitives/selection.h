@@ -2,13 +2,14 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "isa/table.h"
 
 namespace fastmerge {
 
-enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2 };
-enum class TieRule : int { kMixed = 0, kIndex = 1 };
+enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2, kLast = kRandom };
+enum class TieRule : int { kMixed = 0, kIndex = 1, kLast = kIndex };
 
 struct Sparsify {
     Sparsity kind = Sparsity::kAll;
@@ -21,9 +22,8 @@ struct Sparsify {
 
 struct Selection {
     Sparsity kind = Sparsity::kAll;
-    int32_t threshold = 0;  // bit pattern of the fp32 magnitude
-    bool every_tie = true;  // tie_bound is 2^64
-    uint64_t tie_bound = 0;
+    int32_t threshold_bits = 0;         // of the fp32 magnitude
+    std::optional<uint64_t> tie_bound;  // none: every tied entry survives
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;
     uint64_t key = 0;
@@ -34,9 +34,9 @@ struct Selection {
 using RoundKeys = std::array<uint64_t, 20>;
 RoundKeys round_keys(uint64_t key);
 
-// Among the order words of the tile at `index`, the largest whose order is below `bound` (or below
-// 2^64 where `unbounded`); false where there is none.
-bool largest_order_word(uint64_t bound, bool unbounded, TieRule rule, uint64_t index,
+// Among the order words of the tile at `index`, the largest whose order is below `bound`, of all
+// without one; false where there is none.
+bool largest_order_word(std::optional<uint64_t> bound, TieRule rule, uint64_t index,
                         uint32_t& largest);
 
 // The selection as the kernels take it, for the tile at `index`.

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods.types import Float64
+from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
 
 T = TypeVar("T")  # a back end's tensor
@@ -20,7 +21,7 @@ class Backend(Protocol[T, O]):
     def name(self) -> str: ...
 
     def gram(
-        self, inputs: Sequence[T], base: T | None, *, axis: int | None, rows: int, cols: int
+        self, inputs: Sequence[T], base: T | None = None, vectors: Vectors = WHOLE
     ) -> Float64: ...
 
     def combine(
@@ -29,10 +30,8 @@ class Backend(Protocol[T, O]):
         coefficients: Float64,
         out: O,
         *,
-        divisor: float | None,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        divisor: float | None = None,
+        vectors: Vectors = WHOLE,
     ) -> int: ...
 
     def select(
@@ -46,11 +45,7 @@ class Backend(Protocol[T, O]):
         weights: Sequence[float],
         selections: Sequence[Selection],
         out: O,
-        *,
-        elect: bool,
-        normalize: bool,
-        scale: float,
-        origin: int = 0,
+        agreement: Agreement,
     ) -> int: ...
 
     def scratch(self, count: int) -> tuple[T, Any]:

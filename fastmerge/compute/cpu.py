@@ -15,6 +15,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ResourceError, is_whole
 from fastmerge.methods.types import Float64
+from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
 
 
@@ -71,13 +72,10 @@ class CpuBackend:
     def gram(
         self,
         inputs: Sequence[_C.View],
-        base: _C.View | None,
-        *,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        base: _C.View | None = None,
+        vectors: Vectors = WHOLE,
     ) -> Float64:
-        return _C.gram(self.pool, inputs, base, axis=axis, rows=rows, cols=cols)
+        return _C.gram(self.pool, inputs, base, **vars(vectors))
 
     def combine(
         self,
@@ -85,23 +83,18 @@ class CpuBackend:
         coefficients: Float64,
         out: _C.Sink,
         *,
-        divisor: float | None,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        divisor: float | None = None,
+        vectors: Vectors = WHOLE,
     ) -> int:
-        return _C.combine(
-            self.pool, inputs, coefficients, out, divisor=divisor, axis=axis, rows=rows, cols=cols
-        )
+        return _C.combine(self.pool, inputs, coefficients, out, divisor=divisor, **vars(vectors))
 
     def select(
         self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
     ) -> list[Selection]:
-        if all(
-            spec.kind == ALL for spec in specs
-        ):  # nothing to find: spare the pass over the weights
+        # Where there is nothing to find, spare the pass over the weights.
+        if all(spec.kind == ALL for spec in specs):
             return [Selection(kept=view.count) for view in inputs]
-        return [Selection(*answer) for answer in _C.select(self.pool, inputs, base, specs)]
+        return _C.select(self.pool, inputs, base, specs)
 
     def consensus(
         self,
@@ -110,24 +103,9 @@ class CpuBackend:
         weights: Sequence[float],
         selections: Sequence[Selection],
         out: _C.Sink,
-        *,
-        elect: bool,
-        normalize: bool,
-        scale: float,
-        origin: int = 0,
+        agreement: Agreement,
     ) -> int:
-        return _C.consensus(
-            self.pool,
-            inputs,
-            base,
-            weights,
-            selections,
-            out,
-            elect=elect,
-            normalize=normalize,
-            scale=scale,
-            origin=origin,
-        )
+        return _C.consensus(self.pool, inputs, base, weights, selections, out, **vars(agreement))
 
     def select_across(
         self,
@@ -137,8 +115,7 @@ class CpuBackend:
         specs: Sequence[Sparsify],
     ) -> list[Selection]:
         """`select` of several tensors as one long vector."""
-        found = _C.select_across(self.pool, inputs, bases, origins, specs)
-        return [Selection(*answer) for answer in found]
+        return _C.select_across(self.pool, inputs, bases, origins, specs)
 
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
         nbytes = 4 * count

@@ -6,16 +6,13 @@ import ctypes
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from fastmerge import _C
-from fastmerge.compute.tensor import matrix, steps
+from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
-
-if TYPE_CHECKING:
-    pass
 
 GPU_MEMORY_BYTES = 2 << 30
 
@@ -49,8 +46,7 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     products = 0
     for node in merges:
         if node.axis is not None:
-            rows, cols = matrix(shape, node.axis)
-            vectors = rows if node.axis == 1 else cols
+            vectors = Vectors.of(shape, node.axis).count
             products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
     sources = sum(stored.nbytes for stored in leaves([root]))
     most = sources + dtype.bytes_for(count) + intermediates + gathered

@@ -160,10 +160,10 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
             order = mixed_indices(len(keys))
         else:
             order = np.arange(len(keys), dtype=np.uint64)
-        # A bound of 2**64 keeps every tie and does not fit 64 bits.
-        early = order < selection.tie_bound if selection.tie_bound < 1 << 64 else True
         tied = keys == selection.threshold_bits
-        return np.asarray((keys > selection.threshold_bits) | (tied & early))
+        if selection.tie_bound is not None:
+            tied &= order < selection.tie_bound
+        return np.asarray((keys > selection.threshold_bits) | tied)
     if selection.kind == RANDOM:
         words = philox_words(len(keys), selection.key).astype(np.uint64)
         return np.asarray(words < np.uint64(selection.keep_below))
@@ -172,14 +172,12 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
 
 def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> list[Selection]:
     """For each delta, which entries survive: see `fastmerge.selection`. Sorts, unlike `_C`."""
-    return [
-        _select(magnitude_keys(x, base), Sparsify(*s)) for x, s in zip(inputs, specs, strict=True)
-    ]
+    return [_select(magnitude_keys(x, base), s) for x, s in zip(inputs, specs, strict=True)]
 
 
 def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     count = len(keys)
-    found = Selection(spec.kind, 0, 1 << 64, spec.tie_rule, spec.keep_below, spec.key, kept=count)
+    found = Selection.asked(spec, count)
     if spec.kind == MAGNITUDE and spec.keep == 0:
         found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
     elif spec.kind == MAGNITUDE:
@@ -219,8 +217,7 @@ def consensus(
     origin = widen(base)
     w = np.asarray(weights, np.float32)
     weighted = []
-    for x, weight, choice in zip(inputs, w, selections, strict=True):
-        selection = Selection(*choice)
+    for x, weight, selection in zip(inputs, w, selections, strict=True):
         delta = widen(x) - origin
         if selection.kind != ALL:
             kept = survivors(selection, magnitude_keys(x, base)).reshape(delta.shape)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ResourceError
 from fastmerge.methods.types import Float64
+from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Node, Stored, leaves
 
@@ -174,28 +176,24 @@ class _Pieces:
     def gram(
         self,
         inputs: Sequence[_C.View],
-        base: _C.View | None,
-        *,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        base: _C.View | None = None,
+        vectors: Vectors = WHOLE,
     ) -> Float64:
         from fastmerge.kernels.gram import gram_partials, gram_total
 
-        if axis == 0:  # the sum of a column runs through all pieces, one after another
-            return self._cpu.gram(inputs, base, axis=axis, rows=rows, cols=cols)
+        if vectors.axis == 0:  # the sum of a column runs through all pieces, one after another
+            return self._cpu.gram(inputs, base, vectors)
         views = [*inputs, *([] if base is None else [base])]
 
         def sums(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> Float64:
             xs, b = (tensors, None) if base is None else (tensors[:-1], tensors[-1])
-            shape = {"axis": axis, "rows": end - begin, "cols": cols}
-            made: Float64 = (
-                gram_partials(xs, b) if axis is None else lane.backend.gram(xs, b, **shape)
-            )
+            part = replace(vectors, rows=end - begin)
+            whole = vectors.axis is None
+            made: Float64 = gram_partials(xs, b) if whole else lane.backend.gram(xs, b, part)
             return made
 
-        found = np.concatenate(self._each(views, axis, rows, cols, 0, sums))
-        return found if axis == 1 else gram_total(found, self._streamer.devices[0])
+        found = np.concatenate(self._each(views, vectors, 0, sums))
+        return found if vectors.axis == 1 else gram_total(found, self._streamer.devices[0])
 
     def combine(
         self,
@@ -203,22 +201,20 @@ class _Pieces:
         coefficients: Float64,
         out: Place,
         *,
-        divisor: float | None,
-        axis: int | None,
-        rows: int,
-        cols: int,
+        divisor: float | None = None,
+        vectors: Vectors = WHOLE,
     ) -> int:
-        width = 1 if axis is None else cols
+        width = 1 if vectors.axis is None else vectors.cols
 
         def sum_up(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty((end - begin) * width, out.dtype)
-            own = coefficients[begin:end] if axis == 1 else coefficients
-            shape = {"axis": axis, "rows": end - begin, "cols": cols}
-            bad: int = lane.backend.combine(tensors, own, made, divisor=divisor, **shape)
+            own = coefficients[begin:end] if vectors.axis == 1 else coefficients
+            part = replace(vectors, rows=end - begin)
+            bad: int = lane.backend.combine(tensors, own, made, divisor=divisor, vectors=part)
             lane.download(made, out, out.dtype.bytes_for(begin * width))
             return bad
 
-        return sum(self._each(inputs, axis, rows, cols, out.dtype.bytes_for(width), sum_up))
+        return sum(self._each(inputs, vectors, out.dtype.bytes_for(width), sum_up))
 
     def select(
         self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
@@ -232,22 +228,18 @@ class _Pieces:
         weights: Sequence[float],
         selections: Sequence[Selection],
         out: Place,
-        *,
-        elect: bool,
-        normalize: bool,
-        scale: float,
-        origin: int = 0,
+        agreement: Agreement,
     ) -> int:
         def agree(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty(end - begin, out.dtype)
             bad: int = lane.backend.consensus(
                 tensors[:-1], tensors[-1], weights, selections, made,
-                elect=elect, normalize=normalize, scale=scale, origin=origin + begin,
+                replace(agreement, origin=agreement.origin + begin),
             )  # fmt: skip
             lane.download(made, out, out.dtype.bytes_for(begin))
             return bad
 
-        return sum(self._each([*inputs, base], None, 1, 0, out.dtype.bytes_for(1), agree))
+        return sum(self._each([*inputs, base], WHOLE, out.dtype.bytes_for(1), agree))
 
     def scratch(self, count: int) -> tuple[_C.View, Place]:
         view, _ = self._cpu.scratch(count)
@@ -260,9 +252,7 @@ class _Pieces:
     def _each(
         self,
         views: Sequence[_C.View],
-        axis: int | None,
-        rows: int,
-        cols: int,
+        vectors: Vectors,
         out_bytes: int,
         work: Callable[[Lane, list[torch.Tensor], int, int], T],
     ) -> list[T]:
@@ -271,7 +261,9 @@ class _Pieces:
         """
         from fastmerge.kernels.common import CHUNK
 
-        count, width, step = (views[0].count, 1, CHUNK) if axis is None else (rows, cols, 1)
+        count, width, step = vectors.rows, vectors.cols, 1
+        if vectors.axis is None:
+            count, width, step = views[0].count, 1, CHUNK
         row_bytes = out_bytes + sum(BY_CODE[view.dtype].bytes_for(width) for view in views)
         budget = self._streamer.budget
         if min(step, count) * row_bytes > budget:

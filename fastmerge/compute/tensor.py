@@ -18,6 +18,7 @@ import numpy as np
 from fastmerge.compute.backend import Backend, O, T
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods.types import Consensus, Float64
+from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored
@@ -42,27 +43,16 @@ class Outcome:
     gram: Float64 | None = None  # the inner products that the coefficients followed from
 
 
-def matrix(shape: Sequence[int], axis: int | None) -> tuple[int, int]:
-    """(rows, cols) of a tensor seen as a matrix whose rows (axis 1) or columns (axis 0) are
-    vectors.
-    """
-    if axis is None or not shape:
-        return 1, math.prod(shape)
-    if axis == 1:
-        return math.prod(shape[:-1]), shape[-1]
-    return shape[0], math.prod(shape[1:])
-
-
 def gram_of(
     backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
 ) -> Float64:
     """The Gram matrix that ``algebra.coefficients`` expects for ``tree``."""
-    rows, cols = matrix(shape, tree.axis)
+    vectors = Vectors.of(shape, tree.axis)
     r = tree.reference
     if r is None:
-        return backend.gram(tensors, None, axis=tree.axis, rows=rows, cols=cols)
+        return backend.gram(tensors, None, vectors)
     others = [tensor for i, tensor in enumerate(tensors) if i != r]
-    return backend.gram(others, tensors[r], axis=tree.axis, rows=rows, cols=cols)
+    return backend.gram(others, tensors[r], vectors)
 
 
 def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | None]:
@@ -204,12 +194,9 @@ class Computation(Generic[T, O]):
         axis: int | None,
         out: O,
     ) -> Outcome:
-        axis = axis if factors.ndim > 1 else None
-        rows, cols = matrix(self._shape, axis)
+        vectors = Vectors.of(self._shape, axis if factors.ndim > 1 else None)
         return Outcome(
-            self._backend.combine(
-                tensors, factors, out, divisor=divisor, axis=axis, rows=rows, cols=cols
-            )
+            self._backend.combine(tensors, factors, out, divisor=divisor, vectors=vectors)
         )
 
     def _sum_deltas(
@@ -221,7 +208,7 @@ class Computation(Generic[T, O]):
         bad = self._backend.consensus(
             [tensors[i] for i in others], tensors[reference],
             [float(factors[i]) for i in others], [every] * len(others), out,
-            elect=False, normalize=False, scale=1.0,
+            Agreement(elect=False, normalize=False),
         )  # fmt: skip
         return Outcome(bad)
 
@@ -239,16 +226,9 @@ class Computation(Generic[T, O]):
                 )
             trim = Trim(tuple(self._backend.select(tensors, base, plan.sparsify)), 0)
         nonfinite = self._backend.consensus(
-            tensors,
-            base,
-            plan.weights,
-            trim.selections,
-            out,
-            elect=plan.elect,
-            normalize=plan.normalize,
-            scale=plan.scale,
-            origin=trim.origin,
-        )
+            tensors, base, plan.weights, trim.selections, out,
+            Agreement(plan.elect, plan.normalize, plan.scale, trim.origin),
+        )  # fmt: skip
         # How many of them are this tensor's is not known where the trim spans others.
         kept = None if plan.across else tuple(selection.kept for selection in trim.selections)
         return Outcome(nonfinite, kept=kept)

@@ -37,7 +37,7 @@ def grams(
         inputs.prefetch(sources)
         first, *others = [inputs.fetch(source) for source in sources]
         split = (others, first) if others else ([first], None)
-        gram = backend.gram(*split, axis=None, rows=1, cols=first.count)
+        gram = backend.gram(*split)
         inputs.drop(sources)
         return gram
 

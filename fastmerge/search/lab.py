@@ -102,6 +102,4 @@ class GramMeter:
         sources = self._space.sources(item.name)
         first, *others = [models[s.model].view(s.name) for s in sources]
         own = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
-        self.grams[index] = self._backend.gram(
-            [*others, own], first, axis=None, rows=1, cols=array.size
-        )
+        self.grams[index] = self._backend.gram([*others, own], first)
