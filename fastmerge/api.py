@@ -14,7 +14,7 @@ from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError
-from fastmerge.models.folder import side_files
+from fastmerge.models.model import Model
 from fastmerge.output.card import model_card
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
@@ -26,18 +26,22 @@ Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe |
 RECIPE_FILE = "fastmerge_recipe.yml"
 
 
-def plan(recipe: Source, *, seed: int | None = None) -> Plan:
+def plan(
+    recipe: Source, *, seed: int | None = None, models: Mapping[str, Model] | None = None
+) -> Plan:
     """Reads the recipe and the models' headers and decides everything; reads no weights.
 
     ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
-    returned as it is. ``seed`` overrides the recipe's. Raises FastmergeError.
+    returned as it is. ``seed`` overrides the recipe's. ``models``: what references of the recipe
+    stand for, instead of folders (fastmerge.models.model says what a model is). Raises
+    FastmergeError.
     """
     if isinstance(recipe, Plan):
         if recipe.seed is not None and seed not in (None, recipe.seed):
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    return make_plan(loaded, seed=seed)
+    return make_plan(loaded, seed=seed, models=models)
 
 
 def merge(
@@ -54,6 +58,7 @@ def merge(
     io: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    models: Mapping[str, Model] | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
@@ -61,11 +66,12 @@ def merge(
     memory in bytes. ``overwrite`` replaces an existing ``out`` once the new one is complete;
     ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done, bytes_total,
     tensor)`` is called after each tensor. ``device``: "cpu", "cuda" or "auto", with the same bits;
-    ``gpu_memory``: bytes of tensors in flight on each GPU. Raises FastmergeError.
+    ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`. Raises
+    FastmergeError.
     """
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
-    decided = plan(recipe, seed=seed)
+    decided = plan(recipe, seed=seed, models=models)
     return merge_plan(
         decided,
         Path(out),
@@ -83,14 +89,18 @@ def merge(
 
 
 def materialise(
-    recipe: Source, *, seed: int | None = None, threads: int | None = None
+    recipe: Source,
+    *,
+    seed: int | None = None,
+    threads: int | None = None,
+    models: Mapping[str, Model] | None = None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
 
     Arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are only copied,
     raw bytes (uint8, one axis). A few tensors are computed ahead. Raises FastmergeError.
     """
-    for item, array in materialise_plan(plan(recipe, seed=seed), threads=threads):
+    for item, array in materialise_plan(plan(recipe, seed=seed, models=models), threads=threads):
         yield item.name, array
 
 
@@ -98,7 +108,7 @@ def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
     """What lies beside the weights: config, tokenizer and generation files of the donor, card,
     recipe.
     """
-    files: dict[str, bytes | Path] = dict(side_files(plan.donor))
+    files: dict[str, bytes | Path] = dict(plan.donor_model.side_files())
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     # Whatever the name: the writer refuses one that is no UTF-8.

@@ -23,7 +23,7 @@ from fastmerge.compute.lane import Lane
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Stored, leaves
@@ -59,9 +59,9 @@ class _Held:
         self.prepared: list[_Prepared] = []
 
     @staticmethod
-    def key(model: Checkpoint, name: str, keep: str, device: torch.device) -> tuple[Any, ...]:
+    def key(model: Model, name: str, keep: str, device: torch.device) -> tuple[Any, ...]:
         """What a source tensor is kept under."""
-        return str(model.path), model.stamp, name, keep, str(device)
+        return model.label, model.stamp, name, keep, str(device)
 
     def let_go_of_device(self) -> None:
         """Forgets what lies in device memory, and keeps what is pinned."""
@@ -289,9 +289,7 @@ def _groups(
         yield group
 
 
-def _source(
-    held: _Held, model: Checkpoint, name: str, keep: str, device: torch.device
-) -> torch.Tensor:
+def _source(held: _Held, model: Model, name: str, keep: str, device: torch.device) -> torch.Tensor:
     """A source tensor from where it is kept, read from its file the first time."""
     import torch
 

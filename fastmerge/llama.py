@@ -71,9 +71,10 @@ def load_merged(
         None, config=config, state_dict=state, output_loading_info=True, **kwargs
     )
     _check(loading, "the merged model")
-    if (plan.donor / "generation_config.json").is_file():
+    beside = plan.donor_model.folder
+    if beside is not None and (beside / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(
-            plan.donor, local_files_only=True
+            beside, local_files_only=True
         )
     return model.eval()
 

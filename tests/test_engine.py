@@ -19,10 +19,11 @@ from safetensors import safe_open
 import fastmerge
 from fastmerge import _C, api
 from fastmerge.compute.cpu import cpu
-from fastmerge.engine.in_memory import array_sink, materialise_plan
+from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.inputs import Inputs, write_tensor
 from fastmerge.errors import FastmergeError
 from fastmerge.output.lineage import LINEAGE_FILE
+from fastmerge.output.sink import array_sink
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -75,7 +75,8 @@ def merge(
                 device=device.value,
                 gpu_memory=parse_size(gpu_memory, "--gpu-memory"),
                 progress=progress,
-                **limits,
+                memory_limit=limits["memory_limit"],
+                max_shard_bytes=limits["max_shard_bytes"],
             )
     except KeyboardInterrupt:
         fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
@@ -125,7 +126,7 @@ def plan(
         max_shard_bytes=limits["max_shard_bytes"],
     )
     if out is not None:
-        inputs = [model.path for model in decided.models]
+        inputs = [place for model in decided.models for place in model.places]
         check_output(out, inputs, layout.file_bytes, overwrite=overwrite)
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}

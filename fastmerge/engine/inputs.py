@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Outcome, Trim
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model
 from fastmerge.plan import spanning as spanning_module
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -16,21 +17,21 @@ from fastmerge.tree.nodes import Node, Stored
 
 
 class Inputs:
-    """The plan's checkpoints as `Computation` wants them, with pages asked for ahead and dropped
-    behind.
-    """
+    """The models of a plan as `Computation` wants them: the one reader of their weights."""
 
-    def __init__(self, models: Sequence[Checkpoint]) -> None:
+    def __init__(self, models: Sequence[Model]) -> None:
         self._models = models
 
     def fetch(self, source: Stored) -> _C.View:
+        """The tensor's memory: elements, or RAW bytes of a type without kernels."""
         return self._models[source.model].view(source.name)
 
-    def prefetch(self, sources: Sequence[Stored]) -> None:
+    @contextmanager
+    def reading(self, sources: Sequence[Stored]) -> Iterator[None]:
+        """Asks for the sources' pages ahead, and lets go of them behind."""
         for source in sources:
             self._models[source.model].prefetch(source.name)
-
-    def drop(self, sources: Sequence[Stored]) -> None:
+        yield
         for source in sources:
             self._models[source.model].drop(source.name)
 

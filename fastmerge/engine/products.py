@@ -10,12 +10,12 @@ from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model
 from fastmerge.tree.nodes import Stored
 
 
 def grams(
-    models: Sequence[Checkpoint],
+    models: Sequence[Model],
     tensors: Mapping[str, Sequence[Stored]],
     *,
     threads: int | None = None,
@@ -24,7 +24,8 @@ def grams(
     """The Gram matrix of each tensor's sources, in one pass over the weights.
 
     ``tensors`` maps a name to sources of one shape. The result is float64, shape (n, n), over
-    [x_0, x_1 - x_0, ..., x_{n-1} - x_0]: what `algebra.coefficients` takes with ``reference`` = 0.
+    [x_0, x_1 - x_0, ..., x_{n-1} - x_0]: what `tree.collapse.coefficients` takes with
+    ``reference`` = 0.
     """
     count = thread_count(threads)
     backend = cpu(count)
@@ -34,12 +35,10 @@ def grams(
 
     def one(entry: tuple[str, Sequence[Stored]]) -> Float64:
         sources = list(entry[1])
-        inputs.prefetch(sources)
-        first, *others = [inputs.fetch(source) for source in sources]
-        split = (others, first) if others else ([first], None)
-        gram = backend.gram(*split)
-        inputs.drop(sources)
-        return gram
+        with inputs.reading(sources):
+            first, *others = [inputs.fetch(source) for source in sources]
+            split = (others, first) if others else ([first], None)
+            return backend.gram(*split)
 
     found: dict[str, Float64] = {}
     with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:

@@ -14,11 +14,11 @@ from typing import Any
 
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ModelError, nearest
-from fastmerge.models.folder import INDEX, check_index, find_files
+from fastmerge.models.folder import INDEX, check_index, find_files, side_files
 from fastmerge.models.header import (
+    FileTensor,
     Header,
     Stamp,
-    TensorInfo,
     read_header,
     read_object,
     show,
@@ -91,12 +91,28 @@ class Checkpoint:
             check_index(path / INDEX, weight_map, files, headers)
         return cls(path, config, files, tuple(stamp for _, stamp in opened), headers)
 
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    def side_files(self) -> dict[str, bytes | Path]:
+        """What a merged model takes over from it beside the weights, by name: tokenizer, ..."""
+        return dict(side_files(self.path))
+
     def __repr__(self) -> str:
         return (
             f"Checkpoint({str(self.path)!r}, {len(self.tensors)} tensors, {self.total_bytes} bytes)"
         )
 
-    def info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> FileTensor:
         """The tensor called ``name``; FastmergeError with the nearest name where there is none."""
         found = self.tensors.get(name)
         if found is None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from fastmerge.dtypes import BY_CODE, DType
+from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ModelError
+from fastmerge.models.model import TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
@@ -25,16 +26,11 @@ _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class FileTensor(TensorInfo):
     """One tensor as the headers describe it."""
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
     file: int  # index into Checkpoint.files
     begin: int  # byte offset in that file
-    nbytes: int
-    count: int  # elements
 
 
 class Stamp(NamedTuple):
@@ -56,7 +52,7 @@ def show(name: str) -> str:
 
 
 class Header(NamedTuple):
-    tensors: list[TensorInfo]  # in file order
+    tensors: list[FileTensor]  # in file order
     metadata: dict[str, str]
     digest: bytes
 
@@ -163,7 +159,7 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> TensorInfo:
+def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTensor:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise ValueError(
             f"tensor {show(name)} must have dtype, shape and data_offsets, and nothing else"
@@ -196,7 +192,7 @@ def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> TensorIn
             f"tensor {show(name)} needs {dtype.bytes_for(count)} bytes for {dtype.code} of shape "
             f"{show(str(shape))}, but its data_offsets span {end - begin}"
         )
-    return TensorInfo(name, dtype, tuple(shape), file, data_begin + begin, end - begin, count)
+    return FileTensor(name, dtype, tuple(shape), end - begin, count, file, data_begin + begin)
 
 
 def _check_text(name: str) -> None:
@@ -212,7 +208,7 @@ def _are_sizes(value: Any) -> bool:
     )
 
 
-def _check_coverage(tensors: Iterable[TensorInfo], data_begin: int, size: int) -> None:
+def _check_coverage(tensors: Iterable[FileTensor], data_begin: int, size: int) -> None:
     """The tensors' bytes start at the header's end, touch, never overlap, and end with the file."""
     end = data_begin
     for info in tensors:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.models.folder import side_files
 
 # The config's names for what people ask first, llama's spelling; a config without one leaves it
 # out.
@@ -78,7 +77,7 @@ def summarise(path: Path) -> Summary:
         bytes=checkpoint.total_bytes,
         types=tuple(by_type.values()),
         files={stamp.path.rpartition("/")[2]: stamp.size for stamp in checkpoint.stamp},
-        side_files=tuple(side_files(checkpoint.path)),
+        side_files=tuple(checkpoint.side_files()),
         tie_word_embeddings=config.get("tie_word_embeddings"),
         has_lm_head="lm_head.weight" in checkpoint.tensors,
         metadata=checkpoint.metadata,

@@ -24,7 +24,7 @@ def model_card(plan: Plan, title: str) -> str:
     from fastmerge.version import __version__
 
     names = [
-        display_name(reference, model.path)
+        display_name(reference, PurePath(model.label))
         for reference, model in zip(plan.references, plan.models, strict=True)
     ]
     sections = [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastmerge.compute.tensor import Trim
+from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Merge, Node, Stored
 
@@ -29,6 +30,21 @@ def metadata(plan: Plan) -> dict[str, str]:
             }
         ),
     }
+
+
+def tensor_lineage(outcome: Outcome, references: Sequence[str]) -> dict[str, Any]:
+    """What one tensor's result followed from, in plain values; ``references`` name the models."""
+    lines: dict[str, Any] = {}
+    if outcome.coefficients is not None:
+        lines["coefficients"] = {
+            references[source.model]: value if math.isfinite(value) else None
+            for source, value in outcome.coefficients.items()
+        }
+    if outcome.kept is not None:
+        lines["kept"] = list(outcome.kept)
+    if outcome.nonfinite:
+        lines["nonfinite"] = outcome.nonfinite
+    return lines
 
 
 def lineage_file(

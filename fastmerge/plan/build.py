@@ -13,7 +13,7 @@ import numpy as np
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.nodes import Merge, Stored
 
@@ -23,7 +23,7 @@ from fastmerge.tree.nodes import Merge, Stored
 class Builder:
     """Makes the output tensors of one document."""
 
-    def __init__(self, dtype: DType | None, seed: int | None, models: Sequence[Checkpoint]) -> None:
+    def __init__(self, dtype: DType | None, seed: int | None, models: Sequence[Model]) -> None:
         self._dtype = dtype  # None: the inputs' promoted type
         self._seed = seed
         self._models = models

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Method
 from fastmerge.models.architecture import STACKS, Stack, find_stack, is_tied, layer_of
+from fastmerge.models.model import Model
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Node, leaves
@@ -53,7 +53,7 @@ class View:
     label: str
     config: dict[str, Any]
     tensors: dict[str, TensorPlan]
-    donor: Path
+    donor: Model
 
     @cached_property
     def layers(self) -> dict[str, dict[int, dict[str, TensorPlan]]]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model, folder_of
 from fastmerge.plan.inputs import (
     TensorPlan,
 )
@@ -24,15 +24,20 @@ from fastmerge.tree.rewrite import digest as tree_digest
 class Plan:
     """Everything a merge needs to know before it reads a weight."""
 
-    models: tuple[Checkpoint, ...]
+    models: tuple[Model, ...]
     references: tuple[str, ...]  # parallel to models, as the user wrote them
     tensors: tuple[TensorPlan, ...]  # in the order to write them
     config: dict[str, Any]  # of the output
-    donor: Path  # whose tokenizer and other side files are copied
+    donor_model: Model  # whose tokenizer and other side files are copied
     seed: int | None  # None: nothing is drawn
     seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
     recipe_text: str
     notes: tuple[str, ...]  # what was decided that the recipe does not say
+
+    @property
+    def donor(self) -> Path:
+        """The folder of ``donor_model``; UnsupportedError where it has none."""
+        return folder_of(self.donor_model)
 
     @cached_property
     def bytes_in(self) -> int:
@@ -66,6 +71,11 @@ class Plan:
         roots = (tensor.root for tensor in self.tensors)
         return dict(Counter(r.method.name if isinstance(r, Merge) else "copy" for r in roots))
 
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where a model is not what it was when it was opened."""
+        for model in self.models:
+            model.check_unchanged()
+
     def describe(self) -> dict[str, Any]:
         """The plan in plain values, for people and for JSON. ``passes`` is the most any tensor
         needs over its inputs.
@@ -82,13 +92,13 @@ class Plan:
             "models": [
                 {
                     "reference": reference,
-                    "path": str(model.path),
+                    "path": model.label,
                     "tensors": len(model.tensors),
-                    "bytes": model.total_bytes,
+                    "bytes": sum(info.nbytes for info in model.tensors.values()),
                 }
                 for reference, model in zip(self.references, self.models, strict=True)
             ],
-            "donor": str(self.donor),
+            "donor": str(self.donor_model.folder or self.donor_model.label),
             "seed": self.seed,
             "seed_derived": self.seed_derived,
             "notes": list(self.notes),

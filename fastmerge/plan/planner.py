@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +19,19 @@ from typing import Any
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_whole
 from fastmerge.methods import Method
 from fastmerge.models import hub
-from fastmerge.models.architecture import COMPUTED, is_tied, numbered_settings, untied
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.architecture import is_tied, numbered_settings, untied
+from fastmerge.models.model import Model
 from fastmerge.plan.build import Builder
 from fastmerge.plan.config import output_config, set_layers
 from fastmerge.plan.inputs import (
     Input,
     Part,
-    TensorPlan,
     View,
     check_quantised,
     has_own_head,
     with_head,
 )
+from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.spanning import check_whole, spanning
 from fastmerge.plan.values import ParameterValues
@@ -45,7 +45,6 @@ from fastmerge.recipe.document import (
     without_effect,
 )
 from fastmerge.recipe.settings import Setting
-from fastmerge.tree.nodes import Stored
 
 
 def make_plan(
@@ -54,19 +53,22 @@ def make_plan(
     base_folder: Path | None = None,
     seed: int | None = None,
     resolve: Callable[[str], Path] = hub.resolve,
+    models: Mapping[str, Model] | None = None,
 ) -> Plan:
     """Plans a recipe (a `Recipe` or whatever `Recipe.load` takes) from its models' headers.
 
     base_folder: where relative paths of models start, if there is such a folder there (else, as in
     mergekit, from the working directory). seed: overrides the recipe's. resolve: finds a model's
-    folder from its reference. Raises FastmergeError, one line, for whatever cannot be merged.
+    folder from its reference. models: what references stand for, where that is no folder. Raises
+    FastmergeError, one line, for whatever cannot be merged.
     """
     recipe = Recipe.load(recipe)
     if seed is not None:
         if not is_whole(seed) or not 0 <= seed < 1 << 64:
             raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
         seed = int(seed)
-    planner = _Planner(recipe, base_folder, resolve, seed)
+    opened = Opened(models or {}, base_folder, resolve)
+    planner = _Planner(recipe, opened, seed)
     with _collector_paused():
         for document in recipe.documents:
             planner.run(document)
@@ -76,11 +78,11 @@ def make_plan(
     for view in planner.views.values():
         check_whole((item.root for item in view.tensors.values()), trimmed)
     return Plan(
-        models=tuple(planner.models),
-        references=tuple(planner.references),
+        models=tuple(opened.models),
+        references=tuple(opened.references),
         tensors=tuple(result.tensors.values()),
         config=result.config,
-        donor=result.donor,
+        donor_model=result.donor,
         seed=planner.seed if planner.seed_used else None,
         seed_derived=planner.seed_used and planner.seed_derived,
         recipe_text=recipe.text,
@@ -116,19 +118,13 @@ class _Planner:
     def __init__(
         self,
         recipe: Recipe,
-        base_folder: Path | None,
-        resolve: Callable[[str], Path],
+        opened: Opened,
         seed: int | None,
     ) -> None:
         self.recipe = recipe
-        self.models: list[Checkpoint] = []
-        self.references: list[str] = []
+        self.opened = opened
         self.notes: dict[str, None] = {}  # in order, each once
         self.views: dict[str | None, View] = {}  # results by document name
-        self._opened: dict[Path, View] = {}
-        self._found: dict[str, View] = {}
-        self._base_folder = base_folder
-        self._resolve = resolve
         given = recipe.output.own_seed if seed is None else seed
         self.seed_derived, self.seed_used = given is None, False
         self.seed = _seed_of(recipe.text) if given is None else given
@@ -142,40 +138,9 @@ class _Planner:
         """The earlier document or the model called ``reference``."""
         if reference in self.views:
             return self.views[reference]
-        if reference not in self._found:
-            self._found[reference] = self._open(reference, where)
-        return self._found[reference]
-
-    def _open(self, reference: str, where: str) -> View:
-        local = None if self._base_folder is None else self._base_folder / reference
-        try:
-            path = local if local is not None and local.exists() else self._resolve(reference)
-        except FastmergeError as error:
-            if "+" in reference:
-                raise UnsupportedError(
-                    f"{where}: '{reference}': LoRA adapters ('+') are not supported; merge the "
-                    "adapter into its base with peft first"
-                ) from None
-            raise type(error)(f"{where}: {error}") from None
-        identity = path.resolve()
-        if identity in self._opened:
-            return self._opened[identity]
-        model = Checkpoint.open(path)
-        index = len(self.models)
-        self.models.append(model)
-        self.references.append(reference)
-        tensors = {
-            name: TensorPlan(
-                name, info.shape, info.dtype, Stored(index, name, info.shape, info.dtype)
-            )
-            for name, info in model.tensors.items()
-            if not name.endswith(COMPUTED)
-        }
-        if len(tensors) < len(model.tensors):
-            self.note(f"{COMPUTED[1:]} is not written: transformers computes it")
-        donor = model.path if model.path.is_dir() else model.path.parent
-        view = View(reference, model.config, tensors, donor)
-        self._opened[identity] = view
+        view = self.opened.view(reference, where)
+        for text in self.opened.notes:
+            self.note(text)
         return view
 
     # -------- one document
@@ -214,7 +179,7 @@ class _Planner:
                 "output has a head of its own"
             )
         parts = self._tie(parts, tied)
-        build = Builder(document.output_dtype, self._stage_seed(document), self.models)
+        build = Builder(document.output_dtype, self._stage_seed(document), self.opened.models)
         tensors = build.whole(parts[0]) if document.models is not None else build.stacked(parts)
         self._unused_filters(document, parts)
         if document.tokenizer_source or document.tokenizer:

@@ -107,7 +107,7 @@ def space_of(
 
 def positions(template: Plan) -> list[float]:
     """Where each merged tensor's layer lies in its stack, for gradients."""
-    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor)
+    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor_model)
     return [position(whole, item.name) for item in merged(template)]
 
 

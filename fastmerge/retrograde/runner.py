@@ -21,6 +21,7 @@ from fastmerge.engine.report import MergeReport, Observer, Progress
 from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
+from fastmerge.models.model import folder_of
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.retrograde import driver
@@ -187,7 +188,7 @@ def _scorer(
     from fastmerge.search.figures import require
 
     require()
-    return make_scorer(schedule.evaluate, schedule.folder, template.models[0].path, function)
+    return make_scorer(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
 
 
 def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, resume: bool) -> int:

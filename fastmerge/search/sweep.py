@@ -23,6 +23,7 @@ from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.methods import METHODS
 from fastmerge.methods.types import Float64
+from fastmerge.models.model import folder_of
 from fastmerge.plan.plan import Plan
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse
@@ -176,7 +177,7 @@ def sweep(
         settings = load_evaluate(evaluate)
         is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
         folder = Path(evaluate).parent if is_file else Path()
-        scorer = make_scorer(settings, folder, plan.models[0].path, score)
+        scorer = make_scorer(settings, folder, folder_of(plan.models[0]), score)
     key = digest([plan.key, None if scorer is None else scorer.key])
     known = _known(out, key, resume)
     swept = Sweep(plan, threads=threads, progress=progress)

@@ -1,0 +1,104 @@
+"""Who computes a plan's tensors: this machine, or what others plug in."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from typing import Protocol
+
+from fastmerge.compute.cpu import CpuBackend, cpu, thread_count
+from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
+from fastmerge.compute.lane import Place
+from fastmerge.compute.stream import Streamer
+from fastmerge.compute.tensor import Outcome, Trim
+from fastmerge.engine.inputs import Inputs, trims_of, write_tensor
+from fastmerge.engine.window import in_order, window_size
+from fastmerge.output.sink import Sink
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
+from fastmerge.tree.nodes import Leaf, Node, leaves
+
+_SCRATCH_BYTES = 64 << 20
+
+
+class Executor(Protocol):
+    """Computes the tensors of one plan."""
+
+    def run(self, sink: Sink) -> Iterator[tuple[TensorPlan, Outcome]]:
+        """Every tensor that is pending in ``sink``, computed into it; in order, as they end.
+
+        No further tensor starts when one raises or the iterator is closed.
+        """
+        ...
+
+
+class Local:
+    """This machine: a window of consecutive tensors in flight.
+
+    Each has a Python thread that asks for its pages, calls the primitives (which release the GIL
+    and share one pool of workers, oldest tensor first) and hands the output to the sink. So a
+    tensor's Gram pass, another's combine pass, and the disk overlap, and the output stays in order.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        gpu_memory: int = GPU_MEMORY_BYTES,
+        scratch_bytes: int = _SCRATCH_BYTES,
+    ) -> None:
+        """Raises FastmergeError where ``device`` ("cpu", "cuda", "auto") cannot take the plan.
+
+        ``gpu_memory``: bytes of tensors in flight on each GPU. ``scratch_bytes``: what intermediate
+        tensors may take of memory, where the sink has a folder for the rest.
+        """
+        self._plan = plan
+        self._inputs = Inputs(plan.models)
+        self.threads = thread_count(threads)
+        roots = [(item.name, item.root) for item in plan.tensors]
+        self._devices, note = choose_devices(device, roots, self._inputs.fetch)
+        self._gpu_memory, self._scratch_bytes = gpu_memory, scratch_bytes
+        self.notes: tuple[str, ...] = (note,) if note else ()
+        self.trims: Mapping[Node, Trim] = {}  # those that span all tensors, once `run` has begun
+
+    @property
+    def backend(self) -> str:
+        """What computes: "cpu" or "triton"."""
+        return "triton" if self._devices else "cpu"
+
+    def run(self, sink: Sink) -> Generator[tuple[TensorPlan, Outcome], None, None]:
+        folder = sink.scratch_folder
+        backend = cpu(self.threads)
+        if folder is not None:
+            backend = CpuBackend(
+                self.threads, scratch_folder=folder, scratch_bytes=self._scratch_bytes
+            )
+        self.trims = trims_of(self._plan, backend, self._inputs)
+        streamer = None
+        if self._devices:
+            streamer = Streamer(
+                self._devices,
+                backend,
+                self._inputs.fetch,
+                gpu_memory=self._gpu_memory,
+                trims=self.trims,
+            )
+
+        def compute(item: TensorPlan) -> Outcome:
+            with self._inputs.reading(leaves([item.root])):
+                if streamer is None or isinstance(item.root, Leaf):
+                    slot = sink.slot(item)
+                    outcome = write_tensor(backend, self._inputs, item, slot, self.trims)
+                else:
+                    place = Place(item.dtype, sink.parts(item))
+                    outcome = streamer.run(item.name, item.root, item.shape, place)
+            sink.computed(item, outcome)
+            return outcome
+
+        pending = sink.pending(self._plan.tensors)
+        with closing(in_order(compute, pending, window_size(self.threads))) as finished:
+            yield from finished
+        if streamer is not None:
+            self.notes += streamer.notes

@@ -1,0 +1,95 @@
+"""What a merge reads: any source of named tensors with a config. A folder on disk is one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastmerge import _C
+from fastmerge.dtypes import DType
+from fastmerge.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor, before a weight of it is read."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    nbytes: int
+    count: int  # elements
+
+
+class Model(Protocol):
+    """One model; safe to share between threads. What it cannot give, it raises FastmergeError for.
+
+    `fastmerge.models.checkpoint.Checkpoint` is one on disk; a recipe's names may stand for others
+    (``models`` of `fastmerge.api.plan`).
+    """
+
+    @property
+    def label(self) -> str:
+        """What messages call it: usually the path."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json as it is read; {} where there is none."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name, in the order to read them."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that identify the weights."""
+        ...
+
+    @property
+    def stamp(self) -> tuple[Hashable, ...]:
+        """What changes when it is touched: cheap to compare, proves nothing about content."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its tokenizer and config lie, for libraries that read folders."""
+        ...
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The files and folders that it is read from, which no output may touch."""
+        ...
+
+    def view(self, name: str, *, raw: bool = False) -> _C.View:
+        """The tensor's memory: its elements, or bytes if ``raw`` or of a type without kernels."""
+        ...
+
+    def prefetch(self, name: str) -> None:
+        """The tensor will be read soon; may block while it is brought in."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """The tensor will not be read again soon."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where it is not what it was when it was opened."""
+        ...
+
+    def side_files(self) -> Mapping[str, bytes | Path]:
+        """What a merged model takes over from it beside the weights, by name: tokenizer, ..."""
+        ...
+
+
+def folder_of(model: Model) -> Path:
+    """The model's folder, for libraries that read one; UnsupportedError where it has none."""
+    if model.folder is None:
+        raise UnsupportedError(
+            f"{model.label}: is in no folder, and its tokenizer is read from one; save it first"
+        )
+    return model.folder

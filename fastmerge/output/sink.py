@@ -1,0 +1,182 @@
+"""Where the tensors of a merge go: a model folder, arrays in memory, or what others plug in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import _C
+from fastmerge.compute.tensor import Outcome
+from fastmerge.output.layout import Layout
+from fastmerge.output.lineage import metadata, tensor_lineage
+from fastmerge.output.writer import ModelWriter
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
+
+
+class Sink(Protocol):
+    """Takes each tensor once, several at a time from several threads, in order or nearly."""
+
+    @property
+    def scratch_folder(self) -> Path | None:
+        """Where intermediates lie that memory has no room for; None: memory takes them all."""
+        ...
+
+    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        """Those of ``items`` that it wants, in the order to compute them."""
+        ...
+
+    def slot(self, item: TensorPlan) -> _C.Sink:
+        """Where the kernels write the tensor: elements, or RAW bytes of a type without kernels."""
+        ...
+
+    def parts(self, item: TensorPlan) -> Callable[[int, int], _C.Sink]:
+        """The tensor by its parts, instead of ``slot``: a function of (first byte, bytes) that
+        gives a RAW sink; every byte once, in order or nearly.
+        """
+        ...
+
+    def computed(self, item: TensorPlan, outcome: Outcome) -> None:
+        """The tensor is complete in its slot."""
+        ...
+
+
+class Arrays:
+    """Tensors as new NumPy arrays: float32, float16, bfloat16's bits in uint16, or raw bytes."""
+
+    scratch_folder = None
+
+    def __init__(self) -> None:
+        self._made: dict[str, NDArray[Any]] = {}
+
+    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        return list(items)
+
+    def slot(self, item: TensorPlan) -> _C.Sink:
+        self._made[item.name], sink = array_sink(item)
+        return sink
+
+    def parts(self, item: TensorPlan) -> Callable[[int, int], _C.Sink]:
+        self.slot(item)
+        array = self._made[item.name]
+        address = array.ctypes.data
+        return lambda begin, nbytes: _C.MemorySink(_C.View(address + begin, nbytes, "RAW", array))
+
+    def computed(self, item: TensorPlan, outcome: Outcome) -> None:
+        pass
+
+    def take(self, item: TensorPlan) -> NDArray[Any]:
+        """The finished tensor, which the sink lets go of."""
+        return self._made.pop(item.name)
+
+
+_STORAGE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def array_sink(item: TensorPlan) -> tuple[NDArray[Any], _C.Sink]:
+    """A new array for one output tensor, and the sink that fills it."""
+    storage = _STORAGE.get(item.dtype.code)
+    array: NDArray[Any]
+    if storage is None:
+        array = np.empty(item.nbytes, np.uint8)
+        view = _C.View(array.ctypes.data, array.nbytes, "RAW", array)
+    else:
+        array = np.empty(item.shape, storage)
+        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
+    return array, _C.MemorySink(view)
+
+
+class ModelFolder:
+    """A folder that is absent or whole; use it as a context manager (`ModelWriter` has the rest).
+
+    An interrupted merge of the same plan goes on where it was: ``results`` then holds what its
+    tensors came to.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        *,
+        max_shard_bytes: int,
+        staging_bytes: int,
+        overwrite: bool = False,
+        fresh: bool = False,
+        io: str = "auto",
+    ) -> None:
+        layout = Layout.plan(
+            [(item.name, item.dtype, item.shape) for item in plan.tensors],
+            max_shard_bytes=max_shard_bytes,
+            metadata=metadata(plan),
+        )
+        self._references = plan.references
+        self._writer = ModelWriter(
+            out,
+            layout,
+            key=f"{plan.key} {_stamps(plan)}",
+            inputs=[place for model in plan.models for place in model.places],
+            overwrite=overwrite,
+            fresh=fresh,
+            io=io,
+            staging_bytes=staging_bytes,
+        )
+
+    @property
+    def scratch_folder(self) -> Path:
+        return self._writer.partial
+
+    @property
+    def results(self) -> Mapping[str, Mapping[str, Any]]:
+        """What each finished tensor came to, by name, in plain values."""
+        return self._writer.results
+
+    @property
+    def bytes_written(self) -> int:
+        return self._writer.bytes_written
+
+    @property
+    def direct(self) -> bool:
+        """Whether the output bypasses the page cache."""
+        return self._writer.direct
+
+    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        by_name = {item.name: item for item in items}
+        return [by_name[name] for name in self._writer.pending()]
+
+    def slot(self, item: TensorPlan) -> _C.Sink:
+        return self._writer.sink(item.name)
+
+    def parts(self, item: TensorPlan) -> Callable[[int, int], _C.Sink]:
+        return self._writer.parts(item.name)
+
+    def computed(self, item: TensorPlan, outcome: Outcome) -> None:
+        self._writer.computed(item.name, tensor_lineage(outcome, self._references))
+
+    def discard(self) -> None:
+        """Leaves nothing for a later run to continue, unless this one is finished."""
+        self._writer.discard()
+
+    def finish(self, files: Mapping[str, bytes | Path]) -> None:
+        """Waits for the weights, adds ``files`` (content, or a file to copy), shows the folder."""
+        self._writer.finish(files)
+
+    def __enter__(self) -> ModelFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
+
+
+def _stamps(plan: Plan) -> list[Any]:
+    """What must not change between an interrupted run and the one that continues it."""
+    return [stamp for model in plan.models for stamp in model.stamp]

@@ -1,0 +1,78 @@
+"""The models of a plan, each opened once, as its documents see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+
+from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.models.architecture import COMPUTED
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.model import Model
+from fastmerge.plan.inputs import TensorPlan, View
+from fastmerge.tree.nodes import Stored
+
+
+class Opened:
+    """The models by reference, numbered in the order of their first use."""
+
+    def __init__(
+        self,
+        given: Mapping[str, Model],
+        base_folder: Path | None,
+        resolve: Callable[[str], Path],
+    ) -> None:
+        """``given``: models that are there already, by reference. Others are looked for in
+        ``base_folder`` and then by ``resolve``.
+        """
+        self.models: list[Model] = []
+        self.references: list[str] = []
+        self.notes: list[str] = []
+        self._given, self._base_folder, self._resolve = given, base_folder, resolve
+        self._by_reference: dict[str, View] = {}
+        self._by_identity: dict[Hashable, View] = {}
+
+    def view(self, reference: str, where: str) -> View:
+        """The model called ``reference``; FastmergeError that begins with ``where``."""
+        if reference not in self._by_reference:
+            self._by_reference[reference] = self._open(reference, where)
+        return self._by_reference[reference]
+
+    def _open(self, reference: str, where: str) -> View:
+        if reference in self._given:
+            model = self._given[reference]
+            return self._numbered(id(model), reference, lambda: model)
+        path = self._find(reference, where)
+        return self._numbered(path.resolve(), reference, lambda: Checkpoint.open(path))
+
+    def _find(self, reference: str, where: str) -> Path:
+        local = None if self._base_folder is None else self._base_folder / reference
+        try:
+            return local if local is not None and local.exists() else self._resolve(reference)
+        except FastmergeError as error:
+            if "+" in reference:
+                raise UnsupportedError(
+                    f"{where}: '{reference}': LoRA adapters ('+') are not supported; merge the "
+                    "adapter into its base with peft first"
+                ) from None
+            raise type(error)(f"{where}: {error}") from None
+
+    def _numbered(self, identity: Hashable, reference: str, make: Callable[[], Model]) -> View:
+        if identity in self._by_identity:
+            return self._by_identity[identity]
+        model = make()
+        index = len(self.models)
+        self.models.append(model)
+        self.references.append(reference)
+        tensors = {
+            name: TensorPlan(
+                name, info.shape, info.dtype, Stored(index, name, info.shape, info.dtype)
+            )
+            for name, info in model.tensors.items()
+            if not name.endswith(COMPUTED)
+        }
+        if len(tensors) < len(model.tensors):
+            self.notes.append(f"{COMPUTED[1:]} is not written: transformers computes it")
+        view = View(reference, dict(model.config), tensors, model)
+        self._by_identity[identity] = view
+        return view
