@@ -61,3 +61,10 @@ class TritonBackend:
     def scratch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = torch.empty(count, dtype=torch.float32, device=self.device)
         return tensor, tensor
+
+    def array(self, tensor: torch.Tensor) -> NDArray[np.float32]:
+        made: NDArray[np.float32] = tensor.detach().float().cpu().numpy().reshape(-1)
+        return made
+
+    def tensor(self, array: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -5,11 +5,11 @@ the merge, exactly, with nothing of a tensor's size in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
-from fastmerge.compute.tensor import Trim
+from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
 from fastmerge.tree.nodes import Merge, Node, Stored
 
@@ -17,30 +17,26 @@ TILE_ENTRIES = 2048  # csrc/isa/table.h: tiles, which no index of a tensor may s
 
 
 def find_trims(
-    nodes: Sequence[tuple[Merge, int]], backend: CpuBackend, fetch: Callable[[Stored], _C.View]
+    nodes: Mapping[Merge, int], backend: CpuBackend, fetch: Callable[[Stored], _C.View]
 ) -> Mapping[Node, Trim]:
-    """The trims of the merges of `spanning`, from all their tensors' weights."""
+    """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights."""
     if not nodes:
         return {}
     origins, end = [], 0
-    for _, count in nodes:
+    for count in nodes.values():
         origins.append(end)
         end += -(-count // TILE_ENTRIES) * TILE_ENTRIES
-    first = nodes[0][0]
-    assert first.method.spec is not None
-    total = sum(count for _, count in nodes)
-    specs = first.method.spec(first.values, first.operand_values, total, [])
+    specs = consensus_terms(next(iter(nodes))).keep  # alike for all
+    total = sum(nodes.values())
     chosen = backend.select_across(
-        [[fetch(part) for part in node.operands if isinstance(part, Stored)] for node, _ in nodes],
-        [fetch(node.base) for node, _ in nodes if isinstance(node.base, Stored)],
+        [[fetch(part) for part in node.operands if isinstance(part, Stored)] for node in nodes],
+        [fetch(node.base) for node in nodes if isinstance(node.base, Stored)],
         origins,
-        specs.sparsify,
+        [keep.of(total, 0) for keep in specs],
     )
     if not all(math.isfinite(selection.rescale) for selection in chosen):
         raise ModelError(
             "trim: model with rescale: a model has NaN or infinite weights, which would reach "
             "every tensor; mend the model, or merge without rescale"
         )
-    return {
-        node: Trim(tuple(chosen), origin) for (node, _), origin in zip(nodes, origins, strict=True)
-    }
+    return {node: Trim(tuple(chosen), origin) for node, origin in zip(nodes, origins, strict=True)}

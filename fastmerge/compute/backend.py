@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastmerge.errors import UnsupportedError
+from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
@@ -50,6 +51,14 @@ class Backend(Protocol[T, O]):
 
     def scratch(self, count: int) -> tuple[T, Any]:
         """An fp32 tensor of ``count`` elements, as input and as output, for intermediates."""
+        ...
+
+    def array(self, tensor: T) -> Float32:
+        """The numbers of a tensor, flat, to read only: what Python functions take."""
+        ...
+
+    def tensor(self, array: Float32) -> T:
+        """A contiguous array as one of the back end's tensors."""
         ...
 
 

@@ -20,14 +20,15 @@ from fastmerge.compute.tensor import (
     Computation,
     Outcome,
     cancels,
-    consensus_plan,
+    consensus_terms,
     effective,
     factors_of,
+    requests,
 )
 from fastmerge.errors import FastmergeError, UnsupportedError
-from fastmerge.methods import find
+from fastmerge.methods import Combination, Consensus, find
 from fastmerge.methods.types import Float64
-from fastmerge.tree.collapse import Collapsed, coefficients, collapse
+from fastmerge.tree.collapse import Collapsed, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
     from fastmerge.kernels.consensus import ConsensusBatch
     from fastmerge.kernels.select import SelectBatch
-    from fastmerge.methods.types import Consensus
+    from fastmerge.methods.shapes import Terms
+    from fastmerge.selection import Sparsify
 
 
 class Job(NamedTuple):
@@ -63,7 +65,8 @@ class _Consensuses:
     """Jobs that are a consensus of sources, alike in how they elect and normalise."""
 
     places: Sequence[int]
-    plans: Sequence[Consensus]
+    terms: Sequence[Terms]
+    requests: Sequence[Sequence[Sparsify]]
     select: SelectBatch
     consensus: ConsensusBatch
 
@@ -80,7 +83,7 @@ class Batch:
             raise FastmergeError("no tensors to merge")
         self._backend = TritonBackend(jobs[0].out.device)
         self._forms: dict[Any, _Combinations] = {}
-        self._sparse: dict[tuple[bool, bool], list[tuple[int, Merge, Consensus]]] = {}
+        self._sparse: dict[tuple[bool, bool], list[tuple[int, Merge, Terms]]] = {}
         self._others: list[int] = []
         for place, job in enumerate(jobs):
             self._sort(place, job)
@@ -125,7 +128,7 @@ class Batch:
         root = job.root
         if not isinstance(root, Merge):
             root = Merge(find("passthrough"), (root,), None, {}, ({},))
-        if root.method.is_combination:
+        if isinstance(root.method, Combination):
             tree = collapse(root)
             if tree.axis is not None or not tree.is_complete:
                 self._others.append(place)
@@ -133,31 +136,39 @@ class Batch:
             form = self._forms.setdefault(_form(tree), _Combinations([], []))
             form.trees.append(tree)
             form.places.append(place)
-        elif all(isinstance(node, Stored) for node in root.inputs):
-            plan = consensus_plan(root, job.name, math.prod(job.out.shape))
-            if plan.across:
+        elif isinstance(root.method, Consensus) and all(
+            isinstance(node, Stored) for node in root.inputs
+        ):
+            spans = root.method.spanning(root.values, root.operand_values)
+            if spans is not None:
                 raise UnsupportedError(
-                    f"{job.name}: trim: model is not for models on a GPU; merge to a folder, or "
+                    f"{job.name}: {spans} is not for models on a GPU; merge to a folder, or "
                     "into a model on the CPU"
                 )
-            alike = self._sparse.setdefault((plan.elect, plan.normalize), [])
-            alike.append((place, root, plan))
+            terms = consensus_terms(root)
+            alike = self._sparse.setdefault((terms.agreement.elect, terms.agreement.normalize), [])
+            alike.append((place, root, terms))
         else:
             self._others.append(place)
 
     def _prepared(
-        self, form: tuple[bool, bool], chosen: Sequence[tuple[int, Merge, Consensus]]
+        self, form: tuple[bool, bool], chosen: Sequence[tuple[int, Merge, Terms]]
     ) -> _Consensuses:
         from fastmerge.kernels.consensus import ConsensusBatch
         from fastmerge.kernels.select import SelectBatch
 
-        places, roots, plans = zip(*chosen, strict=True)
+        places, roots, terms = zip(*chosen, strict=True)
         inputs = [[self._tensor(node) for node in root.operands] for root in roots]
         bases = [self._tensor(root.base) for root in roots]
         outs = [self._jobs[place].out for place in places]
         elect, normalize = form
         merged = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize)
-        return _Consensuses(places, plans, SelectBatch(inputs, bases), merged)
+        jobs = [self._jobs[place] for place in places]
+        wanted = [
+            requests(root, own, job.name, math.prod(job.out.shape))
+            for root, own, job in zip(roots, terms, jobs, strict=True)
+        ]
+        return _Consensuses(places, terms, wanted, SelectBatch(inputs, bases), merged)
 
     def run(self) -> list[Outcome]:
         """Computes every job into its ``out``; waits until the results are there."""
@@ -204,9 +215,9 @@ class Batch:
 
     def _run_consensuses(self, outcomes: list[Outcome]) -> None:
         for group in self._consensus:
-            selections = group.select.run([plan.sparsify for plan in group.plans])
-            weights = [plan.weights for plan in group.plans]
-            scales = [plan.scale for plan in group.plans]
+            selections = group.select.run(group.requests)
+            weights = [terms.weights for terms in group.terms]
+            scales = [terms.agreement.scale for terms in group.terms]
             counts = group.consensus.run(weights, selections, scales).tolist()
             for place, chosen, bad in zip(group.places, selections, counts, strict=True):
                 outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
@@ -216,16 +227,9 @@ class Batch:
         return self._fetch(node)
 
 
-# Rules that iterate over one Gram matrix; the others take a stack of them.
-_ONE_BY_ONE = {"karcher", "multislerp"}
-
-
 def _factors(form: _Combinations, grams: list[Float64]) -> tuple[list[Float64], float | None]:
     """The coefficients of each tree of one form, and their divisor."""
     first = form.trees[0]
-    names = {node.method.name for node in walk(first.root) if isinstance(node, Merge)}
-    if grams and names & _ONE_BY_ONE:
-        return [coefficients(tree, g) for tree, g in zip(form.trees, grams, strict=True)], None
     values, divisor = factors_of(first, np.stack(grams) if grams else None)
     return list(np.broadcast_to(values, (len(form.trees), len(first.parts)))), divisor
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ResourceError, is_whole
+from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
@@ -46,6 +47,16 @@ def isa() -> str:
         return _C.isa()
     except (ValueError, RuntimeError) as error:
         raise FastmergeError(str(error)) from error
+
+
+class _Memory:
+    """An fp32 view's memory for NumPy, which keeps the view; read-only, as it may be a file."""
+
+    def __init__(self, view: _C.View) -> None:
+        self.view = view
+        self.__array_interface__ = {
+            "version": 3, "typestr": "<f4", "shape": (view.count,), "data": (view.address, True)
+        }  # fmt: skip
 
 
 class CpuBackend:
@@ -136,6 +147,15 @@ class CpuBackend:
                 array = np.memmap(file, dtype=np.float32, mode="r+", shape=(count,))
         view = _C.View(array.ctypes.data, count, "F32", array)
         return view, _C.MemorySink(view)
+
+    def array(self, tensor: _C.View) -> Float32:
+        if tensor.dtype != "F32":
+            narrow, (tensor, sink) = tensor, self.scratch(tensor.count)
+            self.combine([narrow], np.ones(1), sink)
+        return np.asarray(_Memory(tensor))
+
+    def tensor(self, array: Float32) -> _C.View:
+        return _C.View(array.ctypes.data, array.size, "F32", array)
 
     def _take_scratch(self, nbytes: int) -> bool:
         with self._lock:

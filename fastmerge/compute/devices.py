@@ -11,6 +11,7 @@ from fastmerge import _C
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.methods import Consensus
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
@@ -40,7 +41,7 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     count = math.prod(shape)
     merges = [node for node in walk(root) if isinstance(node, Merge)]
     intermediates = 4 * count * max(0, len(merges) - 1)
-    sparse = [node for node in merges if not node.method.is_combination]
+    sparse = [node for node in merges if isinstance(node.method, Consensus)]
     deltas = max((len(node.operands) for node in sparse), default=0)
     gathered = deltas * int(gathered_bytes(count))
     products = 0

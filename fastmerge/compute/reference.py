@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmerge.methods.types import Float64
 from fastmerge.selection import ALL, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 
 _INFINITY_BITS = np.uint32(0x7F800000)
 

@@ -26,6 +26,7 @@ from fastmerge.compute.lane import Lane, Place, reserved
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ResourceError
+from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
@@ -248,6 +249,12 @@ class _Pieces:
             return _C.MemorySink(_C.View(view.address + begin, nbytes, "RAW", view))
 
         return view, Place(BY_CODE[view.dtype], sink)
+
+    def array(self, tensor: _C.View) -> Float32:
+        return self._cpu.array(tensor)
+
+    def tensor(self, array: Float32) -> _C.View:
+        return self._cpu.tensor(array)
 
     def _each(
         self,

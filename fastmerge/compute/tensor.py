@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
 from fastmerge.compute.backend import Backend, O, T
-from fastmerge.errors import UnsupportedError
-from fastmerge.methods.types import Consensus, Float64
+from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.methods import Combination, Consensus, Function
+from fastmerge.methods.shapes import Terms
+from fastmerge.methods.types import Float64
 from fastmerge.primitives import Agreement, Vectors
-from fastmerge.selection import Selection, random_key
+from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored
 
@@ -92,15 +94,21 @@ def effective(
     }
 
 
-def consensus_plan(root: Merge, name: str, count: int) -> Consensus:
-    """What a consensus asks of `select` and `consensus` for the tensor ``name`` of ``count``
-    elements.
-    """
-    if root.method.spec is None or root.base is None:
+def consensus_terms(root: Merge) -> Terms:
+    """What a consensus asks of `select` and `consensus`, whatever the tensor's size."""
+    if not isinstance(root.method, Consensus) or root.base is None:
         raise ValueError(f"{root.method.name}: a consensus has a spec and a base")
-    seed = 0 if root.seed is None else root.seed
-    keys = [random_key(seed, root.name or name, i) for i in range(len(root.operands))]
-    return root.method.spec(root.values, root.operand_values, count, keys)
+    return root.method.spec(root.values, root.operand_values)
+
+
+def key_of(root: Merge, name: str, operand: int) -> int:
+    """What an operand of a merge draws under for the tensor ``name``."""
+    return random_key(root.seed or 0, root.name or name, operand)
+
+
+def requests(root: Merge, terms: Terms, name: str, count: int) -> list[Sparsify]:
+    """What shall survive of each delta of the tensor ``name`` of ``count`` elements."""
+    return [keep.of(count, key_of(root, name, i)) for i, keep in enumerate(terms.keep)]
 
 
 class Step(NamedTuple):
@@ -121,7 +129,7 @@ def steps(root: Merge) -> list[Step]:
         if ready:
             order.append(made[node])
         elif node not in made:
-            tree = collapse(node) if node.method.is_combination else None
+            tree = collapse(node) if isinstance(node.method, Combination) else None
             made[node] = Step(node, tree, node.inputs if tree is None else tree.parts)
             stack.append((node, True))
             stack.extend((part, False) for part in made[node].parts if isinstance(part, Merge))
@@ -168,9 +176,11 @@ class Computation(Generic[T, O]):
                 self._made.pop(part, None)
 
     def _take(self, step: Step, out: O) -> Outcome:
-        if step.tree is None:
-            return self._consensus(step.node, out)
-        return self._combination(step.tree, out)
+        if step.tree is not None:
+            return self._combination(step.tree, out)
+        if isinstance(step.node.method, Function):
+            return self._function(step.node, step.node.method, out)
+        return self._consensus(step.node, out)
 
     def _tensor(self, node: Node) -> T:
         return self._fetch(node) if isinstance(node, Stored) else self._made[node]
@@ -213,22 +223,35 @@ class Computation(Generic[T, O]):
         return Outcome(bad)
 
     def _consensus(self, root: Merge, out: O) -> Outcome:
-        plan = consensus_plan(root, self._name, math.prod(self._shape))
-        assert root.base is not None
+        terms, count = consensus_terms(root), math.prod(self._shape)
+        assert root.base is not None and isinstance(root.method, Consensus)
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
         trim = self._trims.get(root)
         if trim is None:
-            if plan.across:
+            spans = root.method.spanning(root.values, root.operand_values)
+            if spans is not None:
                 raise UnsupportedError(
-                    f"{self._name}: trim: model needs every tensor of the models; merge to a "
+                    f"{self._name}: {spans} needs every tensor of the models; merge to a "
                     "folder, or on the CPU"
                 )
-            trim = Trim(tuple(self._backend.select(tensors, base, plan.sparsify)), 0)
+            wanted = requests(root, terms, self._name, count)
+            trim = Trim(tuple(self._backend.select(tensors, base, wanted)), 0)
         nonfinite = self._backend.consensus(
-            tensors, base, plan.weights, trim.selections, out,
-            Agreement(plan.elect, plan.normalize, plan.scale, trim.origin),
+            tensors, base, terms.weights, trim.selections, out,
+            replace(terms.agreement, origin=trim.origin),
         )  # fmt: skip
         # How many of them are this tensor's is not known where the trim spans others.
-        kept = None if plan.across else tuple(selection.kept for selection in trim.selections)
+        kept = None if root in self._trims else tuple(s.kept for s in trim.selections)
         return Outcome(nonfinite, kept=kept)
+
+    def _function(self, root: Merge, method: Function, out: O) -> Outcome:
+        inputs = [self._backend.array(self._tensor(node)) for node in root.inputs]
+        arrays = [array.reshape(self._shape) for array in inputs]
+        base = None if root.base is None else arrays.pop(0)
+        key = key_of(root, self._name, 0)
+        try:
+            made = method.of(base, arrays, root.values, root.operand_values, key)
+        except FastmergeError as error:
+            raise type(error)(f"{self._name}: {error}") from error
+        return self._combine([self._backend.tensor(made)], np.ones(1), None, None, out)

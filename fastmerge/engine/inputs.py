@@ -10,7 +10,6 @@ from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.models.model import Model
-from fastmerge.plan import spanning as spanning_module
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Node, Stored
@@ -38,8 +37,7 @@ class Inputs:
 
 def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
-    nodes = spanning_module.spanning((item.root, item.count) for item in plan.tensors)
-    return find_trims(nodes, backend, inputs.fetch)
+    return find_trims(plan.spanning, backend, inputs.fetch)
 
 
 def write_tensor(

@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge.evaluation.scores import Scores
-
-Float64 = NDArray[np.float64]
+from fastmerge.methods.types import Float64
 
 LEVEL = 0.95
 MIN_ITEMS, MIN_PART_ITEMS = 20, 5

@@ -1,17 +1,22 @@
-"""Every merge method is a row of one table: its parameters, its arity, its paper, and its rule.
+"""Every merge method is a row of one table: its parameters, its arity, its paper, and its shape.
 
-A row has one of two shapes (see csrc/ and kernels/ for the four primitives behind them):
-
-* a *combination*: ``rule`` turns the operands' Gram matrix into coefficients; the weights are read
-  by
-  ``gram`` and ``combine`` only;
-* a *consensus*: ``sparsify`` says which delta entries survive; ``select`` and ``consensus`` do the
-  work.
+The rows are in `table`, the shapes (what a method is computed by) in `shapes`; the four primitives
+behind them are in csrc/ and kernels/.
 """
 
 from __future__ import annotations
 
+from fastmerge.methods.shapes import Combination, Consensus, Function
 from fastmerge.methods.table import METHODS, find
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
-__all__ = ["METHODS", "REQUIRED", "Method", "Parameter", "find"]
+__all__ = [
+    "METHODS",
+    "REQUIRED",
+    "Combination",
+    "Consensus",
+    "Function",
+    "Method",
+    "Parameter",
+    "find",
+]

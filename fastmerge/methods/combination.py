@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import RecipeError
-from fastmerge.methods.types import Combination, Values
-
-Float64 = NDArray[np.float64]
+from fastmerge.methods.shapes import Factors
+from fastmerge.methods.types import Float64, Values
 
 _NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
 _LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
@@ -50,11 +49,11 @@ def _ratio(top: Float64, bottom: Float64) -> Float64:
 
 def linear(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """out = sum_i w_i x_i, over sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
     weights = _column(operands, "weight")
     if not values["normalize"]:
-        return Combination(weights)
+        return Factors(weights)
     total = np.float32(0)
     for weight in weights:  # fp32 and in order, as the kernel's accumulation
         total += np.float32(weight)
@@ -62,20 +61,20 @@ def linear(
         raise RecipeError(
             f"linear: the weights {weights.tolist()} sum to 0; change them or set normalize: false"
         )
-    return Combination(weights, float(total))
+    return Factors(weights, float(total))
 
 
 def passthrough(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """out = scale * x."""
     scale = operands[0].get("scale")
-    return Combination(np.array([1.0 if scale is None else scale], dtype=np.float64))
+    return Factors(np.array([1.0 if scale is None else scale], dtype=np.float64))
 
 
 def slerp(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """out = sin((1-t)a)/sin(a) x_0 + sin(ta)/sin(a) x_1, a the angle between them (Shoemake 1985).
 
     Norms up to 1e-8 count as 1, and |cos a| > 0.9995 interpolates linearly, as in mergekit 0.1.5.
@@ -84,7 +83,7 @@ def slerp(
     norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
     norms = np.where(norms > _NORM_EPS, norms, 1.0)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return Combination(_arc(cosine, t, np.abs(cosine) > _LERP_ABOVE))
+    return Factors(_arc(cosine, t, np.abs(cosine) > _LERP_ABOVE))
 
 
 def _arc(cosine: Float64, t: float, flat: NDArray[np.bool_]) -> Float64:
@@ -98,7 +97,7 @@ def _arc(cosine: Float64, t: float, flat: NDArray[np.bool_]) -> Float64:
 
 def nuslerp(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """SLERP at t = w_1 / (w_0 + w_1), of the models or of their deltas to a base; whole or by
     vector.
 
@@ -110,7 +109,7 @@ def nuslerp(
     t = float(w[1] / w.sum()) if abs(w.sum()) >= 1e-6 else 0.5
     norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), 1e-7)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return Combination(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= 1e-16), has_base))
+    return Factors(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= 1e-16), has_base))
 
 
 def nuslerp_axis(values: Values) -> int | None:
@@ -122,7 +121,7 @@ def nuslerp_axis(values: Values) -> int | None:
 
 def multislerp(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """Weighted mean in the tangent space at the normalised mean of the unit vectors, scaled to the
     mean norm.
 
@@ -132,7 +131,7 @@ def multislerp(
     g = _present(gram)[int(has_base) :, int(has_base) :]
     count = len(g)
     if count == 1:
-        return Combination(np.array([0.0, 1.0] if has_base else [1.0]))
+        return Factors(np.array([0.0, 1.0] if has_base else [1.0]))
     eps = float(values["eps"])
     w = _column(operands, "weight")
     if values["normalize_weights"]:
@@ -154,18 +153,18 @@ def multislerp(
                 "multislerp: the weighted mean direction of a tensor is zero (opposite models); "
                 "change the weights"
             )
-        return Combination(_with_base(w, has_base))
+        return Factors(_with_base(w, has_base))
     mean = mean / length
     tangents = units - np.outer(units @ g @ mean, mean)
     tau = w @ tangents
     n = _length(tau, g) + eps
     delta = (mean * np.cos(n) + tau * (np.sin(n) / n)) * float(w @ norms)
-    return Combination(_with_base(delta, has_base))
+    return Factors(_with_base(delta, has_base))
 
 
 def karcher(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """The point on the sphere with the least squared geodesic distance, scaled to the mean norm.
 
     u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below
@@ -177,7 +176,7 @@ def karcher(
     norms = np.sqrt(np.diagonal(g))
     alive = np.flatnonzero(norms > tol)
     if alive.size == 0:
-        return Combination(np.full(count, 1.0 / count))
+        return Factors(np.full(count, 1.0 / count))
     units = np.zeros((alive.size, count))
     units[np.arange(alive.size), alive] = 1.0 / norms[alive]
     alpha = 1.0 / alive.size
@@ -203,12 +202,12 @@ def karcher(
         size = _length(point, g)
         if size > 0:
             point = point / size
-    return Combination(point * float(norms.mean()))
+    return Factors(point * float(norms.mean()))
 
 
 def model_stock(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
-) -> Combination:
+) -> Factors:
     """out = r mean(x) + (1 - r) base, r = N c / (1 + (N - 1) c), c the mean cosine between deltas.
 
     Jang et al. 2024, eq. 2; r = 0 where |1 + (N-1) c| < 1e-6 (mergekit 0.1.5). One r per row when
@@ -224,7 +223,7 @@ def model_stock(
     safe = np.where(np.abs(bottom) < 1e-6, 0.0, bottom)
     ratio = _ratio(np.asarray(count * cosine), np.asarray(safe))
     share = np.repeat((ratio / count)[..., None], count, axis=-1)
-    return Combination(_with_base(share, True))
+    return Factors(_with_base(share, True))
 
 
 def model_stock_axis(values: Values) -> int | None:

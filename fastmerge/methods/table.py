@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods import combination, consensus
+from fastmerge.methods.shapes import Combination, Consensus, Spans
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
 
@@ -67,20 +68,20 @@ _TRIM = (
 _TIES = "Yadav et al. 2023, arXiv:2306.01708"
 _DARE = "Yu et al. 2023, arXiv:2311.03099"
 
-_ROWS = (
-    Method(
+_ROWS: tuple[Method, ...] = (
+    Combination(
         "linear", "weighted average", "Wortsman et al. 2022, arXiv:2203.05482",
         (_weight(), _flag("normalize", True, "divide by the sum of the weights")),
         base="operand", min_operands=1, max_operands=None,
         rule=combination.linear, needs_gram=False,
     ),
-    Method(
+    Combination(
         "slerp", "spherical interpolation of two models",
         "Shoemake 1985, doi:10.1145/325165.325242",
         (_T,),
-        base="first", min_operands=2, max_operands=2, rule=combination.slerp,
+        base="first", min_operands=2, max_operands=2, rule=combination.slerp, batched=True,
     ),
-    Method(
+    Combination(
         "nuslerp", "spherical interpolation with weights, of models or deltas; whole or by vector",
         "Shoemake 1985, doi:10.1145/325165.325242",
         (
@@ -89,9 +90,9 @@ _ROWS = (
             _flag("nuslerp_row_wise", False, "without flatten: vectors along the first axis"),
         ),
         base="optional", min_operands=2, max_operands=2,
-        rule=combination.nuslerp, axis=combination.nuslerp_axis,
+        rule=combination.nuslerp, axis=combination.nuslerp_axis, batched=True,
     ),
-    Method(
+    Combination(
         "multislerp", "barycentric spherical interpolation of many models",
         "tangent space at the normalised mean; as mergekit 0.1.5",
         (
@@ -101,7 +102,7 @@ _ROWS = (
         ),
         base="optional", min_operands=1, max_operands=None, rule=combination.multislerp,
     ),
-    Method(
+    Combination(
         "karcher", "Riemannian (Karcher) mean on the sphere",
         "Grove and Karcher 1973, doi:10.1007/BF01214303",
         (
@@ -110,42 +111,43 @@ _ROWS = (
         ),
         base="operand", min_operands=1, max_operands=None, rule=combination.karcher,
     ),
-    Method(
+    Combination(
         "model_stock", "ratio of mean and base from the angle between deltas",
         "Jang et al. 2024, arXiv:2403.19522",
         (_flag("filter_wise", False, "one ratio for each row"),),
         base="required", min_operands=2, max_operands=None,
-        rule=combination.model_stock, axis=combination.model_stock_axis,
+        rule=combination.model_stock, axis=combination.model_stock_axis, batched=True,
     ),
-    Method(
+    Consensus(
         "task_arithmetic", "base plus the weighted sum of deltas",
         "Ilharco et al. 2022, arXiv:2212.04089",
         _task(False, False, density=False),
         base="required", min_operands=1, max_operands=None, spec=consensus.task_arithmetic,
     ),
-    Method(
+    Consensus(
         "ties", "trim deltas by magnitude, elect a sign, merge what agrees", _TIES,
         (*_task(True, False, density=True), *_TRIM),
         base="required", min_operands=1, max_operands=None, spec=consensus.ties,
+        spans=Spans("trim", "model", alike=("density", "rescale", "ties")),
     ),
-    Method(
+    Consensus(
         "dare_linear", "drop delta entries at random, rescale, add", _DARE,
         _task(False, True, density=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
     ),
-    Method(
+    Consensus(
         "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
         _task(False, True, density=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
     ),
-    Method(
+    Combination(
         "passthrough", "the tensor as it is, or scaled", "-",
         (Parameter("scale", float, None, "factor on the tensor", per_model=True),),
         base="none", min_operands=1, max_operands=1, rule=combination.passthrough, needs_gram=False,
     ),
 )  # fmt: skip
 
-METHODS = {row.name: row for row in _ROWS}
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 
 def find(name: str, where: str = "merge_method") -> Method:

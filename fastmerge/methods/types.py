@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -10,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import RecipeError
-from fastmerge.selection import Sparsify
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
 
 REQUIRED: Final = object()  # the default of a parameter that a recipe must give
 
+Float64 = NDArray[np.float64]
 Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
 
 
@@ -71,43 +72,11 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Combination:
-    """out = (sum_i coefficients[i] * x_i) / divisor; coefficients float64, shape (m,) or (vectors,
-    m).
+class Method(ABC):
+    """One row of the table; how it is computed is its class, see `fastmerge.methods.shapes`.
 
-    The order of x is the base first, when the method has one, then the operands.
-    """
-
-    coefficients: NDArray[np.float64]
-    divisor: float | None = None
-
-
-# (gram or None, globals, per-operand values, has_base) -> Combination. gram is float64 (m, m) or
-# (vectors, m, m) over [x_1 ... x_k], or over [base, x_1 - base, ...] when there is a base.
-Rule = Callable[["NDArray[np.float64] | None", Values, Sequence[Values], bool], Combination]
-
-
-@dataclass(frozen=True)
-class Consensus:
-    """How a consensus method runs for one tensor: arguments of ``select`` and ``consensus``."""
-
-    sparsify: tuple[Sparsify, ...]
-    weights: tuple[float, ...]
-    elect: bool
-    normalize: bool
-    scale: float
-    across: bool = False  # `sparsify` is for all tensors of the model as one: see plan.spanning
-
-
-# (globals, per-operand values, element count, random keys per operand) -> Consensus
-Spec = Callable[[Values, Sequence[Values], int, Sequence[int]], Consensus]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table. ``base``: 'required', 'optional', 'none' (refused), or 'operand': one
-    of the operands must be named base_model and comes first (slerp), or is just another input
-    (linear, karcher).
+    ``base``: 'required', 'optional', 'none' (refused), or 'operand': one of the operands must be
+    named base_model and comes first (slerp), or is just another input (linear, karcher).
     """
 
     name: str
@@ -117,24 +86,18 @@ class Method:
     base: Literal["required", "optional", "none", "first", "operand"]
     min_operands: int  # base not counted
     max_operands: int | None
-    rule: Rule | None = None
-    spec: Spec | None = None
-    needs_gram: bool = True  # combinations only: whether the rule reads the Gram matrix
-    axis: Callable[[Values], int | None] = lambda values: None  # combinations only
     random: bool = False  # draws from the recipe's seed
+    version: str = ""  # of a row that is not fastmerge's own: of its code
 
-    def __post_init__(self) -> None:
-        if (self.rule is None) == (self.spec is None):
-            raise ValueError(f"method {self.name}: exactly one of rule and spec")
+    @abstractmethod
+    def passes(self, values: Values, operands: Sequence[Values]) -> int:
+        """How often the inputs are read, with these parameters and each operand's."""
+
+    @property
+    def identity(self) -> str:
+        """Name and version: what a result is known by that another merge may take up."""
+        return f"{self.name} {self.version}" if self.version else self.name
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called ``name``, or None."""
         return next((p for p in self.parameters if p.name == name), None)
-
-    @property
-    def is_combination(self) -> bool:
-        """Whether the result is a linear combination with coefficients from a Gram matrix."""
-        return self.rule is not None
-
-
-Float64 = NDArray[np.float64]

@@ -12,9 +12,11 @@ import numpy as np
 
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.methods import Combination
 from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+from fastmerge.tree.collapse import apply_rule
 from fastmerge.tree.nodes import Merge, Stored
 
 # ---------------------------------------------------------------- tensors
@@ -146,12 +148,12 @@ class Builder:
         So weights that sum to zero are refused now and not in the middle of the merge.
         """
         key = (id(node.method), id(node.values), *map(id, node.operand_values))
-        if key in self._tried or node.method.rule is None:
+        if key in self._tried or not isinstance(node.method, Combination):
             return
         self._tried.add(key)
         gram = np.eye(len(node.inputs))
         try:
-            node.method.rule(gram, node.values, node.operand_values, node.base is not None)
+            apply_rule(node, gram)
         except FastmergeError as error:
             raise type(error)(f"{part.where}: {error}") from None
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastmerge.methods import Combination
 from fastmerge.models.model import Model, folder_of
-from fastmerge.plan.inputs import (
-    TensorPlan,
-)
-from fastmerge.selection import MAGNITUDE
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.spanning import spanning
 from fastmerge.tree.collapse import collapse
 from fastmerge.tree.nodes import Leaf, Merge, Node
 from fastmerge.tree.rewrite import digest as tree_digest
@@ -43,6 +43,13 @@ class Plan:
     def bytes_in(self) -> int:
         """Bytes of the source tensors of every output tensor, each counted once for each output."""
         return sum(tensor.bytes_in for tensor in self.tensors)
+
+    @cached_property
+    def spanning(self) -> Mapping[Merge, int]:
+        """The merges that are trimmed together, over all tensors, with their element counts;
+        FastmergeError where that cannot be.
+        """
+        return spanning((item.root, item.count) for item in self.tensors)
 
     @cached_property
     def bytes_out(self) -> int:
@@ -120,14 +127,11 @@ def passes(tensor: TensorPlan) -> int:
         seen.add(node)
         if isinstance(node, Leaf):
             continue
-        if node.method.spec is None:
+        if isinstance(node.method, Combination):
             tree = collapse(node)
             total += 2 if tree.needs_gram else 1
             stack.extend(tree.parts)
         else:
-            keys = [0] * len(node.operands)
-            spec = node.method.spec(node.values, node.operand_values, tensor.count, keys)
-            total += 2 if any(s.kind == MAGNITUDE or s.rescale for s in spec.sparsify) else 1
-            total += spec.across  # one to count the entries, one for those that tie
+            total += node.method.passes(node.values, node.operand_values)
             stack.extend(node.inputs)
     return max(total, 1)

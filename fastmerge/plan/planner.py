@@ -33,7 +33,7 @@ from fastmerge.plan.inputs import (
 )
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.spanning import check_whole, spanning
+from fastmerge.plan.spanning import check_whole
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.document import (
     Document,
@@ -73,11 +73,7 @@ def make_plan(
         for document in recipe.documents:
             planner.run(document)
     result = planner.views[recipe.output.name]
-    # Found again before the merge; here for what they refuse.
-    trimmed = spanning((item.root, item.count) for item in result.tensors.values())
-    for view in planner.views.values():
-        check_whole((item.root for item in view.tensors.values()), trimmed)
-    return Plan(
+    plan = Plan(
         models=tuple(opened.models),
         references=tuple(opened.references),
         tensors=tuple(result.tensors.values()),
@@ -88,6 +84,9 @@ def make_plan(
         recipe_text=recipe.text,
         notes=tuple(planner.notes),
     )
+    for view in planner.views.values():
+        check_whole((item.root for item in view.tensors.values()), plan.spanning)
+    return plan
 
 
 @contextmanager

@@ -6,70 +6,67 @@ arXiv:2306.01708, section 4.1). `fastmerge.compute.across` finds the threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from typing import Any
 
 from fastmerge.errors import UnsupportedError
+from fastmerge.methods import Consensus
+from fastmerge.methods.shapes import Spans
 from fastmerge.tree.nodes import Merge, Node, Stored, walk
 
-Sized = tuple[Node, int]  # a tensor's tree and its element count
+
+def is_spanning(node: Node) -> Spans | None:
+    """Of a merge that is trimmed together with those of other tensors, what asks for it."""
+    if not isinstance(node, Merge) or not isinstance(node.method, Consensus):
+        return None
+    return node.method.spanning(node.values, node.operand_values)
 
 
-def is_spanning(node: Node) -> bool:
-    """Whether a merge is trimmed together with those of other tensors."""
-    if not isinstance(node, Merge) or node.method.spec is None:
-        return False
-    # Of 36 000 tensors the specs would take a while, and few methods have such a trim.
-    return (
-        "trim" in node.values
-        and node.method.spec(node.values, node.operand_values, 1, [0] * len(node.operands)).across
-    )
-
-
-def spanning(tensors: Iterable[Sized]) -> list[tuple[Merge, int]]:
-    """The merges of a plan that are trimmed together, in order, with their element counts.
+def spanning(tensors: Iterable[tuple[Node, int]]) -> dict[Merge, int]:
+    """The merges among tensors' trees that are trimmed together, in order, with their element
+    counts.
 
     Raises FastmergeError where one threshold cannot be found for them.
     """
     found: dict[Merge, int] = {}
+    asked: list[Spans] = []
     for root, count in tensors:
         for node in walk(root):
-            if isinstance(node, Merge) and is_spanning(node):
+            spans = is_spanning(node)
+            if spans is not None and isinstance(node, Merge):
+                asked.append(spans)
                 found.setdefault(node, count)
-    nodes = list(found.items())
-    if not nodes:
-        return []
-    first = nodes[0][0]
-    for node, _ in nodes:
+    if not asked:
+        return found
+    first, spans = next(iter(found)), asked[0]
+    for node in found:
         if not all(isinstance(part, Stored) for part in node.inputs):
             raise UnsupportedError(
-                f"trim: model: '{node.name}' is merged from another document's result; it takes "
+                f"{spans}: '{node.name}' is merged from another document's result; it takes "
                 "models that are there: write that result to a folder first"
             )
-        for what, same in (
-            ("models", _models(node) == _models(first)),
-            ("density", _densities(node) == _densities(first)),
-            ("rescale", node.values.get("rescale") == first.values.get("rescale")),
-            ("ties", node.values.get("ties") == first.values.get("ties")),
-        ):
-            if not same:
-                raise UnsupportedError(
-                    f"trim: model: the {what} of '{node.name}' and of '{first.name}' differ; a "
-                    "model is trimmed whole: no slices of others, no gradients, no filters"
-                )
-    if len({node.name for node, _ in nodes}) < len(nodes):
-        raise UnsupportedError("trim: model: only one document of a recipe can have it")
-    return nodes
+        lone = [name for name in spans.alike if _given(node, name) != _given(first, name)]
+        if _models(node) != _models(first) or node.method != first.method:
+            lone = ["models"]
+        if lone:
+            raise UnsupportedError(
+                f"{spans}: the {lone[0]} of '{node.name}' and of '{first.name}' differ; a "
+                "model is trimmed whole: no slices of others, no gradients, no filters"
+            )
+    if len({node.name for node in found}) < len(found):
+        raise UnsupportedError(f"{spans}: only one document of a recipe can have it")
+    return found
 
 
-def check_whole(document: Iterable[Node], used: Iterable[tuple[Merge, int]]) -> None:
+def check_whole(document: Iterable[Node], used: Container[Node]) -> None:
     """Raises FastmergeError where a document trims tensors that are not among those ``used``: the
     threshold would follow from what a later document takes.
     """
-    known = {node for node, _ in used}
     for root in document:
-        if isinstance(root, Merge) and is_spanning(root) and root not in known:
+        spans = is_spanning(root)
+        if spans is not None and isinstance(root, Merge) and root not in used:
             raise UnsupportedError(
-                f"trim: model: '{root.name}' is trimmed with the others and then left out; write "
+                f"{spans}: '{root.name}' is trimmed with the others and then left out; write "
                 "the document to a folder first"
             )
 
@@ -78,5 +75,6 @@ def _models(node: Merge) -> list[int]:
     return [part.model for part in node.inputs if isinstance(part, Stored)]
 
 
-def _densities(node: Merge) -> list[float]:
-    return [values["density"] for values in node.operand_values]
+def _given(node: Merge, name: str) -> list[Any]:
+    """A parameter's value, or every operand's."""
+    return [values.get(name) for values in (node.values, *node.operand_values)]

@@ -7,10 +7,8 @@ from typing import Any
 
 from fastmerge.errors import FastmergeError, RecipeError
 from fastmerge.methods import REQUIRED, Parameter
+from fastmerge.methods.types import Values
 from fastmerge.recipe.settings import Rule, Setting, interpolate
-
-Values = Mapping[str, Any]
-
 
 # ---------------------------------------------------------------- parameters
 

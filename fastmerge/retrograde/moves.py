@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.methods import METHODS
+from fastmerge.methods import METHODS, Consensus
 from fastmerge.recipe.settings import Setting, affine, constant
 from fastmerge.retrograde.driver import Move
 from fastmerge.retrograde.schedule import STATE, Schedule, Step, uses_t
@@ -27,13 +27,15 @@ def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int | N
     away = affine(t, -1.0, 1.0)
     base_name = schedule.base_of(step)
     if method.parameter("t") is not None:
-        return blend(step.method, (state, other), parameters={**parameters, "t": t})
-    if method.is_combination:
+        return blend(step.method, (state, other), parameters={**parameters, "t": t}, seed=seed)
+    if not isinstance(method, Consensus):
         base = None if base_name is None else Model(_number(schedule, base_name))
         weights = [away, t] if uses_t(method) else None
         if step.method == "linear":
             parameters = {"normalize": constant(False), **parameters}
-        return blend(step.method, (state, other), weights, base=base, parameters=parameters)
+        return blend(
+            step.method, (state, other), weights, base=base, parameters=parameters, seed=seed
+        )
     if base_name == STATE:
         if step.method == "task_arithmetic":
             return average((state, other), (away, t))

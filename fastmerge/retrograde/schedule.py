@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate, Handler, Positive
-from fastmerge.methods import METHODS, Method, Parameter
+from fastmerge.methods import METHODS, Consensus, Method, Parameter
 from fastmerge.recipe.located import LocatedDict, Section, expand, read
 from fastmerge.recipe.settings import Setting, Settings
 from fastmerge.search.families import BASELINES
@@ -310,7 +310,7 @@ class Schedule(Section):
         if base not in (None, STATE) and self.model_index(str(base)) is None:
             known = [STATE, "baseline", *self.labels]
             step.refuse("base", f"unknown base '{base}'; {nearest(str(base), known)}")
-        if base == STATE and METHODS[step.method].is_combination:
+        if base == STATE and not isinstance(METHODS[step.method], Consensus):
             step.refuse(
                 "base",
                 f"{step.method} needs a base other than the state: give 'base_model' or 'base'",

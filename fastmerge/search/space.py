@@ -15,19 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.methods import METHODS
+from fastmerge.methods import Combination
 from fastmerge.methods.types import Float64
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.values import ParameterValues
 from fastmerge.search.expressions import Blend, Expr, Model, as_json, order
 from fastmerge.search.geometry import Geometry, angle, small_angle
-from fastmerge.tree.collapse import Collapsed, coefficients
+from fastmerge.tree.collapse import Collapsed, coefficients, weighted_sum
 from fastmerge.tree.nodes import Merge, Node, Stored, walk
 from fastmerge.tree.rewrite import fold
-
-# Rules that take the Gram matrices of many tensors at once; the others go tensor by tensor.
-_BATCHED = frozenset({"linear", "slerp", "nuslerp", "model_stock", "passthrough"})
 
 
 class Space:
@@ -71,14 +68,13 @@ class Space:
         if isinstance(root, Model):
             return np.tile(np.eye(self.count)[root.index], (tensors, 1))
         nodes = order(root)
-        if not self.is_measured or not all(node.method.is_combination for node in nodes):
+        if not self.is_measured or not all(isinstance(node.method, Combination) for node in nodes):
             return None
         values = [self._resolved(node) for node in nodes]
-        batched = all(node.method.name in _BATCHED for node in nodes)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index in range(tensors):
             key = tuple(value.key(index) for value in values)
-            groups.setdefault(key if batched else (index,), []).append(index)
+            groups.setdefault(key, []).append(index)
         result = np.empty((tensors, self.count))
         for members in groups.values():
             tree = self._tree(root, members[0], [Stored(i, "") for i in range(self.count)])
@@ -87,8 +83,7 @@ class Space:
             parts = tuple(Stored(i, "") for i in range(self.count))
             assert isinstance(tree, Merge)
             collapsed = Collapsed(tree, parts, None, True, 0)
-            grams = self.grams[members] if batched else self.grams[members[0]]
-            result[members] = coefficients(collapsed, grams)
+            result[members] = coefficients(collapsed, self.grams[members])
         return result
 
     def check(self, node: Blend) -> None:
@@ -129,7 +124,7 @@ class Space:
                 tree = self._tree(root, index, sources)
                 if not self.is_measured:
                     weights = [0.0] * self.count + [1.0]
-                    tree = _sum((*sources, tree), weights)
+                    tree = weighted_sum((*sources, tree), weights)
                 roots[item.name] = tree
                 continue
             used = [i for i in range(self.count) if factors[index, i] != 0]
@@ -137,8 +132,7 @@ class Space:
                 roots[item.name] = sources[used[0]]
                 continue
             chosen = used or [0]
-            weights = [float(factors[index, i]) for i in chosen]
-            roots[item.name] = _sum([sources[i] for i in chosen], weights)
+            roots[item.name] = weighted_sum([sources[i] for i in chosen], factors[index, chosen])
         tensors = tuple(
             replace(item, root=roots.get(item.name, item.root)) for item in self.template.tensors
         )
@@ -273,9 +267,3 @@ def _sources(item: TensorPlan) -> tuple[Stored, ...]:
     sources = tuple(node for node in item.root.operands if isinstance(node, Stored))
     assert len(sources) == len(item.root.operands)
     return sources
-
-
-def _sum(parts: Sequence[Node], weights: Sequence[float]) -> Merge:
-    """One linear merge with these weights as they are."""
-    each = tuple({"weight": weight} for weight in weights)
-    return Merge(METHODS["linear"], tuple(parts), None, {"normalize": False}, each)

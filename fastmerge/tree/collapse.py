@@ -9,12 +9,14 @@ Gram pass, one combine pass and one rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fastmerge.methods.types import Combination, Float64
+from fastmerge.methods import METHODS
+from fastmerge.methods.shapes import Combination, Factors
+from fastmerge.methods.types import Float64
 from fastmerge.tree.nodes import Leaf, Merge, Node
 from fastmerge.tree.rewrite import fold
 
@@ -50,7 +52,7 @@ def collapse(root: Merge) -> Collapsed:
     depth_one = True
     while stack:
         node = stack.pop()
-        if isinstance(node, Merge) and node.method.is_combination:
+        if isinstance(node, Merge) and isinstance(node.method, Combination):
             reads = node.method.needs_gram
             if not (gram and reads and node.axis != axis):
                 if reads and not gram:
@@ -108,7 +110,7 @@ def _merge_vector(
 ) -> Float64:
     operands = np.stack(np.broadcast_arrays(*inputs), axis=-2)  # (..., m, n)
     local: Float64 | None = None
-    if node.method.needs_gram:
+    if combination(node).needs_gram:
         if gram is None:
             raise ValueError(f"{node.method.name} needs the Gram matrix")
         rows = operands.copy()
@@ -121,8 +123,20 @@ def _merge_vector(
     return np.asarray((weights[..., None, :] @ operands)[..., 0, :], dtype=np.float64)
 
 
-def apply_rule(node: Merge, gram: Float64 | None) -> Combination:
-    """The rule of one combination node over its own inputs' Gram matrix."""
-    if node.method.rule is None:
+def apply_rule(node: Merge, gram: Float64 | None) -> Factors:
+    """The rule of one combination node over its own inputs' Gram matrix, or a stack of them."""
+    has_base = node.base is not None
+    return combination(node).factors(gram, node.values, node.operand_values, has_base)
+
+
+def combination(node: Merge) -> Combination:
+    """The node's method; ValueError where it is of another shape."""
+    if not isinstance(node.method, Combination):
         raise ValueError(f"{node.method.name} is not a combination")
-    return node.method.rule(gram, node.values, node.operand_values, node.base is not None)
+    return node.method
+
+
+def weighted_sum(parts: Sequence[Node], weights: Iterable[float]) -> Merge:
+    """One linear merge with these weights as they are."""
+    each = tuple({"weight": float(weight)} for weight in weights)
+    return Merge(METHODS["linear"], tuple(parts), None, {"normalize": False}, each)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from fastmerge.dtypes import F32, DType
-from fastmerge.methods.types import Method
+from fastmerge.methods import Combination, Method
 
 
 class Leaf(ABC):
@@ -73,7 +73,7 @@ class Merge:
     @property
     def axis(self) -> int | None:
         """Along what the method takes its vectors: None = whole tensor, 1 = rows, 0 = columns."""
-        return self.method.axis(self.values)
+        return self.method.axis(self.values) if isinstance(self.method, Combination) else None
 
 
 Node: TypeAlias = Leaf | Merge

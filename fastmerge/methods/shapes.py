@@ -1,0 +1,185 @@
+"""The shapes of methods: what a row of the table is computed by.
+
+* `Combination`: ``rule`` turns the operands' Gram matrix into coefficients; the weights are read by
+  ``gram`` and ``combine`` only;
+* `Consensus`: ``spec`` says which delta entries survive; ``select`` and ``consensus`` do the work;
+* `Function`: a Python function of whole tensors, for what no kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge.errors import FastmergeError
+from fastmerge.methods.types import Float64, Method, Values
+from fastmerge.primitives import Agreement
+from fastmerge.selection import (
+    ALL,
+    MAGNITUDE,
+    MIXED,
+    RANDOM,
+    Sparsify,
+    keep_below,
+    keep_count,
+)
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """out = (sum_i coefficients[i] * x_i) / divisor; coefficients float64, shape (m,) or (vectors,
+    m).
+
+    The order of x is the base first, when the method has one, then the operands.
+    """
+
+    coefficients: Float64
+    divisor: float | None = None
+
+
+# (gram or None, globals, per-operand values, has_base) -> Factors. gram is float64 (m, m) or
+# (vectors, m, m) over [x_1 ... x_k], or over [base, x_1 - base, ...] when there is a base.
+Rule = Callable[["Float64 | None", Values, Sequence[Values], bool], Factors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination(Method):
+    """A linear combination of the operands with coefficients from their Gram matrix."""
+
+    rule: Rule
+    needs_gram: bool = True  # whether the rule reads the Gram matrix
+    batched: bool = False  # whether it takes a stack of them: (vectors, m, m)
+    axis: Callable[[Values], int | None] = lambda values: None  # 1: row by row, 0: column by column
+
+    def passes(self, values: Values, operands: Sequence[Values]) -> int:
+        return 2 if self.needs_gram else 1
+
+    def factors(
+        self, gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+    ) -> Factors:
+        """The rule's answer for ``gram``, of a stack one after another where it takes none."""
+        if gram is None or gram.ndim == 2 or self.batched:
+            return self.rule(gram, values, operands, has_base)
+        each = [self.rule(own, values, operands, has_base) for own in gram]
+        return Factors(np.stack([f.coefficients / (f.divisor or 1.0) for f in each]))
+
+
+class Keep(NamedTuple):
+    """What shall survive of one delta, whatever its size: a `Sparsify` before it has a tensor."""
+
+    kind: int = ALL
+    density: float = 1.0
+    tie_rule: int = MIXED
+    rescale: bool = False
+
+    def of(self, count: int, key: int) -> Sparsify:
+        """The request for a delta of ``count`` elements that draws under ``key``."""
+        if self.kind == MAGNITUDE:
+            kept = keep_count(self.density, count)
+            return Sparsify(MAGNITUDE, kept, self.tie_rule, rescale=self.rescale)
+        if self.kind == RANDOM:
+            below = keep_below(self.density)
+            return Sparsify(RANDOM, keep_below=below, key=key, rescale=self.rescale)
+        return Sparsify(ALL)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a consensus method runs: arguments of ``select`` and ``consensus``."""
+
+    keep: tuple[Keep, ...]
+    weights: tuple[float, ...]
+    agreement: Agreement
+
+
+Spec = Callable[[Values, Sequence[Values]], Terms]  # (globals, per-operand values) -> Terms
+
+
+class Spans(NamedTuple):
+    """With ``parameter`` at ``value``, a model's tensors are trimmed as one: see plan.spanning.
+    All tensors must then be ``alike`` in these parameters.
+    """
+
+    parameter: str
+    value: Any
+    alike: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: {self.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consensus(Method):
+    """A merge of what survives of the operands' deltas."""
+
+    spec: Spec
+    spans: Spans | None = None
+
+    def passes(self, values: Values, operands: Sequence[Values]) -> int:
+        keep = self.spec(values, operands).keep
+        first = any(k.kind == MAGNITUDE or k.rescale for k in keep)
+        # A trim that spans tensors: once to count the entries, once for those that tie.
+        return 1 + first + (self.spanning(values, operands) is not None)
+
+    def spanning(self, values: Values, operands: Sequence[Values]) -> Spans | None:
+        """``spans`` where it is asked for and anything is trimmed, else None."""
+        spans = self.spans
+        if spans is None or values.get(spans.parameter) != spans.value:
+            return None
+        trims = any(keep.kind != ALL for keep in self.spec(values, operands).keep)
+        return spans if trims else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function(Method):
+    """A Python function of whole tensors: the fallback for what no kernel does.
+
+    ``function(base, tensors, values)`` gets the operands as read-only float32 NumPy arrays of the
+    tensor's shape (base None without one) and the parameters by name, a per-model one as a tuple
+    parallel to ``tensors``; for a random method also ``rng``, a NumPy generator that follows from
+    the recipe's seed and the tensor. It returns an array of that shape, which is rounded to float32
+    and then to the output's type. Several tensors are merged at a time, each in a thread; what the
+    function allocates is beyond ``memory_limit``.
+    """
+
+    function: Callable[[Float32 | None, Sequence[Float32], Values], Any]
+
+    def passes(self, values: Values, operands: Sequence[Values]) -> int:
+        return 1
+
+    def of(
+        self,
+        base: Float32 | None,
+        tensors: Sequence[Float32],
+        values: Values,
+        operands: Sequence[Values],
+        key: int,
+    ) -> Float32:
+        """The result, contiguous; raises FastmergeError where the function fails or returns
+        anything else. ``key``: what it draws under.
+        """
+        given = dict(values)
+        for parameter in self.parameters:
+            if parameter.per_model:
+                given[parameter.name] = tuple(own[parameter.name] for own in operands)
+        if self.random:
+            given["rng"] = np.random.default_rng(key)
+        try:
+            made = np.asarray(self.function(base, tensors, given))
+        except FastmergeError:
+            raise
+        except Exception as error:  # whatever foreign code may raise
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise FastmergeError(f"method {self.name} failed: {said}") from error
+        if made.shape != tensors[0].shape or made.dtype.kind not in "fiub":
+            raise FastmergeError(
+                f"method {self.name} returned {made.dtype} {list(made.shape)} for tensors of "
+                f"{list(tensors[0].shape)}; return real numbers in that shape"
+            )
+        return np.ascontiguousarray(made, dtype=np.float32).reshape(made.shape)
