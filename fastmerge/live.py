@@ -7,7 +7,7 @@ calls: a candidate of a walk or a sweep then costs the kernels' time and not a r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,13 +15,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.compute.arrays import written
+from fastmerge.compute.arrays import as_torch, written
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.compute.lane import Lane
 from fastmerge.compute.tensor import Outcome
-from fastmerge.engine.in_memory import materialise_plan
+from fastmerge.engine import in_memory
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
@@ -31,6 +31,7 @@ from fastmerge.tree.nodes import Stored, leaves
 if TYPE_CHECKING:
     import torch
 
+OnTensor = Callable[[TensorPlan, "np.ndarray[Any, Any]"], None]  # as `materialise_plan` has it
 KEEP = ("auto", "device", "pinned")
 # Of the device, for sources that pass through it; where less is free, something is wrong.
 _LEAST_BYTES = 64 << 20
@@ -94,14 +95,16 @@ def merge_into(
     keep: str = "auto",
     threads: int | None = None,
     gpu_memory: int = GPU_MEMORY_BYTES,
+    observe: OnTensor | None = None,
 ) -> dict[str, Outcome]:
     """Merges ``plan`` into ``model``'s parameters: what a folder written from it would hold.
 
     ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
     they pass through ``gpu_memory`` bytes of the device; "auto" is the device where they fit, and
     warns where they do not. `forget` lets go of them. Parameters on the CPU are filled by the CPU
-    kernels (``threads``). Returns what each tensor came to; on the CPU that is nothing. Raises
-    FastmergeError where plan and model do not fit, before any parameter changes.
+    kernels (``threads``), and so are a GPU's where ``observe`` is to see every tensor. Returns what
+    each tensor came to; on the CPU that is nothing. Raises FastmergeError where plan and model do
+    not fit, before any parameter changes.
     """
     import torch
 
@@ -109,12 +112,10 @@ def merge_into(
         raise FastmergeError(f"keep: unknown '{keep}'; use {', '.join(KEEP)}")
     targets = _targets(model, plan)
     with torch.no_grad():
-        if not _uses_gpu(targets):
-            for item, array in materialise_plan(plan, threads=threads):
+        if observe is not None or not _uses_gpu(targets):
+            for item, tensor in tensors(plan, threads=threads, observe=observe):
                 if item.name in targets:
-                    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
-                    stored = raw.view(getattr(torch, item.dtype.name)).reshape(item.shape)
-                    targets[item.name].copy_(stored)
+                    targets[item.name].copy_(tensor)
             return {}
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets) if keep == "auto" else keep
@@ -133,6 +134,18 @@ def merge_into(
             gpu_memory = gpu_memory // 2 if place == "pinned" else gpu_memory
             place = "pinned"
             _warn(f"ran out of memory; sources now pass through {gpu_memory >> 20} MiB of it")
+
+
+def tensors(
+    plan: Plan, *, threads: int | None = None, observe: OnTensor | None = None
+) -> Iterator[tuple[TensorPlan, torch.Tensor]]:
+    """Every output tensor of ``plan`` as a torch tensor on the CPU, of the type that it is written
+    in, in plan order; ``observe`` sees each first. Raises FastmergeError as a merge does.
+    """
+    for item, array in in_memory.materialise_plan(plan, threads=threads):
+        if observe is not None:
+            observe(item, array)
+        yield item, as_torch(array, item.dtype, item.shape)
 
 
 def _merged_on_gpu(

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-
     from fastmerge.api import Source
-    from fastmerge.dtypes import DType
+    from fastmerge.live import OnTensor
     from fastmerge.plan.plan import Plan
 
 
@@ -46,6 +43,7 @@ def load_merged(
     *,
     threads: int | None = None,
     seed: int | None = None,
+    observe: OnTensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """The model that ``recipe`` (text, path or dict) describes, merged in memory, in evaluation
@@ -53,19 +51,16 @@ def load_merged(
 
     The same weights, bit for bit, as ``fastmerge.merge`` followed by `load`: the merged tensors
     become the model's parameters without a copy, so memory stays at one model. ``seed`` overrides
-    the recipe's; ``kwargs`` (``dtype``, ``device_map``, ``attn_implementation``, ...) go to the
-    model class's ``from_pretrained``.
+    the recipe's; ``observe`` sees every merged tensor; ``kwargs`` (``dtype``, ``device_map``,
+    ``attn_implementation``, ...) go to the model class's ``from_pretrained``.
     """
     transformers = _transformers()
-    from fastmerge import api
-    from fastmerge.engine.in_memory import materialise_plan
+    from fastmerge import api, live
 
     plan = api.plan(recipe, seed=seed)
     model_class, config = _model_class(transformers, plan)
-    state = {
-        tensor.name: _as_torch(array, tensor.dtype, tensor.shape)
-        for tensor, array in materialise_plan(plan, threads=threads)
-    }
+    made = live.tensors(plan, threads=threads, observe=observe)
+    state = {item.name: tensor for item, tensor in made}
     kwargs.setdefault("dtype", "auto")
     model, loading = model_class.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, **kwargs
@@ -158,15 +153,6 @@ def _model_class(transformers: Any, plan: Plan) -> tuple[Any, Any]:
     if type(config) not in classes:
         raise UnsupportedError(f"model_type '{model_type}' is not a causal language model")
     return classes[type(config)], config
-
-
-def _as_torch(array: NDArray[Any], dtype: DType, shape: tuple[int, ...]) -> torch.Tensor:
-    """``array``'s memory as a torch tensor: through bytes, since NumPy has no bfloat16."""
-    import numpy as np
-    import torch
-
-    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
-    return raw.view(getattr(torch, dtype.name)).reshape(shape)
 
 
 def _check(loading: Mapping[str, Any], where: str) -> None:

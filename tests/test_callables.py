@@ -1,4 +1,4 @@
-"""Scorers that users write: what runs is what their scores are kept under."""
+"""Scorers that users write: what runs is what is hashed, and in what form they get the weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import os
 import py_compile
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation import scorers
+from fastmerge.evaluation import settings as settings_module
 from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import load_evaluate
+from fastmerge.evaluation.weights import Weights
+from fastmerge.retrograde import run
+from fastmerge.search.sweep import sweep
 
 
 @pytest.mark.parametrize("edited", ["keyed/scoring.py", "keyed/parts.py", "beside.py", "lazy.py"])
@@ -51,3 +60,112 @@ def test_what_runs_is_the_text_that_was_hashed(
         assert scorer.score(None, "steer").value == 3 + value
     assert len(keys) == (1 if edited == "lazy.py" else 3)  # what runs later is not in the key
     forget()
+
+
+def test_a_function_that_asks_for_a_folder_gets_the_model_as_files(
+    zoo: Any, tmp_path: Path
+) -> None:
+    """Both ways of one state, a state that is no combination, and nothing left behind."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = zoo.base("m0")
+    schedule = {
+        "baseline": str(base),
+        "pool": [str(zoo.tune(base, "m1", size=0.05))],
+        "seed": 1,
+        "schedule": {
+            "steps": [
+                {"degrade": {"partner": "m1", "method": "slerp", "t": 0.3}},
+                {"degrade": {"partner": "m1", "method": "ties", "t": 0.3, "density": 0.5}},
+            ]
+        },
+        "evaluate": {"callable": "stand:in"},
+    }
+    seen: list[Path] = []
+
+    def from_model(model: Any) -> dict[str, float]:
+        return {"norm": float(model.lm_head.weight.double().norm())}
+
+    def from_folder(folder: Path) -> dict[str, float]:
+        seen.append(folder)
+        tensors = load_file(folder / "model.safetensors")
+        assert AutoConfig.from_pretrained(folder).hidden_size == 32
+        return {"norm": float(tensors["lm_head.weight"].double().norm())}
+
+    def from_both(model: Any, folder: Path) -> dict[str, float]:
+        own = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        assert all((model.state_dict()[n] == x).all() for n, x in own.state_dict().items())
+        return from_model(model)
+
+    found = {}
+    for function in (from_model, from_folder, from_both):
+        out = tmp_path / function.__name__
+        trajectory = run(schedule, out, score=function, threads=1).trajectory
+        found[function] = [scores.value for scores in trajectory.scores if scores]
+        assert not list(out.glob(".*"))
+    assert found[from_model] == found[from_folder] == found[from_both]
+    assert len(set(found[from_model])) == 3
+    assert all(tmp_path / "from_folder" in folder.parents for folder in seen)
+
+
+def test_an_argument_with_a_default_is_the_function_s_own(tmp_path: Path) -> None:
+    def score(model: Any, folder: str = "mine") -> dict[str, float]:
+        assert (model, folder) == ("a model", "mine")
+        return {"a": 1.0}
+
+    scorer = make_scorer(load_evaluate({"callable": "a:b"}), tmp_path, tmp_path, score)
+    assert scorer.score("a model", "steer").value == 1.0
+
+    def bad(model: Any, folder: str, other: int) -> dict[str, float]:
+        return {"a": model + folder + other}
+
+    with pytest.raises(FastmergeError, match="is called with the model alone: missing a required"):
+        make_scorer(load_evaluate({"callable": "a:b"}), tmp_path, tmp_path, bad)
+
+
+def test_a_key_of_one_s_own_says_what_scores(
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_module, "WAYS", list(settings_module.WAYS))
+    monkeypatch.setattr(scorers, "WAYS", settings_module.WAYS)
+    monkeypatch.setattr(scorers, "_MAKERS", dict(scorers._MAKERS))
+
+    class Norm:
+        """The mean size of one tensor, from a state dict."""
+
+        version = "norms"
+
+        def __init__(self, settings: Any, *_: Path) -> None:
+            self._tensor = settings.registered["norm_of"]["tensor"]
+            if not isinstance(self._tensor, str):
+                raise FastmergeError(f"{settings.at('norm_of')}: 'tensor' is a name")
+            self.key = f"norm of {self._tensor}"
+
+        def has(self, split: str) -> bool:
+            return split == "steer"
+
+        def score(self, weights: Weights, split: str, limit: int | None = None) -> Scores:
+            assert (split, limit) == ("steer", None)
+            tensor = weights.state_dict()[self._tensor]
+            return Scores({"norm": TaskScore(100 * float(tensor.double().abs().mean()), "", 1)})
+
+    scorers.register("norm_of", Norm)
+    with pytest.raises(FastmergeError, match="'norm_of' of an evaluate section is taken"):
+        scorers.register("norm_of", Norm)
+    base = zoo.base("m0")
+    recipe = (
+        f"merge_method: slerp\nbase_model: {base}\n"
+        f"models: [{{model: {base}}}, {{model: {zoo.tune(base, 'm1', size=0.05)}}}]\n"
+        "parameters: {t: 0.5}\n"
+    )
+    (tmp_path / "norm.yml").write_text("norm_of: {tensor: lm_head.weight}\n")
+    points = sweep(recipe, tmp_path / "out", [0.0, 1.0], evaluate=tmp_path / "norm.yml")
+    for point, name in zip(points, ("m0", "m1"), strict=True):
+        expected = 100 * np.abs(zoo.read(zoo.root / name)["lm_head.weight"]).mean(dtype=np.float64)
+        assert point.scores is not None and point.scores.value == pytest.approx(expected)
+    (tmp_path / "norm.yml").write_text("norm_of: {tensor: [1]}\n")
+    with pytest.raises(FastmergeError, match=r"norm\.yml:1: 'tensor' is a name"):
+        sweep(recipe, tmp_path / "other", [0.0], evaluate=tmp_path / "norm.yml")
+    with pytest.raises(FastmergeError, match="perplexity, norm_of; found callable and norm_of"):
+        load_evaluate({"norm_of": {"tensor": "a"}, "callable": "a:b"})

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from fastmerge.compute.backend import Backend, triton
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.dtypes import BF16, BY_NAME, F32, MERGEABLE, DType
 from fastmerge.errors import FastmergeError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
 
 Extent = tuple[int, int]
 
@@ -90,6 +93,16 @@ def written(tensor: Any) -> None:
 
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
+
+
+def as_torch(array: np.ndarray[Any, Any], dtype: DType, shape: Sequence[int]) -> torch.Tensor:
+    """``array``'s memory as a torch tensor of ``dtype``: through bytes, since NumPy has no
+    bfloat16.
+    """
+    import torch
+
+    raw = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return raw.view(getattr(torch, dtype.name)).reshape(tuple(shape))
 
 
 class Operands:

@@ -23,6 +23,7 @@ from fastmerge.errors import FastmergeError, RecipeError
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.weights import model_of
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 ScoreFunction = Callable[..., Mapping[str, Any]]
@@ -196,8 +197,23 @@ def _text_of(thing: Any) -> str:
         return ""  # built in, or made by exec
 
 
+def _asks_for_folder(signature: inspect.Signature) -> bool:
+    """Whether it has an argument ``folder`` that must be given: with a default it means its own."""
+    asked = signature.parameters.get("folder")
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return asked is not None and asked.kind in by_name and asked.default is asked.empty
+
+
+def _binds(signature: inspect.Signature, **given: Any) -> bool:
+    try:
+        signature.bind(**given)
+    except TypeError:
+        return False
+    return True
+
+
 class CallableScorer:
-    """A function of the model; it may also take ``split`` and ``limit``.
+    """A function of the model, or of a ``folder``; it may also take ``split`` and ``limit``.
 
     It returns a number, or the list of its items' numbers, for each task. They are taken as they
     are: return percent where they meet accuracies given in the schedule.
@@ -210,12 +226,15 @@ class CallableScorer:
         self._function = function
         self._name = settings.callable or getattr(function, "__qualname__", "callable")
         signature = inspect.signature(function)
-        try:
-            signature.bind(None)
-        except TypeError as error:
-            raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
         # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
         self._takes = {"split", "limit"} & set(signature.parameters)
+        folder = {"folder": None} if _asks_for_folder(signature) else {}
+        self._takes |= folder.keys()
+        self._takes_model = not (folder and _binds(signature, **folder))
+        try:
+            signature.bind(*[None][: self._takes_model], **folder)
+        except TypeError as error:
+            raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
         self._limit = settings.limit
         for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
             if asked and "limit" not in self._takes:
@@ -226,6 +245,12 @@ class CallableScorer:
         identity = _identity(function)
         identity += sorted(set(texts) - set(identity))
         self._key = digest([self._name, identity, settings.scoring_settings])
+
+    @classmethod
+    def imported(cls, settings: Evaluate, folder: Path, _tokenizer_folder: Path) -> CallableScorer:
+        """The function that ``settings`` name."""
+        function, texts = load_callable(settings, folder)
+        return cls(function, settings, texts)
 
     @property
     def key(self) -> str:
@@ -238,12 +263,16 @@ class CallableScorer:
     def has(self, split: str) -> bool:
         return split == "steer" or "split" in self._takes
 
-    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+    def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
+        """See `Scorer`."""
         limits = [n for n in (limit, self._limit) if n is not None]
-        given = {"split": split, "limit": min(limits, default=None)}
+        given: dict[str, Any] = {"split": split, "limit": min(limits, default=None)}
         options = {name: value for name, value in given.items() if name in self._takes}
+        if "folder" in self._takes:
+            options["folder"] = weights.folder()
+        models = [model_of(weights)] if self._takes_model else []
         try:
-            answer = self._function(model, **options)
+            answer = self._function(*models, **options)
         except Exception as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
         if not isinstance(answer, Mapping) or not answer:

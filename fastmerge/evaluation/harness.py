@@ -26,6 +26,7 @@ from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
+from fastmerge.evaluation.weights import model_of
 from fastmerge.llama import load_tokenizer
 from fastmerge.recipe.located import LocatedDict
 
@@ -89,22 +90,22 @@ class Harness:
         """A digest of all settings that decide a score, the task files' texts included."""
         from importlib.metadata import version
 
-        values = self._settings.model_dump(exclude={"every", "stages", "bootstrap"})
+        values = self._settings.model_dump(exclude={"every", "stages", "bootstrap", "registered"})
         return digest([values, self._texts, version("lm_eval")])
 
     def has(self, split: str) -> bool:
         """Whether any task belongs to ``split`` ('steer' or 'holdout')."""
         return bool(self._units[split])
 
-    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
-        """The scores of ``model`` as it is in memory now; at most ``limit`` items a task."""
+    def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
+        """See `Scorer`."""
         import lm_eval
 
         units = self._units[split]
         limits = [n for n in (limit, self._settings.limit) if n is not None]
         tasks = {name: task for unit in units for name, task in unit.parts.items()}
         samples = _samples(units, min(limits) if limits else None)
-        lm = self._wrapped(model)
+        lm = self._wrapped(model_of(weights))
         for task in tasks.values():
             # The sampler's generator runs on from call to call: the same examples need a new start.
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)

@@ -13,6 +13,7 @@ from fastmerge.errors import RecipeError
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.weights import model_of
 
 
 class Perplexity:
@@ -49,9 +50,11 @@ class Perplexity:
     def has(self, split: str) -> bool:
         return split == "steer"
 
-    def score(self, model: Any, split: str, limit: int | None = None) -> Scores:
+    def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
+        """See `Scorer`; an item is a window of the text."""
         import torch
 
+        model = model_of(weights)
         if split != "steer":
             raise ValueError("a perplexity has no hold-out")
         if self._windows is None:

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastmerge.errors import RecipeError, ResourceError
-from fastmerge.evaluation.callables import CallableScorer, ScoreFunction, load_callable
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError
+from fastmerge.evaluation.callables import CallableScorer, ScoreFunction
 from fastmerge.evaluation.harness import Harness
 from fastmerge.evaluation.perplexity import Perplexity
 from fastmerge.evaluation.scores import Scores
-from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.settings import WAYS, Evaluate
+from fastmerge.evaluation.weights import Weights
 
 
 class Scorer(Protocol):
-    """Scores the model in memory on one split, 'steer' or 'holdout'."""
+    """Scores one state's weights on one split, 'steer' (which may choose) or 'holdout'."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """What decides a score beside the weights, the split and the limit: a digest, under which
+        scores are kept. It must change whenever the same weights might score otherwise.
+        """
 
     @property
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """What scored, in words, for the report."""
 
-    def has(self, split: str) -> bool: ...
+    def has(self, split: str) -> bool:
+        """Whether there are items of ``split``."""
 
-    def score(self, model: Any, split: str, limit: int | None = None) -> Scores: ...
+    def score(self, weights: Weights, split: str, limit: int | None = None) -> Scores:
+        """Scores in percent, higher is better; at most ``limit`` items a task. Raises
+        FastmergeError, one line, where the weights cannot be scored.
+        """
+
+
+# From settings, the folder of their file and the folder whose tokenizer the models use.
+Maker = Callable[[Evaluate, Path, Path], Scorer]
+_MAKERS: dict[str, Maker] = {
+    "tasks": Harness,
+    "preset": Harness,
+    "callable": CallableScorer.imported,
+    "perplexity": Perplexity,
+}
+
+
+def register(key: str, make: Maker) -> None:
+    """Lets an `evaluate` section say ``key: ...`` for what scores: ``make(settings, folder,
+    tokenizer_folder)`` is the scorer; ``settings.registered[key]`` is what the section says.
+    ``settings.at(key)`` is its place in the file, for errors. Raises FastmergeError for a key that
+    means something already.
+    """
+    if key in _MAKERS or key in Evaluate.model_fields:
+        raise FastmergeError(f"register: '{key}' of an evaluate section is taken; use another key")
+    WAYS.append(key)
+    _MAKERS[key] = make
 
 
 def make_scorer(
@@ -37,12 +69,7 @@ def make_scorer(
     _check_device(settings)
     if function is not None:
         return CallableScorer(function, settings)
-    if settings.callable is not None:
-        found, texts = load_callable(settings, folder)
-        return CallableScorer(found, settings, texts)
-    if settings.perplexity is not None:
-        return Perplexity(settings, folder, tokenizer_folder)
-    return Harness(settings, folder, tokenizer_folder)
+    return _MAKERS[settings.way](settings, folder, tokenizer_folder)
 
 
 def _check_device(settings: Evaluate) -> None:

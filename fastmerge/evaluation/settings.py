@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastmerge.errors import RecipeError
-from fastmerge.recipe.located import Section, expand, read
+from fastmerge.recipe.located import LocatedDict, Section, expand, read
 
 Handler = Callable[[Any], Any]
 Positive = Annotated[int, Field(ge=1)]
@@ -50,8 +50,14 @@ class Task(Section):
         return short if self.items is None else f"{short}[{self.items}]"
 
 
+# Keys of a section of which exactly one says what scores; `scorers.register` adds others.
+WAYS = ["tasks", "preset", "callable", "perplexity"]
+
+
 class Evaluate(Section):
-    """How states are scored: harness tasks, a callable, or a text file's perplexity."""
+    """How states are scored: harness tasks, a callable, a text file's perplexity, or what was
+    registered.
+    """
 
     every: Literal["step", "cycle", "end"] = "step"
     tasks: tuple[Task, ...] = ()
@@ -68,21 +74,23 @@ class Evaluate(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     stages: tuple[Positive, ...] = ()  # staged halving of searches: items per task, rising
     bootstrap: Annotated[int, Field(ge=100)] = 2000  # resamples of the confidence intervals
+    registered: dict[str, Any] = Field(default_factory=dict)  # what registered keys say
 
     @model_validator(mode="wrap")
     @classmethod
     def _shorthand(cls, value: Any, handler: Handler) -> Any:
-        return handler(expand(value, {"tasks": "name", "holdout": "name", "include_path": ""}))
+        full = expand(value, {"tasks": "name", "holdout": "name", "include_path": ""})
+        if isinstance(full, LocatedDict):
+            added = {key: full.pop(key) for key in WAYS if key in full.keys() - cls.model_fields}
+            full["registered"] = added or None
+        return handler(full)
 
     @model_validator(mode="after")
     def _one_scorer(self) -> Evaluate:
-        ways = [w for w in ("tasks", "preset", "callable", "perplexity") if getattr(self, w)]
+        ways = [w for w in WAYS if self.registered.get(w) or getattr(self, w, None)]
         if len(ways) != 1:
             found = f"found {' and '.join(ways)}" if ways else "found none"
-            raise RecipeError(
-                f"{self.where}: steer by exactly one of tasks, preset, callable, perplexity; "
-                f"{found}"
-            )
+            raise RecipeError(f"{self.where}: steer by exactly one of {', '.join(WAYS)}; {found}")
         if list(self.stages) != sorted(set(self.stages)):
             raise RecipeError(f"{self.at('stages')}: 'stages' must rise")
         if self.callable is not None and not all(self.callable.partition(":")):
@@ -106,6 +114,11 @@ class Evaluate(Section):
             if keys.count(task.key) > 1:
                 raise RecipeError(f"{task.where}: task '{task.key}' is listed twice")
         return self
+
+    @property
+    def way(self) -> str:
+        """The one key that says what scores."""
+        return next(w for w in WAYS if self.registered.get(w) or getattr(self, w, None))
 
     @property
     def scoring_settings(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def run(
 
     space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
     journal = Journal(out / JOURNAL_FILE)
-    lab = Lab(space, schedule.evaluate, scorer, journal, threads=threads)
+    lab = Lab(space, schedule.evaluate, scorer, journal, threads=threads, folder=out)
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
     rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
     written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)

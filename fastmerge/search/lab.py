@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import Scorer
 from fastmerge.evaluation.scores import Scores
 from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.weights import Merged
 from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
 from fastmerge.search.expressions import Expr
 from fastmerge.search.geometry import Geometry
 from fastmerge.search.space import Space
@@ -31,11 +35,14 @@ class Lab:
         journal: Journal,
         *,
         threads: int | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """``folder``: where a scorer's model folder is made; None is the system's temporary one."""
         self.space = space
         self.scorer = scorer
         self._journal = journal
         self._threads = threads
+        self._folder = folder
         self._resident = None if settings is None else Loaded(settings, threads)
         self._loaded: tuple[str, Any] | None = None
 
@@ -46,20 +53,29 @@ class Lab:
         key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
         known = self._journal.get(f"score:{key}")
         if known is None:
-            known = self.scorer.score(self.model(state), split, limit).as_json()
+            with self.weights(state) as weights:
+                known = self.scorer.score(weights, split, limit).as_json()
             self._journal.put(f"score:{key}", known)
         return Scores.from_json(known)  # also when new: a resumed run must see the same digits
 
+    def weights(self, state: Expr) -> Merged:
+        """The weights of ``state``, for a scorer; a context, at whose end its folder is gone."""
+        plan = self.space.plan(state)
+        load = partial(self._load, state)
+        return Merged(plan, load, near=self._folder, threads=self._threads)
+
     def model(self, state: Expr) -> Any:
-        """The resident model with the weights of ``state``."""
+        """The loaded model with the weights of ``state``."""
+        return self.weights(state).torch()
+
+    def _load(self, state: Expr, plan: Plan) -> Any:
         assert self._resident is not None
         key = self.space.fingerprint(state)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # half-loaded weights are nobody's
-            meter = None
-            if self.space.coefficients(state) is None:
-                meter = GramMeter(self.space)
-            model = self._resident.load(self.space.plan(state), meter)
+            collapses = self.space.coefficients(state) is not None
+            meter = None if collapses else GramMeter(self.space)
+            model = self._resident.load(plan, meter)
             if meter is not None:
                 self._keep(key, meter)
             self._loaded = key, model

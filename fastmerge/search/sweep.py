@@ -21,6 +21,7 @@ from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import load_evaluate
+from fastmerge.evaluation.weights import Merged
 from fastmerge.methods import METHODS
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
@@ -189,7 +190,8 @@ def sweep(
         if t in known:
             point = known[t]
         elif resident is not None and scorer is not None:
-            point = Point(t, scorer.score(resident.load(swept.plan(t)), "steer"), None)
+            with Merged(swept.plan(t), resident.load, near=out, threads=threads) as weights:
+                point = Point(t, scorer.score(weights, "steer"), None)
         else:
             here, folder = swept.plan(t), out / f"t={repr(t).removesuffix('.0')}"
             files = api.model_files(here, folder.name)

@@ -1,0 +1,88 @@
+"""What a scorer is handed: one state's weights, in the form that it asks for."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from fastmerge import api, live
+from fastmerge.engine.merge import merge_plan
+from fastmerge.plan.plan import Plan
+
+_FOLDER = ".scored"  # in a run's folder, while a scorer reads the model in it
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """The weights to score. Each form is made when it is asked for, and the scorer's until it
+    returns.
+    """
+
+    def torch(self) -> Any:
+        """The transformers model, in evaluation mode: the same object at each call, of which only
+        the weights change.
+        """
+
+    def folder(self) -> Path:
+        """A model folder that transformers loads, tokenizer included; removed afterwards."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Torch tensors on the CPU by the folder's names, in the folder's types; a copy."""
+
+
+class Merged:
+    """The weights of a plan. A context: at its end the folder is gone."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        load: Callable[[Plan], Any],
+        *,
+        near: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """``load`` merges the plan into the model and returns it. ``near``: the folder that a model
+        folder is made in; None is the system's for temporary files.
+        """
+        self._plan, self._load, self._threads = plan, load, threads
+        self._near = near
+        self._root: Path | None = None
+
+    def torch(self) -> Any:
+        """See `Weights`."""
+        return self._load(self._plan)
+
+    def folder(self) -> Path:
+        """See `Weights`; raises FastmergeError where the disk has no room for it."""
+        if self._root is None:
+            near = self._near
+            root = Path(tempfile.mkdtemp()) if near is None else near / _FOLDER
+            root.mkdir(exist_ok=True)
+            self._root = root
+            files = api.model_files(self._plan, "model")
+            out = self._root / "model"
+            merge_plan(self._plan, out, threads=self._threads, side_files=files)
+        return self._root / "model"
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """See `Weights`."""
+        made = live.tensors(self._plan, threads=self._threads)
+        return {item.name: tensor for item, tensor in made}
+
+    def __enter__(self) -> Merged:
+        if self._near is not None and (self._near / _FOLDER).exists():
+            shutil.rmtree(self._near / _FOLDER)  # of a run that was killed
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        root, self._root = self._root, None
+        if root is not None:
+            shutil.rmtree(root)
+
+
+def model_of(weights: Any) -> Any:
+    """The transformers model to score; a model in place of `Weights` is taken as it is."""
+    return weights.torch() if isinstance(weights, Weights) else weights
