@@ -1,81 +1,81 @@
-"""What the planner knows of model architectures: where layers, embeddings and heads are, by tensor
-name.
+"""What the planner knows of model architectures by tensor name: layers, embeddings, heads.
 
-Merging by ``models:`` needs none of the table: any set of tensors works. Slicing needs to know what
-comes before and after the layers, and tied embeddings need two names.
+Merging by ``models:`` needs none of it: any set of tensors works. Slicing needs to know what comes
+before and after the layers, and tied embeddings need two names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+# The last modules in the names of transformers' input embeddings and language-model heads: llama's
+# first, then those of gpt2, gpt_neox, bloom and falcon, mamba, ctrl, openai-gpt, modernbert, ...
+_EMBEDDINGS = (
+    "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed",
+    "word_embedding", "embeddings", "shared", "w",
+)  # fmt: skip
+_HEADS = (
+    "lm_head", "embed_out", "output_projection", "lm_head.decoder", "predictions.decoder",
+    "generator_lm_head", "proj_out", "head", "pred_layer.proj", "lm_loss", "lm_head.out_proj",
+    "decoder", "output",
+)  # fmt: skip
+# What else precedes a stack of layers, and what follows it besides a head.
+_BEFORE = (
+    "wpe", "rotary_emb", "embed_positions", "word_embeddings_layernorm", "positions_embed",
+    "project_in", "embedding_norm", "pre_ln", "embed_norm",
+)  # fmt: skip
+_AFTER = (
+    "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out", "project_out",
+    "final_norm", "layer_norm", "out_norm", "pos_emb",
+)  # fmt: skip
+_OTHER_PARTS = ("vision", "visual", "audio", "image", "speech", "encoder.")
+
+# Written by old versions of transformers; new ones compute it and ignore what a file holds.
+COMPUTED = ".rotary_emb.inv_freq"
+
+# Heads for multi-token prediction that are stored beside the layers (qwen3_next, mimo, ...).
+EXTRA_PREFIXES = ("mtp.", "model.mtp.", "model.mtp_layers.")
+
+_LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.(.+)")
 
 
 class Stack(NamedTuple):
     """One way to name a language model's tensors: ``layers``.<index>.<rest>, what precedes, what
-    follows.
+    follows (both as prefixes).
     """
 
     layers: str
     before: tuple[str, ...]
     after: tuple[str, ...]
-    embedding: str
-    head: str
-    count_key: str = "num_hidden_layers"  # in config.json
 
 
-def _stack(root: str, head: str = "lm_head") -> Stack:
+def _stack(layers: str) -> Stack:
+    root = layers.rpartition(".")[0] + "." if "." in layers else ""
+    # lm_head stands beside the model, in multimodal ones beside language_model.model.
+    heads = {"", root, root.removesuffix("model.")}
     return Stack(
-        layers=f"{root}layers",
-        before=(f"{root}embed_tokens.", f"{root}rotary_emb."),
-        after=(f"{root}norm.", f"{root}final_layernorm.", f"{head}."),
-        embedding=f"{root}embed_tokens.weight",
-        head=f"{head}.weight",
+        layers=layers,
+        before=tuple(f"{root}{name}." for name in (*_EMBEDDINGS, *_BEFORE)),
+        after=(
+            *(f"{root}{name}." for name in _AFTER),
+            *(f"{at}{name}." for at in sorted(heads) for name in _HEADS),
+        ),
     )
 
 
-# llama, mistral, qwen2/3, gemma 1-3, phi-3, olmo-2, ... share the first row; the others are the
-# language models inside multimodal checkpoints, in the old and the new layout of transformers.
-# GPT-2 is for its ties.
-STACKS = (
-    _stack("model."),
-    _stack("language_model.model.", "language_model.lm_head"),
-    _stack("model.language_model."),
-    Stack(
-        "transformer.h",
-        ("transformer.wte.", "transformer.wpe."),
-        ("transformer.ln_f.", "lm_head."),
-        "transformer.wte.weight",
-        "lm_head.weight",
-        "n_layer",
-    ),
-)
-
-VOCABULARY = frozenset(name for stack in STACKS for name in (stack.embedding, stack.head))
-
-# Written by old versions of transformers; new ones compute it and ignore what a file holds.
-COMPUTED = ".rotary_emb.inv_freq"
-
-# config.json may leave `tie_word_embeddings` out; these families' defaults in transformers are
-# True.
-_TIED_BY_DEFAULT = (
-    "bloom", "cohere", "ernie4_5", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2",
-    "mistral3", "mpt", "opt", "recurrent_gemma", "smollm3", "starcoder2",
+# Where the layers of transformers' decoders are: llama's, and most others'; the language models
+# inside multimodal ones, old and new layout; gpt2, falcon and bloom; gpt_neox; mamba and
+# nemotron_h; opt; mpt; rwkv; and the bare models without a head.
+STACKS = tuple(
+    _stack(layers)
+    for layers in (
+        "model.layers", "language_model.model.layers", "model.language_model.layers",
+        "model.text_model.layers", "transformer.h", "gpt_neox.layers", "backbone.layers",
+        "model.decoder.layers", "transformer.blocks", "rwkv.blocks", "layers", "h",
+    )
 )  # fmt: skip
-_UNTIED = ("gpt_neox",)  # begins like a tied family
-
-# Lists in config.json with one entry for each layer.
-PER_LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
-
-# Settings that say by number which layers are special; stacking layers can put others there.
-_BY_NUMBER = (
-    "decoder_sparse_step", "first_k_dense_replace", "max_window_layers", "mlp_only_layers",
-    "moe_layer_freq", "no_rope_layer_interval", "sliding_window_pattern",
-)  # fmt: skip
-_ALTERNATING = ("cohere2", "gemma2", "gemma3")  # sliding-window layers by their number's remainder
-
-_LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.(.+)")
 
 
 class LayerName(NamedTuple):
@@ -97,38 +97,56 @@ def find_stack(layers: Collection[str]) -> Stack | None:
     return next((stack for stack in STACKS if stack.layers in layers), None)
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the language model (multimodal ones nest it)."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) and "num_hidden_layers" in nested else config
+def find_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which of the tensors (names to shapes) are the input embeddings, or None."""
+    return next(iter(_found(shapes, _EMBEDDINGS)), None)
 
 
-def numbered_settings(config: Mapping[str, Any]) -> list[str]:
-    """What in a model's config depends on the layers' numbers, other than `PER_LAYER_LISTS`."""
-    part = text_config(config)
-    found = [key for key in _BY_NUMBER if part.get(key) not in (None, 0, 1, [])]
-    if "max_window_layers" in found and not part.get("use_sliding_window", False):
-        found.remove("max_window_layers")
-    alternates = str(part.get("model_type", "")).startswith(_ALTERNATING)
-    if alternates and not found and "layer_types" not in part:
-        found.append("the pattern of sliding windows")
-    return found
+def find_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which of the tensors (names to shapes) is the language-model head, or None.
+
+    By name; under a name that other parts have too, also by as many rows as the embeddings.
+    """
+    embedding = find_embedding(shapes)
+    rows = None if embedding is None else shapes[embedding][0]
+    for name in _found(shapes, _HEADS):
+        if ends(name, "lm_head") or shapes[name][0] == rows:
+            return name
+    return None
 
 
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model with a head of its own."""
-    result = {**config, "tie_word_embeddings": False}
-    nested = config.get("text_config")
-    if isinstance(nested, Mapping) and "tie_word_embeddings" in nested:
-        result["text_config"] = {**nested, "tie_word_embeddings": False}
-    return result
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor of this name has a row for each token."""
+    return layer_of(name) is None and any(
+        ends(name, module) for module in (*_EMBEDDINGS, *_HEADS)
+    )
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether transformers makes the head of a model with this config from its embeddings."""
-    for part in (config, text_config(config)):
-        value = part.get("tie_word_embeddings")
-        if value is not None:
-            return bool(value)
-    kind = str(config.get("model_type", ""))
-    return kind.startswith(_TIED_BY_DEFAULT) and not kind.startswith(_UNTIED)
+def ends(name: str, module: str) -> bool:
+    """Whether ``name`` is the weight of a module so called, at any depth."""
+    return f".{name}".endswith(f".{module}.weight")
+
+
+def _found(shapes: Mapping[str, tuple[int, ...]], modules: Sequence[str]) -> list[str]:
+    """The weights of ``modules`` among ``shapes``: in the modules' order, the shallowest first."""
+    endings = tuple(f".{module}.weight" for module in modules)
+    found = [
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 2 and f".{name}".endswith(endings) and not _is_other(name)
+    ]
+
+    def rank(name: str) -> tuple[int, int, str]:
+        order = next(i for i, module in enumerate(modules) if ends(name, module))
+        return order, name.count("."), name
+
+    return sorted(found, key=rank)
+
+
+def _is_other(name: str) -> bool:
+    """Whether a tensor belongs to a layer, or to another part than the language model."""
+    return (
+        layer_of(name) is not None
+        or name.startswith(EXTRA_PREFIXES)
+        or any(part in name for part in _OTHER_PARTS)
+    )

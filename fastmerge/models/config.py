@@ -1,0 +1,99 @@
+"""What a config.json says of the language model: its part of the file, its layers, its ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastmerge.models.families import TIED, UNTIED
+
+# Multimodal configs nest the language model's under one of these.
+_NESTS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+# How many layers there are; gpt2, dbrx and gpt_neo have names of their own for it.
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+# Layers for multi-token prediction, which are stored behind the counted ones.
+EXTRA_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that describes the language model (multimodal ones nest it)."""
+    for key in _NESTS:
+        nested = config.get(key)
+        if isinstance(nested, Mapping):
+            part = text_config(nested)
+            if count_key(part) is not None:
+                return part
+    return config
+
+
+def count_key(config: Mapping[str, Any]) -> str | None:
+    """Under which key the part of a config counts its layers."""
+    return next((key for key in LAYER_COUNTS if whole(config, key) > 0), None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """How many layers the language model has, or None where the config does not say."""
+    part = text_config(config)
+    key = count_key(part)
+    return None if key is None else int(part[key])
+
+
+def extra_layers(config: Mapping[str, Any]) -> dict[str, int]:
+    """The keys that count layers for multi-token prediction, where there are any."""
+    part = text_config(config)
+    return {key: whole(part, key) for key in EXTRA_COUNTS if whole(part, key) > 0}
+
+
+def whole(config: Mapping[str, Any], key: str) -> int:
+    """The whole number under ``key``, or 0 where there is none."""
+    value = config.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """The ``model_type``, or '' where it is absent or no text."""
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a language model of this type, so that its shapes follow from the
+    config.
+    """
+    return model_type(config) in TIED or model_type(config) in UNTIED
+
+
+def says_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether transformers makes a head that is not stored from the embeddings; None where neither
+    the config nor the type's default says so.
+    """
+    parts = (config, text_config(config))
+    for part in parts:
+        value = part.get("tie_word_embeddings")
+        if value is not None:
+            return bool(value)
+    for part in parts:
+        if model_type(part) in TIED:
+            return True
+        if model_type(part) in UNTIED:
+            return False
+    return None
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """`says_tied`, with False for what is not known: a model without a head then stays without."""
+    return says_tied(config) is True
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model with a head of its own."""
+    result = {**config, "tie_word_embeddings": False}
+    for key in _NESTS:
+        nested = config.get(key)
+        if isinstance(nested, Mapping) and (
+            "tie_word_embeddings" in nested or model_type(nested) in TIED
+        ):
+            result[key] = {**nested, "tie_word_embeddings": False}
+    return result
