@@ -210,12 +210,12 @@ slices:
 @pytest.mark.parametrize(
     "settings, first, note",
     [
-        ({"mlp_only_layers": [3]}, 1, "mlp_only_layers"),
+        ({"decoder_sparse_step": 2}, 1, "decoder_sparse_step"),
         ({"mlp_only_layers": []}, 1, None),
-        ({"mlp_only_layers": [3]}, 0, None),  # no layer has another number than before
+        ({"decoder_sparse_step": 2}, 0, None),  # no layer has another number than before
         ({"max_window_layers": 2, "use_sliding_window": False}, 1, None),
-        ({"max_window_layers": 2, "use_sliding_window": True}, 1, "max_window_layers"),
-        ({"model_type": "gemma2"}, 1, "the pattern of sliding windows"),
+        ({"num_kv_shared_layers": 2}, 1, "num_kv_shared_layers"),
+        ({"model_type": "gemma2"}, 1, "the default of layer_types"),
         ({"model_type": "gemma2", "layer_types": ["x"] * 8}, 1, None),
     ],
 )

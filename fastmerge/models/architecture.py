@@ -117,9 +117,7 @@ def find_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor of this name has a row for each token."""
-    return layer_of(name) is None and any(
-        ends(name, module) for module in (*_EMBEDDINGS, *_HEADS)
-    )
+    return layer_of(name) is None and any(ends(name, module) for module in (*_EMBEDDINGS, *_HEADS))
 
 
 def ends(name: str, module: str) -> bool:

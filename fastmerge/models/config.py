@@ -33,10 +33,13 @@ def count_key(config: Mapping[str, Any]) -> str | None:
     return next((key for key in LAYER_COUNTS if whole(config, key) > 0), None)
 
 
-def layer_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers the language model has, or None where the config does not say."""
+def layer_count(config: Mapping[str, Any], *, decoder: bool = False) -> int | None:
+    """How many layers the language model has, or None where the config does not say.
+
+    decoder: it is the second half of an encoder and a decoder, which may be counted apart.
+    """
     part = text_config(config)
-    key = count_key(part)
+    key = "decoder_layers" if decoder and whole(part, "decoder_layers") else count_key(part)
     return None if key is None else int(part[key])
 
 

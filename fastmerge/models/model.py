@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastmerge import _C
 from fastmerge.dtypes import DType
 from fastmerge.errors import UnsupportedError
+
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +99,27 @@ def folder_of(model: Model) -> Path:
             f"{model.label}: is in no folder, and its tokenizer is read from one; save it first"
         )
     return model.folder
+
+
+def same_bytes(model: Model, a: str, b: str) -> bool:
+    """Whether two tensors of one model have the same bytes; compared in blocks of 1 MiB, until the
+    first that differs.
+    """
+    x, y = (_bytes(model.view(name, raw=True)) for name in (a, b))
+    if x.size != y.size:
+        return False
+    try:
+        return all(
+            np.array_equal(x[at : at + _BLOCK_BYTES], y[at : at + _BLOCK_BYTES])
+            for at in range(0, x.size, _BLOCK_BYTES)
+        )
+    finally:
+        model.drop(a)
+        model.drop(b)
+
+
+def _bytes(view: _C.View) -> NDArray[np.uint8]:
+    if not view.nbytes:
+        return np.zeros(0, np.uint8)
+    memory = (ctypes.c_ubyte * view.nbytes).from_address(view.address)
+    return np.ctypeslib.as_array(memory)

@@ -13,7 +13,7 @@ import numpy as np
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.methods import Combination
-from fastmerge.models.architecture import VOCABULARY, Stack, layer_of
+from fastmerge.models.architecture import Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
@@ -38,7 +38,10 @@ class Builder:
         for item in others:
             _check_names(lead.tensors, item.view.tensors, part.lead, item)
         result = {}
-        for name in lead.tensors:
+        for name, tensor in lead.tensors.items():
+            if lead.is_extra(name):  # beyond the config's layers: see plan/layers.py
+                result[name] = tensor
+                continue
             sources = [item.view.tensors[name] for item in part.inputs]
             t = position(lead, name) if part.varies else 0.0
             result[name] = self._tensor(part, name, sources, t)
@@ -242,12 +245,12 @@ def _layer_counts(lead: Input, item: Input) -> str:
         stack = view.stack
         if stack is None:
             return ""
-        counts.append(view.count(stack.layers))
+        counts.append(view.stored(stack.layers))
     return "" if counts[0] == counts[1] else f" ({counts[0]} and {counts[1]} layers)"
 
 
 def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> FastmergeError:
-    if name in VOCABULARY and x.shape[1:] == y.shape[1:]:
+    if is_vocabulary(name) and x.shape[1:] == y.shape[1:]:
         return UnsupportedError(
             f"{b.where}: vocabulary mismatch in '{name}': {x.shape[0]} rows in '{a.view.label}', "
             f"{y.shape[0]} in '{b.view.label}'; fastmerge does not merge tokenizers yet: resize "

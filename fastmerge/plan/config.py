@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import ModelError
-from fastmerge.models.architecture import PER_LAYER_LISTS, Stack, text_config
-from fastmerge.plan.inputs import Part, TensorPlan
+from fastmerge.models.config import LAYER_COUNTS, count_key, extra_layers, text_config
+from fastmerge.plan.inputs import Part, TensorPlan, View
+from fastmerge.plan.per_layer import Layer, restack
 
 # ---------------------------------------------------------------- the output's config
 
@@ -34,26 +34,28 @@ def output_config(
 def set_layers(
     config: dict[str, Any],
     parts: Sequence[Part],
-    stack: Stack | None,
+    lead: View,
+    note: Callable[[str], None],
 ) -> None:
-    """num_hidden_layers, and the lists with one entry for each layer, as stacked."""
+    """The count of layers, and what goes by layer, as stacked; no layers for multi-token
+    prediction, which a stack leaves out.
+    """
+    stack = lead.stack
     if stack is None or not config:
         return
     target = text_config(config)
     assert isinstance(target, dict)
-    target[stack.count_key] = sum(part.layers or 0 for part in parts)
-    for key in PER_LAYER_LISTS:
-        if not isinstance(target.get(key), list):
-            continue
-        entries: list[Any] = []
-        for part in parts:
-            item = part.lead
-            given = text_config(item.view.config).get(key)
-            end = item.start + (part.layers or 0)
-            if not isinstance(given, list) or len(given) < end:
-                raise ModelError(
-                    f"{item.where}: config.json of '{item.view.label}' has no '{key}' for layers "
-                    f"up to {end}, as stacking layers needs"
-                )
-            entries += given[item.start : end]
-        target[key] = entries
+    layers = [
+        Layer(item.view, item.start + at, item.where)
+        for part in parts
+        for item in [part.lead]
+        for at in range(part.layers or 0)
+    ]
+    restack(target, lead, layers, note)
+    usual = "n_layer" if stack.layers == "transformer.h" else LAYER_COUNTS[0]
+    target[count_key(target) or usual] = len(layers)
+    if ".decoder." in stack.layers and "decoder_layers" in target:
+        target["decoder_layers"] = len(layers)
+    for key in extra_layers(config):
+        target[key] = 0
+        note(f"config.json: {key} is 0: a stack leaves these layers out")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.models.config import is_tied, says_tied, untied
-from fastmerge.plan.inputs import Part, TensorPlan, View
+from fastmerge.plan.inputs import Part, TensorPlan, View, with_views
 
 Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes are equal
 
@@ -52,14 +52,7 @@ def settle_heads(
             changed[key] = _without_head(view, note)
         else:
             changed[key] = view
-    settled = [
-        replace(
-            part,
-            inputs=tuple(replace(item, view=changed[id(item.view)]) for item in part.inputs),
-        )
-        for part in parts
-    ]
-    return settled, lead
+    return with_views(parts, changed), lead
 
 
 def has_own_head(view: View, same: Same) -> bool:

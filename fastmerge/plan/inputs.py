@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from fastmerge.dtypes import DType
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Method
-from fastmerge.models.architecture import STACKS, Stack, find_stack, is_tied, layer_of
+from fastmerge.models.architecture import (
+    Stack,
+    find_embedding,
+    find_head,
+    find_stack,
+    layer_of,
+)
+from fastmerge.models.config import layer_count
 from fastmerge.models.model import Model
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
@@ -70,31 +77,49 @@ class View:
         """How its language model's tensors are named, or None where that is not known."""
         return find_stack(self.layers)
 
-    def count(self, stack: str) -> int:
-        """Layers of one stack."""
+    @cached_property
+    def counted(self) -> int | None:
+        """How many layers its config counts, or None where that does not say."""
+        decoder = self.stack is not None and ".decoder." in self.stack.layers
+        return layer_count(self.config, decoder=decoder)
+
+    @cached_property
+    def layer_total(self) -> int:
+        """Layers of the language model: as its config counts them, else as stored."""
+        if self.stack is None:
+            return 0
+        return self.counted or self.stored(self.stack.layers)
+
+    def stored(self, stack: str) -> int:
+        """Layers of one stack in the files."""
         return max(self.layers.get(stack, {-1: {}})) + 1
 
+    def count(self, stack: str) -> int:
+        """Layers of one stack."""
+        is_language = self.stack is not None and self.stack.layers == stack
+        return self.layer_total if is_language else self.stored(stack)
 
-def has_own_head(view: View) -> bool:
-    """Whether its head is another tensor than its embeddings."""
-    heads = (stack.head in view.tensors for stack in STACKS)
-    return any(heads) and not is_tied(view.config)
+    def is_extra(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer behind those that the config counts."""
+        place = layer_of(name)
+        stack = self.stack
+        if place is None or stack is None or place.stack != stack.layers:
+            return False
+        return place.number >= self.layer_total
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
-def with_head(view: View, tied: bool) -> View:
-    """The view as an output needs it whose config does (``tied``) or does not tie the head to the
-    embeddings.
-    """
-    tensors = view.tensors
-    for stack in STACKS:
-        head, embedding = stack.head, stack.embedding
-        if embedding not in tensors:
-            continue
-        if tied and head in tensors:
-            return replace(view, tensors={k: v for k, v in tensors.items() if k != head})
-        if not tied and head not in tensors and is_tied(view.config):
-            return replace(view, tensors={**tensors, head: replace(tensors[embedding], name=head)})
-    return view
+    @cached_property
+    def head(self) -> str | None:
+        """The name of its stored language-model head, or None."""
+        return find_head(self._shapes)
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The name of its input embeddings, or None."""
+        return find_embedding(self._shapes)
 
 
 def check_quantised(view: View, method: Method, where: str) -> None:
@@ -140,3 +165,16 @@ class Part:
     def lead(self) -> Input:
         """Whose tensors name the output's: the base, else the first."""
         return self.inputs[self.base if self.base is not None else self.operands[0]]
+
+
+def with_views(parts: Sequence[Part], changed: Mapping[int, View]) -> list[Part]:
+    """The parts with other views in place of those whose ids ``changed`` has."""
+    return [
+        replace(
+            part,
+            inputs=tuple(
+                replace(item, view=changed.get(id(item.view), item.view)) for item in part.inputs
+            ),
+        )
+        for part in parts
+    ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.models.model import Model
+from fastmerge.models.model import Model, same_bytes
 from fastmerge.plan.inputs import TensorPlan, View
 from fastmerge.tree.nodes import Stored
 
@@ -76,3 +76,11 @@ class Opened:
         view = View(reference, dict(model.config), tensors, model)
         self._by_identity[identity] = view
         return view
+
+    def same(self, a: TensorPlan, b: TensorPlan) -> bool:
+        """Whether two stored tensors have the same bytes; False for computed ones."""
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        if not (isinstance(a.root, Stored) and isinstance(b.root, Stored)):
+            return False
+        return same_bytes(self.models[a.root.model], a.root.name, b.root.name)

@@ -12,25 +12,23 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_whole
 from fastmerge.methods import Method
 from fastmerge.models import hub
-from fastmerge.models.architecture import is_tied, numbered_settings, untied
 from fastmerge.models.model import Model
 from fastmerge.plan.build import Builder
 from fastmerge.plan.config import output_config, set_layers
+from fastmerge.plan.heads import settle_heads
 from fastmerge.plan.inputs import (
     Input,
     Part,
     View,
     check_quantised,
-    has_own_head,
-    with_head,
 )
+from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.spanning import check_whole
@@ -163,23 +161,17 @@ class _Planner:
         for part in parts:
             for item in part.inputs:
                 check_quantised(item.view, method, item.where)
+                check_layers(item.view, item.where)
         if not lead.config:
             self.note(
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
-        tied = is_tied(lead.config)
-        heads = parts if document.models is not None else parts[-1:]  # whose heads are merged
-        if tied and any(has_own_head(item.view) for part in heads for item in part.inputs):
-            tied = False
-            lead = replace(lead, config=untied(lead.config))
-            self.note(
-                f"'{lead.label}' ties its head to its embeddings and another model does not: the "
-                "output has a head of its own"
-            )
-        parts = self._tie(parts, tied)
+        whole = document.models is not None
+        parts = settle_layers(parts, whole, self.note)
+        parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
         build = Builder(document.output_dtype, self._stage_seed(document), self.opened.models)
-        tensors = build.whole(parts[0]) if document.models is not None else build.stacked(parts)
+        tensors = build.whole(parts[0]) if whole else build.stacked(parts)
         self._unused_filters(document, parts)
         if document.tokenizer_source or document.tokenizer:
             self.note(
@@ -187,9 +179,8 @@ class _Planner:
                 "is checked"
             )
         config = output_config(lead.config, document.output_dtype, tensors)
-        if document.slices is not None:
-            set_layers(config, parts, lead.stack)
-            self._renumbered(parts, lead)
+        if not whole:
+            set_layers(config, parts, lead, self.note)
         self.views[document.name] = View(document.name or "output", config, tensors, lead.donor)
 
     def _base(self, reference: str | None, where: str) -> View | None:
@@ -266,9 +257,14 @@ class _Planner:
         start, end = source.layer_range
         count = view.count(stack.layers)
         if end > count:
+            stored = view.stored(stack.layers)
+            behind = (
+                f" (config.json; the {stored} in its files include others, such as those for "
+                "multi-token prediction)"
+            )
             raise RecipeError(
                 f"{source.at('layer_range')}: layer_range [{start}, {end}] is out of range: "
-                f"'{source.model}' has {count} layers"
+                f"'{source.model}' has {count} layers{behind if stored > count else ''}"
             )
         return Input(view, start, source.at("model"), settings_for(method, source))
 
@@ -324,43 +320,6 @@ class _Planner:
         )
 
     # -------- decisions with a note
-
-    def _tie(self, parts: list[Part], tied: bool) -> list[Part]:
-        """Every view with or without a head of its own, as the output's config wants it."""
-        changed: dict[int, View] = {}
-        for part in parts:
-            for item in part.inputs:
-                view = item.view
-                if id(view) in changed:
-                    continue
-                changed[id(view)] = with_head(view, tied)
-                if changed[id(view)] is view:
-                    continue
-                if not tied:
-                    self.note(
-                        f"'{view.label}' ties its head to its embeddings: these stand in for its "
-                        "lm_head"
-                    )
-                else:
-                    self.note("lm_head.weight is not written: the config ties it to the embeddings")
-        return [
-            replace(
-                part,
-                inputs=tuple(replace(item, view=changed[id(item.view)]) for item in part.inputs),
-            )
-            for part in parts
-        ]
-
-    def _renumbered(self, parts: Sequence[Part], lead: View) -> None:
-        numbers = [
-            i.start + at for part in parts for i in [part.lead] for at in range(part.layers or 0)
-        ]
-        if numbers != list(range(len(numbers))):
-            for name in numbered_settings(lead.config):
-                self.note(
-                    f"config.json: {name} goes by layer number, and layers were renumbered; "
-                    "check it"
-                )
 
     def _unused_filters(self, document: Document, parts: Sequence[Part]) -> None:
         rules = {

@@ -1,0 +1,77 @@
+"""How many layers a model has: as many as its config counts.
+
+What its files hold behind them, and prediction heads beside them, serves multi-token prediction.
+Under ``models:`` layers that the config counts as such are copied from the lead, never merged and
+never counted in a gradient; others behind the last are left out, as transformers leaves them out.
+Under ``slices:`` all are left out: they predict for a model that the stack no longer is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fastmerge.errors import ModelError
+from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
+from fastmerge.models.config import extra_layers, text_config
+from fastmerge.plan.inputs import Part, View, with_views
+
+
+def check_layers(view: View, where: str) -> None:
+    """Raises ModelError where the language model lacks one of the layers that it counts."""
+    stack = view.stack
+    if stack is None or "block_configs" in text_config(view.config):  # whose layers may be empty
+        return
+    held = view.layers[stack.layers]
+    lost = [number for number in range(view.layer_total) if number not in held]
+    if not lost:
+        return
+    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    counts = f"config.json counts {view.layer_total}" if view.counted else "there are later ones"
+    raise ModelError(
+        f"{where}: model '{view.label}' has no layer {lost[0]}{more}: no tensor is named "
+        f"{stack.layers}.{lost[0]}.*, and {counts}; download or copy it again"
+    )
+
+
+def settle_layers(parts: Sequence[Part], whole: bool, note: Callable[[str], None]) -> list[Part]:
+    """The parts without what a merge (``whole``) or a stack leaves out of its models."""
+    views = {id(item.view): item.view for part in parts for item in part.inputs}
+    for view in {id(part.lead.view): part.lead.view for part in parts if whole}.values():
+        kept = [name for name in view.tensors if view.is_extra(name)]
+        if kept and extra_layers(view.config):
+            note(
+                f"'{view.label}': {_first(kept)} stand behind the {view.layer_total} layers that "
+                "config.json counts, for multi-token prediction: copied, not merged"
+            )
+    return with_views(parts, {key: _settled(view, whole, note) for key, view in views.items()})
+
+
+def _settled(view: View, whole: bool, note: Callable[[str], None]) -> View:
+    stack = view.stack
+    if stack is None:
+        return view
+    copied = view.layer_total + (sum(extra_layers(view.config).values()) if whole else 0)
+    behind, beside = [], []
+    for name in view.tensors:
+        place = layer_of(name)
+        if not whole and name.startswith(EXTRA_PREFIXES):
+            beside.append(name)
+        elif place is not None and place.stack == stack.layers and place.number >= copied:
+            behind.append(name)
+    if behind:
+        note(
+            f"'{view.label}': {_first(behind)} stand behind the {view.layer_total} layers that "
+            "config.json counts: left out"
+        )
+    if beside:
+        note(f"'{view.label}': {_first(beside)} serve multi-token prediction: left out of a stack")
+    out = {*behind, *beside}
+    if not out:
+        return view
+    return replace(view, tensors={k: v for k, v in view.tensors.items() if k not in out})
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"

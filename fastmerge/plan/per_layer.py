@@ -1,0 +1,223 @@
+"""Settings of config.json that go by layer, rewritten for the layers as stacked.
+
+No list of keys can know the next architecture, so the rules are of forms: a list or a string with
+an entry for each layer is put together anew; a list of layers' numbers gets the new numbers; a
+count of first layers is counted again; what says every how many layers still holds where each layer
+moved by a multiple of it. What remains is told by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastmerge.errors import ModelError
+from fastmerge.models.config import EXTRA_COUNTS, LAYER_COUNTS, model_type, text_config
+from fastmerge.models.families import MIXED_LAYERS
+from fastmerge.plan.inputs import View
+
+_LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indices", "pattern"}
+# Lists under such words are of tokens, of bounds and of shapes, however long they are.
+_NOT_LAYERS = {"token", "id", "ids", "architectures", "limit", "range", "betas", "map", "factor"}
+_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
+# Words in keys whose number says every how many layers something is.
+_PERIODS = {"period", "interval", "every", "freq", "frequency", "step", "pattern", "stride"}
+_OF_LAYERS = {
+    *_LAYERS, "attention", "attn", "sparse", "moe", "expert", "rope", "window", "global", "full",
+    "dense", "mlp",
+}  # fmt: skip
+_NO_PERIODS = {"time", "mask", "image", "spatial", "temporal", "size", "scale", "base", "theta"}
+# Words in keys about layers whose number says which, counted from the first or from the last.
+_WHICH = {
+    "start", "begin", "first", "index", "idx", "dense", "sparse", "skip", "hash", "full", "global",
+    "window", "offset", "moe", "linear", "cross",
+}  # fmt: skip
+_FROM_THE_END = {"shared", "share", "last", "end"}
+# Counts of first layers that differ from those behind them.
+_FIRST = {
+    "first_k_dense_replace", "num_dense_layers", "n_dense_layers", "first_num_dense_layers",
+    "max_window_layers", "num_hash_layers", "n_hash_layers",
+}  # fmt: skip
+
+
+class Layer(NamedTuple):
+    """Where one output layer comes from."""
+
+    view: View
+    number: int
+    where: str  # in the recipe
+
+
+def restack(
+    config: dict[str, Any], lead: View, layers: Sequence[Layer], note: Callable[[str], None]
+) -> None:
+    """Rewrites, in the output's ``config`` (the lead's, of the language model), what goes by layer;
+    notes what was rewritten and what could not be. ModelError where a model lacks an entry.
+    """
+    writer = _Restack(lead.layer_total, layers)
+    writer.section(config, ())
+    part = text_config(lead.config)
+    silent = not any(part.get(key) for key in _KINDS) and not writer.by_number
+    if model_type(part) in MIXED_LAYERS and silent and writer.moved:
+        writer.by_number.append("the default of layer_types")
+    if writer.rewritten:
+        note(f"config.json: {', '.join(writer.rewritten)}: rewritten for the layers as stacked")
+    if writer.held:
+        note(f"config.json: {', '.join(writer.held)}: still true of the layers as stacked")
+    for key in writer.by_number:
+        note(f"config.json: {key} goes by layer number, and layers were renumbered; check it")
+
+
+class _Restack:
+    def __init__(self, total: int, layers: Sequence[Layer]) -> None:
+        self.total = total  # layers of the lead
+        self.layers = layers
+        self.rewritten: list[str] = []
+        self.by_number: list[str] = []
+        self.held: list[str] = []
+        self.moved = any(layer.number != index for index, layer in enumerate(layers))
+        self.resized = len(layers) != total
+
+    def section(self, config: dict[str, Any], path: tuple[str, ...]) -> None:
+        one_based = any(
+            self.total in value for value in config.values() if _numbers(value, self.total + 1)
+        )
+        for key, value in list(config.items()):
+            here = (*path, key)
+            words = _words(key)
+            if isinstance(value, dict):
+                if words & _LAYERS and value and all(re.fullmatch(r"\d+", k) for k in value):
+                    self._set(config, here, self._keyed(here))
+                elif not words & {"vision", "audio", "quantization", "rope", "label2id"}:
+                    self.section(value, here)
+            elif isinstance(value, list):
+                self._list(config, here, value, words, int(one_based))
+            elif isinstance(value, str):
+                self._text(config, here, value, words)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                self._number(config, here, value, words)
+
+    def _list(
+        self,
+        config: dict[str, Any],
+        path: tuple[str, ...],
+        value: list[Any],
+        words: set[str],
+        first: int,
+    ) -> None:
+        speaks = bool(words & _LAYERS)
+        if not value or (words & _NOT_LAYERS and not speaks):
+            return
+        listed = speaks and _numbers(value, self.total + first) and min(value) >= first
+        whole = list(range(first, self.total + first))
+        if listed and (len(value) != self.total or value == whole):
+            chosen = [
+                index + first
+                for index, layer in enumerate(self.layers)
+                if layer.number + first in (self._given(layer, path, list) or ())
+            ]
+            self._set(config, path, chosen)
+        elif len(value) == self.total >= 3 or (speaks and len(value) >= self.total):
+            self._set(config, path, [self._entry(layer, path, list) for layer in self.layers])
+        elif speaks and path[-1] in _KINDS:
+            for layer in self.layers:  # too short for some layer: refused, unless none is chosen
+                self._entry(layer, path, list)
+        elif speaks and self.moved:
+            self.by_number.append(path[-1])
+
+    def _text(
+        self, config: dict[str, Any], path: tuple[str, ...], value: str, words: set[str]
+    ) -> None:
+        if not words & {"pattern", "layers", "types"} or value.islower():
+            return
+        if len(value) == self.total:
+            entries = [self._entry(layer, path, str) for layer in self.layers]
+            self._set(config, path, "".join(entries))
+        else:
+            self._periodic(path[-1], len(value))
+
+    def _number(
+        self, config: dict[str, Any], path: tuple[str, ...], value: int, words: set[str]
+    ) -> None:
+        key = path[-1]
+        if key in (*LAYER_COUNTS, *EXTRA_COUNTS) or value < 0:
+            return
+        if key == "max_window_layers" and not config.get("use_sliding_window", False):
+            return
+        if key in _FIRST:
+            flags = [
+                layer.number < int(self._given(layer, path, int) or 0) for layer in self.layers
+            ]
+            count = sum(flags)
+            if all(flags[:count]):
+                # Beyond the end it says that all are of the first kind, as it did.
+                self._set(config, path, max(value, count) if value >= self.total else count)
+            else:
+                self.by_number.append(key)
+            return
+        stem = words & _OF_LAYERS and not words & _NO_PERIODS
+        if words & _PERIODS and stem:
+            self._periodic(key, value)
+        elif "offset" in words and stem:
+            self._periodic(key, _period(config, key))
+        elif words & {"layer", "layers", "block", "blocks"} and value:
+            ends = words & _FROM_THE_END and (self.moved or self.resized)
+            if ends or (words & _WHICH and self.moved):
+                self.by_number.append(key)
+
+    def _periodic(self, key: str, period: int) -> None:
+        """What goes by the remainder of ``period`` holds where layers moved by multiples of it."""
+        if period <= 1 or not self.moved:
+            return
+        steps = (layer.number - index for index, layer in enumerate(self.layers))
+        (self.by_number if any(step % period for step in steps) else self.held).append(key)
+
+    def _keyed(self, path: tuple[str, ...]) -> dict[str, Any]:
+        found = {}
+        for index, layer in enumerate(self.layers):
+            given = self._given(layer, path, dict) or {}
+            if str(layer.number) in given:
+                found[str(index)] = given[str(layer.number)]
+        return found
+
+    def _set(self, config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+        if config[path[-1]] != value:
+            config[path[-1]] = value
+            self.rewritten.append(path[-1])
+
+    def _given(self, layer: Layer, path: tuple[str, ...], kind: type) -> Any:
+        """What the config of the layer's own model has there; None where it has nothing."""
+        found: Any = text_config(layer.view.config)
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, kind) else None
+
+    def _entry(self, layer: Layer, path: tuple[str, ...], kind: type) -> Any:
+        given = self._given(layer, path, kind)
+        if given is None or len(given) <= layer.number:
+            end = 1 + max(a.number for a in self.layers if a.view is layer.view)
+            raise ModelError(
+                f"{layer.where}: config.json of '{layer.view.label}' has no '{path[-1]}' for "
+                f"layers up to {end}, as stacking layers needs"
+            )
+        return given[layer.number]
+
+
+def _words(key: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", key.lower()))
+
+
+def _numbers(value: Any, end: int) -> bool:
+    """Whether ``value`` is a list of different whole numbers in [0, end)."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(item) is int and 0 <= item < end for item in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _period(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key.replace("offset", "period"))
+    return value if isinstance(value, int) else 0
