@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastmerge.kernels import combine, consensus, gram, select
+from fastmerge.kernels.common import MAX_INPUTS
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
 
@@ -20,6 +22,13 @@ class TritonBackend:
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
+
+    @staticmethod
+    def takes(node: Any, parts: Sequence[Any], /) -> str | None:
+        inputs = len(parts if node.method.is_combination else node.operands)
+        if inputs > MAX_INPUTS:
+            return f"has {inputs} inputs and the GPU kernels take {MAX_INPUTS}"
+        return None
 
     def gram(
         self,

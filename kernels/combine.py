@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.errors import FastmergeError
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
@@ -32,8 +32,6 @@ from fastmerge.kernels.common import (
     upload,
     vectors,
 )
-
-MAX_INPUTS = 16
 
 
 @triton.jit
@@ -146,17 +144,10 @@ def combine(
     rows: int = 1,
     cols: int = 0,
 ) -> int:
-    """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many
-    outputs are NaN/Inf.
-
-    inputs: up to 16 contiguous tensors, any mix of float32, float16, bfloat16, float8_e4m3fn,
-    float8_e5m2; out: float32, float16 or bfloat16, may be one of the inputs. coefficients: (k,) or
-    (vectors, k), rounded to fp32; an input whose coefficient is exactly 0 is skipped, all-zero
-    coefficients give +0.
-    """
+    """`_C.combine` on the device; waits for it."""
     if axis is None:
         return int(combine_many([inputs], [coefficients], [out], divisors=[divisor])[0])
-    _check(inputs, out)
+    check(inputs, None, out)
     count = vectors(out.numel(), axis, rows, cols)
     table = np.asarray(coefficients, dtype=np.float64)
     if table.shape != (count, len(inputs)):
@@ -197,7 +188,7 @@ class CombineBatch:
         self, inputs: Sequence[Sequence[torch.Tensor]], outs: Sequence[torch.Tensor]
     ) -> None:
         for xs, out in zip(inputs, outs, strict=True):
-            _check(xs, out)
+            check(xs, None, out)
         self.inputs, self.outs = inputs, outs
         self._groups: dict[Any, list[tuple[Any, list[int], Any]]] = {}  # by what is used
 
@@ -277,11 +268,3 @@ def combine_many(
 ) -> torch.Tensor:
     """`combine` of many tensors: 300 norms and biases cost one latency. See `CombineBatch.run`."""
     return CombineBatch(inputs, outs).run(coefficients, divisors)
-
-
-def _check(inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    check(inputs, None, out)
-    if len(inputs) > MAX_INPUTS:
-        raise UnsupportedError(
-            f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once"
-        )

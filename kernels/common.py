@@ -33,6 +33,7 @@ CODES = {
     torch.float8_e5m2: 4,
 }
 OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
+MAX_INPUTS = 16  # of one launch, a base apart: what is tested to compile without spills
 
 # One program does CHUNK elements: 64 KiB of bf16, so that the table look-up before it is noise and
 # the largest tensors of a 7 B model still give 4000 programs.
@@ -346,6 +347,10 @@ def check(
     """Refuses, by name, what the kernels cannot take; see the messages."""
     if not inputs:
         raise FastmergeError("no input tensors; give at least one")
+    if len(inputs) > MAX_INPUTS:
+        raise UnsupportedError(
+            f"{len(inputs)} inputs: the GPU kernels merge up to {MAX_INPUTS} at once"
+        )
     named = [(f"input {i}", tensor) for i, tensor in enumerate(inputs)]
     named += [("base", base)] if base is not None else []
     named += [("out", out)] if out is not None else []

@@ -200,14 +200,7 @@ def consensus(
     scale: float = 1.0,
     origin: int = 0,
 ) -> int:
-    """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32 without FMA, one
-    rounding.
-
-    inputs, base: contiguous tensors of any mix of types; out: float32, float16 or bfloat16, may be
-    one of them. weights, selections: one per input. origin: flat index of the first element where
-    the tensors are a piece of larger ones (a multiple of 4). Returns the number of NaN/Inf outputs;
-    waits for the device.
-    """
+    """`_C.consensus` on the device, whose origin need only be a multiple of 4; waits for it."""
     return int(
         consensus_many(
             [inputs], [base], [weights], [selections], [out],

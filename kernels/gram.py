@@ -205,13 +205,7 @@ def gram(
     rows: int = 1,
     cols: int = 0,
 ) -> NDArray[np.float64]:
-    """Inner products, float64, shape (m, m) or (vectors, m, m); waits for the device.
-
-    Without base, m = k and G[i, j] = <x_i, x_j>. With base, m = k + 1 and the vectors are [base,
-    x_1 - base, ..., x_k - base] in that order, differences rounded to fp32. inputs: up to 16
-    contiguous tensors of any mix of types. axis: None, 1 (rows) or 0 (columns) of a (rows, cols)
-    matrix.
-    """
+    """`_C.gram` on the device; waits for it."""
     if axis is None:
         return gram_many([inputs], [base])[0]
     check(inputs, base, None)

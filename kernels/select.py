@@ -77,11 +77,7 @@ Int64 = NDArray[np.int64]
 def select(
     inputs: Sequence[torch.Tensor], base: torch.Tensor, specs: Sequence[Sparsify]
 ) -> list[Selection]:
-    """For each delta x_i - base (fp32), which entries survive: see fastmerge.selection. Waits for
-    the device.
-
-    inputs, base: contiguous tensors of one length and any mix of types. specs: one per input.
-    """
+    """`_C.select` on the device; waits for it."""
     return select_many([inputs], [base], [specs])[0]
 
 

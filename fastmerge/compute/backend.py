@@ -10,20 +10,36 @@ from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
+from fastmerge.tree.nodes import Merge, Node
 
 T = TypeVar("T")  # a back end's tensor
 O = TypeVar("O", contravariant=True)  # noqa: E741  a back end's output
 
 
 class Backend(Protocol[T, O]):
-    """The four primitives with the meaning of ``_C.pyi``; CPU and Triton implement it."""
+    """The four primitives; what each computes, bit for bit, is said in ``_C.pyi``.
+
+    A tensor T holds one contiguous run of fp32, fp16 or bf16 elements; those of one call, the base
+    among them, have the same number of elements and any mix of types. O is where as many elements
+    of one type are written, which may be the memory of an input. Numbers go in as float64 and are
+    rounded to fp32. What does not fit together raises ValueError or FastmergeError; callers that
+    answer to users check first.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def gram(
-        self, inputs: Sequence[T], base: T | None = None, vectors: Vectors = WHOLE
-    ) -> Float64: ...
+    def takes(self, node: Merge, parts: Sequence[Node], /) -> str | None:
+        """Why it cannot compute ``node`` from ``parts`` (what a combination collapses to, else its
+        inputs), as the end of a sentence about the tensor; None where it can.
+        """
+        ...
+
+    def gram(self, inputs: Sequence[T], base: T | None = None, vectors: Vectors = WHOLE) -> Float64:
+        """Inner products, float64 of shape (m, m), or with an axis (vectors.count, m, m): of the m
+        inputs, or of [base, x_1 - base, ..., x_(m-1) - base].
+        """
+        ...
 
     def combine(
         self,
@@ -33,11 +49,16 @@ class Backend(Protocol[T, O]):
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
-    ) -> int: ...
+    ) -> int:
+        """out = sum_i coefficients[..., i] x_i, over ``divisor`` if there is one. Coefficients:
+        (k,) of k inputs, or with an axis (vectors.count, k). Returns how many outputs are NaN or
+        infinite.
+        """
+        ...
 
-    def select(
-        self, inputs: Sequence[T], base: T, specs: Sequence[Sparsify]
-    ) -> list[Selection]: ...
+    def select(self, inputs: Sequence[T], base: T, specs: Sequence[Sparsify]) -> list[Selection]:
+        """Which entries of each delta x_i - base survive: an answer to each of the k requests."""
+        ...
 
     def consensus(
         self,
@@ -47,7 +68,11 @@ class Backend(Protocol[T, O]):
         selections: Sequence[Selection],
         out: O,
         agreement: Agreement,
-    ) -> int: ...
+    ) -> int:
+        """out = base + what the k deltas x_i - base, thinned and weighted, agree on. Returns how
+        many outputs are NaN or infinite.
+        """
+        ...
 
     def scratch(self, count: int) -> tuple[T, Any]:
         """An fp32 tensor of ``count`` elements, as input and as output, for intermediates."""

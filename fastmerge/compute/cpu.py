@@ -18,6 +18,7 @@ from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
+from fastmerge.tree.nodes import Merge, Node
 
 
 def thread_count(threads: int | None = None) -> int:
@@ -79,6 +80,10 @@ class CpuBackend:
         self._scratch_folder = scratch_folder
         self._scratch_left = scratch_bytes
         self._lock = threading.RLock()  # a collection inside it may free an array
+
+    @staticmethod
+    def takes(_node: Merge, _parts: Sequence[Node], /) -> str | None:
+        return None
 
     def gram(
         self,

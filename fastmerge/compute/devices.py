@@ -71,27 +71,20 @@ def choose_devices(
         if device == "cuda":
             raise
         return [], "device auto: merged on the CPU, as there is no usable CUDA device"
-    from fastmerge.kernels.combine import MAX_INPUTS
+    from fastmerge.kernels.backend import TritonBackend
 
-    name, count = max(((name, _widest(root)) for name, root in roots), key=lambda pair: pair[1])
-    if count > MAX_INPUTS:
-        if device == "auto":
-            return [], f"device auto: merged on the CPU, as {name} has {count} inputs"
-        raise UnsupportedError(
-            f"device cuda: {name} has {count} inputs and the GPU kernels take {MAX_INPUTS}; "
-            "use --device cpu"
-        )
+    for name, root in roots:
+        for step in steps(root) if isinstance(root, Merge) else []:
+            refusal = TritonBackend.takes(step.node, step.parts)
+            if refusal is None:
+                continue
+            if device == "auto":
+                return [], f"device auto: merged on the CPU, as {name} {refusal}"
+            raise UnsupportedError(f"device cuda: {name} {refusal}; use --device cpu")
     views = [fetch(source) for source in leaves(root for _, root in roots)]
     if device == "auto" and cached_share(views) < 0.5:
         return [], "device auto: merged on the CPU, as the files are on disk and a GPU would wait"
     return found, "device auto: merged on the GPU" if device == "auto" else ""
-
-
-def _widest(root: Node) -> int:
-    """The most tensors that one kernel of a tree reads, a base apart."""
-    if not isinstance(root, Merge):
-        return 1
-    return max(len(step.node.operands if step.tree is None else step.parts) for step in steps(root))
 
 
 def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:

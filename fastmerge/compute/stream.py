@@ -30,7 +30,7 @@ from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
-from fastmerge.tree.nodes import Node, Stored, leaves
+from fastmerge.tree.nodes import Merge, Node, Stored, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,13 @@ class _Pieces:
     def __init__(self, streamer: Streamer, tensor: str) -> None:
         self._streamer, self._tensor = streamer, tensor
         self._cpu = streamer.cpu
+
+    @staticmethod
+    def takes(node: Merge, parts: Sequence[Node], /) -> str | None:
+        from fastmerge.kernels.backend import TritonBackend
+
+        refusal: str | None = TritonBackend.takes(node, parts)
+        return refusal
 
     def gram(
         self,
