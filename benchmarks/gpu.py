@@ -560,10 +560,10 @@ def main() -> None:
     if not options.rehearse and not import_module("torch").cuda.is_available():
         print("gpu.py: no CUDA device here, nothing measured; --rehearse walks through it on a CPU")
         sys.exit(2)
-    if missing := [name for name in ("pydantic", "yaml") if not has(name)]:
+    if missing := [name for name in ("yaml",) if not has(name)]:
         print(
             f"gpu.py: {' and '.join(missing)} missing: streaming and the tests of whole models "
-            "will not run; pip install pydantic pyyaml, or bring them on PYTHONPATH"
+            "will not run; pip install pyyaml, or bring it on PYTHONPATH"
         )
     build()
     options.out.mkdir(parents=True, exist_ok=True)

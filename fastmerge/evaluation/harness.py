@@ -28,7 +28,7 @@ from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.weights import model_of
 from fastmerge.llama import load_tokenizer
-from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.located import placed
 
 _MMLU_SUBJECTS = 57
 BUILT_IN = True  # whether names may be tasks of the harness's own
@@ -90,7 +90,8 @@ class Harness:
         """A digest of all settings that decide a score, the task files' texts included."""
         from importlib.metadata import version
 
-        values = self._settings.model_dump(exclude={"every", "stages", "bootstrap", "registered"})
+        beside = {"every", "stages", "bootstrap", "registered"}
+        values = self._settings.plain(without=beside)
         return digest([values, self._texts, version("lm_eval")])
 
     def has(self, split: str) -> bool:
@@ -200,14 +201,11 @@ class _Sources:
             if not Path(path).is_dir():
                 raise RecipeError(f"{settings.at('include_path')}: no such folder: {given}")
         if settings.preset is not None:
+            where = settings.at("preset")  # the user wrote the preset, not these tasks
             self.steering = [
-                Task(name=name, num_fewshot=shots, metric=metric)
+                Task(placed(where, name=name, num_fewshot=shots, metric=metric))
                 for _, name, shots, metric in LEADERBOARD_V1
             ]
-            here = LocatedDict()  # the user wrote the preset, not these tasks
-            here.where, here.at = settings.at("preset"), {}
-            for task in self.steering:
-                task.locate(here)
         for title, name, _, _ in LEADERBOARD_V1 if settings.preset is not None else ():
             self.titles[name] = title
         for path in self._folders:

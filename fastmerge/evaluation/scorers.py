@@ -53,7 +53,7 @@ def register(key: str, make: Maker) -> None:
     ``settings.at(key)`` is its place in the file, for errors. Raises FastmergeError for a key that
     means something already.
     """
-    if key in _MAKERS or key in Evaluate.model_fields:
+    if key in _MAKERS or key in Evaluate.fields:
         raise FastmergeError(f"register: '{key}' of an evaluate section is taken; use another key")
     WAYS.append(key)
     _MAKERS[key] = make

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from fastmerge.errors import RecipeError
-from fastmerge.recipe.located import LocatedDict, Section, expand, read
-
-Handler = Callable[[Any], Any]
-Positive = Annotated[int, Field(ge=1)]
+from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.section import Section, expand, field, listed, mapping, one_of, string, whole
+from fastmerge.recipe.source import read
 
 
 class Task(Section):
     """One task of the harness: a name or a local YAML file; ``items``: a range of its documents."""
 
-    name: str
-    metric: str | None = None  # default: the task's first metric
-    items: str | None = None  # "0:200"
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    name: str = field(string)
+    metric: str | None = field(string, None)  # default: the task's first metric
+    items: str | None = field(string, None)  # "0:200"
+    num_fewshot: int | None = field(whole(0), None)
 
-    @model_validator(mode="after")
-    def _range(self) -> Task:
+    def check(self) -> None:
         if self.items is not None:
             first, colon, last = self.items.partition(":")
             if not colon or not all(part.strip().isdecimal() or not part for part in (first, last)):
@@ -35,7 +31,6 @@ class Task(Section):
             begin, end = self.span
             if end is not None and end <= begin:
                 raise RecipeError(f"{self.at('items')}: 'items' {self.items} holds no document")
-        return self
 
     @property
     def span(self) -> tuple[int, int | None]:
@@ -59,34 +54,33 @@ class Evaluate(Section):
     registered.
     """
 
-    every: Literal["step", "cycle", "end"] = "step"
-    tasks: tuple[Task, ...] = ()
-    holdout: tuple[Task, ...] = ()
-    preset: Literal["open_llm_leaderboard_v1"] | None = None
-    callable: str | None = None  # "module:function"
-    perplexity: str | None = None  # a text file
-    include_path: tuple[str, ...] = ()  # folders with task files
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Positive | None = None
-    batch_size: Positive = 32
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    stages: tuple[Positive, ...] = ()  # staged halving of searches: items per task, rising
-    bootstrap: Annotated[int, Field(ge=100)] = 2000  # resamples of the confidence intervals
-    registered: dict[str, Any] = Field(default_factory=dict)  # what registered keys say
+    every: str = field(one_of("step", "cycle", "end"), "step")
+    tasks: tuple[Task, ...] = field(listed(Task), ())
+    holdout: tuple[Task, ...] = field(listed(Task), ())
+    preset: str | None = field(one_of("open_llm_leaderboard_v1"), None)
+    callable: str | None = field(string, None)  # "module:function"
+    perplexity: str | None = field(string, None)  # a text file
+    include_path: tuple[str, ...] = field(listed(string), ())  # folders with task files
+    num_fewshot: int | None = field(whole(0), None)
+    limit: int | None = field(whole(1), None)
+    batch_size: int = field(whole(1), 32)
+    max_length: int | None = field(whole(2), None)
+    device: str = field(string, "cpu")
+    dtype: str = field(one_of("float32", "bfloat16", "float16"), "float32")
+    # Staged halving of searches: items per task, rising.
+    stages: tuple[int, ...] = field(listed(whole(1)), ())
+    bootstrap: int = field(whole(100), 2000)  # resamples of the confidence intervals
+    # What registered keys say.
+    registered: Mapping[str, Any] = field(mapping, {})
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _shorthand(cls, value: Any, handler: Handler) -> Any:
-        full = expand(value, {"tasks": "name", "holdout": "name", "include_path": ""})
-        if isinstance(full, LocatedDict):
-            added = {key: full.pop(key) for key in WAYS if key in full.keys() - cls.model_fields}
-            full["registered"] = added or None
-        return handler(full)
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
+        full = expand(data, {"tasks": "name", "holdout": "name", "include_path": ""})
+        added = {key: full.pop(key) for key in WAYS if key in full.keys() - cls.fields}
+        full["registered"] = added or None
+        return full
 
-    @model_validator(mode="after")
-    def _one_scorer(self) -> Evaluate:
+    def check(self) -> None:
         ways = [w for w in WAYS if self.registered.get(w) or getattr(self, w, None)]
         if len(ways) != 1:
             found = f"found {' and '.join(ways)}" if ways else "found none"
@@ -113,7 +107,6 @@ class Evaluate(Section):
         for task in (*self.tasks, *self.holdout):
             if keys.count(task.key) > 1:
                 raise RecipeError(f"{task.where}: task '{task.key}' is listed twice")
-        return self
 
     @property
     def way(self) -> str:
@@ -123,13 +116,13 @@ class Evaluate(Section):
     @property
     def scoring_settings(self) -> dict[str, Any]:
         """What decides a score beside the weights and what scores them."""
-        return self.model_dump(include={"dtype", "device", "max_length", "limit"})
+        return {name: getattr(self, name) for name in ("dtype", "device", "max_length", "limit")}
 
 
 def load_evaluate(source: Any) -> Evaluate:
     """A schedule's `evaluate` section on its own, from a file, YAML text or a dict."""
     documents, _, _ = read(source, "evaluate")
-    return Evaluate.model_validate(documents[0])
+    return Evaluate(documents[0])
 
 
 def overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:

@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, ClassVar
-
-from pydantic import BeforeValidator, Field
+from typing import Any, ClassVar
 
 from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, UnsupportedError, nearest
 from fastmerge.methods import METHODS, Method, find
-from fastmerge.recipe.located import Section, read
-from fastmerge.recipe.settings import Setting, Settings, shown
+from fastmerge.recipe.section import FaultError, Section, field, listed, mapping, string, whole
+from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings, shown
+from fastmerge.recipe.source import read
 
 # mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
 # spelling.
@@ -32,7 +31,7 @@ _NOT_YET = (
 _FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_topk")
 
 
-def _reference(value: Any) -> str:
+def reference(value: Any) -> str:
     """``path``, ``hub/id`` or either with ``@revision``, from mergekit's text or mapping form."""
     if isinstance(value, str):
         if not value.strip():
@@ -40,26 +39,24 @@ def _reference(value: Any) -> str:
         return value.strip()
     if not isinstance(value, Mapping) or not {"model", "path"} & set(value):
         raise ValueError(f"must be a folder or a Hub id, not {shown(value)}")
-    for key, item in value.items():
+    for name, item in value.items():
         if item is None:
             continue
-        if key == "lora":
-            raise ValueError(
-                "has a LoRA, which is not supported: merge the adapter into its base first"
+        if name == "lora":
+            raise FaultError(
+                "has a LoRA, which is not supported: merge the adapter into its base first",
+                error=UnsupportedError,
             )
-        if key not in ("model", "path", "revision"):
+        if name not in ("model", "path", "revision"):
             raise ValueError(
-                f"has the key '{key}', which is not supported; known: model, path, revision"
+                f"has the key '{name}', which is not supported; known: model, path, revision"
             )
     if "model" in value:
-        return _reference(value["model"])
+        return reference(value["model"])
     path, revision = value["path"], value.get("revision")
     if not isinstance(path, str):
         raise ValueError(f"has a path that is not text: {shown(path)}")
     return path if revision is None else f"{path}@{revision}"
-
-
-Reference = Annotated[str, BeforeValidator(_reference)]
 
 
 # ---------------------------------------------------------------- sections
@@ -75,18 +72,19 @@ class ModelEntry(Section):
     """One entry of ``models:``."""
 
     hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
-    model: Reference
-    parameters: Settings = Field(default_factory=dict)
-    layer_range: tuple[int, int] | None = None  # only the whole model; for parts there is `slices`
+    model: str = field(reference)
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
+    # Only the whole model; for parts there is `slices`.
+    layer_range: tuple[int, ...] | None = field(listed(whole(), 2), None)
 
 
 class SliceSource(Section):
     """One entry of a slice's ``sources:``: layers [start, end) of a model."""
 
     hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
-    model: Reference
-    layer_range: tuple[int, int]
-    parameters: Settings = Field(default_factory=dict)
+    model: str = field(reference)
+    layer_range: tuple[int, ...] = field(listed(whole(), 2))
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
 
     def check(self) -> None:
         start, end = self.layer_range
@@ -104,9 +102,9 @@ class Slice(Section):
     refused: ClassVar[Mapping[str, str]] = {
         "residual_weight": "mergekit reads it and does nothing with it; remove it",
     }
-    sources: list[SliceSource]
-    base_model: Reference | None = None
-    parameters: Settings = Field(default_factory=dict)
+    sources: tuple[SliceSource, ...] = field(listed(SliceSource))
+    base_model: str | None = field(reference, None)
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
 
     def check(self) -> None:
         if not self.sources:
@@ -141,18 +139,18 @@ class Document(Section):
         "input_model_parameters": "mergekit dropped it; use each model's 'parameters:'",
         "embed_slerp": "mergekit dropped it; remove it",
     }
-    merge_method: str
-    name: str | None = None
-    models: list[ModelEntry] | None = None
-    slices: list[Slice] | None = None
-    base_model: Reference | None = None
-    parameters: Settings = Field(default_factory=dict)
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: Reference | None = None
-    tokenizer: dict[str, Any] | None = None
-    seed: int | None = None
-    random_seed: int | None = None  # what some recipes in the wild call it
+    merge_method: str = field(string)
+    name: str | None = field(string, None)
+    models: tuple[ModelEntry, ...] | None = field(listed(ModelEntry), None)
+    slices: tuple[Slice, ...] | None = field(listed(Slice), None)
+    base_model: str | None = field(reference, None)
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
+    dtype: str | None = field(string, None)
+    out_dtype: str | None = field(string, None)
+    tokenizer_source: str | None = field(reference, None)
+    tokenizer: Mapping[str, Any] | None = field(mapping, None)
+    seed: int | None = field(whole(), None)
+    random_seed: int | None = field(whole(), None)  # what some recipes in the wild call it
 
     @property
     def method(self) -> Method:
@@ -307,9 +305,9 @@ class Recipe:
         """
         if isinstance(source, Recipe):
             return source
-        located, text, origin = read(source, "recipe")
-        documents = [Document.model_validate(item) for item in located]
-        return cls(tuple(_in_order(documents, origin)), text)
+        mappings, written, origin = read(source, "recipe")
+        documents = [Document(item) for item in mappings]
+        return cls(tuple(_in_order(documents, origin)), written)
 
 
 def _in_order(documents: list[Document], origin: str) -> list[Document]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import PlainValidator
+from typing import Any, NamedTuple
 
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods import Parameter
@@ -131,13 +129,14 @@ def _setting(value: Any, where: str) -> Setting:
     return Setting((Rule(None, _gradient(value, where), where),))
 
 
-def _settings(value: Any) -> dict[str, Setting]:
+def settings(value: Any) -> Mapping[str, Setting]:
+    """The kind of ``parameters:``: a setting for each name."""
     if not isinstance(value, LocatedDict):
         raise ValueError(f"must be a mapping of parameters, not {shown(value)}")
     return {k: _setting(v, value.at[k]) for k, v in value.items() if v is not None}
 
 
-Settings = Annotated[dict[str, Setting], PlainValidator(_settings)]
+NO_SETTINGS: Mapping[str, Setting] = {}
 
 
 def affine(setting: Setting, scale: float, offset: float) -> Setting:

@@ -47,7 +47,7 @@ def open_template(schedule: Schedule) -> Plan:
     }
     if schedule.out_dtype is None:
         del document["dtype"]  # the models' own type
-    recipe = Recipe((Document.model_validate(_located(document, schedule.where)),), schedule.text)
+    recipe = Recipe((Document(_located(document, schedule.where)),), schedule.text)
     return make_plan(recipe, base_folder=schedule.folder)
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
-
-from pydantic import Field, PrivateAttr, model_validator
+from typing import Any, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
-from fastmerge.evaluation.settings import Evaluate, Handler, Positive
+from fastmerge.evaluation.settings import Evaluate
 from fastmerge.methods import METHODS, Consensus, Method, Parameter
-from fastmerge.recipe.located import LocatedDict, Section, expand, read
-from fastmerge.recipe.settings import Setting, Settings
+from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.section import Section, expand, field, listed, one_of, real, string, whole
+from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings
+from fastmerge.recipe.source import read
 from fastmerge.search.families import BASELINES
 
 POLICIES = ("weakest", "strongest", "next", "random", "nearest", "farthest")
@@ -29,9 +29,9 @@ _IMPLIED = ("weight", "t")  # parameters of the table that a step derives from i
 class Entry(Section):
     """One model of the walk; written as a mapping or as the bare path or hub name."""
 
-    model: str
-    name: str = ""
-    accuracy: Annotated[float, Field(ge=0, le=100)] | None = None  # percent, as the user gave it
+    model: str = field(string)
+    name: str = field(string, "")
+    accuracy: float | None = field(real(0, 100), None)  # percent, as the user gave it
 
     @property
     def label(self) -> str:
@@ -48,45 +48,41 @@ class Step(Section):
     other key is a parameter of the method, written as in a recipe.
     """
 
-    partner: str | None = None
-    toward: str | None = None
-    method: str
-    base: str | None = None
-    parameters: Settings = Field(default_factory=dict)  # t among them
+    partner: str | None = field(string, None)
+    toward: str | None = field(string, None)
+    method: str = field(string)
+    base: str | None = field(string, None)
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)  # t among them
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _gather(cls, value: Any, handler: Handler) -> Any:
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
         """Moves t and the method's parameters under one key; writes out ``toward: {step: 3}``."""
-        if not isinstance(value, LocatedDict):
-            return handler(value)
-        own = set(cls.model_fields) - {"parameters"}
-        gathered = LocatedDict({k: v for k, v in value.items() if k in own})
-        inner = value.get("parameters")
+        own = set(cls.fields) - {"parameters"}
+        gathered = LocatedDict({k: v for k, v in data.items() if k in own})
+        inner = data.get("parameters")
         inner = inner if isinstance(inner, LocatedDict) else LocatedDict()
         extra = LocatedDict(
-            {k: v for k, v in value.items() if k not in gathered and k != "parameters"}
+            {k: v for k, v in data.items() if k not in gathered and k != "parameters"}
         )
-        extra.where, extra.at = value.where, {**value.at, **getattr(inner, "at", {})}
+        extra.where, extra.at = data.where, {**data.at, **getattr(inner, "at", {})}
         extra.update(inner)
-        gathered.where, gathered.at = value.where, extra.at
-        method = METHODS.get(value["method"]) if isinstance(value.get("method"), str) else None
+        gathered.where, gathered.at = data.where, extra.at
+        method = METHODS.get(data["method"]) if isinstance(data.get("method"), str) else None
         if method is not None:
             known = [p.name for p in method.parameters]
-            for key in extra:
-                if key not in known and key != "t":
-                    hint = nearest(key, [*(k for k in known if k not in _IMPLIED), *own, "t"])
+            for name in extra:
+                if name not in known and name != "t":
+                    hint = nearest(name, [*(k for k in known if k not in _IMPLIED), *own, "t"])
                     raise RecipeError(
-                        f"{extra.at[key]}: unknown key '{key}' for a {method.name} step; {hint}"
+                        f"{extra.at[name]}: unknown key '{name}' for a {method.name} step; {hint}"
                     )
         gathered["parameters"] = extra
         target = gathered.get("toward")
         if isinstance(target, Mapping) and set(target) == {"step"}:
             gathered["toward"] = f"step: {target['step']}"
-        return handler(gathered)
+        return gathered
 
-    @model_validator(mode="after")
-    def _method_and_parameters(self) -> Step:
+    def check(self) -> None:
         method = METHODS.get(self.method)
         if method is None:
             self.refuse(
@@ -108,7 +104,6 @@ class Step(Section):
             setting.checked(
                 _T if key == "t" else next(p for p in method.parameters if p.name == key)
             )
-        return self
 
     @property
     def t(self) -> Setting | None:
@@ -135,20 +130,19 @@ class Step(Section):
 class Degrade(Step):
     """A step toward a pool model, chosen by policy or by name."""
 
-    @model_validator(mode="after")
-    def _partner(self) -> Degrade:
+    def check(self) -> None:
+        super().check()
         if self.partner is None or self.toward is not None:
             self.refuse(
                 "toward", f"a degrade step takes 'partner': {', '.join(POLICIES)} or a name"
             )
-        return self
 
 
 class Retrace(Step):
     """A step back toward an earlier state."""
 
-    @model_validator(mode="after")
-    def _toward(self) -> Retrace:
+    def check(self) -> None:
+        super().check()
         if self.toward is None or self.partner is not None:
             known = f"{', '.join(ANCESTORS)} or 'step: n'"
             self.refuse("partner", f"a retrace step takes 'toward': {known}")
@@ -161,20 +155,17 @@ class Retrace(Step):
         elif self.toward not in ANCESTORS:
             hint = nearest(self.toward, [*ANCESTORS, "step: n"])
             self.refuse("toward", f"unknown ancestor '{self.toward}'; {hint}")
-        return self
 
 
 class Pair(Section):
     """One entry of explicit steps: exactly one of the two."""
 
-    degrade: Degrade | None = None
-    retrace: Retrace | None = None
+    degrade: Degrade | None = field(Degrade, None)
+    retrace: Retrace | None = field(Retrace, None)
 
-    @model_validator(mode="after")
-    def _one(self) -> Pair:
+    def check(self) -> None:
         if (self.degrade is None) == (self.retrace is None):
             raise RecipeError(f"{self.where}: each step is either 'degrade:' or 'retrace:'")
-        return self
 
     @property
     def step(self) -> Step:
@@ -187,13 +178,12 @@ class Pair(Section):
 class Moves(Section):
     """Cycles of one degrade and one retrace, or explicit steps."""
 
-    cycles: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    degrade: Degrade | None = None
-    retrace: Retrace | None = None
-    steps: tuple[Pair, ...] | None = None
+    cycles: int | None = field(whole(1, 100_000), None)
+    degrade: Degrade | None = field(Degrade, None)
+    retrace: Retrace | None = field(Retrace, None)
+    steps: tuple[Pair, ...] | None = field(listed(Pair), None)
 
-    @model_validator(mode="after")
-    def _either(self) -> Moves:
+    def check(self) -> None:
         if self.steps is not None:
             if (self.cycles, self.degrade, self.retrace) != (None, None, None):
                 raise RecipeError(f"{self.where}: give either 'steps' or 'cycles', not both")
@@ -203,33 +193,32 @@ class Moves(Section):
             raise RecipeError(
                 f"{self.where}: give 'cycles' with 'degrade' and 'retrace', or explicit 'steps'"
             )
-        return self
 
 
 class Accept(Section):
     """Which candidates become the state; ``judge: cycle`` passes a degrade, judges a retrace."""
 
-    rule: Literal["always", "improve", "anneal"] = "always"
-    judge: Literal["cycle", "step"] = "cycle"
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # percent points
-    cooling: Annotated[float, Field(gt=0, le=1)] = 0.9  # factor at each judgement
+    rule: str = field(one_of("always", "improve", "anneal"), "always")
+    judge: str = field(one_of("cycle", "step"), "cycle")
+    temperature: float = field(real(above=0), 1.0)  # percent points
+    cooling: float = field(real(high=1, above=0), 0.9)  # factor at each judgement
 
 
 class Stop(Section):
     """Early stop: after ``patience`` judgements without a new best score."""
 
-    patience: Positive
+    patience: int = field(whole(1))
 
 
 class Compare(Section):
     """One-shot merges with as many evaluations each as the walk spent."""
 
-    methods: tuple[str, ...]
-    budget: Positive | None = None  # evaluations per method; default: as many as the walk spent
-    seeds: Positive = 3  # masks drawn for the chosen random merge
+    methods: tuple[str, ...] = field(listed(string))
+    # Evaluations per method; default: as many as the walk spent.
+    budget: int | None = field(whole(1), None)
+    seeds: int = field(whole(1), 3)  # masks drawn for the chosen random merge
 
-    @model_validator(mode="after")
-    def _known(self) -> Compare:
+    def check(self) -> None:
         for name in self.methods:
             if name not in BASELINES:
                 raise RecipeError(
@@ -237,35 +226,32 @@ class Compare(Section):
                 )
         if len(set(self.methods)) < len(self.methods):
             raise RecipeError(f"{self.at('methods')}: a comparison is listed twice")
-        return self
 
 
 class Schedule(Section):
     """A retrograde run. Models have numbers: 0 the baseline, 1.. the pool, then base_model."""
 
-    baseline: Entry
-    pool: tuple[Entry, ...] = ()
-    base_model: str | None = None
-    schedule: Moves
-    accept: Accept = Field(default_factory=lambda: Accept())
-    stop: Stop | None = None
-    keep: Literal["last", "best"] = "last"  # the state that becomes the final model
-    evaluate: Evaluate | None = None
-    compare: Compare | None = None
-    dtype: str = "float32"  # of the arithmetic; the engine's only one
-    out_dtype: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    _text: str = PrivateAttr("")
-    _folder: Path = PrivateAttr(default_factory=Path)
+    baseline: Entry = field(Entry)
+    pool: tuple[Entry, ...] = field(listed(Entry), ())
+    base_model: str | None = field(string, None)
+    schedule: Moves = field(Moves)
+    accept: Accept = field(Accept, Accept({}))
+    stop: Stop | None = field(Stop, None)
+    keep: str = field(one_of("last", "best"), "last")  # the state that becomes the final model
+    evaluate: Evaluate | None = field(Evaluate, None)
+    compare: Compare | None = field(Compare, None)
+    dtype: str = field(string, "float32")  # of the arithmetic; the engine's only one
+    out_dtype: str | None = field(string, None)
+    seed: int | None = field(whole(0, below=2**63), None)
+    text: str = ""  # the schedule as written, for the record
+    folder: Path = Path()  # what relative paths in the file are relative to
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _shorthand(cls, value: Any, handler: Handler) -> Any:
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
         keys = {"baseline": "model", "pool": "model", "accept": "rule", "compare": "methods"}
-        return handler(expand(value, keys))
+        return expand(data, keys)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Schedule:
+    def check(self) -> None:
         labels = [self.baseline.label, *(entry.label for entry in self.pool)]
         for entry in self.pool:
             if entry.model == self.baseline.model:
@@ -289,7 +275,6 @@ class Schedule(Section):
                 dtypes.parse(name, self.at(key))
         if self.evaluate is None:
             self.check_unmeasured()
-        return self
 
     def _check_step(self, number: int, step: Step) -> None:
         if step.partner is not None:
@@ -369,24 +354,9 @@ class Schedule(Section):
 
     def without_evaluation(self) -> Schedule:
         """The same walk, measuring nothing; raises FastmergeError where it needs scores."""
-        bare = self.model_copy(update={"evaluate": None, "compare": None})
+        bare = self.replace(evaluate=None, compare=None)
         bare.check_unmeasured()
         return bare
-
-    def written(self, text: str, folder: Path | None) -> Schedule:
-        """The same, with its text and the folder that relative paths start from."""
-        self._text, self._folder = text, folder or Path()
-        return self
-
-    @property
-    def text(self) -> str:
-        """The schedule as written, for the record."""
-        return self._text
-
-    @property
-    def folder(self) -> Path:
-        """What relative paths in the file are relative to."""
-        return self._folder
 
     def pool_index(self, name: str) -> int | None:
         """The number of the pool model called ``name`` (label or path)."""
@@ -404,11 +374,11 @@ class Schedule(Section):
 
 def load(source: Any) -> Schedule:
     """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault."""
-    documents, text, origin = read(source, "schedule")
+    documents, written, origin = read(source, "schedule")
     if len(documents) > 1:
         raise RecipeError(f"{documents[1].where}: a schedule file holds one document")
-    schedule = Schedule.model_validate(documents[0])
-    return schedule.written(text, None if origin == "schedule" else Path(source).parent)
+    folder = Path() if origin == "schedule" else Path(source).parent
+    return Schedule(documents[0]).replace(text=written, folder=folder)
 
 
 def uses_t(method: Method) -> bool:
