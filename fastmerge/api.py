@@ -15,6 +15,7 @@ from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_pl
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError
 from fastmerge.models.model import Model
+from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.output.card import model_card
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
@@ -22,8 +23,6 @@ from fastmerge.recipe.document import Recipe
 
 DEVICES = ("cpu", "cuda", "auto")
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
-
-RECIPE_FILE = "fastmerge_recipe.yml"
 
 
 def plan(
@@ -105,13 +104,11 @@ def materialise(
 
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
-    """What lies beside the weights: config, tokenizer and generation files of the donor, card,
-    recipe.
-    """
-    files: dict[str, bytes | Path] = dict(plan.donor_model.side_files())
+    """What is written beside the weights, by name: the donor's side files, config, card, recipe."""
+    files = dict(plan.donor_model.side_files())
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     # Whatever the name: the writer refuses one that is no UTF-8.
-    files["README.md"] = model_card(plan, title).encode(errors="backslashreplace")
+    files[CARD_FILE] = model_card(plan, title).encode(errors="backslashreplace")
     files[RECIPE_FILE] = plan.recipe_text.encode()
     return files

@@ -27,8 +27,7 @@ class FastmergeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # File and tensor names are other people's: no line break or escape sequence gets through.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class RecipeError(FastmergeError):
@@ -53,6 +52,26 @@ class OutputError(FastmergeError):
 
 class ResourceError(FastmergeError):
     """The machine lacks memory, disk space, threads, a GPU or an installed package."""
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: file and tensor names are other people's, and no
+    line break, escape sequence or change of direction gets through.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def first_sentences(text: str, limit: int = 200) -> str:
+    """The first line of another library's message: as many whole sentences as ``limit`` characters
+    hold, or, where the first is longer, its whole words and an ellipsis.
+    """
+    line = (text.strip().splitlines() or [""])[0]
+    if len(line) <= limit:
+        return line
+    end = line.rfind(". ", 0, limit)
+    return line[: end + 1] if end > 0 else line[:limit].rsplit(" ", 1)[0] + " ..."
 
 
 def nearest(word: str, known: object, *, limit: int = 12) -> str:

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import FastmergeError
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.models.folder import INDEX, side_files
+from fastmerge.models.folder import INDEX
 from fastmerge.models.hub import resolve
+from fastmerge.models.side_files import side_files
 
 
 @pytest.fixture

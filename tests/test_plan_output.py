@@ -241,7 +241,7 @@ def test_a_tied_models_embeddings_stand_in_for_its_head(zoo, monkeypatch):
             {"parameters": {"t": [{"filter": "self_atn", "value": 1}, {"value": 0}]}},
             "recipe.parameters.t[0].value: filter 'self_atn' matches no tensor",
         ),
-        ({"tokenizer_source": "base"}, "the tokenizer of 'blur' is copied"),
+        ({"tokenizer_source": "base"}, "nothing beside the weights of 'blur' has a name that"),
     ],
 )
 def test_notes(recipe, note):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,16 @@ LAYOUT = Layout.plan([("x", F32, (2,))], max_shard_bytes=1000, metadata={})
 
 @pytest.mark.parametrize(
     "target, message",
-    [("/", "root folder"), (".", "current"), ("x" * 230, "too long"), ("\udc80", "not UTF-8")],
+    [
+        ("/", "root folder"),
+        (".", "current"),
+        ("x" * 230, "too long"),
+        ("d/" * 3000 + "x", "too long"),
+        ("x" * 300 + "/y", "too long"),
+        ("\udc80", "not UTF-8"),
+        ("a\0b", "no folder can be called that"),
+        ("~nobody-here/x", "does not exist"),
+    ],
 )
 def test_places_that_no_model_can_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
@@ -61,3 +72,44 @@ def test_the_folder_we_stand_in_is_not_replaced(
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(FastmergeError, match="leads nowhere"):
         ModelWriter(tmp_path / "loop", LAYOUT, key="job")
+
+
+# --- what a failure leaves ---
+
+PAGES = Layout.plan([(f"t{n}", F32, (4096,)) for n in range(20)], max_shard_bytes=50_000)
+
+
+def fill(writer: ModelWriter, count: int) -> None:
+    for name in writer.pending()[:count]:
+        writer.write(name, bytes(4 * 4096))
+        writer.computed(name, {})
+
+
+def ended(target: Path, how: BaseException) -> None:
+    """A run that journals ten tensors and then ends by ``how``."""
+    with (
+        suppress(type(how)),
+        ModelWriter(target, PAGES, key="k", fresh=True, staging_bytes=1) as writer,
+    ):
+        fill(writer, 15)
+        until = time.monotonic() + 30
+        while writer._journal.entries < 10:
+            assert time.monotonic() < until
+            writer.mark()
+        raise how
+
+
+def test_a_failed_run_goes_on_and_blocks_no_other_job(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    ended(target, FastmergeError("no"))
+    with suppress(KeyboardInterrupt), ModelWriter(target, PAGES, key="k") as writer:
+        assert len(writer.resumed) >= 10  # the same job, which from here on is no failure any more
+        raise KeyboardInterrupt
+    with pytest.raises(FastmergeError, match="unfinished merge"):
+        ModelWriter(target, PAGES, key="other")
+    ended(target, FastmergeError("no"))
+    with ModelWriter(target, PAGES, key="other") as writer:
+        assert not writer.resumed
+        fill(writer, 20)
+        writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

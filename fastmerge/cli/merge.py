@@ -116,18 +116,20 @@ def plan(
 ) -> None:
     """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
     from fastmerge import api
+    from fastmerge.models.side_files import bytes_of
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
 
     limits = _limits(memory_limit, max_shard_size)
     decided = api.plan(recipe, seed=seed)
+    side = decided.donor_model.side_files()
     layout = Layout.plan(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],
         max_shard_bytes=limits["max_shard_bytes"],
     )
     if out is not None:
         inputs = [place for model in decided.models for place in model.places]
-        check_output(out, inputs, layout.file_bytes, overwrite=overwrite)
+        check_output(out, inputs, layout.file_bytes + bytes_of(side), overwrite=overwrite)
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
     if json:
@@ -150,7 +152,10 @@ def plan(
             "memory",
             f"{format_bytes(limits['memory_limit'])} at most; inputs are mapped, not loaded",
         ),
-        ("side files", f"from {found['donor']}"),
+        (
+            "side files",
+            f"{len(side)} from {found['donor']}, {format_bytes(bytes_of(side))}",
+        ),
     ]
     if found["seed"] is not None:
         rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))

@@ -74,6 +74,7 @@ def merge_plan(
         overwrite=overwrite,
         fresh=fresh,
         io=io,
+        side_files=side_files or {},
     )
     with folder:
         pending = folder.pending(plan.tensors)
@@ -95,9 +96,9 @@ def merge_plan(
         except FastmergeError:
             folder.discard()
             raise
-        files = dict(side_files or {})
-        files[LINEAGE_FILE] = lineage_file(plan, folder.results, executor.trims)
-        folder.finish(files)
+        names = (*(side_files or {}), LINEAGE_FILE, *folder.files)
+        lineage = lineage_file(plan, folder.results, executor.trims, names)
+        folder.finish({LINEAGE_FILE: lineage})
     return MergeReport(
         out=out,
         seconds=time.perf_counter() - started,
@@ -117,6 +118,13 @@ def merge_plan(
             if "nonfinite" in result
         },
         notes=(*plan.notes, *executor.notes),
+    )
+
+
+def _bytes_of(files: Mapping[str, bytes | Path]) -> int:
+    return sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
     )
 
 

@@ -15,7 +15,6 @@ arithmetic is fp32 whatever ``dtype`` says, and an existing model is replaced on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ from fastmerge import api
 from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, nearest
-from fastmerge.models.folder import TOKENIZER_PATTERNS
+from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, is_tokenizer
 from fastmerge.plan.plan import Plan
 from fastmerge.recipe.document import Recipe
-
-CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
 
 # mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
 # a plan refuses by name (other architectures, embeddings of other sizes, LoRAs), and trust in
@@ -154,11 +151,7 @@ def _files(
     if given.get("write_model_card", True):
         files[CONFIG_FILE] = (config_source or plan.recipe_text).encode()
     else:
-        del files["README.md"]
+        del files[CARD_FILE]
     if not given.get("copy_tokenizer", True):
-        files = {
-            name: file
-            for name, file in files.items()
-            if not any(fnmatch(name, pattern) for pattern in TOKENIZER_PATTERNS)
-        }
+        files = {name: file for name, file in files.items() if not is_tokenizer(name)}
     return files

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ModelError, nearest
-from fastmerge.models.folder import INDEX, check_index, find_files, side_files
+from fastmerge.models.folder import INDEX, check_index, find_files
 from fastmerge.models.header import (
     FileTensor,
     Header,
@@ -25,6 +25,7 @@ from fastmerge.models.header import (
     stamp_of,
     unreadable,
 )
+from fastmerge.models.side_files import SideFiles, side_files
 
 _SAMPLE_BYTES = 4096
 _MAX_SAMPLES = 12_288  # 48 MiB: under a second even where every read is a seek on flash
@@ -83,6 +84,8 @@ class Checkpoint:
         else:
             raise ModelError(f"{path}: no such file or folder")
         beside = (path if path.is_dir() else path.parent) / "config.json"
+        if beside.is_symlink() and not beside.exists():
+            raise ModelError(f"{beside}: a link to nothing ({os.readlink(beside)}); mend the link")
         if beside.exists():
             config = read_object(beside)
         opened = [read_header(file, index) for index, file in enumerate(files)]
@@ -103,9 +106,9 @@ class Checkpoint:
     def places(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def side_files(self) -> dict[str, bytes | Path]:
+    def side_files(self) -> SideFiles:
         """What a merged model takes over from it beside the weights, by name: tokenizer, ..."""
-        return dict(side_files(self.path))
+        return side_files(self.path, self.files)
 
     def __repr__(self) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Which files of a folder make a model: its weights, and what lies beside them."""
+"""Which files of a folder are a model's weights."""
 
 from __future__ import annotations
 
@@ -11,46 +11,6 @@ from fastmerge.models.header import Header, read_object, show
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-TOKENIZER_PATTERNS = (
-    "tokenizer*.json",
-    "tokenizer*.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenization_*.py",
-)
-# What a model folder holds beside its weights that a merged model needs too.
-SIDE_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_PATTERNS,
-    "*preprocessor_config.json",
-    "processor_config.json",
-    # A config with `auto_map` names these and does not load without them. Copied, never run.
-    "configuration_*.py",
-    "modeling_*.py",
-)
-
-
-def side_files(path: Path) -> dict[str, Path]:
-    """What a merged model takes over from the one at ``path``, by name: config, tokenizer, ..."""
-    folder = path if path.is_dir() else path.parent
-    found = {
-        file.name: file
-        for pattern in SIDE_PATTERNS
-        for file in folder.glob(pattern)
-        if file.is_file()
-    }
-    found.pop(INDEX, None)
-    return dict(sorted(found.items()))
 
 
 # --- finding the files ---

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -91,9 +92,25 @@ def _parse_object(data: bytes, *, strict: bool) -> dict[str, Any]:
     return found
 
 
+def open_regular(path: Path) -> FileIO:
+    """Opens a regular file for reading, unbuffered; anything else is refused and never waited for.
+    Raises ModelError, OSError.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ModelError(f"{path}: not a regular file")
+    return FileIO(descriptor)
+
+
 def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
     try:
-        return _parse_object(path.read_bytes(), strict=strict)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_HEADER_BYTES:
+                raise ModelError(f"{path}: {size} bytes, over {MAX_HEADER_BYTES}; not a config")
+            return _parse_object(file.readall(), strict=strict)
     except OSError as error:
         unreadable(path, error)
     except ValueError as error:
@@ -110,12 +127,9 @@ def stamp_of(path: Path, info: os.stat_result) -> Stamp:
 
 def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with open_regular(path) as opened:
+            descriptor = opened.fileno()
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{path}: not a regular file")
             size = status.st_size
             if size < 8:
                 raise ModelError(f"{path}: truncated: {size} bytes, not even a header length")
@@ -131,8 +145,6 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
                     f"{path}: truncated: {size} bytes, but its header alone takes {8 + length}"
                 )
             data = os.pread(descriptor, length, 8)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         unreadable(path, error)
     try:

@@ -12,6 +12,8 @@ from typing import Any
 from fastmerge.errors import OutputError
 from fastmerge.output.place import explain
 
+_FAILED = {"failed": True}
+
 
 def _is_head(line: Any) -> bool:
     return isinstance(line, dict) and {"job", "boot", "folder"} <= line.keys()
@@ -37,6 +39,7 @@ class Journal:
         self.path = path
         self.job = ""
         self.entries = 0
+        self.failed = False  # the run it tells of ended with an error of its own
         self.begun = False  # this process owns what the partial folder holds
         try:
             self._descriptor = self._locked(path)
@@ -60,8 +63,9 @@ class Journal:
             os.close(descriptor)
 
     def _entries(self) -> tuple[dict[str, Any], list[Any], int]:
-        """The job, the entries that are whole, and the bytes of both. A power cut may leave blocks
-        that were never written: what follows the first damaged line counts for nothing.
+        """The job, the entries that are whole, and the bytes of both; sets ``failed``. A power cut
+        may leave blocks that were never written: what follows the first damaged line counts for
+        nothing.
         """
         text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
         found: list[Any] = []
@@ -72,6 +76,7 @@ class Journal:
             except ValueError:
                 break
             if not (_is_entry(entry) if found else _is_head(entry)):
+                self.failed = entry == _FAILED
                 break
             found.append(entry)
             size += len(line) + 1
@@ -94,6 +99,10 @@ class Journal:
         os.ftruncate(self._descriptor, 0)
         self.job, self.entries, self.begun = job, 0, True
         self._append([json.dumps({"job": job, "boot": _boot(), "folder": inode})])
+
+    def fail(self) -> None:
+        """Notes that the run ended with an error: another job need not be kept from this place."""
+        self._append([json.dumps(_FAILED)])
 
     def add(self, results: Mapping[str, dict[str, Any]]) -> None:
         self._append([json.dumps(item) for item in results.items()])

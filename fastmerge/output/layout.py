@@ -10,7 +10,7 @@ from functools import cached_property
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
-from fastmerge.models.folder import SINGLE
+from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import MAX_HEADER_BYTES, show
 
 _ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
@@ -101,6 +101,11 @@ class Layout:
         for shard in self.shards:
             found.update(shard.name.encode() + b"\0" + shard.header)
         return found.hexdigest()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the weight files and, where there are several, of the index."""
+        return (*(shard.name for shard in self.shards), *([INDEX] if self.index else []))
 
     @property
     def file_bytes(self) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.compute.tensor import Outcome, Trim
+from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Merge, Node, Stored
-
-LINEAGE_FILE = "fastmerge.json"
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -48,16 +47,20 @@ def tensor_lineage(outcome: Outcome, references: Sequence[str]) -> dict[str, Any
 
 
 def lineage_file(
-    plan: Plan, results: Mapping[str, Mapping[str, Any]], spanning: Mapping[Node, Trim]
+    plan: Plan,
+    results: Mapping[str, Mapping[str, Any]],
+    spanning: Mapping[Node, Trim],
+    files: Iterable[str],
 ) -> bytes:
     """The lineage that is known after it: effective coefficients and kept counts by tensor, or for
-    whole models.
+    whole models. ``files``: what is written, which a later merge may replace.
     """
     lineage = {
         **metadata(plan),
         "fastmerge_inputs": {
             ref: model.fingerprint for ref, model in zip(plan.references, plan.models, strict=True)
         },
+        "files": sorted(files),
         "tensors": {name: results[name] for name in sorted(results)},
     }
     for node, trim in list(spanning.items())[:1]:  # the counts are the same for all

@@ -6,11 +6,15 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, OutputError, ResourceError
+from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError
 from fastmerge.models.folder import INDEX, SINGLE
+from fastmerge.models.header import read_object
+from fastmerge.models.side_files import LINEAGE_FILE, OURS, is_known
 
+_LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[\w.-]*|\.gitattributes")
 _MAX_NAME_BYTES = 220  # of the 255 that file systems take: the working folder's name is longer
 
 
@@ -23,10 +27,25 @@ def check_output(
     """Raises what `ModelWriter` would about the place of ``nbytes`` of output, but for unfinished
     merges, which need its lock; touches nothing.
     """
-    real = Path(os.path.realpath(target))
+    real = real_target(target)
     check_place(real, inputs)
     check_target(real, overwrite)
     check_space(real.parent, nbytes)
+
+
+def real_target(target: Path) -> Path:
+    """``target`` with links followed; OutputError where no folder can have that name."""
+    try:
+        real = Path(os.path.realpath(target))
+        with suppress(FileNotFoundError):
+            os.lstat(real)
+    except ValueError as error:  # a character that no path can hold
+        raise OutputError(f"{target}: no folder can be called that ({error})") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"{str(target)[:40]}...: the path is too long; shorten it") from None
+        raise OutputError(f"{target}: cannot be used ({error.strerror or error})") from error
+    return real
 
 
 def check_place(target: Path, inputs: Iterable[Path]) -> None:
@@ -90,6 +109,51 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise OutputError(f"{target}: exists; choose another output or add --overwrite")
     if not names & {SINGLE, INDEX, "config.json"}:
         raise OutputError(f"{target}: not a model folder, so --overwrite will not replace it")
+    foreign = _foreign(target)
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise OutputError(
+            f"{target}: holds {', '.join(foreign[:5])}{more}, which no merge wrote and --overwrite "
+            "would delete; move that away, or choose another output"
+        )
+
+
+def _foreign(target: Path) -> list[str]:
+    """What is in the folder that neither a merge wrote there nor every model's folder holds; a
+    folder of such things counts once.
+    """
+    written = _written(target)
+    found: dict[str, None] = {}
+    for folder, folders, files in os.walk(target):
+        inside = os.path.relpath(folder, target)
+        prefix = "" if inside == "." else f"{inside}/"
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in sorted(files + links):
+            whole = prefix + name
+            if whole in written or (not prefix and _is_models(name)):
+                continue
+            if not whole.startswith(".cache/huggingface/"):  # what its downloads leave behind
+                top, _, rest = whole.partition("/")
+                found[f"{top}/" if rest else top] = None
+        if not folders and not files and prefix:
+            found.setdefault(f"{prefix.split('/')[0]}/")
+    return list(found)
+
+
+def _is_models(name: str) -> bool:
+    return name in OURS or is_known(name) or _LEGAL.fullmatch(name) is not None
+
+
+def _written(target: Path) -> set[str]:
+    """What the merge that made the folder says that it wrote."""
+    path = target / LINEAGE_FILE
+    if not path.is_file():
+        return set()
+    try:
+        files = read_object(path).get("files")
+    except ModelError:  # damaged: then nothing is known of what was written
+        return set()
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
 
 def check_space(folder: Path, needed: int) -> None:

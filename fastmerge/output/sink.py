@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.compute.tensor import Outcome
+from fastmerge.models.side_files import bytes_of
 from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import metadata, tensor_lineage
 from fastmerge.output.writer import ModelWriter
@@ -108,7 +109,10 @@ class ModelFolder:
         overwrite: bool = False,
         fresh: bool = False,
         io: str = "auto",
+        side_files: Mapping[str, bytes | Path] | None = None,
     ) -> None:
+        """``side_files``: content, or files to copy, to be written beside the weights."""
+        self._side_files = side_files or {}
         layout = Layout.plan(
             [(item.name, item.dtype, item.shape) for item in plan.tensors],
             max_shard_bytes=max_shard_bytes,
@@ -123,8 +127,10 @@ class ModelFolder:
             overwrite=overwrite,
             fresh=fresh,
             io=io,
+            side_bytes=bytes_of(self._side_files),
             staging_bytes=staging_bytes,
         )
+        self.files = layout.files
 
     @property
     def scratch_folder(self) -> Path:
@@ -162,8 +168,8 @@ class ModelFolder:
         self._writer.discard()
 
     def finish(self, files: Mapping[str, bytes | Path]) -> None:
-        """Waits for the weights, adds ``files`` (content, or a file to copy), shows the folder."""
-        self._writer.finish(files)
+        """Waits for the weights, adds the side files and ``files``, shows the folder."""
+        self._writer.finish({**self._side_files, **files})
 
     def __enter__(self) -> ModelFolder:
         return self

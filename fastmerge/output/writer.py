@@ -18,20 +18,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastmerge import _C
-from fastmerge.errors import OutputError, ResourceError
+from fastmerge.errors import ModelError, OutputError, ResourceError
 from fastmerge.models.folder import INDEX
+from fastmerge.models.header import open_regular
+from fastmerge.models.side_files import MAX_FILE_BYTES
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout, Slot
-from fastmerge.output.place import check_place, check_space, check_target, explain
+from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
 
 _MIN_CHUNK_BYTES = 4096  # what direct I/O needs on every common disk
 _MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough to hold many
 # They wait for the disk and compute nothing. Writing 2 GB on one busy disk: 0.9 GB/s with one
 # thread, 1.2 with two, 1.4 with four.
 _IO_THREADS = 4
+_COPIED_BYTES = 1 << 20
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
 
@@ -40,9 +43,11 @@ class ModelWriter:
     """Writes one model folder; use it as a context manager.
 
     key: identifies the job (recipe, inputs, version); the layout is added to it here. An unfinished
-    folder of the same job is continued, of another one refused; fresh=True discards either.
+    folder of the same job is continued; of another one it is refused if that was killed or
+    interrupted, replaced if it failed; fresh=True discards any.
     overwrite: replace a model at ``target``, by an exchange of names when the new one is whole.
     inputs: the folders and files read from, which the target must not touch.
+    side_bytes: what `finish` will be given beside the weights, for the check of the disk's space.
     io: "auto" (direct where the file system has it), "direct" or "buffered".
     staging_bytes: memory for output on its way to the disk, in 24 buffers or more of at most 4 MiB:
     enough for a window of 11 tensors in flight (csrc/io/staging.h says why).
@@ -63,15 +68,17 @@ class ModelWriter:
         fresh: bool = False,
         io: str = "auto",
         inputs: Iterable[Path] = (),
+        side_bytes: int = 0,
         staging_bytes: int = 96 << 20,
         io_threads: int = _IO_THREADS,
     ) -> None:
         # A link is followed: what it points to is what is replaced.
-        self.target = Path(os.path.realpath(target))
+        self.target = real_target(target)
         self.layout = layout
         check_place(self.target, inputs)
         self.partial = self.target.with_name(f".{self.target.name}.fastmerge-partial")
         self._overwrite = overwrite
+        self._side_bytes = side_bytes
         self._old = self.target.with_name(f".{self.target.name}.fastmerge-old")
         self._files: list[_C.StagedFile] = []
         self._begun: set[int] = set()
@@ -112,6 +119,8 @@ class ModelWriter:
         if not kept:
             return {}
         if self._journal.job != job:
+            if self._journal.failed:  # by itself: whoever mends the recipe has nothing to save
+                return {}
             raise OutputError(
                 f"{self.partial}: an unfinished merge of other inputs or another recipe "
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
@@ -137,7 +146,7 @@ class ModelWriter:
             if not kept:
                 if self.partial.exists():
                     shutil.rmtree(self.partial)
-                check_space(self.target.parent, self.layout.file_bytes)
+                check_space(self.target.parent, self.layout.file_bytes + self._side_bytes)
                 self.partial.mkdir()
                 self._journal.begin(job, self.partial.stat().st_ino)
             chunk = _MAX_CHUNK_BYTES
@@ -240,7 +249,8 @@ class ModelWriter:
     # --- ending ---
 
     def finish(self, side_files: Mapping[str, bytes | Path] | None = None) -> None:
-        """Waits for the weights, adds ``side_files`` (content or a file), shows the folder.
+        """Waits for the weights, adds ``side_files`` (by name, with ``/`` between folders: content
+        or a file), shows the folder.
 
         Everything is on the disk (fsync) before the target's name points to it.
         """
@@ -256,10 +266,14 @@ class ModelWriter:
             if self.layout.index is not None:
                 extra.pop(INDEX, None)
                 extra[INDEX] = self.layout.index
+            folders = {self.partial}
             for name, content in extra.items():
-                data = content if isinstance(content, bytes) else content.read_bytes()
-                _write_file(self.partial / name, data)
-            _sync(self.partial)
+                place = self.partial / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                folders |= {f for f in place.parents if f.is_relative_to(self.partial)}
+                _write_file(place, content)
+            for folder in folders:
+                _sync(folder)
             check_target(self.target, self._overwrite)
             self._publish()
         except OSError as error:
@@ -302,15 +316,17 @@ class ModelWriter:
     ) -> None:
         if self._finished:
             return
-        self._give_up()
+        self._give_up(failed=isinstance(error, Exception))
         own = (str(self.partial), str(self._journal.path))
         if isinstance(error, OSError) and str(error.filename).startswith(own):
             raise explain(error, self.target) from error
 
-    def _give_up(self) -> None:
+    def _give_up(self, *, failed: bool = False) -> None:
         """Stops; keeps what a later run can continue from, else leaves nothing."""
         with suppress(OSError):  # a full disk takes no more entries: those it has will do
             self.mark()
+            if failed:
+                self._journal.fail()
         for file in self._files:
             file.abandon()
         if self._worthless or (self._journal.begun and not self._journal.entries):
@@ -321,11 +337,25 @@ class ModelWriter:
 # --- system calls ---
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
+def _write_file(path: Path, content: bytes | Path) -> None:
+    with path.open("xb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            _copy(content, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _copy(path: Path, out: BinaryIO) -> None:
+    """In pieces, and no more than `side_files` takes: it may have grown since it was seen."""
+    with open_regular(path) as file:
+        left = MAX_FILE_BYTES
+        while piece := file.read(_COPIED_BYTES):
+            left -= len(piece)
+            if left < 0:
+                raise ModelError(f"{path}: grew to more than {MAX_FILE_BYTES >> 20} MiB")
+            out.write(piece)
 
 
 def _sync(folder: Path) -> None:

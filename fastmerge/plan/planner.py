@@ -19,6 +19,7 @@ from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_w
 from fastmerge.methods import Method
 from fastmerge.models import hub
 from fastmerge.models.model import Model
+from fastmerge.models.side_files import SideFiles, is_tokenizer
 from fastmerge.plan.build import Builder
 from fastmerge.plan.config import output_config, set_layers
 from fastmerge.plan.heads import settle_heads
@@ -173,15 +174,26 @@ class _Planner:
         build = Builder(document.output_dtype, self._stage_seed(document), self.opened.models)
         tensors = build.whole(parts[0]) if whole else build.stacked(parts)
         self._unused_filters(document, parts)
-        if document.tokenizer_source or document.tokenizer:
-            self.note(
-                f"the tokenizer of '{lead.label}' is copied; equal vocabulary sizes are all that "
-                "is checked"
-            )
+        if is_output:
+            self._beside(document, lead)
         config = output_config(lead.config, document.output_dtype, tensors)
         if not whole:
             set_layers(config, parts, lead, self.note)
         self.views[document.name] = View(document.name or "output", config, tensors, lead.donor)
+
+    def _beside(self, document: Document, lead: View) -> None:
+        """Says what is copied from beside the lead's weights."""
+        side = lead.donor.side_files()
+        if document.tokenizer_source or document.tokenizer:
+            self.note(
+                f"the tokenizer of '{lead.label}' is copied; equal vocabulary sizes are all that "
+                "is checked"
+                if any(is_tokenizer(name) for name in side)
+                else f"nothing beside the weights of '{lead.label}' has a name that tokenizers "
+                "have; all that lies there is copied"
+            )
+        for line in side.notes if isinstance(side, SideFiles) else ():
+            self.note(line)
 
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)

@@ -22,6 +22,7 @@ from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
+from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.retrograde import driver
@@ -239,7 +240,7 @@ def _write_model(
     card = files["README.md"]
     assert isinstance(card, bytes)
     files["README.md"] = card + lineage_section(trajectory).encode()
-    files["schedule.yml"] = files.pop(api.RECIPE_FILE)  # what it records is no recipe
+    files[SCHEDULE_FILE] = files.pop(RECIPE_FILE)  # what it records is no recipe
     # Cheap beside an evaluation, and a folder half as old as the run would be a trap.
     return merge_plan(
         plan,

@@ -1,0 +1,272 @@
+"""What lies beside a model's weights and belongs to it: tokenizer, code, templates, licences.
+
+Everything in the folder and its subfolders does, whatever its name, but for weights, caches,
+version control and what a merge writes itself. A model folder is a stranger's: no link leads out of
+it, only regular files are opened, and sizes are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import ModelError
+from fastmerge.models.header import open_regular, show
+
+MAX_FILE_BYTES = 256 << 20  # the largest tokenizer file on the Hub takes 35 MB
+MAX_TOTAL_BYTES = 1 << 30
+_MAX_ENTRIES = 10_000  # a folder with more is no model's: somebody's home, a data set
+_MAX_MODULES_BYTES = 1 << 20
+
+CARD_FILE = "README.md"
+LINEAGE_FILE = "fastmerge.json"
+RECIPE_FILE = "fastmerge_recipe.yml"
+CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
+SCHEDULE_FILE = "schedule.yml"
+OURS = frozenset({CARD_FILE, LINEAGE_FILE, RECIPE_FILE, CONFIG_FILE, SCHEDULE_FILE})
+
+# Every file that a tokenizer class of transformers or of mistral-common names.
+TOKENIZER_PATTERNS = (
+    "tokenizer*.json",
+    "tokenizer*.jsonl",
+    "tokenizer*.model*",
+    "tokenizer*.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "spm*.model",
+    "*_text.model",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "tokenization_*.py",
+)
+# Known by name: what is taken from beside a file that lies in no model folder of its own, and what
+# --overwrite may replace without a list of what was written there.
+SIDE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_PATTERNS,
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+)
+
+WEIGHT_SUFFIXES = (
+    "safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx",
+    "onnx_data", "npz", "tflite", "pkl", "pickle", "mlmodel", "ot",
+)  # fmt: skip
+# An adapter's config without its weights sends loaders in search of them.
+_WEIGHTS = re.compile(
+    rf"(?i:.+\.(?:{'|'.join(WEIGHT_SUFFIXES)}))|.+\.index(\.[\w-]+)?\.json|adapter_config\.json"
+)
+# The same weights for other programs, with configs that are not this model's.
+OTHER_FORMATS = ("original", "onnx", "openvino", "coreml", "metal", "mlx")
+_SILENT = re.compile(
+    r"__pycache__|.+\.pyc|\.git.*|\.hg|\.svn|\.cache|\.huggingface|\.locks|\.ipynb_checkpoints"
+    r"|\.DS_Store|\..+\.fastmerge-\w+"
+)
+
+
+class SideFiles(dict[str, bytes | Path]):
+    """What is taken from one model's folder: where each file really lies, by name, with ``/``
+    between folders. ``notes``: what is left out and why, a sentence each.
+    """
+
+    notes: tuple[str, ...] = ()
+
+
+def bytes_of(files: Mapping[str, bytes | Path]) -> int:
+    """Of all contents."""
+    return sum(
+        len(content) if isinstance(content, bytes) else content.stat().st_size
+        for content in files.values()
+    )
+
+
+def is_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TOKENIZER_PATTERNS)
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` says that the file belongs to a model: weights included."""
+    return any(fnmatch(name, pattern) for pattern in SIDE_PATTERNS) or is_weights(name)
+
+
+def is_weights(name: str) -> bool:
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def side_files(path: Path, weights: Iterable[Path] = ()) -> SideFiles:
+    """What a merged model takes over from the one at ``path``, a folder or one .safetensors file.
+
+    From beside a file in a folder without config.json only what is known by name is taken: that is
+    somebody's folder of downloads. ``weights``: the model's own, which are not called left out.
+    Raises ModelError for a link that is dangling or leads out of the folder, for what is no regular
+    file or cannot be read, and for a folder of more than 10 000 files.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        return _Gathering(Path(os.path.realpath(folder)), {file.name for file in weights}).take(
+            whole=path.is_dir() or (folder / "config.json").exists()
+        )
+    except OSError as error:
+        where = error.filename or folder
+        raise ModelError(f"{where}: cannot be read ({error.strerror or error})") from error
+
+
+def hub_repository(path: Path) -> Path | None:
+    """The ``models--org--name`` folder of huggingface_hub's cache that the snapshot at ``path``, or
+    a folder in it, lies in: its files are links into ``blobs`` there.
+    """
+    for folder in (path, *path.parents):
+        above = folder.parent
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            return above.parent
+    return None
+
+
+class _Gathering:
+    def __init__(self, root: Path, weights: set[str]) -> None:
+        self._root = root
+        self._weights = weights
+        self._homes = [root]  # where a link may lead
+        repository = hub_repository(root)
+        if repository is not None:
+            self._homes.append(repository / "blobs")
+        self._found: dict[str, tuple[Path, int]] = {}
+        self._left_out: dict[str, list[str]] = {}
+        self._entries = 0
+
+    def take(self, *, whole: bool) -> SideFiles:
+        if whole:
+            self._modules = _modules(self._root / "modules.json")
+            self._folder(self._root, "")
+        else:
+            for entry in self._sorted(self._root):
+                if is_known(entry.name) and not is_weights(entry.name) and entry.is_file():
+                    self._file(entry.path, entry.name)
+        files: dict[str, Path] = {}
+        nbytes = 0
+        # The smallest first: a folder of too much loses its data and keeps its configs.
+        for name, (place, size) in sorted(self._found.items(), key=lambda item: item[1][1]):
+            if size > MAX_FILE_BYTES:
+                self._leave(name, f"files of more than {MAX_FILE_BYTES >> 20} MiB")
+            elif nbytes + size > MAX_TOTAL_BYTES:
+                self._leave(name, f"more than {MAX_TOTAL_BYTES >> 30} GiB in all")
+            else:
+                files[name] = place
+                nbytes += size
+        notes = [
+            f"left out of what lies beside the weights of {self._root.name} ({why}): {_some(names)}"
+            for why, names in self._left_out.items()
+        ]
+        modules = sorted({n.split("/")[0] for n in files if is_weights(n.rpartition("/")[2])})
+        if modules:
+            notes.append(
+                f"the weights in {_some([f'{name}/' for name in modules])} are copied as they are, "
+                "not merged"
+            )
+        found = SideFiles(sorted(files.items()))
+        found.notes = tuple(notes)
+        return found
+
+    def _sorted(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                self._entries += 1
+                if self._entries > _MAX_ENTRIES:
+                    raise ModelError(
+                        f"{self._root}: more than {_MAX_ENTRIES} files beside the weights; give "
+                        "the model a folder of its own"
+                    )
+                yield entry
+
+    def _folder(self, folder: Path, prefix: str) -> None:
+        for entry in self._sorted(folder):
+            name = prefix + entry.name
+            if _SILENT.fullmatch(entry.name) or (not prefix and name in OURS):
+                continue
+            if entry.name.startswith("."):
+                self._leave(name, "hidden")
+            elif entry.is_dir():
+                self._subfolder(entry, name)
+            elif is_weights(entry.name) and name.split("/")[0] not in self._modules:
+                own = name in self._weights if self._weights else name.endswith(".safetensors")
+                if not own and not name.endswith(".json"):
+                    self._leave(name, "weights in another form")
+            else:
+                self._file(entry.path, name)
+
+    def _subfolder(self, entry: os.DirEntry[str], name: str) -> None:
+        if entry.is_symlink():
+            self._inside(entry.path)
+            self._leave(f"{name}/", "links to folders")
+        elif name in OTHER_FORMATS:
+            self._leave(f"{name}/", "weights in another form")
+        elif name.split("/")[0] not in self._modules and any(
+            is_weights(inner) for inner in os.listdir(entry.path)
+        ):
+            self._leave(f"{name}/", "models of their own")
+        else:
+            self._folder(Path(entry.path), f"{name}/")
+
+    def _file(self, path: str, name: str) -> None:
+        place = self._inside(path)
+        with open_regular(place) as file:
+            self._found[name] = place, os.fstat(file.fileno()).st_size
+
+    def _inside(self, path: str) -> Path:
+        """Where ``path`` really lies, which is in the folder."""
+        place = Path(os.path.realpath(path))
+        if not os.path.islink(path):
+            return place
+        if not place.exists():
+            raise ModelError(
+                f"{path}: a link to nothing ({os.readlink(path)}); mend the link, or download the "
+                "file again"
+            )
+        if not any(place.is_relative_to(home) for home in self._homes):
+            raise ModelError(
+                f"{path}: a link out of the model's folder ({os.readlink(path)}); put the file "
+                "itself there (cp -L)"
+            )
+        return place
+
+    def _leave(self, name: str, why: str) -> None:
+        self._left_out.setdefault(why, []).append(name)
+
+
+def _modules(path: Path) -> set[str]:
+    """The folders that sentence-transformers' modules.json makes part of the model."""
+    if not path.is_file():
+        return set()
+    with open_regular(path) as file:
+        text = file.read(_MAX_MODULES_BYTES)
+    try:
+        modules: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return set()  # it is copied as it is: what it means is its readers' business
+    listed = modules if isinstance(modules, list) else []
+    paths = [module.get("path") for module in listed if isinstance(module, dict)]
+    return {path.split("/")[0] for path in paths if isinstance(path, str) and path}
+
+
+def _some(names: list[str]) -> str:
+    """At most five of them, then a count."""
+    shown = ", ".join(show(name)[1:-1] for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
