@@ -40,7 +40,7 @@ def plan(
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    return make_plan(loaded, seed=seed, models=models)
+    return make_plan(loaded, seed=seed, models=models, sparing=True)
 
 
 def merge(

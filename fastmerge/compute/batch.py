@@ -30,6 +30,7 @@ from fastmerge.methods import Combination, Consensus, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.collapse import Collapsed, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
+from fastmerge.tree.unread import without_unread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ class Batch:
         return error
 
     def _sort(self, place: int, job: Job) -> None:
-        root = job.root
+        root = without_unread(job.root)
         if not isinstance(root, Merge):
             root = Merge(find("passthrough"), (root,), None, {}, ({},))
         if isinstance(root.method, Combination):

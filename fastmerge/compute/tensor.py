@@ -24,6 +24,7 @@ from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored
+from fastmerge.tree.unread import without_unread
 
 _LARGE = 1e3  # of fp32's 24 bits, ten would go
 
@@ -108,7 +109,10 @@ def key_of(root: Merge, name: str, operand: int) -> int:
 
 def requests(root: Merge, terms: Terms, name: str, count: int) -> list[Sparsify]:
     """What shall survive of each delta of the tensor ``name`` of ``count`` elements."""
-    return [keep.of(count, key_of(root, name, i)) for i, keep in enumerate(terms.keep)]
+    return [
+        keep.of(count, key_of(root, name, i))
+        for i, keep in zip(root.numbers or range(len(terms.keep)), terms.keep, strict=True)
+    ]
 
 
 class Step(NamedTuple):
@@ -157,6 +161,8 @@ class Computation(Generic[T, O]):
 
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
+        if not self._trims:  # the planner has done it, and their merges are told by identity
+            root = without_unread(root)
         if not isinstance(root, Merge):
             return self._combine([self._tensor(root)], np.ones(1), None, None, out)
         *intermediates, last = steps(root)
@@ -188,7 +194,10 @@ class Computation(Generic[T, O]):
     def _combination(self, tree: Collapsed, out: O) -> Outcome:
         tensors = [self._tensor(part) for part in tree.parts]
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
-        factors, divisor = factors_of(tree, gram)
+        try:
+            factors, divisor = factors_of(tree, gram)
+        except FastmergeError as error:
+            raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
         if cancels(tree, factors):
             outcome = self._sum_deltas(tree.reference or 0, tensors, factors, out)
         else:
@@ -237,8 +246,12 @@ class Computation(Generic[T, O]):
                 )
             wanted = requests(root, terms, self._name, count)
             trim = Trim(tuple(self._backend.select(tensors, base, wanted)), 0)
+        used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
+        if not used:
+            return self._combine([base], np.ones(1), None, None, out)
         nonfinite = self._backend.consensus(
-            tensors, base, terms.weights, trim.selections, out,
+            [tensors[i] for i in used], base, [terms.weights[i] for i in used],
+            [trim.selections[i] for i in used], out,
             replace(terms.agreement, origin=trim.origin),
         )  # fmt: skip
         # How many of them are this tensor's is not known where the trim spans others.

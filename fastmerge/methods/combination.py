@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from fastmerge.errors import RecipeError
 from fastmerge.methods.shapes import Factors
 from fastmerge.methods.types import Float64, Values
+from fastmerge.methods.weights import at_most_one, cancel, column, sum_to_zero
 
+_STALLED = 32  # steps without a shorter one: karcher's angles are rounded to 1e-8
 _NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
 _LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
 
@@ -25,10 +27,6 @@ def _present(gram: Float64 | None) -> Float64:
     if gram is None:
         raise ValueError("this rule reads the Gram matrix")
     return gram
-
-
-def _column(operands: Sequence[Values], name: str) -> Float64:
-    return np.array([values[name] for values in operands], dtype=np.float64)
 
 
 def _with_base(delta: Float64, has_base: bool) -> Float64:
@@ -51,16 +49,15 @@ def linear(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Factors:
     """out = sum_i w_i x_i, over sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
-    weights = _column(operands, "weight")
+    weights = column(operands, "weight")
     if not values["normalize"]:
         return Factors(weights)
+    if cancel(weights):
+        raise RecipeError(f"linear: {sum_to_zero(weights)}; change them or set normalize: false")
+    weights = at_most_one(weights)
     total = np.float32(0)
     for weight in weights:  # fp32 and in order, as the kernel's accumulation
         total += np.float32(weight)
-    if total == 0:
-        raise RecipeError(
-            f"linear: the weights {weights.tolist()} sum to 0; change them or set normalize: false"
-        )
     return Factors(weights, float(total))
 
 
@@ -80,10 +77,17 @@ def slerp(
     Norms up to 1e-8 count as 1, and |cos a| > 0.9995 interpolates linearly, as in mergekit 0.1.5.
     """
     g, t = _present(gram), float(values["t"])
+    if t in (0, 1):  # the other model's numbers do not matter, NaN and Inf included
+        return Factors(_alone(g, int(t)))
     norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
     norms = np.where(norms > _NORM_EPS, norms, 1.0)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
     return Factors(_arc(cosine, t, np.abs(cosine) > _LERP_ABOVE))
+
+
+def _alone(gram: Float64, which: int) -> Float64:
+    """Coefficients that take one input as it is."""
+    return np.broadcast_to(np.eye(gram.shape[-1])[which], gram.shape[:-1]).copy()
 
 
 def _arc(cosine: Float64, t: float, flat: NDArray[np.bool_]) -> Float64:
@@ -104,8 +108,13 @@ def nuslerp(
     t = 0.5 when |w_0 + w_1| < 1e-6; norms are at least 1e-7; linear where 1 - cos^2 <= 1e-16
     (mergekit 0.1.5).
     """
-    g = _present(gram)[..., int(has_base) :, int(has_base) :]
-    w = _column(operands, "weight")
+    g = _present(gram)
+    w = column(operands, "weight")
+    if 0 in w and w.any():
+        return Factors(_alone(g, int(has_base) + int(w[0] == 0)))
+    g = g[..., int(has_base) :, int(has_base) :]
+    if abs(w.sum()) >= 1e-6 and cancel(w):
+        raise RecipeError(f"nuslerp: {sum_to_zero(w)}; change them")
     t = float(w[1] / w.sum()) if abs(w.sum()) >= 1e-6 else 0.5
     norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), 1e-7)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
@@ -133,22 +142,27 @@ def multislerp(
     if count == 1:
         return Factors(np.array([0.0, 1.0] if has_base else [1.0]))
     eps = float(values["eps"])
-    w = _column(operands, "weight")
+    w = column(operands, "weight")
     if values["normalize_weights"]:
-        if w.sum() == 0:
+        if cancel(w):
             raise RecipeError(
-                f"multislerp: the weights {w.tolist()} sum to 0; change them or set "
-                "normalize_weights: false"
+                f"multislerp: {sum_to_zero(w)}; change them or set normalize_weights: false"
             )
         w = w / w.sum()
+    if np.count_nonzero(w) == 1:  # no mean of directions: the model, or its delta, times |w|
+        return Factors(_with_base(np.abs(w), has_base))
+    # A model of weight 0 has no say, whatever its numbers are.
+    g = np.where((w[:, None] == 0) | (w == 0), 0.0, g)
     norms = np.sqrt(np.diagonal(g))
+    if not norms.any():  # nothing but zeros, or all equal to the base: no direction is needed
+        return Factors(np.array([1.0, *np.zeros(count)]) if has_base else w)
     # Row i: u_i over the x. A zero delta has no direction: 1 / eps would be a coefficient of 1e8
     # that the base's must cancel, and fp32 cannot.
     units = np.diag(np.divide(1.0, norms + eps, out=np.zeros(count), where=norms > 0))
     mean = w @ units
     length = _length(mean, g)
     if length < eps:
-        if count != 2:
+        if np.count_nonzero(w) != 2:
             raise RecipeError(
                 "multislerp: the weighted mean direction of a tensor is zero (opposite models); "
                 "change the weights"
@@ -183,7 +197,8 @@ def karcher(
 
     mean = alpha * units.sum(axis=0)
     size = _length(mean, g)
-    point = units[0] if size < tol else mean / size
+    point = units[0] if size < tol or size == 0 else mean / size
+    shortest, stalled = math.inf, 0
     for _ in range(int(values["max_iter"])):
         step = np.zeros(count)
         for unit in units:
@@ -196,7 +211,9 @@ def karcher(
             if angle >= tol and size > 1e-6:
                 step += alpha * angle / size * tangent
         size = _length(step, g)
-        if size < tol:
+        stalled = 0 if size < shortest else stalled + 1
+        shortest = min(size, shortest)
+        if size < tol or size == 0 or stalled == _STALLED:
             break
         point = np.cos(size) * point + np.sin(size) * step / size
         size = _length(point, g)

@@ -10,15 +10,22 @@ from collections.abc import Sequence
 
 from fastmerge.methods.shapes import Keep, Terms
 from fastmerge.methods.types import Values
+from fastmerge.methods.weights import at_most_one, check_divisors, column
 from fastmerge.primitives import Agreement
 from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM
 
 
 def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool) -> Terms:
+    weights, normalize = column(operands, "weight"), bool(values["normalize"])
+    if normalize:
+        check_divisors(tuple(weights.tolist()), elect)
+        # Of both signs some may sum to 0, which an election counts as 1 whatever their size.
+        if not elect or not (weights.min() < 0 < weights.max()):
+            weights = at_most_one(weights)
     return Terms(
         keep=tuple(_keep(values, operand, kind) for operand in operands),
-        weights=tuple(float(operand["weight"]) for operand in operands),
-        agreement=Agreement(elect, bool(values["normalize"]), float(values["lambda"])),
+        weights=tuple(weights.tolist()),
+        agreement=Agreement(elect, normalize, float(values["lambda"])),
     )
 
 

@@ -29,7 +29,9 @@ def _flag(name: str, default: bool, doc: str) -> Parameter:
     return Parameter(name, bool, default, doc)
 
 
-_T = Parameter("t", float, REQUIRED, "0 gives the base model, 1 the other")
+T = Parameter(
+    "t", float, REQUIRED, "0 gives the base model, 1 the other", low=-1, high=2, fraction=True
+)
 _INT8_MASK = _flag("int8_mask", False, "accepted for mergekit's recipes; no effect")
 _LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the base is added")
 
@@ -78,7 +80,7 @@ _ROWS: tuple[Method, ...] = (
     Combination(
         "slerp", "spherical interpolation of two models",
         "Shoemake 1985, doi:10.1145/325165.325242",
-        (_T,),
+        (T,),
         base="first", min_operands=2, max_operands=2, rule=combination.slerp, batched=True,
     ),
     Combination(

@@ -33,6 +33,9 @@ class Parameter:
     high: float | None = None
     open_low: bool = False  # the bound itself is excluded
     choices: tuple[str, ...] = ()  # of a word
+    # The way from the first operand (0) to the second (1): at either end the other is not read, and
+    # outside is extrapolation, which [-1, 2] keeps from being another unit's number.
+    fraction: bool = False
 
     def check(self, value: Any, where: str) -> Any:
         """``value`` as ``kind``, within bounds; raises FastmergeError naming ``where``."""
@@ -56,7 +59,11 @@ class Parameter:
             value <= self.low if self.open_low else value < self.low
         )
         if too_low or (self.high is not None and value > self.high):
-            raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}")
+            percent = self.fraction and 2 < value <= 100
+            hint = f"; for {value:g} % write {value / 100:g}" if percent else ""
+            raise RecipeError(
+                f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}{hint}"
+            )
         return self.kind(value)
 
     def bounds(self) -> str:

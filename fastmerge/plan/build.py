@@ -12,7 +12,7 @@ import numpy as np
 
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
-from fastmerge.methods import Combination
+from fastmerge.methods import Combination, Consensus
 from fastmerge.models.architecture import Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
@@ -146,17 +146,19 @@ class Builder:
         return TensorPlan(name, shape, dtype, root)
 
     def _try_rule(self, node: Merge, part: Part) -> None:
-        """Runs a combination's rule once for each set of values, on orthonormal vectors.
+        """Runs a method's rule or spec once for each set of values, on orthonormal vectors.
 
         So weights that sum to zero are refused now and not in the middle of the merge.
         """
         key = (id(node.method), id(node.values), *map(id, node.operand_values))
-        if key in self._tried or not isinstance(node.method, Combination):
+        if key in self._tried:
             return
         self._tried.add(key)
-        gram = np.eye(len(node.inputs))
         try:
-            apply_rule(node, gram)
+            if isinstance(node.method, Combination):
+                apply_rule(node, np.eye(len(node.inputs)))
+            if isinstance(node.method, Consensus):
+                node.method.spec(node.values, node.operand_values)
         except FastmergeError as error:
             raise type(error)(f"{part.where}: {error}") from None
 

@@ -12,6 +12,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,13 @@ from fastmerge.recipe.document import (
     Recipe,
     Slice,
     SliceSource,
+    extrapolations,
     settings_for,
     without_effect,
 )
 from fastmerge.recipe.settings import Setting
+from fastmerge.tree.nodes import Node
+from fastmerge.tree.unread import without_unread
 
 
 def make_plan(
@@ -53,12 +57,14 @@ def make_plan(
     seed: int | None = None,
     resolve: Callable[[str], Path] = hub.resolve,
     models: Mapping[str, Model] | None = None,
+    sparing: bool = False,
 ) -> Plan:
     """Plans a recipe (a `Recipe` or whatever `Recipe.load` takes) from its models' headers.
 
     base_folder: where relative paths of models start, if there is such a folder there (else, as in
     mergekit, from the working directory). seed: overrides the recipe's. resolve: finds a model's
-    folder from its reference. models: what references stand for, where that is no folder. Raises
+    folder from its reference. models: what references stand for, where that is no folder. sparing:
+    what has no effect (a model of weight 0) is left out of the trees, and so not read. Raises
     FastmergeError, one line, for whatever cannot be merged.
     """
     recipe = Recipe.load(recipe)
@@ -72,10 +78,14 @@ def make_plan(
         for document in recipe.documents:
             planner.run(document)
     result = planner.views[recipe.output.name]
+    known: dict[Node, Node] = {}
     plan = Plan(
         models=tuple(opened.models),
         references=tuple(opened.references),
-        tensors=tuple(result.tensors.values()),
+        tensors=tuple(
+            replace(item, root=without_unread(item.root, known)) if sparing else item
+            for item in result.tensors.values()
+        ),
         config=result.config,
         donor_model=result.donor,
         seed=planner.seed if planner.seed_used else None,
@@ -147,7 +157,7 @@ class _Planner:
         """Plans one document; its result becomes ``views[document.name]``."""
         method = document.method
         is_output = document is self.recipe.output
-        for line in without_effect(document):
+        for line in (*without_effect(document), *extrapolations(document)):
             self.note(line)
         if not is_output and document.output_dtype is not None:
             self.note(

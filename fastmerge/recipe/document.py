@@ -281,6 +281,25 @@ def without_effect(document: Document) -> list[str]:
     return list(found)
 
 
+def extrapolations(document: Document) -> list[str]:
+    """One line for each value of a recipe that lies beyond the models it goes between."""
+    found: dict[str, None] = {}
+    for section in document.sections():
+        for name, setting in section.parameters.items():
+            parameter = document.method.parameter(name)
+            if parameter is None or not parameter.fraction:
+                continue
+            for rule in setting.rules:
+                for value in map(float, rule.values):
+                    if not 0 <= value <= 1:
+                        beyond = "base" if value < 0 else "other"
+                        found.setdefault(
+                            f"{rule.where}: {name} = {value:g} lies outside [0, 1]: it "
+                            f"extrapolates beyond the {beyond} model"
+                        )
+    return list(found)
+
+
 # ---------------------------------------------------------------- the recipe
 
 

@@ -6,13 +6,15 @@ Accuracies are in percent everywhere in this package, as people quote them (72.1
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate
-from fastmerge.methods import METHODS, Consensus, Method, Parameter
+from fastmerge.methods import METHODS, Consensus, Method
+from fastmerge.methods.table import T
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, one_of, real, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings
@@ -21,7 +23,7 @@ from fastmerge.search.families import BASELINES
 
 POLICIES = ("weakest", "strongest", "next", "random", "nearest", "farthest")
 ANCESTORS = ("baseline", "best", "previous")
-_T = Parameter("t", float, None, "fraction of the way to the other model")
+_T = replace(T, default=None, doc="fraction of the way to the other model")
 STATE = "state"  # the base of a step's deltas: the state it starts from
 _IMPLIED = ("weight", "t")  # parameters of the table that a step derives from its own t
 

@@ -23,12 +23,15 @@ from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.evaluation.weights import Merged
 from fastmerge.methods import METHODS
+from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.unread import without_unread
 
 FILE = "sweep.json"
 MOST_VALUES = 10_000
@@ -58,7 +61,7 @@ def parse_range(text: str) -> list[float]:
             values = [float(part) + 0.0 for part in text.split(",")]  # -0.0 is 0.0
         if not np.isfinite(values).all():
             raise ValueError
-        return values
+        return [T.check(value, "--t") for value in values]
     except (ValueError, OverflowError):
         raise FastmergeError(
             f"--t: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
@@ -104,7 +107,8 @@ class Sweep:
         tensors = []
         for item in self._plan.tensors:
             tree = self._trees.get(item.name)
-            tensors.append(item if tree is None else replace(item, root=self._root(item.name, t)))
+            root = item.root if tree is None else self._root(item.name, t)
+            tensors.append(replace(item, root=without_unread(root)))
         text = f"# swept to t = {t:g}\n{self._plan.recipe_text}"
         return replace(self._plan, tensors=tuple(tensors), recipe_text=text)
 
@@ -171,7 +175,8 @@ def sweep(
     ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict.
     ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
     """
-    plan = api.plan(recipe)
+    # Whole trees: what the recipe's own t leaves out, another takes in.
+    plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
     scorer = settings = None
     if evaluate is not None:
         require()

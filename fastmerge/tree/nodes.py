@@ -64,6 +64,8 @@ class Merge:
     # The tensor it makes in its own document, for which random methods draw; "" where that is the
     # output's. Another document may use it under other names, but must find it as it was drawn.
     name: str = ""
+    # The operands' places in the recipe, by which random methods draw; () where all are there.
+    numbers: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> tuple[Node, ...]:

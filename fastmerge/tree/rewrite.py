@@ -52,7 +52,7 @@ def digest(root: Node, known: MutableMapping[Node, str]) -> str:
             return node.key
         values: list[Any] = [sorted(node.values.items())]
         values.append([sorted(own.items()) for own in node.operand_values])
-        draws = f"{node.seed} {node.name!r}" if node.method.random else ""
+        draws = f"{node.seed} {node.name!r} {node.numbers}" if node.method.random else ""
         text = f"{node.method.identity} {values} {draws} {node.base is None} {' '.join(inputs)}"
         return hashlib.sha256(text.encode()).hexdigest()
 

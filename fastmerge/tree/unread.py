@@ -1,0 +1,79 @@
+"""What a tree need not read: a model of weight 0, and the far end of a ``t`` that is 0 or 1.
+
+People write 0 for "not this model, here", and its numbers are then never asked for: their NaN has
+no effect, and their bytes are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fastmerge.methods import Combination, Consensus
+from fastmerge.tree.collapse import apply_rule
+from fastmerge.tree.nodes import Merge, Node
+from fastmerge.tree.rewrite import fold
+
+
+def without_unread(root: Node, known: MutableMapping[Node, Node] | None = None) -> Node:
+    """The tree that gives the same numbers and reads no more than them; itself where it is that.
+
+    ``known`` holds the results for nodes that several trees share.
+    """
+
+    def step(node: Node, inputs: Sequence[Node]) -> Node:
+        if not isinstance(node, Merge):
+            return node
+        if any(new is not old for new, old in zip(inputs, node.inputs, strict=True)):
+            base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
+            node = replace(node, operands=tuple(operands), base=base)
+        return _reduced(node)
+
+    return fold(root, step, known)
+
+
+def _reduced(node: Merge) -> Node:
+    used = _used(node)
+    if len(used) == len(node.operands):
+        return node
+    method = node.method
+    if isinstance(method, Consensus):
+        if method.spanning(node.values, node.operand_values) is not None:
+            return node  # its deltas count where the model is trimmed, whatever they weigh
+        return node.base if not used and node.base is not None else _of(node, used)
+    if not isinstance(method, Combination) or not used:
+        return node
+    single = _single(node)
+    if single is not None:
+        return single
+    return _of(node, used) if len(used) >= max(2, method.min_operands) else node
+
+
+def _used(node: Merge) -> list[int]:
+    """The operands whose numbers count."""
+    for parameter in node.method.parameters:
+        if parameter.fraction and node.values.get(parameter.name) in (0, 1):
+            return [int(node.values[parameter.name])]
+    return [i for i, own in enumerate(node.operand_values) if own.get("weight") != 0]
+
+
+def _single(node: Merge) -> Node | None:
+    """The one input that a combination then takes as it is, if it does."""
+    inputs = node.inputs
+    found = apply_rule(node, np.eye(len(inputs)))
+    factors = found.coefficients / (1.0 if found.divisor is None else found.divisor)
+    chosen = np.flatnonzero(factors)
+    return inputs[chosen[0]] if len(chosen) == 1 and factors[chosen[0]] == 1 else None
+
+
+def _of(node: Merge, used: Sequence[int]) -> Merge:
+    """The same merge of some of its operands, which keep what is drawn for them."""
+    numbers = node.numbers or tuple(range(len(node.operands)))
+    return replace(
+        node,
+        operands=tuple(node.operands[i] for i in used),
+        operand_values=tuple(node.operand_values[i] for i in used),
+        numbers=tuple(numbers[i] for i in used),
+    )

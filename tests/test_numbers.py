@@ -1,0 +1,281 @@
+"""What the numbers come to where arithmetic is at its edge: weights that cancel, models that count
+for nothing, inputs that are equal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastmerge import api, ops
+from fastmerge.errors import FastmergeError
+from fastmerge.methods import METHODS, find
+from fastmerge.recipe.document import Recipe
+from fastmerge.retrograde import schedule as schedules
+from fastmerge.search.sweep import parse_range
+
+CANCEL = ([0.3, 0.6, -0.9], [0.1, 0.2, -0.3], [0.7, 0.1, -0.8], [1.0, -1.0 - 1e-7])
+EPS = np.float32(2) ** -24
+
+
+def entries(models, weights=None, **parameters):
+    """``models:`` of a recipe; weights None: no weight."""
+    listed = []
+    for i, model in enumerate(models):
+        own = {**parameters, **({} if weights is None else {"weight": weights[i]})}
+        listed.append({"model": str(model), "parameters": own})
+    return listed
+
+
+def merged(recipe):
+    return dict(api.materialise(recipe))
+
+
+@pytest.fixture
+def four(zoo):
+    base = zoo.base("a", layers=1)
+    return [base, *(zoo.tune(base, name, seed=i) for i, name in enumerate("bcd"))]
+
+
+# ---------------------------------------------------------------- weights that cancel
+
+
+@pytest.mark.parametrize("weights", CANCEL, ids=str)
+@pytest.mark.parametrize("method", ["linear", "multislerp", "task_arithmetic", "dare_linear"])
+def test_weights_that_cancel_are_refused_in_the_plan(four, method, weights):
+    models = four[1 : 1 + len(weights)]
+    recipe = {"merge_method": method, "models": entries(models, weights)}
+    if find(method).base == "required":
+        recipe |= {"base_model": str(four[0]), "parameters": {"normalize": True}}
+    with pytest.raises(FastmergeError, match=r"^recipe\.models.* sum to 0 but for"):
+        api.plan(recipe)
+
+
+def test_ties_refuses_any_agreement_whose_weights_cancel(four):
+    """The first and the last alone leave 1e-7 of their 1."""
+    recipe = {
+        "merge_method": "ties",
+        "base_model": str(four[0]),
+        "models": entries(four[1:], [0.5, 1, -0.5000001]),
+    }
+    with pytest.raises(FastmergeError, match=r"\[0\.5, -0\.5000001\] sum to 0 but for"):
+        api.plan(recipe)
+
+
+def test_opposite_weights_of_ties_leave_a_sum_undivided():
+    """mergekit 0.1.5's rule: a sum of weights that is exactly 0 counts as 1."""
+    x = np.full((2, 3), 2.0, np.float32)
+    base = np.ones_like(x)
+    # Deltas 1 and -1 weigh 1 and 1: they agree, and their weights sum to 0.
+    np.testing.assert_array_equal(ops.ties(base, [x, base * 0], [1, -1]), base + 2)
+
+
+@pytest.mark.parametrize("weights", [[0.3, -0.2999], [1, 0.5, -1.4], [1e-9, 1e-9]], ids=str)
+def test_weights_that_do_not_cancel_are_divided_by(weights):
+    x = np.random.default_rng(1).normal(size=(len(weights), 50)).astype(np.float32)
+    exact = np.average(x.astype(np.float64), axis=0, weights=weights)
+    size = np.abs(weights).sum() / abs(sum(weights))
+    np.testing.assert_allclose(ops.linear(list(x), weights), exact, rtol=20 * size * EPS, atol=EPS)
+
+
+def test_nuslerp_refuses_weights_that_cancel_beside_their_size():
+    x, y = np.eye(2, dtype=np.float32)
+    with pytest.raises(FastmergeError, match="sum to 0 but for"):
+        ops.nuslerp(x, y, [1000.0, -1000.001])
+
+
+def test_a_weighted_sum_stays_in_range_until_it_is_divided():
+    x = np.array([3e38, -2e38, 1e30], np.float32)
+    np.testing.assert_allclose(ops.linear([x, x], [3.0, 3.0]), x, rtol=2 * EPS)
+    np.testing.assert_allclose(ops.linear([x, x], [1e30, 1e30]), x, rtol=2 * EPS)
+    base = np.zeros_like(x)
+    for method in (ops.task_arithmetic, ops.ties):
+        np.testing.assert_array_equal(method(base, [x, x], [64.0, 64.0], normalize=True), x)
+
+
+# ---------------------------------------------------------------- weight 0, and t 0 or 1
+
+
+def poisoned(zoo, four):
+    """The second model with a NaN and an infinity in its head."""
+    tensors = zoo.read(four[1])
+    tensors["lm_head.weight"][0, :2] = np.nan, np.inf
+    return zoo.write("poisoned", tensors)
+
+
+HEAD = [{"filter": "lm_head", "value": 0}, {"value": 1}]
+UNUSED = {
+    "linear": ("linear", [1, HEAD], {}),
+    "linear, not normalised": ("linear", [1, HEAD], {"normalize": False}),
+    "slerp": ("slerp", None, {"t": [{"filter": "lm_head", "value": 0}, {"value": 0.5}]}),
+    "nuslerp": ("nuslerp", [1, HEAD], {}),
+    "nuslerp, by rows": ("nuslerp", [1, HEAD], {"nuslerp_flatten": False}),
+    "multislerp": ("multislerp", [1, HEAD], {}),
+    "multislerp, not normalised": ("multislerp", [1, HEAD], {"normalize_weights": False}),
+    "task_arithmetic": ("task_arithmetic", [HEAD], {}),
+    "ties": ("ties", [HEAD], {"density": 0.5}),
+    "dare_linear": ("dare_linear", [HEAD], {"density": 0.5}),
+    "dare_ties": ("dare_ties", [HEAD], {"density": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_a_model_of_weight_0_is_not_read(zoo, four, case):
+    method, weights, parameters = UNUSED[case]
+    bad = poisoned(zoo, four)
+    required = find(method).base == "required"
+    models = [bad] if required else [four[0], bad]
+    recipe = {
+        "merge_method": method,
+        "models": entries(models, weights),
+        "parameters": parameters,
+        **({"base_model": str(four[0])} if find(method).base in ("required", "first") else {}),
+    }
+    plan = api.plan(recipe)
+    head = next(item for item in plan.tensors if item.name == "lm_head.weight")
+    others = sum(item.nbytes for item in plan.tensors if item is not head)
+    assert plan.bytes_in == 2 * others + head.nbytes
+    found = merged(plan)
+    np.testing.assert_array_equal(found.pop("lm_head.weight"), merged_head(four[0]))
+    for bits in found.values():
+        assert ((bits & 0x7F80) != 0x7F80).all()
+
+
+def merged_head(model):
+    """A model's own head, as stored."""
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    return merged(recipe)["lm_head.weight"]
+
+
+def test_t_1_takes_the_other_model_as_it_is(zoo, four):
+    bad = poisoned(zoo, four)
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": str(bad),
+        "models": entries([bad, four[0]]),
+        "parameters": {"t": 1},
+    }
+    assert api.plan(recipe).methods == {"copy": 12}
+    np.testing.assert_array_equal(merged(recipe)["lm_head.weight"], merged_head(four[0]))
+
+
+def test_a_model_of_weight_0_does_not_move_what_is_drawn_for_the_others(four):
+    def dare(weights, models):
+        return merged(
+            {
+                "merge_method": "dare_ties",
+                "base_model": str(four[0]),
+                "models": entries(models, weights, density=0.5),
+                "seed": 3,
+            }
+        )
+
+    among, alone = dare([0, 1], four[1:3]), dare([1e-38, 1], four[1:3])
+    for name in among:
+        np.testing.assert_array_equal(among[name], alone[name])
+
+
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_weight_0_in_memory(where):
+    x = np.array([[1.0, -0.0, 3.0]], np.float32)
+    bad = np.array([[np.nan, np.inf, -np.inf]], np.float32)
+    pair, weights = ([bad, x], [0, 2]) if where == "first" else ([x, bad], [2, 0])
+    t = float(where == "first")
+    for found in (
+        ops.linear(pair, weights),
+        ops.slerp(*pair, t),
+        ops.nuslerp(*pair, weights),
+        ops.nuslerp(*pair, weights, flatten=False, row_wise=True),
+        ops.multislerp(pair, weights),
+    ):
+        assert found.tobytes() == x.tobytes()
+    base = np.zeros_like(x) + 1
+    for found in (
+        ops.task_arithmetic(base, pair, np.array(weights) / 2),
+        ops.ties(base, pair, weights, density=0.9),
+        ops.nuslerp(*pair, weights, base=base),
+        ops.multislerp(pair, weights, base=base),
+    ):
+        assert np.isfinite(found).all()
+    assert ops.ties(base, [bad, bad], [0, 0]).tobytes() == base.tobytes()
+
+
+def test_multislerp_of_one_model_that_counts_is_its_length_times_the_weight():
+    x, y = np.random.default_rng(2).normal(size=(2, 30)).astype(np.float32)
+    found = ops.multislerp([x, y], [0.5, 0], normalize_weights=False)
+    np.testing.assert_array_equal(found, x / 2)
+
+
+# ---------------------------------------------------------------- t
+
+
+@pytest.mark.parametrize("t", [35, 2.5, -1.5, 1e9])
+def test_t_far_outside_is_refused_wherever_it_is_given(t):
+    x, y = np.eye(2, dtype=np.float32)
+    hint = rf"; for {t:g} % write {t / 100:g}" if 2 < t <= 100 else ""
+    said = rf"in \[-1, 2\], not {t!r}(\.0)?{hint}$"
+    recipe = {
+        "merge_method": "slerp",
+        "models": [{"model": "a"}, {"model": "b"}],
+        "base_model": "a",
+        "parameters": {"t": [{"filter": "mlp", "value": [0.1, t]}, {"value": 0.5}]},
+    }
+    step = {"degrade": {"partner": "weakest", "method": "slerp", "t": t}}
+    schedule = {
+        "baseline": {"model": "a", "accuracy": 50},
+        "pool": [{"model": "b", "accuracy": 40}],
+        "schedule": {"steps": [step]},
+    }
+    for call in (
+        lambda: ops.slerp(x, y, t),
+        lambda: parse_range(f"0,{t}"),
+        lambda: Recipe.load(recipe),
+        lambda: schedules.load(schedule),
+    ):
+        with pytest.raises(FastmergeError, match=said):
+            call()
+
+
+def test_t_outside_0_to_1_is_noted(four):
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": str(four[0]),
+        "models": entries(four[:2]),
+        "parameters": {"t": 1.25},
+    }
+    note = (
+        "recipe.parameters.t: t = 1.25 lies outside [0, 1]: it extrapolates beyond the other model"
+    )
+    assert note in api.plan(recipe).notes
+    recipe["parameters"] = {"t": 0.25}
+    assert not any("extrapolates" in note for note in api.plan(recipe).notes)
+
+
+# ---------------------------------------------------------------- directions
+
+
+@pytest.mark.parametrize("method", ["karcher"])
+def test_a_tolerance_of_0_ends(method):
+    x = np.random.default_rng(3).normal(size=(3, 40)).astype(np.float32)
+    found = METHODS[method].rule(
+        np.float64(x) @ np.float64(x).T, {"max_iter": 10**9, "tol": 0.0}, [{}] * 3, False
+    )
+    near = METHODS[method].rule(
+        np.float64(x) @ np.float64(x).T, {"max_iter": 100, "tol": 1e-7}, [{}] * 3, False
+    )
+    np.testing.assert_allclose(found.coefficients, near.coefficients, rtol=1e-5)
+
+
+def test_karcher_of_opposites_with_a_tolerance_of_0_has_numbers():
+    x = np.random.default_rng(4).normal(size=20).astype(np.float32)
+    assert np.isfinite(ops.karcher([x, -x], tol=0, max_iter=1000)).all()
+
+
+def test_a_zero_mean_direction_names_the_tensor(zoo):
+    x = np.random.default_rng(5).normal(size=(4, 4))
+    models = [
+        zoo.write(name, {"w": sign * x}) for name, sign in zip("abcd", (1, 1, -1, -1), strict=True)
+    ]
+    recipe = {"merge_method": "multislerp", "models": entries(models, [1] * 4)}
+    with pytest.raises(FastmergeError, match=r"^w: multislerp: the weighted mean direction"):
+        merged(recipe)
