@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmerge.errors import FastmergeError
+from fastmerge.retrograde.driver import Accuracies as Scores
 from fastmerge.retrograde.driver import (
-    Scores,
     State,
     final_state,
     judge,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
+from numpy.typing import NDArray
+
+from fastmerge.compute.arrays import view_of
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.report import Progress
@@ -48,3 +52,11 @@ def grams(
             if progress is not None:
                 progress(done, total, name)
     return found
+
+
+def gram_with(models: Sequence[Model], sources: Sequence[Stored], array: NDArray[Any]) -> Float64:
+    """The Gram matrix of one tensor's sources and of ``array``, another tensor of their shape as
+    `materialise_plan` gives it: float64, shape (n + 1, n + 1), as in `grams`, the array last.
+    """
+    first, *others = map(Inputs(models).fetch, sources)
+    return cpu(1).gram([*others, view_of(array, sources[0].name)], first)

@@ -2,7 +2,8 @@
 
 ``run(schedule, out)`` does everything: walk, evaluate, compare, report. Its parts, for programs
 that search: ``load`` reads a schedule, ``open_space`` finds the models' geometry in one pass,
-`Space` gives a state's coefficients and plan, `Lab` scores states, ``walk`` takes the steps.
+`Space` gives a state's coefficients and plan, `Lab` scores states, ``walk`` takes the steps, and
+``drive`` scores what a `Search` of your own asks for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory, walk
     from fastmerge.search.expressions import Blend, Model, average, blend
     from fastmerge.search.lab import Lab
+    from fastmerge.search.search import Search, drive
     from fastmerge.search.space import Space
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "Result",
     "Schedule",
     "Scores",
+    "Search",
     "Space",
     "TaskScore",
     "Trajectory",
     "average",
     "blend",
+    "drive",
     "load",
     "open_space",
     "run",
@@ -47,6 +51,7 @@ _HOMES = {
     **dict.fromkeys(("Schedule", "load"), "retrograde.schedule"),
     **dict.fromkeys(("Scores", "TaskScore"), "evaluation.scores"),
     **dict.fromkeys(("Blend", "Model", "average", "blend"), "search.expressions"),
+    **dict.fromkeys(("Search", "drive"), "search.search"),
     "Space": "search.space",
     **dict.fromkeys(("Trajectory", "walk"), "retrograde.walking"),
 }

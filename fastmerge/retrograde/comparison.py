@@ -15,7 +15,7 @@ from fastmerge.search.expressions import (
     is_random,
     reseeded,
 )
-from fastmerge.search.families import Entry, Pool, search
+from fastmerge.search.families import Contender, Pool, search
 from fastmerge.search.lab import Lab
 from fastmerge.search.space import Space
 
@@ -46,13 +46,15 @@ def compare(
     measured = [s for s in trajectory.scores[1:] if s is not None]
     budget = settings.budget if settings and settings.budget else max(1, len(measured))
     repeats = settings.seeds if settings else 1
-    found = [Entry("schedule", final, lab.score(final), len(measured), "the walk's final state")]
+    found = [
+        Contender("schedule", final, lab.score(final), len(measured), "the walk's final state")
+    ]
     place = geometry_of(space, lab, final)
     if place is not None and not isinstance(final, Model):
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
         how = f"the one linear merge nearest to the walk ({place.residual:.1%} off it)"
-        found.append(Entry("one_shot", one, lab.score(one), 0, how))
-    found.append(Entry("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label))
+        found.append(Contender("one_shot", one, lab.score(one), 0, how))
+    found.append(Contender("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label))
     pool = pool_of(schedule, trajectory.used)
     own = [trajectory.models[i].value for i in sorted(trajectory.models)]
     stages = schedule.evaluate.stages if schedule.evaluate else ()
@@ -65,7 +67,7 @@ def compare(
     return tuple(_row(entry, lab, repeats) for entry in found)
 
 
-def _row(entry: Entry, lab: Lab, repeats: int) -> Row:
+def _row(entry: Contender, lab: Lab, repeats: int) -> Row:
     assert lab.scorer is not None
     split = "holdout" if lab.scorer.has("holdout") else "steer"
     held = lab.score(entry.state, "holdout") if split == "holdout" else None

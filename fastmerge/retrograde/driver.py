@@ -17,9 +17,7 @@ from fastmerge.errors import RecipeError
 from fastmerge.methods import METHODS
 from fastmerge.retrograde.schedule import Schedule, Step
 
-Scores = Mapping[
-    int, float
-]  # accuracy in percent, by the model's number; missing or NaN = not known
+Accuracies = Mapping[int, float]  # percent, by the model's number; missing or NaN: not known
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class State:
         return best
 
 
-def next_step(schedule: Schedule, state: State, scores: Scores) -> Move | None:
+def next_step(schedule: Schedule, state: State, scores: Accuracies) -> Move | None:
     """The move to make now, or None when the schedule is finished or has stopped early.
 
     Raises FastmergeError when a policy has no model to choose from.
@@ -181,7 +179,7 @@ def draw_seed() -> int:
 
 
 def _partner(
-    schedule: Schedule, state: State, scores: Scores, policy: str, number: int
+    schedule: Schedule, state: State, scores: Accuracies, policy: str, number: int
 ) -> tuple[int, str]:
     pool = range(1, len(schedule.pool) + 1)
     named = schedule.pool_index(policy)

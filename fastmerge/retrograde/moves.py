@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from fastmerge.methods import METHODS, Consensus
 from fastmerge.recipe.settings import Setting, affine, constant
 from fastmerge.retrograde.driver import Move
 from fastmerge.retrograde.schedule import STATE, Schedule, Step, uses_t
 from fastmerge.search.expressions import Blend, Expr, Model, average, blend
-
-if TYPE_CHECKING:  # a walk that measures nothing does without
-    pass
 
 
 def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int | None) -> Blend:

@@ -13,6 +13,7 @@ from fastmerge.retrograde.moves import make
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Expr, Model
 from fastmerge.search.geometry import Geometry
+from fastmerge.search.search import Script, Scripted, drive
 from fastmerge.search.space import Space
 
 if TYPE_CHECKING:  # a walk that measures nothing does without
@@ -56,7 +57,18 @@ def walk(
     *,
     on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Takes every step of the schedule. ``lab`` None: nothing is measured."""
+    """Takes every step of the schedule. ``lab`` None: nothing is measured. Raises FastmergeError
+    where a step has no model to choose from, or a state cannot be scored.
+    """
+    walker = Scripted(_walk(schedule, space, lab, seed, on_step))
+    if lab is not None:
+        drive(walker, lab.score)
+    return walker.result
+
+
+def _walk(
+    schedule: Schedule, space: Space, lab: Lab | None, seed: int, on_step: OnStep | None
+) -> Script[Trajectory]:
     models: dict[int, Scores] = {}
     given = {
         i: e.accuracy
@@ -64,8 +76,8 @@ def walk(
         if e.accuracy is not None
     }
     evaluates = lab is not None and lab.scorer is not None
-    if lab is not None and evaluates:
-        models = {i: lab.score(Model(i)) for i in range(len(schedule.pool) + 1)}
+    for i in range(len(schedule.pool) + 1) if evaluates else ():
+        models[i] = yield Model(i), None
     accuracies = {**given, **{i: scores.value for i, scores in models.items()}}
     states: list[Expr] = [Model(0)]
     scores: list[Scores | None] = [models.get(0)]
@@ -89,8 +101,8 @@ def walk(
             return so_far()
         states.append(make(schedule, move, states))
         score = None
-        if lab is not None and evaluates and driver.measured(schedule, move.number):
-            score = lab.score(states[-1])
+        if evaluates and driver.measured(schedule, move.number):
+            score = yield states[-1], None
         scores.append(score)
         geometry.append(geometry_of(space, lab, states[-1]))
         state = driver.judge(schedule, state, move, None if score is None else score.value)
@@ -99,6 +111,10 @@ def walk(
 
 
 def geometry_of(space: Space, lab: Lab | None, state: Expr) -> Geometry | None:
+    """Where ``state`` lies (norms in units of the weights, angles in degrees). One that is no
+    combination must be made for it, which only a ``lab`` that scores does: without, and before the
+    models' inner products are known, None. Raises FastmergeError as a merge does.
+    """
     factors = space.coefficients(state)
     if factors is not None:
         return space.geometry(factors)

@@ -11,7 +11,7 @@ from fastmerge.recipe.settings import Setting, constant
 from fastmerge.tree.nodes import walk
 from fastmerge.tree.rewrite import fold
 
-Settings = Mapping[str, Setting]
+Given = Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Blend:
     method: Method
     operands: tuple[Expr, ...]
     base: Expr | None = None
-    shared: Settings = field(default_factory=dict)
-    each: tuple[Settings, ...] = ()  # parallel to operands
+    shared: Given = field(default_factory=dict)
+    each: tuple[Given, ...] = ()  # parallel to operands
     seed: int | None = None
 
     @property
@@ -48,7 +48,7 @@ def blend(
     weights: Sequence[Setting | float] | None = None,
     *,
     base: Expr | None = None,
-    parameters: Settings | None = None,
+    parameters: Given | None = None,
     seed: int | None = None,
 ) -> Blend:
     """A merge by the table's row called ``method``; ``weights`` are parallel to ``operands``."""
@@ -81,7 +81,7 @@ def as_json(root: Expr) -> list[dict[str, Any]]:
     def name(node: Expr) -> int | str:
         return node.index if isinstance(node, Model) else place[id(node)]
 
-    def plain(settings: Settings) -> dict[str, Any]:
+    def plain(settings: Given) -> dict[str, Any]:
         return {
             key: [[rule.filter, list(rule.values)] for rule in setting.rules]
             for key, setting in dict(settings).items()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import cast
 
 import numpy as np
 
@@ -17,12 +18,13 @@ from fastmerge.evaluation.scores import Scores
 from fastmerge.recipe.settings import constant
 from fastmerge.search.expressions import Expr, Model, average, blend
 from fastmerge.search.lab import Lab
+from fastmerge.search.search import Script, Scripted, drive
 
 _KEPT_SHARE, _KEPT_LEAST = 4, 5  # staged halving keeps a quarter, at least 5
 
 
 @dataclass(frozen=True)
-class Entry:
+class Contender:
     """The best candidate of one family on the steering score."""
 
     name: str
@@ -145,22 +147,37 @@ _DRAWN: dict[str, Callable[[Pool, np.random.Generator], tuple[Expr, str]]] = {
 def search(
     name: str, pool: Pool, lab: Lab, scores: Sequence[float], *, budget: int, seed: int,
     stages: Sequence[int] = (),
-) -> Entry | None:  # fmt: skip
-    """The family's entry, or None where the models do not allow the family."""
+) -> Contender | None:  # fmt: skip
+    """The family's best, or None where the models do not allow the family."""
     if name == "greedy_soup":
-        return _greedy_soup(pool, lab, scores, budget)
-    found = list(candidates(name, pool, scores, budget, seed))
-    if not found:
-        return None
+        family = Scripted(_greedy_soup(pool, scores, budget))
+    else:
+        found = list(candidates(name, pool, scores, budget, seed))
+        if not found:
+            return None
+        family = Scripted(_best_of(name, found, stages))
+    drive(family, lambda state: lab.score(state, limit=family.limit))
+    return family.result
+
+
+def _best_of(
+    name: str, found: Sequence[tuple[Expr, str]], stages: Sequence[int]
+) -> Script[Contender]:
+    """The best on all items, of those that were good on the few of each stage."""
     kept = list(range(len(found)))
     for items in stages:
         if len(kept) <= _KEPT_LEAST:
             break
-        ranked = _ranked([(i, lab.score(found[i][0], limit=items).value) for i in kept])
-        kept = ranked[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
-    full = {i: lab.score(found[i][0]) for i in sorted(kept)}
-    best = _ranked([(i, score.value) for i, score in full.items()])[0]
-    return Entry(name, found[best][0], full[best], len(found), found[best][1])
+        values = []
+        for i in kept:
+            scores = yield found[i][0], items
+            values.append((i, scores.value))
+        kept = _ranked(values)[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
+    full = {}
+    for i in sorted(kept):
+        full[i] = yield found[i][0], None
+    best = _ranked([(i, scores.value) for i, scores in full.items()])[0]
+    return Contender(name, found[best][0], full[best], len(found), found[best][1])
 
 
 def _ranked(values: Sequence[tuple[int, float]]) -> list[int]:
@@ -168,21 +185,19 @@ def _ranked(values: Sequence[tuple[int, float]]) -> list[int]:
     return [i for i, v in sorted(values, key=lambda p: (math.isnan(p[1]), -p[1], p[0]))]
 
 
-def _greedy_soup(pool: Pool, lab: Lab, scores: Sequence[float], budget: int) -> Entry:
+def _greedy_soup(pool: Pool, scores: Sequence[float], budget: int) -> Script[Contender]:
     """Adds models to the average, best first, where the score rises (Wortsman et al. 2022)."""
     first, *others = _ranked([(i, scores[i]) for i in pool.models])
-    members, state = [first], Model(first)
-    best: Scores = lab.score(state)
-    chosen: Expr = state
-    tried = 0
+    members, chosen = [first], cast(Expr, Model(first))
+    best = yield chosen, None
     for other in others[:budget]:
-        tried += 1
         trial = [*members, other]
         candidate = average([Model(i) for i in trial], [1.0 / len(trial)] * len(trial))
-        score = lab.score(candidate)
-        if score.value > best.value:
-            members, chosen, best = trial, candidate, score
-    return Entry("greedy_soup", chosen, best, tried, f"models {', '.join(map(str, members))}")
+        found = yield candidate, None
+        if found.value > best.value:
+            members, chosen, best = trial, candidate, found
+    tried = len(others[:budget])
+    return Contender("greedy_soup", chosen, best, tried, f"models {', '.join(map(str, members))}")
 
 
 def _round(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge import _C
-from fastmerge.compute.cpu import cpu
 from fastmerge.engine.in_memory import materialise_plan
+from fastmerge.engine.products import gram_with
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import Scorer
@@ -105,7 +104,6 @@ class GramMeter:
     def __init__(self, space: Space) -> None:
         self._space = space
         self._index = {name: i for i, name in enumerate(space.names)}
-        self._backend = cpu(1)
         size = space.count + 1
         self.grams = np.zeros((len(space.names), size, size))
 
@@ -114,8 +112,5 @@ class GramMeter:
         index = self._index.get(item.name)
         if index is None:
             return
-        models = self._space.template.models
         sources = self._space.sources(item.name)
-        first, *others = [models[s.model].view(s.name) for s in sources]
-        own = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
-        self.grams[index] = self._backend.gram([*others, own], first)
+        self.grams[index] = gram_with(self._space.template.models, sources, array)
