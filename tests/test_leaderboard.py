@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation import harness, leaderboard
@@ -71,8 +72,7 @@ def ran(shared_zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     import lm_eval
     import torch
 
-    import fastmerge.cli.retrograde  # noqa: F401
-    from fastmerge.cli.app import app
+    from fastmerge.cli import main
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("leaderboard")
@@ -90,9 +90,10 @@ def ran(shared_zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         patch.chdir(folder)  # a folder called as a data set on the hub is that data set
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
         patch.setattr(lm_eval, "evaluate", listening)
-        done = CliRunner().invoke(app, ["retrograde", "walk.yml", "out", "--threads", "1"])
-        assert done.exit_code == 0, done.output
-        yield Ran(folder, done.stdout, called)
+        with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as ended:
+            main(["retrograde", "walk.yml", "out", "--threads", "1"])
+        assert not ended.value.code
+        yield Ran(folder, out.getvalue(), called)
 
 
 def harness_folders() -> list[str]:

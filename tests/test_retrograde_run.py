@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal
@@ -273,11 +274,18 @@ def test_the_journal_survives_a_torn_line(tmp_path: Path) -> None:
 # --- the command line ---
 
 
-def invoke(*arguments: str) -> Any:
-    import fastmerge.cli.retrograde  # noqa: F401
-    from fastmerge.cli.app import app
+class Done(NamedTuple):
+    exit_code: int
+    output: str  # stdout and stderr
 
-    return CliRunner().invoke(app, list(arguments))
+
+def invoke(*arguments: str) -> Done:
+    from fastmerge.cli import main
+
+    raises = pytest.raises(SystemExit)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), raises as ended:
+        main(arguments)
+    return Done(int(ended.value.code or 0), out.getvalue())
 
 
 @pytest.fixture

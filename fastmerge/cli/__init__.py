@@ -11,6 +11,7 @@ Adding a command: a module here with functions decorated by `app.command`, and i
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
     from fastmerge.cli import merge, models, methods, retrograde  # noqa: F401, I001
-    from fastmerge.cli.app import app
+    from fastmerge.cli.app import run
 
-    app(arguments, prog_name="fastmerge")
+    run(sys.argv[1:] if arguments is None else arguments)
     raise SystemExit

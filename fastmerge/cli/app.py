@@ -1,79 +1,76 @@
-"""The typer application, how a command reports a mistake, and the options that several commands
-share.
-"""
+"""The commands by name, how one is run and reports a mistake, and the options that several have."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
-import typer
-
-from fastmerge.cli.console import put, say
-from fastmerge.errors import FastmergeError
+from fastmerge.cli.console import pairs, put, say
+from fastmerge.cli.options import Argument, Option, parse
+from fastmerge.errors import FastmergeError, nearest
 from fastmerge.version import __version__
 
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as shells have it
-
-app = typer.Typer(
-    name="fastmerge",
-    help="Merge the weights of language models at the speed of memory.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+PROGRAM = "fastmerge"
+COMMANDS: dict[str, Callable[..., None]] = {}  # in the order of --help
 
 F = TypeVar("F", bound=Callable[..., None])
 
 
 def command(function: F) -> F:
-    """Registers ``function`` as a command that words its user's mistakes in one line."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except FastmergeError as error:
-            fail(str(error), MISTAKE)
-        except BrokenPipeError:  # `fastmerge methods | head`: typer ends quietly
-            raise
-        except OSError as error:  # what no layer could foresee: a full disk, a vanished mount
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", MISTAKE)
-        except KeyboardInterrupt:
-            fail("interrupted", INTERRUPTED)
-
-    app.command()(run)
+    """Registers ``function`` as the command of its name."""
+    COMMANDS[function.__name__] = function
     return function
 
 
+def run(words: Sequence[str]) -> None:
+    """Runs the command line ``words``; a user's mistake and Ctrl-C end the process in one line."""
+    first = words[0] if words else "--help"
+    try:
+        if first == "--version":
+            put(f"{PROGRAM} {__version__}")
+        elif first in ("-h", "--help"):
+            _help()
+        elif first not in COMMANDS:
+            fail(f"no command '{first}'; {nearest(first, COMMANDS)}", MISTAKE)
+        else:
+            function = COMMANDS[first]
+            function(**parse(function, words[1:], PROGRAM))
+        sys.stdout.flush()
+    except FastmergeError as error:
+        fail(str(error), MISTAKE)
+    except BrokenPipeError:  # `fastmerge methods | head`: who read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+        raise SystemExit(1) from None
+    except OSError as error:  # what no layer could foresee: a full disk, a vanished mount
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}", MISTAKE)
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
+    if not words:
+        raise SystemExit(MISTAKE)
+
+
 def fail(message: str, code: int) -> NoReturn:
+    """Ends the process with ``code`` and one line on stderr."""
     say(f"error: {' '.join(message.split())}")
-    raise typer.Exit(code)
+    raise SystemExit(code)
 
 
-RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="Recipe in mergekit's YAML.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+def _help() -> None:
+    put(f"usage: {PROGRAM} [-h] [--version] COMMAND ...\n")
+    put("Merge the weights of language models at the speed of memory.\n")
+    pairs((f"  {name}", (command.__doc__ or "").strip()) for name, command in COMMANDS.items())
+    put(f"\n{PROGRAM} COMMAND --help says what a command takes.")
+
+
+RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="Recipe in mergekit's YAML.")]
+Json = Annotated[bool, Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")]
 Threads = Annotated[
-    int | None,
-    typer.Option(help="Worker threads; without it FASTMERGE_NUM_THREADS, else every CPU."),
+    int | None, Option(help="Worker threads; without it FASTMERGE_NUM_THREADS, else every CPU.")
 ]
-Seed = Annotated[
-    int | None, typer.Option(help="For random methods, instead of the recipe's own.", min=0)
-]
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
-        put(f"fastmerge {__version__}")
-        raise typer.Exit
+Seed = Annotated[int | None, Option(help="For random methods, instead of the recipe's own.", min=0)]

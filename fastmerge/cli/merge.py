@@ -6,10 +6,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say
+from fastmerge.cli.options import Argument, Option
 from fastmerge.cli.units import format_bytes, format_count, format_seconds, parse_size
 from fastmerge.errors import FastmergeError
 
@@ -32,28 +31,24 @@ class Io(str, Enum):
 
 _LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
-MemoryLimit = Annotated[str, typer.Option(metavar="SIZE", help="Bound on anonymous memory.")]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+MemoryLimit = Annotated[str, Option(metavar="SIZE", help="Bound on anonymous memory.")]
+MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file.")]
 
 
 @command
 def merge(
     recipe: RecipePath,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
-    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
     threads: Threads = None,
     memory_limit: MemoryLimit = "512MiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT at the end.")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Do not continue an interrupted merge.")
-    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT at the end.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Do not continue an interrupted merge.")] = False,
     seed: Seed = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
+    device: Annotated[Device, Option(help="Where to compute.")] = Device.cpu,
     gpu_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Tensors in flight on each GPU.")
+        str, Option(metavar="SIZE", help="Tensors in flight on each GPU.")
     ] = "2GiB",
-    io: Annotated[Io, typer.Option(help="How to write.")] = Io.auto,
+    io: Annotated[Io, Option(help="How to write.")] = Io.auto,
     max_shard_size: MaxShardSize = "5GB",
     quiet: Quiet = False,
     json: Json = False,
@@ -105,10 +100,8 @@ def merge(
 @command
 def plan(
     recipe: RecipePath,
-    out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="OUT may exist.")] = False,
+    out: Annotated[Path | None, Argument(metavar="OUT", help="Folder to write.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="OUT may exist.")] = False,
     seed: Seed = None,
     memory_limit: MemoryLimit = "512MiB",
     max_shard_size: MaxShardSize = "5GB",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from fastmerge.cli.app import Json, command
 from fastmerge.cli.console import pairs, print_json, put, table
+from fastmerge.cli.options import Argument
 
 if TYPE_CHECKING:
     from fastmerge.methods import Method
@@ -15,9 +14,7 @@ if TYPE_CHECKING:
 
 @command
 def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="One method, with its parameters.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, Argument(help="One method, with its parameters.")] = None,
     json: Json = False,
 ) -> None:
     """List the merge methods, or one method's parameters."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-import typer
-
 from fastmerge.cli.app import Json, Threads, command
 from fastmerge.cli.console import pairs, print_json, put, table
+from fastmerge.cli.options import Argument, Option
 from fastmerge.cli.units import format_bytes, format_count
 
 
 @command
 def info(
-    model: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
+    model: Annotated[str, Argument(help="Folder, file or Hub id.")],
     json: Json = False,
 ) -> None:
     """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
@@ -50,10 +49,10 @@ def info(
 
 @command
 def diff(
-    a: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
-    b: Annotated[str, typer.Argument(help="Folder, file or Hub id.", show_default=False)],
+    a: Annotated[str, Argument(help="Folder, file or Hub id.")],
+    b: Annotated[str, Argument(help="Folder, file or Hub id.")],
     limit: Annotated[
-        int | None, typer.Option(help="Show only the N tensors that differ most.", min=1)
+        int | None, Option(help="Show only the N tensors that differ most.", min=1)
     ] = None,
     threads: Threads = None,
     json: Json = False,

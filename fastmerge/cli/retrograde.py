@@ -6,18 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
+from fastmerge.cli.options import Argument, Option
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory
 
-SchedulePath = Annotated[
-    Path, typer.Argument(metavar="SCHEDULE", help="Schedule in YAML.", show_default=False)
-]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+SchedulePath = Annotated[Path, Argument(metavar="SCHEDULE", help="Schedule in YAML.")]
+Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
 
 
 @command
@@ -25,14 +22,12 @@ def retrograde(
     schedule: SchedulePath,
     out: Out,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")
+        bool, Option("--dry-run", help="Check everything, say what would be done, stop.")
     ] = False,
     no_evaluate: Annotated[
-        bool, typer.Option("--no-evaluate", help="Walk and write the model; measure nothing.")
+        bool, Option("--no-evaluate", help="Walk and write the model; measure nothing.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run that OUT holds.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run that OUT holds.")] = False,
     seed: Seed = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -152,14 +147,12 @@ def _show_dry_run(described: dict[str, Any]) -> None:
 def sweep(
     recipe: RecipePath,
     out: Out,
-    t: Annotated[str, typer.Option("--t", help="first:last:step, or a list: 0.2,0.5")] = "0:1:0.1",
+    t: Annotated[str, Option("--t", help="first:last:step, or a list: 0.2,0.5")] = "0:1:0.1",
     evaluate: Annotated[
         Path | None,
-        typer.Option(help="File with a schedule's evaluate keys: write scores, not models."),
+        Option(help="File with a schedule's evaluate keys: write scores, not models."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the sweep that OUT holds.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the sweep that OUT holds.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:

@@ -1,0 +1,100 @@
+"""Commands by argparse: a function's parameters are its arguments and options.
+
+``name: Annotated[type, Option(...)] = default`` is ``--name``, a bool a switch, an Enum a choice;
+``Argument(...)`` goes by its place, and may be left out where it has a default. Only the parser of
+the command that runs is made. typer, which reads such signatures too, takes as long to start as a
+small merge: from 0.29 on it imports pydantic for every command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, get_args, get_type_hints
+
+
+class Argument:
+    """What goes by its place: its ``help``, and its name there."""
+
+    def __init__(self, *, help: str, metavar: str | None = None) -> None:  # noqa: A002
+        self.help, self.metavar = help, metavar
+
+
+class Option:
+    """What goes by name: ``flags`` (by default the parameter's name), the smallest number taken."""
+
+    def __init__(
+        self,
+        *flags: str,
+        help: str,  # noqa: A002
+        metavar: str | None = None,
+        min: int | None = None,  # noqa: A002
+    ) -> None:
+        self.flags, self.help, self.metavar, self.min = flags, help, metavar, min
+
+
+def parse(function: Callable[..., None], words: Sequence[str], program: str) -> dict[str, Any]:
+    """The arguments of ``function`` in ``words``; ends the process where they are wrong (exit code
+    2, after the usage) or ask for help (0).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{program} {function.__name__}",
+        description=inspect.getdoc(function),
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, form = get_args(hints[name])
+        _add(parser, name, kind, form, parameter.default)
+    return vars(parser.parse_intermixed_args(words))
+
+
+def _add(
+    parser: argparse.ArgumentParser, name: str, kind: Any, form: Argument | Option, default: Any
+) -> None:
+    (kind,) = [part for part in get_args(kind) if part is not type(None)] or [kind]
+    shown = default.value if isinstance(default, Enum) else default
+    about = form.help.replace("%", "%%")
+    if isinstance(form, Argument):
+        optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}
+        parser.add_argument(
+            name, type=kind, metavar=form.metavar or name.upper(), help=about, **optional
+        )
+        return
+    flags = form.flags or (f"--{name.replace('_', '-')}",)
+    if kind is bool:
+        parser.add_argument(*flags, dest=name, action="store_true", help=about)
+        return
+    if shown is not None:
+        about += f" [default: {shown}]"
+    metavar = form.metavar or ("N" if kind is int else name.upper())
+    if issubclass(kind, Enum):
+        metavar = f"{{{','.join(item.value for item in kind)}}}"
+    parser.add_argument(
+        *flags,
+        dest=name,
+        type=_reader(kind, form.min),
+        default=default,
+        metavar=metavar,
+        help=about,
+    )
+
+
+def _reader(kind: type, least: int | None) -> Callable[[str], Any]:
+    """``kind`` of a word, with a fault that says what is wanted."""
+
+    def read(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            wanted = "a whole number"
+            if issubclass(kind, Enum):
+                wanted = f"one of {', '.join(item.value for item in kind)}"
+            raise argparse.ArgumentTypeError(f"'{word}' is not {wanted}") from None
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{word} is less than {least}")
+        return value
+
+    return read
