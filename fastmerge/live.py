@@ -1,7 +1,8 @@
 """Merges into the parameters of a live torch model, in place, on the device where they are.
 
 A model on a GPU is merged there from sources that stay on the device, or in pinned memory, between
-calls: a candidate of a walk or a sweep then costs the kernels' time and not a reload.
+calls. Where they stay on the device, so does what was prepared for them: a candidate of a walk or a
+sweep, which differs from the one before in coefficients or values, costs the kernels' time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from fastmerge import _C
 from fastmerge.compute.arrays import as_torch, written
-from fastmerge.compute.batch import Batch, Job
+from fastmerge.compute.batch import Batch, Job, form_of
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.compute.lane import Lane
@@ -26,7 +27,7 @@ from fastmerge.errors import FastmergeError, ModelError, ResourceError, Unsuppor
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Stored, leaves
+from fastmerge.tree.nodes import Node, Stored, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +46,16 @@ class _Prepared(NamedTuple):
 
     items: Sequence[TensorPlan]
     outs: Sequence[torch.Tensor]
-    resident: Batch
+    batch: Batch
 
 
 class _Held:
-    """What is kept for one model: source tensors, and the last plan's prepared merges."""
+    """What is kept for one model: source tensors, and the merges prepared last."""
 
     def __init__(self) -> None:
         self.tensors: dict[Any, torch.Tensor] = {}
         self.lanes: dict[torch.device, Lane] = {}
-        self.plan_key: Any = None
+        self.prepared_for: Any = None  # models and outputs
         self._slab: torch.Tensor | None = None
         self._slab_used = 0
         self.prepared: list[_Prepared] = []
@@ -66,7 +67,7 @@ class _Held:
 
     def let_go_of_device(self) -> None:
         """Forgets what lies in device memory, and keeps what is pinned."""
-        self.plan_key, self.prepared = None, []
+        self.prepared_for, self.prepared = None, []
         self.tensors = {key: x for key, x in self.tensors.items() if key[3] == "pinned"}
 
     def pinned(self, nbytes: int, *, pin: bool) -> torch.Tensor:
@@ -152,20 +153,21 @@ def _merged_on_gpu(
     held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], place: str, gpu_memory: int
 ) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = {}
-    for items, outs, resident in _prepared(held, plan, targets, place, gpu_memory):
-        for item, out, outcome in zip(items, outs, resident.run(), strict=True):
+    for items, outs, batch in _prepared(held, plan, targets, place, gpu_memory):
+        for item, out, outcome in zip(items, outs, batch.run(), strict=True):
             outcomes[item.name] = outcome
-            if out is targets[item.name]:
-                written(out)
+            target = targets[item.name]
+            if out.data_ptr() == target.data_ptr():  # the parameter itself, under whichever object
+                written(target)
             else:
-                targets[item.name].copy_(out)
+                target.copy_(out)
     return outcomes
 
 
 def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
     """ "device" where all sources have room beside the model, else "pinned"."""
     need: dict[torch.device, int] = {}
-    for item in plan.tensors:
+    for item in (plan.template or plan).tensors:
         if item.name not in targets:
             continue
         device = targets[item.name].device
@@ -248,29 +250,49 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
 def _prepared(
     held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], keep: str, gpu_memory: int
 ) -> Iterator[_Prepared]:
-    """The merges of one plan; kept for the next call where all sources stay on the device."""
-    addresses = tuple(target.data_ptr() for target in targets.values())
-    key = (plan.key, tuple(model.stamp for model in plan.models), addresses)
-    if keep == "device" and held.plan_key == key:
-        yield from held.prepared
-        return
-    held.plan_key, held.prepared = None, []
+    """The merges of one plan; kept for the next call where all sources stay on the device, which
+    may be another plan's, of the same models and outputs, whose trees have the same form.
+    """
+    items = [item for item in plan.tensors if item.name in targets]
+    roots = {item.name: item.root for item in items}
+    key = (
+        [(model.label, model.stamp) for model in plan.models],
+        [(item.name, item.dtype.code, targets[item.name].data_ptr()) for item in items],
+    )
+    if keep == "device" and held.prepared_for == key:
+        known = held.prepared
+        if all(batch.adopt([roots[item.name] for item in its]) for its, _, batch in known):
+            yield from known
+            return
+    held.prepared_for, held.prepared = None, []
     made = []
+    widest = _widest(plan, roots) if keep == "device" else plan
     # Half: while one group is on its way, the one before it is still there.
-    for items in _groups(plan, targets, gpu_memory // 2 if keep == "pinned" else None):
-        device = targets[items[0].name].device
+    for group in _groups(widest, targets, gpu_memory // 2 if keep == "pinned" else None):
+        device = targets[group[0].name].device
         on_device: dict[Stored, torch.Tensor] = {}
-        for source in leaves([item.root for item in items]):
+        for source in leaves([item.root for item in group]):
             stored = _source(held, plan.models[source.model], source.name, keep, device)
             on_device[source] = stored.to(device, non_blocking=True)
-        outs = [_out(targets[item.name], item) for item in items]
-        jobs = [Job(item.name, item.root, out) for item, out in zip(items, outs, strict=True)]
-        prepared = _Prepared(items, outs, Batch(jobs, on_device.__getitem__))
+        outs = [_out(targets[item.name], item) for item in group]
+        jobs = [Job(item.name, item.root, out) for item, out in zip(group, outs, strict=True)]
+        prepared = _Prepared(group, outs, Batch(jobs, on_device.__getitem__))
         if keep == "device":
             made.append(prepared)
+        if widest is not plan:
+            prepared.batch.adopt([roots[item.name] for item in group])
         yield prepared
     if keep == "device":
-        held.plan_key, held.prepared = key, made
+        held.prepared_for, held.prepared = key, made
+
+
+def _widest(plan: Plan, roots: Mapping[str, Node]) -> Plan:
+    """What to prepare: the plan's template, if its merges' forms hold those of ``roots``."""
+    if plan.template is None:
+        return plan
+    wide = {item.name: item.root for item in plan.template.tensors}
+    fits = all(form_of(n, wide[n]).holds(form_of(n, root)) for n, root in roots.items())
+    return plan.template if fits else plan
 
 
 def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:

@@ -11,14 +11,20 @@ import torch
 
 pytest.importorskip("yaml")  # recipes are read with it; the kernels' own tests need none
 
+import fastmerge
 from fastmerge import _C, api, live, llama
 from fastmerge.compute import cpu
 from fastmerge.compute.arrays import view_of
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.tensor import Computation
+from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
-from fastmerge.methods import find
+from fastmerge.methods import Combination, find
+from fastmerge.methods.shapes import Factors
+from fastmerge.recipe.settings import constant
+from fastmerge.search import expressions as search
+from fastmerge.search.space import Space
 from fastmerge.tree import nodes
 from fastmerge.tree.nodes import Merge
 from fastmerge.tree.nodes import Stored as Source
@@ -126,17 +132,135 @@ def test_the_tensor_that_does_not_fit_is_named(case):
         Batch(jobs, lambda source: sources[source.model][int(source.name)])
 
 
-def test_coefficients_of_the_callers_own():
-    sources = models(2)
-    outs = [torch.empty(shape, dtype=torch.bfloat16, device=DEVICE) for shape in SHAPES]
-    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES["slerp"])]
-    resident = Batch(jobs, lambda source: sources[source.model][int(source.name)])
-    assert resident.combine([np.array([0.25, 0.5])] * len(jobs)) == [0] * len(jobs)
+def fresh(roots, sources):
+    """What a Batch made for these trees alone computes."""
+    outs = [torch.empty(shape, dtype=BF16, device=DEVICE) for shape in SHAPES]
+    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(roots)]
+    outcomes = Batch(jobs, lambda source: sources[source.model][int(source.name)]).run()
+    return outs, outcomes
+
+
+def trimmed(density):
+    own = weighted(0.5, 0.8, density=density)
+    return merge("ties", 2, True, {"normalize": True, "lambda": 0.5, "rescale": False}, own)
+
+
+OTHERS = {
+    "slerp": [
+        *(merge("slerp", 2, False, {"t": t}) for t in (0.8, 0.0, 0.1)),
+        merge("linear", 2, False, {"normalize": False}, weighted(0.25, 0.5)),
+    ],
+    "linear": [
+        merge("linear", 3, False, {"normalize": False}, weighted(0.5, 0.25, 2.0)),
+        merge("linear", 3, False, {"normalize": True}, weighted(0.0, 0.25, 2.0)),
+        merge("linear", 2, False, {"normalize": False}, weighted(0.25, 0.75)),  # of fewer
+        CASES["copies"],
+    ],
+    "karcher": [merge("karcher", 3, False, {"max_iter": 2, "tol": 1e-5})],
+    "ties": [trimmed(0.7), trimmed(1.0)],
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_values_of_one_form_need_nothing_new(case):
+    sources = models(4)
+    fetched = []
+
+    def fetch(source):
+        fetched.append(source)
+        return sources[source.model][int(source.name)]
+
+    outs = [torch.empty(shape, dtype=BF16, device=DEVICE) for shape in SHAPES]
+    batch = Batch([Job(str(t), root, outs[t]) for t, root in enumerate(CASES[case])], fetch)
+    fetched.clear()
+    for roots in OTHERS[case]:
+        assert batch.adopt(roots)
+        outcomes = batch.run()
+        expected, wanted = fresh(roots, sources)
+        assert all(torch.equal(out, x) for out, x in zip(outs, expected, strict=True))
+        assert [o.kept for o in outcomes] == [o.kept for o in wanted]
+        assert [o.coefficients for o in outcomes] == [o.coefficients for o in wanted]
+    assert not fetched
+
+
+@pytest.mark.parametrize(
+    "case, other",
+    [
+        ("linear", CASES["slerp"]),
+        ("linear", merge("linear", 4, False, {"normalize": False}, weighted(1, 1, 1, 1))),
+        ("linear", [  # sums start with the first source: in another order, the last bit is another
+            Merge(root.method, root.operands[::-1], None, root.values, root.operand_values)
+            for root in CASES["linear"]
+        ]),
+    ],
+)  # fmt: skip
+def test_another_form_is_not_adopted(case, other):
+    sources = models(4)
+    outs = [torch.empty(shape, dtype=BF16, device=DEVICE) for shape in SHAPES]
+    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES[case])]
+    batch = Batch(jobs, lambda source: sources[source.model][int(source.name)])
+    batch.run()
+    before = [out.clone() for out in outs]
+    assert not batch.adopt(other)
+    batch.run()
+    assert all(torch.equal(out, x) for out, x in zip(outs, before, strict=True))
+
+
+def test_a_rule_that_takes_no_stack_and_is_nobodys():
+    """A row that says nothing of stacks gets one Gram matrix at a time, as many models as tensors
+    or not.
+    """
+
+    def rule(gram, _values, operands, _has_base):
+        assert gram.shape == (len(operands), len(operands))
+        return Factors(1.0 / gram.diagonal(), float((1.0 / gram.diagonal()).sum()))
+
+    row = Combination("by_energy", "", "-", (), "operand", 1, None, rule=rule)
+    sources = models(len(SHAPES))
+    count = len(sources)
+    roots = [
+        Merge(row, tuple(Source(m, str(t)) for m in range(count)), None, {}, ({},) * count)
+        for t in range(len(SHAPES))
+    ]
+    outs, outcomes = fresh(roots, sources)
     for t, out in enumerate(outs):
-        expected = 0.25 * sources[0][t].float() + 0.5 * sources[1][t].float()
-        assert torch.equal(out, expected.to(torch.bfloat16))
-    with pytest.raises(FastmergeError, match="one array for each job"):
-        resident.combine([np.ones(2)])
+        x = torch.stack([model[t].double() for model in sources])
+        energy = 1.0 / (x * x).flatten(1).sum(1)
+        weights = energy / energy.sum()
+        expected = (x * weights.reshape(-1, *[1] * len(SHAPES[t]))).sum(0)
+        torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
+        assert list(outcomes[t].coefficients.values()) == pytest.approx(weights.tolist())
+
+
+def test_a_walk_prepares_once(zoo, monkeypatch):
+    """Ten candidates of three models: copies, subsets, zeros, SLERPs of states; one preparation."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
+    made = []
+    monkeypatch.setattr(live, "Batch", lambda *given: made.append(given) or Batch(*given))
+    a = zoo.base("a", layers=1)
+    others = [zoo.tune(a, name, seed=i) for i, name in enumerate("bc")]
+    template = api.plan({
+        "merge_method": "linear", "dtype": "bfloat16", "parameters": {"normalize": False},
+        "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (a, *others)],
+    })  # fmt: skip
+    wanted = {i.name: i.root.operands for i in template.tensors if isinstance(i.root, Merge)}
+    found = grams(template.models, wanted)
+    space = Space(template, np.stack([found[n] for n in wanted]), [0.0] * len(wanted))
+    state = search.Model(0)
+    model = llama.load(a, dtype=BF16).to(DEVICE)
+    for step in range(10):
+        if step % 3 == 1:
+            state = search.average((state, search.Model(1 + step % 2)), (0.75, 0.25))
+        elif step % 3 == 2:
+            t = {"t": constant(step / 20)}
+            state = search.blend("slerp", (state, search.Model(1 + step % 2)), parameters=t)
+        plan = space.plan(state if step != 6 else search.Model(2))
+        live.merge_into(model, plan, keep="device")
+        expected = dict(fastmerge.materialise(plan))
+        for name, tensor in model.state_dict().items():
+            assert (tensor.cpu().view(torch.uint16).numpy() == expected[name]).all()
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("keep, dtype", [("device", BF16), ("pinned", BF16), ("device", F32)])

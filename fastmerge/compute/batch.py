@@ -1,10 +1,12 @@
 """Whole models merged in a GPU's memory: the same trees as `compute.Computation`, many tensors to
 a launch.
 
-A walk or a sweep re-merges the same sources again and again. What does not change (checks, tables
-of addresses, collapsed trees) is made once; a run is then one Gram pass and one combine pass, or
-one selection and one consensus, over all tensors, and the host waits for the device only where a
-number must come back.
+A walk or a sweep re-merges the same sources again and again, with other coefficients or values.
+What does not change (checks, tables of addresses) is made once for a tree's form: what it reads and
+in which order, and by which kernels. A run is then one Gram pass and one combine pass, or one
+selection and one consensus, over all tensors, and the host waits for the device only where a number
+must come back. Inputs with coefficient 0 are not read: each pattern of them has a table of its own,
+made when it is first met.
 """
 
 from __future__ import annotations
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 
     from fastmerge.kernels.consensus import ConsensusBatch
     from fastmerge.kernels.select import SelectBatch
-    from fastmerge.methods.shapes import Terms
-    from fastmerge.selection import Sparsify
 
 
 class Job(NamedTuple):
@@ -49,27 +49,43 @@ class Job(NamedTuple):
     out: Tensor
 
 
-@dataclass
-class _Combinations:
-    """Jobs whose trees are combinations of sources with one coefficient per tensor, of one form."""
+class Form(NamedTuple):
+    """What of a tree decides how its merge is prepared: everything but its values."""
 
-    trees: list[Collapsed]
-    places: list[int]
+    kind: tuple[Any, ...]  # which kernels run, with what of their arguments is compiled in
+    sources: tuple[Stored, ...]  # in the order of their coefficients
 
-    @property
-    def needs_gram(self) -> bool:
-        return self.trees[0].needs_gram
+    def holds(self, other: Form) -> bool:
+        """Whether what is prepared for this form runs the other, too: the same one, or coefficients
+        that need no weights, of some of a combination's sources in their order; the others' are 0.
+        """
+        if other.kind != _GIVEN or self.kind[0] not in ("given", "measured"):
+            return self == other
+        rest = iter(self.sources)
+        return all(source in rest for source in other.sources)
 
 
-@dataclass
+_GIVEN, _ALONE = ("given",), ("alone",)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One job's tree, with what follows from its values alone."""
+
+    root: Merge
+    form: Form
+    tree: Collapsed | None = None  # of a combination of sources, one coefficient per tensor
+    factors: tuple[Float64, float | None] | None = None  # and divisor, where no Gram matrix is read
+    alike: Any = None  # where one is: equal for trees whose coefficients one call gives
+
+
+@dataclass(frozen=True)
 class _Consensuses:
     """Jobs that are a consensus of sources, alike in how they elect and normalise."""
 
     places: Sequence[int]
-    terms: Sequence[Terms]
-    requests: Sequence[Sequence[Sparsify]]
     select: SelectBatch
-    consensus: ConsensusBatch
+    merge: ConsensusBatch
 
 
 class Batch:
@@ -83,14 +99,13 @@ class Batch:
         if not jobs:
             raise FastmergeError("no tensors to merge")
         self._backend = TritonBackend(jobs[0].out.device)
-        self._forms: dict[Any, _Combinations] = {}
-        self._sparse: dict[tuple[bool, bool], list[tuple[int, Merge, Terms]]] = {}
-        self._others: list[int] = []
-        for place, job in enumerate(jobs):
-            self._sort(place, job)
+        self._works = [_work(job.name, job.root) for job in jobs]
+        self._forms = [work.form for work in self._works]
+        self._sums = [i for i, work in enumerate(self._works) if work.tree is not None]
+        self._measured = [i for i in self._sums if self._forms[i].kind != _GIVEN]
         try:
-            self._consensus = [self._prepared(*form) for form in self._sparse.items()]
             self._prepare_combinations()
+            self._consensus = self._prepare_consensuses()
         except FastmergeError as error:
             raise self._named(error) from error
 
@@ -98,21 +113,32 @@ class Batch:
         from fastmerge.kernels.combine import CombineBatch
         from fastmerge.kernels.gram import GramBatch
 
-        rows: list[list[Tensor]] = []
-        outs: list[Tensor] = []
+        rows = {i: [self._fetch(source) for source in self._forms[i].sources] for i in self._sums}
         grams: list[list[Tensor]] = []
         bases: list[Tensor | None] = []
-        for form in self._forms.values():
-            for place, tree in zip(form.places, form.trees, strict=True):
-                tensors = [self._tensor(part) for part in tree.parts]
-                rows.append(tensors)
-                outs.append(self._jobs[place].out)
-                if tree.needs_gram:
-                    r = tree.reference
-                    grams.append([x for i, x in enumerate(tensors) if i != r])
-                    bases.append(None if r is None else tensors[r])
+        for i in self._measured:
+            _, r = self._forms[i].kind
+            grams.append([x for j, x in enumerate(rows[i]) if j != r])
+            bases.append(None if r is None else rows[i][r])
         self._grams = GramBatch(grams, bases)
-        self._combine = CombineBatch(rows, outs)
+        self._combine = CombineBatch(list(rows.values()), [self._jobs[i].out for i in rows])
+
+    def _prepare_consensuses(self) -> list[_Consensuses]:
+        from fastmerge.kernels.consensus import ConsensusBatch
+        from fastmerge.kernels.select import SelectBatch
+
+        alike: dict[tuple[bool, bool], list[int]] = {}
+        for i, form in enumerate(self._forms):
+            if form.kind[0] == "consensus":
+                alike.setdefault(form.kind[1:], []).append(i)
+        made = []
+        for (elect, normalize), places in alike.items():
+            rows = [[self._fetch(s) for s in self._forms[i].sources] for i in places]
+            inputs, bases = [row[1:] for row in rows], [row[0] for row in rows]
+            outs = [self._jobs[i].out for i in places]
+            merge = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize)
+            made.append(_Consensuses(places, SelectBatch(inputs, bases), merge))
+        return made
 
     def _named(self, error: FastmergeError) -> FastmergeError:
         """The error of the first job whose tensors do not fit, by its name."""
@@ -125,117 +151,132 @@ class Batch:
                 return type(own)(f"{name}: {own}")
         return error
 
-    def _sort(self, place: int, job: Job) -> None:
-        root = without_unread(job.root)
-        if not isinstance(root, Merge):
-            root = Merge(find("passthrough"), (root,), None, {}, ({},))
-        if isinstance(root.method, Combination):
-            tree = collapse(root)
-            if tree.axis is not None or not tree.is_complete:
-                self._others.append(place)
-                return
-            form = self._forms.setdefault(_form(tree), _Combinations([], []))
-            form.trees.append(tree)
-            form.places.append(place)
-        elif isinstance(root.method, Consensus) and all(
-            isinstance(node, Stored) for node in root.inputs
-        ):
-            spans = root.method.spanning(root.values, root.operand_values)
-            if spans is not None:
-                raise UnsupportedError(
-                    f"{job.name}: {spans} is not for models on a GPU; merge to a folder, or "
-                    "into a model on the CPU"
-                )
-            terms = consensus_terms(root)
-            alike = self._sparse.setdefault((terms.agreement.elect, terms.agreement.normalize), [])
-            alike.append((place, root, terms))
-        else:
-            self._others.append(place)
+    def adopt(self, roots: Sequence[Node]) -> bool:
+        """Takes other trees, parallel to the jobs, for the next runs: other coefficients or values.
 
-    def _prepared(
-        self, form: tuple[bool, bool], chosen: Sequence[tuple[int, Merge, Terms]]
-    ) -> _Consensuses:
-        from fastmerge.kernels.consensus import ConsensusBatch
-        from fastmerge.kernels.select import SelectBatch
-
-        places, roots, terms = zip(*chosen, strict=True)
-        inputs = [[self._tensor(node) for node in root.operands] for root in roots]
-        bases = [self._tensor(root.base) for root in roots]
-        outs = [self._jobs[place].out for place in places]
-        elect, normalize = form
-        merged = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize)
-        jobs = [self._jobs[place] for place in places]
-        wanted = [
-            requests(root, own, job.name, math.prod(job.out.shape))
-            for root, own, job in zip(roots, terms, jobs, strict=True)
-        ]
-        return _Consensuses(places, terms, wanted, SelectBatch(inputs, bases), merged)
+        False, and nothing changes, where one is of another form than its job was prepared for.
+        """
+        works = [_work(job.name, root) for job, root in zip(self._jobs, roots, strict=True)]
+        fits = all(f.holds(work.form) for f, work in zip(self._forms, works, strict=True))
+        if fits:
+            self._works = works
+        return fits
 
     def run(self) -> list[Outcome]:
         """Computes every job into its ``out``; waits until the results are there."""
         outcomes = [Outcome()] * len(self._jobs)
         self._run_combinations(outcomes)
         self._run_consensuses(outcomes)
-        for place in self._others:
-            outcomes[place] = self._alone(place)
+        for place, form in enumerate(self._forms):
+            if form.kind == _ALONE:
+                outcomes[place] = self._alone(place)
         return outcomes
 
     def _alone(self, place: int) -> Outcome:
-        name, root, out = self._jobs[place]
-        return Computation(self._backend, self._fetch, name, tuple(out.shape)).run(root, out)
-
-    def combine(self, coefficients: Sequence[Float64]) -> list[int]:
-        """out = sum_i c_i x_i for every job with the caller's coefficients, over the sources of its
-        tree in order of first use; returns the NaN/Inf counts. All jobs must be combinations.
-        """
-        if self._consensus or self._others or len(coefficients) != len(self._jobs):
-            raise FastmergeError("coefficients: one array for each job, and only combinations")
-        places = [place for form in self._forms.values() for place in form.places]
-        counts = self._combine.run([coefficients[place] for place in places]).tolist()
-        return [count for _, count in sorted(zip(places, counts, strict=True))]
+        name, _, out = self._jobs[place]
+        computation = Computation(self._backend, self._fetch, name, tuple(out.shape))
+        return computation.run(self._works[place].root, out)
 
     def _run_combinations(self, outcomes: list[Outcome]) -> None:
-        grams = iter(self._grams.run())
-        factors: list[Float64] = []
+        grams = dict(zip(self._measured, self._grams.run(), strict=True))
+        found = self._measured_factors(grams)
+        rows: list[Float64] = []
         divisors: list[float | None] = []
-        for form in self._forms.values():
-            values, divisor = _factors(form, [next(grams) for _ in form.trees if form.needs_gram])
-            factors += values
-            divisors += [divisor] * len(form.trees)
-        counts = self._combine.run(factors, divisors)
-        forms = self._forms.values()
-        trees = [tree for form in forms for tree in form.trees]
-        places = [place for form in forms for place in form.places]
-        # While the device works.
-        chosen = [effective(*given) for given in zip(trees, factors, divisors, strict=True)]
-        for place, own, bad in zip(places, chosen, counts.tolist(), strict=True):
+        trees: list[Collapsed] = []
+        for place in self._sums:
+            work, sources = self._works[place], self._forms[place].sources
+            factors, divisor = found[place] = work.factors or found[place]
+            assert work.tree is not None
+            trees.append(work.tree)
+            same = sources == work.form.sources
+            rows.append(factors if same else _spread(factors, work.form.sources, sources))
+            divisors.append(divisor)
+        counts = self._combine.run(rows, divisors)
+        named = [effective(tree, *found[i]) for i, tree in zip(self._sums, trees, strict=True)]
+        # Until here the host did not wait.
+        for place, own, bad in zip(self._sums, named, counts.tolist(), strict=True):
             outcomes[place] = Outcome(bad, coefficients=own)
-        for place, tree, own_factors in zip(places, trees, factors, strict=True):
-            if cancels(tree, own_factors):
+        for place, tree in zip(self._sums, trees, strict=True):
+            if cancels(tree, found[place][0]):
                 outcomes[place] = self._alone(place)
 
+    def _measured_factors(
+        self, grams: Mapping[int, Float64]
+    ) -> dict[int, tuple[Float64, float | None]]:
+        """The coefficients and divisor of every job whose tree now reads its Gram matrix."""
+        groups: dict[Any, list[int]] = {}
+        for place in self._measured:
+            if self._works[place].factors is None:
+                groups.setdefault(self._works[place].alike, []).append(place)
+        found = {}
+        for places in groups.values():
+            tree = self._works[places[0]].tree
+            assert tree is not None
+            values, divisor = factors_of(tree, np.stack([grams[place] for place in places]))
+            each = np.broadcast_to(values, (len(places), len(tree.parts)))
+            found.update({place: (own, divisor) for place, own in zip(places, each, strict=True)})
+        return found
+
     def _run_consensuses(self, outcomes: list[Outcome]) -> None:
-        for group in self._consensus:
-            selections = group.select.run(group.requests)
-            weights = [terms.weights for terms in group.terms]
-            scales = [terms.agreement.scale for terms in group.terms]
-            counts = group.consensus.run(weights, selections, scales).tolist()
-            for place, chosen, bad in zip(group.places, selections, counts, strict=True):
+        for places, select, merge in ((c.places, c.select, c.merge) for c in self._consensus):
+            roots = [self._works[place].root for place in places]
+            terms = [consensus_terms(root) for root in roots]
+            jobs = [self._jobs[place] for place in places]
+            wanted = [
+                requests(root, own, job.name, math.prod(job.out.shape))
+                for root, own, job in zip(roots, terms, jobs, strict=True)
+            ]
+            selections = select.run(wanted)
+            scales = [own.agreement.scale for own in terms]
+            counts = merge.run([own.weights for own in terms], selections, scales).tolist()
+            for place, chosen, bad in zip(places, selections, counts, strict=True):
                 outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
 
-    def _tensor(self, node: Node | None) -> Tensor:
-        assert isinstance(node, Stored)
-        return self._fetch(node)
+
+def form_of(name: str, root: Node) -> Form:
+    """How the merge of the tensor ``name`` is prepared; FastmergeError where it cannot be."""
+    return _work(name, root).form
 
 
-def _factors(form: _Combinations, grams: list[Float64]) -> tuple[list[Float64], float | None]:
-    """The coefficients of each tree of one form, and their divisor."""
-    first = form.trees[0]
-    values, divisor = factors_of(first, np.stack(grams) if grams else None)
-    return list(np.broadcast_to(values, (len(form.trees), len(first.parts)))), divisor
+def _work(name: str, root: Node) -> _Work:
+    root = without_unread(root)
+    if not isinstance(root, Merge):
+        root = Merge(find("passthrough"), (root,), None, {}, ({},))
+    if isinstance(root.method, Combination):
+        tree = collapse(root)
+        sources = _all_stored(tree.parts)
+        if tree.axis is None and sources is not None:
+            if not tree.needs_gram:
+                return _Work(root, Form(_GIVEN, sources), tree, factors_of(tree, None))
+            measured = Form(("measured", tree.reference), sources)
+            return _Work(root, measured, tree, alike=_values_of(tree))
+    elif isinstance(root.method, Consensus):
+        spans = root.method.spanning(root.values, root.operand_values)
+        if spans is not None:
+            raise UnsupportedError(
+                f"{name}: {spans} is not for models on a GPU; merge to a folder, or "
+                "into a model on the CPU"
+            )
+        sources = _all_stored(root.inputs)
+        if sources is not None:
+            agreement = consensus_terms(root).agreement
+            return _Work(root, Form(("consensus", agreement.elect, agreement.normalize), sources))
+    return _Work(root, Form(_ALONE, tuple(leaves([root]))))
 
 
-def _form(tree: Collapsed) -> Any:
+def _all_stored(parts: Sequence[Node]) -> tuple[Stored, ...] | None:
+    sources = tuple(part for part in parts if isinstance(part, Stored))
+    return sources if len(sources) == len(parts) else None
+
+
+def _spread(factors: Float64, own: Sequence[Stored], sources: Sequence[Stored]) -> Float64:
+    """Coefficients of some of the ``sources`` over all of them."""
+    row = np.zeros(len(sources))
+    row[[sources.index(source) for source in own]] = factors
+    return row
+
+
+def _values_of(tree: Collapsed) -> Any:
     """Equal for trees that differ in their sources only, whose coefficients one call then gives."""
     numbers: dict[Node, int] = {part: i for i, part in enumerate(tree.parts)}
     lines: list[Any] = [tree.reference]

@@ -33,6 +33,9 @@ class Plan:
     seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
     recipe_text: str
     notes: tuple[str, ...]  # what was decided that the recipe does not say
+    # Of a search: the linear merge of all its models, whose sources every candidate's are among, so
+    # that what is prepared for one serves them all.
+    template: Plan | None = None
 
     @property
     def donor(self) -> Path:

@@ -136,7 +136,8 @@ class Space:
         tensors = tuple(
             replace(item, root=roots.get(item.name, item.root)) for item in self.template.tensors
         )
-        return replace(self.template, tensors=tensors, recipe_text=text)
+        template = self.template
+        return replace(template, tensors=tensors, recipe_text=text, template=template)
 
     def fingerprint(self, root: Expr) -> str:
         """sha256 (hex) of all that decides the state's weights: equal states have equal ones."""
