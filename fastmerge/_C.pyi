@@ -15,6 +15,7 @@ from fastmerge.selection import Selection, Sparsify
 def isa() -> str: ...  # the instruction set in use: scalar, neon, avx2 or avx512
 def isas() -> list[str]: ...  # those this CPU can run, best first
 def set_isa(name: str) -> None: ...  # for tests; ValueError names the known ones
+def tile_entries() -> int: ...  # what select_across's origins are multiples of
 
 class View:
     """``count`` contiguous elements at ``address``; keeps ``owner`` alive. Never copies."""
@@ -97,7 +98,8 @@ def select_across(
     specs: Sequence[Sparsify],
 ) -> list[Selection]:
     """`select` of several tensors as one long vector: ``inputs`` and ``bases`` by tensor. The flat
-    index of a tensor's first element is its origin: rising multiples of 2048 with room for it.
+    index of a tensor's first element is its origin: rising multiples of `tile_entries` with room
+    for it.
     """
 
 def consensus(
@@ -132,7 +134,6 @@ class Mapping:
     @property
     def size(self) -> int: ...
     def view(self, offset: int, count: int, dtype: str) -> View: ...
-    def bytes(self, offset: int, nbytes: int) -> bytes: ...
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Asks for the pages soon to be read: read-ahead if cold, page tables filled at once if
         warm."""

@@ -35,8 +35,9 @@ class Selection(NamedTuple):
     """The answer for one delta: everything `consensus` needs to decide each entry on its own.
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
-    order(i) < tie_bound, where order is `mixed_index` or the flat index. Magnitudes are compared as
-    the 31-bit patterns of fp32, so NaN is above infinity.
+    order(i) < tie_bound, where order is the mixed index (defined by `compute.reference`'s
+    ``mixed_indices``) or the flat index. Magnitudes are compared as the 31-bit patterns of fp32, so
+    NaN is above infinity.
     """
 
     kind: int = ALL
@@ -54,23 +55,6 @@ class Selection(NamedTuple):
         return cls(
             spec.kind, tie_rule=spec.tie_rule, keep_below=spec.keep_below, key=spec.key, kept=kept
         )
-
-
-def mixed_index(index: int) -> int:
-    """The 64-bit mixed index of a flat index: murmur3's 32-bit finaliser over the low word.
-
-    ``(fmix32(low ^ (high * 0x9E3779B9 mod 2**32)) << 32) | high``: a bijection on 64 bits,
-    spatially even, and a plain 32-bit hash for tensors below 2**32 elements. (fmix32: Appleby,
-    MurmurHash3.)
-    """
-    low, high = index & 0xFFFFFFFF, index >> 32
-    h = low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
-    h ^= h >> 16
-    h = h * 0x85EBCA6B & 0xFFFFFFFF
-    h ^= h >> 13
-    h = h * 0xC2B2AE35 & 0xFFFFFFFF
-    h ^= h >> 16
-    return (h << 32) | high
 
 
 def random_key(seed: int, tensor: str, model: int) -> int:

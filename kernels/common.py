@@ -160,68 +160,6 @@ def tally(where, count):
     tl.atomic_add(where, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
-@triton.jit
-def magnitude_key(delta):
-    """|delta| as 31 bits that order like the magnitudes; every NaN is one key, above infinity."""
-    key = delta.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
-    return tl.minimum(key, 0x7FC00000)
-
-
-@triton.jit
-def mix32(h):
-    """murmur3's 32-bit finaliser (fastmerge.selection.mixed_index)."""
-    h = h ^ (h >> 16)
-    h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
-    h = h ^ (h >> 13)
-    h = tl.mul(h, 0xC2B2AE35, sanitize_overflow=False)
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def order_of(index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
-    """The order in which ties are taken: uint32 below 2**32 elements, else (WIDE) uint64."""
-    low = index.to(tl.uint32)
-    if WIDE:
-        high = (index >> 32).to(tl.uint32)
-        if INDEX_RULE:
-            order = index.to(tl.uint64)
-        else:
-            mixed = mix32(low ^ tl.mul(high, 0x9E3779B9, sanitize_overflow=False))
-            order = (mixed.to(tl.uint64) << 32) | high.to(tl.uint64)
-    else:
-        order = low if INDEX_RULE else mix32(low)
-    return order
-
-
-@triton.jit
-def rank_of(key, index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
-    """One number (uint64) that ranks entries as a trim keeps them, largest first: by magnitude,
-    ties by order. No two entries of a tensor of up to 2**33 elements have the same.
-    """
-    order = order_of(index, INDEX_RULE, WIDE)
-    if WIDE:  # 31 bits of magnitude, 33 of order: of a mixed order's upper word only bit 0 is used
-        if not INDEX_RULE:
-            order = ((order >> 32) << 1) | (order & 1)
-        rank = (key.to(tl.uint64) << 33) | (order ^ 0x1FFFFFFFF)
-    else:
-        rank = (key.to(tl.uint64) << 32) | (order ^ 0xFFFFFFFF).to(tl.uint64)
-    return rank
-
-
-@triton.jit
-def random_words(key, first, COUNT: tl.constexpr):
-    """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a
-    counter.
-
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11), which tl.philox implements.
-    """
-    counter = first // 4 + tl.arange(0, COUNT // 4)
-    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    none = low * 0
-    a, b, c, d = tl.philox(key, low, high, none, none)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])
-
-
 # --- on the host --------------------------------------------------------------------------------
 
 

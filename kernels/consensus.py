@@ -29,56 +29,15 @@ from fastmerge.kernels.common import (
     lanes,
     launch,
     locate,
-    magnitude_key,
-    order_of,
     partition,
     per_lane,
     put,
-    random_words,
-    rank_of,
     register_limit,
     tally,
     upload,
 )
-from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection
-
-# How one delta's entries are kept, a compile-time choice per delta.
-KEEP_ALL: tl.constexpr = tl.constexpr(0)
-KEEP_RANDOM: tl.constexpr = tl.constexpr(1)
-KEEP_MIXED: tl.constexpr = tl.constexpr(2)  # key > threshold, or tied and mixed index <= last
-KEEP_INDEX: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and flat index <= last
-RULE = 3  # rule columns per delta: threshold; last (both rules) or keep_below; key
-
-
-@triton.jit
-def load_rule(rule, MODE: tl.constexpr, WIDE: tl.constexpr):
-    """A delta's RULE int64 numbers as `survives` takes them: of a trim below 2**32 elements the
-    first is `rank_of` the last entry that survives.
-    """
-    first, last, key = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
-    if (MODE == KEEP_MIXED or MODE == KEEP_INDEX) and not WIDE:
-        first = (first << 32) | (last ^ 0xFFFFFFFF)
-    return first.to(tl.uint64, bitcast=True), last, key.to(tl.uint64, bitcast=True)
-
-
-@triton.jit
-def survives(
-    delta, first, index, limit, last, key, MODE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Which of BLOCK entries from flat index ``first`` on are kept; the rule is load_rule's."""
-    if MODE == KEEP_ALL:
-        kept = tl.full([BLOCK], 1, tl.int1)
-    elif MODE == KEEP_RANDOM:
-        kept = random_words(key, first, BLOCK).to(tl.int64) < last
-    elif WIDE:
-        magnitude, threshold = magnitude_key(delta), limit.to(tl.uint32)
-        order = order_of(index, MODE == KEEP_INDEX, True)
-        tied = (magnitude == threshold) & (order <= last.to(tl.uint64, bitcast=True))
-        kept = (magnitude > threshold) | tied
-    else:
-        kept = rank_of(magnitude_key(delta), index, MODE == KEEP_INDEX, False) >= limit
-    return kept
+from fastmerge.kernels.masks import KEEP_ALL, RULE, load_rule, rule_of, survives
+from fastmerge.selection import Selection
 
 
 @triton.jit
@@ -86,7 +45,8 @@ def _block(
     addresses, rules, factors, scale, divisor, start, end, origin,
     CODES: tl.constexpr, OUT: tl.constexpr, MODES: tl.constexpr, RESCALED: tl.constexpr,
     ELECT: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr,
-    WIDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
     K: tl.constexpr = len(MODES)
@@ -103,8 +63,8 @@ def _block(
         rescale = factors[2 * i + 1]
         if MODES[i] != KEEP_ALL:
             kept = survives(
-                delta, origin + start, index, rules[3 * i], rules[3 * i + 1], rules[3 * i + 2],
-                MODES[i], WIDE, BLOCK,
+                delta, origin + start, index, rules[RULE * i], rules[RULE * i + 1],
+                rules[RULE * i + 2], MODES[i], WIDE, BLOCK,
             )  # fmt: skip
             # The mask's 1 or 0 times the next factor: the product that follows rounds once more
             # and is exact here, so that it moves no bit.
@@ -175,14 +135,16 @@ def consensus_kernel(
         start = begin + step
         bad += _block(
             addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
-            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, BLOCK, False,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, BLOCK,
+            False,
         )  # fmt: skip
     tail_bad = tl.zeros([TAIL], tl.int32)  # in narrow steps, as in combine_kernel
     for step in range(0, end - whole, TAIL):
         start = whole + step
         tail_bad += _block(
             addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
-            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, TAIL, True,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, TAIL,
+            True,
         )  # fmt: skip
     count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
     tally(bad_counts + segment, count)
@@ -341,28 +303,6 @@ def _exact(weights: tuple[float, ...]) -> bool:
         sums = np.concatenate([sums, sums + np.float32(weight)])
     mantissas, exponents = np.frexp(sums[sums != 0])
     return bool(np.all(mantissas == 0.5) and np.all(np.abs(exponents) < 126))
-
-
-def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
-    """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
-    if selection.kind == RANDOM:
-        return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key)]
-    if selection.kind != MAGNITUDE:
-        return KEEP_ALL.value, [0, 0, 0]
-    threshold, last = selection.threshold_bits, (1 << 64) - 1
-    if selection.tie_bound == 0:  # no tied entry survives: every one from the next key on does
-        threshold += 1
-    elif selection.tie_bound is not None:
-        last = selection.tie_bound - 1
-    if selection.tie_rule == INDEX:
-        last = last if wide else min(last, (1 << 32) - 1)
-        return KEEP_INDEX.value, [threshold, _signed(last), 0]
-    return KEEP_MIXED.value, [threshold, _signed(last if wide else last >> 32), 0]
-
-
-def _signed(value: int) -> int:
-    """The signed 64-bit integer of the same bits."""
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _numbers(

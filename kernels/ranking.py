@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmerge.kernels.common import fetch, locate, magnitude_key, mix32, rank_of, tally
-from fastmerge.kernels.consensus import load_rule, survives
+from fastmerge.kernels.common import fetch, locate, tally
+from fastmerge.kernels.masks import load_rule, magnitude_key, mix32, rank_of, survives
 
 # The rule that ranks entries of one magnitude. SKIP leaves a delta out.
 SKIP: tl.constexpr = tl.constexpr(0)

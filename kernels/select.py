@@ -2,7 +2,7 @@
 launch.
 
 A trim needs the keep-th of all entries, ranked by magnitude and, where magnitudes tie, by order
-(fastmerge.selection): one 64-bit number, no two of which are equal (`common.rank_of`). A 2**11-bin
+(fastmerge.selection): one 64-bit number, no two of which are equal (`masks.rank_of`). A 2**11-bin
 histogram in Triton costs tens of instructions an entry, more than the memory traffic; Floyd and
 Rivest's SELECT ("Expected time bounds for selection", CACM 18(3), 1975) costs two compares:
 
@@ -42,8 +42,8 @@ from fastmerge.kernels.common import (
     partition,
     upload,
 )
-from fastmerge.kernels.consensus import RULE, rule_of
 from fastmerge.kernels.gram import reduce_kernel
+from fastmerge.kernels.masks import RULE, rule_of
 from fastmerge.kernels.ranking import (
     BY_INDEX,
     BY_MIXED,
@@ -246,7 +246,7 @@ def _unsearched(spec: Sparsify, count: int) -> Selection:
 
 
 def _bounded(selection: Selection, value: int, *, wide: bool) -> Selection:
-    """With the threshold and tie bound that keep `common.rank_of` down to value."""
+    """With the threshold and tie bound that keep `masks.rank_of` down to value."""
     bits = 33 if wide else 32
     order = (1 << bits) - 1 - (value & ((1 << bits) - 1))
     if selection.tie_rule != INDEX:

@@ -19,7 +19,6 @@ from fastmerge.selection import (
     Sparsify,
     keep_below,
     keep_count,
-    mixed_index,
 )
 
 LARGE = 150_001  # above the size at which a sample stands in for the tensor
@@ -231,6 +230,18 @@ def test_philox_words_do_not_depend_on_where_a_block_begins():
     whole = reference.philox_words(1000, 0x123456789)
     for first in (1, 2, 3, 4, 501):
         assert np.array_equal(reference.philox_words(50, 0x123456789, first), whole[first:][:50])
+
+
+def mixed_index(index: int) -> int:
+    """An oracle in plain integers (fmix32: Appleby, MurmurHash3)."""
+    low, high = index & 0xFFFFFFFF, index >> 32
+    h = low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & 0xFFFFFFFF
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & 0xFFFFFFFF
+    h ^= h >> 16
+    return (h << 32) | high
 
 
 def test_mixed_index_is_one_definition():

@@ -30,7 +30,6 @@ from fastmerge.selection import (
     RANDOM,
     Selection,
     Sparsify,
-    mixed_index,
 )
 
 torch.set_num_threads(1)
@@ -445,6 +444,10 @@ def test_consensus_many_and_pieces():
 
 
 # --- beyond 2**31 elements ----------------------------------------------------------------------
+
+
+def mixed_index(index):
+    return int(reference.mixed_indices(1, index)[0])
 
 
 def philox(key, counter):

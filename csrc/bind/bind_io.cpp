@@ -51,12 +51,6 @@ void bind_io(py::module_& m) {
                 return View{{mapping.at(offset, count * item), count, dtype}, self};
             },
             py::arg("offset"), py::arg("count"), py::arg("dtype"))
-        .def(
-            "bytes",
-            [](const Mapping& mapping, int64_t offset, int64_t nbytes) {
-                return py::bytes(mapping.at(offset, nbytes), static_cast<size_t>(nbytes));
-            },
-            py::arg("offset"), py::arg("nbytes"))
         .def("prefetch", &Mapping::prefetch, py::arg("offset"), py::arg("nbytes"), NoGil())
         .def("drop", &Mapping::drop, py::arg("offset"), py::arg("nbytes"), NoGil());
 

@@ -99,6 +99,7 @@ void bind_kernels(py::module_& m) {
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("isas", &supported_isas);
     m.def("set_isa", &set_isa, "name"_a);
+    m.def("tile_entries", [] { return kTile; });
 
     py::class_<Pool>(m, "Pool")
         .def(py::init<int>(), "threads"_a)

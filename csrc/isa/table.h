@@ -30,8 +30,8 @@ struct Keep {
         kRandom,      // Philox word <= word_max
     };
     Kind kind = kAll;
-    bool mixed =
-        true;  // the order word is the mixed index's high word, not the flat index's low word
+    // The order word is the mixed index's high word, not the flat index's low word.
+    bool mixed = true;
     int32_t threshold = 0;
     uint32_t order_max = 0;
     uint32_t word_max = 0;
@@ -42,8 +42,8 @@ struct CombineArgs {
     const void* const* inputs;
     const float* const* coefficients;  // per input: one value, or one per element
     bool per_element;
-    const float*
-        starts;  // -0 where one coefficient is nonzero, else +0: one value or one per element
+    // -0 where one coefficient is nonzero, else +0: one value or one per element.
+    const float* starts;
     int inputs_count;
     float divisor;
     bool divide;

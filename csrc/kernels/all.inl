@@ -1,6 +1,7 @@
 // Everything that is compiled once per instruction set; included inside its namespace and region,
 // after its simd header.
 #include "kernels/common.inl"
+#include "kernels/mask.inl"
 
 #include "kernels/combine.inl"
 #include "kernels/consensus.inl"

@@ -47,32 +47,6 @@ FM_INLINE Mask present(int vector, Part part) {
     return signed_above(spread(static_cast<uint32_t>(part.last)), group_numbers(vector));
 }
 
-FM_INLINE Words magnitude(Floats delta) { return bits(delta) & spread(0x7FFFFFFFu); }
-
-FM_INLINE Words flat_order(uint64_t index, int vector) {
-    return group_numbers(vector) + spread(static_cast<uint32_t>(index));
-}
-
-// The high word of fastmerge.selection.mixed_index: murmur3's 32-bit finaliser (Appleby).
-FM_INLINE Words mixed_order(uint64_t index, int vector) {
-    const uint32_t high = static_cast<uint32_t>(index >> 32) * 0x9E3779B9u;
-    Words h = flat_order(index, vector) ^ spread(high);
-    h = (h ^ shift_right<16>(h)) * spread(0x85EBCA6Bu);
-    h = (h ^ shift_right<13>(h)) * spread(0xC2B2AE35u);
-    return h ^ shift_right<16>(h);
-}
-
-// One less where the entry would survive a tie, so that key > threshold decides either way.
-FM_INLINE Words tie_threshold(Words threshold, Words order, const Keep& keep) {
-    return decrease(threshold, at_most(order, spread(keep.order_max)));
-}
-
-FM_INLINE void random_words(const Keep& keep, uint64_t index, Words* words) {
-    for (int vector = 0; vector < 2; vector += kPhiloxVectors)
-        philox((index + static_cast<uint64_t>(vector * kLanes)) / 4, keep.round_keys,
-               words + vector);
-}
-
 template <class From, class To>
 void convert(const void* in, void* out, int64_t count) {
     const char* from = static_cast<const char*>(in);

@@ -30,19 +30,12 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
             Floats delta = tuned[v] - base[v];
             Floats factor = spread(term.on);
             if (kind != Keep::kAll) {
-                Mask survives;
-                if (kind == Keep::kRandom) {
-                    survives = at_most(random[v], spread(rule.word_max));
-                } else {
-                    Words threshold = spread(static_cast<uint32_t>(rule.threshold));
-                    if (kind == Keep::kAboveOrTie)
-                        threshold = tie_threshold(threshold, rule.mixed ? mixed[v] : flat[v], rule);
-                    survives = signed_above(magnitude(delta), threshold);
-                }
+                const Words order = rule.mixed ? mixed[v] : flat[v];
+                const Mask kept = survives(rule, kind, magnitude(delta), order, random[v]);
                 // Sums start from +0, so the sign of a masked zero never shows; a factor that is
                 // not finite makes NaN of it.
-                factor = kKind == kAnyKind ? choose(survives, factor, spread(term.off))
-                                           : keep(survives, factor);
+                factor =
+                    kKind == kAnyKind ? choose(kept, factor, spread(term.off)) : keep(kept, factor);
             }
             delta = delta * factor;
             if (term.rescaled) delta = delta * spread(term.weight);

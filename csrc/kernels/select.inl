@@ -159,21 +159,13 @@ FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep
     Floats size[2], kept_size[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        Mask survives;
-        if (kKind == Keep::kRandom) {
-            survives = at_most(random[v], spread(keep_rule.word_max));
-        } else {
-            Words threshold = spread(static_cast<uint32_t>(keep_rule.threshold));
-            if (kKind == Keep::kAboveOrTie)
-                threshold = tie_threshold(
-                    threshold, keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v),
-                    keep_rule);
-            survives = signed_above(key[v], threshold);
-        }
-        if (kPartial) survives = survives & present(v, part);
-        counter = count(counter, survives);
+        const Words order = kKind == Keep::kAboveOrTie && keep_rule.mixed ? mixed_order(index, v)
+                                                                          : flat_order(index, v);
+        Mask kept_here = survives(keep_rule, kKind, key[v], order, random[v]);
+        if (kPartial) kept_here = kept_here & present(v, part);
+        counter = count(counter, kept_here);
         size[v] = floats(key[v]);
-        kept_size[v] = keep(survives, size[v]);
+        kept_size[v] = keep(kept_here, size[v]);
     }
     all = accumulate(all, size);
     kept = accumulate(kept, kept_size);

@@ -39,10 +39,9 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
     const int64_t row_length =
         shape.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : shape.cols;
 
-    return fill_sink(
-        pool, inputs, nullptr, out, [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
-            std::vector<const void*> used(k);
-            std::vector<const float*> factors(k);
+    return fill_sink(pool, inputs, nullptr, out, [&] {
+        return [&, used = std::vector<const void*>(k), factors = std::vector<const float*>(k)](
+                   TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
             const auto item = static_cast<int64_t>(item_bytes(reader.dtype()));
             for (int64_t at = begin; at < end;) {
                 const int64_t row = at / row_length, column = at % row_length;
@@ -72,7 +71,8 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 kernels().combine[reader.type()](args);
                 at += count;
             }
-        });
+        };
+    });
 }
 
 void copy(Pool& pool, const Span& source, Sink& out) {

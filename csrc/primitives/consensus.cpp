@@ -22,37 +22,39 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
     for (const float weight : weights) divisor += weight;
     if (std::fabs(divisor) < 1e-8f) divisor = 1;
 
-    return fill_sink(pool, inputs, &base, out,
-                     [&](TileReader& reader, int64_t begin, int64_t end, char* to) {
-                         const auto index = static_cast<uint64_t>(rule.origin + begin);
-                         std::vector<Term> terms(k);
-                         std::vector<float> scratch(k * kConsensusScratch);
-                         for (size_t j = 0; j < k; ++j) {
-                             Term& term = terms[j];
-                             term.keep = keep_in_tile(selections[j], keys[j], index);
-                             term.weight = weights[j];
-                             term.rescaled = selections[j].rescale != 1.0f;
-                             // Without a rescale, delta * mask * weight is delta * (mask * weight):
-                             // exact either way.
-                             term.on = term.rescaled ? selections[j].rescale : weights[j];
-                             term.off = 0.0f * term.on;
-                         }
-                         reader.seek(begin, end - begin);
-                         ConsensusArgs args = {};
-                         args.inputs = reader.inputs();
-                         args.base = reader.base();
-                         args.out = to;
-                         args.terms = terms.data();
-                         args.inputs_count = static_cast<int>(k);
-                         args.elect = rule.elect;
-                         args.normalize = rule.normalize;
-                         args.divisor = divisor;
-                         args.scale = rule.scale;
-                         args.index = index;
-                         args.count = end - begin;
-                         args.scratch = scratch.data();
-                         kernels().consensus[reader.type()](args);
-                     });
+    std::vector<Term> every(k);
+    for (size_t j = 0; j < k; ++j) {
+        Term& term = every[j];
+        term.weight = weights[j];
+        term.rescaled = selections[j].rescale != 1.0f;
+        // Without a rescale, delta * mask * weight is delta * (mask * weight): exact either way.
+        term.on = term.rescaled ? selections[j].rescale : weights[j];
+        term.off = 0.0f * term.on;
+    }
+
+    return fill_sink(pool, inputs, &base, out, [&] {
+        return [&, terms = every, scratch = std::vector<float>(k * kConsensusScratch)](
+                   TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
+            const auto index = static_cast<uint64_t>(rule.origin + begin);
+            for (size_t j = 0; j < k; ++j)
+                terms[j].keep = keep_in_tile(selections[j], keys[j], index);
+            reader.seek(begin, end - begin);
+            ConsensusArgs args = {};
+            args.inputs = reader.inputs();
+            args.base = reader.base();
+            args.out = to;
+            args.terms = terms.data();
+            args.inputs_count = static_cast<int>(k);
+            args.elect = rule.elect;
+            args.normalize = rule.normalize;
+            args.divisor = divisor;
+            args.scale = rule.scale;
+            args.index = index;
+            args.count = end - begin;
+            args.scratch = scratch.data();
+            kernels().consensus[reader.type()](args);
+        };
+    });
 }
 
 }  // namespace fastmerge

@@ -82,4 +82,23 @@ void for_each_block(const Deltas& deltas, const std::vector<size_t>& which, int6
     });
 }
 
+// Passes over the deltas `which`, each for the searches that are still open, until all are found:
+// count(inputs, open) fills in a pass's results, resolve(search) reads them.
+template <class Search, class Count, class Resolve>
+void run_searches(const std::vector<size_t>& which, std::vector<Search>& searches,
+                  const Count& count, const Resolve& resolve) {
+    for (;;) {
+        std::vector<size_t> inputs;
+        std::vector<Search*> open;
+        for (size_t i = 0; i < which.size(); ++i) {
+            if (searches[i].found) continue;
+            inputs.push_back(which[i]);
+            open.push_back(&searches[i]);
+        }
+        if (open.empty()) return;
+        count(inputs, open);
+        for (Search* search : open) resolve(*search);
+    }
+}
+
 }  // namespace fastmerge

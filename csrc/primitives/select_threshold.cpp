@@ -31,6 +31,7 @@ struct Bin {
 };
 
 struct Search {
+    Threshold* threshold = nullptr;
     int32_t low = 0, high = kLargestKey;
     int32_t peaks[2] = {-1, -1};
     int shift = 0;
@@ -185,7 +186,8 @@ void count_window(const Deltas& deltas, const std::vector<size_t>& which,
 }
 
 // Reads a pass's counts: either the threshold is known, or the window is smaller or elsewhere.
-void resolve(Search& search, Threshold& threshold) {
+void resolve(Search& search) {
+    Threshold& threshold = *search.threshold;
     if (threshold.keep <= search.above) return search.narrow(search.high + 1, kLargestKey);
     for (int peak = 0; peak < 2; ++peak) {
         const int32_t key = search.peaks[peak];
@@ -222,20 +224,14 @@ void find_thresholds(const Deltas& deltas, const std::vector<size_t>& which,
     deltas.pool.run(static_cast<int64_t>(which.size()), [&](int64_t i) {
         const auto at = static_cast<size_t>(i);
         searches[at] = bracket(deltas, which[at], thresholds[at].keep);
+        searches[at].threshold = &thresholds[at];
     });
-    for (;;) {
-        std::vector<size_t> open, open_inputs;
-        std::vector<Search*> open_searches;
-        for (size_t i = 0; i < which.size(); ++i) {
-            if (searches[i].found) continue;
-            open.push_back(i);
-            open_inputs.push_back(which[i]);
-            open_searches.push_back(&searches[i]);
-        }
-        if (open.empty()) return;
-        count_window(deltas, open_inputs, open_searches);
-        for (const size_t i : open) resolve(searches[i], thresholds[i]);
-    }
+    run_searches(
+        which, searches,
+        [&](const std::vector<size_t>& inputs, const std::vector<Search*>& open) {
+            count_window(deltas, inputs, open);
+        },
+        resolve);
 }
 
 }  // namespace fastmerge

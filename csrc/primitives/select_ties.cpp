@@ -17,6 +17,7 @@ constexpr uint64_t kLast = ~uint64_t{0};
 // What is known: `below` tied entries have orders under `first`, `inside` lie in [first, last].
 // Each pass looks at [from, to] within that.
 struct Search {
+    TieBound* bound = nullptr;
     uint64_t first = 0, last = kLast;
     int64_t below = 0, inside = 0;
     uint64_t from = 0, to = kLast;
@@ -26,10 +27,10 @@ struct Search {
     int64_t under = 0, gathered_count = 0;
     std::vector<uint64_t> gathered;  // all of [from, to], unless there are more than kGatherAtMost
 
-    void aim(int64_t wanted) {
+    void aim() {
         const double width = static_cast<double>(last - first) + 1;
         const double share =
-            (static_cast<double>(wanted - below) - 0.5) / static_cast<double>(inside);
+            (static_cast<double>(bound->wanted - below) - 0.5) / static_cast<double>(inside);
         double half = 0.25;  // halve the range when the orders turn out not to be even
         if (passes++ < 3)
             half = kSigmas * std::sqrt(share * (1 - share) / static_cast<double>(inside)) +
@@ -54,7 +55,6 @@ struct Counts {
 };
 
 void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
-                  const std::vector<const TieBound*>& bounds,
                   const std::vector<Search*>& searches) {
     std::mutex mutex;
     for (Search* search : searches) {
@@ -67,7 +67,8 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
             Counts counts;
             counts.orders.resize(searches.size());
             counts.gathered_counts.resize(searches.size());
-            for (const TieBound* bound : bounds) {
+            for (const Search* search : searches) {
+                const TieBound* bound = search->bound;
                 counts.words.emplace_back(kTile + 16);
                 TieWindow window = {};
                 window.key = bound->key;
@@ -82,7 +83,7 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
             for (size_t s = 0; s < searches.size(); ++s) {
                 TieWindow& window = counts.windows[s];
                 const Search& search = *searches[s];
-                const TieRule rule = bounds[s]->rule;
+                const TieRule rule = search.bound->rule;
                 std::optional<uint64_t> end;
                 if (search.to < kLast) end = search.to + 1;
                 window.any_below = largest_order_word(search.from, rule, args.index, window.below);
@@ -115,7 +116,8 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
         });
 }
 
-void resolve(Search& search, TieBound& bound) {
+void resolve(Search& search) {
+    TieBound& bound = *search.bound;
     if (bound.wanted <= search.under) {
         search.last = search.from - 1;
         search.inside = search.under - search.below;
@@ -134,7 +136,7 @@ void resolve(Search& search, TieBound& bound) {
         search.below = search.under;
         search.inside = search.gathered_count;
     }
-    if (!search.found) search.aim(bound.wanted);
+    if (!search.found) search.aim();
 }
 
 }  // namespace
@@ -143,26 +145,18 @@ void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<TieBound>& bounds) {
     std::vector<Search> searches(which.size());
     for (size_t i = 0; i < which.size(); ++i) {
+        searches[i].bound = &bounds[i];
         searches[i].inside = bounds[i].ties;
         if (bounds[i].rule == TieRule::kIndex)
             searches[i].last = static_cast<uint64_t>(deltas.end() - 1);
-        searches[i].aim(bounds[i].wanted);
+        searches[i].aim();
     }
-    for (;;) {
-        std::vector<size_t> open, open_inputs;
-        std::vector<const TieBound*> open_bounds;
-        std::vector<Search*> open_searches;
-        for (size_t i = 0; i < which.size(); ++i) {
-            if (searches[i].found) continue;
-            open.push_back(i);
-            open_inputs.push_back(which[i]);
-            open_bounds.push_back(&bounds[i]);
-            open_searches.push_back(&searches[i]);
-        }
-        if (open.empty()) return;
-        count_orders(deltas, open_inputs, open_bounds, open_searches);
-        for (const size_t i : open) resolve(searches[i], bounds[i]);
-    }
+    run_searches(
+        which, searches,
+        [&](const std::vector<size_t>& inputs, const std::vector<Search*>& open) {
+            count_orders(deltas, inputs, open);
+        },
+        resolve);
 }
 
 }  // namespace fastmerge

@@ -81,12 +81,12 @@ void for_each_tile(int64_t begin, int64_t end, const Body& body) {
     }
 }
 
-// Fills a sink piece by piece on the pool: fill(reader, begin, end, to) writes the elements [begin,
-// end) of one tile as reader.dtype() to `to`. Returns how many of the elements stored are NaN or
-// Inf.
-template <class Fill>
+// Fills a sink piece by piece on the pool: make() gives a piece its fill(reader, begin, end, to),
+// which writes the elements [begin, end) of one tile as reader.dtype() to `to`. Returns how many of
+// the elements stored are NaN or Inf.
+template <class Make>
 int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base, Sink& out,
-                  const Fill& fill) {
+                  const Make& make) {
     const Kernels& table = kernels();
     const auto type = static_cast<size_t>(out.dtype());
     const auto item = static_cast<int64_t>(item_bytes(out.dtype()));
@@ -96,6 +96,7 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
         out.range(piece, begin, end);
         char* to = static_cast<char*>(out.open(piece));
         TileReader reader(inputs, base, out.dtype());
+        auto fill = make();
         std::vector<float> wide(reader.dtype() == out.dtype() ? 0 : kTile);
         for_each_tile(begin, end, [&](int64_t tile_begin, int64_t tile_end) {
             char* target = to + (tile_begin - begin) * item;

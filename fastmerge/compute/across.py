@@ -13,7 +13,7 @@ from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
 from fastmerge.tree.nodes import Merge, Node, Stored
 
-TILE_ENTRIES = 2048  # csrc/isa/table.h: tiles, which no index of a tensor may straddle
+TILE_ENTRIES = _C.tile_entries()  # no two tensors may share a tile
 
 
 def find_trims(

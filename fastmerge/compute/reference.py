@@ -123,7 +123,13 @@ def magnitude_keys(tensor: Array, base: Array) -> NDArray[np.uint32]:
 
 
 def mixed_indices(count: int, first: int = 0) -> NDArray[np.uint64]:
-    """`fastmerge.selection.mixed_index` of ``count`` flat indices from ``first`` on."""
+    """The 64-bit mixed indices of ``count`` flat indices from ``first`` on: murmur3's 32-bit
+    finaliser over the low word.
+
+    ``(fmix32(low ^ (high * 0x9E3779B9 mod 2**32)) << 32) | high``: a bijection on 64 bits,
+    spatially even, and a plain 32-bit hash for tensors below 2**32 elements. (fmix32: Appleby,
+    MurmurHash3.)
+    """
     index = np.arange(first, first + count, dtype=np.uint64)
     high = index >> np.uint64(32)
     h: Array = (index ^ high * np.uint64(0x9E3779B9)).astype(np.uint32)

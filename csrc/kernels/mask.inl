@@ -1,0 +1,34 @@
+// Which entries of a delta survive: the keys, orders and random words that Keep rules ask for, as
+// select, measure and consensus share them.
+
+FM_INLINE Words magnitude(Floats delta) { return bits(delta) & spread(0x7FFFFFFFu); }
+
+FM_INLINE Words flat_order(uint64_t index, int vector) {
+    return group_numbers(vector) + spread(static_cast<uint32_t>(index));
+}
+
+// The high word of a mixed index (fastmerge.selection): murmur3's 32-bit finaliser (Appleby).
+FM_INLINE Words mixed_order(uint64_t index, int vector) {
+    const uint32_t high = static_cast<uint32_t>(index >> 32) * 0x9E3779B9u;
+    Words h = flat_order(index, vector) ^ spread(high);
+    h = (h ^ shift_right<16>(h)) * spread(0x85EBCA6Bu);
+    h = (h ^ shift_right<13>(h)) * spread(0xC2B2AE35u);
+    return h ^ shift_right<16>(h);
+}
+
+FM_INLINE void random_words(const Keep& keep, uint64_t index, Words* words) {
+    for (int vector = 0; vector < 2; vector += kPhiloxVectors)
+        philox((index + static_cast<uint64_t>(vector * kLanes)) / 4, keep.round_keys,
+               words + vector);
+}
+
+// A vector's entries that a rule of this kind (rule.kind, where that is not known before) keeps, by
+// their magnitudes, orders in a tie and random words; only what the kind asks for is looked at.
+FM_INLINE Mask survives(const Keep& rule, int kind, Words key, Words order, Words random) {
+    if (kind == Keep::kRandom) return at_most(random, spread(rule.word_max));
+    Words threshold = spread(static_cast<uint32_t>(rule.threshold));
+    // One less where the entry would survive a tie, so that key > threshold decides either way.
+    if (kind == Keep::kAboveOrTie)
+        threshold = decrease(threshold, at_most(order, spread(rule.order_max)));
+    return signed_above(key, threshold);
+}

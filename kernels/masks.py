@@ -1,0 +1,132 @@
+"""Which entries of a delta survive: the keys, orders, random words and rules that select, its
+ranking and consensus share.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection
+
+# How one delta's entries are kept, a compile-time choice per delta.
+KEEP_ALL: tl.constexpr = tl.constexpr(0)
+KEEP_RANDOM: tl.constexpr = tl.constexpr(1)
+KEEP_MIXED: tl.constexpr = tl.constexpr(2)  # key > threshold, or tied and mixed index <= last
+KEEP_INDEX: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and flat index <= last
+RULE = 3  # rule columns per delta: threshold; last (both rules) or keep_below; key
+
+
+@triton.jit
+def magnitude_key(delta):
+    """|delta| as 31 bits that order like the magnitudes; every NaN is one key, above infinity."""
+    key = delta.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    return tl.minimum(key, 0x7FC00000)
+
+
+@triton.jit
+def mix32(h):
+    """murmur3's 32-bit finaliser (the mixed index of fastmerge.selection)."""
+    h = h ^ (h >> 16)
+    h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
+    h = h ^ (h >> 13)
+    h = tl.mul(h, 0xC2B2AE35, sanitize_overflow=False)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def order_of(index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
+    """The order in which ties are taken: uint32 below 2**32 elements, else (WIDE) uint64."""
+    low = index.to(tl.uint32)
+    if WIDE:
+        high = (index >> 32).to(tl.uint32)
+        if INDEX_RULE:
+            order = index.to(tl.uint64)
+        else:
+            mixed = mix32(low ^ tl.mul(high, 0x9E3779B9, sanitize_overflow=False))
+            order = (mixed.to(tl.uint64) << 32) | high.to(tl.uint64)
+    else:
+        order = low if INDEX_RULE else mix32(low)
+    return order
+
+
+@triton.jit
+def rank_of(key, index, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
+    """One number (uint64) that ranks entries as a trim keeps them, largest first: by magnitude,
+    ties by order. No two entries of a tensor of up to 2**33 elements have the same.
+    """
+    order = order_of(index, INDEX_RULE, WIDE)
+    if WIDE:  # 31 bits of magnitude, 33 of order: of a mixed order's upper word only bit 0 is used
+        if not INDEX_RULE:
+            order = ((order >> 32) << 1) | (order & 1)
+        rank = (key.to(tl.uint64) << 33) | (order ^ 0x1FFFFFFFF)
+    else:
+        rank = (key.to(tl.uint64) << 32) | (order ^ 0xFFFFFFFF).to(tl.uint64)
+    return rank
+
+
+@triton.jit
+def random_words(key, first, COUNT: tl.constexpr):
+    """COUNT words from element ``first`` (a multiple of 4) on: Philox4x32-10, four elements a
+    counter.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11), which tl.philox implements.
+    """
+    counter = first // 4 + tl.arange(0, COUNT // 4)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    none = low * 0
+    a, b, c, d = tl.philox(key, low, high, none, none)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])
+
+
+@triton.jit
+def load_rule(rule, MODE: tl.constexpr, WIDE: tl.constexpr):
+    """A delta's RULE int64 numbers as `survives` takes them: of a trim below 2**32 elements the
+    first is `rank_of` the last entry that survives.
+    """
+    first, last, key = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
+    if (MODE == KEEP_MIXED or MODE == KEEP_INDEX) and not WIDE:
+        first = (first << 32) | (last ^ 0xFFFFFFFF)
+    return first.to(tl.uint64, bitcast=True), last, key.to(tl.uint64, bitcast=True)
+
+
+@triton.jit
+def survives(
+    delta, first, index, limit, last, key, MODE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Which of BLOCK entries from flat index ``first`` on are kept; the rule is load_rule's."""
+    if MODE == KEEP_ALL:
+        kept = tl.full([BLOCK], 1, tl.int1)
+    elif MODE == KEEP_RANDOM:
+        kept = random_words(key, first, BLOCK).to(tl.int64) < last
+    elif WIDE:
+        magnitude, threshold = magnitude_key(delta), limit.to(tl.uint32)
+        order = order_of(index, MODE == KEEP_INDEX, True)
+        tied = (magnitude == threshold) & (order <= last.to(tl.uint64, bitcast=True))
+        kept = (magnitude > threshold) | tied
+    else:
+        kept = rank_of(magnitude_key(delta), index, MODE == KEEP_INDEX, False) >= limit
+    return kept
+
+
+def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
+    """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
+    if selection.kind == RANDOM:
+        return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key)]
+    if selection.kind != MAGNITUDE:
+        return KEEP_ALL.value, [0, 0, 0]
+    threshold, last = selection.threshold_bits, (1 << 64) - 1
+    if selection.tie_bound == 0:  # no tied entry survives: every one from the next key on does
+        threshold += 1
+    elif selection.tie_bound is not None:
+        last = selection.tie_bound - 1
+    if selection.tie_rule == INDEX:
+        last = last if wide else min(last, (1 << 32) - 1)
+        return KEEP_INDEX.value, [threshold, _signed(last), 0]
+    return KEEP_MIXED.value, [threshold, _signed(last if wide else last >> 32), 0]
+
+
+def _signed(value: int) -> int:
+    """The signed 64-bit integer of the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
