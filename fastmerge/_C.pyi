@@ -30,6 +30,21 @@ class View:
     @property
     def nbytes(self) -> int: ...
     def slice(self, begin: int, end: int) -> View: ...
+    @property
+    def is_gathered(self) -> bool: ...
+
+def gathered(
+    rows: NDArray[np.uint64],
+    types: Sequence[str],
+    kinds: NDArray[np.uint8],
+    cols: int,
+    dtype: str,
+    owner: object,
+) -> View:
+    """A matrix whose rows of ``cols`` elements lie at the addresses ``rows``, row i stored as
+    types[kinds[i]]: ``dtype``, or any type where that is F32. It has no address; every
+    primitive and `copy` read it.
+    """
 
 class Pool:
     def __init__(self, threads: int) -> None: ...

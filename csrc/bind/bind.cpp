@@ -1,12 +1,45 @@
 // The one Python module: types shared by every part here, each part's own in its bind_*.cpp.
 #include "bind/bind.h"
 
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
 #include <memory>
 
 #include "sink.h"
 
 namespace py = pybind11;
 using namespace fastmerge;
+
+namespace {
+
+template <class T>
+using Column = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+View gathered(const Column<uint64_t>& rows, const std::vector<std::string>& types,
+              const Column<uint8_t>& kinds, int64_t cols, const std::string& dtype,
+              py::object owner) {
+    auto table = std::make_shared<RowTable>();
+    const DType wanted = parse_dtype(dtype);
+    if (kinds.size() != rows.size()) throw std::invalid_argument("one kind per row is needed");
+    if (cols < 1) throw std::invalid_argument("rows must have at least one element");
+    std::vector<DType> known;
+    for (const std::string& type : types) known.push_back(parse_dtype(type));
+    table->cols = cols;
+    for (py::ssize_t i = 0; i < rows.size(); ++i) {
+        const uint8_t kind = kinds.data()[i];
+        if (kind >= known.size()) throw std::invalid_argument("a kind that is no type");
+        const DType type = known[kind];
+        if (type != wanted && (type == DType::kRaw || wanted != DType::kF32))
+            throw std::invalid_argument("rows of another type are widened to F32 only");
+        table->rows.push_back(reinterpret_cast<const char*>(rows.data()[i]));
+        table->types.push_back(type);
+    }
+    const auto count = static_cast<int64_t>(rows.size() * cols);
+    return View{{nullptr, count, wanted, table.get()}, std::move(owner), table};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::class_<View>(m, "View")
@@ -17,8 +50,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                              std::move(owner)};
              }),
              py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner"))
+        .def_property_readonly("is_gathered", [](const View& v) { return v.table != nullptr; })
         .def_property_readonly(
-            "address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.data); })
+            "address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.at(0)); })
         .def_property_readonly("count", [](const View& v) { return v.span.count; })
         .def_property_readonly("dtype", [](const View& v) { return dtype_code(v.span.dtype); })
         .def_property_readonly("nbytes",
@@ -31,7 +65,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             [](const View& v, int64_t begin, int64_t end) {
                 if (begin < 0 || end < begin || end > v.span.count)
                     throw std::invalid_argument("slice outside the view");
-                return View{{v.span.at(begin), end - begin, v.span.dtype}, v.owner};
+                Span part = v.span;
+                part.count = end - begin;
+                if (v.table)
+                    part.first += begin;
+                else
+                    part.data = v.span.at(begin);
+                return View{part, v.owner, v.table};
             },
             py::arg("begin"), py::arg("end"));
 
@@ -44,6 +84,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                                      out.span.count, out.span.dtype);
              }),
              py::arg("out"), py::keep_alive<1, 2>());
+
+    m.def("gathered", &gathered, py::arg("rows"), py::arg("types"), py::arg("kinds"),
+          py::arg("cols"), py::arg("dtype"), py::arg("owner"));
 
     bind_kernels(m);
     bind_io(m);

@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,7 @@ namespace fastmerge {
 struct View {
     Span span;
     pybind11::object owner;
+    std::shared_ptr<const RowTable> table = nullptr;  // span.table
 };
 
 inline DType parse_dtype(const std::string& code) {

@@ -82,7 +82,9 @@ void copy(Pool& pool, const Span& source, Sink& out) {
     pool.run(out.pieces(), [&](int64_t piece) {
         int64_t begin = 0, end = 0;
         out.range(piece, begin, end);
-        std::memcpy(out.open(piece), source.at(begin), static_cast<size_t>((end - begin) * item));
+        void* to = out.open(piece);
+        const void* from = read(source, begin, end - begin, to);
+        if (from != to) std::memcpy(to, from, static_cast<size_t>((end - begin) * item));
         out.close(piece);
     });
 }

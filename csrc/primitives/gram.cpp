@@ -21,6 +21,9 @@ class Gram {
         pointers_.resize(all_.size());
         wide_.resize(all_.size());
         if (!fused_) scratch_.resize(all_.size() * kTile);
+        gathered_.resize(all_.size());
+        for (size_t j = 0; j < all_.size(); ++j)
+            if (all_[j].table) gathered_[j].resize(fused_ ? kSumBlock : kTile);
     }
 
     int vectors() const { return vectors_; }
@@ -30,7 +33,8 @@ class Gram {
     void block(int64_t begin, int64_t end, double* sums) {
         std::vector<double> lanes(static_cast<size_t>(pairs_) * kSumLanes);
         if (fused_) {
-            for (size_t j = 0; j < all_.size(); ++j) pointers_[j] = all_[j].at(begin);
+            for (size_t j = 0; j < all_.size(); ++j)
+                pointers_[j] = read(all_[j], begin, end - begin, gathered_[j].data());
             const auto type = static_cast<size_t>(all_[0].dtype);
             const auto& kernels = vectors_ == 2 ? table_.gram2 : table_.gram3;
             const auto kernel = kernels[deltas_ ? 1 : 0][type];
@@ -64,7 +68,8 @@ class Gram {
         if (scratch_.empty()) scratch_.resize(all_.size() * kTile);
         for (size_t j = 0; j < all_.size(); ++j) {
             float* tile = scratch_.data() + j * kTile;
-            table_.widen[static_cast<size_t>(all_[j].dtype)](all_[j].at(begin), tile, count);
+            const void* from = read(all_[j], begin, count, gathered_[j].data());
+            table_.widen[static_cast<size_t>(all_[j].dtype)](from, tile, count);
             if (deltas_ && j > 0) table_.subtract(wide_[0], tile, count);
             wide_[j] = tile;
         }
@@ -77,6 +82,7 @@ class Gram {
     std::vector<const void*> pointers_;
     std::vector<const float*> wide_;
     std::vector<float> scratch_;
+    std::vector<std::vector<float>> gathered_;  // of each that has a table, a block or a tile
 };
 
 }  // namespace

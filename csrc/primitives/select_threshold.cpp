@@ -54,11 +54,15 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
     const int64_t count = deltas.count();
     std::vector<int32_t> keys;
     const auto read = [&](const Part& part, int64_t begin, int64_t length) {
-        float x[kTile], base[kTile];
+        float x[kTile], base[kTile], stored[kTile];
         const Span& input = part.inputs[j];
         const Kernels& table = kernels();
-        table.widen[static_cast<size_t>(input.dtype)](input.at(begin), x, length);
-        table.widen[static_cast<size_t>(part.base.dtype)](part.base.at(begin), base, length);
+        const auto widen = [&](const Span& span, float* to) {
+            const void* from = fastmerge::read(span, begin, length, stored);
+            table.widen[static_cast<size_t>(span.dtype)](from, to, length);
+        };
+        widen(input, x);
+        widen(part.base, base);
         table.subtract(base, x, length);
         for (int64_t i = 0; i < length; ++i) {
             int32_t key;

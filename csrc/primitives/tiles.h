@@ -6,6 +6,7 @@
 
 #include "isa/table.h"
 #include "pool.h"
+#include "primitives/rows.h"
 #include "sink.h"
 
 namespace fastmerge {
@@ -31,7 +32,8 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
 }
 
 // One task's view of the inputs, a tile at a time: pointers into the tensors where every element
-// type is the wanted one, else into fp32 copies of the tile. Tiles have at most kTile elements.
+// type is the wanted one, else into fp32 copies of the tile; gathered rows are copied. Tiles have
+// at most kTile elements.
 class TileReader {
    public:
     TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted)
@@ -40,7 +42,10 @@ class TileReader {
         for (const Span& span : inputs) uniform = uniform && span.dtype == wanted;
         dtype_ = uniform ? wanted : DType::kF32;
         pointers_.resize(inputs.size());
-        if (!uniform) scratch_.resize((inputs.size() + 1) * kTile);
+        bool gathers = base && base->table;
+        for (const Span& span : inputs) gathers = gathers || span.table;
+        if (!uniform || gathers) scratch_.resize((inputs.size() + 1) * kTile);
+        if (!uniform && gathers) stored_.resize(kTile);
     }
 
     DType dtype() const { return dtype_; }
@@ -56,9 +61,10 @@ class TileReader {
 
    private:
     const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
-        if (span.dtype == dtype_) return span.at(begin);
         float* tile = scratch_.data() + slot * kTile;
-        table_.widen[static_cast<size_t>(span.dtype)](span.at(begin), tile, count);
+        if (span.dtype == dtype_) return read(span, begin, count, tile);
+        const void* from = read(span, begin, count, stored_.data());
+        table_.widen[static_cast<size_t>(span.dtype)](from, tile, count);
         return tile;
     }
 
@@ -68,7 +74,8 @@ class TileReader {
     DType dtype_;
     std::vector<const void*> pointers_;
     const void* base_pointer_ = nullptr;
-    std::vector<float> scratch_;
+    std::vector<float> scratch_;  // a tile of each
+    std::vector<float> stored_;   // a tile of gathered rows, before it is widened
 };
 
 // Calls body(begin, end) for the parts of [begin, end) between multiples of kTile.
