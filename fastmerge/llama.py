@@ -92,15 +92,11 @@ def merge_into(
     """
     _transformers()
     from fastmerge import api, live
+    from fastmerge.plan.of_models import of_models
 
-    if isinstance(recipe, Mapping) and recipe and "merge_method" not in recipe:
-        weights = {str(path): value for path, value in recipe.items()}
-        if all(isinstance(value, (int, float)) for value in weights.values()):
-            recipe = {
-                "merge_method": "linear",
-                "parameters": {"normalize": False},
-                "models": [{"model": m, "parameters": {"weight": w}} for m, w in weights.items()],
-            }
+    weights = dict(recipe) if isinstance(recipe, Mapping) and "merge_method" not in recipe else {}
+    if weights and all(isinstance(value, (int, float)) for value in weights.values()):
+        recipe = of_models([str(path) for path in weights], list(weights.values()))
     live.merge_into(model, api.plan(recipe, seed=seed), keep=keep, threads=threads)
 
 

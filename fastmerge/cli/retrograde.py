@@ -69,6 +69,8 @@ def retrograde(
         print_json(as_json(result, lines))
     if quiet or json:
         return
+    for note in result.report.notes if result.report is not None else ():
+        say(f"note: {note}")
     trajectory = result.trajectory
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
@@ -141,6 +143,7 @@ def _show_dry_run(described: dict[str, Any]) -> None:
         right=["step"],
     )
     pairs(described["costs"].items())
+    pairs(("note", note) for note in described["notes"])
 
 
 @command

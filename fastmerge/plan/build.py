@@ -53,7 +53,7 @@ class Builder:
         """
         first, last = parts[0], parts[-1]
         stack = first.lead.view.stack
-        assert stack is not None  # _Planner._source refused the recipe otherwise
+        assert stack is not None  # Planner._source refused the recipe otherwise
         result = self._around(first, stack, stack.before)
         index = 0
         for part in parts:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_whole
 from fastmerge.methods import Method
 from fastmerge.models import hub
@@ -73,33 +74,18 @@ def make_plan(
             raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
         seed = int(seed)
     opened = Opened(models or {}, base_folder, resolve)
-    planner = _Planner(recipe, opened, seed)
-    with _collector_paused():
+    planner = Planner(opened, recipe.text, recipe.output.own_seed if seed is None else seed)
+    with collector_paused():
         for document in recipe.documents:
-            planner.run(document)
-    result = planner.views[recipe.output.name]
-    known: dict[Node, Node] = {}
-    plan = Plan(
-        models=tuple(opened.models),
-        references=tuple(opened.references),
-        tensors=tuple(
-            replace(item, root=without_unread(item.root, known)) if sparing else item
-            for item in result.tensors.values()
-        ),
-        config=result.config,
-        donor_model=result.donor,
-        seed=planner.seed if planner.seed_used else None,
-        seed_derived=planner.seed_used and planner.seed_derived,
-        recipe_text=recipe.text,
-        notes=tuple(planner.notes),
-    )
+            planner.run(document, is_output=document is recipe.output)
+    plan = planner.plan(planner.views[recipe.output.name], sparing=sparing)
     for view in planner.views.values():
         check_whole((item.root for item in view.tensors.values()), plan.spanning)
     return plan
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Looking for cycles among the million objects of 36 000 trees took half the planning time."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -120,22 +106,17 @@ def _seed_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
-class _Planner:
-    """The state of planning one recipe."""
+class Planner:
+    """The state of planning one output."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        opened: Opened,
-        seed: int | None,
-    ) -> None:
-        self.recipe = recipe
+    def __init__(self, opened: Opened, text: str, seed: int | None) -> None:
+        """``text``: what is planned, as written. ``seed`` None: it follows from the text."""
         self.opened = opened
+        self.text = text
         self.notes: dict[str, None] = {}  # in order, each once
         self.views: dict[str | None, View] = {}  # results by document name
-        given = recipe.output.own_seed if seed is None else seed
-        self.seed_derived, self.seed_used = given is None, False
-        self.seed = _seed_of(recipe.text) if given is None else given
+        self.seed_derived, self.seed_used = seed is None, False
+        self.seed = _seed_of(text) if seed is None else seed
 
     def note(self, text: str) -> None:
         self.notes.setdefault(text)
@@ -153,10 +134,8 @@ class _Planner:
 
     # -------- one document
 
-    def run(self, document: Document) -> None:
+    def run(self, document: Document, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
-        method = document.method
-        is_output = document is self.recipe.output
         for line in (*without_effect(document), *extrapolations(document)):
             self.note(line)
         if not is_output and document.output_dtype is not None:
@@ -168,33 +147,76 @@ class _Planner:
             parts = [self._whole(document, document.models, base)]
         else:
             parts = [self._slice(document, part, base) for part in document.slices or ()]
-        lead = base or parts[0].inputs[0].view
+        self.views[document.name] = self.merged(
+            parts,
+            base or parts[0].inputs[0].view,
+            whole=document.models is not None,
+            dtype=document.output_dtype,
+            seed=self._stage_seed(document, is_output),
+            name=document.name or "output",
+            document=document,
+            is_output=is_output,
+        )
+
+    def merged(
+        self,
+        parts: Sequence[Part],
+        lead: View,
+        *,
+        whole: bool = True,
+        dtype: DType | None = None,
+        seed: int | None = None,
+        name: str = "output",
+        document: Document | None = None,
+        is_output: bool = True,
+    ) -> View:
+        """The merge of ``parts``: runs of layers, or the one of ``whole`` models. ``lead`` gives
+        config and side files.
+        """
         for part in parts:
             for item in part.inputs:
-                check_quantised(item.view, method, item.where)
+                check_quantised(item.view, part.method, item.where)
                 check_layers(item.view, item.where)
         if not lead.config:
             self.note(
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
-        whole = document.models is not None
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
-        build = Builder(document.output_dtype, self._stage_seed(document), self.opened.models)
+        build = Builder(dtype, seed, self.opened.models)
         tensors = build.whole(parts[0]) if whole else build.stacked(parts)
-        self._unused_filters(document, parts)
+        if document is not None:
+            self._unused_filters(document, parts)
         if is_output:
             self._beside(document, lead)
-        config = output_config(lead.config, document.output_dtype, tensors)
+        config = output_config(lead.config, dtype, tensors)
         if not whole:
             set_layers(config, parts, lead, self.note)
-        self.views[document.name] = View(document.name or "output", config, tensors, lead.donor)
+        return View(name, config, tensors, lead.donor)
 
-    def _beside(self, document: Document, lead: View) -> None:
+    def plan(self, result: View, *, sparing: bool = False) -> Plan:
+        """The plan whose output is ``result``; ``sparing`` as in `make_plan`."""
+        known: dict[Node, Node] = {}
+        return Plan(
+            models=tuple(self.opened.models),
+            references=tuple(self.opened.references),
+            tensors=tuple(
+                replace(item, root=without_unread(item.root, known)) if sparing else item
+                for item in result.tensors.values()
+            ),
+            config=result.config,
+            donor_model=result.donor,
+            seed=self.seed if self.seed_used else None,
+            seed_derived=self.seed_used and self.seed_derived,
+            recipe_text=self.text,
+            notes=tuple(self.notes),
+        )
+
+    def _beside(self, document: Document | None, lead: View) -> None:
         """Says what is copied from beside the lead's weights."""
         side = lead.donor.side_files()
-        if document.tokenizer_source or document.tokenizer:
+        if document is not None and (document.tokenizer_source or document.tokenizer):
             self.note(
                 f"the tokenizer of '{lead.label}' is copied; equal vocabulary sizes are all that "
                 "is checked"
@@ -208,10 +230,10 @@ class _Planner:
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)
 
-    def _stage_seed(self, document: Document) -> int | None:
+    def _stage_seed(self, document: Document, is_output: bool) -> int | None:
         if not document.method.random:
             return None
-        if document is not self.recipe.output:
+        if not is_output:
             if document.own_seed is not None:
                 return document.own_seed
             # The same seed in two documents would drop the same entries in both.
@@ -236,7 +258,9 @@ class _Planner:
                 )
             inputs.append(Input(base, 0, document.at("base_model"), {}))
         levels = [settings_for(method, document)]
-        return self._part(document, inputs, base, levels, None, document.at("models"))
+        return self.part(
+            method, inputs, base, levels, where=document.at("models"), of=document.where
+        )
 
     def _whole_range(self, entry: ModelEntry, view: View) -> None:
         stack = view.stack
@@ -264,8 +288,14 @@ class _Planner:
             )
         levels = [settings_for(method, part), settings_for(method, document)]
         first, last = part.sources[0].layer_range
-        return self._part(
-            document, inputs, None if absent else base, levels, last - first, part.at("sources")
+        return self.part(
+            method,
+            inputs,
+            None if absent else base,
+            levels,
+            last - first,
+            where=part.at("sources"),
+            of=document.where,
         )
 
     def _source(self, method: Method, source: SliceSource) -> Input:
@@ -290,21 +320,23 @@ class _Planner:
             )
         return Input(view, start, source.at("model"), settings_for(method, source))
 
-    def _part(
+    def part(
         self,
-        document: Document,
+        method: Method,
         inputs: Sequence[Input],
         base: View | None,
         levels: list[dict[str, Setting]],
-        layers: int | None,
+        layers: int | None = None,
+        *,
         where: str,
+        of: str,
     ) -> Part:
-        method = document.method
+        """One run of ``layers`` output layers, or None: the whole model. ``levels``: the settings
+        above the models', nearest first. ``where`` the models are listed, ``of`` what: for errors.
+        """
         position = next((i for i, item in enumerate(inputs) if item.view is base), None)
         if method.base in ("required", "first") and position is None:
-            raise RecipeError(
-                f"{document.where}: {method.name} needs a 'base_model:'; name one of the models"
-            )
+            raise RecipeError(f"{of}: {method.name} needs a 'base_model:'; name one of the models")
         seen: dict[tuple[int, int], str] = {}
         for item in inputs:
             if (id(item.view), item.start) in seen:
@@ -330,8 +362,7 @@ class _Planner:
             shared=ParameterValues(
                 shared,
                 levels,
-                f"{document.where}: {method.name} needs the parameter '{{name}}'; give it under "
-                "'parameters:'",
+                f"{of}: {method.name} needs the parameter '{{name}}'; give it under 'parameters:'",
             ),
             each=tuple(
                 ParameterValues(own, [inputs[i].settings, *levels], _needs(method, inputs[i], base))

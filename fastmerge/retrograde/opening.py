@@ -5,20 +5,19 @@ kept beside the run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from fastmerge import dtypes
 from fastmerge.engine import products
 from fastmerge.engine.report import Progress
 from fastmerge.methods.types import Float64
 from fastmerge.plan.build import position
 from fastmerge.plan.inputs import View
+from fastmerge.plan.of_models import of_models
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan
-from fastmerge.recipe.document import Document, Recipe
-from fastmerge.recipe.located import LocatedDict, LocatedList
 from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Model
@@ -28,27 +27,31 @@ from fastmerge.tree.nodes import Merge, Stored
 
 
 def open_template(schedule: Schedule) -> Plan:
-    """The plan of a linear merge of all models of the run: from headers, can they be merged?"""
-    owners = [(entry.model, entry.at("model")) for entry in (schedule.baseline, *schedule.pool)]
-    if len(schedule.references) > len(owners):
-        owners.append((schedule.references[-1], schedule.at("base_model")))
-    models = LocatedList()
-    for reference, where in owners:
-        entry = LocatedDict(model=reference, parameters=_located({"weight": 1.0}, where))
-        entry.where, entry.at = where, {"model": where, "parameters": where}
-        models.append(entry)
-    models.where, models.at = schedule.where, [where for _, where in owners]
-    document = {
-        "merge_method": "linear",
-        "models": models,
-        "parameters": _located({"normalize": False}, schedule.where),
-        "dtype": schedule.dtype,
-        **({} if schedule.out_dtype is None else {"out_dtype": schedule.out_dtype}),
-    }
-    if schedule.out_dtype is None:
-        del document["dtype"]  # the models' own type
-    recipe = Recipe((Document(_located(document, schedule.where)),), schedule.text)
-    return make_plan(recipe, base_folder=schedule.folder)
+    """The plan of a linear merge of all models of the run: from headers, can they be merged? Raises
+    FastmergeError, with the schedule's line, where they cannot.
+    """
+    places = [entry.at("model") for entry in (schedule.baseline, *schedule.pool)]
+    if len(schedule.references) > len(places):
+        places.append(schedule.at("base_model"))
+    plan = of_models(
+        schedule.references,
+        places=places,
+        where=schedule.where,
+        out_dtype=schedule.output_dtype,
+        base_folder=schedule.folder,
+        text=schedule.text,
+    )
+    if schedule.dtype is None or schedule.out_dtype is not None:
+        return plan
+    own = {item.dtype.name for item in merged(plan)}
+    if own == {dtypes.parse(schedule.dtype).name}:
+        return plan
+    note = (
+        f"{schedule.at('dtype')}: 'dtype' names the arithmetic, which is float32 whatever it says; "
+        f"the model is written as {' and '.join(sorted(own))}, as its inputs are: for another type "
+        "give 'out_dtype'"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def check_steps(schedule: Schedule, template: Plan) -> None:
@@ -59,12 +62,6 @@ def check_steps(schedule: Schedule, template: Plan) -> None:
         near = step.partner in ("nearest", "farthest")
         if near and len(schedule.pool) == 1 and origin(schedule) == 1:
             step.refuse("partner", "the pool is base_model alone, which is neither near nor far")
-
-
-def _located(values: Mapping[str, Any], where: str) -> LocatedDict:
-    found = LocatedDict(values)
-    found.where, found.at = where, dict.fromkeys(values, where)
-    return found
 
 
 def open_space(
@@ -112,4 +109,5 @@ def positions(template: Plan) -> list[float]:
 
 
 def origin(schedule: Schedule) -> int:
+    """The number of the model that angles are taken from: base_model, else the baseline (0)."""
     return 0 if schedule.base_model is None else schedule.model_index("base_model") or 0

@@ -177,6 +177,7 @@ def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
             "families compared": len(families),
             "evaluations of each": budget if families else 0,
         },
+        "notes": list(template.notes),
     }
 
 

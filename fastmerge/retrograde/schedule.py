@@ -242,7 +242,7 @@ class Schedule(Section):
     keep: str = field(one_of("last", "best"), "last")  # the state that becomes the final model
     evaluate: Evaluate | None = field(Evaluate, None)
     compare: Compare | None = field(Compare, None)
-    dtype: str = field(string, "float32")  # of the arithmetic; the engine's only one
+    dtype: str | None = field(string, None)  # of the arithmetic, which is float32 whatever it says
     out_dtype: str | None = field(string, None)
     seed: int | None = field(whole(0, below=2**63), None)
     text: str = ""  # the schedule as written, for the record
@@ -353,6 +353,12 @@ class Schedule(Section):
         """The models' names in reports, in the order of their numbers."""
         own = [self.baseline.label, *(entry.label for entry in self.pool)]
         return own if len(self.references) == len(own) else [*own, "base_model"]
+
+    @property
+    def output_dtype(self) -> dtypes.DType | None:
+        """The final model's type; None: the models' own."""
+        name = self.out_dtype
+        return None if name is None else dtypes.parse(name, self.at("out_dtype"))
 
     def without_evaluation(self) -> Schedule:
         """The same walk, measuring nothing; raises FastmergeError where it needs scores."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from fastmerge.methods import METHODS, Method
 from fastmerge.recipe.settings import Setting, constant
+from fastmerge.tree.collapse import AS_THEY_ARE
 from fastmerge.tree.nodes import walk
 from fastmerge.tree.rewrite import fold
 
@@ -65,7 +66,8 @@ def blend(
 
 def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Blend:
     """The weighted sum of ``operands`` as it is: the weights are not divided by their sum."""
-    return blend("linear", operands, weights, parameters={"normalize": constant(False)})
+    plain = {name: constant(value) for name, value in AS_THEY_ARE.items()}
+    return blend("linear", operands, weights, parameters=plain)
 
 
 def order(root: Expr) -> list[Blend]:

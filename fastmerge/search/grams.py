@@ -37,6 +37,9 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
 
 
 def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
+    """Writes float64 (n, n) matrices by tensor to ``path``, whole or not at all, for the models of
+    ``template``. Raises OSError where it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}")
     with temporary.open("wb") as file:
         np.savez(

@@ -22,15 +22,15 @@ from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.evaluation.weights import Merged
-from fastmerge.methods import METHODS
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
-from fastmerge.tree.collapse import Collapsed, coefficients, collapse
+from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
 from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.rewrite import rewrite
 from fastmerge.tree.unread import without_unread
 
 FILE = "sweep.json"
@@ -115,14 +115,7 @@ class Sweep:
     def _root(self, name: str, t: float) -> Merge:
         tree = self._trees[name]
         moved = replace(tree, root=_with_t(tree.root, t), reference=0 if tree.needs_gram else None)
-        factors = coefficients(moved, self._grams.get(name))
-        return Merge(
-            METHODS["linear"],
-            tree.parts,
-            None,
-            {"normalize": False},
-            tuple({"weight": float(factor)} for factor in factors),
-        )
+        return weighted_sum(tree.parts, coefficients(moved, self._grams.get(name)))
 
 
 def _sources(tree: Collapsed) -> list[Stored]:
@@ -137,22 +130,17 @@ def _has_t(node: Node) -> bool:
 
 def _with_t(root: Merge, t: float) -> Merge:
     """The tree with every t replaced; a linear pair gets the weights 1 - t and t."""
-    made: dict[Node, Node] = {}
-    for node in walk(root):
-        if isinstance(node, Stored):
-            made[node] = node
-            continue
-        values, each = node.values, node.operand_values
-        if "t" in values:
-            values = {**values, "t": t}
-        elif _has_t(node):
-            each = tuple(
-                {**own, "weight": weight} for own, weight in zip(each, (1.0 - t, t), strict=True)
-            )
-        base = None if node.base is None else made[node.base]
-        operands = tuple(made[operand] for operand in node.operands)
-        made[node] = Merge(node.method, operands, base, values, each, node.seed, node.name)
-    result = made[root]
+
+    def at_t(node: Merge) -> Merge:
+        if "t" in node.values:
+            return replace(node, values={**node.values, "t": t})
+        if _has_t(node):
+            pair = zip(node.operand_values, (1.0 - t, t), strict=True)
+            each = tuple({**own, "weight": weight} for own, weight in pair)
+            return replace(node, operand_values=each)
+        return node
+
+    result = rewrite(root, at_t)
     assert isinstance(result, Merge)
     return result
 

@@ -9,8 +9,9 @@ Gram pass, one combine pass and one rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,10 @@ def combination(node: Merge) -> Combination:
     return node.method
 
 
+AS_THEY_ARE: Mapping[str, Any] = {"normalize": False}  # linear: weights not divided by their sum
+
+
 def weighted_sum(parts: Sequence[Node], weights: Iterable[float]) -> Merge:
     """One linear merge with these weights as they are."""
     each = tuple({"weight": float(weight)} for weight in weights)
-    return Merge(METHODS["linear"], tuple(parts), None, {"normalize": False}, each)
+    return Merge(METHODS["linear"], tuple(parts), None, AS_THEY_ARE, each)
