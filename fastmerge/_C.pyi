@@ -103,7 +103,10 @@ def combine(
 def select(
     pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[Sparsify]
 ) -> list[Selection]:
-    """For each delta x_i - base (fp32), which entries survive: see fastmerge.selection."""
+    """For each delta x_i - base (fp32), which entries survive: exactly those that
+    fastmerge.selection says. A rescale is the quotient of two float64 sums, rounded to fp32, and
+    1 where either is below 1e-7 (as in mergekit 0.1.5).
+    """
 
 def select_across(
     pool: Pool,
@@ -131,10 +134,14 @@ def consensus(
     origin: int = 0,
 ) -> int:
     """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32, no FMA, one
-    rounding.
+    rounding; returns how many outputs are NaN/Inf.
 
-    Order of operations as mergekit 0.1.5 in float32 (task arithmetic, TIES, DARE); returns the
-    number of NaN/Inf outputs. origin: the flat index of the first element (see select_across).
+    merge is the sum, or with elect, per entry, the sum of those with the sign of the fp32 sum of
+    all (zero counts as +); with normalize, over the sum of their weights, which counts as 1 where
+    it is 0 (elect) or below 1e-8 in size. Order of operations as mergekit 0.1.5 in float32 (task
+    arithmetic; TIES: Yadav et al., arXiv:2306.01708; DARE: Yu et al., arXiv:2311.03099): masks
+    multiply, so that NaN and Inf survive them, and sums start from +0. origin: the flat index of
+    the first element (see select_across).
     """
 
 def copy(pool: Pool, source: View, out: Sink) -> None:

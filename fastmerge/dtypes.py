@@ -1,4 +1,4 @@
-"""Element types: one table for safetensors' names, torch's names and sizes."""
+"""Element types: one table for safetensors', torch's and NumPy's names and sizes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class DType(NamedTuple):
     code: str  # safetensors' name: BF16
     name: str  # torch's name: bfloat16
     bits: int
+    numpy: str | None = None  # NumPy's name of what holds its numbers (bfloat16: their bits)
     mergeable: bool = False
 
     def bytes_for(self, count: int) -> int:
@@ -22,10 +23,10 @@ class DType(NamedTuple):
 
 # The types of the safetensors format (version 0.8).
 _TABLE = (
-    DType("BF16", "bfloat16", 16, mergeable=True),
-    DType("F16", "float16", 16, mergeable=True),
-    DType("F32", "float32", 32, mergeable=True),
-    DType("F64", "float64", 64),
+    DType("BF16", "bfloat16", 16, "uint16", mergeable=True),
+    DType("F16", "float16", 16, "float16", mergeable=True),
+    DType("F32", "float32", 32, "float32", mergeable=True),
+    DType("F64", "float64", 64, "float64"),
     DType("F8_E4M3", "float8_e4m3fn", 8),
     DType("F8_E5M2", "float8_e5m2", 8),
     DType("F8_E8M0", "float8_e8m0fnu", 8),
@@ -35,15 +36,15 @@ _TABLE = (
     DType("F6_E2M3", "float6_e2m3", 6),
     DType("F6_E3M2", "float6_e3m2", 6),
     DType("C64", "complex64", 64),
-    DType("I64", "int64", 64),
-    DType("I32", "int32", 32),
-    DType("I16", "int16", 16),
-    DType("I8", "int8", 8),
-    DType("U64", "uint64", 64),
-    DType("U32", "uint32", 32),
-    DType("U16", "uint16", 16),
-    DType("U8", "uint8", 8),
-    DType("BOOL", "bool", 8),
+    DType("I64", "int64", 64, "int64"),
+    DType("I32", "int32", 32, "int32"),
+    DType("I16", "int16", 16, "int16"),
+    DType("I8", "int8", 8, "int8"),
+    DType("U64", "uint64", 64, "uint64"),
+    DType("U32", "uint32", 32, "uint32"),
+    DType("U16", "uint16", 16, "uint16"),
+    DType("U8", "uint8", 8, "uint8"),
+    DType("BOOL", "bool", 8, "uint8"),
 )
 
 BY_CODE = {dtype.code: dtype for dtype in _TABLE}

@@ -1,9 +1,5 @@
 """consensus: delta, mask, weigh, elect a sign, average what agrees, scale, add the base; one pass
-in registers.
-
-The order of the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708; DARE: Yu
-et al., arXiv:2311.03099). Masks multiply, so that NaN and Inf survive them; sums start from +0;
-nothing is fused.
+in registers; a batch of tensors in one launch.
 """
 
 from __future__ import annotations

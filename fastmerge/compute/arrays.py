@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 Extent = tuple[int, int]
 
-_STORAGE = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
-
 
 def is_torch(tensor: Any) -> bool:
     """Whether ``tensor`` is a torch tensor; torch itself is not imported for the answer."""
@@ -171,8 +169,7 @@ class Operands:
 
             return torch.empty(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
         first = self._tensors[self.dtypes.index(dtype)] if dtype in self.dtypes else None
-        storage = _STORAGE[dtype.code] if first is None else first.dtype
-        return np.empty(self.shape, dtype=storage)
+        return np.empty(self.shape, dtype=dtype.numpy if first is None else first.dtype)
 
     def _check_out(self, out: Any, where: str) -> None:
         if is_torch(out) != self._torch or not (self._torch or isinstance(out, np.ndarray)):

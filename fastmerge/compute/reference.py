@@ -1,4 +1,4 @@
-"""The four primitives in plain NumPy: the meaning of the kernels, readable and slow.
+"""The four primitives of ``_C.pyi`` in plain NumPy, readable and slow.
 
 Names and arguments follow fastmerge._C without the pool and the sink. Tensors are NumPy arrays:
 float32, float16, or uint16 for the bits of bfloat16. What decides bits (deltas, masks, thresholds,
@@ -52,10 +52,7 @@ def round_to(values: Float32, dtype: str) -> Array:
 
 
 def gram(inputs: Sequence[Array], base: Array | None = None, *, axis: int | None = None) -> Float64:
-    """Inner products in float64: (m, m), or (vectors, m, m) of rows (axis=1) or columns (axis=0).
-
-    With ``base`` the vectors are [base, x_1 - base, ...], differences rounded to float32.
-    """
+    """`_C.gram` of tensors of one shape."""
     vectors = [widen(x) for x in inputs]
     if base is not None:
         vectors = [widen(base), *(x - widen(base) for x in vectors)]
@@ -91,10 +88,7 @@ def combine(
     axis: int | None = None,
     arithmetic: type = np.float64,
 ) -> Array:
-    """(sum_i c_i x_i) / divisor, coefficients in float32; an input with coefficient 0 is skipped.
-
-    coefficients: (k,), or (vectors, k) for the rows (axis=1) or columns (axis=0) of matrices.
-    """
+    """`_C.combine` of tensors of one shape."""
     factors = np.asarray(coefficients, np.float64).astype(np.float32)
     if axis == 1:
         columns = [factors[:, i, None] for i in range(len(inputs))]
@@ -177,7 +171,7 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
 
 
 def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> list[Selection]:
-    """For each delta, which entries survive: see `fastmerge.selection`. Sorts, unlike `_C`."""
+    """`_C.select`, by a sort."""
     return [_select(magnitude_keys(x, base), s) for x, s in zip(inputs, specs, strict=True)]
 
 
@@ -215,11 +209,7 @@ def consensus(
     scale: float = 1.0,
     arithmetic: type = np.float64,
 ) -> Array:
-    """base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), as mergekit 0.1.5 orders it.
-
-    With ``elect``, per entry: the sign of the float32 sum of weighted deltas (zero counts as +),
-    and the average of the deltas that have it (TIES: Yadav et al., arXiv:2306.01708, section 3).
-    """
+    """`_C.consensus`."""
     origin = widen(base)
     w = np.asarray(weights, np.float32)
     weighted = []

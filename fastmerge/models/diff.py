@@ -28,13 +28,6 @@ _TILE = 1 << 14
 _SPAN = 64 * _TILE  # one thread's turn
 _PACKED = 3 << 16  # stored entries unpacked at once: whole elements of 4 and 6 bits
 
-# NumPy's type for each stored one that holds numbers NumPy can subtract; bfloat16 is widened by
-# hand.
-_NUMPY = {
-    "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "u1",
-    **{f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)},
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class TensorDifference:
@@ -161,7 +154,7 @@ def _difference(
     types = entry_a.dtype, entry_b.dtype
     view_a, view_b = a.view(name), b.view(name)
     stored_a, stored_b = _stored(view_a, types[0]), _stored(view_b, types[1])
-    has_values = all(t is BF16 or t.code in _NUMPY for t in types)
+    has_values = all(t.numpy for t in types)
     sums = _Sums()
     if has_values:
         spans = range(0, entry_a.count, _SPAN)
@@ -191,8 +184,8 @@ def _stored(view: _C.View, dtype: DType) -> Array:
     types of 4 and 6 bits packed. ``view`` must outlive it.
     """
     memory = np.ctypeslib.as_array((ctypes.c_ubyte * view.nbytes).from_address(view.address))
-    whole = "u1" if dtype.bits % 8 else f"<u{dtype.bits // 8}"
-    return memory.view("<u2" if dtype is BF16 else _NUMPY.get(dtype.code, whole))
+    bits = "u1" if dtype.bits % 8 else f"u{dtype.bits // 8}"
+    return memory.view(dtype.numpy or bits)
 
 
 def _other_bits(stored_a: Array, stored_b: Array, dtype: DType) -> int:

@@ -76,19 +76,15 @@ class Arrays:
         return self._made.pop(item.name)
 
 
-_STORAGE: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-
-
 def array_sink(item: TensorPlan) -> tuple[NDArray[Any], _C.Sink]:
     """A new array for one output tensor, and the sink that fills it."""
-    storage = _STORAGE.get(item.dtype.code)
     array: NDArray[Any]
-    if storage is None:
+    if item.dtype.mergeable:
+        array = np.empty(item.shape, item.dtype.numpy)
+        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
+    else:
         array = np.empty(item.nbytes, np.uint8)
         view = _C.View(array.ctypes.data, array.nbytes, "RAW", array)
-    else:
-        array = np.empty(item.shape, storage)
-        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
     return array, _C.MemorySink(view)
 
 
