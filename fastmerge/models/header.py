@@ -161,6 +161,8 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
 
 
 def _check_metadata(metadata: Any) -> dict[str, str]:
+    if metadata is None:  # some writers' word for none, which the library reads too
+        return {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):

@@ -20,6 +20,7 @@ from fastmerge.models.architecture import (
 )
 from fastmerge.models.config import layer_count
 from fastmerge.models.model import Model
+from fastmerge.models.quantised import find_quantised
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Node, leaves
@@ -122,14 +123,30 @@ class View:
         return find_embedding(self._shapes)
 
 
-def check_quantised(view: View, method: Method, where: str) -> None:
-    quantised = view.config.get("quantization_config")
-    if quantised and method.name != "passthrough":
-        kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+def check_quantised(view: View, method: Method, where: str, *, scaled: bool) -> str | None:
+    """Raises UnsupportedError where a model is quantised, or says that it is, unless it is only
+    copied; then a note where what it says is not so. ``scaled``: the copy is to be scaled.
+    """
+    found = find_quantised(view.config, view.tensors, view.donor.folder)
+    if found is None:
+        return None
+    copied = method.name == "passthrough" and not scaled
+    said = f"{found.kind} in {found.place}" if found.place else f"tensor '{found.packed}'"
+    if found.packed is not None:
+        if copied:
+            return None
         raise UnsupportedError(
-            f"{where}: model '{view.label}' is quantised ({kind or 'quantization_config'} in "
-            "config.json), and fastmerge does not dequantise; merge the original weights"
+            f"{where}: model '{view.label}' is quantised ({said}), and fastmerge does not "
+            "dequantise; merge the original weights"
         )
+    remedy = f"remove '{found.key}' from its config.json" if found.key else f"delete {found.place}"
+    leftover = (
+        f"model '{view.label}' is quantised ({said}) by what it says, but no tensor is packed: "
+        f"a leftover; {remedy}"
+    )
+    if not copied:
+        raise UnsupportedError(f"{where}: {leftover}")
+    return leftover
 
 
 # ---------------------------------------------------------------- one slice

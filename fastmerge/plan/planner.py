@@ -175,7 +175,10 @@ class Planner:
         """
         for part in parts:
             for item in part.inputs:
-                check_quantised(item.view, part.method, item.where)
+                scaled = any(values.gives("scale") for values in part.each)
+                said = check_quantised(item.view, part.method, item.where, scaled=scaled)
+                if said is not None:
+                    self.note(said)
                 check_layers(item.view, item.where)
         if not lead.config:
             self.note(

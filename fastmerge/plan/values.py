@@ -38,6 +38,10 @@ class ParameterValues:
         self._fixed = self._resolve("", 0.0) if fixed else None
         self.varies = not fixed
 
+    def gives(self, name: str) -> bool:
+        """Whether the recipe says anything of the parameter called ``name``."""
+        return any(parameter.name == name and rules for parameter, rules in self._columns)
+
     def at(self, tensor: str, t: float) -> Values:
         """The values for one tensor at position ``t`` in [0, 1] of its layer stack."""
         return self._resolve(tensor, t) if self._fixed is None else self._fixed
