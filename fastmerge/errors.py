@@ -15,8 +15,13 @@ classes; no message is promised to stay.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
+
+_BEGINNING, _END = 1000, 500  # characters of a message that are always shown
+_VARIES = re.compile(r"'[^']*'|\d+")
 
 
 class FastmergeError(Exception):
@@ -27,7 +32,7 @@ class FastmergeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(shortened(printable(message)))
 
 
 class RecipeError(FastmergeError):
@@ -61,6 +66,29 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shortened(message: str) -> str:
+    """The message without the middle of a megabyte that somebody wrote for a value: the place is
+    at its beginning, the remedy at its end.
+    """
+    left = len(message) - _BEGINNING - _END
+    if left <= 100:
+        return message
+    return f"{message[:_BEGINNING]} ... ({left} characters) ... {message[-_END:]}"
+
+
+def few_of_a_kind(notes: Iterable[str], limit: int = 5) -> tuple[str, ...]:
+    """The notes, at most ``limit`` that differ in numbers and quoted names alone, then a count."""
+    kinds: dict[str, list[str]] = {}
+    for note in notes:
+        kinds.setdefault(_VARIES.sub("...", note), []).append(note)
+    found: list[str] = []
+    for kind, same in kinds.items():
+        found += same[:limit]
+        if len(same) > limit:
+            found.append(f"{len(same) - limit} more of the kind: {kind}")
+    return tuple(found)
 
 
 def first_sentences(text: str, limit: int = 200) -> str:

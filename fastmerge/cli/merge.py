@@ -34,6 +34,8 @@ _LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40
 MemoryLimit = Annotated[str, Option(metavar="SIZE", help="Bound on anonymous memory.")]
 MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file.")]
 
+MOST_WARNINGS = 5  # tensors named, before a count
+
 
 @command
 def merge(
@@ -81,8 +83,12 @@ def merge(
         return
     for note in report.notes:
         say(f"note: {note}")
-    for name, count in report.nonfinite.items():
+    bad = list(report.nonfinite.items())
+    for name, count in bad[:MOST_WARNINGS]:
         say(f"warning: {name}: {count} NaN or infinite values")
+    if len(bad) > MOST_WARNINGS:
+        rest = sum(count for _, count in bad[MOST_WARNINGS:])
+        say(f"warning: {len(bad) - MOST_WARNINGS} more tensors: {rest} NaN or infinite values")
     resumed = f", {report.resumed} of them done before" if report.resumed else ""
     put(
         f"{report.out}: {report.tensors} tensors{resumed}, {format_bytes(report.bytes_written)} "

@@ -37,6 +37,10 @@ def info(
             )
             for kind in found.types
         ),
+        (
+            "prefix",
+            f"{found.prefix or 'none'}; layers {f'{found.layers}.N' if found.layers else 'none'}",
+        ),
         ("tied embeddings", f"{tied}; lm_head {'stored' if found.has_lm_head else 'not stored'}"),
         *found.sizes.items(),
         ("files", ""),

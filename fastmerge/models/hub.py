@@ -28,18 +28,16 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
     The safetensors weights and side files of a Hub id come from huggingface_hub's cache or are
     downloaded into it. Raises FastmergeError that says what was tried.
     """
-    local = _local(reference)
-    if local is not None:
-        return local
+    here = local(reference)
+    if here is not None:
+        return here
     name, _, pinned = reference.partition("@")
     if revision is not None and pinned and pinned != revision:
         raise ModelError(
             f"{reference}: revision '{revision}' contradicts '@{pinned}'; give one of them"
         )
-    if not _HUB_ID.fullmatch(name):
-        raise ModelError(
-            f"{reference}: no such folder or file (and not a Hub id of the form org/name)"
-        )
+    if is_path(reference):
+        raise no_such_path(reference, Path())
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -65,13 +63,34 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
     return Path(found)
 
 
-def _local(reference: str) -> Path | None:
+def is_path(reference: str) -> bool:
+    """Whether it can only mean a local path, though there is nothing: written as one, or below a
+    folder that is there. With an ``@revision`` it means the Hub.
+    """
+    name, _, pinned = reference.partition("@")
+    if not _HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+        return True
+    return "/" in name and not pinned and Path(name).parent.is_dir()
+
+
+def no_such_path(reference: str, *folders: Path) -> ModelError:
+    """The error for a missing path that was looked for in ``folders``."""
+    places = dict.fromkeys(str((folder / reference).expanduser().absolute()) for folder in folders)
+    hint = ""
+    if _HUB_ID.fullmatch(reference) and not reference.endswith(".safetensors"):
+        hint = f"; if it is the Hub's, write '{reference}@main'"
+    return ModelError(
+        f"{reference}: no such folder or file (looked for {' and '.join(places)}){hint}"
+    )
+
+
+def local(reference: str) -> Path | None:
     """The folder or file of that name, if there is one."""
     if not reference:  # Path('') would be the current folder
         return None
     try:
-        local = Path(reference).expanduser()
-        return local if local.exists() else None
+        path = Path(reference).expanduser()
+        return path if path.exists() else None
     except RuntimeError:
         user = reference.split("/")[0]
         raise ModelError(f"{reference}: no user {user} with a home here; write it out") from None

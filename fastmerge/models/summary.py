@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.names import common_prefix, layer_stacks
 
 # The config's names for what people ask first, llama's spelling; a config without one leaves it
 # out.
@@ -47,6 +48,8 @@ class Summary:
     side_files: tuple[str, ...]
     tie_word_embeddings: bool | None  # as the config says; None: transformers' default for the type
     has_lm_head: bool
+    prefix: str  # what every tensor's name begins with: "bert.", or ""
+    layers: str | None  # what stands before the numbers of its layers: "model.layers"
     metadata: dict[str, str]
     fingerprint: str
 
@@ -80,6 +83,8 @@ def summarise(path: Path) -> Summary:
         side_files=tuple(checkpoint.side_files()),
         tie_word_embeddings=config.get("tie_word_embeddings"),
         has_lm_head="lm_head.weight" in checkpoint.tensors,
+        prefix=common_prefix(checkpoint.tensors),
+        layers=next(iter(layer_stacks(checkpoint.tensors)), None),
         metadata=checkpoint.metadata,
         fingerprint=checkpoint.fingerprint,
     )

@@ -15,6 +15,7 @@ from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.methods import Combination, Consensus
 from fastmerge.models.architecture import Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model
+from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
 from fastmerge.tree.nodes import Merge, Stored
@@ -180,7 +181,13 @@ class Builder:
                 )
             if tensor is sources[0]:
                 continue
-            if kind != sources[0].dtype or self._bytes(tensor) != self._bytes(sources[0]):
+            if kind != sources[0].dtype:
+                raise ModelError(
+                    f"{item.where}: tensor '{name}' is {sources[0].dtype.name} in model "
+                    f"'{part.inputs[0].view.label}' but {kind.name} in '{item.view.label}'; "
+                    "integers are only copied when equal: convert one"
+                )
+            if self._bytes(tensor) != self._bytes(sources[0]):
                 raise ModelError(
                     f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
                     f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
@@ -222,6 +229,13 @@ def _check_names(
     if lead.keys() == other.keys():
         return
     lost = [name for name in lead if name not in other]
+    prefixes = None if prefix else renamed(lead, other)
+    if prefixes is not None:
+        a, b = prefixes
+        hint = prefix_hint(a, lead_item.view.label, b, item.view.label)
+        raise ModelError(
+            f"{item.where}: model '{item.view.label}' lacks tensor '{lost[0]}': {hint}"
+        )
     if lost:
         raise _missing(prefix + lost[0], item, lead_item, len(lost))
     extra = [name for name in other if name not in lead]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.models import hub
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.model import Model, same_bytes
@@ -48,7 +49,12 @@ class Opened:
     def _find(self, reference: str, where: str) -> Path:
         local = None if self._base_folder is None else self._base_folder / reference
         try:
-            return local if local is not None and local.exists() else self._resolve(reference)
+            if local is not None and local.exists():
+                return local
+            missing = hub.local(reference) is None and hub.is_path(reference)
+            if missing and self._base_folder is not None:
+                raise hub.no_such_path(reference, self._base_folder, Path())
+            return self._resolve(reference)
         except FastmergeError as error:
             if "+" in reference:
                 raise UnsupportedError(

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, is_whole
+from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, few_of_a_kind, is_whole
 from fastmerge.methods import Method
 from fastmerge.models import hub
 from fastmerge.models.model import Model
+from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
 from fastmerge.plan.build import Builder
 from fastmerge.plan.config import output_config, set_layers
@@ -213,7 +214,7 @@ class Planner:
             seed=self.seed if self.seed_used else None,
             seed_derived=self.seed_used and self.seed_derived,
             recipe_text=self.text,
-            notes=tuple(self.notes),
+            notes=few_of_a_kind(self.notes),
         )
 
     def _beside(self, document: Document | None, lead: View) -> None:
@@ -307,7 +308,8 @@ class Planner:
         if stack is None:
             raise UnsupportedError(
                 f"{source.at('model')}: '{source.model}' has no layers named as fastmerge knows "
-                "them (such as model.layers.0.); use 'models:', which takes any names"
+                f"them (such as model.layers.0.){_called(view)}; use 'models:', which takes any "
+                "names"
             )
         start, end = source.layer_range
         count = view.count(stack.layers)
@@ -404,6 +406,12 @@ def _arity(method: Method, count: int, place: str) -> None:
     noun = "model" if wanted.endswith(" 1") else "models"
     besides = " besides the base" if method.base in ("required", "optional") else ""
     raise RecipeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
+
+
+def _called(view: View) -> str:
+    """What its layers are called instead."""
+    stacks = layer_stacks(view.tensors)
+    return f", but {stacks[0]}.0." if stacks else ""
 
 
 def _needs(method: Method, item: Input, base: View | None) -> str:
