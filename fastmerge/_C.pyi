@@ -155,6 +155,11 @@ class Mapping:
     def __init__(self, path: str) -> None: ...
     @property
     def size(self) -> int: ...
+    @property
+    def torn(self) -> bool:
+        """Whether a page of it was gone when it was read (the file shrank, its disk failed): that
+        page and all after it have read as zeros since.
+        """
     def view(self, offset: int, count: int, dtype: str) -> View: ...
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Asks for the pages soon to be read: read-ahead if cold, page tables filled at once if

@@ -40,6 +40,7 @@ void bind_io(py::module_& m) {
     py::class_<Mapping>(m, "Mapping")
         .def(py::init<const std::string&>(), py::arg("path"), NoGil())
         .def_property_readonly("size", &Mapping::size)
+        .def_property_readonly("torn", &Mapping::torn)
         .def(
             "view",
             [](py::object self, int64_t offset, int64_t count, const std::string& code) {

@@ -32,6 +32,7 @@ Mapping::Mapping(const std::string& path) {
             failed = errno;
         } else {
             data_ = static_cast<char*>(data);
+            watch_ = std::make_unique<Watch>(data, static_cast<size_t>(size_));
         }
     }
     ::close(fd);
@@ -39,6 +40,7 @@ Mapping::Mapping(const std::string& path) {
 }
 
 Mapping::~Mapping() {
+    watch_.reset();
     if (data_) ::munmap(data_, static_cast<size_t>(size_));
 }
 

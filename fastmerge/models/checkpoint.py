@@ -137,7 +137,9 @@ class Checkpoint:
         self._mapping(info.file).prefetch(info.begin, info.nbytes)
 
     def drop(self, name: str) -> None:
-        """The tensor will not be read again: its pages stop counting as this process's memory."""
+        """The tensor will not be read again: its pages stop counting as this process's memory.
+        Raises ModelError where a page of its file was gone when it was read.
+        """
         info = self.info(name)
         self._mapping(info.file).drop(info.begin, info.nbytes)
 
@@ -187,10 +189,15 @@ class Checkpoint:
                 unreadable(path, error)
             if now != stamp:
                 raise _changed(path)
+        for index in self._mappings:
+            self._mapping(index)
 
     def _mapping(self, index: int) -> _C.Mapping:
+        """The mapped file; ModelError from then on when a page that was read of it had gone."""
         found = self._mappings.get(index)
         if found is not None:
+            if found.torn:
+                raise _changed(self.files[index])
             return found
         with self._lock:
             if index not in self._mappings:

@@ -122,10 +122,13 @@ class _Sums(NamedTuple):
 
 def compare(a: Checkpoint, b: Checkpoint, *, threads: int) -> Comparison:
     """Compares every tensor that A and B share by name and shape; the same result for any
-    ``threads``.
+    ``threads``. Raises ModelError where one of them changes meanwhile.
     """
+    tensors = tuple(differences(a, b, threads=threads))
+    for model in (a, b):
+        model.check_unchanged()
     return Comparison(
-        tuple(differences(a, b, threads=threads)),
+        tensors,
         tuple(name for name in a.tensors if name not in b.tensors),
         tuple(name for name in b.tensors if name not in a.tensors),
         tuple(
