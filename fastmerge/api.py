@@ -17,6 +17,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.output.card import model_card
+from fastmerge.plan.loading import check_loading
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.recipe.document import Recipe
@@ -58,6 +59,7 @@ def merge(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     models: Mapping[str, Model] | None = None,
+    check: bool = False,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
@@ -65,12 +67,14 @@ def merge(
     memory in bytes. ``overwrite`` replaces an existing ``out`` once the new one is complete;
     ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done, bytes_total,
     tensor)`` is called after each tensor. ``device``: "cpu", "cuda" or "auto", with the same bits;
-    ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`. Raises
-    FastmergeError.
+    ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
+    ``check``: first as `check` does. Raises FastmergeError.
     """
     if device not in DEVICES:
         raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
     decided = plan(recipe, seed=seed, models=models)
+    if check:
+        check_loading(decided)
     return merge_plan(
         decided,
         Path(out),
@@ -85,6 +89,18 @@ def merge(
         gpu_memory=gpu_memory,
         side_files=model_files(decided, Path(out).name),
     )
+
+
+def check(recipe: Source, *, seed: int | None = None) -> Plan:
+    """The plan, where transformers' own class loads what it would write: no tensor missing, of
+    another shape or without a place. Reads no weights; nothing of the models' own code is run.
+
+    Raises FastmergeError where that is not so, where transformers does not know the config's class,
+    or where torch, transformers or accelerate are missing.
+    """
+    decided = plan(recipe, seed=seed)
+    check_loading(decided)
+    return decided
 
 
 def materialise(

@@ -9,15 +9,18 @@ is called.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import ModelError, ResourceError
+from fastmerge.plan.loading import check_loading, model_class_of, one_line
+
+GENERATION = "generation_config.json"
 
 if TYPE_CHECKING:
     from fastmerge.api import Source
     from fastmerge.live import OnTensor
-    from fastmerge.plan.plan import Plan
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -31,9 +34,14 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     transformers = _transformers()
     folder = _model_folder(path)
     kwargs.setdefault("dtype", "auto")
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, **kwargs
-    )
+    if (folder / GENERATION).is_file():  # which transformers leaves out in silence if it is damaged
+        _generation_config(transformers, folder)
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as error:  # shapes that do not fit
+        raise ModelError(f"{folder}: does not load: {one_line(error)}") from error
     _check(loading, str(folder))
     return model.eval()
 
@@ -58,7 +66,9 @@ def load_merged(
     from fastmerge import api, live
 
     plan = api.plan(recipe, seed=seed)
-    model_class, config = _model_class(transformers, plan)
+    if find_spec("accelerate"):  # before a weight is read; else the report below says it
+        check_loading(plan, strict=False)
+    model_class, config = model_class_of(plan.config)
     made = live.tensors(plan, threads=threads, observe=observe)
     state = {item.name: tensor for item, tensor in made}
     kwargs.setdefault("dtype", "auto")
@@ -67,10 +77,8 @@ def load_merged(
     )
     _check(loading, "the merged model")
     beside = plan.donor_model.folder
-    if beside is not None and (beside / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(
-            beside, local_files_only=True
-        )
+    if beside is not None and (beside / GENERATION).is_file():
+        model.generation_config = _generation_config(transformers, beside)
     return model.eval()
 
 
@@ -135,20 +143,13 @@ def _model_folder(path: str | Path) -> Path:
     return folder
 
 
-def _model_class(transformers: Any, plan: Plan) -> tuple[Any, Any]:
-    """transformers' class for the merged config, and the config as its object."""
-    model_type = plan.config.get("model_type")
-    known = transformers.CONFIG_MAPPING
-    if model_type not in known:
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} does not know the merged config's model_type "
-            f"'{model_type}'; upgrade it, or write a folder and load that with its own code"
-        )
-    config = known[model_type].from_dict(plan.config)
-    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in classes:
-        raise UnsupportedError(f"model_type '{model_type}' is not a causal language model")
-    return classes[type(config)], config
+def _generation_config(transformers: Any, folder: Path) -> Any:
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / GENERATION}: {one_line(error)}; mend it or remove it"
+        ) from error
 
 
 def _check(loading: Mapping[str, Any], where: str) -> None:

@@ -33,6 +33,7 @@ _LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40
 
 MemoryLimit = Annotated[str, Option(metavar="SIZE", help="Bound on anonymous memory.")]
 MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file.")]
+Check = Annotated[bool, Option("--check", help="First ask transformers whether it would load.")]
 
 MOST_WARNINGS = 5  # tensors named, before a count
 
@@ -52,6 +53,7 @@ def merge(
     ] = "2GiB",
     io: Annotated[Io, Option(help="How to write.")] = Io.auto,
     max_shard_size: MaxShardSize = "5GB",
+    check: Check = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -59,7 +61,7 @@ def merge(
     from fastmerge import api
 
     limits = _limits(memory_limit, max_shard_size)
-    decided = api.plan(recipe, seed=seed)
+    decided = (api.check if check else api.plan)(recipe, seed=seed)
     try:
         with Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(
@@ -111,6 +113,7 @@ def plan(
     seed: Seed = None,
     memory_limit: MemoryLimit = "512MiB",
     max_shard_size: MaxShardSize = "5GB",
+    check: Check = False,
     json: Json = False,
 ) -> None:
     """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
@@ -120,7 +123,7 @@ def plan(
     from fastmerge.output.place import check_output
 
     limits = _limits(memory_limit, max_shard_size)
-    decided = api.plan(recipe, seed=seed)
+    decided = (api.check if check else api.plan)(recipe, seed=seed)
     side = decided.donor_model.side_files()
     layout = Layout.plan(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],

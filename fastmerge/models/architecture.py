@@ -24,7 +24,7 @@ _HEADS = (
 # What else precedes a stack of layers, and what follows it besides a head.
 _BEFORE = (
     "wpe", "rotary_emb", "embed_positions", "word_embeddings_layernorm", "positions_embed",
-    "project_in", "embedding_norm", "pre_ln", "embed_norm",
+    "project_in", "embedding_norm", "pre_ln", "embed_norm", "layernorm_embedding",
 )  # fmt: skip
 _AFTER = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out", "project_out",

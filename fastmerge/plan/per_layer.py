@@ -20,7 +20,7 @@ from fastmerge.plan.inputs import View
 _LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indices", "pattern"}
 # Lists under such words are of tokens, of bounds and of shapes, however long they are.
 _NOT_LAYERS = {"token", "id", "ids", "architectures", "limit", "range", "betas", "map", "factor"}
-_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern", "block_types")
+_KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 # Words in keys whose number says every how many layers something is.
 _PERIODS = {"period", "interval", "every", "freq", "frequency", "step", "pattern", "stride"}
 _OF_LAYERS = {
@@ -123,6 +123,8 @@ class _Restack:
         elif speaks and path[-1] in _KINDS:
             for layer in self.layers:  # too short for some layer: refused, unless none is chosen
                 self._entry(layer, path, list)
+        elif speaks and all(isinstance(kind, str) for kind in value):
+            self._periodic(path[-1], len(value))  # repeated to the last layer
         elif speaks and self.moved:
             self.by_number.append(path[-1])
 

@@ -23,8 +23,10 @@ from fastmerge.models import hub
 from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
+from fastmerge.plan.agreement import check_agreement
 from fastmerge.plan.build import Builder
 from fastmerge.plan.config import output_config, set_layers
+from fastmerge.plan.consistency import check_result, check_stack
 from fastmerge.plan.heads import settle_heads
 from fastmerge.plan.inputs import (
     Input,
@@ -186,8 +188,11 @@ class Planner:
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
+        check_agreement(parts, lead, self.note)
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
+        if not whole:
+            check_stack(parts, lead)
         build = Builder(dtype, seed, self.opened.models)
         tensors = build.whole(parts[0]) if whole else build.stacked(parts)
         if document is not None:
@@ -197,7 +202,9 @@ class Planner:
         config = output_config(lead.config, dtype, tensors)
         if not whole:
             set_layers(config, parts, lead, self.note)
-        return View(name, config, tensors, lead.donor)
+        result = View(name, config, tensors, lead.donor)
+        check_result(result, parts, lead, self.note)
+        return result
 
     def plan(self, result: View, *, sparing: bool = False) -> Plan:
         """The plan whose output is ``result``; ``sparing`` as in `make_plan`."""

@@ -1,0 +1,180 @@
+"""Whether the result is one model: its slices against each other, its tensors against its config.
+
+Without transformers only what certainly does not load is refused: shapes of a model type that
+transformers knows, whose meaning the config fixes. Of other types it is noted. `fastmerge.plan.
+loading` (``--check``) asks the class itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastmerge.errors import ModelError
+from fastmerge.models.config import is_known, model_type, text_config, whole
+from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_stack(parts: Sequence[Part], lead: View) -> None:
+    """Raises ModelError where a slice's layers are none that the lead has: other names or shapes of
+    their tensors than in each of its layers.
+    """
+    stack = lead.stack
+    if stack is None:
+        return
+    known = [_shapes(layer) for layer in lead.layers[stack.layers].values()]
+    for part in parts:
+        item = part.lead
+        if item.view.label == lead.label or item.view.stack != stack:
+            continue
+        for number in range(item.start, item.start + (part.layers or 0)):
+            shapes = _shapes(item.view.layers[stack.layers][number])
+            if shapes not in known:
+                raise _other_layer(shapes, known, item, lead, f"{stack.layers}.{number}.")
+
+
+def check_result(
+    result: View, parts: Sequence[Part], lead: View, note: Callable[[str], None]
+) -> None:
+    """Raises ModelError for an empty tensor, for one outside the layers of another shape than the
+    lead's, and for one that the config contradicts.
+    """
+    last = parts[-1].lead
+    for name, tensor in result.tensors.items():
+        if tensor.dtype.mergeable and 0 in tensor.shape:
+            raise ModelError(
+                f"{last.where}: tensor '{name}' is empty ({list(tensor.shape)}), as files are that "
+                "were saved from a sharded training without gathering; save the model again"
+            )
+    own = {name: lead.tensors[name].shape for name in lead.tensors if name in result.tensors}
+    for name, shape in own.items():
+        found = result.tensors[name].shape
+        if found == shape or name.startswith(f"{lead.stack.layers}." if lead.stack else " "):
+            continue
+        raise _vocabularies(name, shape, lead, name, found, last)
+    head, embedding = result.head, result.embedding
+    if head is not None and embedding is not None:
+        rows, known = result.tensors[head].shape[0], result.tensors[embedding].shape[0]
+        if rows != known and rows != whole(text_config(result.config), "vocab_size"):
+            raise _vocabularies(embedding, (known,), lead, head, (rows,), last)
+    _check_config(result, last, note)
+
+
+# Model types of transformers whose embeddings have more rows than the config's vocab_size.
+_MORE_ROWS = {"mllama_text_model", "mllama", "moshi"}
+_SIZED = (
+    ".input_layernorm.weight", ".mlp.gate_proj.weight", ".mlp.up_proj.weight",
+    ".self_attn.k_proj.weight", ".self_attn.o_proj.weight",
+)  # fmt: skip
+_HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim"}
+
+
+def _check_config(result: View, last: Input, note: Callable[[str], None]) -> None:
+    config = text_config(result.config)
+    certain = is_known(config) and model_type(config) not in _MORE_ROWS
+    told: set[str] = set()
+    for name, key, axis, wanted in (*_around(result, config), *_inside(result, config)):
+        shape = result.tensors[name].shape
+        if not wanted or len(shape) <= axis or shape[axis] == wanted or key in told:
+            continue
+        text = f"config.json says {key} {wanted}, and tensor '{name}' is {list(shape)}"
+        if certain:
+            raise ModelError(
+                f"{last.where}: {text}: the result would not load; mend the config of "
+                f"'{last.view.label}'"
+            )
+        told.add(key)
+        note(f"{text}: check it")
+
+
+Size = tuple[str, str, int, int]  # tensor, key in the config, axis, size (0: not known)
+
+
+def _around(result: View, config: Mapping[str, Any]) -> list[Size]:
+    """What the config says of the embeddings and the head."""
+    found = [
+        (name, "vocab_size", 0, whole(config, "vocab_size"))
+        for name in (result.embedding, result.head)
+        if name is not None and result.tensors[name].dtype.mergeable
+    ]
+    if result.embedding is not None and not any("embed" in key for key in config):
+        found.append((result.embedding, "hidden_size", 1, whole(config, "hidden_size")))
+    return found
+
+
+def _inside(result: View, config: Mapping[str, Any]) -> list[Size]:
+    """What it says of those tensors of the layers that are of one shape in all of them."""
+    stack = "" if result.stack is None else f"{result.stack.layers}."
+    by_shape: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, tensor in result.tensors.items():
+        rest = next((rest for rest in _SIZED if name.endswith(rest)), None)
+        # A number alone in between: not of a part of the layer, such as an expert. Packed codes
+        # have shapes of their own.
+        if rest is None or not name.startswith(stack) or not tensor.dtype.mergeable:
+            continue
+        if name[len(stack) : -len(rest)].isdigit():
+            by_shape.setdefault(rest, {}).setdefault(tensor.shape, name)
+    heads, width = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+    inner = whole(config, "intermediate_size")
+    wide = whole(config, "head_dim") or (width // heads if heads else 0)
+    if any(("heads" in key or "head_dim" in key) and key not in _HEADS for key in config):
+        wide = 0  # heads of several kinds
+    keys = whole(config, "num_key_value_heads") or heads
+    expected = dict(
+        zip(
+            _SIZED,
+            (
+                ("hidden_size", 0, width),
+                ("intermediate_size", 0, inner),
+                ("intermediate_size", 0, inner),
+                ("num_key_value_heads x head_dim", 0, keys * wide),
+                ("num_attention_heads x head_dim", 1, heads * wide),
+            ),
+            strict=True,
+        )
+    )
+    return [
+        (next(iter(shapes.values())), *expected[rest])
+        for rest, shapes in by_shape.items()
+        if len(shapes) == 1
+    ]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _shapes(layer: Mapping[str, TensorPlan]) -> Shapes:
+    return {rest: tensor.shape for rest, tensor in layer.items()}
+
+
+def _other_layer(
+    shapes: Shapes, known: Sequence[Shapes], item: Input, lead: View, prefix: str
+) -> ModelError:
+    nearest = max(known, key=lambda other: len(shapes.keys() & other.keys()))
+    start = f"{item.where}: layers of '{item.view.label}' do not stack with those of '{lead.label}'"
+    for rest in (*shapes, *nearest):
+        if rest not in nearest:
+            return ModelError(f"{start}: only the former have '{prefix}{rest}'")
+        if rest not in shapes:
+            return ModelError(f"{start}: only the latter have '{rest}' (as {prefix}... would)")
+    rest = next(rest for rest in shapes if shapes[rest] != nearest[rest])
+    return ModelError(
+        f"{start}: '{prefix}{rest}' is {list(shapes[rest])}, there {list(nearest[rest])}"
+    )
+
+
+def _vocabularies(
+    name: str, shape: Sequence[int], lead: View, other: str, found: Sequence[int], item: Input
+) -> ModelError:
+    if shape[1:] == found[1:] and len(found) <= 2:
+        return ModelError(
+            f"{item.where}: vocabulary mismatch: {shape[0]} rows in '{name}' of '{lead.label}', "
+            f"{found[0]} in '{other}' of '{item.view.label}'; a stack has one vocabulary: resize "
+            "one model's embeddings first"
+        )
+    return ModelError(
+        f"{item.where}: tensor '{name}' is {list(shape)} in model '{lead.label}' but "
+        f"{list(found)} in '{item.view.label}'; a stack takes it from the latter"
+    )

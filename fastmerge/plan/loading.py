@@ -1,0 +1,182 @@
+"""``--check``: whether transformers' own class loads what a plan will write, before a weight is
+read.
+
+The class is built on the meta device and loads tensors that have shapes and no memory, through
+``from_pretrained``: so every renaming and conversion that it does for stored weights is done, and
+its own loading report is the verdict. Code from a model's folder is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.models.architecture import layer_of
+from fastmerge.models.config import layer_count
+from fastmerge.plan.plan import Plan
+
+
+def check_loading(plan: Plan, *, strict: bool = True) -> None:
+    """Raises ModelError where the class of the plan's config finds a tensor missing, in another
+    shape, or (``strict``) one that it has no place for.
+
+    Layers behind those that the config counts are no finding. UnsupportedError where transformers
+    does not know the config; ResourceError where torch, transformers or accelerate are missing.
+    """
+    lost = [name for name in ("torch", "transformers", "accelerate") if not find_spec(name)]
+    if lost:
+        raise ResourceError(
+            "checking that the result loads needs torch, transformers and accelerate "
+            f"({lost[0]} is missing); install them with: pip install 'fastmerge[llama]' accelerate"
+        )
+    import torch
+    import transformers
+
+    with _quiet(transformers):
+        model_class, config = model_class_of(plan.config)
+        state = {
+            tensor.name: torch.empty(
+                tensor.shape, device="meta", dtype=getattr(torch, tensor.dtype.name, torch.float32)
+            )
+            for tensor in plan.tensors
+        }
+        try:
+            _, loading = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except _odd() as error:
+            raise ModelError(
+                f"{model_class.__name__} of transformers {transformers.__version__} cannot be made "
+                f"from the merged config.json: {one_line(error)}"
+            ) from error
+    _judge(loading, plan, model_class.__name__, strict)
+
+
+def _judge(loading: Mapping[str, Any], plan: Plan, name: str, strict: bool) -> None:
+    found = {
+        kind: sorted(_named(key) for key in loading[f"{kind}_keys"])
+        for kind in ("missing", "mismatched", *(["unexpected"] if strict else []))
+    }
+    count = layer_count(plan.config)
+    if strict:
+        found["unexpected"] = [key for key in found["unexpected"] if not _is_behind(key, count)]
+    said = [
+        f"{kind} weight {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
+        for kind, keys in found.items()
+        if keys
+    ]
+    if said:
+        raise ModelError(
+            f"the merged model: {'; '.join(said)}: {name} would not load it whole; config.json and "
+            "tensors are not of one model"
+        )
+
+
+def _named(key: Any) -> str:
+    """A missing key, or a mismatched one with both shapes."""
+    if isinstance(key, tuple):
+        name, stored, wanted = key
+        return f"{name} ({list(stored)}, the config makes it {list(wanted)})"
+    return str(key)
+
+
+def _is_behind(name: str, count: int | None) -> bool:
+    place = layer_of(name)
+    return place is not None and count is not None and place.number >= count
+
+
+def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' class for a config.json, by its ``architectures``, else the causal language
+    model of its ``model_type``; and the config as its object. FastmergeError where it has none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = config.get("model_type")
+    known = transformers.CONFIG_MAPPING
+    if not isinstance(kind, str) or kind not in known:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} does not know the merged config's model_type "
+            f"'{kind}'; upgrade it, or write a folder and load that with its own code"
+        )
+    try:
+        made = known[kind].from_dict(_floats(config))
+    except _odd() as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} does not take the merged config.json: "
+            f"{one_line(error)}"
+        ) from error
+    named = config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    mappings = [
+        mapping
+        for name, mapping in vars(modeling_auto).items()
+        if name.startswith("MODEL_") and name.endswith("MAPPING") and hasattr(mapping, "keys")
+    ]
+    found: list[Any] = []
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, *mappings):
+        if type(made) in mapping:
+            classes = mapping[type(made)]
+            found += classes if isinstance(classes, tuple) else [classes]
+    for name in names:
+        for one in found:
+            if one.__name__ == name:
+                return one, made
+    if names:  # a class that no AutoModel lists
+        one = getattr(transformers, names[0], None)
+        if getattr(one, "config_class", None) is type(made):
+            return one, made
+    if not found:
+        raise UnsupportedError(
+            f"model_type '{kind}' is not a causal language model, nor any other that transformers "
+            f"{transformers.__version__} loads"
+        )
+    return found[0], made
+
+
+def _floats(value: Any) -> Any:
+    """``value`` with floats for the infinities and NaN that transformers 5 writes as mappings."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def _odd() -> tuple[type[Exception], ...]:
+    """What config and model classes raise for values that they do not take."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, AssertionError,
+        ZeroDivisionError, RuntimeError, OSError, StrictDataclassError,
+    )  # fmt: skip
+
+
+def one_line(error: Exception) -> str:
+    """Another library's message as part of one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300].rsplit(' ', 1)[0]} ..."
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars and reports: their many lines are said in one."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
