@@ -1,4 +1,4 @@
-"""Whole models that lie in device memory: the part of gpu.py that times `fastmerge.compute.batch`."""
+"""Whole models that lie in device memory: the part of gpu.py that times compute.batch."""
 
 from __future__ import annotations
 

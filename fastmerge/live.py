@@ -8,23 +8,25 @@ sweep, which differs from the one before in coefficients or values, costs the ke
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.compute.arrays import as_torch, written
+from fastmerge.compute.arrays import as_torch, view_of, written
 from fastmerge.compute.batch import Batch, Job, form_of
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.compute.lane import Lane
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine import in_memory
+from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.models.model import Model
+from fastmerge.output.sink import Arrays
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Node, Stored, leaves
@@ -104,8 +106,8 @@ def merge_into(
     they pass through ``gpu_memory`` bytes of the device; "auto" is the device where they fit, and
     warns where they do not. `forget` lets go of them. Parameters on the CPU are filled by the CPU
     kernels (``threads``), and so are a GPU's where ``observe`` is to see every tensor. Returns what
-    each tensor came to; on the CPU that is nothing. Raises FastmergeError where plan and model do
-    not fit, before any parameter changes.
+    each tensor came to. Raises FastmergeError where plan and model do not fit, before any parameter
+    changes.
     """
     import torch
 
@@ -114,10 +116,7 @@ def merge_into(
     targets = _targets(model, plan)
     with torch.no_grad():
         if observe is not None or not _uses_gpu(targets):
-            for item, tensor in tensors(plan, threads=threads, observe=observe):
-                if item.name in targets:
-                    targets[item.name].copy_(tensor)
-            return {}
+            return _merged_on_cpu(plan, targets, threads, observe)
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets) if keep == "auto" else keep
         while True:
@@ -147,6 +146,60 @@ def tensors(
         if observe is not None:
             observe(item, array)
         yield item, as_torch(array, item.dtype, item.shape)
+
+
+class _Parameters(Arrays):
+    """A model's own tensors. The kernels write into those on the CPU where type and layout allow
+    it, and else, or where somebody is to see each tensor, beside them.
+    """
+
+    def __init__(self, targets: Mapping[str, torch.Tensor], observe: OnTensor | None) -> None:
+        super().__init__()
+        self._targets, self._observe = targets, observe
+
+    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        return [item for item in items if item.name in self._targets]
+
+    def slot(self, item: TensorPlan) -> _C.Sink:
+        if self._is_direct(item):
+            return _C.MemorySink(view_of(self._targets[item.name], item.name, writable=True))
+        return super().slot(item)
+
+    def settle(self, item: TensorPlan) -> None:
+        """Ends one tensor whose numbers are there."""
+        target = self._targets[item.name]
+        if self._is_direct(item):
+            written(target)
+            return
+        array = self.take(item)
+        if self._observe is not None:
+            self._observe(item, array)
+        target.copy_(as_torch(array, item.dtype, item.shape))
+
+    def _is_direct(self, item: TensorPlan) -> bool:
+        target = self._targets[item.name]
+        return self._observe is None and target.device.type == "cpu" and _is_stored(target, item)
+
+
+def _merged_on_cpu(
+    plan: Plan, targets: Mapping[str, torch.Tensor], threads: int | None, observe: OnTensor | None
+) -> dict[str, Outcome]:
+    sink = _Parameters(targets, observe)
+    outcomes: dict[str, Outcome] = {}
+    with closing(Local(plan, threads=threads).run(sink)) as finished:
+        for item, outcome in finished:
+            sink.settle(item)
+            outcomes[item.name] = outcome
+    plan.check_unchanged()
+    return outcomes
+
+
+def _is_stored(target: torch.Tensor, item: TensorPlan) -> bool:
+    """Whether the parameter's memory is the tensor as it would be written."""
+    import torch
+
+    is_plain = type(target) in (torch.Tensor, torch.nn.Parameter)
+    return is_plain and target.dtype == getattr(torch, item.dtype.name) and target.is_contiguous()
 
 
 def _merged_on_gpu(
@@ -299,9 +352,9 @@ def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
     """The parameter itself, or a tensor of the plan's type, from which it is then filled."""
     import torch
 
-    dtype = getattr(torch, item.dtype.name)
-    if target.dtype == dtype and target.is_contiguous():
+    if _is_stored(target, item):
         return target
+    dtype = getattr(torch, item.dtype.name)
     return torch.empty(item.shape, dtype=dtype, device=target.device)
 
 

@@ -1,12 +1,13 @@
-"""Merges into a live model's parameters on the CPU; triton_live_cases.py has the GPU's side."""
+"""Merges into a live model's parameters on the CPU; triton_resident_cases.py has the GPU's side."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastmerge import llama
+from fastmerge import api, live, llama
 from fastmerge.errors import FastmergeError
+from fastmerge.output import sink as sink_module
 
 torch.set_num_threads(1)
 
@@ -30,6 +31,30 @@ def test_merge_into_is_load_merged(zoo, tied):
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected[name])
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == where
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_parameter_of_the_merge_s_type_is_written_without_a_copy(zoo, dtype, monkeypatch):
+    """Others are written beside it; one that is not contiguous too."""
+    a = zoo.base("a")
+    b = zoo.tune(a, "b")
+    made = []
+    array_sink = sink_module.array_sink
+    monkeypatch.setattr(sink_module, "array_sink", lambda i: made.append(i.name) or array_sink(i))
+    model = llama.load(a, dtype=dtype)
+    turned = model.model.layers[1].mlp.up_proj.weight
+    turned.data = turned.data.T.contiguous().T
+    before = {name: p._version for name, p in model.named_parameters()}
+    outcomes = live.merge_into(model, api.plan(slerp(a, b, 0.3)), threads=1)
+    names, odd = set(model.state_dict()), {"model.layers.1.mlp.up_proj.weight"}
+    assert set(made) == (
+        {"model.layers.1.mlp.up_proj.weight"} if dtype == torch.bfloat16 else names
+    )
+    assert len(made) == len(set(made)) and outcomes.keys() == names
+    assert all(p._version > before[name] for name, p in model.named_parameters())
+    monkeypatch.undo()
+    expected = llama.load_merged(slerp(a, b, 0.3), threads=1, dtype=dtype).state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
 
 
 def test_coefficients_by_folder(zoo):
