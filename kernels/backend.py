@@ -24,10 +24,9 @@ class TritonBackend:
         self.device = torch.device(device)
 
     @staticmethod
-    def takes(node: Any, parts: Sequence[Any], /) -> str | None:
-        inputs = len(parts if node.method.is_combination else node.operands)
-        if inputs > MAX_INPUTS:
-            return f"has {inputs} inputs and the GPU kernels take {MAX_INPUTS}"
+    def takes(_node: Any, parts: Sequence[Any], /) -> str | None:
+        if len(parts) > MAX_INPUTS:
+            return f"has {len(parts)} inputs and the GPU kernels take {MAX_INPUTS}"
         return None
 
     def gram(

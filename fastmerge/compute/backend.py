@@ -30,8 +30,8 @@ class Backend(Protocol[T, O]):
     def name(self) -> str: ...
 
     def takes(self, node: Merge, parts: Sequence[Node], /) -> str | None:
-        """Why it cannot compute ``node`` from ``parts`` (what a combination collapses to, else its
-        inputs), as the end of a sentence about the tensor; None where it can.
+        """Why it cannot compute ``node`` from ``parts`` (see `compute.tensor.Step.taken`), as the
+        end of a sentence about the tensor; None where it can.
         """
         ...
 

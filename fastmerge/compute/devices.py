@@ -75,7 +75,7 @@ def choose_devices(
 
     for name, root in roots:
         for step in steps(root) if isinstance(root, Merge) else []:
-            refusal = TritonBackend.takes(step.node, step.parts)
+            refusal = TritonBackend.takes(step.node, step.taken)
             if refusal is None:
                 continue
             if device == "auto":

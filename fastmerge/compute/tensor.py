@@ -122,6 +122,13 @@ class Step(NamedTuple):
     tree: Collapsed | None
     parts: Sequence[Node]
 
+    @property
+    def taken(self) -> Sequence[Node]:
+        """The parts that one kernel takes at once, a base apart; a function's go one by one."""
+        if isinstance(self.node.method, Function):
+            return self.parts[:1]
+        return self.node.operands if self.tree is None else self.parts
+
 
 def steps(root: Merge) -> list[Step]:
     """The merges that are computed for ``root``, each after those it reads."""
