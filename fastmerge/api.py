@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastmerge.arguments import a_flag, a_path
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
@@ -19,10 +20,9 @@ from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.output.card import model_card
 from fastmerge.plan.loading import check_loading
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan
+from fastmerge.plan.planner import make_plan, whole_seed
 from fastmerge.recipe.document import Recipe
 
-DEVICES = ("cpu", "cuda", "auto")
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
 
@@ -37,7 +37,7 @@ def plan(
     FastmergeError.
     """
     if isinstance(recipe, Plan):
-        if recipe.seed is not None and seed not in (None, recipe.seed):
+        if recipe.seed is not None and seed is not None and whole_seed(seed) != recipe.seed:
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
@@ -64,20 +64,20 @@ def merge(
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
     ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous
-    memory in bytes. ``overwrite`` replaces an existing ``out`` once the new one is complete;
-    ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done, bytes_total,
-    tensor)`` is called after each tensor. ``device``: "cpu", "cuda" or "auto", with the same bits;
+    memory in bytes, 64 MiB or more. ``overwrite`` replaces an existing ``out`` once the new one is
+    complete; ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done,
+    bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
+    same call continues. ``device``: "cpu", "cuda" or "auto", with the same bits;
     ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
     ``check``: first as `check` does. Raises FastmergeError.
     """
-    if device not in DEVICES:
-        raise FastmergeError(f"device: unknown '{device}'; use {', '.join(DEVICES)}")
+    folder = a_path(out, "out")
     decided = plan(recipe, seed=seed, models=models)
-    if check:
+    if a_flag(check, "check"):
         check_loading(decided)
     return merge_plan(
         decided,
-        Path(out),
+        folder,
         threads=threads,
         memory_limit=memory_limit,
         overwrite=overwrite,
@@ -87,7 +87,7 @@ def merge(
         progress=progress,
         device=device,
         gpu_memory=gpu_memory,
-        side_files=model_files(decided, Path(out).name),
+        side_files=model_files(decided, folder.name),
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from numbers import Integral
+from reprlib import Repr
 from typing import Any
 
 _BEGINNING, _END = 1000, 500  # characters of a message that are always shown
@@ -111,6 +112,15 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
+
+
+_BRIEF = Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
+
+
+def brief(value: Any) -> str:
+    """``repr(value)`` on one short line, however long, deep or circular the value is."""
+    return " ".join(_BRIEF.repr(value).split())
 
 
 def is_whole(value: Any) -> bool:

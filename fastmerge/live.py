@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from fastmerge import _C
+from fastmerge.arguments import a_function, one_of
 from fastmerge.compute.arrays import as_torch, view_of, written
 from fastmerge.compute.batch import Batch, Job, form_of
 from fastmerge.compute.cpu import cpu, thread_count
@@ -111,8 +112,10 @@ def merge_into(
     """
     import torch
 
-    if keep not in KEEP:
-        raise FastmergeError(f"keep: unknown '{keep}'; use {', '.join(KEEP)}")
+    one_of(keep, KEEP, "keep")
+    a_function(observe, "observe")
+    if not isinstance(model, torch.nn.Module):
+        raise FastmergeError(f"model: must be a torch module, not {type(model).__name__}")
     targets = _targets(model, plan)
     with torch.no_grad():
         if observe is not None or not _uses_gpu(targets):
@@ -142,6 +145,7 @@ def tensors(
     """Every output tensor of ``plan`` as a torch tensor on the CPU, of the type that it is written
     in, in plan order; ``observe`` sees each first. Raises FastmergeError as a merge does.
     """
+    a_function(observe, "observe")
     for item, array in in_memory.materialise_plan(plan, threads=threads):
         if observe is not None:
             observe(item, array)

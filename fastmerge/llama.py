@@ -8,11 +8,13 @@ is called.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.arguments import a_path
 from fastmerge.errors import ModelError, ResourceError
 from fastmerge.plan.loading import check_loading, model_class_of, one_line
 
@@ -113,7 +115,7 @@ def load_tokenizer(source: Source, **kwargs: Any) -> Any:
     transformers = _transformers()
     from fastmerge import api
 
-    is_folder = isinstance(source, (str, Path)) and Path(source).is_dir()
+    is_folder = isinstance(source, (str, Path)) and os.path.isdir(source)
     folder = Path(str(source)) if is_folder else api.plan(source).donor
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
@@ -135,8 +137,8 @@ def _transformers() -> Any:
 
 
 def _model_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
+    folder = a_path(path, "path")
+    if not os.path.isdir(folder):
         raise ModelError(f"{path}: no such folder; give the folder of a merged model")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: has no config.json, so it is not a Hugging Face model")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmerge.arguments import a_list, a_text
 from fastmerge.compute.arrays import Operands
 from fastmerge.compute.tensor import Computation
 from fastmerge.errors import FastmergeError, is_whole
@@ -208,7 +209,8 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
     """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
     1).
     """
-    if not len(tensors):
+    tensors = a_list(tensors, "gram: tensors")
+    if not tensors:
         raise FastmergeError("gram: no tensors")
     operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
     backend = operands.backend(threads)
@@ -225,12 +227,14 @@ def combine(
     threads: int | None = None,
 ) -> Any:
     """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
+    tensors = a_list(tensors, "combine: tensors")
+    coefficients = a_list(_plain(coefficients), "combine: coefficients")
     if len(coefficients) != len(tensors):
         raise FastmergeError(
             f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
         )
     each = Parameter("coefficient", float, REQUIRED, "")
-    factors = [each.check(_plain(value), "combine") for value in _plain(coefficients)]
+    factors = [each.check(_plain(value), "combine") for value in coefficients]
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
     operands.backend(threads).combine(operands.views, np.array(factors), sink)
@@ -249,6 +253,8 @@ def _merge(
     name: str = "",
 ) -> Any:
     method = find(method_name)
+    name = a_text(name, f"{method.name}: name")
+    tensors = a_list(tensors, f"{method.name}: tensors")
     count = len(tensors)
     if count < method.min_operands or (method.max_operands and count > method.max_operands):
         raise FastmergeError(f"{method.name}: got {count} tensors; {_arity(method)}")

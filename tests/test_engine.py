@@ -165,8 +165,9 @@ def test_an_intermediate_consensus_keeps_fp32(zoo, models, tmp_path):
     assert all("coefficients" not in line for line in lineage.values())
 
 
-def test_large_intermediates_leave_memory(models, tmp_path):
+def test_large_intermediates_leave_memory(models, tmp_path, monkeypatch):
     """Below the scratch limit and above it (an unlinked file): the same bytes."""
+    monkeypatch.setattr("fastmerge.engine.merge.LEAST_MEMORY_BYTES", 1)
     base, one, two = models
     chain = [ties_recipe(base, one, two, name="stage"), slerp_recipe("stage", one)]
     for folder, limit in (("memory", 512 << 20), ("file", 4096)):
@@ -433,6 +434,7 @@ def test_no_room_for_an_intermediate_is_one_line(models, tmp_path, monkeypatch):
 
     base, one, two = models
     chain = [ties_recipe(base, one, two, name="stage"), slerp_recipe("stage", one)]
+    monkeypatch.setattr("fastmerge.engine.merge.LEAST_MEMORY_BYTES", 1)
     monkeypatch.setattr("fastmerge.compute.cpu.os.posix_fallocate", full)
     with pytest.raises(FastmergeError, match="no room for an intermediate tensor"):
         fastmerge.merge(chain, tmp_path / "out", memory_limit=4096)

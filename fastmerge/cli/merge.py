@@ -29,8 +29,6 @@ class Io(str, Enum):
     buffered = "buffered"
 
 
-_LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
-
 MemoryLimit = Annotated[str, Option(metavar="SIZE", help="Bound on anonymous memory.")]
 MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file.")]
 Check = Annotated[bool, Option("--check", help="First ask transformers whether it would load.")]
@@ -166,9 +164,11 @@ def plan(
 
 
 def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:
+    from fastmerge.engine.merge import LEAST_MEMORY_BYTES
+
     memory_bytes = parse_size(memory_limit, "--memory-limit")
-    if memory_bytes < _LEAST_MEMORY_BYTES:
-        least = format_bytes(_LEAST_MEMORY_BYTES)
+    if memory_bytes < LEAST_MEMORY_BYTES:
+        least = format_bytes(LEAST_MEMORY_BYTES)
         raise FastmergeError(f"--memory-limit: {memory_limit} is less than the {least} it takes")
     return {
         "memory_limit": memory_bytes,

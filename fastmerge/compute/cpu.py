@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.errors import FastmergeError, ResourceError, is_whole
+from fastmerge.errors import FastmergeError, ResourceError, brief, is_whole
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
@@ -34,7 +34,7 @@ def thread_count(threads: int | None = None) -> int:
     if threads is None:
         return len(os.sched_getaffinity(0))
     if not is_whole(threads):
-        raise FastmergeError(f"{where}: {threads!r} is not a whole number of threads")
+        raise FastmergeError(f"{where}: {brief(threads)} is not a whole number of threads")
     if not 1 <= threads <= 1024:
         raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
     return int(threads)

@@ -15,6 +15,7 @@ from fastmerge.methods import Consensus
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
+DEVICES = ("cpu", "cuda", "auto")  # where the arithmetic can run
 GPU_MEMORY_BYTES = 2 << 30
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
+from fastmerge.arguments import a_flag, a_function, a_path, a_size, one_of
 from fastmerge.compute.cpu import isa
-from fastmerge.compute.devices import GPU_MEMORY_BYTES
+from fastmerge.compute.devices import DEVICES, GPU_MEMORY_BYTES
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
 from fastmerge.engine.window import window_size
-from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.errors import FastmergeError
 from fastmerge.output.lineage import LINEAGE_FILE, lineage_file
 from fastmerge.output.sink import ModelFolder
 from fastmerge.plan.plan import Plan
@@ -20,6 +21,7 @@ from fastmerge.plan.plan import Plan
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000
 IO = ("auto", "direct", "buffered")  # how the output is written
+LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
 _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
@@ -50,15 +52,14 @@ def merge_plan(
     ``gpu_memory`` bytes of tensors in flight on each) or "auto"; the bits are the same.
     """
     started = time.perf_counter()
-    if io not in IO:
-        raise FastmergeError(f"io: unknown '{io}'; use {', '.join(IO)}")
-    for name, nbytes in (
-        ("memory_limit", memory_limit),
-        ("max_shard_bytes", max_shard_bytes),
-        ("gpu_memory", gpu_memory),
-    ):
-        if not is_whole(nbytes) or nbytes < 1:
-            raise FastmergeError(f"{name}: {nbytes!r} is not a number of bytes of 1 or more")
+    out = a_path(out, "out")
+    one_of(io, IO, "io")
+    one_of(device, DEVICES, "device")
+    memory_limit = a_size(memory_limit, "memory_limit", LEAST_MEMORY_BYTES)
+    max_shard_bytes = a_size(max_shard_bytes, "max_shard_bytes")
+    gpu_memory = a_size(gpu_memory, "gpu_memory")
+    overwrite, fresh = a_flag(overwrite, "overwrite"), a_flag(fresh, "fresh")
+    a_function(progress, "progress")
     executor = Local(
         plan,
         threads=threads,

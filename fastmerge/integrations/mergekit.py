@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge import api
+from fastmerge.arguments import a_flag, a_path, one_of
+from fastmerge.compute.devices import DEVICES
 from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, nearest
+from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, brief, nearest
 from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, is_tokenizer
 from fastmerge.plan.plan import Plan
 from fastmerge.recipe.document import Recipe
@@ -47,18 +49,12 @@ _NO_EFFECT = frozenset(
         "write_threads",
     }
 )
-_KNOWN = _NO_EFFECT | {
-    "copy_tokenizer",
-    "cuda",
-    "device",
-    "gpu_rich",
-    "num_threads",
-    "out_shard_size",
-    "random_seed",
-    "safe_serialization",
-    "transformers_cache",
-    "write_model_card",
-}
+_FLAGS = {"copy_tokenizer", "cuda", "gpu_rich", "safe_serialization", "write_model_card"}
+_KNOWN = (
+    _NO_EFFECT
+    | _FLAGS
+    | {"device", "num_threads", "out_shard_size", "random_seed", "transformers_cache"}
+)
 
 
 def run_merge(
@@ -81,13 +77,15 @@ def run_merge(
     FastmergeError before anything is written.
     """
     given = _options(options)
+    out = a_path(out_path, "out_path")
+    if config_source is not None and not isinstance(config_source, str):
+        raise FastmergeError(f"config_source: must be text, not {brief(config_source)}")
     device = _device(given)
     source = merge_config.to_yaml() if hasattr(merge_config, "to_yaml") else merge_config
     recipe = Recipe.load(source)
     if recipe.output.tokenizer_source or recipe.output.tokenizer:
         given.pop("copy_tokenizer", None)  # asked for in the recipe: mergekit writes it too
     plan = api.plan(recipe, seed=given.get("random_seed"))
-    out = Path(out_path)
     files = _files(plan, out, given, config_source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
@@ -119,29 +117,32 @@ def _options(options: Any) -> dict[str, Any]:
     for name in given:
         if name not in _KNOWN:
             raise FastmergeError(f"options: unknown '{name}'; {nearest(str(name), _KNOWN)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in _FLAGS & given.keys():
+        a_flag(given[name], name)
     if not given.get("safe_serialization", True):
         raise UnsupportedError(
             "safe_serialization: fastmerge writes safetensors only; leave it true"
         )
-    if given.get("transformers_cache") is not None:
+    if "transformers_cache" in given:
         raise UnsupportedError(
             "transformers_cache: models come from huggingface_hub's cache; set HF_HUB_CACHE instead"
         )
-    return {name: value for name, value in given.items() if value is not None}
+    return given
 
 
 def _device(given: Mapping[str, Any]) -> str:
     wants_gpu = given.get("cuda") or given.get("gpu_rich")
-    device = str(given.get("device") or ("cuda" if wants_gpu else "cpu"))
+    device = given.get("device", "cuda" if wants_gpu else "cpu")
+    if not isinstance(device, str):
+        raise FastmergeError(f"device: must be text, not {brief(device)}")
     kind, _, index = device.partition(":")
     if index:
         raise UnsupportedError(
             f"device: '{device}': every GPU that is visible takes part; "
             f"set CUDA_VISIBLE_DEVICES={index} and ask for '{kind}'"
         )
-    if device not in api.DEVICES:
-        raise FastmergeError(f"device: unknown '{device}'; use {', '.join(api.DEVICES)}")
-    return device
+    return one_of(device, DEVICES, "device")
 
 
 def _files(
@@ -149,7 +150,7 @@ def _files(
 ) -> dict[str, bytes | Path]:
     files = api.model_files(plan, out.name)
     if given.get("write_model_card", True):
-        files[CONFIG_FILE] = (config_source or plan.recipe_text).encode()
+        files[CONFIG_FILE] = (config_source or plan.recipe_text).encode(errors="backslashreplace")
     else:
         del files[CARD_FILE]
     if not given.get("copy_tokenizer", True):

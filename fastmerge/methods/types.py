@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, brief
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
 
@@ -41,20 +41,22 @@ class Parameter:
         """``value`` as ``kind``, within bounds; raises FastmergeError naming ``where``."""
         if self.kind is str:
             if value not in self.choices:
-                raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}")
+                raise RecipeError(
+                    f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}"
+                )
             return value
         if self.kind is bool:
             if isinstance(value, bool):
                 return value
             if value in (0, 1):
                 return bool(value)
-            raise RecipeError(f"{where}: '{self.name}' must be true or false, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be true or false, not {brief(value)}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
-            raise RecipeError(f"{where}: '{self.name}' must be a number, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
         if abs(value) > _LARGEST or value != value:
             raise RecipeError(f"{where}: '{self.name}' must be finite")
         if self.kind is int and value != int(value):
-            raise RecipeError(f"{where}: '{self.name}' must be a whole number, not {value!r}")
+            raise RecipeError(f"{where}: '{self.name}' must be a whole number, not {brief(value)}")
         too_low = self.low is not None and (
             value <= self.low if self.open_low else value < self.low
         )
@@ -62,7 +64,7 @@ class Parameter:
             percent = self.fraction and 2 < value <= 100
             hint = f"; for {value:g} % write {value / 100:g}" if percent else ""
             raise RecipeError(
-                f"{where}: '{self.name}' must be {self.bounds()}, not {value!r}{hint}"
+                f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}{hint}"
             )
         return self.kind(value)
 

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, few_of_a_kind, is_whole
+from fastmerge.errors import (
+    FastmergeError,
+    RecipeError,
+    UnsupportedError,
+    brief,
+    few_of_a_kind,
+    is_whole,
+)
 from fastmerge.methods import Method
 from fastmerge.models import hub
 from fastmerge.models.model import Model
@@ -73,9 +80,9 @@ def make_plan(
     """
     recipe = Recipe.load(recipe)
     if seed is not None:
-        if not is_whole(seed) or not 0 <= seed < 1 << 64:
-            raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {seed!r}")
-        seed = int(seed)
+        seed = whole_seed(seed)
+    if models is not None and not isinstance(models, Mapping):
+        raise FastmergeError(f"models: must map references to models, not be {brief(models)}")
     opened = Opened(models or {}, base_folder, resolve)
     planner = Planner(opened, recipe.text, recipe.output.own_seed if seed is None else seed)
     with collector_paused():
@@ -85,6 +92,13 @@ def make_plan(
     for view in planner.views.values():
         check_whole((item.root for item in view.tensors.values()), plan.spanning)
     return plan
+
+
+def whole_seed(seed: Any) -> int:
+    """``seed`` as an integer in [0, 2^64), else FastmergeError."""
+    if not is_whole(seed) or not 0 <= seed < 1 << 64:
+        raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {brief(seed)}")
+    return int(seed)
 
 
 @contextmanager
@@ -106,7 +120,8 @@ def _seed_of(text: str) -> int:
     """The seed of a recipe that gives none: 32 bits of its text, so that a merge that was killed
     goes on, and one that is repeated ends the same.
     """
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4)
+    return int.from_bytes(digest.digest(), "little")
 
 
 class Planner:
@@ -248,7 +263,7 @@ class Planner:
             if document.own_seed is not None:
                 return document.own_seed
             # The same seed in two documents would drop the same entries in both.
-            text = f"{self.seed}\0{document.name}".encode()
+            text = f"{self.seed}\0{document.name}".encode(errors="surrogatepass")
             self.seed_used = True
             return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
         self.seed_used = True

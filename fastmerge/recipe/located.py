@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, brief
 
 
 class LocatedDict(dict[str, Any]):
@@ -41,7 +41,7 @@ def located(value: Any, place: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise RecipeError(f"{place}: key {key!r} is not text")
+                raise RecipeError(f"{place}: key {brief(key)} is not text")
         result = LocatedDict({k: located(v, f"{place}.{k}") for k, v in value.items()})
         result.where, result.at = place, {key: f"{place}.{key}" for key in value}
         return result
@@ -49,9 +49,8 @@ def located(value: Any, place: str) -> Any:
         items = LocatedList(located(item, f"{place}[{i}]") for i, item in enumerate(value))
         items.where, items.at = place, [f"{place}[{i}]" for i in range(len(value))]
         return items
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is not None and type(plain) not in (bool, int, float, str):
-        raise RecipeError(f"{place}: {plain!r:.60} has no meaning here")
+        raise RecipeError(f"{place}: {brief(plain)} has no meaning here")
     return plain

@@ -30,7 +30,10 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
             if len(source) == 1
             else [f"{what}, document {i + 1}" for i in range(len(source))]
         )
-        items = [located(item, name) for item, name in zip(source, names, strict=True)]
+        try:
+            items = [located(item, name) for item, name in zip(source, names, strict=True)]
+        except RecursionError:
+            raise RecipeError(f"{what}: nested too deeply for a {what}") from None
         if not items:
             raise RecipeError(f"{what}: the {what} is empty")
         text = yaml_text.write([_plain(item) for item in items])

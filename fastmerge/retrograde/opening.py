@@ -4,6 +4,7 @@ kept beside the run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge import dtypes
+from fastmerge.arguments import a_function, a_path
+from fastmerge.compute.cpu import thread_count
 from fastmerge.engine import products
 from fastmerge.engine.report import Progress
+from fastmerge.errors import FastmergeError, OutputError, brief
 from fastmerge.methods.types import Float64
 from fastmerge.plan.build import position
 from fastmerge.plan.inputs import View
@@ -71,7 +75,18 @@ def open_space(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Space:
-    """The models' geometry: one pass over the weights, or none where ``cache`` holds its result."""
+    """The models' geometry: one pass over the weights, or none where ``cache`` holds its result.
+
+    Raises FastmergeError where the models cannot be merged.
+    """
+    if not isinstance(schedule, Schedule):
+        raise FastmergeError(f"schedule: must be what `load` gives, not {brief(schedule)}")
+    if cache is not None:
+        cache = a_path(cache, "cache")
+        if os.path.isdir(cache) or not os.path.isdir(cache.parent):
+            raise OutputError(f"{cache}: no file that can be written; name one in a folder")
+    a_function(progress, "progress")
+    thread_count(threads)
     template = open_template(schedule)
     known = {} if cache is None else cached_grams(cache, template)
     return space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fastmerge import api
+from fastmerge.arguments import a_flag, a_function, a_path
+from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer, Progress
@@ -23,8 +25,10 @@ from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
+from fastmerge.output.place import explain
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import whole_seed
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.opening import check_steps, open_template, origin, positions, space_of
 from fastmerge.retrograde.result import Result
@@ -68,13 +72,22 @@ def run(
     written, for what the schedule or its models get wrong.
     """
     schedule = source if isinstance(source, Schedule) else load(source)
-    if not evaluate:
+    if not a_flag(evaluate, "evaluate"):
         schedule = schedule.without_evaluation()
-    out = Path(out)
+    out = a_path(out, "out")
+    resume = a_flag(resume, "resume")
+    for where, called in (("score", score), ("progress", progress), ("on_step", on_step)):
+        a_function(called, where)
+    a_function(on_row, "on_row")
+    thread_count(threads)
+    seed = None if seed is None else whole_seed(seed)
     template = open_template(schedule)
     check_steps(schedule, template)
     scorer = _scorer(schedule, template, score)
-    seed = _prepare(out, schedule, template, seed, resume)
+    try:
+        seed = _prepare(out, schedule, template, seed, resume)
+    except OSError as error:
+        raise explain(error, out) from error
     cache = out / GRAM_FILE
     known = cached_grams(cache, template)
     if scorer is None and not known and not _needs_distances(schedule):
@@ -206,8 +219,11 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
     if path.is_file():
         if not resume:
             raise OutputError(f"{out}: holds a run already; use --resume, or another folder")
-        found = json.loads(path.read_text())
-        recorded = int(found.pop("seed"))
+        try:
+            found = json.loads(path.read_text())
+            recorded = int(found.pop("seed"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise OutputError(f"{path}: is damaged; give a new folder") from None
         if found != header:
             what = next(key for key in header if found.get(key) != header[key])
             raise OutputError(

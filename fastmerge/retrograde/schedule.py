@@ -5,6 +5,7 @@ Accuracies are in percent everywhere in this package, as people quote them (72.1
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -382,10 +383,11 @@ class Schedule(Section):
 
 def load(source: Any) -> Schedule:
     """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault."""
-    documents, written, origin = read(source, "schedule")
+    documents, written, _ = read(source, "schedule")
     if len(documents) > 1:
         raise RecipeError(f"{documents[1].where}: a schedule file holds one document")
-    folder = Path() if origin == "schedule" else Path(source).parent
+    is_file = isinstance(source, os.PathLike) or (isinstance(source, str) and "\n" not in source)
+    folder = Path(source).parent if is_file else Path()
     return Schedule(documents[0]).replace(text=written, folder=folder)
 
 

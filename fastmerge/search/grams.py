@@ -12,6 +12,7 @@ import numpy as np
 from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import digest
 from fastmerge.methods.types import Float64
+from fastmerge.output.place import explain
 from fastmerge.plan.plan import Plan
 
 
@@ -22,7 +23,7 @@ def _gram_key(template: Plan) -> str:
 
 def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
     """What an earlier run of the same models left; nothing where there was none."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         with np.load(path) as file:
@@ -41,13 +42,16 @@ def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None
     ``template``. Raises OSError where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            key=np.array(_gram_key(template)),
-            names=np.array(list(grams)),
-            grams=np.stack(list(grams.values())),
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                key=np.array(_gram_key(template)),
+                names=np.array(list(grams)),
+                grams=np.stack(list(grams.values())),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise explain(error, path) from error

@@ -1,0 +1,77 @@
+"""What the arguments of public functions must be; everything else is one line of FastmergeError.
+
+``where`` is the argument's name, as the caller wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastmerge.errors import FastmergeError, brief, is_whole
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def a_path(value: Any, where: str) -> Path:
+    """A path that a file system can have: text or `os.PathLike` of text, not empty, no NUL."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise FastmergeError(f"{where}: must be a path, not {brief(value)}")
+    text = os.fspath(value)
+    if not text or "\0" in text:
+        raise FastmergeError(f"{where}: {brief(text)} is no path")
+    return Path(text)
+
+
+def a_text(value: Any, where: str) -> str:
+    """Text that UTF-8 can say: no lone surrogates."""
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise FastmergeError(f"{where}: must be text, not {brief(value)}")
+    return value
+
+
+def one_of(value: Any, words: Sequence[str], where: str) -> str:
+    """One of ``words``."""
+    if not isinstance(value, str) or value not in words:
+        shown = f"'{value}'" if isinstance(value, str) else brief(value)
+        raise FastmergeError(f"{where}: unknown {shown}; use {', '.join(words)}")
+    return value
+
+
+def a_flag(value: Any, where: str) -> bool:
+    """True or False, Python's or NumPy's; no text, which would be true whatever it says."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise FastmergeError(f"{where}: must be True or False, not {brief(value)}")
+    return bool(value)
+
+
+def a_size(value: Any, where: str, least: int = 1) -> int:
+    """A number of bytes of at least ``least``."""
+    if not is_whole(value) or value < 1:
+        raise FastmergeError(f"{where}: {brief(value)} is not a number of bytes of 1 or more")
+    if value < least:
+        raise FastmergeError(f"{where}: {value} is less than the {least} bytes it takes")
+    return int(value)
+
+
+def a_function(value: C | None, where: str) -> C | None:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        raise FastmergeError(f"{where}: must be a function, not {brief(value)}")
+    return value
+
+
+def a_list(value: Any, where: str) -> list[Any]:
+    """The items of a list, a tuple, an array of one axis or more, or of any other iterable but text
+    and mappings.
+    """
+    if not isinstance(value, (str, bytes, dict)):
+        try:
+            return list(value)
+        except (TypeError, ValueError):  # ValueError: a closed file
+            pass
+    raise FastmergeError(f"{where}: must be a list, not {brief(value)}")
