@@ -14,6 +14,7 @@ import pytest
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation import scorers
 from fastmerge.evaluation import settings as settings_module
+from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import load_evaluate
@@ -59,7 +60,27 @@ def test_what_runs_is_the_text_that_was_hashed(
         keys.add(scorer.key)
         assert scorer.score(None, "steer").value == 3 + value
     assert len(keys) == (1 if edited == "lazy.py" else 3)  # what runs later is not in the key
+    assert not any(isinstance(finder, AsRead) for finder in sys.meta_path)
     forget()
+
+
+def test_a_helper_of_another_schedule_is_not_taken_for_one_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"of_{name}.py").write_text(
+            "from fm_helper import A\nimport json\ndef score(model): return {'a': A}\n"
+        )
+        (tmp_path / name / "fm_helper.py").write_text(f"A = {len(name)}\n")
+        (tmp_path / name / "json.py").write_text("1 / 0\n")  # the library's comes first
+    settings = load_evaluate({"callable": "of_first:score"})
+    scorer = make_scorer(settings, tmp_path / "first", tmp_path)
+    assert scorer.score(None, "steer").value == 5.0
+    settings = load_evaluate({"callable": "of_second:score"})
+    with pytest.raises(FastmergeError, match="'fm_helper' lies beside the schedule, and another"):
+        make_scorer(settings, tmp_path / "second", tmp_path)
 
 
 def test_a_function_that_asks_for_a_folder_gets_the_model_as_files(

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, invalidate_caches
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import decode_source
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastmerge.errors import FastmergeError, RecipeError
+from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
@@ -28,88 +26,20 @@ from fastmerge.evaluation.weights import model_of
 _PLAIN = (bool, int, float, str, bytes, type(None))
 ScoreFunction = Callable[..., Mapping[str, Any]]
 
-_TEXTS: dict[str, str] = {}  # of the modules that ran as they were read, by file
-_LIBRARY = Path(os.__file__).parent
 
-
-class _AsRead(SourceFileLoader):
-    """Runs the very text that a score's key is made of.
-
-    Not the bytecode that Python keeps: after an edit within the same second, to a text of the same
-    length, that is still the old text's.
-    """
-
-    def get_code(self, fullname: str) -> Any:  # noqa: ARG002
-        data = self.get_data(self.path)
-        code = self.source_to_code(data, self.path)
-        _TEXTS[self.path] = decode_source(data)
-        return code
-
-
-class _Finder:
-    """Lets the scorer's module run as it is read, and the modules beside it or the schedule."""
-
-    module = ""
-    folders: frozenset[Path] = frozenset()
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                break
-        else:
-            return None
-        if type(spec.loader) is SourceFileLoader:
-            file = Path(spec.loader.path).resolve()
-            if f"{self.module}.".startswith(f"{name}."):  # it, or a package that it is in
-                self.folders |= {file.parent}
-            if self.is_own(name, file):
-                spec.loader = _AsRead(name, spec.loader.path)
-        return spec
-
-    def is_own(self, name: str, file: Path) -> bool:
-        """Whether a module is the scorer's, and not the library's or an installed one's."""
-        is_installed = not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
-        if name.partition(".")[0] == "fastmerge" or (_LIBRARY in file.parents and not is_installed):
-            return False
-        return name == self.module or (
-            not is_installed and not self.folders.isdisjoint(file.parents)
-        )
-
-
-_FINDER = _Finder()
-
-
-def _imported(name: str, folder: Path) -> Any:
-    """The module, anew: what somebody imported before may be another text than the file's."""
-    _FINDER.module, _FINDER.folders = name, frozenset([folder])
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(sys.meta_path.index(PathFinder), _FINDER)
-    for known, module in list(sys.modules.items()):
-        loader = getattr(getattr(module, "__spec__", None), "loader", None)
-        if isinstance(loader, _AsRead) or (
-            known == name
-            and type(loader) is SourceFileLoader
-            and _FINDER.is_own(name, Path(loader.path).resolve())
-        ):
-            del sys.modules[known]  # a reload would keep what is no longer there
-    _TEXTS.clear()
-    invalidate_caches()
-    return import_module(name)
-
-
-def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, list[str]]:
-    """Imports 'module:function'; the module may lie beside the schedule. With it the texts of what
-    was read for it: its file's, and of the modules beside it that its file imports.
+def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRead]:
+    """Imports 'module:function', and with it what its file imports from beside it; the module may
+    lie beside the schedule. Raises FastmergeError.
     """
     assert settings.callable is not None
     module, _, name = settings.callable.partition(":")
-    beside = folder.resolve()
-    if str(beside) not in sys.path:
-        sys.path.append(str(beside))  # last: it must not hide an installed module
+    beside = str(folder.resolve())
+    if beside not in sys.path:
+        sys.path.append(beside)  # last: it must not hide an installed module
     where = f"{settings.at('callable')}: '{settings.callable}'"
+    own = AsRead(module, folder)
     try:
-        found = _imported(module, beside)
+        found = own.load()
     except Exception as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
@@ -125,7 +55,7 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, list
         raise RecipeError(f"{where}: the module has no '{name}'")
     if not callable(function):
         raise RecipeError(f"{where}: is no function")
-    return function, list(_TEXTS.values())
+    return function, own
 
 
 def _in_user_code(error: BaseException) -> str:
@@ -137,12 +67,12 @@ def _in_user_code(error: BaseException) -> str:
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _identity(function: Any) -> list[str]:
+def _identity(function: Any, texts: Mapping[str, str]) -> list[str]:
     """What shows that a function has changed: the texts of its file and its decorators' (which hold
     helpers and constants too), and the plain values that it closes over or is bound to.
     """
     found: list[str] = []
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}  # with the objects, so that no other gets an id of theirs
     left = [function]
     while left:
         value = left.pop()
@@ -150,7 +80,7 @@ def _identity(function: Any) -> list[str]:
             found.append(repr(value))
         elif id(value) in seen:
             continue
-        seen.add(id(value))
+        seen[id(value)] = value
         if isinstance(value, (list, tuple)):
             left += ["]", *value, f"[{len(value)}"]
         elif isinstance(value, (set, frozenset)):
@@ -164,11 +94,11 @@ def _identity(function: Any) -> list[str]:
         elif inspect.ismethod(value):
             left += [value.__func__, *_attributes(value.__self__)]
         elif inspect.isfunction(value):
-            found += [value.__qualname__, _text_of(value)]
+            found += [value.__qualname__, _text_of(value, texts)]
             left += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
             left += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         elif value is function:  # an object that can be called
-            found += [type(value).__qualname__, _text_of(type(value))]
+            found += [type(value).__qualname__, _text_of(type(value), texts)]
             left += _attributes(value)
     return found
 
@@ -184,13 +114,13 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _text_of(thing: Any) -> str:
+def _text_of(thing: Any, texts: Mapping[str, str]) -> str:
     """The text of the file that defines it; in a notebook its own; "" where there is none."""
     try:
         # Not getsource alone: it looks through decorators, which may close over something.
         name = inspect.getsourcefile(thing) or ""
-        if name in _TEXTS:
-            return _TEXTS[name]
+        if name in texts:
+            return texts[name]
         file = Path(name)
         return file.read_text("utf-8") if file.is_file() else inspect.getsource(thing)
     except (OSError, TypeError, UnicodeDecodeError):
@@ -220,9 +150,10 @@ class CallableScorer:
     """
 
     def __init__(
-        self, function: ScoreFunction, settings: Evaluate, texts: Sequence[str] = ()
+        self, function: ScoreFunction, settings: Evaluate, own: AsRead | None = None
     ) -> None:
-        """``texts`` are those of the modules that ``function`` was imported with."""
+        """``own``: the modules that ``function`` was imported with."""
+        self._own = own
         self._function = function
         self._name = settings.callable or getattr(function, "__qualname__", "callable")
         signature = inspect.signature(function)
@@ -242,15 +173,16 @@ class CallableScorer:
                     f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
                     "or remove the key"
                 )
-        identity = _identity(function)
-        identity += sorted(set(texts) - set(identity))
+        texts = {} if own is None else own.texts
+        identity = _identity(function, texts)
+        identity += sorted(set(texts.values()) - {*identity, ""})
         self._key = digest([self._name, identity, settings.scoring_settings])
 
     @classmethod
     def imported(cls, settings: Evaluate, folder: Path, _tokenizer_folder: Path) -> CallableScorer:
         """The function that ``settings`` name."""
-        function, texts = load_callable(settings, folder)
-        return cls(function, settings, texts)
+        function, own = load_callable(settings, folder)
+        return cls(function, settings, own)
 
     @property
     def key(self) -> str:
@@ -272,7 +204,8 @@ class CallableScorer:
             options["folder"] = weights.folder()
         models = [model_of(weights)] if self._takes_model else []
         try:
-            answer = self._function(*models, **options)
+            with self._own or nullcontext():  # it may import as it runs
+                answer = self._function(*models, **options)
         except Exception as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
         if not isinstance(answer, Mapping) or not answer:

@@ -42,7 +42,7 @@ class Lab:
         self._journal = journal
         self._threads = threads
         self._folder = folder
-        self._resident = None if settings is None else Loaded(settings, threads)
+        self._model = None if settings is None else Loaded(settings, threads)
         self._loaded: tuple[str, Any] | None = None
 
     def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
@@ -68,13 +68,13 @@ class Lab:
         return self.weights(state).torch()
 
     def _load(self, state: Expr, plan: Plan) -> Any:
-        assert self._resident is not None
+        assert self._model is not None
         key = self.space.fingerprint(state)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # half-loaded weights are nobody's
             collapses = self.space.coefficients(state) is not None
             meter = None if collapses else GramMeter(self.space)
-            model = self._resident.load(plan, meter)
+            model = self._model.load(plan, meter)
             if meter is not None:
                 self._keep(key, meter)
             self._loaded = key, model

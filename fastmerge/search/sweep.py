@@ -177,13 +177,13 @@ def sweep(
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
-    resident = None if settings is None else Loaded(settings, threads)
+    loaded = None if settings is None else Loaded(settings, threads)
     points = []
     for t in values:
         if t in known:
             point = known[t]
-        elif resident is not None and scorer is not None:
-            with Merged(swept.plan(t), resident.load, near=out, threads=threads) as weights:
+        elif loaded is not None and scorer is not None:
+            with Merged(swept.plan(t), loaded.load, near=out, threads=threads) as weights:
                 point = Point(t, scorer.score(weights, "steer"), None)
         else:
             here, folder = swept.plan(t), out / f"t={repr(t).removesuffix('.0')}"
