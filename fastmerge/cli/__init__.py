@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # The order of the imports is the order of the commands in --help.
     from fastmerge.cli import merge, models, methods, retrograde  # noqa: F401, I001
     from fastmerge.cli.app import run
+    from fastmerge.cli.streams import prepare
 
+    prepare()
     run(sys.argv[1:] if arguments is None else arguments)
     raise SystemExit

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 from fastmerge.cli.console import pairs, put, say
 from fastmerge.cli.options import Argument, Option, parse
+from fastmerge.cli.streams import deliver
 from fastmerge.errors import FastmergeError, nearest
 from fastmerge.version import __version__
 
@@ -39,11 +38,10 @@ def run(words: Sequence[str]) -> None:
         else:
             function = COMMANDS[first]
             function(**parse(function, words[1:], PROGRAM))
-        sys.stdout.flush()
+        deliver()
     except FastmergeError as error:
         fail(str(error), MISTAKE)
     except BrokenPipeError:  # `fastmerge methods | head`: who read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
         raise SystemExit(1) from None
     except OSError as error:  # what no layer could foresee: a full disk, a vanished mount
         where = f"{error.filename}: " if error.filename else ""
@@ -61,10 +59,10 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _help() -> None:
-    put(f"usage: {PROGRAM} [-h] [--version] COMMAND ...\n")
-    put("Merge the weights of language models at the speed of memory.\n")
+    put(f"usage: {PROGRAM} [-h] [--version] COMMAND ...", "")
+    put("Merge the weights of language models at the speed of memory.", "")
     pairs((f"  {name}", (command.__doc__ or "").strip()) for name, command in COMMANDS.items())
-    put(f"\n{PROGRAM} COMMAND --help says what a command takes.")
+    put("", f"{PROGRAM} COMMAND --help says what a command takes.")
 
 
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="Recipe in mergekit's YAML.")]

@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fastmerge.cli.streams import answer, drop, remark
 from fastmerge.cli.units import format_bytes, format_seconds
+from fastmerge.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -27,7 +29,7 @@ class Progress(AbstractContextManager["Progress"]):
     """
 
     def __init__(self, title: str, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self._title = title
+        self._title = printable(title)
         self._stream = sys.stderr if stream is None else stream
         self._show: Report | None = None
         self._bar: RichProgress | None = None
@@ -42,7 +44,12 @@ class Progress(AbstractContextManager["Progress"]):
             self._first_bytes = done_bytes
             self._started = time.perf_counter()
         if self._show is not None:
-            self._show(done_bytes, total_bytes, tensor)
+            try:
+                self._show(done_bytes, total_bytes, tensor)
+            except (OSError, RuntimeError):  # nobody watches, or no thread is left for the bar
+                self._show = self._bar = None
+                if self._stream is sys.stderr:
+                    drop("stderr")
 
     def __exit__(
         self,
@@ -81,7 +88,10 @@ class Progress(AbstractContextManager["Progress"]):
             self._bar.add_task(self._title, total=total_bytes, tensor="")
             self._bar.start()
         self._bar.update(
-            self._bar.task_ids[0], completed=done_bytes, total=total_bytes, tensor=tensor
+            self._bar.task_ids[0],
+            completed=done_bytes,
+            total=total_bytes,
+            tensor=printable(tensor),
         )
 
 
@@ -90,12 +100,12 @@ def _progress_bar(stream: TextIO) -> RichProgress:
     from rich.console import Console
 
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[tensor]}", style="dim"),
+        progress.TextColumn("{task.fields[tensor]}", style="dim", markup=False),
         console=Console(file=stream),
         transient=True,
     )
@@ -116,14 +126,14 @@ def table(
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[str(cell) for cell in row])
+        drawn.add_row(*[printable(str(cell)) for cell in row])
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
     with console.capture() as drawing:
         console.print(drawn)
     for line in drawing.get().strip("\n").splitlines():
-        put(line.rstrip())
+        answer(f"{line.rstrip()}\n")
 
 
 def pairs(items: Iterable[tuple[str, Any]]) -> None:
@@ -134,23 +144,22 @@ def pairs(items: Iterable[tuple[str, Any]]) -> None:
         put(f"{name:<{width}}  {value}")
 
 
-def put(text: str) -> None:
-    """One line of the answer, on stdout."""
-    sys.stdout.write(f"{text}\n")
+def put(*lines: str) -> None:
+    """Lines of the answer, on stdout, with whatever is not printable escaped."""
+    answer("".join(f"{printable(line)}\n" for line in lines))
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """One line for the person at the terminal, on stderr."""
     if not quiet:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        remark(f"{printable(text)}\n")
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; NaN and infinity as strings, which JSON has no numbers for."""
     import json
 
-    put(json.dumps(_jsonable(value), indent=2, allow_nan=False))
+    answer(json.dumps(_jsonable(value), indent=2, allow_nan=False) + "\n")
 
 
 def _jsonable(value: Any) -> Any:

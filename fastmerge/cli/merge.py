@@ -9,7 +9,13 @@ from typing import Annotated
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.units import format_bytes, format_count, format_seconds, parse_size
+from fastmerge.cli.units import (
+    format_bytes,
+    format_count,
+    format_seconds,
+    parse_shard_size,
+    parse_size,
+)
 from fastmerge.errors import FastmergeError
 
 
@@ -172,5 +178,5 @@ def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:
         raise FastmergeError(f"--memory-limit: {memory_limit} is less than the {least} it takes")
     return {
         "memory_limit": memory_bytes,
-        "max_shard_bytes": parse_size(max_shard_size, "--max-shard-size"),
+        "max_shard_bytes": parse_shard_size(max_shard_size, "--max-shard-size"),
     }

@@ -74,7 +74,7 @@ def retrograde(
     trajectory = result.trajectory
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
-        put(leaderboard(lines, settings.limit))
+        put(*leaderboard(lines, settings.limit).split("\n"))
     if verdict_on_path(lines):
         put(verdict_on_path(lines))
     for sentence in finding(lines):

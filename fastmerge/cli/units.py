@@ -13,6 +13,9 @@ _UNITS = {
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
 
+_MERGEKIT = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_LEAST_SHARD_BYTES = 10**6
+
 
 def parse_size(text: str, where: str = "size") -> int:
     """Bytes in '512MiB' (2**20), '5GB' (10**9) or a plain count; raises FastmergeError naming
@@ -29,6 +32,21 @@ def parse_size(text: str, where: str = "size") -> int:
     if size <= 0:
         raise FastmergeError(f"{where}: '{text}' must be more than 0 bytes")
     return size
+
+
+def parse_shard_size(text: str, where: str) -> int:
+    """`parse_size`, and mergekit's way of writing it, where 5B is five billion; at least 1 MB."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBGT]?)\s*", text, re.IGNORECASE)
+    unit = found[2].upper() if found else ""
+    size = int(float(found[1]) * _MERGEKIT[unit]) if found and unit else parse_size(text, where)
+    if size >= _LEAST_SHARD_BYTES:
+        return size
+    number = (re.match(r"\s*([0-9.]+)", text) or [text])[0].strip()
+    likely = f"{number}GB" if float(number) > 0 else "5GB"
+    raise FastmergeError(
+        f"{where}: '{text}' is {size} bytes, less than the 1 MB that a file takes at least; "
+        f"did you mean {likely}?"
+    )
 
 
 def format_bytes(count: float) -> str:

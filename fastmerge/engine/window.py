@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from fastmerge.errors import ResourceError
+
 
 def window_size(threads: int) -> int:
     """Tensors in flight: enough that small ones and the ends of large ones leave no worker idle."""
@@ -27,10 +29,19 @@ def in_order(
                 if len(running) == window:
                     first, future = running.pop(0)
                     yield first, future.result()
-                running.append((item, pool.submit(work, item)))
+                running.append((item, _submit(pool, work, item)))
             while running:
                 first, future = running.pop(0)
                 yield first, future.result()
         finally:
             for _, future in running:
                 future.cancel()
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[[Any], Any], item: Any) -> Future[Any]:
+    try:
+        return pool.submit(work, item)
+    except RuntimeError as error:
+        raise ResourceError(
+            f"the system refuses another thread ({error}); give fewer --threads, or raise ulimit -u"
+        ) from error

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.dtypes import BF16, DType
+from fastmerge.errors import ResourceError
 
 if TYPE_CHECKING:
     from fastmerge.models.checkpoint import Checkpoint
@@ -141,7 +142,10 @@ def compare(a: Checkpoint, b: Checkpoint, *, threads: int) -> Comparison:
 
 def differences(a: Checkpoint, b: Checkpoint, *, threads: int) -> Iterator[TensorDifference]:
     """The shared tensors' differences, one by one in A's file order."""
-    pool = _C.Pool(threads)
+    try:
+        pool = _C.Pool(threads)
+    except RuntimeError as error:
+        raise ResourceError(f"--threads: no room for {threads} threads ({error})") from error
     with ThreadPoolExecutor(threads) as workers:
         for name, entry in a.tensors.items():
             if name in b.tensors and entry.shape == b.tensors[name].shape:
