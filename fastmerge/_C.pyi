@@ -144,6 +144,9 @@ def consensus(
     the first element (see select_across).
     """
 
+def equal(pool: Pool, a: View, b: View) -> bool:
+    """Whether both have one dtype and the same bytes; reads little where they differ early."""
+
 def copy(pool: Pool, source: View, out: Sink) -> None:
     """Copies bytes; source and out have the same dtype and count."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastmerge import api, ops
+from fastmerge import _C, api, ops
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS, find
 from fastmerge.recipe.document import Recipe
@@ -279,3 +279,133 @@ def test_a_zero_mean_direction_names_the_tensor(zoo):
     recipe = {"merge_method": "multislerp", "models": entries(models, [1] * 4)}
     with pytest.raises(FastmergeError, match=r"^w: multislerp: the weighted mean direction"):
         merged(recipe)
+
+
+# ---------------------------------------------------------------- equal inputs
+
+
+EQUAL = {
+    "slerp": {"parameters": {"t": 0.3}},
+    "nuslerp": {"weights": [0.3, 0.45]},
+    "nuslerp, rows": {"weights": [0.3, 0.45], "parameters": {"nuslerp_flatten": False}},
+    "nuslerp, base": {"weights": [0.3, 0.45], "base": True},
+    "linear": {"weights": [0.3, 0.45, 0.7]},
+    "linear, opposite signs": {"weights": [1.7, -0.2, 0.7]},
+    "linear, to 1": {"weights": [0.25, 0.25, 0.5], "parameters": {"normalize": False}},
+    "karcher": {"models": 3},
+    "multislerp": {"weights": [1, 0.3, 0.7]},
+    "multislerp, base": {"weights": [1, 0.3], "base": True},
+    "model_stock": {"models": 2, "base": True},
+    "model_stock, rows": {"models": 2, "base": True, "parameters": {"filter_wise": True}},
+    "task_arithmetic": {"weights": [1, 0.7], "base": True},
+    "ties": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.5}},
+    "ties, whole": {
+        "weights": [1, 1],
+        "base": True,
+        "parameters": {"density": 0.5, "trim": "model"},
+    },
+    "ties, rescaled": {
+        "weights": [1, 1],
+        "base": True,
+        "parameters": {"density": 0.5, "rescale": True},
+    },
+    "dare_linear": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.1}},
+    "dare_ties": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.2}},
+}
+
+
+@pytest.fixture(scope="module")
+def frozen(shared_zoo):
+    """Four models in float32 whose tensors are equal but for one, w."""
+    rng = np.random.default_rng(6)
+    equal = {
+        "embedding": rng.normal(size=(300, 40)),
+        "mask": np.triu(np.full((8, 8), -np.inf), 1),
+        "zeros": np.zeros(32),
+        "negative_zeros": np.full(32, -0.0),
+        "largest": np.full(5, np.finfo(np.float32).max),
+        "smallest": np.full(5, 1e-45),
+        "scalar": np.array(2.6592),
+        "one": np.array([-7.25]),
+    }
+    for name in equal:
+        equal[name] = equal[name].astype(np.float32)
+    return equal, [
+        shared_zoo.write(f"frozen{i}", {**equal, "w": rng.normal(size=(6, 7))}, dtype="F32")
+        for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_equal_tensors_come_out_as_their_bytes(frozen, case):
+    equal, models = frozen
+    said = EQUAL[case]
+    method = case.split(",")[0]
+    count = said.get("models") or len(said.get("weights", models[:2]))
+    has_base = said.get("base", False)
+    chosen = models[1 : 1 + count] if has_base else models[:count]
+    recipe = {
+        "merge_method": method,
+        "models": entries(chosen, said.get("weights")),
+        "parameters": said.get("parameters", {}),
+        **({"base_model": str(models[0])} if has_base or method == "slerp" else {}),
+    }
+    found = merged(recipe)
+    for name, wanted in equal.items():
+        assert found[name].tobytes() == wanted.tobytes(), name
+    assert found["w"].tobytes() != merged_tensor(models[0], "w")
+
+
+def merged_tensor(model, name):
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(model)}]}
+    return merged(recipe)[name].tobytes()
+
+
+def test_sums_and_scaled_copies_of_equal_tensors_are_no_copies(frozen):
+    equal, models = frozen
+    for parameters, weights, factor in (
+        ({"normalize": False}, [0.5, 1.0], 1.5),
+        ({"normalize": False}, [2.0, 2.0], 4.0),
+    ):
+        recipe = {"merge_method": "linear", "models": entries(models[:2], weights)}
+        found = merged({**recipe, "parameters": parameters})
+        np.testing.assert_allclose(found["embedding"], factor * equal["embedding"], rtol=1e-6)
+    recipe = {
+        "merge_method": "passthrough",
+        "models": entries(models[:1]),
+        "parameters": {"scale": 2},
+    }
+    np.testing.assert_array_equal(merged(recipe)["one"], [-14.5])
+
+
+def test_a_chain_of_means_keeps_equal_tensors(frozen):
+    equal, models = frozen
+    first = {"name": "half", "merge_method": "slerp", "base_model": str(models[0])}
+    first |= {"models": entries(models[:2]), "parameters": {"t": 0.3}}
+    second = {"merge_method": "linear", "models": entries(["half", models[2]], [0.3, 0.5])}
+    found = merged([first, second])
+    assert all(found[name].tobytes() == wanted.tobytes() for name, wanted in equal.items())
+
+
+def test_infinities_of_equal_tensors_are_counted(frozen, tmp_path):
+    _, models = frozen
+    recipe = {"merge_method": "linear", "models": entries(models[:2], [1, 1])}
+    assert api.merge(recipe, tmp_path / "out").nonfinite == {"mask": 28}
+
+
+def test_tensors_of_equal_values_in_other_types_are_merged(zoo):
+    x = np.float32(1.5) * np.ones(5)
+    a, b = zoo.write("a", {"w": x}), zoo.write("b", {"w": x}, dtype="F32")
+    recipe = {"merge_method": "linear", "models": entries([a, b], [1, 1])}
+    np.testing.assert_array_equal(merged(recipe)["w"], x)
+
+
+@pytest.mark.parametrize("at", [0, 1023, 1024, 300_000, 524_287])
+def test_equal_tells_every_byte(memory, at):
+    pool = _C.Pool(2)
+    values = np.arange(524_288, dtype=np.float32)
+    a, b = memory.put(values, "F32"), memory.put(values, "F32", offset=4)
+    assert _C.equal(pool, a, b)
+    values[at] += 0.5
+    assert not _C.equal(pool, a, memory.put(values, "F32"))
+    assert not _C.equal(pool, a, memory.put(np.arange(524_288, dtype=np.float32), "BF16"))

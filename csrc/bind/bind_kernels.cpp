@@ -116,6 +116,10 @@ void bind_kernels(py::module_& m) {
     m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
           "specs"_a);
     m.def(
+        "equal",
+        [](Pool& pool, const View& a, const View& b) { return equal(pool, a.span, b.span); },
+        "pool"_a, "a"_a, "b"_a, py::call_guard<py::gil_scoped_release>());
+    m.def(
         "copy", [](Pool& pool, const View& source, Sink& out) { copy(pool, source.span, out); },
         "pool"_a, "source"_a, "out"_a, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,5 +1,6 @@
 #include "primitives/combine.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace fastmerge {
@@ -87,6 +88,25 @@ void copy(Pool& pool, const Span& source, Sink& out) {
         if (from != to) std::memcpy(to, from, static_cast<size_t>((end - begin) * item));
         out.close(piece);
     });
+}
+
+bool equal(Pool& pool, const Span& a, const Span& b) {
+    if (a.dtype != b.dtype || a.count != b.count || a.table || b.table) return false;
+    constexpr int64_t kFirst = 4096, kPiece = 1 << 20;  // bytes; most tensors differ in the first
+    const int64_t bytes = a.count * static_cast<int64_t>(item_bytes(a.dtype));
+    std::atomic<bool> same{true};
+    const auto compare = [&](int64_t begin, int64_t end) {
+        if (same.load(std::memory_order_relaxed) &&
+            std::memcmp(a.at(0) + begin, b.at(0) + begin, static_cast<size_t>(end - begin)) != 0)
+            same = false;
+    };
+    if (bytes == 0) return true;
+    pool.run(1, [&](int64_t) { compare(0, std::min(bytes, kFirst)); });
+    if (same && bytes > kFirst)
+        pool.run((bytes + kPiece - 1) / kPiece, [&](int64_t piece) {
+            compare(piece * kPiece, std::min(bytes, (piece + 1) * kPiece));
+        });
+    return same;
 }
 
 }  // namespace fastmerge

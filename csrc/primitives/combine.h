@@ -14,4 +14,8 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
 // Copies bytes.
 void copy(Pool& pool, const Span& source, Sink& out);
 
+// Whether two tensors are of one type and have the same bytes; reads little where they differ
+// early.
+bool equal(Pool& pool, const Span& a, const Span& b);
+
 }  // namespace fastmerge

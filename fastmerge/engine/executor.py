@@ -88,12 +88,13 @@ class Local:
 
         def compute(item: TensorPlan) -> Outcome:
             with self._inputs.reading(leaves([item.root])):
+                made = self._inputs.reduced(item, backend.pool)
                 if streamer is None or isinstance(item.root, Leaf):
                     slot = sink.slot(item)
-                    outcome = write_tensor(backend, self._inputs, item, slot, self.trims)
+                    outcome = write_tensor(backend, self._inputs, made, slot, self.trims)
                 else:
                     place = Place(item.dtype, sink.parts(item))
-                    outcome = streamer.run(item.name, item.root, item.shape, place)
+                    outcome = streamer.run(item.name, made.root, item.shape, place)
             sink.computed(item, outcome)
             return outcome
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Outcome, Trim
+from fastmerge.methods import find
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node, Stored
+from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.unread import keeps_equal
 
 
 class Inputs:
@@ -33,6 +36,28 @@ class Inputs:
         yield
         for source in sources:
             self._models[source.model].drop(source.name)
+
+    def reduced(self, item: TensorPlan, pool: _C.Pool) -> TensorPlan:
+        """The tensor made of one source where all are equal and its tree keeps that: what training
+        left alone comes out as its bytes. Most tensors differ in the first 4 KiB.
+        """
+        root = item.root
+        if not isinstance(root, Merge):
+            return item
+        view, first = None, None
+        for leaf in walk(root):
+            if isinstance(leaf, Merge):
+                continue
+            if not isinstance(leaf, Stored):
+                return item
+            if first is None or view is None:
+                first, view = leaf, self.fetch(leaf)
+            elif leaf.shape != first.shape or not _C.equal(pool, view, self.fetch(leaf)):
+                return item
+        if first is None or not keeps_equal(root):
+            return item
+        # Not a bare copy: what is NaN or infinite is counted.
+        return replace(item, root=Merge(find("passthrough"), (first,), None, {}, ({},)))
 
 
 def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:

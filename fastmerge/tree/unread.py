@@ -1,7 +1,9 @@
-"""What a tree need not read: a model of weight 0, and the far end of a ``t`` that is 0 or 1.
+"""What a tree need not read: a model of weight 0, the far end of a ``t`` that is 0 or 1, and all
+but one of equal tensors.
 
 People write 0 for "not this model, here", and its numbers are then never asked for: their NaN has
-no effect, and their bytes are not read.
+no effect, and their bytes are not read. Tensors that training left alone come out as their bytes,
+-inf, -0.0 and what rounding would touch included.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 
 from fastmerge.methods import Combination, Consensus
 from fastmerge.tree.collapse import apply_rule
-from fastmerge.tree.nodes import Merge, Node
+from fastmerge.tree.nodes import Merge, Node, walk
 from fastmerge.tree.rewrite import fold
 
 
@@ -32,6 +34,28 @@ def without_unread(root: Node, known: MutableMapping[Node, Node] | None = None) 
         return _reduced(node)
 
     return fold(root, step, known)
+
+
+def keeps_equal(root: Node) -> bool:
+    """Whether tensors that are equal in all inputs come out as they are, but for rounding: of every
+    mean and of everything that is added to a base, but not of sums and scaled copies.
+    """
+    return all(_keeps_equal(node) for node in walk(root) if isinstance(node, Merge))
+
+
+def _keeps_equal(node: Merge) -> bool:
+    if isinstance(node.method, Consensus):
+        return True
+    if not isinstance(node.method, Combination):
+        return False
+    gram = np.ones((len(node.inputs),) * 2)
+    if node.base is not None:  # [base, deltas], which are 0
+        gram[1:], gram[:, 1:] = 0, 0
+    factors = apply_rule(node, gram)
+    if factors.divisor is not None:  # the coefficients' own sum
+        return True
+    size = np.abs(factors.coefficients).sum()
+    return bool(abs(factors.coefficients.sum() - 1.0) <= 1e-9 * size)
 
 
 def _reduced(node: Merge) -> Node:
