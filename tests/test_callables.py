@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastmerge import api
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation import scorers
 from fastmerge.evaluation import settings as settings_module
@@ -18,7 +19,7 @@ from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import load_evaluate
-from fastmerge.evaluation.weights import Weights
+from fastmerge.evaluation.weights import Merged, Weights
 from fastmerge.retrograde import run
 from fastmerge.search.sweep import sweep
 
@@ -128,6 +129,29 @@ def test_a_function_that_asks_for_a_folder_gets_the_model_as_files(
     assert found[from_model] == found[from_folder] == found[from_both]
     assert len(set(found[from_model])) == 3
     assert all(tmp_path / "from_folder" in folder.parents for folder in seen)
+
+
+def test_a_folder_that_a_killed_run_left_is_gone_at_the_next_score(
+    zoo: Any, tmp_path: Path
+) -> None:
+    plan = api.plan(f"merge_method: passthrough\nmodels: [{{model: {zoo.base('m0')}}}]\n")
+
+    def killed() -> None:
+        with Merged(plan, str, near=tmp_path) as weights:
+            assert weights.folder() == weights.folder()
+            assert (weights.folder() / "config.json").is_file()
+            raise KeyboardInterrupt
+
+    (tmp_path / ".scored" / "model").mkdir(parents=True)
+    with Merged(plan, str, near=tmp_path):
+        assert not (tmp_path / ".scored").exists()
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert not (tmp_path / ".scored").exists()
+    with Merged(plan, str) as weights:  # the system's place for temporary files
+        folder = weights.folder()
+        assert (folder / "model.safetensors").is_file()
+    assert not folder.exists() and not folder.parent.exists()
 
 
 def test_an_argument_with_a_default_is_the_function_s_own(tmp_path: Path) -> None:
