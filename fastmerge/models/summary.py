@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.config import model_type, text_config
 from fastmerge.models.names import common_prefix, layer_stacks
 
 # The config's names for what people ask first, llama's spelling; a config without one leaves it
@@ -64,6 +67,9 @@ def summarise(path: Path) -> Summary:
     """
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
+    tied = config.get("tie_word_embeddings")
+    text = text_config(config)  # multimodal models nest the language model's sizes
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     by_type: dict[str, StoredType] = {}
     for info in checkpoint.tensors.values():
         seen = by_type.get(info.dtype.code, StoredType(info.dtype.code, 0, 0, 0))
@@ -72,19 +78,28 @@ def summarise(path: Path) -> Summary:
         )
     return Summary(
         path=str(path),
-        architecture=next(iter(config.get("architectures") or ()), None),
-        model_type=config.get("model_type"),
-        sizes={name: config[name] for name in _SIZES if isinstance(config.get(name), int)},
+        architecture=_architecture(config),
+        model_type=model_type(config) or None,
+        sizes={name: text[name] for name in _SIZES if isinstance(text.get(name), int)},
         tensors=len(checkpoint.tensors),
         parameters=sum(kind.parameters for kind in by_type.values()),
         bytes=checkpoint.total_bytes,
         types=tuple(by_type.values()),
         files={stamp.path.rpartition("/")[2]: stamp.size for stamp in checkpoint.stamp},
         side_files=tuple(checkpoint.side_files()),
-        tie_word_embeddings=config.get("tie_word_embeddings"),
-        has_lm_head="lm_head.weight" in checkpoint.tensors,
+        tie_word_embeddings=tied if isinstance(tied, bool) else None,
+        has_lm_head=find_head(shapes) is not None,
         prefix=common_prefix(checkpoint.tensors),
         layers=next(iter(layer_stacks(checkpoint.tensors)), None),
         metadata=checkpoint.metadata,
         fingerprint=checkpoint.fingerprint,
     )
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The first class that the config names, however it names it."""
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else [named]:
+        if isinstance(name, str):
+            return name
+    return None
