@@ -29,7 +29,8 @@ Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe |
 def plan(
     recipe: Source, *, seed: int | None = None, models: Mapping[str, Model] | None = None
 ) -> Plan:
-    """Reads the recipe and the models' headers and decides everything; reads no weights.
+    """Reads the recipe and the models' headers and decides everything; of the weights it reads only
+    integer tensors, which are copied where all models have the same.
 
     ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
     returned as it is. ``seed`` overrides the recipe's. ``models``: what references of the recipe

@@ -131,6 +131,7 @@ def walk(function: Callable[..., Any], good: dict[str, Any], values: dict[str, A
 MERGES = {
     "merge": (fastmerge.merge, "recipe", "out", {"overwrite": True, "fresh": True}),
     "plan": (api.plan, "recipe", None, {}),
+    "check": (api.check, "recipe", None, {}),
     "materialise": (fastmerge.materialise, "recipe", None, {}),
     "run_merge": (mergekit.run_merge, "merge_config", "out_path", {"overwrite": True}),
 }

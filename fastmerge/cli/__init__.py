@@ -2,8 +2,8 @@
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A
-command imports what it needs when it runs, so that the start takes less than a third of a second
-and a merge on the CPU never imports torch.
+command imports what it needs when it runs: a tiny merge, whole process, takes twice as long as to
+import NumPy (benchmarks/startup.py), and a merge on the CPU never imports torch.
 
 Adding a command: a module here with functions decorated by `app.command`, and its name in `main`.
 """
