@@ -26,7 +26,7 @@ std::vector<Span> spans(const std::vector<View>& views) {
     return found;
 }
 
-Shape shape_of(std::optional<int> axis, int64_t rows, int64_t cols) {
+Vectors vectors_of(std::optional<int> axis, int64_t rows, int64_t cols) {
     if (!axis) return {};
     if (*axis != 0 && *axis != 1) throw std::invalid_argument("axis must be None, 0 or 1");
     return {*axis == 1 ? Axis::kRows : Axis::kColumns, rows, cols};
@@ -36,15 +36,15 @@ py::array_t<double> bound_gram(Pool& pool, const std::vector<View>& inputs,
                                std::optional<View> base, std::optional<int> axis, int64_t rows,
                                int64_t cols) {
     const std::vector<Span> tensors = spans(inputs);
-    const Shape shape = shape_of(axis, rows, cols);
+    const Vectors vectors = vectors_of(axis, rows, cols);
     auto result = std::make_unique<std::vector<double>>();
     {
         py::gil_scoped_release release;
-        *result = gram(pool, tensors, base ? &base->span : nullptr, shape);
+        *result = gram(pool, tensors, base ? &base->span : nullptr, vectors);
     }
     const auto m = static_cast<py::ssize_t>(inputs.size() + (base ? 1 : 0));
     std::vector<py::ssize_t> dimensions = {m, m};
-    if (axis) dimensions.insert(dimensions.begin(), shape.vectors());
+    if (axis) dimensions.insert(dimensions.begin(), vectors.count());
     const double* data = result->data();
     py::capsule owner(result.release(),
                       [](void* p) { delete static_cast<std::vector<double>*>(p); });
@@ -55,11 +55,11 @@ int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers
                       Sink& out, std::optional<double> divisor, std::optional<int> axis,
                       int64_t rows, int64_t cols) {
     const std::vector<Span> tensors = spans(inputs);
-    const Shape shape = shape_of(axis, rows, cols);
+    const Vectors vectors = vectors_of(axis, rows, cols);
     const std::vector<double> numbers(coefficients.data(),
                                       coefficients.data() + coefficients.size());
     py::gil_scoped_release release;
-    return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, shape);
+    return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, vectors);
 }
 
 std::vector<Selection> bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
@@ -87,8 +87,8 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
                         Sink& out, bool elect, bool normalize, float scale, int64_t origin) {
     const std::vector<Span> tensors = spans(inputs);
     py::gil_scoped_release release;
-    const Consensus rule = {elect, normalize, scale, origin};
-    return consensus(pool, tensors, base.span, weights, selections, out, rule);
+    const Agreement agreement = {elect, normalize, scale, origin};
+    return consensus(pool, tensors, base.span, weights, selections, out, agreement);
 }
 
 }  // namespace

@@ -14,31 +14,31 @@ float start_of(int nonzero) { return nonzero == 1 ? -0.0f : 0.0f; }
 
 int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 const std::vector<double>& coefficients, Sink& out, const double* divisor,
-                const Shape& shape) {
+                const Vectors& vectors) {
     const size_t k = inputs.size();
     check_inputs(inputs, nullptr, out.count());
-    shape.check(out.count());
-    const auto vectors = static_cast<size_t>(shape.vectors());
-    if (coefficients.size() != vectors * k)
+    vectors.check(out.count());
+    const auto number = static_cast<size_t>(vectors.count());
+    if (coefficients.size() != number * k)
         throw std::invalid_argument("one coefficient per vector and input is needed");
     if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
 
     const std::vector<float> by_vector(coefficients.begin(), coefficients.end());
     std::vector<float> by_input, starts;  // for columns: one coefficient per element of a row
-    if (shape.axis == Axis::kColumns) {
+    if (vectors.axis == Axis::kColumns) {
         by_input.resize(by_vector.size());
-        starts.resize(vectors);
-        for (size_t v = 0; v < vectors; ++v) {
+        starts.resize(number);
+        for (size_t v = 0; v < number; ++v) {
             int nonzero = 0;
             for (size_t j = 0; j < k; ++j) {
-                by_input[j * vectors + v] = by_vector[v * k + j];
+                by_input[j * number + v] = by_vector[v * k + j];
                 nonzero += by_vector[v * k + j] != 0;
             }
             starts[v] = start_of(nonzero);
         }
     }
     const int64_t row_length =
-        shape.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : shape.cols;
+        vectors.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : vectors.cols;
 
     return fill_sink(pool, inputs, nullptr, out, [&] {
         return [&, used = std::vector<const void*>(k), factors = std::vector<const float*>(k)](
@@ -51,12 +51,12 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 CombineArgs args = {};
                 args.inputs = used.data();
                 args.coefficients = factors.data();
-                args.per_element = shape.axis == Axis::kColumns;
+                args.per_element = vectors.axis == Axis::kColumns;
                 float start = 0;
                 int used_count = 0;
                 for (size_t j = 0; j < k; ++j) {
                     const float* factor = args.per_element
-                                              ? by_input.data() + j * vectors + column
+                                              ? by_input.data() + j * number + column
                                               : by_vector.data() + static_cast<size_t>(row) * k + j;
                     if (!args.per_element && *factor == 0) continue;
                     used[static_cast<size_t>(used_count)] = reader.inputs()[j];

@@ -9,7 +9,7 @@ namespace fastmerge {
 // of NaN and Inf stored.
 int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 const std::vector<double>& coefficients, Sink& out, const double* divisor,
-                const Shape& shape);
+                const Vectors& vectors);
 
 // Copies bytes.
 void copy(Pool& pool, const Span& source, Sink& out);

@@ -7,13 +7,13 @@ namespace fastmerge {
 
 int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
                   const std::vector<float>& weights, const std::vector<Selection>& selections,
-                  Sink& out, const Consensus& rule) {
+                  Sink& out, const Agreement& agreement) {
     const size_t k = inputs.size();
     check_inputs(inputs, &base, out.count());
     if (weights.size() != k || selections.size() != k)
         throw std::invalid_argument("one weight and one selection per input are needed");
     if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
-    if (rule.origin < 0 || rule.origin % kTile != 0)
+    if (agreement.origin < 0 || agreement.origin % kTile != 0)
         throw std::invalid_argument("origin must be a multiple of " + std::to_string(kTile));
 
     std::vector<RoundKeys> keys;
@@ -35,7 +35,7 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
     return fill_sink(pool, inputs, &base, out, [&] {
         return [&, terms = every, scratch = std::vector<float>(k * kConsensusScratch)](
                    TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
-            const auto index = static_cast<uint64_t>(rule.origin + begin);
+            const auto index = static_cast<uint64_t>(agreement.origin + begin);
             for (size_t j = 0; j < k; ++j)
                 terms[j].keep = keep_in_tile(selections[j], keys[j], index);
             reader.seek(begin, end - begin);
@@ -45,10 +45,10 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
             args.out = to;
             args.terms = terms.data();
             args.inputs_count = static_cast<int>(k);
-            args.elect = rule.elect;
-            args.normalize = rule.normalize;
+            args.elect = agreement.elect;
+            args.normalize = agreement.normalize;
             args.divisor = divisor;
-            args.scale = rule.scale;
+            args.scale = agreement.scale;
             args.index = index;
             args.count = end - begin;
             args.scratch = scratch.data();

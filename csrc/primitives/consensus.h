@@ -6,7 +6,7 @@
 
 namespace fastmerge {
 
-struct Consensus {
+struct Agreement {
     bool elect, normalize;
     float scale;
     int64_t origin;  // flat index of the first element, a multiple of kTile
@@ -16,6 +16,6 @@ struct Consensus {
 // and Inf stored.
 int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
                   const std::vector<float>& weights, const std::vector<Selection>& selections,
-                  Sink& out, const Consensus& rule);
+                  Sink& out, const Agreement& agreement);
 
 }  // namespace fastmerge

@@ -88,16 +88,16 @@ class Gram {
 }  // namespace
 
 std::vector<double> gram(Pool& pool, const std::vector<Span>& inputs, const Span* base,
-                         const Shape& shape) {
+                         const Vectors& vectors) {
     const int64_t count = inputs.empty() ? 0 : inputs[0].count;
     check_inputs(inputs, base, count);
-    shape.check(count);
+    vectors.check(count);
     const Gram layout(inputs, base);
     const int64_t pairs = layout.pairs();
     const int64_t size = static_cast<int64_t>(layout.vectors()) * layout.vectors();
-    std::vector<double> result(static_cast<size_t>(shape.vectors() * size));
+    std::vector<double> result(static_cast<size_t>(vectors.count() * size));
 
-    if (shape.axis == Axis::kAll) {
+    if (vectors.axis == Axis::kAll) {
         const int64_t blocks = (count + kSumBlock - 1) / kSumBlock;
         std::vector<double> partial(static_cast<size_t>(blocks * pairs));
         pool.run(blocks, [&](int64_t block) {
@@ -109,16 +109,16 @@ std::vector<double> gram(Pool& pool, const std::vector<Span>& inputs, const Span
         for (int64_t i = 0; i < blocks * pairs; ++i)
             total[static_cast<size_t>(i % pairs)] += partial[static_cast<size_t>(i)];
         layout.spread(total.data(), 1, result.data());
-    } else if (shape.axis == Axis::kRows) {
-        const int64_t group = std::max<int64_t>(1, kSumBlock / std::max<int64_t>(1, shape.cols));
-        pool.run((shape.rows + group - 1) / group, [&](int64_t task) {
+    } else if (vectors.axis == Axis::kRows) {
+        const int64_t group = std::max<int64_t>(1, kSumBlock / std::max<int64_t>(1, vectors.cols));
+        pool.run((vectors.rows + group - 1) / group, [&](int64_t task) {
             Gram gram(inputs, base);
             std::vector<double> partial(static_cast<size_t>(pairs));
-            for (int64_t row = task * group; row < std::min(shape.rows, (task + 1) * group);
+            for (int64_t row = task * group; row < std::min(vectors.rows, (task + 1) * group);
                  ++row) {
                 std::vector<double> total(static_cast<size_t>(pairs));
-                const int64_t end = (row + 1) * shape.cols;
-                for (int64_t at = row * shape.cols; at < end; at += kSumBlock) {
+                const int64_t end = (row + 1) * vectors.cols;
+                for (int64_t at = row * vectors.cols; at < end; at += kSumBlock) {
                     gram.block(at, std::min(end, at + kSumBlock), partial.data());
                     for (size_t p = 0; p < total.size(); ++p) total[p] += partial[p];
                 }
@@ -126,13 +126,13 @@ std::vector<double> gram(Pool& pool, const std::vector<Span>& inputs, const Span
             }
         });
     } else {
-        pool.run((shape.cols + kColumnTile - 1) / kColumnTile, [&](int64_t task) {
+        pool.run((vectors.cols + kColumnTile - 1) / kColumnTile, [&](int64_t task) {
             Gram gram(inputs, base);
             const int64_t first = task * kColumnTile;
-            const int64_t width = std::min(kColumnTile, shape.cols - first);
+            const int64_t width = std::min(kColumnTile, vectors.cols - first);
             std::vector<double> sums(static_cast<size_t>(pairs * width));
-            for (int64_t row = 0; row < shape.rows; ++row)
-                gram.columns(row * shape.cols + first, width, sums.data());
+            for (int64_t row = 0; row < vectors.rows; ++row)
+                gram.columns(row * vectors.cols + first, width, sums.data());
             for (int64_t column = 0; column < width; ++column)
                 gram.spread(sums.data() + column, width, result.data() + (first + column) * size);
         });

@@ -6,8 +6,8 @@
 namespace fastmerge {
 
 // fp64 inner products of the inputs, or of [base, inputs - base] with fp32 differences: m x m
-// numbers, row by row, for each vector that `shape` makes of the tensors.
+// numbers, row by row, for each vector that `vectors` makes of the tensors.
 std::vector<double> gram(Pool& pool, const std::vector<Span>& inputs, const Span* base,
-                         const Shape& shape);
+                         const Vectors& vectors);
 
 }  // namespace fastmerge

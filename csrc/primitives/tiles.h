@@ -126,14 +126,14 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
 // Which elements form one vector.
 enum class Axis { kAll, kRows, kColumns };
 
-struct Shape {
+struct Vectors {
     Axis axis = Axis::kAll;
     int64_t rows = 1, cols = 0;
 
-    int64_t vectors() const { return axis == Axis::kAll ? 1 : axis == Axis::kRows ? rows : cols; }
-    void check(int64_t count) const {
+    int64_t count() const { return axis == Axis::kAll ? 1 : axis == Axis::kRows ? rows : cols; }
+    void check(int64_t elements) const {
         if (axis == Axis::kAll) return;
-        if (rows < 0 || cols < 0 || (rows > 0 && cols > count / rows) || rows * cols != count)
+        if (rows < 0 || cols < 0 || (rows > 0 && cols > elements / rows) || rows * cols != elements)
             throw std::invalid_argument("rows times cols must be the element count");
     }
 };
