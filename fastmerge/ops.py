@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastmerge.arguments import a_list, a_text
 from fastmerge.compute.arrays import Operands
 from fastmerge.compute.tensor import Computation
-from fastmerge.errors import FastmergeError, is_whole
+from fastmerge.errors import FastmergeError, is_whole, nearest
 from fastmerge.methods import REQUIRED, Method, Parameter, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.nodes import Merge, Stored
@@ -32,6 +32,7 @@ __all__ = [
     "gram",
     "karcher",
     "linear",
+    "merge",
     "model_stock",
     "multislerp",
     "nuslerp",
@@ -51,13 +52,13 @@ def linear(
     threads: int | None = None,
 ) -> Any:
     """sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
-    values = {"normalize": normalize}
-    return _merge("linear", tensors, None, values, {"weight": weights}, out, threads)
+    given = {"weight": weights, "normalize": normalize}
+    return merge("linear", tensors, given, out=out, threads=threads)
 
 
 def slerp(a: Any, b: Any, t: float, *, out: Any = None, threads: int | None = None) -> Any:
     """Spherical interpolation: ``t`` = 0 gives ``a``, 1 gives ``b`` (Shoemake 1985)."""
-    return _merge("slerp", [a, b], None, {"t": t}, {}, out, threads)
+    return merge("slerp", [a, b], {"t": t}, out=out, threads=threads)
 
 
 def nuslerp(
@@ -74,8 +75,8 @@ def nuslerp(
     """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by
     vector.
     """
-    values = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
-    return _merge("nuslerp", [a, b], base, values, {"weight": weights}, out, threads)
+    given = {"weight": weights, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    return merge("nuslerp", [a, b], given, base=base, out=out, threads=threads)
 
 
 def multislerp(
@@ -89,8 +90,8 @@ def multislerp(
     threads: int | None = None,
 ) -> Any:
     """Barycentric SLERP of many tensors, or of their deltas to ``base``."""
-    values = {"normalize_weights": normalize_weights, "eps": eps}
-    return _merge("multislerp", tensors, base, values, {"weight": weights}, out, threads)
+    given = {"weight": weights, "normalize_weights": normalize_weights, "eps": eps}
+    return merge("multislerp", tensors, given, base=base, out=out, threads=threads)
 
 
 def karcher(
@@ -102,8 +103,8 @@ def karcher(
     threads: int | None = None,
 ) -> Any:
     """Riemannian mean on the sphere (Grove and Karcher 1973)."""
-    values = {"max_iter": max_iter, "tol": tol}
-    return _merge("karcher", tensors, None, values, {}, out, threads)
+    given = {"max_iter": max_iter, "tol": tol}
+    return merge("karcher", tensors, given, out=out, threads=threads)
 
 
 def model_stock(
@@ -117,8 +118,8 @@ def model_stock(
     """The mean of ``tensors`` pulled toward ``base`` by the angle between deltas (Jang et al.
     2024).
     """
-    values = {"filter_wise": filter_wise}
-    return _merge("model_stock", tensors, base, values, {}, out, threads)
+    given = {"filter_wise": filter_wise}
+    return merge("model_stock", tensors, given, base=base, out=out, threads=threads)
 
 
 def task_arithmetic(
@@ -132,8 +133,8 @@ def task_arithmetic(
     threads: int | None = None,
 ) -> Any:
     """base + lambda * sum_i w_i (x_i - base) (Ilharco et al. 2022)."""
-    values = {"normalize": normalize, "lambda": lambda_}
-    return _merge("task_arithmetic", tensors, base, values, {"weight": weights}, out, threads)
+    given = {"weight": weights, "normalize": normalize, "lambda": lambda_}
+    return merge("task_arithmetic", tensors, given, base=base, out=out, threads=threads)
 
 
 def ties(
@@ -149,9 +150,9 @@ def ties(
     threads: int | None = None,
 ) -> Any:
     """Trim deltas to ``density``, elect signs, average what agrees (Yadav et al. 2023)."""
-    values = {"normalize": normalize, "lambda": lambda_, "rescale": rescale}
-    lists = {"weight": weights, "density": density}
-    return _merge("ties", tensors, base, values, lists, out, threads)
+    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given["rescale"] = rescale
+    return merge("ties", tensors, given, base=base, out=out, threads=threads)
 
 
 def dare_linear(
@@ -173,9 +174,11 @@ def dare_linear(
     ``seed`` and the tensor's ``name`` choose what is dropped: the same pair gives what a recipe
     gives.
     """
-    values = {"normalize": normalize, "lambda": lambda_, "rescale": rescale}
-    lists = {"weight": weights, "density": density}
-    return _merge("dare_linear", tensors, base, values, lists, out, threads, seed, name)
+    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given["rescale"] = rescale
+    return merge(
+        "dare_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
+    )
 
 
 def dare_ties(
@@ -193,16 +196,18 @@ def dare_ties(
     threads: int | None = None,
 ) -> Any:
     """As `dare_linear`, with a sign election (Yu et al. 2023; Yadav et al. 2023)."""
-    values = {"normalize": normalize, "lambda": lambda_, "rescale": rescale}
-    lists = {"weight": weights, "density": density}
-    return _merge("dare_ties", tensors, base, values, lists, out, threads, seed, name)
+    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given["rescale"] = rescale
+    return merge(
+        "dare_ties", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
+    )
 
 
 def passthrough(
     tensor: Any, *, scale: float | None = None, out: Any = None, threads: int | None = None
 ) -> Any:
     """The tensor, times ``scale``."""
-    return _merge("passthrough", [tensor], None, {}, {"scale": scale}, out, threads)
+    return merge("passthrough", [tensor], {"scale": scale}, out=out, threads=threads)
 
 
 def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:
@@ -241,37 +246,48 @@ def combine(
     return result
 
 
-def _merge(
-    method_name: str,
+def merge(
+    method: str,
     tensors: Sequence[Any],
-    base: Any,
-    values: Mapping[str, Any],
-    per_model: Mapping[str, Any],
-    out: Any,
-    threads: int | None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    base: Any = None,
     seed: int | None = None,
     name: str = "",
+    out: Any = None,
+    threads: int | None = None,
 ) -> Any:
-    method = find(method_name)
-    name = a_text(name, f"{method.name}: name")
-    tensors = a_list(tensors, f"{method.name}: tensors")
+    """``tensors`` merged by any method of the table, one that was registered, too.
+
+    ``parameters`` by their names in recipes; per model one number, or one for each tensor.
+    """
+    row, given = find(a_text(method, "method"), "method"), parameters or {}
+    if not isinstance(given, Mapping):
+        raise FastmergeError(f"{row.name}: parameters must be a mapping of names to values")
+    name = a_text(name, f"{row.name}: name")
+    tensors = a_list(tensors, f"{row.name}: tensors")
     count = len(tensors)
-    if count < method.min_operands or (method.max_operands and count > method.max_operands):
-        raise FastmergeError(f"{method.name}: got {count} tensors; {_arity(method)}")
-    if method.base == "required" and base is None:
-        raise FastmergeError(f"{method.name}: needs a base tensor")
-    operands = Operands(method.name, [*tensors] if base is None else [*tensors, base])
+    for unknown in (key for key in given if row.parameter(key) is None):
+        hint = nearest(unknown, [p.name for p in row.parameters])
+        raise FastmergeError(f"{row.name}: unknown parameter '{unknown}'; {hint}")
+    if count < row.min_operands or (row.max_operands and count > row.max_operands):
+        raise FastmergeError(f"{row.name}: got {count} tensors; {_arity(row)}")
+    if row.base == "required" and base is None:
+        raise FastmergeError(f"{row.name}: needs a base tensor")
+    if row.base in ("none", "first", "operand") and base is not None:
+        raise FastmergeError(f"{row.name}: takes no base tensor of its own; put it in the list")
+    operands = Operands(row.name, [*tensors] if base is None else [*tensors, base])
     # Every tensor is its own source here: the model index is its place in the list.
     leaves = [
         Stored(index, "", operands.shape, dtype) for index, dtype in enumerate(operands.dtypes)
     ]
     root = Merge(
-        method,
+        row,
         tuple(leaves[:count]),
         None if base is None else leaves[count],
-        {p.name: _value(method, p.name, values) for p in method.parameters if not p.per_model},
-        tuple(_operand_values(method, per_model, index, count) for index in range(count)),
-        _seed(method, seed),
+        {p.name: _value(row, p.name, given) for p in row.parameters if not p.per_model},
+        tuple(_operand_values(row, given, index, count) for index in range(count)),
+        _seed(row, seed),
     )
     result, sink = operands.output(out)
     views = operands.views
@@ -313,17 +329,17 @@ def _plain(value: Any) -> Any:
 
 
 def _operand_values(
-    method: Method, per_model: Mapping[str, Any], index: int, count: int
+    method: Method, given: Mapping[str, Any], index: int, count: int
 ) -> dict[str, Any]:
     own: dict[str, Any] = {}
-    for name, given in per_model.items():
-        value = _plain(given)
-        if isinstance(value, Sequence):
+    names = [p.name for p in method.parameters if p.per_model]
+    for name in (name for name in names if name in given):
+        value = _plain(given[name])
+        if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != count:
                 raise FastmergeError(
                     f"{method.name}: {count} tensors but {len(value)} values for '{name}'"
                 )
-            own[name] = value[index]
-        else:
-            own[name] = value
-    return {p.name: _value(method, p.name, own) for p in method.parameters if p.per_model}
+            value = value[index]
+        own[name] = value
+    return {name: _value(method, name, own) for name in names}

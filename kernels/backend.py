@@ -71,7 +71,7 @@ class TritonBackend:
         return tensor, tensor
 
     def array(self, tensor: torch.Tensor) -> NDArray[np.float32]:
-        made: NDArray[np.float32] = tensor.detach().float().cpu().numpy().reshape(-1)
+        made: NDArray[np.float32] = tensor.detach().cpu().float().numpy().reshape(-1)
         return made
 
     def tensor(self, array: NDArray[np.float32]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from fastmerge.compute.tensor import Computation
 from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
-from fastmerge.methods import Combination, find
+from fastmerge.methods import Combination, Function, Parameter, find
 from fastmerge.methods.shapes import Factors
 from fastmerge.recipe.settings import constant
 from fastmerge.search import expressions as search
@@ -48,12 +48,25 @@ def models(count):
     ]
 
 
+def _largest(base, tensors, values):
+    start = np.zeros_like(tensors[0]) if base is None else base
+    each = [x * scale for x, scale in zip(tensors, values["scale"], strict=True)]
+    return np.maximum(np.maximum.reduce(each), start + np.float32(values["floor"]))
+
+
+LARGEST = Function(
+    "largest", "", "-",
+    (Parameter("floor", float, 0.0, ""), Parameter("scale", float, 1.0, "", per_model=True)),
+    "optional", 1, None, function=_largest,
+)  # fmt: skip
+
+
 def merge(method, count, base, values, per_model=None, seed=None):
     """For each tensor the tree of one merge of ``count`` models (the last one the base, if any)."""
     per_model = per_model or [{}] * count
     return [
         Merge(
-            find(method),
+            find(method) if isinstance(method, str) else method,
             tuple(Source(m, str(t)) for m in range(count)),
             Source(count, str(t)) if base else None,
             values,
@@ -94,6 +107,11 @@ CASES = {
         for a in merge("ties", 2, True, {"normalize": True, "lambda": 1.0, "rescale": False},
                        weighted(0.5, 0.8, density=0.4))
     ],
+    "slerp of function": [
+        Merge(find("slerp"), (a, Source(2, a.operands[0].name)), None, {"t": 0.6}, ({}, {}))
+        for a in merge(LARGEST, 2, False, {"floor": -0.01}, [{"scale": 1.0}, {"scale": 0.5}])
+    ],
+    "function": merge(LARGEST, 2, True, {"floor": 0.0}, [{"scale": 1.0}, {"scale": 2.0}]),
     "copies": [Source(1, str(t)) for t in range(len(SHAPES))],
 }  # fmt: skip
 

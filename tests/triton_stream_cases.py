@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from fastmerge.compute import devices, stream
 from fastmerge.compute import lane as lane_module
 from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
+from fastmerge.methods import METHODS, Function
 
 INTERPRETED = common.interpreted()
 
@@ -61,6 +63,23 @@ def test_a_trim_over_the_model(zoo, tmp_path):
     del given["seed"]
     api.merge(given, tmp_path / "cpu", device="cpu")
     api.merge(given, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 100_000])
+@pytest.mark.usefixtures("device")
+def test_a_python_function(budget, zoo, tmp_path, monkeypatch):
+    """On the host, of what is on the device or of what does not fit there."""
+    row = Function(
+        "middle", "", "-", (), "operand", 1, None, version="1",
+        function=lambda base, tensors, values: np.median(tensors, axis=0),
+    )  # fmt: skip
+    monkeypatch.setitem(METHODS, "middle", row)
+    models = [{"model": str(m)} for m in family(zoo, 400)]
+    given = {"merge_method": "middle", "dtype": "bfloat16", "models": models}
+    api.merge(given, tmp_path / "cpu", device="cpu")
+    report = api.merge(given, tmp_path / "gpu", device="cuda", gpu_memory=budget)
+    assert report.backend == "triton" and bool(report.notes) == (budget < 1 << 20)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 

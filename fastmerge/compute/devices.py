@@ -11,7 +11,7 @@ from fastmerge import _C
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.methods import Consensus
+from fastmerge.methods import Consensus, Function
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
@@ -50,6 +50,8 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
         if node.axis is not None:
             vectors = Vectors.of(shape, node.axis).count
             products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
+    if any(isinstance(node.method, Function) for node in merges):
+        intermediates += 4 * count  # what it returns, until that is rounded
     sources = sum(stored.nbytes for stored in leaves([root]))
     most = sources + dtype.bytes_for(count) + intermediates + gathered
     return most + products + (1 << 20)

@@ -1,11 +1,12 @@
 """Every merge method is a row of one table: its parameters, its arity, its paper, and its shape.
 
 The rows are in `table`, the shapes (what a method is computed by) in `shapes`; the four primitives
-behind them are in csrc/ and kernels/.
+behind them are in csrc/ and kernels/. `register` adds rows of others.
 """
 
 from __future__ import annotations
 
+from fastmerge.methods.register import register, unregister
 from fastmerge.methods.shapes import Combination, Consensus, Function
 from fastmerge.methods.table import METHODS, find
 from fastmerge.methods.types import REQUIRED, Method, Parameter
@@ -19,4 +20,6 @@ __all__ = [
     "Method",
     "Parameter",
     "find",
+    "register",
+    "unregister",
 ]

@@ -16,6 +16,7 @@ _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any floa
 
 REQUIRED: Final = object()  # the default of a parameter that a recipe must give
 
+Base = Literal["required", "optional", "none", "first", "operand"]
 Float64 = NDArray[np.float64]
 Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
 
@@ -92,7 +93,7 @@ class Method(ABC):
     summary: str
     paper: str
     parameters: tuple[Parameter, ...]
-    base: Literal["required", "optional", "none", "first", "operand"]
+    base: Base
     min_operands: int  # base not counted
     max_operands: int | None
     random: bool = False  # draws from the recipe's seed

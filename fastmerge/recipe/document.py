@@ -61,27 +61,31 @@ def reference(value: Any) -> str:
 
 # ---------------------------------------------------------------- sections
 
-_UNDER_PARAMETERS = {
-    parameter.name: "it belongs under 'parameters:'"
-    for method in METHODS.values()
-    for parameter in method.parameters
-}
+
+class _Parametrised(Section):
+    """A section with ``parameters:``."""
+
+    def hint(self, name: str) -> str:
+        return "it belongs under 'parameters:'" if _is_parameter(name) else super().hint(name)
 
 
-class ModelEntry(Section):
+def _is_parameter(name: str) -> bool:
+    """Of any method, with those that are registered by now."""
+    return any(method.parameter(name) for method in METHODS.values())
+
+
+class ModelEntry(_Parametrised):
     """One entry of ``models:``."""
 
-    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
     model: str = field(reference)
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
     # Only the whole model; for parts there is `slices`.
     layer_range: tuple[int, ...] | None = field(listed(whole(), 2), None)
 
 
-class SliceSource(Section):
+class SliceSource(_Parametrised):
     """One entry of a slice's ``sources:``: layers [start, end) of a model."""
 
-    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
     model: str = field(reference)
     layer_range: tuple[int, ...] = field(listed(whole(), 2))
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
@@ -95,10 +99,9 @@ class SliceSource(Section):
             )
 
 
-class Slice(Section):
+class Slice(_Parametrised):
     """One entry of ``slices:``: a run of output layers."""
 
-    hints: ClassVar[Mapping[str, str]] = _UNDER_PARAMETERS
     refused: ClassVar[Mapping[str, str]] = {
         "residual_weight": "mergekit reads it and does nothing with it; remove it",
     }
@@ -122,10 +125,9 @@ _SCHEDULE = "this is a schedule, not a recipe; run `fastmerge retrograde`"
 _AFTER = "set it in the written folder's tokenizer files afterwards"
 
 
-class Document(Section):
+class Document(_Parametrised):
     """One document: a method, its inputs and what it writes."""
 
-    hints: ClassVar[Mapping[str, str]] = {**_UNDER_PARAMETERS, "model": "put it in 'models:'"}
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("baseline", "pool", "schedule"), "this is a schedule; run `fastmerge retrograde`"
@@ -190,8 +192,11 @@ class Document(Section):
             found.setdefault(self.base_model, self.at("base_model"))
         return list(found.items())
 
+    def hint(self, name: str) -> str:
+        return "put it in 'models:'" if name == "model" else super().hint(name)
+
     def check(self) -> None:
-        if self.merge_method in _NOT_YET:
+        if self.merge_method in _NOT_YET and self.merge_method not in METHODS:
             known = ", ".join(METHODS)
             raise UnsupportedError(
                 f"{self.at('merge_method')}: mergekit's method '{self.merge_method}' is not "
@@ -254,7 +259,7 @@ def settings_for(
         parameter = method.parameter(name)
         if parameter is not None:
             found[name] = setting.checked(parameter)
-        elif name not in _UNDER_PARAMETERS and name not in _FOREIGN_PARAMETERS:
+        elif not _is_parameter(name) and name not in _FOREIGN_PARAMETERS:
             known = [item.name for item in method.parameters]
             raise RecipeError(
                 f"{setting.rules[0].where}: unknown parameter '{name}' for {method.name}; "

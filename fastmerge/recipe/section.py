@@ -57,13 +57,12 @@ def field(kind: Kind[Any], default: Any = _REQUIRED) -> Any:
 class Section:
     """A mapping in a recipe or schedule: unknown keys are refused with the nearest known one.
 
-    ``refused`` maps keys that other tools know to why they cannot be used here; ``hints`` maps keys
-    that belong elsewhere to where. A null value counts as absent. Made from the mapping; raises
+    ``refused`` maps keys that other tools know to why they cannot be used here. A null value counts
+    as absent. Made from the mapping; raises
     FastmergeError with the place of the first fault.
     """
 
     refused: ClassVar[Mapping[str, str]] = {}
-    hints: ClassVar[Mapping[str, str]] = {}
     fields: ClassVar[Mapping[str, _Field]] = {}  # by name, in order
     where: str  # the section's own place
     _at: Mapping[str, str]
@@ -88,8 +87,7 @@ class Section:
                     f"{data.at[name]}: '{name}' is not supported: {self.refused[name]}"
                 )
             if name not in self.fields and name not in self.refused:
-                hint = self.hints.get(name) or nearest(name, self.fields)
-                raise RecipeError(f"{data.at[name]}: unknown key '{name}'; {hint}")
+                raise RecipeError(f"{data.at[name]}: unknown key '{name}'; {self.hint(name)}")
         for name, own in self.fields.items():
             setattr(self, name, _value(own, name, data))
         self.check()
@@ -98,6 +96,10 @@ class Section:
     def written_out(cls, data: LocatedDict) -> LocatedDict:
         """``data`` without the shorthand that this section allows."""
         return data
+
+    def hint(self, name: str) -> str:
+        """Where a key that is unknown here belongs, or the nearest that is known."""
+        return nearest(name, self.fields)
 
     def check(self) -> None:
         """What the kinds do not say; raises FastmergeError. The section knows its places by now."""

@@ -212,7 +212,9 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
 
     header: dict[str, Any] = {
         "fastmerge": __version__,
-        "schedule": digest([yaml.safe_load(schedule.text), schedule.evaluate is not None]),
+        "schedule": digest(
+            [yaml.safe_load(schedule.text), schedule.evaluate is not None, *schedule.foreign]
+        ),
         "inputs": [model.fingerprint for model in template.models],
     }
     path = out / HEADER_FILE

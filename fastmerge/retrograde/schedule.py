@@ -249,6 +249,12 @@ class Schedule(Section):
     text: str = ""  # the schedule as written, for the record
     folder: Path = Path()  # what relative paths in the file are relative to
 
+    @property
+    def foreign(self) -> list[str]:
+        """Names and versions of the methods of its steps that are not fastmerge's own."""
+        used = (METHODS[step.method] for step in self.steps)
+        return sorted({method.identity for method in used if method.version})
+
     @classmethod
     def written_out(cls, data: LocatedDict) -> LocatedDict:
         keys = {"baseline": "model", "pool": "model", "accept": "rule", "compare": "methods"}

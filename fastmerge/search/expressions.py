@@ -93,7 +93,7 @@ def as_json(root: Expr) -> list[dict[str, Any]]:
         return [{"model": root.index}]
     return [
         {
-            "method": node.method.name,
+            "method": node.method.identity,
             "base": None if node.base is None else name(node.base),
             "operands": [name(operand) for operand in node.operands],
             "parameters": plain(node.shared),
