@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.output.card import model_card
+from fastmerge.output.provenance import provenance
 from fastmerge.plan.loading import check_loading
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan, whole_seed
@@ -61,6 +63,7 @@ def merge(
     progress: Progress | None = None,
     models: Mapping[str, Model] | None = None,
     check: bool = False,
+    keep_paths: bool = False,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
@@ -70,10 +73,13 @@ def merge(
     bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
     same call continues. ``device``: "cpu", "cuda" or "auto", with the same bits;
     ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
-    ``check``: first as `check` does. Raises FastmergeError.
+    ``check``: first as `check` does. ``keep_paths``: card, recipe and lineage name the local
+    folders as the recipe does, and not only what these are called. Raises FastmergeError.
     """
     folder = a_path(out, "out")
     decided = plan(recipe, seed=seed, models=models)
+    if a_flag(keep_paths, "keep_paths"):
+        decided = replace(decided, keep_paths=True)
     if a_flag(check, "check"):
         check_loading(decided)
     return merge_plan(
@@ -127,5 +133,5 @@ def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     # Whatever the name: the writer refuses one that is no UTF-8.
     files[CARD_FILE] = model_card(plan, title).encode(errors="backslashreplace")
-    files[RECIPE_FILE] = plan.recipe_text.encode()
+    files[RECIPE_FILE] = provenance(plan).recipe_text.encode()
     return files

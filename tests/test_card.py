@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastmerge.output.card import display_name, model_card
+from fastmerge.output.card import model_card
+from fastmerge.output.provenance import display_name, provenance
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 
@@ -36,8 +37,8 @@ def test_front_matter(plan):
     card = model_card(plan, "mine")
     _, front, rest = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": ["base", "one", "two"],
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["merge", "fastmerge"],
     }
     assert rest.lstrip().startswith("# mine\n")
@@ -49,7 +50,9 @@ def test_recipe_is_whole(plan):
         r"^(`{4,})yaml\n(.*?)\n\1$", model_card(plan, "mine"), re.DOTALL | re.MULTILINE
     )
     assert fenced is not None
-    assert fenced[2] == plan.recipe_text.rstrip()
+    assert fenced[2] == provenance(plan).recipe_text.rstrip()
+    with_paths = re.sub(r"\./(\w+)", rf"{plan.models[0].path.parent}/\1", fenced[2])
+    assert with_paths == plan.recipe_text.rstrip()
 
 
 def test_lineage(plan):

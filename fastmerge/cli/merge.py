@@ -57,6 +57,9 @@ def merge(
     ] = "2GiB",
     io: Annotated[Io, Option(help="How to write.")] = Io.auto,
     max_shard_size: MaxShardSize = "5GB",
+    keep_paths: Annotated[
+        bool, Option("--keep-paths", help="Write local paths into card, recipe and lineage.")
+    ] = False,
     check: Check = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -78,6 +81,7 @@ def merge(
                 device=device.value,
                 gpu_memory=parse_size(gpu_memory, "--gpu-memory"),
                 progress=progress,
+                keep_paths=keep_paths,
                 memory_limit=limits["memory_limit"],
                 max_shard_bytes=limits["max_shard_bytes"],
             )

@@ -15,6 +15,7 @@ arithmetic is fp32 whatever ``dtype`` says, and an existing model is replaced on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, brief, nearest
 from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, is_tokenizer
+from fastmerge.output.provenance import provenance
 from fastmerge.plan.plan import Plan
 from fastmerge.recipe.document import Recipe
 
@@ -64,6 +66,7 @@ def run_merge(
     config_source: str | None = None,
     *,
     overwrite: bool = False,
+    keep_paths: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges ``merge_config`` into the folder ``out_path``, as ``mergekit.merge.run_merge`` is
@@ -73,7 +76,8 @@ def run_merge(
     MergeOptions, or a mapping of its names. Of these, ``device``, ``cuda``, ``num_threads``,
     ``out_shard_size`` (bytes), ``random_seed``, ``copy_tokenizer`` and ``write_model_card`` are
     followed; those that only change how mergekit works are accepted, the others refused by name.
-    config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml``. Raises
+    config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml`` but for the
+    local paths in it (``keep_paths``: with them). Raises
     FastmergeError before anything is written.
     """
     given = _options(options)
@@ -85,7 +89,7 @@ def run_merge(
     recipe = Recipe.load(source)
     if recipe.output.tokenizer_source or recipe.output.tokenizer:
         given.pop("copy_tokenizer", None)  # asked for in the recipe: mergekit writes it too
-    plan = api.plan(recipe, seed=given.get("random_seed"))
+    plan = replace(api.plan(recipe, seed=given.get("random_seed")), keep_paths=keep_paths)
     files = _files(plan, out, given, config_source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
@@ -150,7 +154,8 @@ def _files(
 ) -> dict[str, bytes | Path]:
     files = api.model_files(plan, out.name)
     if given.get("write_model_card", True):
-        files[CONFIG_FILE] = (config_source or plan.recipe_text).encode(errors="backslashreplace")
+        text = provenance(plan).told(config_source or plan.recipe_text)
+        files[CONFIG_FILE] = text.encode(errors="backslashreplace")
     else:
         del files[CARD_FILE]
     if not given.get("copy_tokenizer", True):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastmerge.errors import printable
 from fastmerge.methods import Method
+from fastmerge.output.provenance import (
+    Provenance,
+    as_list,
+    is_plain,
+    licence,
+    licence_name,
+    provenance,
+)
 from fastmerge.tree.nodes import Merge, Stored, walk
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
+
+_MOST_TAGS = 50
 
 
 def model_card(plan: Plan, title: str) -> str:
@@ -23,47 +34,86 @@ def model_card(plan: Plan, title: str) -> str:
     """
     from fastmerge.version import __version__
 
-    names = [
-        display_name(reference, PurePath(model.label))
-        for reference, model in zip(plan.references, plan.models, strict=True)
-    ]
+    said = provenance(plan)
     sections = [
-        _front_matter(names),
-        f"# {title}",
-        f"A merge of {len(names)} language models, made with fastmerge {__version__}.",
-        "## Models\n\n" + _models_table(plan, names),
+        _front_matter(plan, said),
+        f"# {escaped(title)}",
+        f"A merge of {len(said.names)} language models, made with fastmerge {__version__}.",
+        "## Models\n\n" + _models_table(plan, said.names),
         "## Method\n\n" + _methods(plan),
-        "## Recipe\n\n" + _fenced(plan.recipe_text, "yaml"),
+        "## Use\n\n" + _use(plan, title),
+        *_licences(said),
+        *(
+            ["## Notes\n\n" + _bullets(escaped(said.told(n)) for n in plan.notes)]
+            * bool(plan.notes)
+        ),
+        "## Recipe\n\n" + _fenced(said.recipe_text, "yaml"),
     ]
-    if plan.notes:
-        sections.insert(-1, "## Notes\n\n" + _bullets(plan.notes))
     return "\n\n".join(sections) + "\n"
 
 
-def display_name(reference: str, found: PurePath) -> str:
-    """A model's name on a card: a Hub id as it is, a folder without the path to it. ``found`` is
-    where it was read: a folder is found under its own name, a Hub id in a cache.
-
-    A path on somebody's disk means nothing to the card's reader, and the Hub refuses it as a
-    base_model.
-    """
-    path = PurePath(reference)
-    is_path = path.is_absolute() or reference.startswith((".", "~")) or len(path.parts) > 2
-    if not is_path and found.parts[-len(path.parts) :] != path.parts:
-        return reference
-    name = path.parent.name if path.suffix == ".safetensors" else path.name
-    return name or reference
-
-
-def _front_matter(names: Sequence[str]) -> str:
+def _front_matter(plan: Plan, said: Provenance) -> str:
+    """What the Hub reads: ids only where there are ids, and what the inputs' own cards say."""
     import yaml
 
-    front = {
-        "base_model": list(dict.fromkeys(names)),
-        "library_name": "transformers",
-        "tags": ["merge", "fastmerge"],
-    }
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
+    donor = said.cards[plan.models.index(plan.donor_model)]
+    front: dict[str, Any] = {}
+    ids = dict.fromkeys(name for names in said.hub_ids for name in names)
+    if ids:
+        front["base_model"] = list(ids)
+    library = donor.get("library_name")
+    front["library_name"] = library if is_plain(library) else "transformers"
+    task = donor.get("pipeline_tag")
+    if is_plain(task):
+        front["pipeline_tag"] = task
+    elif _class_of(plan).endswith("ForCausalLM"):
+        front["pipeline_tag"] = "text-generation"
+    front |= licence(said.cards)
+    languages = _union(card.get("language") for card in said.cards)
+    if languages:
+        front["language"] = languages
+    tags = _union(card.get("tags") for card in said.cards)
+    front["tags"] = list(dict.fromkeys(["merge", "fastmerge", *tags]))
+    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{text}---"
+
+
+def _union(values: Iterable[Any]) -> list[str]:
+    found = dict.fromkeys(item for value in values for item in as_list(value))
+    # Those with a colon are the Hub's own: ``base_model:...``, ``region:us``.
+    return [item for item in found if ":" not in item][:_MOST_TAGS]
+
+
+def _class_of(plan: Plan) -> str:
+    """The name of transformers' class for the output, "" where the config has none."""
+    classes = plan.config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else ""
+    return first if isinstance(first, str) else ""
+
+
+def _use(plan: Plan, title: str) -> str:
+    auto = "AutoModelForCausalLM" if _class_of(plan).endswith("ForCausalLM") else "AutoModel"
+    trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
+    folder = json.dumps(f"path/to/{printable(title)}", ensure_ascii=False)
+    return _fenced(
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f"folder = {folder}\n"
+        f'model = {auto}.from_pretrained(folder, dtype="auto"{trust})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        "python",
+    )
+
+
+def _licences(said: Provenance) -> list[str]:
+    """A section where the inputs' licences are not one and the same."""
+    licences = [licence_name(card) for card in said.cards]
+    if len(set(licences)) < 2:
+        return []
+    items = (
+        f"{escaped(name)}: {escaped(text) or 'its card names none'}"
+        for name, text in zip(said.names, licences, strict=True)
+    )
+    return ["## Licences\n\nOf the models that went in:\n\n" + _bullets(items)]
 
 
 def _models_table(plan: Plan, names: Sequence[str]) -> str:
@@ -82,7 +132,7 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     for index, name in enumerate(names):
         role = "base" if as_base[index] else "source" if tensors[index] else "not used"
         digest = plan.models[index].fingerprint
-        lines.append(f"| {_cell(name)} | {tensors[index]} | {role} | `{digest}` |")
+        lines.append(f"| {escaped(name)} | {tensors[index]} | {role} | `{digest}` |")
     lines.append(
         "\n`fastmerge.json` has what each tensor came to: effective coefficients, entries kept."
     )
@@ -126,8 +176,13 @@ def _bullets(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def escaped(text: str) -> str:
+    """A stranger's text in a line of Markdown: shown as it is, and no markup, HTML or link."""
+    text = re.sub(r"([\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    # GitHub and the Hub make links of bare addresses.
+    return re.sub(
+        r"(?i)://|\bwww\.", lambda m: m[0].replace("/", "&#47;").replace(".", "&#46;"), text
+    )
 
 
 def _fenced(text: str, language: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
+from fastmerge.output.provenance import names, provenance
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Merge, Node, Stored
 
@@ -20,23 +21,20 @@ def metadata(plan: Plan) -> dict[str, str]:
     return {
         "format": "pt",
         "fastmerge_version": __version__,
-        "fastmerge_recipe": plan.recipe_text,
+        "fastmerge_recipe": provenance(plan).recipe_text,
         "fastmerge_seed": "" if plan.seed is None else str(plan.seed),
         "fastmerge_inputs": json.dumps(
-            {
-                ref: model.fingerprint
-                for ref, model in zip(plan.references, plan.models, strict=True)
-            }
+            {ref: model.fingerprint for ref, model in zip(names(plan), plan.models, strict=True)}
         ),
     }
 
 
-def tensor_lineage(outcome: Outcome, references: Sequence[str]) -> dict[str, Any]:
-    """What one tensor's result followed from, in plain values; ``references`` name the models."""
+def tensor_lineage(outcome: Outcome, called: Sequence[str]) -> dict[str, Any]:
+    """What one tensor's result followed from, in plain values; ``called`` names the models."""
     lines: dict[str, Any] = {}
     if outcome.coefficients is not None:
         lines["coefficients"] = {
-            references[source.model]: value if math.isfinite(value) else None
+            called[source.model]: value if math.isfinite(value) else None
             for source, value in outcome.coefficients.items()
         }
     if outcome.kept is not None:
@@ -58,7 +56,7 @@ def lineage_file(
     lineage = {
         **metadata(plan),
         "fastmerge_inputs": {
-            ref: model.fingerprint for ref, model in zip(plan.references, plan.models, strict=True)
+            ref: model.fingerprint for ref, model in zip(names(plan), plan.models, strict=True)
         },
         "files": sorted(files),
         "tensors": {name: results[name] for name in sorted(results)},
@@ -66,7 +64,7 @@ def lineage_file(
     for node, trim in list(spanning.items())[:1]:  # the counts are the same for all
         assert isinstance(node, Merge)
         lineage["kept"] = {
-            plan.references[part.model]: selection.kept
+            names(plan)[part.model]: selection.kept
             for part, selection in zip(node.operands, trim.selections, strict=True)
             if isinstance(part, Stored)
         }

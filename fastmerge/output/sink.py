@@ -15,6 +15,7 @@ from fastmerge.compute.tensor import Outcome
 from fastmerge.models.side_files import bytes_of
 from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import metadata, tensor_lineage
+from fastmerge.output.provenance import names
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -114,7 +115,7 @@ class ModelFolder:
             max_shard_bytes=max_shard_bytes,
             metadata=metadata(plan),
         )
-        self._references = plan.references
+        self._names = names(plan)
         self._writer = ModelWriter(
             out,
             layout,
@@ -157,7 +158,7 @@ class ModelFolder:
         return self._writer.parts(item.name)
 
     def computed(self, item: TensorPlan, outcome: Outcome) -> None:
-        self._writer.computed(item.name, tensor_lineage(outcome, self._references))
+        self._writer.computed(item.name, tensor_lineage(outcome, self._names))
 
     def discard(self) -> None:
         """Leaves nothing for a later run to continue, unless this one is finished."""

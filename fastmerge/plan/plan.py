@@ -36,6 +36,7 @@ class Plan:
     # Of a search: the linear merge of all its models, whose sources every candidate's are among, so
     # that what is prepared for one serves them all.
     template: Plan | None = None
+    keep_paths: bool = False  # whether what is written may name folders of this machine
 
     @property
     def donor(self) -> Path:
