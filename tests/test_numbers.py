@@ -12,6 +12,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS, find
 from fastmerge.recipe.document import Recipe
 from fastmerge.retrograde import schedule as schedules
+from fastmerge.retrograde.opening import open_template
 from fastmerge.search.sweep import parse_range
 
 CANCEL = ([0.3, 0.6, -0.9], [0.1, 0.2, -0.3], [0.7, 0.1, -0.8], [1.0, -1.0 - 1e-7])
@@ -48,6 +49,13 @@ def test_weights_that_cancel_are_refused_in_the_plan(four, method, weights):
     if find(method).base == "required":
         recipe |= {"base_model": str(four[0]), "parameters": {"normalize": True}}
     with pytest.raises(FastmergeError, match=r"^recipe\.models.* sum to 0 but for"):
+        api.plan(recipe)
+
+
+def test_weights_that_cancel_in_one_tensor_name_it(four):
+    weights = [1, [{"filter": "lm_head", "value": -1}, {"value": 1}]]
+    recipe = {"merge_method": "linear", "models": entries(four[:2], weights)}
+    with pytest.raises(FastmergeError, match=r"sum to 0; .* \(tensor 'lm_head\.weight'\)$"):
         api.plan(recipe)
 
 
@@ -244,11 +252,24 @@ def test_t_outside_0_to_1_is_noted(four):
         "parameters": {"t": 1.25},
     }
     note = (
-        "recipe.parameters.t: t = 1.25 lies outside [0, 1]: it extrapolates beyond the other model"
+        "recipe.parameters.t: t = 1.25 lies outside [0, 1]: it extrapolates beyond the second of "
+        "the two models"
     )
     assert note in api.plan(recipe).notes
     recipe["parameters"] = {"t": 0.25}
     assert not any("extrapolates" in note for note in api.plan(recipe).notes)
+
+
+def test_a_schedules_t_outside_0_to_1_is_noted(four):
+    step = {"partner": "weakest", "method": "slerp", "t": [-0.5, 0.2]}
+    schedule = {
+        "baseline": {"model": str(four[0]), "accuracy": 50},
+        "pool": [{"model": str(four[1]), "accuracy": 40}],
+        "schedule": {"steps": [{"degrade": step}]},
+    }
+    notes = open_template(schedules.load(schedule)).notes
+    assert any("t = -0.5 lies outside [0, 1]: it extrapolates" in note for note in notes)
+    assert not any("t = 0.2" in note for note in notes)
 
 
 # ---------------------------------------------------------------- directions

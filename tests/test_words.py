@@ -52,6 +52,22 @@ def test_names_that_differ_by_a_prefix(zoo, change, prefixes):
         assert f"'{prefix}' in '" in said
 
 
+def test_slices_of_names_that_differ_by_a_prefix(zoo):
+    a = zoo.base("a", layers=1)
+    b = zoo.write("b", {f"language_model.{n}": x for n, x in zoo.read(a).items()})
+    sources = [{"model": str(model), "layer_range": [0, 1]} for model in (a, b)]
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": str(a),
+        "slices": [{"sources": sources}],
+        "parameters": {"t": 0.5},
+    }
+    with pytest.raises(FastmergeError) as caught:
+        api.plan(recipe)
+    assert "names its layers (language_model.model.layers.N) otherwise" in str(caught.value)
+    assert "the names differ only by a prefix, none in" in str(caught.value)
+
+
 def test_a_prefix_is_told_where_a_tensor_is_missing_besides():
     theirs = [f"module.{n}" for n in LLAMA[:-1]]
     assert renamed(LLAMA, theirs) == ("", "module.")

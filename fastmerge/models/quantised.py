@@ -25,10 +25,10 @@ _SIDECARS = (
     "quanto_qmap.json",
 )  # fmt: skip
 # Last parts of names that only quantisers write: GPTQ, AWQ and EETQ; compressed-tensors; HQQ;
-# bitsandbytes; DeepSeek's fp8.
+# bitsandbytes; DeepSeek's fp8; QuIP# and SpQR, which pack into 64 bits.
 _CODES = re.compile(
     r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|W_q|SCB|(nested_)?(absmax|quant_map)"
-    r"|quant_state\..+|bitsandbytes__.+|weight_scale_inv"
+    r"|quant_state\..+|bitsandbytes__.+|weight_scale_inv|Qidxs|dense_weights"
 )
 # Beside integers or fp8 in one module they say that those are codes: fp8, int8, MLX (biases), MXFP4
 # (..._blocks and ..._scales), quanto, AQLM.

@@ -55,14 +55,12 @@ class Builder:
         first, last = parts[0], parts[-1]
         stack = first.lead.view.stack
         assert stack is not None  # Planner._source refused the recipe otherwise
+        for item in (item for part in parts for item in part.inputs):
+            if item.view.stack != stack:
+                raise _other_stack(first.lead, item)
         result = self._around(first, stack, stack.before)
         index = 0
         for part in parts:
-            if part.lead.view.stack != stack:
-                raise ModelError(
-                    f"{part.where}: '{part.lead.view.label}' names its layers otherwise than "
-                    f"'{first.lead.view.label}' ({stack.layers}.N)"
-                )
             length = part.layers or 0
             for offset in range(length):
                 # One layer alone stands at the gradient's end, as in mergekit.
@@ -161,7 +159,8 @@ class Builder:
             if isinstance(node.method, Consensus):
                 node.method.spec(node.values, node.operand_values)
         except FastmergeError as error:
-            raise type(error)(f"{part.where}: {error}") from None
+            whose = f" (tensor '{node.name}')" if part.varies else ""
+            raise type(error)(f"{part.where}: {error}{whose}") from None
 
     def _check_copied(
         self, part: Part, name: str, sources: Sequence[TensorPlan], is_copy: bool
@@ -244,6 +243,20 @@ def _check_names(
         f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
         f"'{lead_item.view.label}' lacks: they are not of one "
         f"architecture{_layer_counts(lead_item, item)}"
+    )
+
+
+def _other_stack(lead: Input, item: Input) -> FastmergeError:
+    """The refusal of layers called otherwise, with the prefix that all names differ by."""
+    a, b = (view.stack.layers if view.stack else "" for view in (lead.view, item.view))
+    prefixes = renamed(lead.view.tensors, item.view.tensors)
+    hint = ""
+    if prefixes is not None:
+        x, y = prefixes
+        hint = f": {prefix_hint(x, lead.view.label, y, item.view.label)}"
+    return ModelError(
+        f"{item.where}: '{item.view.label}' names its layers ({b}.N) otherwise than "
+        f"'{lead.view.label}' ({a}.N){hint}"
     )
 
 

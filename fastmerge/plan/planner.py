@@ -52,7 +52,7 @@ from fastmerge.recipe.document import (
     Recipe,
     Slice,
     SliceSource,
-    extrapolations,
+    beyond_models,
     settings_for,
     without_effect,
 )
@@ -154,7 +154,7 @@ class Planner:
 
     def run(self, document: Document, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
-        for line in (*without_effect(document), *extrapolations(document)):
+        for line in (*without_effect(document), *beyond_models(document)):
             self.note(line)
         if not is_output and document.output_dtype is not None:
             self.note(

@@ -18,7 +18,7 @@ from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, UnsupportedError, nearest
 from fastmerge.methods import METHODS, Method, find
 from fastmerge.recipe.section import FaultError, Section, field, listed, mapping, string, whole
-from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings, shown
+from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings, shown
 from fastmerge.recipe.source import read
 
 # mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
@@ -286,22 +286,14 @@ def without_effect(document: Document) -> list[str]:
     return list(found)
 
 
-def extrapolations(document: Document) -> list[str]:
+def beyond_models(document: Document) -> list[str]:
     """One line for each value of a recipe that lies beyond the models it goes between."""
     found: dict[str, None] = {}
     for section in document.sections():
         for name, setting in section.parameters.items():
             parameter = document.method.parameter(name)
-            if parameter is None or not parameter.fraction:
-                continue
-            for rule in setting.rules:
-                for value in map(float, rule.values):
-                    if not 0 <= value <= 1:
-                        beyond = "base" if value < 0 else "other"
-                        found.setdefault(
-                            f"{rule.where}: {name} = {value:g} lies outside [0, 1]: it "
-                            f"extrapolates beyond the {beyond} model"
-                        )
+            if parameter is not None:
+                found.update(dict.fromkeys(extrapolations(setting, parameter)))
     return list(found)
 
 

@@ -139,6 +139,19 @@ def settings(value: Any) -> Mapping[str, Setting]:
 NO_SETTINGS: Mapping[str, Setting] = {}
 
 
+def extrapolations(setting: Setting, parameter: Parameter) -> list[str]:
+    """One line for each value of a ``fraction`` that lies beyond the models it goes between."""
+    if not parameter.fraction:
+        return []
+    values = [(float(value), rule.where) for rule in setting.rules for value in rule.values]
+    return [
+        f"{where}: {parameter.name} = {value:g} lies outside [0, 1]: it extrapolates beyond the "
+        f"{'first' if value < 0 else 'second'} of the two models"
+        for value, where in dict.fromkeys(values)
+        if not 0 <= value <= 1
+    ]
+
+
 def affine(setting: Setting, scale: float, offset: float) -> Setting:
     """``offset + scale * x`` for every value x of a setting; gradients and filters stay."""
     return Setting(

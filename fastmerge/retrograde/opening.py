@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from fastmerge.compute.cpu import thread_count
 from fastmerge.engine import products
 from fastmerge.engine.report import Progress
 from fastmerge.errors import FastmergeError, OutputError, brief
+from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
 from fastmerge.plan.build import position
 from fastmerge.plan.inputs import View
 from fastmerge.plan.of_models import of_models
 from fastmerge.plan.plan import Plan
+from fastmerge.recipe.settings import extrapolations
 from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Model
@@ -45,6 +48,8 @@ def open_template(schedule: Schedule) -> Plan:
         base_folder=schedule.folder,
         text=schedule.text,
     )
+    beyond = (extrapolations(step.t, T) for step in schedule.steps if step.t is not None)
+    plan = replace(plan, notes=(*plan.notes, *dict.fromkeys(chain(*beyond))))
     if schedule.dtype is None or schedule.out_dtype is not None:
         return plan
     own = {item.dtype.name for item in merged(plan)}
