@@ -128,7 +128,7 @@ def materialise(
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
     """What is written beside the weights, by name: the donor's side files, config, card, recipe."""
-    files = dict(plan.donor_model.side_files())
+    files = plan.side_files()
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     # Whatever the name: the writer refuses one that is no UTF-8.

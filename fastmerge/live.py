@@ -30,7 +30,7 @@ from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node, Stored, leaves
+from fastmerge.tree.nodes import Node, Stored, gathers, leaves
 
 if TYPE_CHECKING:
     import torch
@@ -106,9 +106,9 @@ def merge_into(
     ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
     they pass through ``gpu_memory`` bytes of the device; "auto" is the device where they fit, and
     warns where they do not. `forget` lets go of them. Parameters on the CPU are filled by the CPU
-    kernels (``threads``), and so are a GPU's where ``observe`` is to see every tensor. Returns what
-    each tensor came to. Raises FastmergeError where plan and model do not fit, before any parameter
-    changes.
+    kernels (``threads``), and so are a GPU's where ``observe`` is to see every tensor or tokenizers
+    are merged. Returns what each tensor came to. Raises FastmergeError where plan and model do not
+    fit, before any parameter changes.
     """
     import torch
 
@@ -118,7 +118,9 @@ def merge_into(
         raise FastmergeError(f"model: must be a torch module, not {type(model).__name__}")
     targets = _targets(model, plan)
     with torch.no_grad():
-        if observe is not None or not _uses_gpu(targets):
+        # Rows from several places are the CPU kernels' to read.
+        gathers_rows = any(gathers(item.root) for item in plan.tensors)
+        if observe is not None or gathers_rows or not _uses_gpu(targets):
             return _merged_on_cpu(plan, targets, threads, observe)
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets) if keep == "auto" else keep

@@ -8,8 +8,11 @@ is called.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ GENERATION = "generation_config.json"
 if TYPE_CHECKING:
     from fastmerge.api import Source
     from fastmerge.live import OnTensor
+    from fastmerge.plan.plan import Plan
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -78,9 +82,9 @@ def load_merged(
         None, config=config, state_dict=state, output_loading_info=True, **kwargs
     )
     _check(loading, "the merged model")
-    beside = plan.donor_model.folder
-    if beside is not None and (beside / GENERATION).is_file():
-        model.generation_config = _generation_config(transformers, beside)
+    with _beside(plan, lambda name: name == GENERATION) as beside:
+        if (beside / GENERATION).is_file():
+            model.generation_config = _generation_config(transformers, beside)
     return model.eval()
 
 
@@ -115,13 +119,36 @@ def load_tokenizer(source: Source, **kwargs: Any) -> Any:
     transformers = _transformers()
     from fastmerge import api
 
-    is_folder = isinstance(source, (str, Path)) and os.path.isdir(source)
-    folder = Path(str(source)) if is_folder else api.plan(source).donor
+    if isinstance(source, (str, Path)) and os.path.isdir(source):
+        return _tokenizer(transformers, Path(source), str(source), kwargs)
+    plan = api.plan(source)
+    if plan.vocabulary is None and plan.chat_template is None:
+        return _tokenizer(transformers, plan.donor, str(plan.donor), kwargs)
+    with _beside(plan, lambda name: True) as folder:
+        return _tokenizer(transformers, folder, "the merged model", kwargs)
+
+
+@contextmanager
+def _beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder for the length of the context with what a merge writes beside the weights."""
+    with tempfile.TemporaryDirectory(prefix="fastmerge-") as name:
+        folder = Path(name)
+        files: dict[str, bytes | Path] = dict(plan.side_files())
+        if plan.config:
+            files["config.json"] = json.dumps(plan.config).encode()
+        for file, content in files.items():
+            if wanted(file) and "/" not in file:
+                data = content if isinstance(content, bytes) else content.read_bytes()
+                (folder / file).write_bytes(data)
+        yield folder
+
+
+def _tokenizer(transformers: Any, folder: Path, where: str, kwargs: Mapping[str, Any]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: has no tokenizer that loads: {reason[:200]}") from error
+        raise ModelError(f"{where}: has no tokenizer that loads: {reason[:200]}") from error
 
 
 def _transformers() -> Any:

@@ -315,26 +315,30 @@ BAD = {
     ),
     "modules": (f"{LINEAR}modules: {{text: {{}}}}\n", "recipe:3: 'modules' is not supported"),
     "moe": ("base_model: a\ngate_mode: hidden\nexperts: []\n", "mixture-of-experts recipes"),
-    "chat-template": (f"{SLERP}chat_template: auto\n", "'chat_template' is not supported"),
+    "chat-template": (f"{SLERP}chat_template: lama3\n", "did you mean 'llama3'?"),
     "input-model-parameters": (
         f"{SLERP}input_model_parameters: {{}}\n",
         "'input_model_parameters' is not supported",
     ),
     "a-schedule": ("baseline: {model: a}\npool: []\n", "run `fastmerge retrograde`"),
-    "tokenizer-union": (
-        f"{SLERP}tokenizer_source: union\n",
-        "recipe:4: tokenizer_source 'union' is not supported yet",
+    "tokenizer-twice": (
+        f"{SLERP}tokenizer_source: union\ntokenizer: {{source: base}}\n",
+        "recipe:5: give 'tokenizer' or 'tokenizer_source', not both",
     ),
-    "tokenizer-other": (
-        f"{SLERP}tokenizer_source: b\n",
-        "tokenizer_source 'b' is not supported yet",
+    "tokenizer-key": (f"{SLERP}tokenizer: {{sorce: base}}\n", "did you mean 'source'?"),
+    "tokenizer-kind": (
+        f"{SLERP}tokenizer: {{tokens: {{x: {{source: {{kind: zeros}}}}}}}}\n",
+        "'source' has the kind 'zeros'; use 'model_token' or 'zero'",
     ),
-    "tokenizer-default": (f"{SLERP}tokenizer: {{}}\n", "tokenizer 'union' is not supported yet"),
-    "tokenizer-tokens": (
-        f"{SLERP}tokenizer: {{source: base, tokens: {{x: {{}}}}}}\n",
-        "tokenizer option 'tokens' is not supported",
+    "tokenizer-token-of-no-model": (
+        f"{SLERP}tokenizer: {{tokens: {{x: {{source: {{kind: model_token, token: y}}}}}}}}\n",
+        "'source' needs a 'model'",
     ),
-    "tokenizer-without-base": (f"{LINEAR}{TWO}tokenizer_source: base\n", "needs a 'base_model:'"),
+    "tokenizer-token-or-id": (
+        f"{SLERP}tokenizer: {{tokens: {{x: {{source: {{kind: model_token, model: a}}}}}}}}\n",
+        "'source' needs either 'token' or 'token_id'",
+    ),
+    "tokenizer-pad": (f"{SLERP}tokenizer: {{pad_to_multiple_of: 0}}\n", "or equal to 1"),
     "two-unnamed": (f"{LINEAR}{TWO}---\n{LINEAR}{TWO}", "recipe:5: 2 documents have no 'name:'"),
     "two-of-a-name": (
         f"{LINEAR}{TWO}name: x\n---\n{LINEAR}{TWO}name: x\n",

@@ -177,7 +177,7 @@ BAD = {
         models("linear", "a", "big_vocabulary", base="", weight=1),
         (
             "recipe:5: vocabulary mismatch in 'model.embed_tokens.weight': 40 rows in 'a', 42 in "
-            "'big_vocabulary'; fastmerge does not merge tokenizers yet"
+            "'big_vocabulary'; write `tokenizer_source: union`"
         ),
     ),
     "quantised": (

@@ -11,13 +11,13 @@ from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
-from fastmerge.tree.nodes import Merge, Node, Stored
+from fastmerge.tree.nodes import Leaf, Merge, Node
 
 TILE_ENTRIES = _C.tile_entries()  # no two tensors may share a tile
 
 
 def find_trims(
-    nodes: Mapping[Merge, int], backend: CpuBackend, fetch: Callable[[Stored], _C.View]
+    nodes: Mapping[Merge, int], backend: CpuBackend, fetch: Callable[[Leaf], _C.View]
 ) -> Mapping[Node, Trim]:
     """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights."""
     if not nodes:
@@ -29,8 +29,8 @@ def find_trims(
     specs = consensus_terms(next(iter(nodes))).keep  # alike for all
     total = sum(nodes.values())
     chosen = backend.select_across(
-        [[fetch(part) for part in node.operands if isinstance(part, Stored)] for node in nodes],
-        [fetch(node.base) for node in nodes if isinstance(node.base, Stored)],
+        [[fetch(part) for part in node.operands if isinstance(part, Leaf)] for node in nodes],
+        [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
         origins,
         [keep.of(total, 0) for keep in specs],
     )

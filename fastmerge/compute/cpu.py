@@ -154,7 +154,7 @@ class CpuBackend:
         return view, _C.MemorySink(view)
 
     def array(self, tensor: _C.View) -> Float32:
-        if tensor.dtype != "F32":
+        if tensor.dtype != "F32" or tensor.is_gathered:
             narrow, (tensor, sink) = tensor, self.scratch(tensor.count)
             self.combine([narrow], np.ones(1), sink)
         return np.asarray(_Memory(tensor))

@@ -23,7 +23,7 @@ from fastmerge.methods.types import Float64
 from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
-from fastmerge.tree.nodes import Merge, Node, Stored
+from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored
 from fastmerge.tree.unread import without_unread
 
 _LARGE = 1e3  # of fp32's 24 bits, ten would go
@@ -88,11 +88,12 @@ def effective(
     if factors.ndim > 1 or not tree.is_complete:
         return None
     values = factors / (1.0 if divisor is None else divisor)
-    return {
-        part: float(value)
-        for part, value in zip(tree.parts, values, strict=True)
-        if isinstance(part, Stored)
-    }
+    found: dict[Stored, float] = {}
+    for part, value in zip(tree.parts, values, strict=True):
+        own = part.own if isinstance(part, Leaf) else None
+        if own is not None:
+            found[own] = found.get(own, 0.0) + float(value)
+    return found
 
 
 def consensus_terms(root: Merge) -> Terms:
@@ -153,13 +154,17 @@ class Computation(Generic[T, O]):
     def __init__(
         self,
         backend: Backend[T, O],
-        fetch: Callable[[Stored], T],
+        fetch: Callable[[Any], T],  # of a leaf
         name: str,
         shape: Sequence[int],
         trims: Mapping[Node, Trim] | None = None,
+        gather: Callable[[Rows, Mapping[Node, T]], T] | None = None,
     ) -> None:
-        """``trims``: those that span all tensors, by their merge."""
+        """``trims``: those that span all tensors, by their merge. ``gather``: the rows of a leaf
+        that is made from merges, of all its sources' tensors; without it there must be none.
+        """
         self._backend = backend
+        self._gather = gather
         self._trims = trims or {}
         self._fetch = fetch
         self._name = name
@@ -196,7 +201,29 @@ class Computation(Generic[T, O]):
         return self._consensus(step.node, out)
 
     def _tensor(self, node: Node) -> T:
-        return self._fetch(node) if isinstance(node, Stored) else self._made[node]
+        if isinstance(node, Leaf) and node not in self._made:
+            self._made[node] = self._leaf(node)
+        return self._made[node]
+
+    def _leaf(self, leaf: Leaf) -> T:
+        if not (isinstance(leaf, Rows) and leaf.inputs):
+            return self._fetch(leaf)
+        assert self._gather is not None  # engine.executor computes such trees on the host
+        sources: dict[Node, T] = {}
+        for source, height in zip(leaf.sources, leaf.heights, strict=True):
+            if isinstance(source, Merge):
+                # Of other rows than the output's, so a computation of its own.
+                shape = (height, *leaf.shape[1:])
+                sources[source], to = self._backend.scratch(math.prod(shape))
+                name = source.name or self._name
+                inner = Computation(
+                    self._backend, self._fetch, name, shape, self._trims, self._gather
+                )
+                inner.run(source, to)
+            else:
+                assert isinstance(source, Leaf)
+                sources[source] = self._fetch(source)
+        return self._gather(leaf, sources)
 
     def _combination(self, tree: Collapsed, out: O) -> Outcome:
         tensors = [self._tensor(part) for part in tree.parts]

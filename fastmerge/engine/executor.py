@@ -11,12 +11,12 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
 from fastmerge.compute.lane import Place
 from fastmerge.compute.stream import Streamer
 from fastmerge.compute.tensor import Outcome, Trim
-from fastmerge.engine.inputs import Inputs, trims_of, write_tensor
+from fastmerge.engine.inputs import Inputs, on_host, trims_of, write_tensor
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.output.sink import Sink
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Leaf, Node, leaves
+from fastmerge.tree.nodes import Node, leaves
 
 _SCRATCH_BYTES = 64 << 20
 
@@ -89,7 +89,7 @@ class Local:
         def compute(item: TensorPlan) -> Outcome:
             with self._inputs.reading(leaves([item.root])):
                 made = self._inputs.reduced(item, backend.pool)
-                if streamer is None or isinstance(item.root, Leaf):
+                if streamer is None or on_host(item.root):
                     slot = sink.slot(item)
                     outcome = write_tensor(backend, self._inputs, made, slot, self.trims)
                 else:

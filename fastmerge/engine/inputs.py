@@ -9,12 +9,13 @@ from dataclasses import replace
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
+from fastmerge.compute.leaves import gathered, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.methods import find
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored, gathers, walk
 from fastmerge.tree.unread import keeps_equal
 
 
@@ -62,7 +63,14 @@ class Inputs:
 
 def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
-    return find_trims(plan.spanning, backend, inputs.fetch)
+    return find_trims(plan.spanning, backend, lambda leaf: view_of(leaf, backend, inputs.fetch))
+
+
+def on_host(root: Node) -> bool:
+    """Whether the CPU makes a tensor that GPUs could: what is only copied, and what reads rows from
+    several places (a merge has one or two such tensors, and the bits are the same).
+    """
+    return isinstance(root, Leaf) or gathers(root)
 
 
 def write_tensor(
@@ -74,7 +82,15 @@ def write_tensor(
 ) -> Outcome:
     """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
     root = item.root
-    if isinstance(root, Stored) and root.dtype == item.dtype:
-        _C.copy(backend.pool, inputs.fetch(root), sink)
+
+    def view(leaf: Leaf) -> _C.View:
+        return view_of(leaf, backend, inputs.fetch)
+
+    def gather(leaf: Rows, sources: Mapping[Node, _C.View]) -> _C.View:
+        return gathered(leaf, backend, sources)
+
+    if isinstance(root, Leaf) and not root.inputs and root.dtype == item.dtype:
+        _C.copy(backend.pool, view(root), sink)
         return Outcome()
-    return Computation(backend, inputs.fetch, item.name, item.shape, spanning).run(root, sink)
+    computation = Computation(backend, view, item.name, item.shape, spanning, gather)
+    return computation.run(root, sink)

@@ -21,6 +21,8 @@ _HEADS = (
     "generator_lm_head", "proj_out", "head", "pred_layer.proj", "lm_loss", "lm_head.out_proj",
     "decoder", "output",
 )  # fmt: skip
+# The same again in layers for multi-token prediction.
+_IN_LAYERS = ("embed_tokens", "shared_head.head", "lm_head")
 # What else precedes a stack of layers, and what follows it besides a head.
 _BEFORE = (
     "wpe", "rotary_emb", "embed_positions", "word_embeddings_layernorm", "positions_embed",
@@ -118,6 +120,23 @@ def find_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor of this name has a row for each token."""
     return layer_of(name) is None and any(ends(name, module) for module in (*_EMBEDDINGS, *_HEADS))
+
+
+def vocabulary_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Which of the tensors have a row for each token: embeddings, heads and their biases."""
+    embedding = find_embedding(shapes)
+    if embedding is None:
+        return []
+    wanted = shapes[embedding]
+    found = []
+    for name, shape in shapes.items():
+        matrix = name.removesuffix(".bias") + ".weight" if name.endswith(".bias") else name
+        modules = (*_EMBEDDINGS, *_HEADS) if layer_of(name) is None else _IN_LAYERS
+        if shape == (wanted if matrix == name else wanted[:1]) and any(
+            ends(matrix, module) for module in modules
+        ):
+            found.append(name)
+    return found
 
 
 def ends(name: str, module: str) -> bool:

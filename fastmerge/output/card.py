@@ -18,7 +18,7 @@ from fastmerge.output.provenance import (
     licence_name,
     provenance,
 )
-from fastmerge.tree.nodes import Merge, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, leaves, walk
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
@@ -124,10 +124,9 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     as_base: Counter[int] = Counter()
     for tensor in plan.tensors:
         nodes = walk(tensor.root)
-        tensors.update({node.model for node in nodes if isinstance(node, Stored)})
-        as_base.update(
-            {n.base.model for n in nodes if isinstance(n, Merge) and isinstance(n.base, Stored)}
-        )
+        tensors.update({stored.model for stored in leaves([tensor.root])})
+        bases = {n.base for n in nodes if isinstance(n, Merge) and isinstance(n.base, Leaf)}
+        as_base.update({base.own.model for base in bases if base.own is not None})
     lines = ["| model | tensors | role | fingerprint |", "|---|---:|---|---|"]
     for index, name in enumerate(names):
         role = "base" if as_base[index] else "source" if tensors[index] else "not used"

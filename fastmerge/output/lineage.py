@@ -11,7 +11,7 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.output.provenance import names, provenance
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Merge, Node, Stored
+from fastmerge.tree.nodes import Leaf, Merge, Node
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -64,8 +64,8 @@ def lineage_file(
     for node, trim in list(spanning.items())[:1]:  # the counts are the same for all
         assert isinstance(node, Merge)
         lineage["kept"] = {
-            names(plan)[part.model]: selection.kept
+            names(plan)[part.own.model]: selection.kept
             for part, selection in zip(node.operands, trim.selections, strict=True)
-            if isinstance(part, Stored)
+            if isinstance(part, Leaf) and part.own is not None
         }
     return (json.dumps(lineage, indent=1) + "\n").encode()

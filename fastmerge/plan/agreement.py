@@ -44,9 +44,11 @@ _SILENT_WORDS = (
 _ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_parameters")
 
 
-def check_agreement(parts: Sequence[Part], lead: View, note: Callable[[str], None]) -> None:
+def check_agreement(
+    parts: Sequence[Part], lead: View, note: Callable[[str], None], *, tokens: bool = True
+) -> None:
     """Notes what the inputs' configs say otherwise than the lead's; ModelError for head counts that
-    cut the same matrices differently.
+    cut the same matrices differently. tokens: whether the vocabulary is the lead's too.
     """
     views = {id(item.view): item for part in parts for item in part.inputs}
     said: dict[str, list[str]] = {}
@@ -56,6 +58,8 @@ def check_agreement(parts: Sequence[Part], lead: View, note: Callable[[str], Non
             continue
         _check_heads(lead, item.view, item.where)
         for key, (mine, other) in _differences(own, _flat(item.view.config)).items():
+            if not tokens and (key.endswith("vocab_size") or "_token_i" in key):
+                continue
             values = said.setdefault(key, [f"{_show(mine)} in '{lead.label}'"])
             values.append(f"{_show(other)} in '{item.view.label}'")
     for key in list(said)[:MOST]:

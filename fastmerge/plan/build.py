@@ -282,8 +282,8 @@ def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> Fast
     if is_vocabulary(name) and x.shape[1:] == y.shape[1:]:
         return UnsupportedError(
             f"{b.where}: vocabulary mismatch in '{name}': {x.shape[0]} rows in '{a.view.label}', "
-            f"{y.shape[0]} in '{b.view.label}'; fastmerge does not merge tokenizers yet: resize "
-            "one model's embeddings first"
+            f"{y.shape[0]} in '{b.view.label}'; write `tokenizer_source: union` (the tokens of "
+            "all) or `tokenizer_source: base` to bring them into one order"
         )
     return ModelError(
         f"{b.where}: tensor '{name}' is {list(x.shape)} in model '{a.view.label}' but "

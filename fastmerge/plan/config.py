@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.models.config import LAYER_COUNTS, count_key, extra_layers, text_config
+from fastmerge.models.vocabulary import Vocabulary
 from fastmerge.plan.inputs import Part, TensorPlan, View
 from fastmerge.plan.per_layer import Layer, restack
 
@@ -29,6 +30,45 @@ def output_config(
     for part, key in keys or [(result, "torch_dtype")]:
         part[key] = dtype.name
     return result
+
+
+def set_tokens(config: dict[str, Any], rows: int | None, ids: Mapping[str, Any]) -> None:
+    """vocab_size (``rows``; None: it stays) and ids of tokens, where the config has them."""
+    parts = [config, text_config(config)]
+    for part in parts:
+        assert isinstance(part, dict)
+        for key in ids.keys() & part.keys():
+            part[key] = ids[key]
+        if rows is not None and (part is parts[1] or "vocab_size" in part):
+            part["vocab_size"] = rows
+
+
+def token_ids(
+    config: Mapping[str, Any], old: Vocabulary, new: Vocabulary, of: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The ids (bos_token_id and such) in a config of the vocabulary ``old`` as ``new`` has them:
+    those that the tokenizer's own model says (``of``), else those of the same tokens.
+    """
+    found: dict[str, Any] = {}
+    for part in (config, text_config(config)):
+        for key, value in part.items():
+            if not key.endswith(("_token_id", "_token_index")) or value is None:
+                continue
+            role = _content(new.config.get(key.rpartition("_")[0]))
+            if of.get(key) is not None:
+                found[key] = of[key]
+            elif of and role in new.ids:
+                found[key] = new.ids[role]
+            elif isinstance(value, list):
+                moved = [new.ids.get(old.tokens.get(each, ""), each) for each in value]
+                found[key] = moved
+            else:
+                found[key] = new.ids.get(old.tokens.get(value, ""), value)
+    return found
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
 
 
 def set_layers(

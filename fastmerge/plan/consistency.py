@@ -171,8 +171,8 @@ def _vocabularies(
     if shape[1:] == found[1:] and len(found) <= 2:
         return ModelError(
             f"{item.where}: vocabulary mismatch: {shape[0]} rows in '{name}' of '{lead.label}', "
-            f"{found[0]} in '{other}' of '{item.view.label}'; a stack has one vocabulary: resize "
-            "one model's embeddings first"
+            f"{found[0]} in '{other}' of '{item.view.label}'; a stack has one vocabulary: write "
+            "`tokenizer_source: union` or `tokenizer_source: base`"
         )
     return ModelError(
         f"{item.where}: tensor '{name}' is {list(shape)} in model '{lead.label}' but "

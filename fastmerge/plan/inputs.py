@@ -21,6 +21,7 @@ from fastmerge.models.architecture import (
 from fastmerge.models.config import layer_count
 from fastmerge.models.model import Model
 from fastmerge.models.quantised import find_quantised
+from fastmerge.models.vocabulary import Vocabulary
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Node, leaves
@@ -62,6 +63,7 @@ class View:
     config: dict[str, Any]
     tensors: dict[str, TensorPlan]
     donor: Model
+    vocabulary: Vocabulary | None = None  # of a document that has another than its donor
 
     @cached_property
     def layers(self) -> dict[str, dict[int, dict[str, TensorPlan]]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models import hub
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.model import Model, same_bytes
+from fastmerge.models.side_files import side_files
+from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
 from fastmerge.plan.inputs import TensorPlan, View
 from fastmerge.tree.nodes import Stored
 
@@ -38,6 +40,20 @@ class Opened:
         if reference not in self._by_reference:
             self._by_reference[reference] = self._open(reference, where)
         return self._by_reference[reference]
+
+    def tokenizer(self, reference: str, where: str) -> View | Vocabulary:
+        """The model called ``reference`` where it is open already, else no more of it than its
+        tokenizer.
+        """
+        if reference in self._given or reference in self._by_reference:
+            return self.view(reference, where)
+        path = self._find(reference, where)
+        if path.resolve() in self._by_identity:
+            return self.view(reference, where)
+        found = read_vocabulary(reference, side_files(path), path)
+        if found is None:
+            raise ModelError(f"{where}: '{reference}' has no tokenizer files; name one that has")
+        return found
 
     def _open(self, reference: str, where: str) -> View:
         if reference in self._given:

@@ -13,6 +13,8 @@ from typing import Any
 
 from fastmerge.methods import Combination
 from fastmerge.models.model import Model, folder_of
+from fastmerge.models.side_files import is_tokenizer
+from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.spanning import spanning
 from fastmerge.tree.collapse import collapse
@@ -33,6 +35,10 @@ class Plan:
     seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
     recipe_text: str
     notes: tuple[str, ...]  # what was decided that the recipe does not say
+    # What is written beside the weights where that is not the donor's as it is.
+    vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
+    token_ids: Mapping[str, Any] | None = None  # of generation_config.json
     # Of a search: the linear merge of all its models, whose sources every candidate's are among, so
     # that what is prepared for one serves them all.
     template: Plan | None = None
@@ -42,6 +48,20 @@ class Plan:
     def donor(self) -> Path:
         """The folder of ``donor_model``; UnsupportedError where it has none."""
         return folder_of(self.donor_model)
+
+    def side_files(self) -> dict[str, bytes | Path]:
+        """What is written beside the weights, by name, but for config.json: bytes, or a file to
+        copy.
+        """
+        files = dict(self.donor_model.side_files())
+        if self.vocabulary is not None:
+            files = {name: file for name, file in files.items() if not is_tokenizer(name)}
+            files |= self.vocabulary.written()
+        if self.chat_template is not None:
+            files = with_template(files, self.chat_template, self.donor_model.label)
+        if self.token_ids and GENERATION in files:
+            files[GENERATION] = with_ids(files[GENERATION], self.token_ids)
+        return files
 
     @cached_property
     def bytes_in(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Any
 from fastmerge.dtypes import DType
 from fastmerge.errors import (
     FastmergeError,
+    ModelError,
     RecipeError,
     UnsupportedError,
     brief,
@@ -30,9 +32,10 @@ from fastmerge.models import hub
 from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
+from fastmerge.models.vocabulary import Vocabulary, template_of
 from fastmerge.plan.agreement import check_agreement
 from fastmerge.plan.build import Builder
-from fastmerge.plan.config import output_config, set_layers
+from fastmerge.plan.config import output_config, set_layers, set_tokens
 from fastmerge.plan.consistency import check_result, check_stack
 from fastmerge.plan.heads import settle_heads
 from fastmerge.plan.inputs import (
@@ -45,6 +48,7 @@ from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.spanning import check_whole
+from fastmerge.plan.tokenizer import Aligned, Vocabularies, align
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.document import (
     Document,
@@ -57,6 +61,7 @@ from fastmerge.recipe.document import (
     without_effect,
 )
 from fastmerge.recipe.settings import Setting
+from fastmerge.recipe.templates import TEMPLATES
 from fastmerge.tree.nodes import Node
 from fastmerge.tree.unread import without_unread
 
@@ -133,6 +138,9 @@ class Planner:
         self.text = text
         self.notes: dict[str, None] = {}  # in order, each once
         self.views: dict[str | None, View] = {}  # results by document name
+        self.vocabularies = Vocabularies()
+        self.template: str | None = None  # the output's
+        self.generation: Mapping[str, Any] = {}  # token ids of its generation_config.json
         self.seed_derived, self.seed_used = seed is None, False
         self.seed = _seed_of(text) if seed is None else seed
 
@@ -203,9 +211,18 @@ class Planner:
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
-        check_agreement(parts, lead, self.note)
+        wanted = None if document is None else document.vocabulary
+        check_agreement(parts, lead, self.note, tokens=wanted is None)
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
+        aligned = Aligned(parts, lead)
+        if wanted is not None:
+            has_base = document is not None and document.base_model is not None
+            aligned = align(
+                parts, lead, has_base, wanted, self.vocabularies, self._tokenizer, self.view,
+                self.note,
+            )  # fmt: skip
+            parts, lead = aligned.parts, aligned.lead
         if not whole:
             check_stack(parts, lead)
         build = Builder(dtype, seed, self.opened.models)
@@ -213,11 +230,16 @@ class Planner:
         if document is not None:
             self._unused_filters(document, parts)
         if is_output:
-            self._beside(document, lead)
+            self._beside(lead)
         config = output_config(lead.config, dtype, tensors)
         if not whole:
             set_layers(config, parts, lead, self.note)
-        result = View(name, config, tensors, lead.donor)
+        set_tokens(config, aligned.rows, aligned.ids)
+        result = View(name, config, tensors, lead.donor, aligned.vocabulary or lead.vocabulary)
+        if is_output:
+            self.generation = aligned.generation
+            if document is not None:
+                self.template = self._template(document, parts, lead)
         check_result(result, parts, lead, self.note)
         return result
 
@@ -237,19 +259,40 @@ class Planner:
             seed_derived=self.seed_used and self.seed_derived,
             recipe_text=self.text,
             notes=few_of_a_kind(self.notes),
+            vocabulary=result.vocabulary,
+            chat_template=self.template,
+            token_ids=self.generation,
         )
 
-    def _beside(self, document: Document | None, lead: View) -> None:
+    def _tokenizer(self, reference: str, where: str) -> View | Vocabulary:
+        """A document's or model's view, or the vocabulary of what is no model of this merge."""
+        if reference in self.views:
+            return self.views[reference]
+        return self.opened.tokenizer(reference, where)
+
+    def _template(self, document: Document, parts: Sequence[Part], lead: View) -> str | None:
+        """The chat template that ``chat_template:`` asks for; None where the donor's stays."""
+        name, where = document.chat_template, document.at("chat_template")
+        if name is None:
+            return None
+        if not any(is_tokenizer(file) for file in lead.donor.side_files()):
+            raise ModelError(
+                f"{where}: '{lead.label}' has no tokenizer for a chat template; remove the line"
+            )
+        if name != "auto":
+            return TEMPLATES.get(name, name)
+        views = {id(i.view): i.view for part in parts for i in part.inputs}
+        found = [template_of(v.donor.side_files(), v.label) for v in (lead, *views.values())]
+        given = [template for template in found[1:] if template is not None]
+        if not given:
+            self.note("chat_template auto: no model has one")
+            return None
+        # The most common; of several the first in the recipe's order.
+        return Counter(given).most_common(1)[0][0]
+
+    def _beside(self, lead: View) -> None:
         """Says what is copied from beside the lead's weights."""
         side = lead.donor.side_files()
-        if document is not None and (document.tokenizer_source or document.tokenizer):
-            self.note(
-                f"the tokenizer of '{lead.label}' is copied; equal vocabulary sizes are all that "
-                "is checked"
-                if any(is_tokenizer(name) for name in side)
-                else f"nothing beside the weights of '{lead.label}' has a name that tokenizers "
-                "have; all that lies there is copied"
-            )
         for line in side.notes if isinstance(side, SideFiles) else ():
             self.note(line)
 

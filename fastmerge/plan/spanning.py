@@ -12,7 +12,7 @@ from typing import Any
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Consensus
 from fastmerge.methods.shapes import Spans
-from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 
 
 def is_spanning(node: Node) -> Spans | None:
@@ -40,7 +40,7 @@ def spanning(tensors: Iterable[tuple[Node, int]]) -> dict[Merge, int]:
         return found
     first, spans = next(iter(found)), asked[0]
     for node in found:
-        if not all(isinstance(part, Stored) for part in node.inputs):
+        if not all(isinstance(part, Leaf) and part.own for part in node.inputs):
             raise UnsupportedError(
                 f"{spans}: '{node.name}' is merged from another document's result; it takes "
                 "models that are there: write that result to a folder first"
@@ -72,7 +72,8 @@ def check_whole(document: Iterable[Node], used: Container[Node]) -> None:
 
 
 def _models(node: Merge) -> list[int]:
-    return [part.model for part in node.inputs if isinstance(part, Stored)]
+    leaves = (part.own for part in node.inputs if isinstance(part, Leaf))
+    return [own.model for own in leaves if own is not None]
 
 
 def _given(node: Merge, name: str) -> list[Any]:

@@ -17,9 +17,12 @@ from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, UnsupportedError, nearest
 from fastmerge.methods import METHODS, Method, find
-from fastmerge.recipe.section import FaultError, Section, field, listed, mapping, string, whole
-from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings, shown
+from fastmerge.recipe.reference import reference
+from fastmerge.recipe.section import Section, field, listed, string, whole
+from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings
 from fastmerge.recipe.source import read
+from fastmerge.recipe.templates import TEMPLATES
+from fastmerge.recipe.tokenizer import TokenizerSection, chat_template, check_template
 
 # mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
 # spelling.
@@ -29,34 +32,6 @@ _NOT_YET = (
 )  # fmt: skip
 # Parameters that only those methods (or older versions) read. People leave them in.
 _FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_topk")
-
-
-def reference(value: Any) -> str:
-    """``path``, ``hub/id`` or either with ``@revision``, from mergekit's text or mapping form."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("is empty; give a folder or a Hub id")
-        return value.strip()
-    if not isinstance(value, Mapping) or not {"model", "path"} & set(value):
-        raise ValueError(f"must be a folder or a Hub id, not {shown(value)}")
-    for name, item in value.items():
-        if item is None:
-            continue
-        if name == "lora":
-            raise FaultError(
-                "has a LoRA, which is not supported: merge the adapter into its base first",
-                error=UnsupportedError,
-            )
-        if name not in ("model", "path", "revision"):
-            raise ValueError(
-                f"has the key '{name}', which is not supported; known: model, path, revision"
-            )
-    if "model" in value:
-        return reference(value["model"])
-    path, revision = value["path"], value.get("revision")
-    if not isinstance(path, str):
-        raise ValueError(f"has a path that is not text: {shown(path)}")
-    return path if revision is None else f"{path}@{revision}"
 
 
 # ---------------------------------------------------------------- sections
@@ -122,7 +97,6 @@ class Slice(_Parametrised):
 
 _MOE = "mixture-of-experts recipes are not merges of one architecture; use mergekit-moe"
 _SCHEDULE = "this is a schedule, not a recipe; run `fastmerge retrograde`"
-_AFTER = "set it in the written folder's tokenizer files afterwards"
 
 
 class Document(_Parametrised):
@@ -137,7 +111,6 @@ class Document(_Parametrised):
         "experts": _MOE,
         "experts_per_token": _MOE,
         "shared_experts": _MOE,
-        "chat_template": _AFTER,
         "input_model_parameters": "mergekit dropped it; use each model's 'parameters:'",
         "embed_slerp": "mergekit dropped it; remove it",
     }
@@ -150,7 +123,8 @@ class Document(_Parametrised):
     dtype: str | None = field(string, None)
     out_dtype: str | None = field(string, None)
     tokenizer_source: str | None = field(reference, None)
-    tokenizer: Mapping[str, Any] | None = field(mapping, None)
+    tokenizer: TokenizerSection | None = field(TokenizerSection, None)
+    chat_template: str | None = field(chat_template, None)
     seed: int | None = field(whole(), None)
     random_seed: int | None = field(whole(), None)  # what some recipes in the wild call it
 
@@ -223,27 +197,19 @@ class Document(_Parametrised):
         self._check_tokenizer()
 
     def _check_tokenizer(self) -> None:
-        """Only the base's own tokenizer: fastmerge copies a tokenizer and merges none."""
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise RecipeError(
                 f"{self.at('tokenizer')}: give 'tokenizer' or 'tokenizer_source', not both"
             )
-        key, source = "tokenizer_source", self.tokenizer_source
-        if self.tokenizer is not None:
-            key, source = "tokenizer", str(self.tokenizer.get("source") or "union")
-            for name, value in self.tokenizer.items():
-                if name != "source" and value is not None:
-                    raise UnsupportedError(
-                        f"{self.at(key)}: tokenizer option '{name}' is not supported: fastmerge "
-                        "copies the base model's tokenizer as it is; write `tokenizer_source: base`"
-                    )
-        if source is not None and source not in ("base", self.base_model):
-            raise UnsupportedError(
-                f"{self.at(key)}: {key} '{source}' is not supported yet: fastmerge copies the "
-                "base model's tokenizer and merges none; write `tokenizer_source: base`"
-            )
-        if source is not None and self.base_model is None:
-            raise RecipeError(f"{self.at(key)}: {key} '{source}' needs a 'base_model:'")
+        if self.chat_template is not None:
+            check_template(self.chat_template, TEMPLATES, self.at("chat_template"))
+
+    @property
+    def vocabulary(self) -> TokenizerSection | None:
+        """What is asked of the output's tokenizer; None: the lead's, and nothing is checked."""
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            return TokenizerSection.of_source(self.tokenizer_source, self.at("tokenizer_source"))
+        return self.tokenizer
 
 
 def settings_for(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastmerge.dtypes import F32, DType
 from fastmerge.methods import Combination, Method
@@ -15,7 +20,23 @@ from fastmerge.methods import Combination, Method
 class Leaf(ABC):
     """What the numbers of a tree come from: a stored tensor, or what follows from several."""
 
-    inputs: ClassVar[tuple[Node, ...]] = ()
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """Merges that it is made from, which are to be computed first."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.dtype.bytes_for(math.prod(self.shape))
+
+    @property
+    @abstractmethod
+    def own(self) -> Stored | None:
+        """The stored tensor that it stands for; None where that is a merge."""
 
     @property
     @abstractmethod
@@ -38,6 +59,10 @@ class Stored(Leaf):
     dtype: DType = field(default=F32, compare=False)
 
     @property
+    def own(self) -> Stored:
+        return self
+
+    @property
     def stored(self) -> tuple[Stored, ...]:
         return (self,)
 
@@ -45,10 +70,64 @@ class Stored(Leaf):
     def key(self) -> str:
         return f"{self.model}/{self.name!r}"
 
+
+ZERO, MEAN = -1, -2  # in RowMap.source
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Where each row of a matrix comes from: row ``row[i]`` of source ``source[i]``; nothing but
+    zeros (ZERO); or a mean (MEAN), number ``row[i]`` of ``means``, each of which is a list of
+    (source, row). Rows from ``real`` on have no token: they hold the mean of those before.
+
+    source: int32, row: int64, of shape (real,). total: rows in all.
+    """
+
+    source: NDArray[np.int32]
+    row: NDArray[np.int64]
+    means: tuple[tuple[tuple[int, int], ...], ...]
+    total: int
+
     @property
-    def nbytes(self) -> int:
-        """Bytes in the model's file."""
-        return self.dtype.bytes_for(math.prod(self.shape))
+    def real(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of all of it."""
+        found = hashlib.sha256(self.source.tobytes() + self.row.tobytes())
+        found.update(f"{self.means} {self.total}".encode())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Leaf):
+    """A matrix (or vector) made of rows of others of its width: what another vocabulary makes of a
+    model's embeddings. ``sources[0]`` is the model's own; ``heights`` are the sources' rows.
+    """
+
+    sources: tuple[Node, ...]
+    heights: tuple[int, ...]
+    rows: RowMap
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return tuple(source for source in self.sources if not isinstance(source, Stored))
+
+    @property
+    def own(self) -> Stored | None:
+        own = self.sources[0]
+        return own if isinstance(own, Stored) else None
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return tuple(source for source in self.sources if isinstance(source, Stored))
+
+    @property
+    def key(self) -> str:
+        return f"rows {self.rows.digest} of {' '.join(stored.key for stored in self.stored)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +194,8 @@ def leaves(roots: Iterable[Node]) -> list[Stored]:
     """The distinct stored tensors that ``roots`` read, in order of first use."""
     found = (node for root in roots for node in walk(root) if isinstance(node, Leaf))
     return list(dict.fromkeys(stored for leaf in found for stored in leaf.stored))
+
+
+def gathers(root: Node) -> bool:
+    """Whether any leaf of a tree takes its rows from several places."""
+    return any(isinstance(node, Rows) for node in walk(root))

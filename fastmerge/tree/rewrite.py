@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fastmerge.tree.nodes import HasInputs, Merge, Node, walk
+from fastmerge.tree.nodes import HasInputs, Merge, Node, Rows, walk
 
 N = TypeVar("N", bound=HasInputs)
 R = TypeVar("R")
@@ -33,6 +33,9 @@ def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
     """The tree with ``change`` of every merge, whose inputs are rewritten by then."""
 
     def step(node: Node, inputs: Sequence[Node]) -> Node:
+        if isinstance(node, Rows) and inputs:
+            made = dict(zip(node.inputs, inputs, strict=True))
+            return replace(node, sources=tuple(made.get(s, s) for s in node.sources))
         if not isinstance(node, Merge):
             return node
         base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
@@ -49,7 +52,7 @@ def digest(root: Node, known: MutableMapping[Node, str]) -> str:
 
     def step(node: Node, inputs: Sequence[str]) -> str:
         if not isinstance(node, Merge):
-            return node.key
+            return " of ".join([node.key, *inputs])
         values: list[Any] = [sorted(node.values.items())]
         values.append([sorted(own.items()) for own in node.operand_values])
         draws = f"{node.seed} {node.name!r} {node.numbers}" if node.method.random else ""

@@ -1,0 +1,127 @@
+"""Leaves that follow from stored tensors, as what the primitives read.
+
+Nothing of a tensor's size is made: a leaf of rows is a table of their addresses. Only rows that no
+file holds (means of several, padding) are computed, into the back end's bounded scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import _C
+from fastmerge.compute.cpu import CpuBackend
+from fastmerge.dtypes import BY_CODE
+from fastmerge.tree.nodes import MEAN, ZERO, Leaf, Node, Rows, Stored
+
+_BLOCK_BYTES = 4 << 20  # of the rows that a mean of all of them decodes at a time
+
+
+def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View]) -> _C.View:
+    """The leaf's elements in row-major order, in its dtype.
+
+    fetch: the memory of a stored tensor. The leaf must not be made from merges.
+    """
+    if isinstance(leaf, Stored):
+        return fetch(leaf)
+    assert isinstance(leaf, Rows)
+    sources: dict[Node, _C.View] = {source: fetch(source) for source in leaf.stored}
+    return gathered(leaf, backend, sources)
+
+
+def gathered(leaf: Rows, backend: CpuBackend, sources: Mapping[Node, _C.View]) -> _C.View:
+    """The rows of ``leaf`` from the memory of its sources."""
+    views = [sources[source] for source in leaf.sources]
+    cols = leaf.shape[1] if len(leaf.shape) > 1 else 1
+    table = _Table(views, cols)
+    rows = leaf.rows
+    addresses, kinds = table.of(rows.source, rows.row)
+    keep: list[object] = [views]
+    made = len(rows.means) + (rows.total > rows.real)
+    if made:
+        extra, _ = backend.scratch(made * cols)
+        keep.append(extra)
+        _average(table, rows.means, extra, backend)
+        at_mean = rows.source == MEAN
+        addresses[at_mean] = extra.address + 4 * cols * rows.row[at_mean].astype(np.uint64)
+        kinds[at_mean] = table.types.index("F32")
+    types = table.types
+    at_zero = rows.source == ZERO
+    if at_zero.any():
+        zeros = np.zeros(4 * cols, np.uint8)
+        keep.append(zeros)
+        addresses[at_zero] = zeros.ctypes.data
+        kinds[at_zero] = types.index(leaf.dtype.code)  # zeros in every type
+    if rows.total > rows.real:
+        real = _C.gathered(addresses, types, kinds, cols, "F32", keep)
+        last = made - 1
+        _fill_mean(real, cols, extra.slice(last * cols, made * cols), backend)
+        padding = rows.total - rows.real
+        where = np.uint64(extra.address + 4 * cols * last)
+        addresses = np.concatenate([addresses, np.full(padding, where)])
+        kinds = np.concatenate([kinds, np.full(padding, types.index("F32"), np.uint8)])
+    return _C.gathered(addresses, types, kinds, cols, leaf.dtype.code, keep)
+
+
+class _Table:
+    """Where the rows of several matrices lie."""
+
+    def __init__(self, views: Sequence[_C.View], cols: int) -> None:
+        self.views, self.cols = views, cols
+        self.types = sorted({"F32", *(view.dtype for view in views)})
+        self._kinds = np.array([self.types.index(view.dtype) for view in views], np.uint8)
+        self._base = np.array([view.address for view in views], np.uint64)
+        row_bytes = [BY_CODE[view.dtype].bytes_for(cols) for view in views]
+        self._row_bytes = np.array(row_bytes, np.uint64)
+
+    def of(
+        self, source: NDArray[np.int32], row: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """The rows' addresses, and which of ``types`` they are stored as; anything where the source
+        is none of the matrices.
+        """
+        which = np.maximum(source, 0)
+        addresses = self._base[which] + row.astype(np.uint64) * self._row_bytes[which]
+        return addresses, self._kinds[which]
+
+
+def _average(
+    table: _Table,
+    means: Sequence[Sequence[tuple[int, int]]],
+    out: _C.View,
+    backend: CpuBackend,
+) -> None:
+    """Each mean of rows to its row of ``out``: fp32 sums in order, one division."""
+    cols = table.cols
+    begin = 0
+    while begin < len(means):  # runs of as many terms are one sum of gathered matrices
+        end = begin
+        while end < len(means) and len(means[end]) == len(means[begin]):
+            end += 1
+        terms = np.array(means[begin:end], np.int64)  # (means, terms, 2)
+        views = []
+        for each in terms.transpose(1, 2, 0):
+            addresses, kinds = table.of(each[0].astype(np.int32), each[1])
+            views.append(_C.gathered(addresses, table.types, kinds, cols, "F32", table.views))
+        to = _C.MemorySink(out.slice(begin * cols, end * cols))
+        backend.combine(views, np.ones(len(views)), to, divisor=float(len(views)))
+        begin = end
+
+
+def _fill_mean(matrix: _C.View, cols: int, out: _C.View, backend: CpuBackend) -> None:
+    """The mean row of a matrix to ``out``: a float64 sum, rounded once."""
+    count = matrix.count // cols
+    height = max(1, min(count, _BLOCK_BYTES // (4 * cols)))
+    block = np.empty((height, cols), np.float32)
+    total = np.zeros(cols)
+    for begin in range(0, count, height):
+        part = block[: min(height, count - begin)]
+        to = _C.View(part.ctypes.data, part.size, "F32", part)
+        view = matrix.slice(begin * cols, begin * cols + part.size)
+        backend.combine([view], np.ones(1), _C.MemorySink(to))
+        total += part.sum(axis=0, dtype=np.float64)
+    mean = (total / max(count, 1)).astype(np.float32)
+    source = _C.View(mean.ctypes.data, cols, "F32", mean)
+    _C.copy(backend.pool, source, _C.MemorySink(out))

@@ -1,0 +1,451 @@
+"""A model's vocabulary, from its tokenizer's files: which token has which id.
+
+tokenizer.json says it for every fast tokenizer, and is read as what it is, JSON; what
+tokenizer_config.json adds to it counts as it does in transformers. Where there is no tokenizer.json
+transformers makes one of the older files, if it is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.models.side_files import is_tokenizer
+
+Files = Mapping[str, "bytes | Path"]
+
+TOKENIZER, CONFIG, SPECIALS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+# Older files that say again what tokenizer.json says, for programs that read no such file.
+_OLDER = (
+    "tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+    "vocab.bpe", "encoder.json", "tekken.json",
+)  # fmt: skip
+# Where tokenizer_config.json names tokens by what they are for.
+_ROLES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """One tokenizer: its tokens by id, and the files that it is kept in.
+
+    label: whose it is, for messages. ids: by token, those of `added` among them. added: what
+    tokenizer.json keeps of a token that is split off before the model sees the text. document,
+    config: tokenizer.json and tokenizer_config.json.
+    """
+
+    label: str
+    ids: Mapping[str, int]
+    added: Mapping[str, Mapping[str, Any]]
+    document: Mapping[str, Any]
+    config: Mapping[str, Any]
+    files: Files
+    changed: bool = False  # the files say something else
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """By id; of several with one id the first."""
+        found: dict[int, str] = {}
+        for token, number in self.ids.items():
+            found.setdefault(number, token)
+        return found
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values(), default=-1) + 1
+
+    def without(self, tokens: set[str]) -> Vocabulary:
+        """The same less some tokens."""
+        if not tokens:
+            return self
+        ids = {token: number for token, number in self.ids.items() if token not in tokens}
+        added = {token: info for token, info in self.added.items() if token not in tokens}
+        return replace(self, ids=ids, added=added, changed=True)
+
+    def with_tokens(self, others: Iterable[tuple[Vocabulary, str]]) -> Vocabulary:
+        """The same and, behind them, tokens of other vocabularies as these have them."""
+        ids, added = dict(self.ids), dict(self.added)
+        document, size = self.document, self.size
+        donors: dict[int, Vocabulary] = {}
+        for other, token in others:
+            if token in ids:
+                continue
+            donors[id(other)] = other
+            ids[token] = size
+            size += 1
+            if token in other.added or not _alike(self, other):
+                info = other.added.get(token, {**_PLAIN, "special": False})
+                added[token] = {**info, "content": token}
+        if len(ids) == len(self.ids):
+            return self
+        for other in donors.values():
+            if _alike(self, other):
+                document = _with_model(document, other, ids)
+        return replace(self, ids=ids, added=added, document=document, changed=True)
+
+    def written(self) -> dict[str, bytes | Path]:
+        """Its files: as they were, where it has not changed."""
+        files = dict(self.files)
+        if not self.changed:
+            return files
+        for name in _OLDER:
+            files.pop(name, None)
+        files[TOKENIZER] = _dumped(_document(self))
+        files[CONFIG] = _dumped(_config(self))
+        if SPECIALS in files:
+            kept = {
+                role: value
+                for role, value in _object(files[SPECIALS], SPECIALS, self.label).items()
+                if isinstance(value, list) or _content(value) in self.ids
+            }
+            files[SPECIALS] = _dumped(kept)
+        return files
+
+
+def template_of(files: Files, label: str) -> str | None:
+    """A model's chat template: the one that transformers takes where there are several."""
+    if TEMPLATE in files:
+        return _bytes(files[TEMPLATE]).decode(errors="replace")
+    if CONFIG not in files:
+        return None
+    found = _object(files[CONFIG], CONFIG, label).get("chat_template")
+    if isinstance(found, list):  # by name
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def with_template(files: Files, template: str, label: str) -> dict[str, bytes | Path]:
+    """A tokenizer's files with another chat template, where new and old readers look for it."""
+    found = {name: file for name, file in files.items() if name != "chat_template.json"}
+    config = _object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
+    found[CONFIG] = _dumped({**config, "chat_template": template})
+    found[TEMPLATE] = template.encode()
+    return found
+
+
+def read_generation(files: Files, label: str) -> Mapping[str, Any]:
+    """generation_config.json, {} where there is none."""
+    return _object(files[GENERATION], GENERATION, label) if GENERATION in files else {}
+
+
+def with_ids(file: bytes | Path, ids: Mapping[str, Any]) -> bytes:
+    """A JSON file with other values under the keys that it has of ``ids``."""
+    config = _object(file, GENERATION, "")
+    return _dumped({key: ids.get(key, value) for key, value in config.items()})
+
+
+def identity(files: Files) -> str:
+    """Hex digits that are equal where the files that say which token has which id are; '' where
+    there are none.
+    """
+    names = [
+        n for n in files if n in _OLDER or n in (TOKENIZER, SPECIALS) or n.endswith("tiktoken")
+    ]
+    if not names:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(_bytes(files[name])).digest())
+    if CONFIG in files:
+        try:
+            config = json.loads(_bytes(files[CONFIG]))
+            kept = [config.get(key) for key in (*_ROLES, *_LISTS, "added_tokens_decoder")]
+            digest.update(json.dumps(kept, sort_keys=True).encode())
+        except (ValueError, AttributeError, RecursionError):
+            digest.update(_bytes(files[CONFIG]))
+    return digest.hexdigest()
+
+
+def read_vocabulary(label: str, side_files: Files, folder: Path | None) -> Vocabulary | None:
+    """The vocabulary of a model with these side files; None where none of them is a tokenizer's.
+
+    Raises FastmergeError for files that cannot be read, or by what is installed.
+    """
+    files = {name: file for name, file in side_files.items() if is_tokenizer(name)}
+    if TOKENIZER in files:
+        document = _object(files[TOKENIZER], TOKENIZER, label)
+    elif any(name in _OLDER or name.endswith((".model", ".tiktoken")) for name in files):
+        document = _converted(label, files, folder)
+    else:
+        return None
+    config = _object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
+    ids = _model_ids(document, label)
+    added: dict[str, Mapping[str, Any]] = {}
+    for entry in _listed(document.get("added_tokens"), "added_tokens", label):
+        token, number = entry.get("content"), entry.get("id")
+        if not isinstance(token, str) or type(number) is not int or number < 0:
+            raise _unreadable(label, "an entry of added_tokens has no content or id")
+        ids[token] = number
+        added[token] = {key: value for key, value in entry.items() if key != "id"}
+    _from_config(config, ids, added, label)
+    if SPECIALS in files:
+        _roles(_object(files[SPECIALS], SPECIALS, label), ids, added)
+    if not ids:
+        raise _unreadable(label, "it has no tokens")
+    return Vocabulary(label, ids, added, document, config, files)
+
+
+def _from_config(
+    config: Mapping[str, Any], ids: dict[str, int], added: dict[str, Mapping[str, Any]], label: str
+) -> None:
+    """Takes over what transformers adds to tokenizer.json from tokenizer_config.json."""
+    decoder = config.get("added_tokens_decoder")
+    for text, entry in decoder.items() if isinstance(decoder, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(token, str) or not str(text).isdecimal():
+            raise _unreadable(
+                label, "an entry of added_tokens_decoder has no content or id", CONFIG
+            )
+        if token not in ids:
+            ids[token] = int(text)
+            added[token] = {**_PLAIN, "normalized": False, "special": True, **entry}
+    _roles(config, ids, added)
+
+
+def _roles(
+    config: Mapping[str, Any], ids: dict[str, int], added: dict[str, Mapping[str, Any]]
+) -> None:
+    """Special tokens that no list of tokens has: transformers puts them behind the others."""
+    wanted = [config.get(role) for role in _ROLES]
+    for key in _LISTS:
+        extra = config.get(key)
+        wanted += extra if isinstance(extra, list) else []
+        wanted += list(extra.values()) if isinstance(extra, dict) else []
+    for value in wanted:
+        token = _content(value)
+        if token and token not in ids:
+            ids[token] = max(ids.values(), default=-1) + 1
+            info = value if isinstance(value, dict) else {}
+            known = {key: info[key] for key in _PLAIN if key in info}
+            added[token] = {**_PLAIN, "normalized": False, **known, "content": token}
+            added[token] = {**added[token], "special": True}
+
+
+def _content(value: Any) -> str | None:
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+# ---------------------------------------------------------------- the model of a tokenizer
+
+
+def _model_ids(document: Mapping[str, Any], label: str) -> dict[str, int]:
+    """Token to id, without added tokens, of any model that tokenizers knows."""
+    model = document.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # Unigram: [piece, score], the place is the id
+        pieces = [item[0] if isinstance(item, list) and item else None for item in vocab]
+        if not all(isinstance(piece, str) for piece in pieces):
+            raise _unreadable(label, "an entry of model.vocab is no [piece, score]")
+        return {str(piece): number for number, piece in reversed(list(enumerate(pieces)))}
+    if not isinstance(vocab, dict):
+        raise _unreadable(label, "it has no model.vocab")
+    if not all(type(number) is int and number >= 0 for number in vocab.values()):
+        raise _unreadable(label, "an id in model.vocab is no whole number")
+    return dict(vocab)
+
+
+def _kind(document: Mapping[str, Any]) -> Any:
+    model = document["model"]
+    return model.get("type") or ("Unigram" if isinstance(model["vocab"], list) else "BPE")
+
+
+def _alike(one: Vocabulary, other: Vocabulary) -> bool:
+    """Whether both cut text up the same way, so that one can take over the other's tokens as such;
+    else they are split off the text wherever they stand.
+    """
+    return _kind(one.document) == _kind(other.document) and all(
+        one.document.get(part) == other.document.get(part)
+        for part in ("normalizer", "pre_tokenizer")
+    )
+
+
+def _with_model(
+    document: Mapping[str, Any], other: Vocabulary, ids: Mapping[str, int]
+) -> Mapping[str, Any]:
+    """The document with what the other's model knows of the tokens that are new to it.
+
+    BPE: its merges, behind those that are there. Unigram: its pieces' scores, which `_document`
+    puts in place.
+    """
+    model, theirs = dict(document["model"]), other.document["model"]
+    if isinstance(model["vocab"], list):
+        have = {piece for piece, *_ in model["vocab"]}
+        model["vocab"] = [
+            *model["vocab"],
+            *(item for item in theirs["vocab"] if item[0] not in have),
+        ]
+    else:
+        known = set(model["vocab"])
+        model["vocab"] = {**model["vocab"], **{t: ids[t] for t in theirs["vocab"] if t in ids}}
+        if "merges" in model or "merges" in theirs:
+            mine = [_pair(merge) for merge in model.get("merges") or ()]
+            seen = set(mine)
+            more = (_pair(merge) for merge in theirs.get("merges") or ())
+            new = [m for m in more if m not in seen and "".join(m) not in known]
+            model["merges"] = [list(pair) for pair in (*mine, *new)]
+    return {**document, "model": model}
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    """A merge of a BPE model, which older files write as one text."""
+    first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return first, second
+
+
+def _document(vocabulary: Vocabulary) -> dict[str, Any]:
+    """tokenizer.json with the vocabulary's tokens and ids, and no others."""
+    ids = vocabulary.ids
+    document: dict[str, Any] = json.loads(json.dumps(vocabulary.document))
+    model = document["model"]
+    added = sorted(vocabulary.added, key=lambda token: ids[token])
+    document["added_tokens"] = [
+        {"id": ids[token], **_PLAIN, "special": False, **vocabulary.added[token]} for token in added
+    ]
+    if isinstance(model["vocab"], list):
+        _place_pieces(model, vocabulary)
+        return document
+    own = {token: ids[token] for token in model["vocab"] if token in ids}
+    # tokenizers numbers added tokens that are not in the model's vocabulary by themselves: from its
+    # size on, each behind the last. Where that gives other ids, they must be in it.
+    following = len(own)
+    for token in added:
+        if token not in own:
+            if ids[token] != following:
+                own |= {name: ids[name] for name in added}
+                break
+            following += 1
+    model["vocab"] = dict(sorted(own.items(), key=lambda item: item[1]))
+    if "merges" in model:
+        pairs = [_pair(merge) for merge in model["merges"] or ()]
+        kept = [p for p in pairs if all(t in own for t in (*p, "".join(p)))]
+        if len(kept) != len(pairs) or len(kept) != len(vocabulary.document["model"]["merges"]):
+            model["merges"] = [list(pair) for pair in kept]
+    return document
+
+
+def _place_pieces(model: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Each piece of a Unigram model at the place of its id, added tokens among them."""
+    scores = {piece: score for piece, score, *_ in reversed(model["vocab"])}
+    # An added token never reaches the model; a gap between ids must be filled with something.
+    lowest = min((score for score in scores.values()), default=0.0) - 10.0
+    unknown = model.get("unk_id")
+    unknown_piece = model["vocab"][unknown][0] if isinstance(unknown, int) else None
+    last = max((vocabulary.ids[t] for t in scores if t in vocabulary.ids), default=-1)
+    pieces = []
+    for number in range(last + 1):
+        token = vocabulary.tokens.get(number, f"<|fastmerge_unused_{number}|>")
+        pieces.append([token, scores.get(token, lowest)])
+    beyond = [t for t in vocabulary.added if vocabulary.ids[t] > last]
+    if sorted(vocabulary.ids[t] for t in beyond) != list(range(last + 1, last + 1 + len(beyond))):
+        for number in range(last + 1, vocabulary.size):
+            token = vocabulary.tokens.get(number, f"<|fastmerge_unused_{number}|>")
+            pieces.append([token, lowest])
+    model["vocab"] = pieces
+    if unknown_piece is not None:
+        model["unk_id"] = vocabulary.ids.get(unknown_piece, 0)
+
+
+def _config(vocabulary: Vocabulary) -> dict[str, Any]:
+    """tokenizer_config.json, its tokens being the vocabulary's."""
+    config: dict[str, Any] = json.loads(json.dumps(vocabulary.config))
+    config = config or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] = {
+            str(vocabulary.ids[token]): {
+                **_PLAIN,
+                "special": False,
+                **{key: value for key, value in info.items() if key != "id"},
+            }
+            for token, info in sorted(
+                vocabulary.added.items(), key=lambda item: vocabulary.ids[item[0]]
+            )
+        }
+    for role in _ROLES:
+        token = _content(config.get(role))
+        if token is not None and token not in vocabulary.ids:
+            del config[role]
+    for key in _LISTS:
+        if isinstance(config.get(key), list):
+            config[key] = [t for t in config[key] if _content(t) in vocabulary.ids]
+    return config
+
+
+# ---------------------------------------------------------------- files
+
+
+def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
+    """tokenizer.json as transformers makes it of older files."""
+    found = ", ".join(name for name in files if name in _OLDER or name.endswith(".model"))
+    remedy = (
+        f'save it as one: python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{folder or label}').save_pretrained('{folder or label}')\""
+    )
+    if folder is None:
+        raise UnsupportedError(f"{label}: has no {TOKENIZER} and lies in no folder; {remedy}")
+    try:
+        import transformers
+    except ImportError:
+        raise ResourceError(
+            f"{label}: has no {TOKENIZER} (only {found}), and reading that needs "
+            f"`pip install 'fastmerge[llama]' sentencepiece`; or {remedy}"
+        ) from None
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = made.backend_tokenizer
+        document: dict[str, Any] = json.loads(backend.to_str())
+    except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(
+            f"{label}: has no {TOKENIZER} (only {found}), and transformers makes none of it "
+            f"({reason[:120]}); {remedy}"
+        ) from error
+    return document
+
+
+def _bytes(file: bytes | Path) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _object(file: bytes | Path, name: str, label: str) -> dict[str, Any]:
+    where = f"{label}/{name}" if isinstance(file, bytes) else str(file)
+    try:
+        found = json.loads(_bytes(file))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{where}: not valid JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{where}: must hold an object; download it again")
+    return found
+
+
+def _listed(value: Any, what: str, label: str) -> list[dict[str, Any]]:
+    items: list[Any] = value if isinstance(value, list) else [] if value is None else [None]
+    if not all(isinstance(item, dict) for item in items):
+        raise _unreadable(label, f"{what} is no list of objects")
+    return items
+
+
+def _unreadable(label: str, what: str, name: str = TOKENIZER) -> ModelError:
+    return ModelError(f"{label}: {name} cannot be read: {what}; download it again")
+
+
+def _dumped(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

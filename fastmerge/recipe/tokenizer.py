@@ -1,0 +1,101 @@
+"""``tokenizer:``, ``tokenizer_source:`` and ``chat_template:`` as mergekit's recipes write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastmerge.errors import RecipeError, nearest
+from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.reference import reference
+from fastmerge.recipe.section import FaultError, Section, field, whole
+
+_KINDS = ("model_token", "zero")
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Which row a token takes: of the token itself, of ``token``, or number ``token_id``, in
+    ``model``; zeros where that is None.
+    """
+
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = None
+
+
+def token_source(value: Any) -> TokenSource:
+    """A model, ``{kind: model_token, model, token | token_id}`` or ``{kind: zero}``."""
+    if not isinstance(value, Mapping) or ("kind" not in value and "token" not in value):
+        return TokenSource(reference(value))
+    kind = value.get("kind")
+    if kind not in _KINDS:
+        wanted = " or ".join(f"'{known}'" for known in _KINDS)
+        raise FaultError(f"has the kind {kind!r}; use {wanted}")
+    known = ("kind", "model", "token", "token_id") if kind == "model_token" else ("kind",)
+    for name, given in value.items():
+        if name not in known and given is not None:
+            raise FaultError(f"has the key '{name}' that a {kind} does not; {nearest(name, known)}")
+    if kind == "zero":
+        return TokenSource()
+    token, number = value.get("token"), value.get("token_id")
+    if (token is None) == (number is None):
+        raise FaultError("needs either 'token' or 'token_id'")
+    if value.get("model") is None:
+        raise FaultError("needs a 'model'")
+    if token is not None and not isinstance(token, str):
+        raise FaultError("has a token that is not text; quote it")
+    if number is not None and (type(number) is not int or number < 0):
+        raise FaultError("has a token_id that is no whole number of 0 or more")
+    return TokenSource(reference(value["model"]), token, number)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise FaultError("must be true or false")
+    return value
+
+
+class TokenEntry(Section):
+    """One token of ``tokens:``."""
+
+    source: TokenSource | None = field(token_source, None)
+    force: bool = field(_boolean, False)  # for every model, whether it has a row or not
+
+
+def _tokens(value: Any) -> Mapping[str, TokenEntry]:
+    if not isinstance(value, Mapping):
+        raise FaultError("must be a mapping of tokens")
+    return {token: TokenEntry({} if entry is None else entry) for token, entry in value.items()}
+
+
+class TokenizerSection(Section):
+    """Whose tokenizer the output has, and where rows come from that a model lacks."""
+
+    source: str = field(reference, "union")  # or base, or a model
+    tokens: Mapping[str, TokenEntry] = field(_tokens, {})
+    pad_to_multiple_of: int | None = field(whole(1, 1 << 20), None)
+
+    @classmethod
+    def of_source(cls, source: str, where: str) -> TokenizerSection:
+        """What ``tokenizer_source:`` means."""
+        data = LocatedDict(source=source)
+        data.where, data.at = where, {"source": where}
+        return cls(data)
+
+
+def chat_template(value: Any) -> str:
+    """``auto``, the name of a known template, or a template's own text, as one text."""
+    if not isinstance(value, str) or not value.strip():
+        raise FaultError("must be 'auto', a template's name or its Jinja text")
+    return value
+
+
+def check_template(name: str, known: Mapping[str, str], where: str) -> None:
+    """Raises RecipeError for what is neither a known name nor Jinja."""
+    if name != "auto" and name not in known and "{" not in name:
+        raise RecipeError(
+            f"{where}: chat_template '{name}' is no known name and no Jinja text; "
+            f"{nearest(name, ['auto', *known])}"
+        )
