@@ -57,9 +57,6 @@ class Combination(Method):
     batched: bool = False  # whether it takes a stack of them: (vectors, m, m)
     axis: Callable[[Values], int | None] = lambda values: None  # 1: row by row, 0: column by column
 
-    def passes(self, values: Values, operands: Sequence[Values]) -> int:
-        return 2 if self.needs_gram else 1
-
     def factors(
         self, gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
     ) -> Factors:
@@ -122,6 +119,7 @@ class Consensus(Method):
     spans: Spans | None = None
 
     def passes(self, values: Values, operands: Sequence[Values]) -> int:
+        """How often the inputs are read, with these parameters and each operand's."""
         keep = self.spec(values, operands).keep
         first = any(k.kind == MAGNITUDE or k.rescale for k in keep)
         # A trim that spans tensors: once to count the entries, once for those that tie.
@@ -149,9 +147,6 @@ class Function(Method):
     """
 
     function: Callable[[Float32 | None, Sequence[Float32], Values], Any]
-
-    def passes(self, values: Values, operands: Sequence[Values]) -> int:
-        return 1
 
     def of(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -82,7 +81,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """One row of the table; how it is computed is its class, see `fastmerge.methods.shapes`.
 
     ``base``: 'required', 'optional', 'none' (refused), or 'operand': one of the operands must be
@@ -98,10 +97,6 @@ class Method(ABC):
     max_operands: int | None
     random: bool = False  # draws from the recipe's seed
     version: str = ""  # of a row that is not fastmerge's own: of its code
-
-    @abstractmethod
-    def passes(self, values: Values, operands: Sequence[Values]) -> int:
-        """How often the inputs are read, with these parameters and each operand's."""
 
     @property
     def identity(self) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastmerge.methods import Combination
+from fastmerge.methods import Combination, Consensus
 from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
@@ -155,7 +155,10 @@ def passes(tensor: TensorPlan) -> int:
             tree = collapse(node)
             total += 2 if tree.needs_gram else 1
             stack.extend(tree.parts)
-        else:
+            continue
+        if isinstance(node.method, Consensus):
             total += node.method.passes(node.values, node.operand_values)
-            stack.extend(node.inputs)
+        else:
+            total += 1
+        stack.extend(node.inputs)
     return max(total, 1)
