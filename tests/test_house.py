@@ -224,11 +224,9 @@ def test_base_install_needs_no_heavy_package() -> None:
     assert names == [
         "markdown-it-py",
         "numpy",
-        "pydantic",
         "pyyaml",
         "rich",
         "safetensors",
-        "typer",
     ]
     assert not [r for r in base if "==" in r or "<" in r or "~" in r], "lower bounds only"
 
