@@ -41,6 +41,7 @@ from fastmerge.plan.heads import settle_heads
 from fastmerge.plan.inputs import (
     Input,
     Part,
+    TensorPlan,
     View,
     check_quantised,
 )
@@ -250,8 +251,7 @@ class Planner:
             models=tuple(self.opened.models),
             references=tuple(self.opened.references),
             tensors=tuple(
-                replace(item, root=without_unread(item.root, known)) if sparing else item
-                for item in result.tensors.values()
+                _sparing(item, known) if sparing else item for item in result.tensors.values()
             ),
             config=result.config,
             donor_model=result.donor,
@@ -471,6 +471,12 @@ def _arity(method: Method, count: int, place: str) -> None:
     noun = "model" if wanted.endswith(" 1") else "models"
     besides = " besides the base" if method.base in ("required", "optional") else ""
     raise RecipeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
+
+
+def _sparing(item: TensorPlan, known: dict[Node, Node]) -> TensorPlan:
+    """The tensor by a tree that leaves out what has no effect."""
+    root = without_unread(item.root, known)
+    return item if root is item.root else replace(item, root=root)
 
 
 def _called(view: View) -> str:
