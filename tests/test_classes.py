@@ -60,17 +60,43 @@ KINDS = """
 NO_STACK = {"gemma4_text", "hy_v4", "jamba", "recurrent_gemma", "ernie4_5_moe"}
 
 
-def tiny_config(kind):
-    known = transformers.CONFIG_MAPPING[kind]
+# Language models inside multimodal ones, in the nests that transformers has for them.
+MULTIMODAL = """
+    aria aya_vision gemma3 glm4v idefics3 internvl llava llava_onevision mistral3 mllama
+    paligemma qwen2_5_vl qwen2_vl qwen3_vl qwen3_5 smolvlm video_llava
+"""
+SMALL_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "depth": 2,
+    "num_attention_heads": 2, "num_heads": 2, "embed_dim": 32, "image_size": 32,
+    "patch_size": 16, "head_dim": 16, "out_hidden_size": 32, "projection_dim": 32,
+}  # fmt: skip
+
+
+def fitting(known, small):
+    """Those of ``small`` that a config class has, each under one of its names."""
     names = known.attribute_map or {}
     has = set(known().to_dict()) | set(names)
-    return known(
-        **{
-            key: value
-            for key, value in SMALL.items()
-            if key in has and not (names.get(key) in SMALL and names[key] in has)
-        }
-    )
+    return {
+        key: value
+        for key, value in small.items()
+        if key in has and not (names.get(key) in small and names[key] in has)
+    }
+
+
+def tiny_config(kind):
+    known = transformers.CONFIG_MAPPING[kind]
+    return known(**fitting(known, SMALL))
+
+
+def tiny_multimodal(kind):
+    known = transformers.CONFIG_MAPPING[kind]
+    parts = {}
+    for key in known.sub_configs or {}:
+        part = getattr(known(), key, None)
+        if part is not None:
+            small = SMALL if key == "text_config" else SMALL_VISION
+            parts[key] = fitting(type(part), small) | {"model_type": part.model_type}
+    return known(**parts)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,20 +133,25 @@ def stack(a, b, parts):
     }
 
 
+def save_two(made, config, folder):
+    """Two random models of one class, the second near the first; their folders."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = made(config).to(torch.bfloat16)
+        model.save_pretrained(folder / "a")
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(folder / "b")
+    return str(folder / "a"), str(folder / "b")
+
+
 @pytest.mark.parametrize("kind", KINDS.split())
 def test_what_is_merged_loads_whole(kind, tmp_path):
     if kind not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     config = tiny_config(kind)
     made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = made(config).to(torch.bfloat16)
-        model.save_pretrained(tmp_path / "a")
-        for parameter in model.parameters():
-            parameter.data += 0.01 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / "b")
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    a, b = save_two(made, config, tmp_path)
     plans = [make_plan(recipe) for recipe in recipes(a, b)]
     if kind not in NO_STACK:
         plans.append(make_plan(stack(a, b, ((0, 3), (1, 4)))))
@@ -145,3 +176,23 @@ def test_a_stack_that_its_settings_cannot_describe_is_told_and_checked(kind, tmp
     assert any("goes by layer number" in note for note in make_plan(recipe).notes)
     with pytest.raises(FastmergeError, match=r"missing weight model\.layers\.4"):
         fastmerge.api.check(recipe)
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL.split())
+@pytest.mark.parametrize("silent", [False, True])
+def test_multimodal_models_load_whole(kind, silent, tmp_path):
+    """As saved, and with a config that does not speak of ties."""
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = tiny_multimodal(kind)
+    made = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    a, b = save_two(made, config, tmp_path)
+    if silent:
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            found = json.loads((folder / "config.json").read_text())
+            for part in (found, *(part for part in found.values() if isinstance(part, dict))):
+                part.pop("tie_word_embeddings", None)
+            (folder / "config.json").write_text(json.dumps(found))
+    fastmerge.merge(next(recipes(a, b)), tmp_path / "out", threads=1)
+    _, info = made.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert {key: sorted(map(str, names)) for key, names in info.items() if names} == {}

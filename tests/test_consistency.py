@@ -178,6 +178,21 @@ def test_an_empty_tensor_is_refused(zoo):
         make_plan(linear(a, b))
 
 
+def test_a_tensor_that_one_layer_lacks_is_told(zoo):
+    lost = {"model.layers.2.mlp.up_proj.weight": None}
+    a, b = (model(zoo, name, seed=i, tensors=lost) for i, name in enumerate("ab"))
+    (note,) = make_plan(linear(a, b)).notes
+    assert note.startswith("layer 2 of") and "lacks mlp.up_proj.weight" in note
+
+
+def test_a_head_that_nothing_makes_is_told(zoo):
+    a, b = (
+        model(zoo, name, seed=i, tensors={"lm_head.weight": None}) for i, name in enumerate("ab")
+    )
+    (note,) = make_plan(linear(a, b)).notes
+    assert "has no head" in note and "random numbers" in note
+
+
 # ---------------------------------------------------------------- --check
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import ModelError
-from fastmerge.models.config import is_known, model_type, text_config, whole
+from fastmerge.models.config import is_known, model_type, says_tied, text_config, whole
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,6 +60,39 @@ def check_result(
         if rows != known and rows != whole(text_config(result.config), "vocab_size"):
             raise _vocabularies(embedding, (known,), lead, head, (rows,), last)
     _check_config(result, last, note)
+    _note_gaps(result, lead, note)
+
+
+def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
+    """Notes a head that nothing makes, and tensors that a few layers lack and the others have.
+
+    Both may be meant (a model without a head; the first layer of modernbert has one norm less), so
+    they are no refusal.
+    """
+    named = result.config.get("architectures")
+    causal = isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
+    if causal and result.embedding and not result.head and says_tied(result.config) is False:
+        note(
+            f"'{lead.label}' has no head, and its config does not tie it to the embeddings: "
+            "transformers would make one of random numbers"
+        )
+    layers = {} if result.stack is None else result.layers.get(result.stack.layers, {})
+    shared = any("shared" in key for key in text_config(result.config))
+    if len(layers) < 3 or shared:
+        return
+    kinds = text_config(result.config).get("layer_types")
+    mixed = isinstance(kinds, list) and len(kinds) >= len(layers)
+    names = {number: frozenset(layer) for number, layer in layers.items()}
+    for number, own in names.items():
+        alike = [n for n in names if not mixed or kinds[n] == kinds[number]]
+        fuller = [names[n] for n in alike if own < names[n]]
+        if number and 2 * len(fuller) > len(alike):
+            lost = sorted(fuller[0] - own)
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            note(
+                f"layer {number} of '{lead.label}' lacks {lost[0]}{more}, which most of its layers "
+                "have"
+            )
 
 
 # Model types of transformers whose embeddings have more rows than the config's vocab_size.
