@@ -146,11 +146,14 @@ def ends(name: str, module: str) -> bool:
 
 def _found(shapes: Mapping[str, tuple[int, ...]], modules: Sequence[str]) -> list[str]:
     """The weights of ``modules`` among ``shapes``: in the modules' order, the shallowest first."""
-    endings = tuple(f".{module}.weight" for module in modules)
+    endings = tuple(f"{module}.weight" for module in modules)
     found = [
         name
         for name, shape in shapes.items()
-        if len(shape) == 2 and f".{name}".endswith(endings) and not _is_other(name)
+        if name.endswith(endings)
+        and len(shape) == 2
+        and any(ends(name, module) for module in modules)
+        and not _is_other(name)
     ]
 
     def rank(name: str) -> tuple[int, int, str]:

@@ -40,7 +40,7 @@ class Builder:
             _check_names(lead.tensors, item.view.tensors, part.lead, item)
         result = {}
         for name, tensor in lead.tensors.items():
-            if lead.is_extra(name):  # beyond the config's layers: see plan/layers.py
+            if name in lead.extra:  # beyond the config's layers: see plan/layers.py
                 result[name] = tensor
                 continue
             sources = [item.view.tensors[name] for item in part.inputs]

@@ -59,7 +59,7 @@ def check_result(
         rows, known = result.tensors[head].shape[0], result.tensors[embedding].shape[0]
         if rows != known and rows != whole(text_config(result.config), "vocab_size"):
             raise _vocabularies(embedding, (known,), lead, head, (rows,), last)
-    _check_config(result, last, note)
+    _check_config(result, lead, last, note)
     _note_gaps(result, lead, note)
 
 
@@ -76,15 +76,15 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
             f"'{lead.label}' has no head, and its config does not tie it to the embeddings: "
             "transformers would make one of random numbers"
         )
-    layers = {} if result.stack is None else result.layers.get(result.stack.layers, {})
+    layers = {} if lead.stack is None else lead.layers.get(lead.stack.layers, {})
     shared = any("shared" in key for key in text_config(result.config))
     if len(layers) < 3 or shared:
         return
-    kinds = text_config(result.config).get("layer_types")
-    mixed = isinstance(kinds, list) and len(kinds) >= len(layers)
+    kinds = text_config(lead.config).get("layer_types")
+    kind_of = dict(enumerate(kinds)) if isinstance(kinds, list) else {}
     names = {number: frozenset(layer) for number, layer in layers.items()}
     for number, own in names.items():
-        alike = [n for n in names if not mixed or kinds[n] == kinds[number]]
+        alike = [n for n in names if kind_of.get(n) == kind_of.get(number)]
         fuller = [names[n] for n in alike if own < names[n]]
         if number and 2 * len(fuller) > len(alike):
             lost = sorted(fuller[0] - own)
@@ -98,18 +98,18 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
 # Model types of transformers whose embeddings have more rows than the config's vocab_size.
 _MORE_ROWS = {"mllama_text_model", "mllama", "moshi"}
 _SIZED = (
-    ".input_layernorm.weight", ".mlp.gate_proj.weight", ".mlp.up_proj.weight",
-    ".self_attn.k_proj.weight", ".self_attn.o_proj.weight",
+    "input_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
+    "self_attn.k_proj.weight", "self_attn.o_proj.weight",
 )  # fmt: skip
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim"}
 
 
-def _check_config(result: View, last: Input, note: Callable[[str], None]) -> None:
+def _check_config(result: View, lead: View, last: Input, note: Callable[[str], None]) -> None:
     config = text_config(result.config)
     certain = is_known(config) and model_type(config) not in _MORE_ROWS
     told: set[str] = set()
-    for name, key, axis, wanted in (*_around(result, config), *_inside(result, config)):
-        shape = result.tensors[name].shape
+    for name, key, axis, wanted in (*_around(result, config), *_inside(lead, config)):
+        shape = (lead if name not in result.tensors else result).tensors[name].shape
         if not wanted or len(shape) <= axis or shape[axis] == wanted or key in told:
             continue
         text = f"config.json says {key} {wanted}, and tensor '{name}' is {list(shape)}"
@@ -137,18 +137,18 @@ def _around(result: View, config: Mapping[str, Any]) -> list[Size]:
     return found
 
 
-def _inside(result: View, config: Mapping[str, Any]) -> list[Size]:
-    """What it says of those tensors of the layers that are of one shape in all of them."""
-    stack = "" if result.stack is None else f"{result.stack.layers}."
+def _inside(lead: View, config: Mapping[str, Any]) -> list[Size]:
+    """What it says of those tensors of the layers that are of one shape in all of them: the lead's,
+    which all of a result's layers are like.
+    """
     by_shape: dict[str, dict[tuple[int, ...], str]] = {}
-    for name, tensor in result.tensors.items():
-        rest = next((rest for rest in _SIZED if name.endswith(rest)), None)
-        # A number alone in between: not of a part of the layer, such as an expert. Packed codes
-        # have shapes of their own.
-        if rest is None or not name.startswith(stack) or not tensor.dtype.mergeable:
-            continue
-        if name[len(stack) : -len(rest)].isdigit():
-            by_shape.setdefault(rest, {}).setdefault(tensor.shape, name)
+    stack = "" if lead.stack is None else lead.stack.layers
+    for number, layer in lead.layers.get(stack, {}).items():
+        for rest in _SIZED:
+            tensor = layer.get(rest)
+            if tensor is not None and tensor.dtype.mergeable:  # packed codes have other shapes
+                name = f"{stack}.{number}.{rest}"
+                by_shape.setdefault(rest, {}).setdefault(tensor.shape, name)
     heads, width = whole(config, "num_attention_heads"), whole(config, "hidden_size")
     inner = whole(config, "intermediate_size")
     wide = whole(config, "head_dim") or (width // heads if heads else 0)

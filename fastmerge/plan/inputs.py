@@ -102,13 +102,18 @@ class View:
         is_language = self.stack is not None and self.stack.layers == stack
         return self.layer_total if is_language else self.stored(stack)
 
-    def is_extra(self, name: str) -> bool:
-        """Whether a tensor belongs to a layer behind those that the config counts."""
-        place = layer_of(name)
-        stack = self.stack
-        if place is None or stack is None or place.stack != stack.layers:
-            return False
-        return place.number >= self.layer_total
+    @cached_property
+    def extra(self) -> frozenset[str]:
+        """The tensors of the layers behind those that the config counts."""
+        if self.stack is None:
+            return frozenset()
+        stack = self.stack.layers
+        return frozenset(
+            f"{stack}.{number}.{rest}"
+            for number, layer in self.layers[stack].items()
+            if number >= self.layer_total
+            for rest in layer
+        )
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ def settle_layers(parts: Sequence[Part], whole: bool, note: Callable[[str], None
     """The parts without what a merge (``whole``) or a stack leaves out of its models."""
     views = {id(item.view): item.view for part in parts for item in part.inputs}
     for view in {id(part.lead.view): part.lead.view for part in parts if whole}.values():
-        kept = [name for name in view.tensors if view.is_extra(name)]
+        kept = [name for name in view.tensors if name in view.extra] if view.extra else []
         if kept and extra_layers(view.config):
             note(
                 f"'{view.label}': {_first(kept)} stand behind the {view.layer_total} layers that "
@@ -52,13 +52,12 @@ def _settled(view: View, whole: bool, note: Callable[[str], None]) -> View:
     if stack is None:
         return view
     copied = view.layer_total + (sum(extra_layers(view.config).values()) if whole else 0)
-    behind, beside = [], []
-    for name in view.tensors:
-        place = layer_of(name)
-        if not whole and name.startswith(EXTRA_PREFIXES):
-            beside.append(name)
-        elif place is not None and place.stack == stack.layers and place.number >= copied:
-            behind.append(name)
+    behind = [
+        name
+        for name in sorted(view.extra)
+        if (place := layer_of(name)) is not None and place.number >= copied
+    ]
+    beside = [name for name in view.tensors if not whole and name.startswith(EXTRA_PREFIXES)]
     if behind:
         note(
             f"'{view.label}': {_first(behind)} stand behind the {view.layer_total} layers that "
