@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -113,3 +115,26 @@ def test_a_failed_run_goes_on_and_blocks_no_other_job(tmp_path: Path) -> None:
         fill(writer, 20)
         writer.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- few descriptors ---
+
+_FEW = """
+import importlib.util, os, resource, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("places", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+SHARDS = tests.Layout.plan([(f"t{n}", tests.F32, (4096,)) for n in range(200)], max_shard_bytes=1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+with tests.ModelWriter(Path(sys.argv[2]), SHARDS, key="k", staging_bytes=1 << 20) as writer:
+    tests.fill(writer, 200)
+    writer.finish()
+print(len(list(Path(sys.argv[2]).glob("*.safetensors"))))
+"""
+
+
+def test_hundreds_of_shards_with_few_descriptors(tmp_path: Path) -> None:
+    run = [sys.executable, "-c", _FEW, __file__, str(tmp_path / "out")]
+    answer = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout) == (0, "200\n"), answer.stderr

@@ -176,6 +176,12 @@ void Staging::serve() {
         chunk.preload = !whole;
         chunk.buffer = -1;
         if (error && !file.error_) file.error_ = error;
+        if (chunk.state == StagedFile::State::kWritten && --file.unwritten_ == 0) {
+            lock.unlock();  // a network file system writes now, and may say only now that it failed
+            error = file.close_descriptor();
+            lock.lock();
+            if (error) file.error_ = error;
+        }
         --file.writing_;
         --busy_;
         release(index);
@@ -211,14 +217,14 @@ StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64
         if (failed == EOPNOTSUPP || failed == ENOSYS)
             failed = ::ftruncate(fd_, reserved) ? errno : 0;
     }
-    if (failed) {
-        ::close(fd_);
-        throw IoError(failed, path_);
-    }
+    ::close(fd_);
+    fd_ = -1;
+    if (failed) throw IoError(failed, path_);
     const int64_t chunk = staging_->buffer_bytes_;
     chunks_.resize(static_cast<size_t>((size + chunk - 1) / chunk));
     for (size_t i = 0; i < chunks_.size(); ++i)
         chunks_[i].remaining = chunk_bytes(static_cast<int64_t>(i));
+    unwritten_ = chunks_.size();
 }
 
 StagedFile::~StagedFile() {
@@ -350,12 +356,32 @@ void StagedFile::keep(int64_t offset, int64_t nbytes) {
             throw std::logic_error("bytes kept twice, or after writing began, in " + path_);
         chunk.preload = true;
         chunk.remaining -= past - at;
-        if (chunk.remaining == 0) chunk.state = State::kWritten;
+        if (chunk.remaining == 0) {
+            chunk.state = State::kWritten;
+            --unwritten_;
+        }
         at = past;
     }
 }
 
+int StagedFile::descriptor(int& error) {
+    std::lock_guard<std::mutex> lock(fd_mutex_);
+    if (fd_ < 0) fd_ = ::open(path_.c_str(), O_RDWR | O_CLOEXEC | (direct_ ? O_DIRECT : 0));
+    error = fd_ < 0 ? errno : 0;
+    return fd_;
+}
+
+int StagedFile::close_descriptor() {
+    std::lock_guard<std::mutex> lock(fd_mutex_);
+    const int failed = fd_ >= 0 && ::close(fd_) ? errno : 0;
+    fd_ = -1;
+    return failed;
+}
+
 int StagedFile::write_chunk(int64_t number, const char* data) {
+    int error = 0;
+    const int fd = descriptor(error);
+    if (error) return error;
     const int64_t begin = number * staging_->buffer_bytes_;
     const int64_t exact = chunk_bytes(number);
     int64_t nbytes = exact;
@@ -364,20 +390,19 @@ int StagedFile::write_chunk(int64_t number, const char* data) {
         std::memset(const_cast<char*>(data) + exact, 0, static_cast<size_t>(nbytes - exact));
     }
     for (int64_t at = 0; at < nbytes;) {
-        const ssize_t wrote =
-            ::pwrite(fd_, data + at, static_cast<size_t>(nbytes - at), begin + at);
+        const ssize_t wrote = ::pwrite(fd, data + at, static_cast<size_t>(nbytes - at), begin + at);
         if (wrote > 0) {
             at += wrote;
         } else if (wrote < 0 && errno == EINVAL && direct_ && io_ == Io::kAuto) {
             // Some file systems take the flag at open and refuse the write.
-            if (::fcntl(fd_, F_SETFL, 0)) return errno;
+            if (::fcntl(fd, F_SETFL, 0)) return errno;
             direct_ = false;
         } else if (wrote == 0 || errno != EINTR) {
             return wrote == 0 ? EIO : errno;
         }
     }
     // Start the disk now: the fsync at the end would find everything still to do.
-    if (!direct_) ::sync_file_range(fd_, begin, nbytes, SYNC_FILE_RANGE_WRITE);
+    if (!direct_) ::sync_file_range(fd, begin, nbytes, SYNC_FILE_RANGE_WRITE);
     staging_->bytes_written_ += exact;
     return 0;
 }
@@ -385,9 +410,12 @@ int StagedFile::write_chunk(int64_t number, const char* data) {
 int StagedFile::read_chunk(int64_t number, char* data) {
     const int64_t begin = number * staging_->buffer_bytes_;
     const int64_t nbytes = chunk_bytes(number);
+    int error = 0;
+    const int fd = descriptor(error);
+    if (error) return error;
     for (int64_t at = 0; at < nbytes;) {
         const size_t ask = static_cast<size_t>(round_up(nbytes, kAlign) - at);
-        const ssize_t got = ::pread(fd_, data + at, ask, begin + at);
+        const ssize_t got = ::pread(fd, data + at, ask, begin + at);
         if (got > 0) {
             at += got;
         } else if (got == 0 || errno != EINTR) {
@@ -403,19 +431,18 @@ void StagedFile::stop(std::unique_lock<std::mutex>& lock) {
 
 void StagedFile::finish() {
     std::unique_lock<std::mutex> lock(staging_->mutex_);
-    if (fd_ < 0) throw std::logic_error("finished twice: " + path_);
+    if (finished_) throw std::logic_error("finished twice: " + path_);
     stop(lock);
     raise_if_dead();
     for (const auto& chunk : chunks_)
         if (chunk.state != State::kWritten)
             throw std::logic_error("bytes never written in " + path_);
+    finished_ = true;
     lock.unlock();
-    if (::ftruncate(fd_, size_) || ::fsync(fd_)) throw IoError(errno, path_);
-    lock.lock();
-    const int fd = fd_;
-    fd_ = -1;
-    lock.unlock();
-    if (::close(fd)) throw IoError(errno, path_);
+    int error = 0;
+    const int fd = descriptor(error);
+    if (error || ::ftruncate(fd, size_) || ::fsync(fd)) throw IoError(error ? error : errno, path_);
+    if (const int failed = close_descriptor()) throw IoError(failed, path_);
 }
 
 void StagedFile::abandon() {
@@ -430,8 +457,7 @@ void StagedFile::abandon() {
         staging_->release(chunk.buffer);
         chunk.buffer = -1;
     }
-    if (fd_ >= 0) ::close(fd_);
-    fd_ = -1;
+    close_descriptor();
 }
 
 }  // namespace fastmerge

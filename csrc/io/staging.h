@@ -104,13 +104,20 @@ class StagedFile : public std::enable_shared_from_this<StagedFile> {
     int read_chunk(int64_t chunk, char* data);
     int64_t chunk_bytes(int64_t chunk) const;
     void stop(std::unique_lock<std::mutex>& lock);
+    int descriptor(int& error);  // opens the file if it is not; -1: see error
+    int close_descriptor();      // errno, or 0
 
     const std::shared_ptr<Staging> staging_;
     const std::string path_;
     const int64_t size_;
     const Io io_;
     std::atomic<bool> direct_{false};
+    // Open from the first chunk that is written or read back to the last: a merge into hundreds of
+    // shards has a few open at a time, whatever `ulimit -n` says.
     int fd_ = -1;
+    std::mutex fd_mutex_;  // guards fd_ alone; taken last
+    bool finished_ = false;
+    size_t unwritten_ = 0;  // chunks that are not in the file for good
     std::vector<Chunk> chunks_;
     int writing_ = 0;  // its chunks in the hands of I/O threads or being read back
     int error_ = 0;    // the first errno
