@@ -201,9 +201,11 @@ class Computation(Generic[T, O]):
         return self._consensus(step.node, out)
 
     def _tensor(self, node: Node) -> T:
-        if isinstance(node, Leaf) and node not in self._made:
-            self._made[node] = self._leaf(node)
-        return self._made[node]
+        made = self._made.get(node)
+        if made is None:
+            assert isinstance(node, Leaf)  # merges are made before what reads them
+            made = self._made[node] = self._leaf(node)
+        return made
 
     def _leaf(self, leaf: Leaf) -> T:
         if not (isinstance(leaf, Rows) and leaf.inputs):
