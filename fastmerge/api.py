@@ -29,14 +29,20 @@ Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe |
 
 
 def plan(
-    recipe: Source, *, seed: int | None = None, models: Mapping[str, Model] | None = None
+    recipe: Source,
+    *,
+    seed: int | None = None,
+    models: Mapping[str, Model] | None = None,
+    truncate_embeddings: bool = False,
 ) -> Plan:
     """Reads the recipe and the models' headers and decides everything; of the weights it reads only
     integer tensors, which are copied where all models have the same.
 
     ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
     returned as it is. ``seed`` overrides the recipe's. ``models``: what references of the recipe
-    stand for, instead of folders (fastmerge.models.model says what a model is). Raises
+    stand for, instead of folders (fastmerge.models.model says what a model is).
+    ``truncate_embeddings``: where no tokenizer is asked for, embeddings of different numbers of
+    rows are cut to the fewest, which is right only where all number their tokens alike. Raises
     FastmergeError.
     """
     if isinstance(recipe, Plan):
@@ -44,7 +50,9 @@ def plan(
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    return make_plan(loaded, seed=seed, models=models, sparing=True)
+    return make_plan(
+        loaded, seed=seed, models=models, sparing=True, truncate_embeddings=truncate_embeddings
+    )
 
 
 def merge(

@@ -305,6 +305,36 @@ def test_merged_in_memory_is_merged_to_a_folder(trio, tmp_path):
     assert made(text)["input_ids"] == llama.load_tokenizer(tmp_path / "out")(text)["input_ids"]
 
 
+def test_tokens_in_another_order_are_noted_where_nothing_is_asked(maker):
+    one = bpe(TEXTS[:2], 300)
+    a = maker.model("noted-a", one, seed=91)
+    b = maker.model("noted-b", permuted(one, 2), seed=92)
+    c = maker.model("noted-c", one, seed=93, template="{{ 'another file' }}")
+    notes = api.plan(recipe({"base": a, "b": b}, weights=(1, 1))).notes
+    assert any("rows of different tokens are merged; write `tokenizer_s" in n for n in notes)
+    assert not any(
+        "token" in n for n in api.plan(recipe({"base": a, "c": c}, weights=(1, 1))).notes
+    )
+
+
+def test_embeddings_are_cut_on_demand(maker, shared_zoo, tmp_path):
+    one = bpe(TEXTS, 280)
+    a = maker.model("cut-a", one, seed=95, rows=300)
+    b = maker.model("cut-b", one, seed=96)
+    given = recipe({"base": a, "b": b}, weights=(0.5, 0.5))
+    assert "vocabulary mismatch" in refused(given)
+    plan = api.plan(given, truncate_embeddings=True)
+    assert any(note.startswith("UNSAFE vocabulary truncation") for note in plan.notes)
+    api.merge(plan, tmp_path / "out", threads=1)
+    x, y, z = (shared_zoo.read(path)[EMBED] for path in (a, b, tmp_path / "out"))
+    assert (z == (x[:280] * np.float32(0.5) + y * np.float32(0.5))).all()
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 300
+    )  # as mergekit
+    line = {**given, "tokenizer_source": "base"}
+    assert api.plan(line, truncate_embeddings=True).config["vocab_size"] == 280
+
+
 # --- chat templates ---
 
 

@@ -14,6 +14,7 @@ arithmetic is fp32 whatever ``dtype`` says, and an existing model is replaced on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,8 @@ from fastmerge.plan.plan import Plan
 from fastmerge.recipe.document import Recipe
 
 # mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
-# a plan refuses by name (other architectures, embeddings of other sizes, LoRAs), and trust in
-# model code, none of which is run here.
+# a plan refuses by name (other architectures, LoRAs), and trust in model code, none of which is
+# run here.
 _NO_EFFECT = frozenset(
     {
         "allow_crimes",
@@ -46,12 +47,18 @@ _NO_EFFECT = frozenset(
         "quiet",
         "read_to_gpu",
         "trust_remote_code",
-        "unsafe_truncate_embeddings",
         "verbosity",
         "write_threads",
     }
 )
-_FLAGS = {"copy_tokenizer", "cuda", "gpu_rich", "safe_serialization", "write_model_card"}
+_FLAGS = {
+    "copy_tokenizer",
+    "cuda",
+    "gpu_rich",
+    "safe_serialization",
+    "unsafe_truncate_embeddings",
+    "write_model_card",
+}
 _KNOWN = (
     _NO_EFFECT
     | _FLAGS
@@ -74,8 +81,9 @@ def run_merge(
 
     merge_config: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes. options: a
     MergeOptions, or a mapping of its names. Of these, ``device``, ``cuda``, ``num_threads``,
-    ``out_shard_size`` (bytes), ``random_seed``, ``copy_tokenizer`` and ``write_model_card`` are
-    followed; those that only change how mergekit works are accepted, the others refused by name.
+    ``out_shard_size`` (bytes), ``random_seed``, ``copy_tokenizer``, ``write_model_card`` and
+    ``unsafe_truncate_embeddings`` are followed; those that only change how mergekit works are
+    accepted, the others refused by name.
     config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml`` but for the
     local paths in it (``keep_paths``: with them). Raises
     FastmergeError before anything is written.
@@ -87,14 +95,21 @@ def run_merge(
     device = _device(given)
     source = merge_config.to_yaml() if hasattr(merge_config, "to_yaml") else merge_config
     recipe = Recipe.load(source)
-    if recipe.output.tokenizer_source or recipe.output.tokenizer:
+    if recipe.output.vocabulary is not None or recipe.output.chat_template is not None:
         given.pop("copy_tokenizer", None)  # asked for in the recipe: mergekit writes it too
-    plan = replace(api.plan(recipe, seed=given.get("random_seed")), keep_paths=keep_paths)
+    planned = api.plan(
+        recipe,
+        seed=given.get("random_seed"),
+        truncate_embeddings=given.get("unsafe_truncate_embeddings", False),
+    )
+    plan = replace(planned, keep_paths=keep_paths)
     files = _files(plan, out, given, config_source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
     except OSError as error:
         raise OutputError(f"{out.parent}: cannot be created ({error.strerror})") from error
+    for note in plan.notes:  # callers of mergekit's look for them there
+        logging.getLogger("fastmerge").warning(note)
     return merge_plan(
         plan,
         out,

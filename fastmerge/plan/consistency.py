@@ -36,10 +36,16 @@ def check_stack(parts: Sequence[Part], lead: View) -> None:
 
 
 def check_result(
-    result: View, parts: Sequence[Part], lead: View, note: Callable[[str], None]
+    result: View,
+    parts: Sequence[Part],
+    lead: View,
+    note: Callable[[str], None],
+    *,
+    truncated: bool = False,
 ) -> None:
     """Raises ModelError for an empty tensor, for one outside the layers of another shape than the
-    lead's, and for one that the config contradicts.
+    lead's, and for one that the config contradicts. truncated: embeddings were cut on demand, and
+    the config's vocab_size stays all the same.
     """
     last = parts[-1].lead
     for name, tensor in result.tensors.items():
@@ -57,9 +63,13 @@ def check_result(
     head, embedding = result.head, result.embedding
     if head is not None and embedding is not None:
         rows, known = result.tensors[head].shape[0], result.tensors[embedding].shape[0]
-        if rows != known and rows != whole(text_config(result.config), "vocab_size"):
+        if (
+            not truncated
+            and rows != known
+            and rows != whole(text_config(result.config), "vocab_size")
+        ):
             raise _vocabularies(embedding, (known,), lead, head, (rows,), last)
-    _check_config(result, lead, last, note)
+    _check_config(result, lead, last, note, truncated)
     _note_gaps(result, lead, note)
 
 
@@ -104,7 +114,9 @@ _SIZED = (
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim"}
 
 
-def _check_config(result: View, lead: View, last: Input, note: Callable[[str], None]) -> None:
+def _check_config(
+    result: View, lead: View, last: Input, note: Callable[[str], None], truncated: bool
+) -> None:
     config = text_config(result.config)
     certain = is_known(config) and model_type(config) not in _MORE_ROWS
     told: set[str] = set()
@@ -113,7 +125,7 @@ def _check_config(result: View, lead: View, last: Input, note: Callable[[str], N
         if not wanted or len(shape) <= axis or shape[axis] == wanted or key in told:
             continue
         text = f"config.json says {key} {wanted}, and tensor '{name}' is {list(shape)}"
-        if certain:
+        if certain and not (truncated and key == "vocab_size"):
             raise ModelError(
                 f"{last.where}: {text}: the result would not load; mend the config of "
                 f"'{last.view.label}'"

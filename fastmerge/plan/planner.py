@@ -49,7 +49,8 @@ from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.spanning import check_whole
-from fastmerge.plan.tokenizer import Aligned, Vocabularies, align
+from fastmerge.plan.tokenizer import Aligned, Vocabularies, align, check_order
+from fastmerge.plan.truncate import truncate
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.document import (
     Document,
@@ -75,14 +76,16 @@ def make_plan(
     resolve: Callable[[str], Path] = hub.resolve,
     models: Mapping[str, Model] | None = None,
     sparing: bool = False,
+    truncate_embeddings: bool = False,
 ) -> Plan:
     """Plans a recipe (a `Recipe` or whatever `Recipe.load` takes) from its models' headers.
 
     base_folder: where relative paths of models start, if there is such a folder there (else, as in
     mergekit, from the working directory). seed: overrides the recipe's. resolve: finds a model's
     folder from its reference. models: what references stand for, where that is no folder. sparing:
-    what has no effect (a model of weight 0) is left out of the trees, and so not read. Raises
-    FastmergeError, one line, for whatever cannot be merged.
+    what has no effect (a model of weight 0) is left out of the trees, and so not read.
+    truncate_embeddings: as in `fastmerge.api.plan`. Raises FastmergeError, one line, for whatever
+    cannot be merged.
     """
     recipe = Recipe.load(recipe)
     if seed is not None:
@@ -91,6 +94,7 @@ def make_plan(
         raise FastmergeError(f"models: must map references to models, not be {brief(models)}")
     opened = Opened(models or {}, base_folder, resolve)
     planner = Planner(opened, recipe.text, recipe.output.own_seed if seed is None else seed)
+    planner.truncates = truncate_embeddings
     with collector_paused():
         for document in recipe.documents:
             planner.run(document, is_output=document is recipe.output)
@@ -140,6 +144,7 @@ class Planner:
         self.notes: dict[str, None] = {}  # in order, each once
         self.views: dict[str | None, View] = {}  # results by document name
         self.vocabularies = Vocabularies()
+        self.truncates = False  # embeddings, where no tokenizer is asked for
         self.template: str | None = None  # the output's
         self.generation: Mapping[str, Any] = {}  # token ids of its generation_config.json
         self.seed_derived, self.seed_used = seed is None, False
@@ -216,7 +221,12 @@ class Planner:
         check_agreement(parts, lead, self.note, tokens=wanted is None)
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
+        truncates = self.truncates and wanted is None
+        if truncates:
+            parts, lead = truncate(parts, lead, self.note)
         aligned = Aligned(parts, lead)
+        if wanted is None and is_output:
+            check_order(parts, lead, self.vocabularies, self.note)
         if wanted is not None:
             has_base = document is not None and document.base_model is not None
             aligned = align(
@@ -241,7 +251,7 @@ class Planner:
             self.generation = aligned.generation
             if document is not None:
                 self.template = self._template(document, parts, lead)
-        check_result(result, parts, lead, self.note)
+        check_result(result, parts, lead, self.note, truncated=truncates)
         return result
 
     def plan(self, result: View, *, sparing: bool = False) -> Plan:

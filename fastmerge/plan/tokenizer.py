@@ -17,10 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.dtypes import F32
-from fastmerge.errors import ModelError, RecipeError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
 from fastmerge.models.architecture import vocabulary_names
 from fastmerge.models.config import text_config, whole
-from fastmerge.models.vocabulary import Vocabulary, identity, read_generation, read_vocabulary
+from fastmerge.models.vocabulary import (
+    TOKENIZER,
+    Vocabulary,
+    identity,
+    read_generation,
+    read_vocabulary,
+)
 from fastmerge.plan.config import token_ids
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 from fastmerge.recipe.tokenizer import TokenizerSection
@@ -105,6 +111,30 @@ def align(
         return _with_ids(Aligned(parts, lead, out), old, out, source)
     aligner = _Aligner(parts, lead, views, source, wanted, vocabularies, model, note)
     return aligner.run(has_base)
+
+
+def check_order(parts: Sequence[Part], lead: View, vocabularies: Vocabularies, note: Note) -> None:
+    """Notes which models have tokens under other ids than the lead, where nobody asked."""
+    own = lead.donor.side_files()
+    for view in _views(parts):
+        files = view.donor.side_files()
+        if view.donor is lead.donor or TOKENIZER not in files or TOKENIZER not in own:
+            continue
+        if identity(files) == identity(own):
+            continue
+        try:
+            first, second = vocabularies.of(lead), vocabularies.of(view)
+        except FastmergeError as error:
+            note(f"whether tokens are in one order is not known: {error}")
+            return
+        assert first is not None and second is not None
+        moved = [t for t, number in first.ids.items() if second.ids.get(t, number) != number]
+        if moved:
+            note(
+                f"'{view.label}' has {len(moved)} tokens under other ids than '{lead.label}' "
+                f"({_some(moved)}), so rows of different tokens are merged; write "
+                "`tokenizer_source: base`"
+            )
 
 
 def _views(parts: Sequence[Part]) -> list[View]:
