@@ -22,6 +22,7 @@ from fastmerge.errors import FastmergeError, is_whole, nearest
 from fastmerge.methods import REQUIRED, Method, Parameter, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.nodes import Merge, Stored
+from fastmerge.tree.unread import without_unread
 
 Numbers = Sequence[float] | NDArray[Any]
 
@@ -292,7 +293,8 @@ def merge(
     result, sink = operands.output(out)
     views = operands.views
     backend = operands.backend(threads)
-    Computation(backend, lambda source: views[source.model], name, operands.shape).run(root, sink)
+    computation = Computation(backend, lambda source: views[source.model], name, operands.shape)
+    computation.run(without_unread(root), sink)
     return result
 
 

@@ -13,7 +13,7 @@ from fastmerge import api
 from fastmerge.engine import in_memory, products
 from fastmerge.evaluation.journal import Journal
 from fastmerge.recipe.settings import constant
-from fastmerge.retrograde import open_space, walk
+from fastmerge.retrograde import open_space, run, walk
 from fastmerge.retrograde.schedule import load
 from fastmerge.search.expressions import Blend, Model, average, blend
 from fastmerge.search.lab import Lab
@@ -370,6 +370,16 @@ def test_the_gram_pass_is_cached_by_content(
     other = schedule_of([models[0], models[2], models[1]], WALK)
     open_space(other, cache=cache)
     assert calls
+
+
+def test_a_walk_that_measures_nothing_finds_the_same_inner_products(
+    models: list[Path], tmp_path: Path
+) -> None:
+    """On its way through the merge, of all models in their order, whatever the merge reads."""
+    schedule = schedule_of(models, WALK)
+    run(schedule, tmp_path / "run", seed=1)
+    found = open_space(schedule, cache=tmp_path / "run" / "grams.npz").grams
+    np.testing.assert_array_equal(found, open_space(schedule).grams)
 
 
 def test_planning_ten_steps_over_known_grams_is_quick(zoo: Any) -> None:

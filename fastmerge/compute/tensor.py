@@ -24,7 +24,6 @@ from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored
-from fastmerge.tree.unread import without_unread
 
 _LARGE = 1e3  # of fp32's 24 bits, ten would go
 
@@ -173,8 +172,6 @@ class Computation(Generic[T, O]):
 
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
-        if not self._trims:  # the planner has done it, and their merges are told by identity
-            root = without_unread(root)
         if not isinstance(root, Merge):
             return self._combine([self._tensor(root)], np.ones(1), None, None, out)
         *intermediates, last = steps(root)

@@ -25,6 +25,7 @@ from fastmerge.search.geometry import Geometry, angle, small_angle
 from fastmerge.tree.collapse import Collapsed, coefficients, weighted_sum
 from fastmerge.tree.nodes import Merge, Node, Stored, walk
 from fastmerge.tree.rewrite import fold
+from fastmerge.tree.unread import without_unread
 
 
 class Space:
@@ -121,7 +122,7 @@ class Space:
         for index, item in enumerate(self._items):
             sources = _sources(item)
             if factors is None:
-                tree = self._tree(root, index, sources)
+                tree = without_unread(self._tree(root, index, sources))
                 if not self.is_measured:
                     weights = [0.0] * self.count + [1.0]
                     tree = weighted_sum((*sources, tree), weights)
