@@ -271,6 +271,10 @@ def test_a_document_of_documents_is_the_merge_of_what_they_write(trio, shared_zo
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=1e-7, err_msg=name)
     assert vocabulary(tmp_path / "whole") == vocabulary(tmp_path / "parts")
+    outer["models"] = outer["models"][:1]  # named by the tokenizer alone
+    api.merge([{**outer, "tokenizer_source": "first"}, inner], tmp_path / "named", threads=2)
+    found = json.loads((tmp_path / "named/config.json").read_text())
+    assert found["vocab_size"] == len(vocabulary(tmp_path / "first"))
 
 
 def test_slices_take_their_ends_from_models_with_other_tokens(trio, shared_zoo, tmp_path):
@@ -376,6 +380,38 @@ def test_the_most_common_template(maker, tmp_path):
     assert (tmp_path / "out/chat_template.jinja").read_text() == two
     own = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert own["chat_template"] == two
+
+
+# --- what it costs ---
+
+
+def test_no_matrix_is_made_but_of_rows_that_no_file_has(trio, monkeypatch):
+    from fastmerge.compute.cpu import CpuBackend
+    from fastmerge.compute.leaves import view_of
+    from fastmerge.engine.inputs import Inputs
+
+    asked = []
+    scratch = CpuBackend.scratch
+    monkeypatch.setattr(
+        CpuBackend, "scratch", lambda self, count: (asked.append(count), scratch(self, count))[1]
+    )
+    plan = api.plan(recipe(trio, tokenizer={"source": "union", "pad_to_multiple_of": 64}))
+    found = [n for item in plan.tensors for n in walk(item.root) if isinstance(n, Rows)]
+    assert len(found) == 6  # three models, embeddings and head
+    backend, inputs = CpuBackend(1), Inputs(plan.models)
+    for leaf in found:
+        view = view_of(leaf, backend, inputs.fetch)
+        assert view.is_gathered
+        assert view.count == leaf.shape[0] * leaf.shape[1]
+    width = found[0].shape[1]
+    assert set(asked) == {width, 2 * width}  # the padding, and <|im_end|> for the base
+    plain = api.plan(recipe(trio, tokenizer_source="union"))
+    asked.clear()
+    for item in plain.tensors:
+        for leaf in walk(item.root):
+            if isinstance(leaf, Rows):
+                view_of(leaf, backend, inputs.fetch)
+    assert set(asked) == {width}
 
 
 # --- refusals ---

@@ -6,6 +6,7 @@ there directly.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastmerge.kernels import common
 from fastmerge.methods import METHODS, Function
 
 INTERPRETED = common.interpreted()
+VOCAB = 40  # conftest.py's
 
 
 @pytest.fixture
@@ -55,6 +57,27 @@ def test_the_same_bytes_as_on_the_cpu(method, zoo, tmp_path):
     report = api.merge(given, tmp_path / "gpu", seed=seed, device="cuda")
     assert report.backend == "triton" and not report.notes
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties"])
+@pytest.mark.usefixtures("device")
+def test_tokenizers_are_merged_on_the_host(method, zoo, tmp_path):
+    """Embeddings and head are; the layers go through the device."""
+    given = recipe(zoo, method)
+    given.pop("seed", None)
+    names = [given["base_model"], *(entry["model"] for entry in given["models"])]
+    rng = np.random.default_rng(7)
+    for folder in dict.fromkeys(names):
+        vocab = {f"w{i}": int(at) for i, at in enumerate(rng.permutation(VOCAB))}
+        made = {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"}}
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(made))
+    api.merge(given, tmp_path / "unmoved", device="cuda")
+    given["tokenizer"] = {"source": "base", "pad_to_multiple_of": 16}
+    api.merge(given, tmp_path / "cpu", device="cpu")
+    report = api.merge(given, tmp_path / "gpu", device="cuda")
+    assert report.backend == "triton"
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
+    assert weights(tmp_path / "gpu") != weights(tmp_path / "unmoved")
 
 
 @pytest.mark.usefixtures("device")

@@ -319,15 +319,15 @@ def _document(vocabulary: Vocabulary) -> dict[str, Any]:
         _place_pieces(model, vocabulary)
         return document
     own = {token: ids[token] for token in model["vocab"] if token in ids}
-    # tokenizers numbers added tokens that are not in the model's vocabulary by themselves: from its
-    # size on, each behind the last. Where that gives other ids, they must be in it.
-    following = len(own)
+    # tokenizers numbers added tokens that are not in the model's vocabulary by themselves: behind
+    # the last added one, and behind the model's. Where that gives other ids, they must be in it.
+    last = -1
     for token in added:
-        if token not in own:
-            if ids[token] != following:
-                own |= {name: ids[name] for name in added}
-                break
-            following += 1
+        number = own.get(token, max(last + 1, len(own)))
+        if number != ids[token]:
+            own |= {name: ids[name] for name in added}
+            break
+        last = max(last, number)
     model["vocab"] = dict(sorted(own.items(), key=lambda item: item[1]))
     if "merges" in model:
         pairs = [_pair(merge) for merge in model["merges"] or ()]

@@ -164,6 +164,13 @@ class Document(_Parametrised):
                 found.setdefault(part.base_model, part.at("base_model"))
         if self.base_model is not None:
             found.setdefault(self.base_model, self.at("base_model"))
+        asked = self.vocabulary
+        if asked is not None:
+            if asked.source not in ("union", "base"):
+                found.setdefault(asked.source, asked.at("source"))
+            for token in asked.tokens.values():
+                if token.source is not None and token.source.model is not None:
+                    found.setdefault(token.source.model, token.at("source"))
         return list(found.items())
 
     def hint(self, name: str) -> str:
