@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -180,6 +181,74 @@ def test_texts_come_back_and_ids_have_their_rows(maker, shared_zoo, tmp_path, ki
     assert made("<|im_end|>", add_special_tokens=False)["input_ids"] == [
         made.convert_tokens_to_ids("<|im_end|>")
     ]
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "LlamaTokenizer", "T5Tokenizer"])
+def test_classes_that_build_a_tokenizer_themselves_keep_its_ids(maker, tmp_path, name):
+    import transformers
+
+    build = unigram if name == "T5Tokenizer" else bpe
+    found = {}
+    for key, texts, seed in (("base", TEXTS[:2], 101), ("b", TEXTS[2:], 102)):
+        made = build(texts, 300 if build is bpe else 60)
+        made.add_tokens([f"<|{key}|>"])
+        made = permuted(made, seed)
+        made.save(str(tmp_path / "tokenizer.json"))
+        own = getattr(transformers, name)(
+            tokenizer_file=str(tmp_path / "tokenizer.json"),
+            bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>",
+        )  # fmt: skip
+        folder = maker.model(f"class-{name}-{key}", made, seed=seed, rows=len(own))
+        own.save_pretrained(folder)
+        found[key] = folder
+    api.merge(recipe(found, weights=(1, 1), tokenizer_source="union"), tmp_path / "o", threads=1)
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "o")
+    assert made.get_vocab() == vocabulary(tmp_path / "o")
+    assert len(made) == json.loads((tmp_path / "o/config.json").read_text())["vocab_size"]
+    assert vocabulary(found["base"]).items() <= made.get_vocab().items()
+    assert made("<|b|>", add_special_tokens=False)["input_ids"] == [made.get_vocab()["<|b|>"]]
+
+
+def sentencepiece_only(shared_zoo, name, texts, size, seed):
+    import sentencepiece
+
+    corpus = shared_zoo.root / f"{name}.txt"
+    corpus.write_text("\n".join(texts * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(shared_zoo.root / name), vocab_size=size,
+        model_type="bpe", character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    folder = shared_zoo.base(name, seed=seed, dtype="F32", vocab=size)
+    (shared_zoo.root / f"{name}.model").rename(folder / "tokenizer.model")
+    own = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    return folder
+
+
+def test_folders_of_sentencepiece_alone(shared_zoo, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    a = sentencepiece_only(shared_zoo, "sp-a", TEXTS[:2], 80, 111)
+    b = sentencepiece_only(shared_zoo, "sp-b", TEXTS[2:], 90, 112)
+    given = recipe({"base": a, "b": b}, weights=(0.5, 0.5), tokenizer_source="union")
+    api.merge(given, tmp_path / "out", threads=1)
+    made = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert made.decode(made(TEXTS[1])["input_ids"], skip_special_tokens=True) == TEXTS[1]
+    x, y, z = (shared_zoo.read(path)[EMBED] for path in (a, b, tmp_path / "out"))
+    ids = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (a, b)]
+    for token, number in made.get_vocab().items():
+        rows = [m[own[token]] for m, own in zip((x, y), ids, strict=True) if token in own]
+        np.testing.assert_allclose(z[number], np.mean(rows, axis=0), atol=1e-7)
+    assert not (tmp_path / "out/tokenizer.model").exists()  # it has not the new tokens
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = refused(given)
+    assert "has no tokenizer.json (only tokenizer.model)" in message
+    assert "save_pretrained" in message
+    c = shared_zoo.tune(a, "sp-c", dtype="F32")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (c / name).write_bytes((a / name).read_bytes())
+    same = recipe({"base": a, "c": c}, weights=(0.5, 0.5), tokenizer_source="union")
+    assert api.plan(same).vocabulary is None  # equal files need no package
 
 
 def test_the_base_tokenizer_with_permuted_tokens_of_equal_number(maker, shared_zoo, tmp_path):

@@ -147,6 +147,14 @@ def with_ids(file: bytes | Path, ids: Mapping[str, Any]) -> bytes:
     return _dumped({key: ids.get(key, value) for key, value in config.items()})
 
 
+def is_same(one: Files, other: Files) -> bool:
+    """Whether both have a tokenizer.json of the same bytes: quicker to see than to read either."""
+    a, b = one[TOKENIZER], other[TOKENIZER]
+    if isinstance(a, Path) and isinstance(b, Path) and a.stat().st_size != b.stat().st_size:
+        return False
+    return _bytes(a) == _bytes(b)
+
+
 def identity(files: Files) -> str:
     """Hex digits that are equal where the files that say which token has which id are; '' where
     there are none.
@@ -184,11 +192,15 @@ def read_vocabulary(label: str, side_files: Files, folder: Path | None) -> Vocab
     config = _object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
     ids = _model_ids(document, label)
     added: dict[str, Mapping[str, Any]] = {}
+    following = len(document["model"]["vocab"])
     for entry in _listed(document.get("added_tokens"), "added_tokens", label):
         token, number = entry.get("content"), entry.get("id")
         if not isinstance(token, str) or type(number) is not int or number < 0:
             raise _unreadable(label, "an entry of added_tokens has no content or id")
-        ids[token] = number
+        # The id that is written counts for nothing: see `_document`.
+        if token not in ids:
+            ids[token] = following
+            following += 1
         added[token] = {key: value for key, value in entry.items() if key != "id"}
     _from_config(config, ids, added, label)
     if SPECIALS in files:
@@ -319,14 +331,17 @@ def _document(vocabulary: Vocabulary) -> dict[str, Any]:
         _place_pieces(model, vocabulary)
         return document
     own = {token: ids[token] for token in model["vocab"] if token in ids}
-    # tokenizers numbers added tokens that are not in the model's vocabulary by themselves: behind
-    # the last added one, and behind the model's. Where that gives other ids, they must be in it.
-    last = -1
+    # tokenizers numbers added tokens that are not in the model's vocabulary by itself: from its
+    # size on (0.23), or from the largest id of an added token on (before). Where either gives other
+    # ids, they must be in it.
+    following, last = len(own), -1
     for token in added:
-        number = own.get(token, max(last + 1, len(own)))
-        if number != ids[token]:
-            own |= {name: ids[name] for name in added}
-            break
+        number = ids[token]
+        if token not in own:
+            if number != following or number != max(last + 1, len(own)):
+                own |= {name: ids[name] for name in added}
+                break
+            following += 1
         last = max(last, number)
     model["vocab"] = dict(sorted(own.items(), key=lambda item: item[1]))
     if "merges" in model:

@@ -24,6 +24,7 @@ from fastmerge.models.vocabulary import (
     TOKENIZER,
     Vocabulary,
     identity,
+    is_same,
     read_generation,
     read_vocabulary,
 )
@@ -120,7 +121,7 @@ def check_order(parts: Sequence[Part], lead: View, vocabularies: Vocabularies, n
         files = view.donor.side_files()
         if view.donor is lead.donor or TOKENIZER not in files or TOKENIZER not in own:
             continue
-        if identity(files) == identity(own):
+        if is_same(files, own):
             continue
         try:
             first, second = vocabularies.of(lead), vocabularies.of(view)
@@ -260,6 +261,7 @@ class _Aligner:
             parts, lead = self._parts, self._lead  # padding stays as it is
         else:
             rows = total
+            self._note(f"tokenizer: {len(out.ids)} tokens, {self._whose()}; {total} rows")
             defaults = self._given(out, places)
             self._missing(names, places, defaults)
             parts = [self._part(part, names, places, defaults, total) for part in self._parts]
@@ -269,6 +271,12 @@ class _Aligner:
         plain = out is old and self._lead.vocabulary is None
         made = Aligned(parts, lead, None if plain else out, rows)
         return _with_ids(made, old, out, self._source)
+
+    def _whose(self) -> str:
+        if self._wanted.source in ("union", "base"):
+            more = " and then the other models'" if self._wanted.source == "union" else ""
+            return f"those of '{self._lead.label}'{more}"
+        return f"those of '{self._wanted.source}'"
 
     def _output(self) -> Vocabulary:
         if isinstance(self._source, Vocabulary):
