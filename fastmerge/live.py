@@ -230,7 +230,7 @@ def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
         if item.name not in targets:
             continue
         device = targets[item.name].device
-        for source in leaves([item.root]):
+        for source in item.sources:
             if held.key(plan.models[source.model], source.name, "device", device) in held.tensors:
                 continue
             need[device] = need.get(device, 0) + source.nbytes

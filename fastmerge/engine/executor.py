@@ -16,7 +16,7 @@ from fastmerge.engine.window import in_order, window_size
 from fastmerge.output.sink import Sink
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node, leaves
+from fastmerge.tree.nodes import Node
 
 _SCRATCH_BYTES = 64 << 20
 
@@ -87,7 +87,7 @@ class Local:
             )
 
         def compute(item: TensorPlan) -> Outcome:
-            with self._inputs.reading(leaves([item.root])):
+            with self._inputs.reading(item.sources):
                 made = self._inputs.reduced(item, backend.pool)
                 if streamer is None or on_host(item.root):
                     slot = sink.slot(item)

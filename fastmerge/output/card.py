@@ -18,7 +18,7 @@ from fastmerge.output.provenance import (
     licence_name,
     provenance,
 )
-from fastmerge.tree.nodes import Leaf, Merge, leaves, walk
+from fastmerge.tree.nodes import Leaf, Merge, walk
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
@@ -124,7 +124,7 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     as_base: Counter[int] = Counter()
     for tensor in plan.tensors:
         nodes = walk(tensor.root)
-        tensors.update({stored.model for stored in leaves([tensor.root])})
+        tensors.update({stored.model for stored in tensor.sources})
         bases = {n.base for n in nodes if isinstance(n, Merge) and isinstance(n.base, Leaf)}
         as_base.update({base.own.model for base in bases if base.own is not None})
     lines = ["| model | tensors | role | fingerprint |", "|---|---:|---|---|"]

@@ -24,12 +24,12 @@ from fastmerge.models.quantised import find_quantised
 from fastmerge.models.vocabulary import Vocabulary
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
-from fastmerge.tree.nodes import Node, leaves
+from fastmerge.tree.nodes import Node, Stored, leaves
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor. A bare Source as root, of the same dtype, is copied byte for byte."""
+    """One output tensor. A bare Stored as root, of the same dtype, is copied byte for byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,10 +46,15 @@ class TensorPlan:
         """Bytes written."""
         return self.dtype.bytes_for(self.count)
 
+    @cached_property  # a walk's tree has a hundred nodes, and four readers
+    def sources(self) -> tuple[Stored, ...]:
+        """The stored tensors that its tree reads, each once, in order of first use."""
+        return tuple(leaves([self.root]))
+
     @property
     def bytes_in(self) -> int:
-        """Bytes of the stored tensors that its tree reads, each once."""
-        return sum(stored.nbytes for stored in leaves([self.root]))
+        """Bytes of ``sources``."""
+        return sum(stored.nbytes for stored in self.sources)
 
 
 # ---------------------------------------------------------------- models

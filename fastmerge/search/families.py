@@ -10,15 +10,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fastmerge.evaluation.scores import Scores
 from fastmerge.recipe.settings import constant
 from fastmerge.search.expressions import Expr, Model, average, blend
-from fastmerge.search.lab import Lab
 from fastmerge.search.search import Script, Scripted, drive
+
+if TYPE_CHECKING:  # a schedule that measures nothing does without torch models' loaders
+    from fastmerge.search.lab import Lab
 
 _KEPT_SHARE, _KEPT_LEAST = 4, 5  # staged halving keeps a quarter, at least 5
 
