@@ -27,6 +27,8 @@ from fastmerge.tree.unread import without_unread
 Numbers = Sequence[float] | NDArray[Any]
 
 __all__ = [
+    "breadcrumbs",
+    "breadcrumbs_ties",
     "combine",
     "dare_linear",
     "dare_ties",
@@ -202,6 +204,46 @@ def dare_ties(
     return merge(
         "dare_ties", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
+
+
+def breadcrumbs(
+    base: Any,
+    tensors: Sequence[Any],
+    weights: Numbers,
+    *,
+    density: float | Numbers = 1.0,
+    gamma: float | Numbers = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Drop the ``gamma`` largest delta entries, keep the next ``density``, add (Davari and
+    Belilovsky 2023).
+    """
+    given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
+    given |= {"normalize": normalize, "lambda": lambda_}
+    return merge("breadcrumbs", tensors, given, base=base, out=out, threads=threads)
+
+
+def breadcrumbs_ties(
+    base: Any,
+    tensors: Sequence[Any],
+    weights: Numbers,
+    *,
+    density: float | Numbers = 1.0,
+    gamma: float | Numbers = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """As `breadcrumbs`, with a sign election (Davari and Belilovsky 2023; Yadav et al. 2023)."""
+    given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
+    given |= {"normalize": normalize, "lambda": lambda_}
+    return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
 
 
 def passthrough(

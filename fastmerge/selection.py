@@ -16,11 +16,11 @@ MIXED, INDEX = 0, 1
 class Sparsify(NamedTuple):
     """A request: which entries of one delta shall survive.
 
-    MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest). Entries that
-    tie at the smallest kept magnitude are taken by smallest *mixed index* (MIXED) or smallest flat
-    index (INDEX). RANDOM keeps element i when word i%4 of Philox4x32-10 at counter i//4 under
-    ``key`` is below ``keep_below``. ``rescale`` asks for the L1 factor sum|delta| / sum|kept
-    delta|.
+    MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest) after the
+    ``skip`` largest of all, which are dropped. Of entries that tie, those of smallest *mixed index*
+    (MIXED) or smallest flat index (INDEX) count as larger. RANDOM keeps element i when word i%4 of
+    Philox4x32-10 at counter i//4 under ``key`` is below ``keep_below``. ``rescale`` asks for the L1
+    factor sum|delta| / sum|kept delta|.
     """
 
     kind: int = ALL
@@ -29,15 +29,16 @@ class Sparsify(NamedTuple):
     keep_below: int = 0  # 0 ... 2**32
     key: int = 0  # 64 bits
     rescale: bool = False
+    skip: int = 0
 
 
 class Selection(NamedTuple):
     """The answer for one delta: everything `consensus` needs to decide each entry on its own.
 
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
-    order(i) < tie_bound, where order is the mixed index (defined by `compute.reference`'s
-    ``mixed_indices``) or the flat index. Magnitudes are compared as the 31-bit patterns of fp32, so
-    NaN is above infinity.
+    order(i) < tie_bound, unless the same holds of the ceiling and its bound; where order is the
+    mixed index (defined by `compute.reference`'s ``mixed_indices``) or the flat index. Magnitudes
+    are compared as the 31-bit patterns of fp32, so NaN is above infinity.
     """
 
     kind: int = ALL
@@ -48,6 +49,8 @@ class Selection(NamedTuple):
     key: int = 0
     rescale: float = 1.0  # fp32 value, multiplied in after the mask
     kept: int = 0
+    ceiling_bits: int = 0x7FFFFFFF  # with a bound of 0 nothing is above it
+    ceiling_bound: int | None = 0
 
     @classmethod
     def asked(cls, spec: Sparsify, kept: int) -> Selection:
@@ -66,6 +69,16 @@ def random_key(seed: int, tensor: str, model: int) -> int:
 def keep_below(density: float) -> int:
     """The bound under which a random 32-bit word keeps its entry: round(density * 2**32)."""
     return min(1 << 32, max(0, round(density * (1 << 32))))
+
+
+def band_counts(density: float, gamma: float, count: int) -> tuple[int, int]:
+    """How many of ``count`` entries breadcrumbs keeps, and how many larger ones it drops:
+    int(density * count), and int(gamma * count) or as many as leave that number.
+
+    The products are Python doubles, as in mergekit 0.1.5 (sparsify.py); none may be kept.
+    """
+    keep = int(density * count)
+    return keep, min(int(gamma * count), count - keep)
 
 
 def keep_count(density: float, count: int) -> int:

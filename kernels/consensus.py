@@ -60,7 +60,8 @@ def _block(
         if MODES[i] != KEEP_ALL:
             kept = survives(
                 delta, origin + start, index, rules[RULE * i], rules[RULE * i + 1],
-                rules[RULE * i + 2], MODES[i], WIDE, BLOCK,
+                rules[RULE * i + 2], rules[RULE * i + 3], rules[RULE * i + 4], MODES[i], WIDE,
+                BLOCK,
             )  # fmt: skip
             # The mask's 1 or 0 times the next factor: the product that follows rounds once more
             # and is exact here, so that it moves no bit.

@@ -14,7 +14,11 @@ KEEP_ALL: tl.constexpr = tl.constexpr(0)
 KEEP_RANDOM: tl.constexpr = tl.constexpr(1)
 KEEP_MIXED: tl.constexpr = tl.constexpr(2)  # key > threshold, or tied and mixed index <= last
 KEEP_INDEX: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and flat index <= last
-RULE = 3  # rule columns per delta: threshold; last (both rules) or keep_below; key
+# As these two, but for those that the same says of a ceiling.
+BAND_MIXED: tl.constexpr = tl.constexpr(4)
+BAND_INDEX: tl.constexpr = tl.constexpr(5)
+# Rule columns per delta: threshold; last (both rules) or keep_below; key; ceiling and its last.
+RULE = 5
 
 
 @triton.jit
@@ -82,17 +86,40 @@ def random_words(key, first, COUNT: tl.constexpr):
 @triton.jit
 def load_rule(rule, MODE: tl.constexpr, WIDE: tl.constexpr):
     """A delta's RULE int64 numbers as `survives` takes them: of a trim below 2**32 elements the
-    first is `rank_of` the last entry that survives.
+    first is `rank_of` the last entry that survives, the fourth of the last that is dropped.
     """
     first, last, key = tl.load(rule), tl.load(rule + 1), tl.load(rule + 2)
-    if (MODE == KEEP_MIXED or MODE == KEEP_INDEX) and not WIDE:
+    ceiling, end = first, last
+    if MODE == BAND_MIXED or MODE == BAND_INDEX:
+        ceiling, end = tl.load(rule + 3), tl.load(rule + 4)
+    if MODE >= KEEP_MIXED and not WIDE:
         first = (first << 32) | (last ^ 0xFFFFFFFF)
-    return first.to(tl.uint64, bitcast=True), last, key.to(tl.uint64, bitcast=True)
+        ceiling = (ceiling << 32) | (end ^ 0xFFFFFFFF)
+    return (
+        first.to(tl.uint64, bitcast=True),
+        last,
+        key.to(tl.uint64, bitcast=True),
+        ceiling.to(tl.uint64, bitcast=True),
+        end,
+    )
+
+
+@triton.jit
+def _above(delta, index, limit, last, INDEX_RULE: tl.constexpr, WIDE: tl.constexpr):
+    """Which entries are larger than a limit, ties by their order up to last."""
+    if WIDE:
+        magnitude, threshold = magnitude_key(delta), limit.to(tl.uint32)
+        order = order_of(index, INDEX_RULE, True)
+        tied = (magnitude == threshold) & (order <= last.to(tl.uint64, bitcast=True))
+        found = (magnitude > threshold) | tied
+    else:
+        found = rank_of(magnitude_key(delta), index, INDEX_RULE, False) >= limit
+    return found
 
 
 @triton.jit
 def survives(
-    delta, first, index, limit, last, key, MODE: tl.constexpr, WIDE: tl.constexpr,
+    delta, first, index, limit, last, key, ceiling, end, MODE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which of BLOCK entries from flat index ``first`` on are kept; the rule is load_rule's."""
@@ -100,31 +127,38 @@ def survives(
         kept = tl.full([BLOCK], 1, tl.int1)
     elif MODE == KEEP_RANDOM:
         kept = random_words(key, first, BLOCK).to(tl.int64) < last
-    elif WIDE:
-        magnitude, threshold = magnitude_key(delta), limit.to(tl.uint32)
-        order = order_of(index, MODE == KEEP_INDEX, True)
-        tied = (magnitude == threshold) & (order <= last.to(tl.uint64, bitcast=True))
-        kept = (magnitude > threshold) | tied
     else:
-        kept = rank_of(magnitude_key(delta), index, MODE == KEEP_INDEX, False) >= limit
+        INDEX_RULE: tl.constexpr = MODE == KEEP_INDEX or MODE == BAND_INDEX
+        kept = _above(delta, index, limit, last, INDEX_RULE, WIDE)
+        if MODE == BAND_MIXED or MODE == BAND_INDEX:
+            kept = kept & ~_above(delta, index, ceiling, end, INDEX_RULE, WIDE)
     return kept
 
 
 def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
     """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
     if selection.kind == RANDOM:
-        return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key)]
+        return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key), 0, 0]
     if selection.kind != MAGNITUDE:
-        return KEEP_ALL.value, [0, 0, 0]
-    threshold, last = selection.threshold_bits, (1 << 64) - 1
-    if selection.tie_bound == 0:  # no tied entry survives: every one from the next key on does
-        threshold += 1
-    elif selection.tie_bound is not None:
-        last = selection.tie_bound - 1
-    if selection.tie_rule == INDEX:
-        last = last if wide else min(last, (1 << 32) - 1)
-        return KEEP_INDEX.value, [threshold, _signed(last), 0]
-    return KEEP_MIXED.value, [threshold, _signed(last if wide else last >> 32), 0]
+        return KEEP_ALL.value, [0] * RULE
+    by_index = selection.tie_rule == INDEX
+    cut = _cut(selection.threshold_bits, selection.tie_bound, by_index, wide)
+    if (selection.ceiling_bits, selection.ceiling_bound) == (0x7FFFFFFF, 0):  # nothing is above
+        return (KEEP_INDEX if by_index else KEEP_MIXED).value, [*cut, 0, 0, 0]
+    ceiling = _cut(selection.ceiling_bits, selection.ceiling_bound, by_index, wide)
+    return (BAND_INDEX if by_index else BAND_MIXED).value, [*cut, 0, *ceiling]
+
+
+def _cut(bits: int, bound: int | None, by_index: bool, wide: bool) -> tuple[int, int]:
+    """A threshold and its tie bound as the kernels take them."""
+    last = (1 << 64) - 1
+    if bound == 0:  # no tied entry is above: every one from the next key on is
+        bits += 1
+    elif bound is not None:
+        last = bound - 1
+    if not wide:
+        last = min(last, (1 << 32) - 1) if by_index else last >> 32
+    return bits, _signed(last)
 
 
 def _signed(value: int) -> int:

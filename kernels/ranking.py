@@ -226,7 +226,9 @@ def _measure_block(
     mask = offsets < end
     base = fetch(base_address, offsets, mask, BASE, ALIGNED, MASKED)
     change = fetch(address, offsets, mask, CODE, ALIGNED, MASKED) - base
-    kept = survives(change, start, offsets, rule[0], rule[1], rule[2], MODE, WIDE, STEP)
+    kept = survives(
+        change, start, offsets, rule[0], rule[1], rule[2], rule[3], rule[4], MODE, WIDE, STEP
+    )
     size = tl.abs(change).to(tl.float64)
     if MASKED:  # outside the mask both tensors read as 0, and so does their difference
         kept = kept & mask

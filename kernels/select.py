@@ -139,13 +139,22 @@ class SelectBatch:
             for some in self._batches(members) if any(ranked) else []:
                 if some not in self._tables:
                     self._tables[some] = _Tables([self._rows[i] for i in some])
-                ranks = np.array([[spec.keep for spec in wanted[i]] for i in some], dtype=np.int64)
-                ranks[:, [rule == SKIP.value for rule in ranked]] = 0
-                values = _answers(self._tables[some], ranks, (*key, ranked))
-                for i, row in zip(some, values.tolist(), strict=True):
-                    for d, rule in enumerate(ranked):
-                        if rule != SKIP.value:
-                            found[i][d] = _bounded(found[i][d], row[d], wide=key[1])
+                tables, own = self._tables[some], [wanted[i] for i in some]
+                skips = np.array([[spec.skip for spec in given] for given in own], dtype=np.int64)
+                keeps = np.array([[spec.keep for spec in given] for given in own], dtype=np.int64)
+                searched = np.array([rule != SKIP.value for rule in ranked])
+                last = _answers(tables, (skips + keeps) * searched, (*key, ranked))
+                skips *= searched
+                over = _answers(tables, skips, (*key, ranked)) if skips.any() else skips
+                for n, i in enumerate(some):
+                    for d in np.flatnonzero(searched):
+                        cut = _cut(int(last[n, d]), ranked[d], wide=key[1])
+                        found[i][d] = found[i][d]._replace(threshold_bits=cut[0], tie_bound=cut[1])
+                        if skips[n, d]:
+                            cut = _cut(int(over[n, d]), ranked[d], wide=key[1])
+                            found[i][d] = found[i][d]._replace(
+                                ceiling_bits=cut[0], ceiling_bound=cut[1]
+                            )
         return found
 
     def _batches(self, members: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -222,8 +231,9 @@ class SelectBatch:
 
 def _check(count: int, specs: Sequence[Sparsify]) -> None:
     for spec in specs:
-        if not 0 <= spec.keep <= count:
-            raise FastmergeError(f"keep {spec.keep}: use 0 to {count}, the element count")
+        if not (0 <= spec.keep <= count and 0 <= spec.skip <= count - spec.keep):
+            both = f"keep {spec.keep}, skip {spec.skip}"
+            raise FastmergeError(f"{both}: use 0 to {count}, the element count, together")
         if spec.kind == MAGNITUDE and count > MOST:
             raise UnsupportedError(
                 f"{count} elements: the GPU trims tensors of up to {MOST}; use device cpu"
@@ -245,13 +255,13 @@ def _unsearched(spec: Sparsify, count: int) -> Selection:
     return Selection.asked(spec, spec.keep)._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
 
 
-def _bounded(selection: Selection, value: int, *, wide: bool) -> Selection:
-    """With the threshold and tie bound that keep `masks.rank_of` down to value."""
+def _cut(value: int, rule: int, *, wide: bool) -> tuple[int, int]:
+    """The threshold and tie bound that keep `masks.rank_of` down to value."""
     bits = 33 if wide else 32
     order = (1 << bits) - 1 - (value & ((1 << bits) - 1))
-    if selection.tie_rule != INDEX:
+    if rule != BY_INDEX.value:
         order = (order >> 1) << 32 | (order & 1) if wide else order << 32
-    return selection._replace(threshold_bits=value >> bits, tie_bound=order + 1)
+    return value >> bits, order + 1
 
 
 def _room(count: int) -> int:

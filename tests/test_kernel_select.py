@@ -123,6 +123,25 @@ def test_a_few_large_entries_among_equal_ones(pool, memory):
 
 
 @every_isa
+@pytest.mark.parametrize("rule", [MIXED, INDEX], ids=["mixed", "index"])
+@pytest.mark.parametrize("count", [1, 2, 63, 1000, LARGE])
+@pytest.mark.parametrize("delta", [None, 0.0, np.nan])
+def test_what_is_above_a_band_is_dropped(pool, memory, count, rule, delta):
+    """`check` compares thresholds and bounds of both edges, and how many survive."""
+    base, tuned = fine_tunes(count)
+    if delta is not None:  # all tied: the bounds alone decide
+        base = np.zeros(count, np.float32)
+        tuned = [base + np.float32(delta)] * 2
+    for keep, skip in ((0.5, 0.01), (0.5, 0.5), (0.001, 0.3), (0.0, 0.2), (0.9, 0.05)):
+        spec = Sparsify(
+            MAGNITUDE, int(keep * count), rule, rescale=delta is None, skip=int(skip * count)
+        )
+        found = check(pool, memory, tuned, base, [spec, spec._replace(skip=0)])
+        if delta is None and spec.keep and spec.skip:
+            assert found[0].ceiling_bits >= found[0].threshold_bits
+
+
+@every_isa
 @pytest.mark.parametrize("keep", [1, 10_000, 75_000, LARGE - 10_000, LARGE])
 def test_a_sample_that_lies_costs_passes_not_exactness(pool, memory, keep):
     """The places that select looks at first hold the largest, the smallest or odd values."""

@@ -252,7 +252,8 @@ def test_recipes_and_the_command_line_know_it(
     assert [p["name"] for p in rows["power_mean"]["parameters"]] == ["power", "share"]
 
 
-def test_a_method_that_mergekit_has_can_be_registered(models: list[Path]) -> None:
+def test_a_method_that_mergekit_has_can_be_registered(models: list[Path], monkeypatch) -> None:
+    monkeypatch.delitem(METHODS, "breadcrumbs")  # one that has no row
     add(row(name="breadcrumbs"))
     plan = api.plan({**recipe_of(models), "merge_method": "breadcrumbs"})
     assert plan.methods == {"breadcrumbs": len(plan.tensors)}

@@ -249,7 +249,7 @@ def keeps_the_same(got, want, x, base):
     """Equal, and the same entries survive. The bound of a trim may differ: the GPU's stops at the
     last tied entry that is kept, the CPU's is 2**64 where all are.
     """
-    plain = {"tie_bound": 0, "rescale": 0}
+    plain = {"tie_bound": 0, "ceiling_bound": 0, "rescale": 0}
     assert got._replace(**plain) == want._replace(**plain)
     keys = reference.magnitude_keys(x.float().cpu().numpy(), base.float().cpu().numpy())
     kept = [reference.survivors(selection, keys) for selection in (got, want)]
@@ -287,6 +287,9 @@ def test_select_equals_cpu(kind, dtype, sampled, monkeypatch):
         Sparsify(MAGNITUDE, 3, INDEX),
         Sparsify(MAGNITUDE, size - 1, MIXED, rescale=True),
         Sparsify(MAGNITUDE, size // 5, INDEX, rescale=True),
+        Sparsify(MAGNITUDE, size // 2, MIXED, rescale=True, skip=size // 100),
+        Sparsify(MAGNITUDE, 7, INDEX, skip=size // 3),
+        Sparsify(MAGNITUDE, 0, skip=size // 3),
     ]
     found = select([x] * len(specs), base, specs)
     for got, want in zip(found, cpu_select([x] * len(specs), base, specs), strict=True):
@@ -368,6 +371,7 @@ CHOICES = {
     "all": [Sparsify(), Sparsify()],
     "trim": [Sparsify(MAGNITUDE, 700), Sparsify(MAGNITUDE, 400, INDEX)],
     "random": [Sparsify(RANDOM, keep_below=1 << 31, key=k, rescale=True) for k in (3, 1 << 63)],
+    "band": [Sparsify(MAGNITUDE, 700, skip=50), Sparsify(MAGNITUDE, 400, INDEX, skip=1100)],
     "mixed": [Sparsify(MAGNITUDE, 600, rescale=True), Sparsify(RANDOM, keep_below=0)],
 }
 

@@ -133,6 +133,7 @@ CASES = {
     "gram_columns": (_gram_vectors(0), False),
     "reduce": (_reduce(), False),
     "consensus_ties": (_consensus((2, 2)), True),
+    "consensus_band": (_consensus((4, 5)), True),
     "consensus_exact": (_consensus((2, 2), exact=True), True),
     "consensus_task": (_consensus((0, 0), elect=False), True),
     "consensus_dare": (_consensus((1, 1), rescaled=True), True),

@@ -20,6 +20,7 @@ template <class Field>
 void each_field(Sparsify& spec, const Field& field) {
     field("kind", spec.kind);
     field("keep", spec.keep);
+    field("skip", spec.skip);
     field("tie_rule", spec.tie_rule);
     field("keep_below", spec.keep_below);
     field("key", spec.key);
@@ -31,6 +32,8 @@ void each_field(Selection& selection, const Field& field) {
     field("kind", selection.kind);
     field("threshold_bits", selection.threshold_bits);
     field("tie_bound", selection.tie_bound);
+    field("ceiling_bits", selection.ceiling_bits);
+    field("ceiling_bound", selection.ceiling_bound);
     field("tie_rule", selection.tie_rule);
     field("keep_below", selection.keep_below);
     field("key", selection.key);

@@ -27,6 +27,8 @@ struct Keep {
         kAll,
         kAbove,       // key > threshold, key being the fp32 bit pattern of |delta|
         kAboveOrTie,  // ... or key == threshold and order word <= order_max
+        kBand,        // as kAboveOrTie, and not: key > ceiling, or key == ceiling and order word
+                      // <= ceiling_order_max
         kRandom,      // Philox word <= word_max
     };
     Kind kind = kAll;
@@ -34,6 +36,8 @@ struct Keep {
     bool mixed = true;
     int32_t threshold = 0;
     uint32_t order_max = 0;
+    int32_t ceiling = 0;
+    uint32_t ceiling_order_max = 0;
     uint32_t word_max = 0;
     const uint64_t* round_keys = nullptr;  // kRandom: Philox's 20 round keys, one per 64-bit word
 };

@@ -82,7 +82,8 @@ template <class T, int kInputs, int kKind, bool kElect>
 void consensus_tile(const ConsensusArgs& args) {
     bool any_mixed = false;
     for (int j = 0; j < args.inputs_count; ++j)
-        any_mixed |= args.terms[j].keep.kind == Keep::kAboveOrTie && args.terms[j].keep.mixed;
+        any_mixed |= args.terms[j].keep.mixed && (args.terms[j].keep.kind == Keep::kAboveOrTie ||
+                                                  args.terms[j].keep.kind == Keep::kBand);
     // Groups lie at multiples of kGroup in the flat index; the first and the last may be cut.
     int64_t at = -static_cast<int64_t>(args.index % kGroup);
     for (; at < args.count; at += kGroup) {
@@ -102,6 +103,8 @@ void consensus_inputs(const ConsensusArgs& args) {
         if (args.terms[j].off != 0) kind = kAnyKind;
     if (args.elect && kind == Keep::kAboveOrTie)
         return consensus_tile<T, kInputs, Keep::kAboveOrTie, true>(args);
+    if (args.elect && kind == Keep::kBand)
+        return consensus_tile<T, kInputs, Keep::kBand, true>(args);
     if (args.elect && kind == Keep::kRandom)
         return consensus_tile<T, kInputs, Keep::kRandom, true>(args);
     if (args.elect) return consensus_tile<T, kInputs, kAnyKind, true>(args);

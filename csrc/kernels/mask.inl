@@ -28,7 +28,10 @@ FM_INLINE Mask survives(const Keep& rule, int kind, Words key, Words order, Word
     if (kind == Keep::kRandom) return at_most(random, spread(rule.word_max));
     Words threshold = spread(static_cast<uint32_t>(rule.threshold));
     // One less where the entry would survive a tie, so that key > threshold decides either way.
-    if (kind == Keep::kAboveOrTie)
+    if (kind == Keep::kAboveOrTie || kind == Keep::kBand)
         threshold = decrease(threshold, at_most(order, spread(rule.order_max)));
-    return signed_above(key, threshold);
+    if (kind != Keep::kBand) return signed_above(key, threshold);
+    const Words ceiling = decrease(spread(static_cast<uint32_t>(rule.ceiling)),
+                                   at_most(order, spread(rule.ceiling_order_max)));
+    return without(signed_above(key, threshold), signed_above(key, ceiling));
 }

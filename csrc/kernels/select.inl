@@ -159,8 +159,9 @@ FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep
     Floats size[2], kept_size[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        const Words order = kKind == Keep::kAboveOrTie && keep_rule.mixed ? mixed_order(index, v)
-                                                                          : flat_order(index, v);
+        const bool orders = kKind == Keep::kAboveOrTie || kKind == Keep::kBand;
+        const Words order =
+            orders && keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v);
         Mask kept_here = survives(keep_rule, kKind, key[v], order, random[v]);
         if (kPartial) kept_here = kept_here & present(v, part);
         counter = count(counter, kept_here);
@@ -200,6 +201,9 @@ void measure(const DeltaArgs& args, Mass* masses) {
                 break;
             case Keep::kAboveOrTie:
                 measure_tile<T, Keep::kAboveOrTie>(args, j, masses[j]);
+                break;
+            case Keep::kBand:
+                measure_tile<T, Keep::kBand>(args, j, masses[j]);
                 break;
             case Keep::kRandom:
                 measure_tile<T, Keep::kRandom>(args, j, masses[j]);

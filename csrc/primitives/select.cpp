@@ -51,6 +51,11 @@ void measure(const Deltas& deltas, const std::vector<size_t>& which,
     }
 }
 
+// Whether the i-th trim is the second of its delta, above which entries are dropped.
+bool is_ceiling(const std::vector<size_t>& trimmed, size_t i) {
+    return i > 0 && trimmed[i - 1] == trimmed[i];
+}
+
 }  // namespace
 
 std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
@@ -69,8 +74,13 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
     const int64_t count = deltas.count();
 
     std::vector<Selection> selections(specs.size());
-    std::vector<size_t> trimmed, measured;
+    std::vector<size_t> trimmed, measured;  // one that skips its largest is trimmed twice
     std::vector<Threshold> thresholds;
+    const auto trim = [&](size_t j, int64_t rank) {
+        trimmed.push_back(j);
+        thresholds.emplace_back();
+        thresholds.back().keep = rank;
+    };
     for (size_t j = 0; j < specs.size(); ++j) {
         const Sparsify& spec = specs[j];
         Selection& selection = selections[j];
@@ -80,17 +90,16 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         selection.key = spec.key;
         selection.kept = count;
         if (spec.kind == Sparsity::kMagnitude) {
-            if (spec.keep < 0 || spec.keep > count)
-                throw std::invalid_argument("keep must be between 0 and the element count");
+            if (spec.keep < 0 || spec.skip < 0 || spec.skip > count ||
+                spec.keep > count - spec.skip)
+                throw std::invalid_argument(
+                    "keep and skip must be between 0 and the element count, and so must their sum");
             selection.kept = spec.keep;
             // To keep nothing: no key is above the largest, none is tied with it.
             selection.threshold_bits = 0x7FFFFFFF;
             selection.tie_bound = 0;
-            if (spec.keep > 0) {
-                trimmed.push_back(j);
-                thresholds.emplace_back();
-                thresholds.back().keep = spec.keep;
-            }
+            if (spec.keep > 0) trim(j, spec.skip + spec.keep);
+            if (spec.keep > 0 && spec.skip > 0) trim(j, spec.skip);
             if (spec.keep > 0 && spec.keep < count && spec.rescale) measured.push_back(j);
         } else if (spec.kind == Sparsity::kRandom) {
             if (spec.keep_below > uint64_t{1} << 32)
@@ -102,14 +111,17 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
 
     if (!trimmed.empty()) find_thresholds(deltas, trimmed, thresholds);
     std::vector<size_t> tied;
+    std::vector<bool> of_ceiling;
     std::vector<TieBound> bounds;
     for (size_t i = 0; i < trimmed.size(); ++i) {
         Selection& selection = selections[trimmed[i]];
-        selection.threshold_bits = thresholds[i].key;
-        selection.tie_bound.reset();
+        const bool ceiling = is_ceiling(trimmed, i);
+        (ceiling ? selection.ceiling_bits : selection.threshold_bits) = thresholds[i].key;
+        (ceiling ? selection.ceiling_bound : selection.tie_bound).reset();
         const int64_t wanted = thresholds[i].keep - thresholds[i].above;
         if (wanted == thresholds[i].ties) continue;
         tied.push_back(trimmed[i]);
+        of_ceiling.push_back(ceiling);
         TieBound bound;
         bound.key = thresholds[i].key;
         bound.rule = selection.tie_rule;
@@ -118,7 +130,10 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         bounds.push_back(bound);
     }
     if (!tied.empty()) find_tie_bounds(deltas, tied, bounds);
-    for (size_t i = 0; i < tied.size(); ++i) selections[tied[i]].tie_bound = bounds[i].bound;
+    for (size_t i = 0; i < tied.size(); ++i) {
+        Selection& selection = selections[tied[i]];
+        (of_ceiling[i] ? selection.ceiling_bound : selection.tie_bound) = bounds[i].bound;
+    }
     if (!measured.empty()) measure(deltas, measured, specs, selections);
     return selections;
 }

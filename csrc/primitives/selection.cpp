@@ -31,6 +31,22 @@ bool largest_order_word(std::optional<uint64_t> bound, TieRule rule, uint64_t in
     return true;
 }
 
+namespace {
+
+// Makes of a threshold and its tie bound a pair for key > threshold - (order word <= order_max), in
+// the tile at `index`; false where no key is that large.
+bool cut_in_tile(int32_t bits, std::optional<uint64_t> bound, TieRule rule, uint64_t index,
+                 int32_t& threshold, uint32_t& order_max) {
+    threshold = bits;
+    if (largest_order_word(bound, rule, index, order_max)) return true;
+    order_max = 0xFFFFFFFFu;  // no tied entry: every one from the next key on
+    if (bits == 0x7FFFFFFF) return false;
+    threshold = bits + 1;
+    return true;
+}
+
+}  // namespace
+
 Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t index) {
     Keep keep;
     keep.mixed = selection.tie_rule == TieRule::kMixed;
@@ -44,6 +60,11 @@ Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t in
             keep.kind = Keep::kAbove;
             keep.threshold -= 1;
         }
+        if (cut_in_tile(selection.ceiling_bits, selection.ceiling_bound, selection.tie_rule, index,
+                        keep.ceiling, keep.ceiling_order_max) &&
+            cut_in_tile(selection.threshold_bits, selection.tie_bound, selection.tie_rule, index,
+                        keep.threshold, keep.order_max))
+            keep.kind = Keep::kBand;
     } else if (selection.kind == Sparsity::kRandom) {
         keep.kind = Keep::kRandom;
         keep.word_max = static_cast<uint32_t>(selection.keep_below - 1);

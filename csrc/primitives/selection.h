@@ -13,7 +13,7 @@ enum class TieRule : int { kMixed = 0, kIndex = 1, kLast = kIndex };
 
 struct Sparsify {
     Sparsity kind = Sparsity::kAll;
-    int64_t keep = 0;
+    int64_t keep = 0, skip = 0;
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;  // 0 ... 2^32
     uint64_t key = 0;
@@ -24,6 +24,8 @@ struct Selection {
     Sparsity kind = Sparsity::kAll;
     int32_t threshold_bits = 0;         // of the fp32 magnitude
     std::optional<uint64_t> tie_bound;  // none: every tied entry survives
+    int32_t ceiling_bits = 0x7FFFFFFF;  // what lies above is dropped
+    std::optional<uint64_t> ceiling_bound = 0;
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;
     uint64_t key = 0;

@@ -160,10 +160,14 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
             order = mixed_indices(len(keys))
         else:
             order = np.arange(len(keys), dtype=np.uint64)
-        tied = keys == selection.threshold_bits
-        if selection.tie_bound is not None:
-            tied &= order < selection.tie_bound
-        return np.asarray((keys > selection.threshold_bits) | tied)
+
+        def above(bits: int, bound: int | None) -> NDArray[np.bool_]:
+            tied = (keys == bits) & (True if bound is None else order < bound)
+            return np.asarray((keys > bits) | tied)
+
+        return above(selection.threshold_bits, selection.tie_bound) & ~above(
+            selection.ceiling_bits, selection.ceiling_bound
+        )
     if selection.kind == RANDOM:
         words = philox_words(len(keys), selection.key).astype(np.uint64)
         return np.asarray(words < np.uint64(selection.keep_below))
@@ -175,19 +179,28 @@ def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> l
     return [_select(magnitude_keys(x, base), s) for x, s in zip(inputs, specs, strict=True)]
 
 
+def _cut(keys: NDArray[np.uint32], rank: int, tie_rule: int) -> tuple[int, int | None]:
+    """The threshold and the tie bound that leave the ``rank`` largest, at least one."""
+    threshold = int(np.sort(keys)[len(keys) - rank])
+    tied = np.flatnonzero(keys == threshold)
+    wanted = rank - int(np.count_nonzero(keys > threshold))
+    if wanted == len(tied):
+        return threshold, None
+    order = mixed_indices(len(keys))[tied] if tie_rule == MIXED else tied
+    return threshold, int(np.sort(order)[wanted - 1]) + 1
+
+
 def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     count = len(keys)
     found = Selection.asked(spec, count)
     if spec.kind == MAGNITUDE and spec.keep == 0:
         found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
     elif spec.kind == MAGNITUDE:
-        threshold = int(np.sort(keys)[count - spec.keep])
-        tied = np.flatnonzero(keys == threshold)
-        wanted = spec.keep - int(np.count_nonzero(keys > threshold))
-        found = found._replace(threshold_bits=threshold)
-        if wanted < len(tied):
-            order = mixed_indices(count)[tied] if spec.tie_rule == MIXED else tied
-            found = found._replace(tie_bound=int(np.sort(order)[wanted - 1]) + 1)
+        threshold, bound = _cut(keys, spec.skip + spec.keep, spec.tie_rule)
+        found = found._replace(threshold_bits=threshold, tie_bound=bound)
+        if spec.skip:
+            ceiling, bound = _cut(keys, spec.skip, spec.tie_rule)
+            found = found._replace(ceiling_bits=ceiling, ceiling_bound=bound)
     kept = survivors(found, keys)
     found = found._replace(kept=int(np.count_nonzero(kept)))
     if spec.kind != ALL and spec.rescale and found.kept < count:

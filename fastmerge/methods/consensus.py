@@ -32,13 +32,15 @@ def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool
 def _keep(values: Values, operand: Values, kind: int) -> Keep:
     """MAGNITUDE: the int(density * count) largest of a delta (Yadav et al. 2023, section 4.1).
 
-    RANDOM: each entry with probability ``density`` (Yu et al. 2023, section 3.2). Either may
-    restore the delta's L1 norm, as in mergekit.
+    With ``gamma`` that fraction of all, the largest, is dropped before (Davari and Belilovsky 2023,
+    section 3). RANDOM: each entry with probability ``density`` (Yu et al. 2023, section 3.2). Any
+    may restore the delta's L1 norm, as in mergekit.
     """
     if kind == ALL or operand["density"] >= 1:
         return Keep(ALL)
     tie_rule = INDEX if values.get("ties") == "index" else MIXED
-    return Keep(kind, operand["density"], tie_rule, bool(values["rescale"]))
+    rescale, gamma = bool(values["rescale"]), operand.get("gamma")
+    return Keep(kind, operand["density"], tie_rule, rescale, gamma)
 
 
 def task_arithmetic(values: Values, operands: Sequence[Values]) -> Terms:
@@ -59,3 +61,13 @@ def dare_linear(values: Values, operands: Sequence[Values]) -> Terms:
 def dare_ties(values: Values, operands: Sequence[Values]) -> Terms:
     """Drop at random, rescale, elect a sign, merge what agrees."""
     return _terms(values, operands, RANDOM, elect=True)
+
+
+def breadcrumbs(values: Values, operands: Sequence[Values]) -> Terms:
+    """Drop the largest and the smallest entries, add (Davari and Belilovsky 2023)."""
+    return _terms(values, operands, MAGNITUDE, elect=False)
+
+
+def breadcrumbs_ties(values: Values, operands: Sequence[Values]) -> Terms:
+    """Drop the largest and the smallest entries, elect a sign, merge what agrees."""
+    return _terms(values, operands, MAGNITUDE, elect=True)

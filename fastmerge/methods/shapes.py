@@ -24,6 +24,7 @@ from fastmerge.selection import (
     MIXED,
     RANDOM,
     Sparsify,
+    band_counts,
     keep_below,
     keep_count,
 )
@@ -74,12 +75,15 @@ class Keep(NamedTuple):
     density: float = 1.0
     tie_rule: int = MIXED
     rescale: bool = False
+    gamma: float | None = None  # MAGNITUDE: the fraction that is larger than all that is kept
 
     def of(self, count: int, key: int) -> Sparsify:
         """The request for a delta of ``count`` elements that draws under ``key``."""
         if self.kind == MAGNITUDE:
-            kept = keep_count(self.density, count)
-            return Sparsify(MAGNITUDE, kept, self.tie_rule, rescale=self.rescale)
+            kept, skip = keep_count(self.density, count), 0
+            if self.gamma is not None:
+                kept, skip = band_counts(self.density, self.gamma, count)
+            return Sparsify(MAGNITUDE, kept, self.tie_rule, rescale=self.rescale, skip=skip)
         if self.kind == RANDOM:
             below = keep_below(self.density)
             return Sparsify(RANDOM, keep_below=below, key=key, rescale=self.rescale)

@@ -69,6 +69,11 @@ _TRIM = (
 
 _TIES = "Yadav et al. 2023, arXiv:2306.01708"
 _DARE = "Yu et al. 2023, arXiv:2311.03099"
+_BREADCRUMBS = "Davari and Belilovsky 2023, arXiv:2312.06795"
+_GAMMA = Parameter(
+    "gamma", float, 0.01, "fraction of delta entries, the largest, that is dropped",
+    per_model=True, low=0, high=1,
+)  # fmt: skip
 
 _ROWS: tuple[Method, ...] = (
     Combination(
@@ -141,6 +146,16 @@ _ROWS: tuple[Method, ...] = (
         "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
         _task(False, True, density=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
+    ),
+    Consensus(
+        "breadcrumbs", "drop the largest and the smallest delta entries, add", _BREADCRUMBS,
+        (*_task(False, False, density=True), _GAMMA),
+        base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs,
+    ),
+    Consensus(
+        "breadcrumbs_ties", "drop the largest and the smallest entries, elect a sign", _BREADCRUMBS,
+        (*_task(False, False, density=True), _GAMMA),
+        base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs_ties,
     ),
     Combination(
         "passthrough", "the tensor as it is, or scaled", "-",
