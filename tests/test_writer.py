@@ -17,8 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fastmerge import _C
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
 from fastmerge.models.folder import INDEX
@@ -40,6 +42,13 @@ TENSORS: list[tuple[str, DType, tuple[int, ...]]] = [
 ]
 
 
+def put_bytes(writer: ModelWriter, name: str, data: bytes) -> None:
+    """Fills a tensor from memory, as the kernels do through its sink."""
+    held = np.frombuffer(data, np.uint8)
+    view = _C.View(held.ctypes.data, held.size, "RAW", held)
+    _C.copy(_C.Pool(1), view, writer.parts(name)(0, held.size))
+
+
 def content(name: str, nbytes: int) -> bytes:
     return random.Random(name).randbytes(nbytes)
 
@@ -50,7 +59,7 @@ def layout(max_shard_bytes: int = 150_000) -> Layout:
 
 def fill(writer: ModelWriter, names: list[str]) -> None:
     for name in names:
-        writer.write(name, content(name, writer.layout.slots[name].nbytes))
+        put_bytes(writer, name, content(name, writer.layout.slots[name].nbytes))
         writer.computed(name, {"of": name})
 
 

@@ -9,8 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fastmerge import _C
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError
 from fastmerge.output import writer as writer_module
@@ -42,6 +44,13 @@ def test_places_that_no_model_can_take(
     assert not list(tmp_path.iterdir())
 
 
+def put_bytes(writer: ModelWriter, name: str, data: bytes) -> None:
+    """Fills a tensor from memory, as the kernels do through its sink."""
+    held = np.frombuffer(data, np.uint8)
+    view = _C.View(held.ctypes.data, held.size, "RAW", held)
+    _C.copy(_C.Pool(1), view, writer.parts(name)(0, held.size))
+
+
 def test_a_mount_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     if not os.path.ismount("/dev/shm"):
         pytest.skip("no mount to try it on")
@@ -58,7 +67,7 @@ def test_a_removed_working_directory_is_no_reason_to_stop(
     monkeypatch.chdir(gone)
     gone.rmdir()
     with ModelWriter(tmp_path / "out", LAYOUT, key="job") as writer:
-        writer.write("x", bytes(8))
+        put_bytes(writer, "x", bytes(8))
         writer.computed("x", {})
         writer.finish()
 
@@ -83,7 +92,7 @@ PAGES = Layout.plan([(f"t{n}", F32, (4096,)) for n in range(20)], max_shard_byte
 
 def fill(writer: ModelWriter, count: int) -> None:
     for name in writer.pending()[:count]:
-        writer.write(name, bytes(4 * 4096))
+        put_bytes(writer, name, bytes(4 * 4096))
         writer.computed(name, {})
 
 

@@ -101,11 +101,11 @@ def folder_of(model: Model) -> Path:
     return model.folder
 
 
-def same_bytes(model: Model, a: str, b: str) -> bool:
-    """Whether two tensors of one model have the same bytes; compared in blocks of 1 MiB, until the
-    first that differs.
+def same_bytes(a: Model, of_a: str, b: Model, of_b: str) -> bool:
+    """Whether tensor ``of_a`` of one model and ``of_b`` of another, or the same, have the same
+    bytes; compared in blocks of 1 MiB, until the first that differs.
     """
-    x, y = (_bytes(model.view(name, raw=True)) for name in (a, b))
+    x, y = _bytes(a.view(of_a, raw=True)), _bytes(b.view(of_b, raw=True))
     if x.size != y.size:
         return False
     try:
@@ -114,8 +114,8 @@ def same_bytes(model: Model, a: str, b: str) -> bool:
             for at in range(0, x.size, _BLOCK_BYTES)
         )
     finally:
-        model.drop(a)
-        model.drop(b)
+        a.drop(of_a)
+        b.drop(of_b)
 
 
 def _bytes(view: _C.View) -> NDArray[np.uint8]:

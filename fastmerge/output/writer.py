@@ -200,13 +200,6 @@ class ModelWriter:
         file = self._files[slot.shard]
         return lambda begin, nbytes: file.sink(slot.begin + begin, nbytes, "RAW")
 
-    def write(self, name: str, data: bytes) -> None:
-        """Fills the tensor from memory, instead of through a sink; follow it by ``computed``."""
-        slot = self._take(name)
-        if len(data) != slot.nbytes:
-            raise ValueError(f"{name}: {len(data)} bytes for a tensor of {slot.nbytes}")
-        self._files[slot.shard].write(slot.begin, data)
-
     def _take(self, name: str) -> Slot:
         slot = self.layout.slots[name]
         self._begin(slot.shard)

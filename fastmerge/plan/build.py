@@ -4,7 +4,6 @@ end.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.methods import Combination, Consensus
 from fastmerge.models.architecture import Stack, is_vocabulary, layer_of
-from fastmerge.models.model import Model
+from fastmerge.models.model import Model, same_bytes
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
@@ -186,18 +185,20 @@ class Builder:
                     f"'{part.inputs[0].view.label}' but {kind.name} in '{item.view.label}'; "
                     "integers are only copied when equal: convert one"
                 )
-            if self._bytes(tensor) != self._bytes(sources[0]):
+            if not self._is_same(tensor, sources[0]):
                 raise ModelError(
                     f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
                     f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
                     "copied when equal"
                 )
 
-    def _bytes(self, tensor: TensorPlan) -> bytes:
-        # Integer tensors are never computed, so their root is a source.
-        assert isinstance(tensor.root, Stored)
-        view = self._models[tensor.root.model].view(tensor.root.name, raw=True)
-        return ctypes.string_at(view.address, view.nbytes)
+    def _is_same(self, tensor: TensorPlan, first: TensorPlan) -> bool:
+        """Reads both, if nothing differs before the end: integers are few, and a merge of others
+        must not begin.
+        """
+        a, b = tensor.root, first.root
+        assert isinstance(a, Stored) and isinstance(b, Stored)  # they are never computed
+        return same_bytes(self._models[a.model], a.name, self._models[b.model], b.name)
 
 
 def position(view: View, name: str) -> float:

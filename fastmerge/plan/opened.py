@@ -105,4 +105,5 @@ class Opened:
             return False
         if not (isinstance(a.root, Stored) and isinstance(b.root, Stored)):
             return False
-        return same_bytes(self.models[a.root.model], a.root.name, b.root.name)
+        x, y = self.models[a.root.model], self.models[b.root.model]
+        return same_bytes(x, a.root.name, y, b.root.name)

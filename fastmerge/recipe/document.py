@@ -95,16 +95,14 @@ class Slice(_Parametrised):
 
 
 _MOE = "mixture-of-experts recipes are not merges of one architecture; use mergekit-moe"
-_SCHEDULE = "this is a schedule, not a recipe; run `fastmerge retrograde`"
+_SCHEDULE = "this is a schedule; run `fastmerge retrograde`"
 
 
 class Document(_Parametrised):
     """One document: a method, its inputs and what it writes."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(
-            ("baseline", "pool", "schedule"), "this is a schedule; run `fastmerge retrograde`"
-        ),
+        **dict.fromkeys(("baseline", "pool", "schedule"), _SCHEDULE),
         "modules": "merge a model of several modules with 'models:' (every tensor, by name)",
         "gate_mode": _MOE,
         "experts": _MOE,
