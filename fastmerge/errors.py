@@ -114,6 +114,18 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
     return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
 
 
+def near_miss(word: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that ``word`` is most likely a misspelling of; None for a word of its
+    own. Five letters of six agree: 'lamda' and 'Base-Model' do, 'target_model' and 'base_model'
+    do not.
+    """
+    import difflib
+
+    plain = {name.lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=0.8)
+    return plain[close[0]] if close else None
+
+
 _BRIEF = Repr()
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
 

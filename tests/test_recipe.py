@@ -309,17 +309,41 @@ BAD = {
         "merge_method: slerp\nslices:\n  - sources: []\n",
         "a slice needs at least one source",
     ),
-    "residual-weight": (
-        "merge_method: slerp\nslices:\n  - residual_weight: 0.1\n    sources: []\n",
-        "'residual_weight' is not supported",
+    "modules": (
+        f"{LINEAR}modules: {{text: {{models: [{{model: a}}]}}}}\n",
+        "recipe:3: 'modules' is not supported but for the one of whole models, 'default'",
     ),
-    "modules": (f"{LINEAR}modules: {{text: {{}}}}\n", "recipe:3: 'modules' is not supported"),
+    "modules-empty": (f"{LINEAR}modules: {{}}\n", "recipe:3: 'modules' must be a mapping with a"),
+    "modules-beside-models": (
+        f"{LINEAR}{TWO}modules: {{default: {{models: [{{model: a}}]}}}}\n",
+        "give one of 'models:', 'slices:' and 'modules:'",
+    ),
+    "module-without-models": (
+        f"{LINEAR}modules: {{default: {{}}}}\n",
+        "recipe:3: give either 'models:' or 'slices:'",
+    ),
+    "layer-range-remedy": (
+        "merge_method: slerp\nslices:\n  - sources:\n    - model: a\n",
+        "recipe:4: 'layer_range' is missing; give the layers, [start, end), or list whole models",
+    ),
+    "only-a-lora": (
+        f"{LINEAR}models:\n  - model: {{lora: b}}\n",
+        "recipe:4: 'model' has a LoRA and no model; name the model that it adapts",
+    ),
+    "drop-rate": (
+        f"merge_method: dare_ties\n{TWO}parameters: {{drop_rate: 0.9}}\n",
+        "unknown parameter 'drop_rate' for dare_ties; did you mean 'density'? It is what stays",
+    ),
+    "misspelt-optional-parameter": (
+        f"merge_method: ties\n{TWO}nromalize: true\n",
+        "unknown key 'nromalize'; did you mean 'normalize'?",
+    ),
+    "misspelt-model": (
+        f"{LINEAR}models:\n  - mdoel: a\n",
+        "unknown key 'mdoel'; did you mean 'model'?",
+    ),
     "moe": ("base_model: a\ngate_mode: hidden\nexperts: []\n", "mixture-of-experts recipes"),
     "chat-template": (f"{SLERP}chat_template: lama3\n", "did you mean 'llama3'?"),
-    "input-model-parameters": (
-        f"{SLERP}input_model_parameters: {{}}\n",
-        "'input_model_parameters' is not supported",
-    ),
     "a-schedule": ("baseline: {model: a}\npool: []\n", "run `fastmerge retrograde`"),
     "tokenizer-twice": (
         f"{SLERP}tokenizer_source: union\ntokenizer: {{source: base}}\n",
@@ -401,7 +425,7 @@ def test_nested_aliases_stay_small():
     """Ten levels of ten aliases each would be 10^10 items if copied."""
     lines = ["x0: &x0 [1]"]
     lines += [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 11)]
-    assert "unknown key 'x0'" in refusal("\n".join(lines) + "\n")
+    assert "'merge_method' is missing" in refusal("\n".join(lines) + "\n")
 
 
 def test_deep_nesting_is_refused():

@@ -234,13 +234,11 @@ def test_recipes_and_the_command_line_know_it(
     models: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     misplaced = {**recipe_of(models), "power": 2}
-    with pytest.raises(RecipeError, match=r"unknown key 'power'; (did|known)"):
-        api.plan(misplaced)
     with pytest.raises(RecipeError, match="unknown method 'power_mean'"):
         api.plan(recipe_of(models))
     add(row())
-    with pytest.raises(RecipeError, match="'power'; it belongs under 'parameters:'"):
-        api.plan(misplaced)
+    told = "'power' (recipe.power; it belongs under 'parameters:')"
+    assert any(told in note for note in api.plan(misplaced).notes)
     with pytest.raises(RecipeError, match="unknown parameter 'powre' for power_mean"):
         api.plan(recipe_of(models, powre=2))
     linear = {**recipe_of(models), "merge_method": "linear"}

@@ -12,7 +12,8 @@ def _weight(default: object = REQUIRED) -> Parameter:
     return Parameter("weight", float, default, "the model's relative weight", per_model=True)
 
 
-def _density() -> Parameter:
+def _density(*, none: bool = False) -> Parameter:
+    """``none``: 0 is allowed, and leaves a model out as mergekit does."""
     return Parameter(
         "density",
         float,
@@ -21,7 +22,7 @@ def _density() -> Parameter:
         per_model=True,
         low=0,
         high=1,
-        open_low=True,
+        open_low=not none,
     )
 
 
@@ -36,9 +37,11 @@ _INT8_MASK = _flag("int8_mask", False, "accepted for mergekit's recipes; no effe
 _LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the base is added")
 
 
-def _task(normalize: bool, rescale: bool, *, density: bool) -> tuple[Parameter, ...]:
+def _task(
+    normalize: bool, rescale: bool, *, density: bool, drawn: bool = False
+) -> tuple[Parameter, ...]:
     sparse = (
-        _density(),
+        _density(none=drawn),
         _flag("rescale", rescale, "restore each delta's L1 norm after sparsifying"),
     )
     return (
@@ -139,12 +142,12 @@ _ROWS: tuple[Method, ...] = (
     ),
     Consensus(
         "dare_linear", "drop delta entries at random, rescale, add", _DARE,
-        _task(False, True, density=True),
+        _task(False, True, density=True, drawn=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
     ),
     Consensus(
         "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
-        _task(False, True, density=True),
+        _task(False, True, density=True, drawn=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
     ),
     Consensus(

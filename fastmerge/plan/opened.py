@@ -67,6 +67,16 @@ class Opened:
         try:
             if local is not None and local.exists():
                 return local
+            name, _, revision = reference.partition("@")
+            if revision and hub.local(reference) is None and "+" not in reference:
+                here = None if self._base_folder is None else self._base_folder / name
+                found = here if here is not None and here.exists() else hub.local(name)
+                if found is not None:
+                    self.notes.append(
+                        f"'{name}' is a folder here, which has no revisions: '@{revision}' has no "
+                        "effect"
+                    )
+                    return found
             missing = hub.local(reference) is None and hub.is_path(reference)
             if missing and self._base_folder is not None:
                 raise hub.no_such_path(reference, self._base_folder, Path())

@@ -32,7 +32,7 @@ class Plan:
     config: dict[str, Any]  # of the output
     donor_model: Model  # whose tokenizer and other side files are copied
     seed: int | None  # None: nothing is drawn
-    seed_derived: bool  # nobody gave the seed: it follows from the recipe's text
+    seed_derived: bool  # nobody gave the seed: it follows from what the recipe means
     recipe_text: str
     notes: tuple[str, ...]  # what was decided that the recipe does not say
     # What is written beside the weights where that is not the donor's as it is.

@@ -59,12 +59,13 @@ from fastmerge.recipe.document import (
     Slice,
     SliceSource,
     beyond_models,
+    ignored,
     settings_for,
     without_effect,
 )
+from fastmerge.recipe.meaning import meaning
 from fastmerge.recipe.settings import Setting
 from fastmerge.recipe.templates import TEMPLATES
-from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.nodes import Node
 from fastmerge.tree.unread import without_unread
 
@@ -94,7 +95,8 @@ def make_plan(
     if models is not None and not isinstance(models, Mapping):
         raise FastmergeError(f"models: must map references to models, not be {brief(models)}")
     opened = Opened(models or {}, base_folder, resolve)
-    planner = Planner(opened, recipe.text, recipe.output.own_seed if seed is None else seed)
+    seed = recipe.output.own_seed if seed is None else seed
+    planner = Planner(opened, recipe.text, seed, meaning(recipe.documents))
     planner.truncates = truncate_embeddings
     with collector_paused():
         for document in recipe.documents:
@@ -127,19 +129,21 @@ def collector_paused() -> Iterator[None]:
 # ---------------------------------------------------------------- the planner
 
 
-def _seed_of(text: str) -> int:
-    """The seed of a recipe that gives none: 32 bits of its text, so that a merge that was killed
-    goes on, and one that is repeated ends the same.
+def _seed_of(meant: str) -> int:
+    """The seed of a recipe that gives none: 32 bits of what it means, so that a merge that was
+    killed goes on, one that is repeated ends the same, and a comment changes nothing.
     """
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4)
+    digest = hashlib.blake2b(meant.encode(errors="surrogatepass"), digest_size=4)
     return int.from_bytes(digest.digest(), "little")
 
 
 class Planner:
     """The state of planning one output."""
 
-    def __init__(self, opened: Opened, text: str, seed: int | None) -> None:
-        """``text``: what is planned, as written. ``seed`` None: it follows from the text."""
+    def __init__(self, opened: Opened, text: str, seed: int | None, meant: str = "") -> None:
+        """``text``: what is planned, as written. ``seed`` None: it follows from what is ``meant``,
+        or from the text where nothing is said of that.
+        """
         self.opened = opened
         self.text = text
         self.notes: dict[str, None] = {}  # in order, each once
@@ -149,7 +153,7 @@ class Planner:
         self.template: str | None = None  # the output's
         self.generation: Mapping[str, Any] = {}  # token ids of its generation_config.json
         self.seed_derived, self.seed_used = seed is None, False
-        self.seed = _seed_of(text) if seed is None else seed
+        self.seed = _seed_of(meant or text) if seed is None else seed
 
     def note(self, text: str) -> None:
         self.notes.setdefault(text)
@@ -169,7 +173,7 @@ class Planner:
 
     def run(self, document: Document, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
-        for line in (*without_effect(document), *beyond_models(document)):
+        for line in (*ignored(document), *without_effect(document), *beyond_models(document)):
             self.note(line)
         if not is_output and document.output_dtype is not None:
             self.note(
@@ -201,7 +205,6 @@ class Planner:
         seed: int | None = None,
         name: str = "output",
         document: Document | None = None,
-        tokenizer: TokenizerSection | None = None,
         is_output: bool = True,
     ) -> View:
         """The merge of ``parts``: runs of layers, or the one of ``whole`` models. ``lead`` gives
@@ -219,7 +222,7 @@ class Planner:
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
-        wanted = tokenizer if document is None else document.vocabulary
+        wanted = None if document is None else document.vocabulary
         check_agreement(parts, lead, self.note, tokens=wanted is None)
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
@@ -230,7 +233,7 @@ class Planner:
         if wanted is None and is_output:
             check_order(parts, lead, self.vocabularies, self.note)
         if wanted is not None:
-            has_base = document is None or document.base_model is not None
+            has_base = document is not None and document.base_model is not None
             aligned = align(
                 parts, lead, has_base, wanted, self.vocabularies, self._tokenizer, self.view,
                 self.note,
@@ -337,6 +340,12 @@ class Planner:
                     f"{document.at('base_model')}: {method.name} takes no base_model; remove it "
                     "(the model's own config and tokenizer are used)"
                 )
+            if method.base == "first" and len(inputs) == method.max_operands:
+                raise RecipeError(
+                    f"{document.at('base_model')}: {method.name} takes exactly {len(inputs)} "
+                    f"models, not {len(inputs) + 1}: base_model '{base.label}' is none of those "
+                    f"listed; name {_either(inputs)}"
+                )
             inputs.append(Input(base, 0, document.at("base_model"), {}))
         levels = [settings_for(method, document)]
         return self.part(
@@ -363,9 +372,11 @@ class Planner:
         inputs = [self._source(method, source) for source in part.sources]
         absent = base is not None and all(item.view is not base for item in inputs)
         if base is not None and absent and method.base in ("required", "optional", "first"):
+            full = method.base == "first" and len(inputs) == method.max_operands
+            remedy = f"name {_either(inputs)}" if full else "add it as a source"
             raise RecipeError(
                 f"{part.at('sources')}: base_model '{base.label}' is not among this slice's "
-                f"sources; {method.name} needs its layers: add it as a source"
+                f"sources; {method.name} needs its layers: {remedy}"
             )
         levels = [settings_for(method, part), settings_for(method, document)]
         first, last = part.sources[0].layer_range
@@ -483,6 +494,10 @@ def _arity(method: Method, count: int, place: str) -> None:
     noun = "model" if wanted.endswith(" 1") else "models"
     besides = " besides the base" if method.base in ("required", "optional") else ""
     raise RecipeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
+
+
+def _either(inputs: Sequence[Input]) -> str:
+    return " or ".join(f"'{item.view.label}'" for item in inputs)
 
 
 def _sparing(item: TensorPlan, known: dict[Node, Node]) -> TensorPlan:

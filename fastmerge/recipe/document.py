@@ -2,7 +2,8 @@
 
 A recipe is one document, or several that name each other (mergekit-multi). Every fault raises
 FastmergeError with one line: the place ('recipe.yml:12'), what is wrong, and the remedy. Keys of
-mergekit's language that fastmerge does not support are refused by name; nothing is silently
+mergekit's language that fastmerge does not support are refused by name. Keys and parameters that
+mergekit ignores are one note (`ignored`), unless they misspell a known one; nothing is silently
 ignored.
 """
 
@@ -15,10 +16,11 @@ from typing import Any, ClassVar
 
 from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
-from fastmerge.errors import RecipeError, UnsupportedError, nearest
-from fastmerge.methods import METHODS, Method, find
+from fastmerge.errors import RecipeError, UnsupportedError, near_miss, nearest
+from fastmerge.methods import METHODS, REQUIRED, Method, find
+from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.reference import reference
-from fastmerge.recipe.section import Section, field, listed, string, whole
+from fastmerge.recipe.section import FaultError, Section, field, listed, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings
 from fastmerge.recipe.source import read
 from fastmerge.recipe.templates import TEMPLATES
@@ -39,13 +41,36 @@ _FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_
 class _Parametrised(Section):
     """A section with ``parameters:``."""
 
+    tolerant: ClassVar[bool] = True
+
+    def misspells(self, name: str) -> bool:
+        # A parameter that some method cannot do without is hardly meant to be ignored.
+        known = _parameters()
+        if name in known:
+            return any(
+                (own := method.parameter(name)) is not None and own.default is REQUIRED
+                for method in METHODS.values()
+            )
+        return near_miss(name, (*self.fields, *known)) is not None
+
     def hint(self, name: str) -> str:
-        return "it belongs under 'parameters:'" if _is_parameter(name) else super().hint(name)
+        return self.belongs(name) or nearest(name, (*self.fields, *_parameters()))
+
+    def belongs(self, name: str) -> str:
+        if name in _parameters():
+            return "it belongs under 'parameters:'"
+        return _BELONGS.get(name, "")
 
 
-def _is_parameter(name: str) -> bool:
+_BELONGS = {
+    "revision": "write the model as 'name@revision'",
+    "input_model_parameters": "mergekit dropped it: use each model's 'parameters:'",
+}
+
+
+def _parameters() -> set[str]:
     """Of any method, with those that are registered by now."""
-    return any(method.parameter(name) for method in METHODS.values())
+    return {own.name for method in METHODS.values() for own in method.parameters}
 
 
 class ModelEntry(_Parametrised):
@@ -64,6 +89,15 @@ class SliceSource(_Parametrised):
     layer_range: tuple[int, ...] = field(listed(whole(), 2))
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
 
+    @classmethod
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
+        if data.get("layer_range") is None:
+            raise RecipeError(
+                f"{data.where}: 'layer_range' is missing; give the layers, [start, end), or list "
+                "whole models under 'models:'"
+            )
+        return data
+
     def check(self) -> None:
         start, end = self.layer_range
         if not 0 <= start < end:
@@ -76,9 +110,6 @@ class SliceSource(_Parametrised):
 class Slice(_Parametrised):
     """One entry of ``slices:``: a run of output layers."""
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "residual_weight": "mergekit reads it and does nothing with it; remove it",
-    }
     sources: tuple[SliceSource, ...] = field(listed(SliceSource))
     base_model: str | None = field(reference, None)
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
@@ -94,6 +125,28 @@ class Slice(_Parametrised):
             )
 
 
+class Module(_Parametrised):
+    """One entry of ``modules:``: what makes one of a model's parts."""
+
+    models: tuple[ModelEntry, ...] | None = field(listed(ModelEntry), None)
+    slices: tuple[Slice, ...] | None = field(listed(Slice), None)
+    parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
+
+    def check(self) -> None:
+        if bool(self.models) == bool(self.slices):
+            raise RecipeError(
+                f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
+            )
+
+
+def _modules(value: Any) -> Mapping[str, Module]:
+    if not isinstance(value, Mapping) or not value:
+        raise FaultError("must be a mapping with a section for each module, such as 'default:'")
+    return {name: Module(section) for name, section in value.items()}
+
+
+_WHOLE = "default"  # what mergekit calls the one module of a model that has no others
+
 _MOE = "mixture-of-experts recipes are not merges of one architecture; use mergekit-moe"
 _SCHEDULE = "this is a schedule; run `fastmerge retrograde`"
 
@@ -103,18 +156,16 @@ class Document(_Parametrised):
 
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("baseline", "pool", "schedule"), _SCHEDULE),
-        "modules": "merge a model of several modules with 'models:' (every tensor, by name)",
         "gate_mode": _MOE,
         "experts": _MOE,
         "experts_per_token": _MOE,
         "shared_experts": _MOE,
-        "input_model_parameters": "mergekit dropped it; use each model's 'parameters:'",
-        "embed_slerp": "mergekit dropped it; remove it",
     }
     merge_method: str = field(string)
     name: str | None = field(string, None)
     models: tuple[ModelEntry, ...] | None = field(listed(ModelEntry), None)
     slices: tuple[Slice, ...] | None = field(listed(Slice), None)
+    modules: Mapping[str, Module] | None = field(_modules, None)
     base_model: str | None = field(reference, None)
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
     dtype: str | None = field(string, None)
@@ -181,6 +232,8 @@ class Document(_Parametrised):
                 f"supported yet; known: {known}"
             )
         method = self.method
+        if self.modules is not None:
+            self._hoist(self.modules)
         if bool(self.models) == bool(self.slices):
             raise RecipeError(
                 f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
@@ -199,6 +252,28 @@ class Document(_Parametrised):
             key = "seed" if self.seed is not None else "random_seed"
             raise RecipeError(f"{self.at(key)}: '{key}' must be in [0, 2^64), not {seed}")
         self._check_tokenizer()
+
+    def _hoist(self, modules: Mapping[str, Module]) -> None:
+        """Writes ``modules: default:`` as what it means: models or slices, and parameters."""
+        if self.models or self.slices:
+            raise RecipeError(
+                f"{self.at('modules')}: give one of 'models:', 'slices:' and 'modules:'"
+            )
+        others = [name for name in modules if name != _WHOLE]
+        if others:
+            raise UnsupportedError(
+                f"{self.at('modules')}: 'modules' is not supported but for the one of whole "
+                f"models, '{_WHOLE}', and not for '{others[0]}'; merge a model of several modules "
+                "with 'models:' (every tensor, by name; filters choose among them)"
+            )
+        module = modules[_WHOLE]
+        self.models, self.slices = module.models, module.slices
+        # The module's rules come first, and the document's where none of them matches.
+        self.parameters = {**self.parameters} | {
+            name: Setting(setting.rules + self.parameters.get(name, Setting(())).rules)
+            for name, setting in module.parameters.items()
+        }
+        self.ignored += module.ignored
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer_source is not None:
@@ -221,21 +296,45 @@ def settings_for(
 ) -> dict[str, Setting]:
     """The section's settings of ``method``'s parameters, checked.
 
-    A name that only another method knows is left out (mergekit ignores it too; `without_effect`
-    lists it for a note); a name that no method knows is an error.
+    A name that the method does not know is left out (mergekit ignores it too; `without_effect` and
+    `ignored` list it for a note); one that misspells a parameter is an error.
     """
     found = {}
     for name, setting in section.parameters.items():
         parameter = method.parameter(name)
         if parameter is not None:
             found[name] = setting.checked(parameter)
-        elif not _is_parameter(name) and name not in _FOREIGN_PARAMETERS:
+        elif not _is_known(name):
             known = [item.name for item in method.parameters]
-            raise RecipeError(
-                f"{setting.rules[0].where}: unknown parameter '{name}' for {method.name}; "
-                f"{nearest(name, known)}"
-            )
+            meant = near_miss(name, (*known, *_parameters()))
+            hint = f"did you mean '{meant}'?" if meant else ""
+            if name == "drop_rate" and "density" in known:
+                hint = "did you mean 'density'? It is what stays: 1 - drop_rate"
+            if hint:
+                raise RecipeError(
+                    f"{setting.rules[0].where}: unknown parameter '{name}' for {method.name}; "
+                    f"{hint}"
+                )
     return found
+
+
+def _is_known(parameter: str) -> bool:
+    """Of any method, here or in mergekit."""
+    return parameter in _parameters() or parameter in _FOREIGN_PARAMETERS
+
+
+def ignored(document: Document) -> list[str]:
+    """The one line about keys and parameters that mean nothing, where there are any."""
+    found: dict[str, None] = {}
+    for section in document.sections():
+        found.update(dict.fromkeys(section.ignored))
+        for name, setting in section.parameters.items():
+            if document.method.parameter(name) is None and not _is_known(name):
+                remedy = "; it belongs at the top" if name in Document.fields else ""
+                found.setdefault(f"'{name}' ({setting.rules[0].where}{remedy})")
+    if not found:
+        return []
+    return [f"without effect, here as in mergekit: {', '.join(found)}"]
 
 
 def without_effect(document: Document) -> list[str]:
@@ -246,7 +345,7 @@ def without_effect(document: Document) -> list[str]:
         single = isinstance(section, (ModelEntry, SliceSource))
         for name, setting in section.parameters.items():
             parameter = method.parameter(name)
-            if parameter is None and name != "int8_mask":
+            if parameter is None and name != "int8_mask" and _is_known(name):
                 found.setdefault(f"parameter '{name}' has no effect with {method.name}")
             elif parameter is not None and single and not parameter.per_model:
                 where = setting.rules[0].where

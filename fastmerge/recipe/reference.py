@@ -16,6 +16,8 @@ def reference(value: Any) -> str:
         if not value.strip():
             raise ValueError("is empty; give a folder or a Hub id")
         return value.strip()
+    if isinstance(value, Mapping) and "lora" in value and not {"model", "path"} & set(value):
+        raise FaultError("has a LoRA and no model; name the model that it adapts")
     if not isinstance(value, Mapping) or not {"model", "path"} & set(value):
         raise ValueError(f"must be a folder or a Hub id, not {shown(value)}")
     for name, item in value.items():

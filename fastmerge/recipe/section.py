@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from typing import Any, ClassVar, TypeVar, overload
 
-from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, nearest
+from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, near_miss, nearest
 from fastmerge.recipe.located import LocatedDict, LocatedList, located, placed
 
 T = TypeVar("T")
@@ -58,13 +58,17 @@ class Section:
     """A mapping in a recipe or schedule: unknown keys are refused with the nearest known one.
 
     ``refused`` maps keys that other tools know to why they cannot be used here. A null value counts
-    as absent. Made from the mapping; raises
-    FastmergeError with the place of the first fault.
+    as absent. A ``tolerant`` section refuses only those unknown keys that misspell a known one, and
+    lists the others in ``ignored``. Made from the mapping; raises FastmergeError with the place of
+    the first fault.
     """
+
+    tolerant: ClassVar[bool] = False
 
     refused: ClassVar[Mapping[str, str]] = {}
     fields: ClassVar[Mapping[str, _Field]] = {}  # by name, in order
     where: str  # the section's own place
+    ignored: tuple[str, ...]  # unknown keys in words: name, place, where it belongs
     _at: Mapping[str, str]
 
     def __init_subclass__(cls) -> None:
@@ -81,13 +85,19 @@ class Section:
             data = located(data, type(self).__name__.lower())
         data = self.written_out(data)
         self.where, self._at = data.where, data.at
+        ignored = []
         for name in data:
             if name in self.refused and data[name] is not None:
                 raise UnsupportedError(
                     f"{data.at[name]}: '{name}' is not supported: {self.refused[name]}"
                 )
-            if name not in self.fields and name not in self.refused:
+            if name in self.fields or name in self.refused:
+                continue
+            if not self.tolerant or self.misspells(name):
                 raise RecipeError(f"{data.at[name]}: unknown key '{name}'; {self.hint(name)}")
+            remedy = self.belongs(name)
+            ignored.append(f"'{name}' ({data.at[name]}{f'; {remedy}' if remedy else ''})")
+        self.ignored = tuple(ignored)
         for name, own in self.fields.items():
             setattr(self, name, _value(own, name, data))
         self.check()
@@ -97,9 +107,19 @@ class Section:
         """``data`` without the shorthand that this section allows."""
         return data
 
+    def misspells(self, name: str) -> bool:
+        """Whether an unknown key is a misspelling of a known one."""
+        return near_miss(name, self.fields) is not None
+
     def hint(self, name: str) -> str:
         """Where a key that is unknown here belongs, or the nearest that is known."""
-        return nearest(name, self.fields)
+        return self.belongs(name) or nearest(name, self.fields)
+
+    def belongs(self, name: str) -> str:  # noqa: ARG002
+        """What to do instead of an unknown key that means something elsewhere; empty where it means
+        nothing.
+        """
+        return ""
 
     def check(self) -> None:
         """What the kinds do not say; raises FastmergeError. The section knows its places by now."""

@@ -1,0 +1,51 @@
+"""What a recipe comes to, as text that stays the same however it is written down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge.recipe.document import Document, ModelEntry, Slice, SliceSource, settings_for
+
+
+def meaning(documents: Sequence[Document]) -> str:
+    """The methods, the models, their layers and the values that are read, as JSON.
+
+    The same for recipes that differ in comments, layout, the order of keys, the spelling of numbers
+    and the way to a model's folder, whose own name counts; types, tokenizers and whatever has no
+    effect are no part of it.
+    """
+    numbers = {document.name: number for number, document in enumerate(documents)}
+
+    def model(reference: str | None) -> int | str | None:
+        if reference is None or reference in numbers:
+            return None if reference is None else numbers[reference]
+        return Path(os.path.abspath(os.path.expanduser(reference))).name
+
+    def values(document: Document, section: Document | ModelEntry | Slice | SliceSource) -> Any:
+        found = settings_for(document.method, section)
+        return {name: [rule[:2] for rule in found[name].rules] for name in sorted(found)}
+
+    def described(document: Document) -> list[Any]:
+        return [
+            document.merge_method,
+            model(document.base_model),
+            values(document, document),
+            [[model(entry.model), values(document, entry)] for entry in document.models or ()],
+            [
+                [
+                    model(part.base_model),
+                    values(document, part),
+                    [
+                        [model(source.model), source.layer_range, values(document, source)]
+                        for source in part.sources
+                    ],
+                ]
+                for part in document.slices or ()
+            ],
+        ]
+
+    return json.dumps([described(document) for document in documents])

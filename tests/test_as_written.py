@@ -1,0 +1,229 @@
+"""Recipes as people write them: what mergekit ignores, spells in other words or rewrites itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import fastmerge
+from fastmerge.errors import FastmergeError, near_miss
+from fastmerge.plan.planner import make_plan
+
+pytestmark = pytest.mark.usefixtures("family")
+
+DARE = """\
+merge_method: dare_ties
+base_model: blur
+models:
+- model: dolphin
+  parameters: {weight: 0.5, density: 0.5}
+- model: chat
+  parameters: {weight: 0.25, density: 0.5}
+parameters: {normalize: true}
+"""
+LINEAR = """\
+merge_method: linear
+models:
+- {model: blur, parameters: {weight: 1}}
+- {model: chat, parameters: {weight: 3}}
+"""
+
+
+def notes(text: str) -> str:
+    return "\n".join(make_plan(text).notes)
+
+
+# ---------------------------------------------------------------- without effect
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("architecture: LlamaForCausalLM", "'architecture' (recipe:5)"),
+        ("select_topk: 0.1", "'select_topk' (recipe:5"),
+        ("int8_mask: true", "'int8_mask' (recipe:5; it belongs under 'parameters:')"),
+        ("custom_dir: x", "'custom_dir' (recipe:5)"),
+        ("target_model: x", "'target_model' (recipe:5)"),
+        ("embed_slerp: true", "'embed_slerp' (recipe:5)"),
+        ("input_model_parameters: {}", "'input_model_parameters' (recipe:5; mergekit dropped it"),
+        ("parameters: {random_seed: 3}", "'random_seed' (recipe:5; it belongs at the top)"),
+        ("parameters: {dtype: bfloat16}", "'dtype' (recipe:5; it belongs at the top)"),
+        ("parameters: {drop_rate: 0.3}", "'drop_rate' (recipe:5)"),
+        ("parameters: {int_space: cs}", "'int_space' (recipe:5)"),
+    ],
+)
+def test_what_mergekit_ignores_is_one_note(line: str, words: str) -> None:
+    (found,) = [n for n in make_plan(LINEAR + line + "\n").notes if "without effect" in n]
+    assert found.startswith("without effect, here as in mergekit: ") and words in found
+    assert make_plan(LINEAR + line).key == make_plan(LINEAR).key
+
+
+def test_one_note_lists_them_all() -> None:
+    text = "foo: 1\nparameters: {bar: 2}\n" + LINEAR.replace("chat,", "chat, revision: main,")
+    assert (
+        "without effect, here as in mergekit: 'foo' (recipe:1), 'bar' (recipe:2), "
+        "'revision' (recipe:6; write the model as 'name@revision')" in make_plan(text).notes
+    )
+
+
+def test_keys_of_slices_and_sources_are_ignored_too() -> None:
+    text = (
+        "merge_method: slerp\nbase_model: blur\nparameters: {t: 0.5}\nslices:\n"
+        "- residual_weight: 0.1\n  sources:\n"
+        "  - {model: blur, layer_range: [0, 8]}\n"
+        "  - {model: chat, layer_range: [0, 8], down_proj: {value: 1}}\n"
+    )
+    assert "'residual_weight' (recipe:5), 'down_proj' (recipe:8)" in notes(text)
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("lamda", "lambda"),
+        ("Base-Model", "base_model"),
+        ("dype", "dtype"),
+        ("target_model", None),
+        ("architecture", None),
+    ],
+)
+def test_a_near_miss_is_a_misspelling(word: str, expected: str | None) -> None:
+    assert near_miss(word, ["lambda", "base_model", "dtype", "tokenizer"]) == expected
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("model", ["chat@main", "{path: chat, revision: main}"])
+def test_a_folder_has_no_revisions(model: str) -> None:
+    plan = make_plan(LINEAR.replace("chat", model, 1))
+    assert plan.key == make_plan(LINEAR).key
+    assert "'chat' is a folder here, which has no revisions: '@main' has no effect" in plan.notes
+
+
+def test_a_model_as_mergekit_dumps_it() -> None:
+    model = "{model: {path: chat, revision: null}, lora: null, override_architecture: null}"
+    assert make_plan(LINEAR.replace("chat", model, 1)).key == make_plan(LINEAR).key
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "dare_linear"])
+def test_dare_of_density_0_leaves_a_model_out(family, method: str) -> None:
+    data = yaml.safe_load(DARE.replace("dare_ties", method))
+    data["parameters"] = {}
+    data["models"][0]["parameters"]["density"] = 0
+    data["models"][1]["parameters"]["density"] = 1
+    fastmerge.merge(data, family.root / "zero")
+    del data["models"][0]
+    fastmerge.merge(data, family.root / "without")
+    zero, without = family.read(family.root / "zero"), family.read(family.root / "without")
+    for name, value in without.items():
+        np.testing.assert_array_equal(zero[name], value, err_msg=name)
+
+
+# ---------------------------------------------------------------- modules
+
+
+def test_the_default_module_is_the_model() -> None:
+    data = yaml.safe_load(DARE)
+    wrapped = {k: v for k, v in data.items() if k != "models"}
+    wrapped["modules"] = {"default": {"models": data["models"]}}
+    assert make_plan(wrapped, seed=1).key == make_plan(data, seed=1).key
+
+
+def test_a_modules_values_come_before_the_documents() -> None:
+    data = yaml.safe_load(LINEAR)
+    for model in data["models"]:
+        del model["parameters"]
+    inner = [{"filter": "mlp", "value": 1}]
+    module = {"models": data.pop("models"), "parameters": {"weight": inner, "normalize": False}}
+    data |= {"modules": {"default": module}, "parameters": {"weight": 2, "normalize": True}}
+    values = {t.name: t.root.operand_values[0]["weight"] for t in make_plan(data).tensors}
+    assert {v for n, v in values.items() if "mlp" in n} == {1}
+    assert {v for n, v in values.items() if "mlp" not in n} == {2}
+    assert all(not t.root.values["normalize"] for t in make_plan(data).tensors)
+
+
+def test_a_configuration_that_mergekits_planner_rewrote(family, tmp_path) -> None:
+    import mergekit.merge
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    from fastmerge.integrations.mergekit import run_merge
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(LINEAR))
+    before = run_merge(config, tmp_path / "before")
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    mergekit.merge.run_merge(config, str(tmp_path / "theirs"), options=options)
+    assert config.modules is not None
+    after = run_merge(config, tmp_path / "after")
+    assert before.tensors == after.tensors
+    one, two = (family.read(tmp_path / out) for out in ("before", "after"))
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+
+
+# ---------------------------------------------------------------- the seed
+
+
+def _seed(recipe: Any) -> int:
+    plan = make_plan(recipe)
+    assert plan.seed_derived and plan.seed is not None
+    return plan.seed
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        f"# a comment\n{DARE}",
+        DARE.replace("density: 0.5", "density: 5.0e-1 "),
+        DARE.replace("{weight: 0.25, density: 0.5}", "{density: 0.5, weight: 0.25}"),
+        DARE.replace("model: chat", "model: ./chat/"),
+        DARE.replace("model: chat", "model: {path: ../{here}/chat}"),
+        DARE.replace("normalize: true", "normalize: 1, gamma: 3"),
+        f"{DARE}dtype: bfloat16\nnonsense: 3\n",
+    ],
+)
+def test_what_means_the_same_draws_the_same(family, same: str) -> None:
+    assert _seed(same.replace("{here}", family.root.name)) == _seed(DARE)
+
+
+def test_keys_in_another_order_draw_the_same() -> None:
+    data = yaml.safe_load(DARE)
+    assert _seed(dict(reversed(data.items()))) == _seed(data) == _seed(DARE)
+
+
+def test_what_means_something_else_draws_anew() -> None:
+    data = yaml.safe_load(DARE)
+    others = []
+    for change in (
+        lambda d: d["models"][0]["parameters"].update(weight=0.75),
+        lambda d: d["models"][0].update(model="math"),
+        lambda d: d["models"].reverse(),
+        lambda d: d.update(merge_method="dare_linear"),
+        lambda d: d["models"][1]["parameters"].update(
+            weight=[{"filter": "mlp", "value": 0.25}, {"value": 0.25}]
+        ),
+    ):
+        other = copy.deepcopy(data)
+        change(other)
+        others.append(_seed(other))
+    assert len({_seed(data), *others}) == 1 + len(others)
+
+
+# ---------------------------------------------------------------- remedies that work
+
+
+@pytest.mark.parametrize("listed", ["models", "slices"])
+def test_a_foreign_base_of_slerp_names_the_sources(listed: str) -> None:
+    sources = [{"model": m} for m in ("blur", "chat")]
+    data: dict[str, Any] = {"merge_method": "slerp", "base_model": "math", "parameters": {"t": 0.5}}
+    if listed == "models":
+        data["models"] = sources
+    else:
+        data["slices"] = [{"sources": [s | {"layer_range": [0, 8]} for s in sources]}]
+    with pytest.raises(FastmergeError, match="name 'blur' or 'chat'"):
+        make_plan(data)
+    assert make_plan(data | {"base_model": "chat"}).tensors
