@@ -119,7 +119,7 @@ def merge_into(
     targets = _targets(model, plan)
     with torch.no_grad():
         # Rows from several places are the CPU kernels' to read.
-        gathers_rows = any(gathers(item.root) for item in plan.tensors)
+        gathers_rows = any(gathers(item.root) for item in (plan.template or plan).tensors)
         if observe is not None or gathers_rows or not _uses_gpu(targets):
             return _merged_on_cpu(plan, targets, threads, observe)
         held = _HELD.setdefault(model, _Held())

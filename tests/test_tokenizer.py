@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 import yaml
 
-import fastmerge
 from fastmerge import api, llama
 from fastmerge.tree.nodes import Rows, walk
-from tests.tokenizer_models import TEXTS, Maker, bpe, permuted, unigram, vocabulary, words
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from tests.tokenizer_models import (
+    EMBED,
+    HEAD,
+    TEXTS,
+    Maker,
+    bpe,
+    permuted,
+    recipe,
+    refused,
+    trio_of,
+    unigram,
+    vocabulary,
+    words,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +34,7 @@ def maker(shared_zoo):
 
 @pytest.fixture(scope="module")
 def trio(maker):
-    """A base, a model with two tokens more and its tokens in another order, and one of another
-    corpus with one of these tokens too."""
-    from tokenizers import AddedToken
-
-    chat = [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
-    base = bpe(TEXTS[:2], 300)
-    return {
-        "base": maker.model("tok-base", base, seed=1),
-        "chat": maker.model("tok-chat", permuted(bpe(TEXTS[:2], 300, chat), 3), seed=2),
-        "other": maker.model("tok-other", bpe(TEXTS[2:], 320, [chat[1]]), seed=3),
-    }
-
-
-def recipe(models, *, method="linear", base="base", weights=(0.5, 0.3, 0.2), **more):
-    entries = [
-        {"model": str(path), "parameters": {"weight": weight}}
-        for path, weight in zip(models.values(), weights, strict=False)
-    ]
-    found = {"merge_method": method, "models": entries, "dtype": "float32", **more}
-    if base is not None:
-        found["base_model"] = str(models[base])
-    return found
+    return trio_of(maker)
 
 
 def theirs(given, out):
@@ -408,49 +397,6 @@ def test_embeddings_are_cut_on_demand(maker, shared_zoo, tmp_path):
     assert api.plan(line, truncate_embeddings=True).config["vocab_size"] == 280
 
 
-# --- chat templates ---
-
-
-@pytest.mark.parametrize("name", ["alpaca", "chatml", "exaone", "llama3", "mistral"])
-def test_a_template_by_name_renders(maker, tmp_path, name):
-    from transformers import AutoTokenizer
-
-    a = maker.model(f"template-{name}", bpe(TEXTS, 280), seed=61)
-    api.merge(recipe({"base": a}, weights=(1,), chat_template=name), tmp_path / "out", threads=1)
-    made = AutoTokenizer.from_pretrained(tmp_path / "out")
-    chat = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Who?"},
-        {"role": "assistant", "content": "I."},
-        {"role": "user", "content": "Why?"},
-    ]
-    text = made.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    wanted = {
-        "chatml": "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
-        "llama3": "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "alpaca": "### Instruction:\nWhy?\n\n### Response:\n",
-        "mistral": "[INST] Be kind.\n\nWho? [/INST] I.</s>[INST] Why? [/INST]",
-        "exaone": "[|user|]Why?\n[|assistant|]",
-    }
-    assert text.endswith(wanted[name])
-    assert text.index("Be kind.") < text.index("Who?") < text.index("I.")
-
-
-def test_the_most_common_template(maker, tmp_path):
-    tokenizer = bpe(TEXTS, 280)
-    one, two = "{{ 'one' }}", "{{ 'two' }}"
-    found = {
-        n: maker.model(f"auto-{n}", tokenizer, seed=70 + i, template=t)
-        for i, (n, t) in enumerate([("base", one), ("b", two), ("c", two), ("d", None)])
-    }
-    given = recipe(found, weights=(1, 1, 1, 1), chat_template="auto", tokenizer_source="base")
-    api.merge(given, tmp_path / "out", threads=1)
-    assert (tmp_path / "out/chat_template.jinja").read_text() == two
-    own = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
-    assert own["chat_template"] == two
-
-
 # --- what it costs ---
 
 
@@ -481,81 +427,3 @@ def test_no_matrix_is_made_but_of_rows_that_no_file_has(trio, monkeypatch):
             if isinstance(leaf, Rows):
                 view_of(leaf, backend, inputs.fetch)
     assert set(asked) == {width}
-
-
-# --- refusals ---
-
-
-def refused(given) -> str:
-    with pytest.raises(fastmerge.FastmergeError) as caught:
-        api.plan(given)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-@pytest.mark.parametrize(
-    ("line", "wanted"),
-    [
-        ({"tokenizer": {"source": "nowhere"}}, "nowhere"),
-        ({"tokenizer": {"sauce": "union"}}, "did you mean 'source'?"),
-        ({"tokenizer": {"tokens": {"nope": {}}}}, "no model has the token 'nope'"),
-        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "best"}}}}}, "kind 'best'"),
-        (
-            {"tokenizer": {"tokens": {"<|im_start|>": {"source": "base"}}}},
-            "no token '<|im_start|>'",
-        ),
-        (
-            {
-                "tokenizer": {
-                    "tokens": {
-                        "a": {"source": {"kind": "model_token", "model": "base", "token_id": 999}}
-                    }
-                }
-            },
-            "none with the token_id 999",
-        ),
-        ({"tokenizer": {"pad_to_multiple_of": 0}}, "greater than or equal to 1"),
-        ({"tokenizer": {}, "tokenizer_source": "base"}, "not both"),
-        ({"chat_template": "chatlm"}, "did you mean 'chatml'?"),
-    ],
-)
-def test_what_cannot_be_is_one_line(trio, line, wanted):
-    paths = {**trio, "base-path": trio["base"]}
-
-    def located(value, key=""):
-        if isinstance(value, dict):
-            return {k: located(v, k) for k, v in value.items()}
-        return str(paths["base"]) if value == "base" and key in ("source", "model") else value
-
-    assert wanted in refused(recipe(trio, **located(line)))
-
-
-def test_damaged_tokenizers_are_named(maker):
-    tokenizer = bpe(TEXTS, 280)
-    a = maker.model("damaged-a", tokenizer, seed=81)
-    b = maker.model("damaged-b", permuted(tokenizer, 1), seed=82)
-    given = recipe({"base": a, "b": b}, weights=(1, 1), tokenizer_source="union")
-    file = b / "tokenizer.json"
-    (b / "tokenizer_config.json").write_text("{}")  # it names tokens too
-    for text, wanted in (
-        ("{", "not valid JSON"),
-        ("[]", "must hold an object"),
-        ("{}", "no model.vocab"),
-        ('{"model": {"vocab": {"a": -1}}}', "no whole number"),
-        ('{"model": {"vocab": [1]}}', "no [piece, score]"),
-        ('{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}', "no content or id"),
-        ('{"model": {"vocab": {}}}', "no tokens"),
-    ):
-        file.write_text(text)
-        message = refused(given)
-        assert wanted in message
-        assert "damaged-b" in message
-    config = json.loads((b / "config.json").read_text())
-    tokenizer.save(str(file))
-    (b / "config.json").write_text(json.dumps({**config, "vocab_size": 999}))
-    assert "vocab_size 999" in refused(given)
-
-
-def test_without_a_tokenizer_line_other_sizes_are_refused_with_the_line(trio):
-    assert "tokenizer_source: union" in refused(recipe(trio))

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+import fastmerge
+from fastmerge import api
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEXTS = (
     "the quick brown fox jumps over the lazy dog while the other foxes watch and wonder",
     "merging models is a way to get more out of what others have trained before",
@@ -128,3 +133,36 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
     found: dict[str, int] = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
     return found
+
+
+def trio_of(maker: Maker) -> dict[str, Path]:
+    """A base, a model with two tokens more and its tokens in another order, and one of another
+    corpus with one of these tokens too."""
+    from tokenizers import AddedToken
+
+    chat = [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
+    base = bpe(TEXTS[:2], 300)
+    return {
+        "base": maker.model("tok-base", base, seed=1),
+        "chat": maker.model("tok-chat", permuted(bpe(TEXTS[:2], 300, chat), 3), seed=2),
+        "other": maker.model("tok-other", bpe(TEXTS[2:], 320, [chat[1]]), seed=3),
+    }
+
+
+def recipe(models, *, method="linear", base="base", weights=(0.5, 0.3, 0.2), **more):
+    entries = [
+        {"model": str(path), "parameters": {"weight": weight}}
+        for path, weight in zip(models.values(), weights, strict=False)
+    ]
+    found = {"merge_method": method, "models": entries, "dtype": "float32", **more}
+    if base is not None:
+        found["base_model"] = str(models[base])
+    return found
+
+
+def refused(given) -> str:
+    with pytest.raises(fastmerge.FastmergeError) as caught:
+        api.plan(given)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -8,19 +8,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastmerge.compute.arrays import view_of
+from fastmerge.compute.arrays import view_of as array_view
 from fastmerge.compute.cpu import cpu, thread_count
+from fastmerge.compute.leaves import view_of
 from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import Model
-from fastmerge.tree.nodes import Stored
+from fastmerge.tree.nodes import Leaf, leaves
 
 
 def grams(
     models: Sequence[Model],
-    tensors: Mapping[str, Sequence[Stored]],
+    tensors: Mapping[str, Sequence[Leaf]],
     *,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -34,13 +35,12 @@ def grams(
     count = thread_count(threads)
     backend = cpu(count)
     inputs = Inputs(models)
-    total = sum(stored.nbytes for sources in tensors.values() for stored in sources)
+    total = sum(leaf.nbytes for sources in tensors.values() for leaf in sources)
     done = 0
 
-    def one(entry: tuple[str, Sequence[Stored]]) -> Float64:
-        sources = list(entry[1])
-        with inputs.reading(sources):
-            first, *others = [inputs.fetch(source) for source in sources]
+    def one(entry: tuple[str, Sequence[Leaf]]) -> Float64:
+        with inputs.reading(leaves(entry[1])):
+            first, *others = [view_of(leaf, backend, inputs.fetch) for leaf in entry[1]]
             split = (others, first) if others else ([first], None)
             return backend.gram(*split)
 
@@ -48,15 +48,16 @@ def grams(
     with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
         for (name, sources), gram in finished:
             found[name] = gram
-            done += sum(stored.nbytes for stored in sources)
+            done += sum(leaf.nbytes for leaf in sources)
             if progress is not None:
                 progress(done, total, name)
     return found
 
 
-def gram_with(models: Sequence[Model], sources: Sequence[Stored], array: NDArray[Any]) -> Float64:
+def gram_with(models: Sequence[Model], sources: Sequence[Leaf], array: NDArray[Any]) -> Float64:
     """The Gram matrix of one tensor's sources and of ``array``, another tensor of their shape as
     `materialise_plan` gives it: float64, shape (n + 1, n + 1), as in `grams`, the array last.
     """
-    first, *others = map(Inputs(models).fetch, sources)
-    return cpu(1).gram([*others, view_of(array, sources[0].name)], first)
+    backend, fetch = cpu(1), Inputs(models).fetch
+    first, *others = [view_of(leaf, backend, fetch) for leaf in sources]
+    return backend.gram([*others, array_view(array, "a state")], first)

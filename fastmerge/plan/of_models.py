@@ -13,6 +13,7 @@ from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import Planner, collector_paused
 from fastmerge.recipe.settings import constant
+from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.collapse import AS_THEY_ARE
 
 
@@ -25,13 +26,15 @@ def of_models(
     out_dtype: DType | None = None,
     base_folder: Path | None = None,
     text: str = "",
+    tokenizer: TokenizerSection | None = None,
 ) -> Plan:
     """The plan of sum_i w_i x_i over whole models, the weights as they are (1 each by default).
 
     references: folders or hub names, looked for as `make_plan` does; the first gives config and
     tokenizer. places: what an error about each begins with, where the user named it (default:
     "models[0]" ...); where: about all. out_dtype: default the models' own. text: recorded beside
-    the output. Raises FastmergeError where the models cannot be merged.
+    the output. tokenizer: whose tokens order the rows; the first model is the base. Raises
+    FastmergeError where the models cannot be merged.
     """
     linear = METHODS["linear"]
     places = [f"{where}[{i}]" for i in range(len(references))] if places is None else places
@@ -52,4 +55,6 @@ def of_models(
         ]
         levels = [{name: constant(value) for name, value in AS_THEY_ARE.items()}]
         part = planner.part(linear, inputs, None, levels, where=where, of=where)
-        return planner.plan(planner.merged([part], inputs[0].view, dtype=out_dtype))
+        return planner.plan(
+            planner.merged([part], inputs[0].view, dtype=out_dtype, tokenizer=tokenizer)
+        )

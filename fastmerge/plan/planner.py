@@ -66,6 +66,7 @@ from fastmerge.recipe.document import (
 from fastmerge.recipe.meaning import meaning
 from fastmerge.recipe.settings import Setting
 from fastmerge.recipe.templates import TEMPLATES
+from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.nodes import Node
 from fastmerge.tree.unread import without_unread
 
@@ -205,6 +206,7 @@ class Planner:
         seed: int | None = None,
         name: str = "output",
         document: Document | None = None,
+        tokenizer: TokenizerSection | None = None,
         is_output: bool = True,
     ) -> View:
         """The merge of ``parts``: runs of layers, or the one of ``whole`` models. ``lead`` gives
@@ -222,7 +224,7 @@ class Planner:
                 f"'{lead.label}' has no config.json, so the output has none; transformers will not "
                 "load it without"
             )
-        wanted = None if document is None else document.vocabulary
+        wanted = tokenizer if document is None else document.vocabulary
         check_agreement(parts, lead, self.note, tokens=wanted is None)
         parts = settle_layers(parts, whole, self.note)
         parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
@@ -233,7 +235,7 @@ class Planner:
         if wanted is None and is_output:
             check_order(parts, lead, self.vocabularies, self.note)
         if wanted is not None:
-            has_base = document is not None and document.base_model is not None
+            has_base = document is None or document.base_model is not None
             aligned = align(
                 parts, lead, has_base, wanted, self.vocabularies, self._tokenizer, self.view,
                 self.note,

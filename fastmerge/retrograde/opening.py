@@ -30,7 +30,7 @@ from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Model
 from fastmerge.search.grams import cached_grams, keep_grams
 from fastmerge.search.space import Space, merged
-from fastmerge.tree.nodes import Merge, Stored
+from fastmerge.tree.nodes import Leaf, Merge
 
 
 def open_template(schedule: Schedule) -> Plan:
@@ -47,6 +47,7 @@ def open_template(schedule: Schedule) -> Plan:
         out_dtype=schedule.output_dtype,
         base_folder=schedule.folder,
         text=schedule.text,
+        tokenizer=schedule.tokenizer,
     )
     beyond = (extrapolations(step.t, T) for step in schedule.steps if step.t is not None)
     plan = replace(plan, notes=(*plan.notes, *dict.fromkeys(chain(*beyond))))
@@ -109,7 +110,7 @@ def space_of(
     """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
     items = merged(template)
     missing = {
-        item.name: [part for part in item.root.operands if isinstance(part, Stored)]
+        item.name: [part for part in item.root.operands if isinstance(part, Leaf)]
         for item in items
         if isinstance(item.root, Merge) and item.name not in known
     }

@@ -20,6 +20,7 @@ from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, one_of, real, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings
 from fastmerge.recipe.source import read
+from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.search.families import BASELINES
 
 POLICIES = ("weakest", "strongest", "next", "random", "nearest", "farthest")
@@ -245,9 +246,18 @@ class Schedule(Section):
     compare: Compare | None = field(Compare, None)
     dtype: str | None = field(string, None)  # of the arithmetic, which is float32 whatever it says
     out_dtype: str | None = field(string, None)
+    # base: every model's rows in the order of the baseline's tokens.
+    tokenizer_source: str | None = field(one_of("base"), None)
     seed: int | None = field(whole(0, below=2**63), None)
     text: str = ""  # the schedule as written, for the record
     folder: Path = Path()  # what relative paths in the file are relative to
+
+    @property
+    def tokenizer(self) -> TokenizerSection | None:
+        """What is asked of the models' tokenizers."""
+        if self.tokenizer_source is None:
+            return None
+        return TokenizerSection.of_source(self.tokenizer_source, self.at("tokenizer_source"))
 
     @property
     def foreign(self) -> list[str]:

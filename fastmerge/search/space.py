@@ -23,7 +23,7 @@ from fastmerge.plan.values import ParameterValues
 from fastmerge.search.expressions import Blend, Expr, Model, as_json, order
 from fastmerge.search.geometry import Geometry, angle, small_angle
 from fastmerge.tree.collapse import Collapsed, coefficients, weighted_sum
-from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk
 from fastmerge.tree.rewrite import fold
 from fastmerge.tree.unread import without_unread
 
@@ -54,7 +54,7 @@ class Space:
         self._known: dict[Expr, Float64 | None] = {}
         self._values: dict[int, tuple[Blend, _Values]] = {}
 
-    def sources(self, name: str) -> tuple[Stored, ...]:
+    def sources(self, name: str) -> tuple[Leaf, ...]:
         """The models' tensors that one merged tensor is made from."""
         return _sources(self._items[self.names.index(name)])
 
@@ -264,8 +264,8 @@ def merged(template: Plan) -> list[TensorPlan]:
     return [item for item in template.tensors if isinstance(item.root, Merge)]
 
 
-def _sources(item: TensorPlan) -> tuple[Stored, ...]:
+def _sources(item: TensorPlan) -> tuple[Leaf, ...]:
     assert isinstance(item.root, Merge)
-    sources = tuple(node for node in item.root.operands if isinstance(node, Stored))
+    sources = tuple(node for node in item.root.operands if isinstance(node, Leaf))
     assert len(sources) == len(item.root.operands)
     return sources

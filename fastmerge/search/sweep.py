@@ -29,7 +29,7 @@ from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
-from fastmerge.tree.nodes import Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 from fastmerge.tree.rewrite import rewrite
 from fastmerge.tree.unread import without_unread
 
@@ -118,8 +118,8 @@ class Sweep:
         return weighted_sum(tree.parts, coefficients(moved, self._grams.get(name)))
 
 
-def _sources(tree: Collapsed) -> list[Stored]:
-    return [part for part in tree.parts if isinstance(part, Stored)]
+def _sources(tree: Collapsed) -> list[Leaf]:
+    return [part for part in tree.parts if isinstance(part, Leaf)]
 
 
 def _has_t(node: Node) -> bool:
