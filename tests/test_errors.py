@@ -55,7 +55,7 @@ def test_each_kind_of_fault_has_its_class(zoo, tmp_path) -> None:
         ("ModelError", _recipe(a, tmp_path / "missing"), "new"),
         ("ModelError", _recipe(a, wide), "new"),
         ("UnsupportedError", _recipe(a, quantised), "new"),
-        ("UnsupportedError", _recipe(a, chat_template="chatml"), "new"),
+        ("UnsupportedError", _recipe(a, gate_mode="hidden"), "new"),
         ("OutputError", _recipe(a), "out"),
         ("OutputError", _recipe(a), "no/such/folder"),
     ]:

@@ -102,7 +102,7 @@ def run_merge(
         seed=given.get("random_seed"),
         truncate_embeddings=given.get("unsafe_truncate_embeddings", False),
     )
-    plan = replace(planned, keep_paths=keep_paths)
+    plan = replace(planned, keep_paths=a_flag(keep_paths, "keep_paths"))
     files = _files(plan, out, given, config_source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastmerge.arguments import a_flag
 from fastmerge.dtypes import DType
 from fastmerge.errors import (
     FastmergeError,
@@ -98,7 +99,7 @@ def make_plan(
     opened = Opened(models or {}, base_folder, resolve)
     seed = recipe.output.own_seed if seed is None else seed
     planner = Planner(opened, recipe.text, seed, meaning(recipe.documents))
-    planner.truncates = truncate_embeddings
+    planner.truncates = a_flag(truncate_embeddings, "truncate_embeddings")
     with collector_paused():
         for document in recipe.documents:
             planner.run(document, is_output=document is recipe.output)

@@ -104,6 +104,13 @@ def align(
                 f"nothing beside the weights of '{lead.label}' has a name that tokenizers have: "
                 "equal numbers of rows are all that is checked"
             )
+        else:
+            for view in views:
+                if not identity(view.donor.side_files()):
+                    note(
+                        f"'{view.label}' has no tokenizer files: its rows are taken to be in the "
+                        f"order of '{lead.label}', of which there are as many"
+                    )
         if source is None or (isinstance(source, View) and source.donor is lead.donor):
             return Aligned(parts, lead)
         # The tokens are the same, and the rest of the tokenizer may not be: its template, its ends.
@@ -150,7 +157,9 @@ def _views(parts: Sequence[Part]) -> list[View]:
 def _are_one(
     views: Sequence[View], source: View | Vocabulary | None, wanted: TokenizerSection
 ) -> bool:
-    """Whether all have one vocabulary, told by their files alone, and as many rows."""
+    """Whether all that have tokenizer files have one vocabulary, told by the files alone, and all
+    have as many rows.
+    """
     if wanted.tokens or wanted.pad_to_multiple_of or any(view.vocabulary for view in views):
         return False
     files = {identity(view.donor.side_files()) for view in views}
@@ -159,7 +168,7 @@ def _are_one(
     elif source is not None:
         files.add(identity(source.files))
     shapes = {view.tensors[view.embedding].shape[0] if view.embedding else -1 for view in views}
-    return len(files) == 1 and len(shapes) == 1
+    return len(files - {""}) <= 1 and len(shapes) == 1
 
 
 class _Aligner:
