@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.arguments import a_path
 from fastmerge.errors import ModelError, ResourceError
+from fastmerge.models.side_files import is_tokenizer
 from fastmerge.plan.loading import check_loading, model_class_of, one_line
 
 GENERATION = "generation_config.json"
@@ -82,9 +83,9 @@ def load_merged(
         None, config=config, state_dict=state, output_loading_info=True, **kwargs
     )
     _check(loading, "the merged model")
-    with _beside(plan, lambda name: name == GENERATION) as beside:
-        if (beside / GENERATION).is_file():
-            model.generation_config = _generation_config(transformers, beside)
+    with beside(plan, lambda name: name == GENERATION) as folder:
+        if (folder / GENERATION).is_file():
+            model.generation_config = _generation_config(transformers, folder)
     return model.eval()
 
 
@@ -124,12 +125,12 @@ def load_tokenizer(source: Source, **kwargs: Any) -> Any:
     plan = api.plan(source)
     if plan.vocabulary is None and plan.chat_template is None:
         return _tokenizer(transformers, plan.donor, str(plan.donor), kwargs)
-    with _beside(plan, lambda name: True) as folder:
+    with beside(plan, is_tokenizer) as folder:
         return _tokenizer(transformers, folder, "the merged model", kwargs)
 
 
 @contextmanager
-def _beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
+def beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """A folder for the length of the context with what a merge writes beside the weights."""
     with tempfile.TemporaryDirectory(prefix="fastmerge-") as name:
         folder = Path(name)
@@ -137,7 +138,7 @@ def _beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
         if plan.config:
             files["config.json"] = json.dumps(plan.config).encode()
         for file, content in files.items():
-            if wanted(file) and "/" not in file:
+            if (wanted(file) or file == "config.json") and "/" not in file:
                 data = content if isinstance(content, bytes) else content.read_bytes()
                 (folder / file).write_bytes(data)
         yield folder

@@ -34,7 +34,7 @@ def maker(shared_zoo):
 
 @pytest.fixture(scope="module")
 def trio(maker):
-    return trio_of(maker)
+    return trio_of(maker, "rows")
 
 
 def theirs(given, out):

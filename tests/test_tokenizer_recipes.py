@@ -18,6 +18,7 @@ from tests.tokenizer_models import (
     recipe,
     refused,
     trio_of,
+    vocabulary,
 )
 
 
@@ -28,7 +29,7 @@ def maker(shared_zoo):
 
 @pytest.fixture(scope="module")
 def trio(maker):
-    return trio_of(maker)
+    return trio_of(maker, "recipes")
 
 
 # --- chat templates ---
@@ -131,6 +132,25 @@ def test_a_sweep_moves_what_the_tokenizer_has_aligned(aligned, shared_zoo, tmp_p
     assert len(made[0]) == len(made[1]) == 2
     for one, two in zip(*made, strict=True):
         assert all((one[name] == two[name]).all() for name in one)
+
+
+def test_a_sweep_is_scored_with_the_tokenizer_that_it_makes(aligned, tmp_path, monkeypatch):
+    from fastmerge.search import sweep
+
+    a, b, _ = aligned
+    seen = []
+
+    def scorer(_settings, _folder, tokenizer, _function):
+        seen.append(vocabulary(tokenizer))
+        raise fastmerge.FastmergeError("enough")
+
+    monkeypatch.setattr(sweep, "make_scorer", scorer)
+    given = recipe({"base": a, "b": b}, weights=(1, 1), tokenizer_source=str(b))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS[0])
+    with pytest.raises(fastmerge.FastmergeError, match="enough"):
+        sweep.sweep(given, tmp_path / "out", [0.5], evaluate={"perplexity": str(text)})
+    assert seen == [vocabulary(b)]
 
 
 # --- refusals ---

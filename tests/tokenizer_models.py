@@ -135,7 +135,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
     return found
 
 
-def trio_of(maker: Maker) -> dict[str, Path]:
+def trio_of(maker: Maker, prefix: str) -> dict[str, Path]:
     """A base, a model with two tokens more and its tokens in another order, and one of another
     corpus with one of these tokens too."""
     from tokenizers import AddedToken
@@ -143,9 +143,9 @@ def trio_of(maker: Maker) -> dict[str, Path]:
     chat = [AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)]
     base = bpe(TEXTS[:2], 300)
     return {
-        "base": maker.model("tok-base", base, seed=1),
-        "chat": maker.model("tok-chat", permuted(bpe(TEXTS[:2], 300, chat), 3), seed=2),
-        "other": maker.model("tok-other", bpe(TEXTS[2:], 320, [chat[1]]), seed=3),
+        "base": maker.model(f"{prefix}-base", base, seed=1),
+        "chat": maker.model(f"{prefix}-chat", permuted(bpe(TEXTS[:2], 300, chat), 3), seed=2),
+        "other": maker.model(f"{prefix}-other", bpe(TEXTS[2:], 320, [chat[1]]), seed=3),
     }
 
 

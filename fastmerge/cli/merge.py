@@ -132,7 +132,7 @@ def plan(
 
     limits = _limits(memory_limit, max_shard_size)
     decided = (api.check if check else api.plan)(recipe, seed=seed)
-    side = decided.donor_model.side_files()
+    side = decided.side_files()
     layout = Layout.plan(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],
         max_shard_bytes=limits["max_shard_bytes"],

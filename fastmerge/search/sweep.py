@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.evaluation.weights import Merged
+from fastmerge.llama import beside
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
+from fastmerge.models.side_files import is_tokenizer
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
@@ -165,13 +168,32 @@ def sweep(
     """
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
+    with ExitStack() as kept:
+        return _swept(plan, out, values, evaluate, resume, threads, score, progress, on_point, kept)
+
+
+def _swept(
+    plan: Plan,
+    out: Path,
+    values: Sequence[float],
+    evaluate: Any,
+    resume: bool,
+    threads: int | None,
+    score: ScoreFunction | None,
+    progress: Progress | None,
+    on_point: Callable[[Point], None] | None,
+    kept: ExitStack,
+) -> list[Point]:
     scorer = settings = None
     if evaluate is not None:
         require()
         settings = load_evaluate(evaluate)
         is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
         folder = Path(evaluate).parent if is_file else Path()
-        scorer = make_scorer(settings, folder, folder_of(plan.models[0]), score)
+        tokenizer = folder_of(plan.models[0])
+        if plan.vocabulary is not None or plan.chat_template is not None:
+            tokenizer = kept.enter_context(beside(plan, is_tokenizer))
+        scorer = make_scorer(settings, folder, tokenizer, score)
     key = digest([plan.key, None if scorer is None else scorer.key])
     known = _known(out, key, resume)
     swept = Sweep(plan, threads=threads, progress=progress)
