@@ -219,5 +219,16 @@ def test_damaged_tokenizers_are_named(maker):
     assert "vocab_size 999" in refused(given)
 
 
+def test_a_head_of_other_rows_than_the_embeddings_is_refused(maker, shared_zoo):
+    one = bpe(TEXTS, 280)
+    a = maker.model("head-a", one, seed=131)
+    b = maker.model("head-b", permuted(one, 3), seed=132)
+    tensors, config = shared_zoo.read(b), json.loads((b / "config.json").read_text())
+    tensors[HEAD] = tensors[HEAD][:272]
+    shared_zoo.write(b.name, tensors, config, dtype="F32")
+    given = recipe({"base": a, "b": b}, weights=(1, 1), tokenizer_source="union")
+    assert f"280 rows in {EMBED} and 272 in {HEAD}" in refused(given)
+
+
 def test_without_a_tokenizer_line_other_sizes_are_refused_with_the_line(trio):
     assert "tokenizer_source: union" in refused(recipe(trio))

@@ -78,20 +78,21 @@ class Vocabulary:
         """The same and, behind them, tokens of other vocabularies as these have them."""
         ids, added = dict(self.ids), dict(self.added)
         document, size = self.document, self.size
-        donors: dict[int, Vocabulary] = {}
+        donors: dict[int, tuple[Vocabulary, bool]] = {}  # and whether they are alike
         for other, token in others:
             if token in ids:
                 continue
-            donors[id(other)] = other
+            if id(other) not in donors:
+                donors[id(other)] = other, _alike(self, other)
             ids[token] = size
             size += 1
-            if token in other.added or not _alike(self, other):
+            if token in other.added or not donors[id(other)][1]:
                 info = other.added.get(token, {**_PLAIN, "special": False})
                 added[token] = {**info, "content": token}
         if len(ids) == len(self.ids):
             return self
-        for other in donors.values():
-            if _alike(self, other):
+        for other, alike in donors.values():
+            if alike:
                 document = _with_model(document, other, ids)
         return replace(self, ids=ids, added=added, document=document, changed=True)
 

@@ -221,6 +221,12 @@ class _Aligner:
                 f"{self._where}: config.json of '{view.label}' has vocab_size {stated} and its "
                 f"{view.embedding} {rows} rows; mend the one that is wrong"
             )
+        if view.head is not None and view.tensors[view.head].shape[0] != rows:
+            raise UnsupportedError(
+                f"{self._where}: '{view.label}' has {rows} rows in {view.embedding} and "
+                f"{view.tensors[view.head].shape[0]} in {view.head}, so which are its tokens' is "
+                "not known; give both as many first"
+            )
         self._rows[id(view)] = rows
         found = self._vocabularies.of(view)
         if found is None:
