@@ -4,6 +4,8 @@ folder."""
 from __future__ import annotations
 
 import json
+import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import yaml
 
 import fastmerge
 from fastmerge import FastmergeError
+from fastmerge.compute import devices
+from fastmerge.errors import RecipeError
 from fastmerge.integrations.mergekit import run_merge
 
 RECIPE = """\
@@ -100,23 +104,83 @@ def test_the_seed_is_followed(recipe: str, zoo, tmp_path: Path) -> None:
     assert not all(np.array_equal(one[name], two[name]) for name in one)
 
 
-def test_a_model_is_replaced_on_request_only(recipe: str, tmp_path: Path) -> None:
+def test_a_model_is_replaced(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()  # an empty folder, as tempfile makes them, is no model
     run_merge(recipe, out)
     with pytest.raises(FastmergeError, match="exists"):
-        run_merge(recipe, out)
+        run_merge(recipe, out, overwrite=False)
     seen = []
-    run_merge(recipe, out, overwrite=True, progress=lambda *step: seen.append(step))
+    run_merge(recipe, out, progress=lambda *step: seen.append(step))
     assert seen[-1][0] == seen[-1][1]
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(FastmergeError, match=r"holds thesis\.tex, which no merge wrote"):
+        run_merge(recipe, out)
+    assert (out / "thesis.tex").exists()
+
+
+def test_an_output_may_lie_in_an_inputs_folder(recipe: str, zoo, tmp_path: Path) -> None:
+    """As TRL's callback writes checkpoint-N/merged; a second time over what is there."""
+    run_merge(recipe, tmp_path / "beside")
+    inside = tmp_path / "base" / "merged"
+    inside.mkdir()
+    (inside / "README.md").write_text("of a merge that was interrupted")
+    (inside / "config.json").write_text("{}")
+    for _ in range(2):
+        run_merge(recipe, inside)
+        assert names(inside) == names(tmp_path / "beside")
+    one, two = zoo.read(inside), zoo.read(tmp_path / "beside")
+    assert all(np.array_equal(value, two[name]) for name, value in one.items())
+    with pytest.raises(FastmergeError, match="would replace the input"):
+        run_merge(recipe, tmp_path / "base")
+
+
+def test_transformers_cache_is_huggingface_hubs(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, *, cache_dir: Path | None, **_: object) -> str:
+        asked.append((name, cache_dir))
+        return str(tmp_path / "tune")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    text = recipe.replace(str(tmp_path / "tune"), "somebody/tune")
+    run_merge(text, tmp_path / "out", {"transformers_cache": str(tmp_path / "cache")})
+    assert set(asked) == {("somebody/tune", tmp_path / "cache")}
+
+
+def test_a_namespace_holds_other_arguments_too(recipe: str, tmp_path: Path) -> None:
+    options = Namespace(config="x.yml", out="y", write_model_card=False, random_seed=None)
+    run_merge(recipe, tmp_path / "out", options)
+    assert "README.md" not in names(tmp_path / "out")
+    with pytest.raises(FastmergeError, match="did you mean 'num_threads'"):
+        run_merge(recipe, tmp_path / "out", Namespace(num_thread=2))
+
+
+def test_errors_about_recipe_and_models_are_value_errors(recipe: str, zoo, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown method 'lniear'") as caught:
+        run_merge(recipe.replace("linear", "lniear"), tmp_path / "out")
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), RecipeError)
+    zoo.base("other", vocab=44)
+    with pytest.raises(ValueError, match="Tensor size mismatch: recipe"):
+        run_merge(recipe.replace(str(tmp_path / "tune"), str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cuda_devices", lambda: ["cuda:0", "cuda:1"])
+    assert devices.choose_devices("cuda:1", [], lambda _: None)[0] == ["cuda:1"]
+    assert devices.choose_devices("cuda", [], lambda _: None)[0] == ["cuda:0", "cuda:1"]
+    with pytest.raises(FastmergeError, match="device cuda:2: this machine has cuda:0, cuda:1"):
+        devices.choose_devices("cuda:2", [], lambda _: None)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"safe_serialization": False}, "safe_serialization: .* safetensors only"),
-        ({"transformers_cache": "/somewhere"}, "transformers_cache: .* HF_HUB_CACHE"),
-        ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
+        ({"transformers_cache": 3}, "transformers_cache: must be a path, not 3"),
+        ({"device": "cuda:x"}, "device: unknown 'cuda:x'; use cpu, cuda, auto"),
         ({"device": "xpu"}, "device: unknown 'xpu'; use cpu, cuda, auto"),
         ({"num_thread": 2}, "unknown 'num_thread'; did you mean 'num_threads'"),
         (3, "options: int is neither"),

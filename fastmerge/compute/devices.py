@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import re
 from collections.abc import Callable, Sequence
 
 from fastmerge import _C
+from fastmerge.arguments import one_of
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
@@ -31,6 +33,13 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
     if not torch.cuda.is_available():
         raise ResourceError(f"{where}: this machine has no usable CUDA device; use --device cpu")
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def a_device(value: object, where: str) -> str:
+    """``cpu``, ``cuda`` (every GPU of the machine), ``auto``, or ``cuda:N``: that one alone."""
+    if isinstance(value, str) and re.fullmatch(r"cuda:\d+", value):
+        return value
+    return one_of(value, DEVICES, where)
 
 
 def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
@@ -60,20 +69,24 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
 def choose_devices(
     device: str, roots: Sequence[tuple[str, Node]], fetch: Callable[[Stored], _C.View]
 ) -> tuple[list[str], str]:
-    """The CUDA devices for ``--device``, none of them for the CPU, and a note on what auto chose.
+    """The CUDA devices for `a_device`, none of them for the CPU, and a note on what auto chose.
 
     ``roots``: the tensors to merge, by name. auto: the GPUs, where the inputs are in the page
     cache; from a disk, the GPU would only wait for it. Raises FastmergeError where ``cuda`` is
-    asked for and there is none, or where its kernels cannot take as many inputs.
+    asked for and there is none (or no such one), or where its kernels cannot take as many inputs.
     """
     if device == "cpu":
         return [], ""
     try:
         found = cuda_devices()
     except FastmergeError:
-        if device == "cuda":
+        if device != "auto":
             raise
         return [], "device auto: merged on the CPU, as there is no usable CUDA device"
+    if ":" in device:
+        if device not in found:
+            raise ResourceError(f"device {device}: this machine has {', '.join(found)}")
+        found = [device]
     from fastmerge.kernels.backend import TritonBackend
 
     for name, root in roots:

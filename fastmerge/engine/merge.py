@@ -9,12 +9,13 @@ from pathlib import Path
 
 from fastmerge.arguments import a_flag, a_function, a_path, a_size, one_of
 from fastmerge.compute.cpu import isa
-from fastmerge.compute.devices import DEVICES, GPU_MEMORY_BYTES
+from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
 from fastmerge.engine.window import window_size
 from fastmerge.errors import FastmergeError
 from fastmerge.output.lineage import LINEAGE_FILE, lineage_file
+from fastmerge.output.place import real_target
 from fastmerge.output.sink import ModelFolder
 from fastmerge.plan.plan import Plan
 
@@ -49,17 +50,18 @@ def merge_plan(
     ``side_files`` are written beside the weights: bytes, or files to copy. ``observe`` is told what
     each tensor came to, except those that an interrupted run had finished. Raises FastmergeError
     for anything a user can mend. ``device``: "cpu", "cuda" (every GPU of the machine, with
-    ``gpu_memory`` bytes of tensors in flight on each) or "auto"; the bits are the same.
+    ``gpu_memory`` bytes of tensors in flight on each), "cuda:N" or "auto"; the bits are the same.
     """
     started = time.perf_counter()
     out = a_path(out, "out")
     one_of(io, IO, "io")
-    one_of(device, DEVICES, "device")
+    a_device(device, "device")
     memory_limit = a_size(memory_limit, "memory_limit", LEAST_MEMORY_BYTES)
     max_shard_bytes = a_size(max_shard_bytes, "max_shard_bytes")
     gpu_memory = a_size(gpu_memory, "gpu_memory")
     overwrite, fresh = a_flag(overwrite, "overwrite"), a_flag(fresh, "fresh")
     a_function(progress, "progress")
+    files = _outside(out, side_files or {})
     executor = Local(
         plan,
         threads=threads,
@@ -75,7 +77,7 @@ def merge_plan(
         overwrite=overwrite,
         fresh=fresh,
         io=io,
-        side_files=side_files or {},
+        side_files=files,
     )
     with folder:
         pending = folder.pending(plan.tensors)
@@ -97,7 +99,7 @@ def merge_plan(
         except FastmergeError:
             folder.discard()
             raise
-        names = (*(side_files or {}), LINEAGE_FILE, *folder.files)
+        names = (*files, LINEAGE_FILE, *folder.files)
         lineage = lineage_file(plan, folder.results, executor.trims, names)
         folder.finish({LINEAGE_FILE: lineage})
     return MergeReport(
@@ -120,6 +122,16 @@ def merge_plan(
         },
         notes=(*plan.notes, *executor.notes),
     )
+
+
+def _outside(out: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
+    """The files but for those in ``out`` itself, which may lie in an input's folder."""
+    target = real_target(out)
+    return {
+        name: file
+        for name, file in files.items()
+        if not (isinstance(file, Path) and file.is_relative_to(target))
+    }
 
 
 def _bytes_of(files: Mapping[str, bytes | Path]) -> int:

@@ -8,27 +8,41 @@
 
 Needs no mergekit: its ``MergeConfiguration`` and ``MergeOptions`` are read if they are given, and a
 recipe and plain keywords do as well. Two things differ on purpose (README, "What to expect"): the
-arithmetic is fp32 whatever ``dtype`` says, and an existing model is replaced only with
-``overwrite``.
+arithmetic is fp32 whatever ``dtype`` says, and a folder is replaced as a whole or not at all: one
+that holds files which no merge wrote and no model has is refused by their names, where mergekit
+would write among them.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastmerge import api
-from fastmerge.arguments import a_flag, a_path, one_of
-from fastmerge.compute.devices import DEVICES
+from fastmerge.arguments import a_flag, a_path
+from fastmerge.compute.devices import a_device
 from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError, OutputError, UnsupportedError, brief, nearest
+from fastmerge.errors import (
+    FastmergeError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    UnsupportedError,
+    brief,
+    near_miss,
+    nearest,
+)
+from fastmerge.models import hub
 from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, is_tokenizer
 from fastmerge.output.provenance import provenance
 from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import make_plan
 from fastmerge.recipe.document import Recipe
 
 # mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
@@ -66,28 +80,76 @@ _KNOWN = (
 )
 
 
+class RecipeValueError(RecipeError, ValueError):
+    """A RecipeError where mergekit raises ValueError."""
+
+
+class ModelValueError(ModelError, ValueError):
+    """A ModelError where mergekit raises ValueError."""
+
+
+class UnsupportedValueError(UnsupportedError, ValueError):
+    """An UnsupportedError where mergekit raises ValueError."""
+
+
+_VALUE_ERRORS: Mapping[type[FastmergeError], type[FastmergeError]] = {
+    RecipeError: RecipeValueError,
+    ModelError: ModelValueError,
+    UnsupportedError: UnsupportedValueError,
+}
+
+
 def run_merge(
     merge_config: Any,
     out_path: str | Path,
     options: Any = None,
     config_source: str | None = None,
     *,
-    overwrite: bool = False,
+    overwrite: bool = True,
     keep_paths: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merges ``merge_config`` into the folder ``out_path``, as ``mergekit.merge.run_merge`` is
     called.
 
-    merge_config: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes. options: a
-    MergeOptions, or a mapping of its names. Of these, ``device``, ``cuda``, ``num_threads``,
-    ``out_shard_size`` (bytes), ``random_seed``, ``copy_tokenizer``, ``write_model_card`` and
-    ``unsafe_truncate_embeddings`` are followed; those that only change how mergekit works are
-    accepted, the others refused by name.
+    merge_config: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes. out_path: a
+    model folder that is there, or what a merge wrote, is replaced (not with ``overwrite`` False)
+    once the new one is whole; it may lie in the folder of an input. options: a MergeOptions, or a
+    mapping or argparse.Namespace of its names. Of these, ``device`` (``cuda:N`` too), ``cuda``,
+    ``num_threads``, ``out_shard_size`` (bytes), ``random_seed``, ``transformers_cache``,
+    ``copy_tokenizer``, ``write_model_card`` and ``unsafe_truncate_embeddings`` are followed; those
+    that only change how mergekit works are accepted, the others refused by name.
     config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml`` but for the
-    local paths in it (``keep_paths``: with them). Raises
-    FastmergeError before anything is written.
+    local paths in it (``keep_paths``: with them). Raises FastmergeError before anything is
+    written; those about recipe and models are ValueErrors too, as mergekit's are.
     """
+    try:
+        return _merged(
+            merge_config,
+            out_path,
+            options,
+            config_source,
+            overwrite=overwrite,
+            keep_paths=keep_paths,
+            progress=progress,
+        )
+    except (RecipeError, ModelError, UnsupportedError) as error:
+        text = str(error)
+        if " mismatch in " in text:  # callers look for mergekit's words
+            text = f"Tensor size mismatch: {text}"
+        raise _VALUE_ERRORS.get(type(error), type(error))(text) from error
+
+
+def _merged(
+    merge_config: Any,
+    out_path: str | Path,
+    options: Any,
+    config_source: str | None,
+    *,
+    overwrite: bool,
+    keep_paths: bool,
+    progress: Progress | None,
+) -> MergeReport:
     given = _options(options)
     out = a_path(out_path, "out_path")
     if config_source is not None and not isinstance(config_source, str):
@@ -97,9 +159,11 @@ def run_merge(
     recipe = Recipe.load(source)
     if recipe.output.vocabulary is not None or recipe.output.chat_template is not None:
         given.pop("copy_tokenizer", None)  # asked for in the recipe: mergekit writes it too
-    planned = api.plan(
+    planned = make_plan(
         recipe,
         seed=given.get("random_seed"),
+        resolve=partial(hub.resolve, cache=given.get("transformers_cache")),
+        sparing=True,
         truncate_embeddings=given.get("unsafe_truncate_embeddings", False),
     )
     plan = replace(planned, keep_paths=a_flag(keep_paths, "keep_paths"))
@@ -128,6 +192,12 @@ def _options(options: Any) -> dict[str, Any]:
         return {}
     if isinstance(options, Mapping):
         given = dict(options)
+    elif isinstance(options, argparse.Namespace):  # a script's other arguments are there too
+        given = {
+            name: value
+            for name, value in vars(options).items()
+            if name in _KNOWN or near_miss(name, _KNOWN)
+        }
     elif hasattr(options, "model_dump"):
         given = options.model_dump(exclude_defaults=True)
     else:
@@ -144,24 +214,14 @@ def _options(options: Any) -> dict[str, Any]:
             "safe_serialization: fastmerge writes safetensors only; leave it true"
         )
     if "transformers_cache" in given:
-        raise UnsupportedError(
-            "transformers_cache: models come from huggingface_hub's cache; set HF_HUB_CACHE instead"
-        )
+        given["transformers_cache"] = a_path(given["transformers_cache"], "transformers_cache")
     return given
 
 
 def _device(given: Mapping[str, Any]) -> str:
     wants_gpu = given.get("cuda") or given.get("gpu_rich")
     device = given.get("device", "cuda" if wants_gpu else "cpu")
-    if not isinstance(device, str):
-        raise FastmergeError(f"device: must be text, not {brief(device)}")
-    kind, _, index = device.partition(":")
-    if index:
-        raise UnsupportedError(
-            f"device: '{device}': every GPU that is visible takes part; "
-            f"set CUDA_VISIBLE_DEVICES={index} and ask for '{kind}'"
-        )
-    return one_of(device, DEVICES, "device")
+    return a_device(device, "device")
 
 
 def _files(

@@ -22,11 +22,14 @@ _HUB_IGNORED = (
 )
 
 
-def resolve(reference: str, *, revision: str | None = None) -> Path:
+def resolve(
+    reference: str, *, revision: str | None = None, cache: str | Path | None = None
+) -> Path:
     """The local path of ``reference``: a folder, a file, or else a Hub id, ``org/name[@revision]``.
 
     The safetensors weights and side files of a Hub id come from huggingface_hub's cache or are
-    downloaded into it. Raises FastmergeError that says what was tried.
+    downloaded into it; ``cache``: into that folder instead. Raises FastmergeError that says what
+    was tried.
     """
     here = local(reference)
     if here is not None:
@@ -49,6 +52,7 @@ def resolve(reference: str, *, revision: str | None = None) -> Path:
         found = snapshot_download(
             name,
             revision=revision or pinned or None,
+            cache_dir=cache,
             allow_patterns=list(_HUB_PATTERNS),
             ignore_patterns=list(_HUB_IGNORED),
         )

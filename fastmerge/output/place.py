@@ -69,12 +69,11 @@ def check_place(target: Path, inputs: Iterable[Path]) -> None:
     for given in inputs:
         path = Path(os.path.realpath(given))
         # A folder of links into the target reads from the target all the same.
-        reads = [Path(os.path.realpath(file)) for file in path.iterdir()] if path.is_dir() else []
+        entries = path.iterdir() if path.is_dir() else ()
+        reads = [Path(os.path.realpath(file)) for file in entries if file.is_symlink()]
         if path.is_relative_to(target) or any(file.is_relative_to(target) for file in reads):
             raise OutputError(f"{target}: the output would replace the input {given}")
         folder = path if path.is_dir() else path.parent
-        if path.is_dir() and target.is_relative_to(folder):
-            raise OutputError(f"{target}: the output lies inside the input {given}")
         if target.exists() and target.samefile(folder):
             raise OutputError(f"{target}: the output would replace the input {given}")
 
