@@ -234,3 +234,47 @@ def test_check_without_transformers_says_so(zoo, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(FastmergeError, match="needs torch, transformers and accelerate"):
         check(linear(model(zoo, "a")))
+
+
+# ---------------------------------------------------------------- experts and what is not there
+
+
+def experts(count, layers=4):
+    return {
+        f"model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight": np.ones((4, 32), np.float32)
+        for i in range(layers)
+        for j in range(count)
+    }
+
+
+def test_as_many_experts_as_the_config_counts(zoo):
+    a = model(zoo, "a", tensors=experts(4), model_type="mixtral", num_local_experts=8)
+    with pytest.raises(FastmergeError, match=r"num_local_experts 8, and 'model\.layers\.0"):
+        make_plan(linear(a))
+    b = model(zoo, "b", tensors=experts(4), model_type="mixtral", num_local_experts=4)
+    assert not make_plan(linear(b)).notes
+    c = model(zoo, "c", tensors=experts(4), model_type="of my own", num_experts=8)
+    (note,) = make_plan(linear(c)).notes
+    assert "has 4 experts: check it" in note
+
+
+def test_what_a_causal_model_lacks_is_noted(zoo):
+    for name, said in (
+        ("model.norm.weight", "has no norm behind its layers"),
+        ("model.embed_tokens.weight", "has no input embeddings"),
+    ):
+        a = model(zoo, "a", tensors={name: None})
+        (note,) = make_plan(linear(a)).notes
+        assert said in note
+
+
+def test_a_config_that_counts_no_layers_is_noted(zoo):
+    (note,) = make_plan(linear(model(zoo, "a", num_hidden_layers=None))).notes
+    assert "does not count its 4 layers" in note
+
+
+def test_embeddings_resized_without_the_head_are_told_as_that(zoo):
+    rows = np.ones((42, 32), np.float32)
+    a = model(zoo, "a", tensors={"model.embed_tokens.weight": rows}, vocab_size=42)
+    with pytest.raises(FastmergeError, match=r"itself: 42 rows in .*, 40 in .*resize_token"):
+        make_plan(linear(a))

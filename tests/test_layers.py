@@ -186,3 +186,62 @@ def test_a_hole_is_refused(drop, zoo):
     ):
         with pytest.raises(FastmergeError, match=f"has no layer {drop[0]}"):
             make_plan(recipe)
+
+
+# ---------------------------------------------------------------- counts and disguised lists
+
+
+def test_every_count_of_layers_is_the_stacks(zoo):
+    text = {"num_hidden_layers": 4}
+    a = model(zoo, "a", num_layers=4, n_layer=4, mtp_depth=4, text_config=text)
+    config = make_plan(stack((a, 0, 2), (a, 0, 4))).config
+    counts = [config[key] for key in ("num_hidden_layers", "num_layers", "n_layer")]
+    assert counts == [6, 6, 6] and config["mtp_depth"] == 4
+    assert config["text_config"]["num_hidden_layers"] == 6
+
+
+def test_openelms_count_is_known(zoo):
+    a = model(zoo, "a", num_hidden_layers=None, num_transformer_layers=4)
+    config = make_plan(stack((a, 0, 2), (a, 0, 4))).config
+    assert config["num_transformer_layers"] == 6 and not config["num_hidden_layers"]
+
+
+def test_another_count_of_layers_is_told(zoo):
+    a = model(zoo, "a", mup_num_layers=4)
+    (note,) = make_plan(stack((a, 0, 2), (a, 0, 4))).notes
+    assert "mup_num_layers goes by layer number" in note
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_count_that_hides_stored_layers_is_refused(count, zoo):
+    a, b = (model(zoo, name, num_hidden_layers=count) for name in "ab")
+    for recipe in (slerp(a, b, 0.5), stack((a, 0, 2), (b, 2, 4))):
+        with pytest.raises(FastmergeError, match=f"says num_hidden_layers {count}, and its files"):
+            make_plan(recipe)
+
+
+def test_kinds_and_how_often_they_follow_are_written_out(zoo):
+    a = model(zoo, "a", attention_types=[[["global", "local"], 2]])
+    config = make_plan(stack((a, 0, 1), (a, 0, 4))).config
+    kinds = ["global", "global", "local", "global", "local"]
+    assert config["attention_types"] == [[kinds, 1]]
+
+
+def test_names_of_layers_are_no_kinds_that_repeat(zoo):
+    a = model(zoo, "a", global_layers=["model.layers.0", "model.layers.3"])
+    (note,) = make_plan(stack((a, 0, 2), (a, 0, 4))).notes
+    assert "global_layers goes by layer number" in note
+
+
+def test_a_small_pattern_is_rewritten_and_a_word_is_not(zoo):
+    a = model(zoo, "a", layer_pattern="mamm", layers_pattern="none")
+    config = make_plan(stack((a, 0, 2), (a, 0, 4))).config
+    assert config["layer_pattern"] == "mamamm" and config["layers_pattern"] == "none"
+
+
+def test_groups_of_layers_are_a_period(zoo):
+    a = model(zoo, "a", layer_group_size=2)
+    (held,) = make_plan(stack((a, 0, 2), (a, 0, 4))).notes
+    assert "layer_group_size: still true" in held
+    (moved,) = make_plan(stack((a, 0, 1), (a, 0, 4))).notes
+    assert "layer_group_size goes by layer number" in moved

@@ -434,3 +434,34 @@ def test_equal_tells_every_byte(memory, at):
     values[at] += 0.5
     assert not _C.equal(pool, a, memory.put(values, "F32"))
     assert not _C.equal(pool, a, memory.put(np.arange(524_288, dtype=np.float32), "BF16"))
+
+
+# ---------------------------------------------------------------- factors at their ends
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear"])
+def test_lambda_0_is_the_base_alone(zoo, four, method):
+    density = {} if method == "task_arithmetic" else {"density": 0.5}
+    tensors = zoo.read(four[1])
+    tensors["lm_head.weight"] = np.full_like(tensors["lm_head.weight"], np.nan)
+    broken = zoo.write("broken", tensors, {})
+    recipe = {
+        "merge_method": method,
+        "base_model": str(four[0]),
+        "models": entries([broken], [1.0], **density),
+        "parameters": {"lambda": 0},
+        "dtype": "float32",
+    }
+    found, base = merged(recipe), zoo.read(four[0])
+    assert all(np.array_equal(found[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("weight", [1e39, -1e300])
+def test_a_weight_beyond_float32_is_refused(four, weight):
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(four[0]),
+        "models": entries(four[1:2], [weight]),
+    }
+    with pytest.raises(FastmergeError, match=r"'weight' must fit into float32 \(up to 3\.4e\+38\)"):
+        api.plan(recipe)

@@ -122,6 +122,10 @@ PACKED = {
     "eetq": {"q.qweight": ("I8", U8), "q.weight_scales": ("F16", F16)},
     "fp8": {"q.weight": ("F8_E4M3", U8), "q.weight_scale_inv": ("F16", F16)},
     "quanto": {"q.weight._data": ("I8", U8), "q.weight._scale": ("F16", F16)},
+    "marlin": {"layers.0.q.B": ("I32", I32[None]), "layers.0.q.s": ("F16", F16)},
+    "exl3": {"q.trellis": ("I16", I32.astype(np.int16)), "q.suh": ("F16", F16)},
+    "bitnet": {"q.weight": ("U8", U8[None]), "norm.weight": ("F16", F16)},
+    "torchao": {"layers.0.q.weight:qdata": ("I8", U8[None]), "layers.0.q.s": ("F16", F16)},
     "mxfp4": {"e.up_blocks": ("U8", U8), "e.up_scales": ("U8", U8), "norm.weight": ("F16", F16)},
 }
 
@@ -139,7 +143,8 @@ def test_codes_are_refused_though_they_are_equal_and_nothing_says_so(zoo, kind):
 def test_buffers_beside_a_scale_of_their_own_kind_are_no_codes(zoo):
     ids = {"e.position_ids": ("I64", np.arange(4)), "e.scale": ("F16", F16)}
     mask = {"attn.bias": ("U8", U8), "norm.weight": ("F16", F16)}
-    for name, tensors in {"ids": ids, "mask": mask}.items():
+    causal = {"h.0.attn.bias": ("U8", U8[None]), "h.0.ln_1.weight": ("F16", F16)}
+    for name, tensors in {"ids": ids, "mask": mask, "causal": causal}.items():
         a, b = (zoo.raw(f"{name}{i}", tensors) for i in range(2))
         assert len(api.plan(linear(a, b)).tensors) == 2
 
@@ -149,6 +154,7 @@ LEFTOVERS = {
     "quantization_config": {"quantization_config": SECTION},
     "text_config.quantization_config": {"text_config": {"quantization_config": SECTION}},
     "a.b.quantization": {"a": {"b": {"quantization": {"bits": 4}}}},
+    "awq_config": {"awq_config": {"w_bit": 4}},
     "compression_config": {"compression_config": {"quant_method": "compressed-tensors"}},
 }
 
@@ -261,3 +267,18 @@ def test_a_message_shows_the_ends_of_a_megabyte():
     assert said.startswith("r.yml:8: unknown dtype 'xxx")
     assert said.endswith("xxx'; known: bfloat16")
     assert len(str(FastmergeError("y" * 1600))) == 1600
+
+
+@pytest.mark.parametrize("end", ["", "/tree/main", "/resolve/main/config.json"])
+def test_an_address_of_the_hub_is_told_its_id(end):
+    with pytest.raises(FastmergeError, match="write 'some/model'"):
+        resolve(f"https://huggingface.co/some/model{end}")
+
+
+def test_a_folder_above_the_model_says_where_the_model_is(zoo):
+    inner = zoo.root / "models--a--b" / "snapshots" / "abc"
+    inner.parent.mkdir(parents=True)
+    zoo.write("plain", {"w": np.ones(4)}).rename(inner)
+    for above in (inner.parent, inner.parent.parent):
+        with pytest.raises(FastmergeError, match=f"the model is in {inner}: give that"):
+            api.plan(linear(above, inner))

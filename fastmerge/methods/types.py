@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastmerge.errors import RecipeError, brief
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
+_LARGEST_F32 = float(np.finfo(np.float32).max)  # what tensors are computed in
 
 REQUIRED: Final = object()  # the default of a parameter that a recipe must give
 
@@ -56,6 +57,11 @@ class Parameter:
             raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
         if abs(value) > _LARGEST or value != value:
             raise RecipeError(f"{where}: '{self.name}' must be finite")
+        if abs(value) > _LARGEST_F32:
+            raise RecipeError(
+                f"{where}: '{self.name}' must fit into float32 (up to {_LARGEST_F32:.2g}), not "
+                f"{brief(value)}"
+            )
         if self.kind is int and value != int(value):
             raise RecipeError(f"{where}: '{self.name}' must be a whole number, not {brief(value)}")
         too_low = self.low is not None and (

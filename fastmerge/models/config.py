@@ -10,8 +10,10 @@ from fastmerge.models.families import TIED, UNTIED
 # Multimodal configs nest the language model's under one of these.
 _NESTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
-# How many layers there are; gpt2, dbrx and gpt_neo have names of their own for it.
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# How many layers there are; gpt2, dbrx, gpt_neo and openelm have names of their own for it.
+LAYER_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers",
+)  # fmt: skip
 
 # Layers for multi-token prediction, which are stored behind the counted ones.
 EXTRA_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")

@@ -60,7 +60,10 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         raise UnsupportedError(
             f"{folder}: GGUF files, which are quantised; get the safetensors ones"
         )
-    raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it")
+    inner = (folder / "snapshots", folder) if folder.name.startswith("models--") else (folder,)
+    within = sorted(file.parent for at in inner for file in at.glob(f"*/{SINGLE[:5]}*.safetensors"))
+    hint = f"; the model is in {within[0]}: give that" if within else ""
+    raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

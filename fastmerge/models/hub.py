@@ -9,6 +9,7 @@ from fastmerge.errors import ModelError, ResourceError, first_sentences
 from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
 # What `side_files` would take, and the weights. `*` crosses folders in these patterns; the
 # weights of sentence-transformers' modules lie in folders that begin with a digit.
 _HUB_PATTERNS = ("*",)
@@ -81,6 +82,9 @@ def no_such_path(reference: str, *folders: Path) -> ModelError:
     """The error for a missing path that was looked for in ``folders``."""
     places = dict.fromkeys(str((folder / reference).expanduser().absolute()) for folder in folders)
     hint = ""
+    url = _URL.match(reference)
+    if url is not None:
+        hint = f"; the Hub's models are called by owner and name: write '{url[1]}'"
     if _HUB_ID.fullmatch(reference) and not reference.endswith(".safetensors"):
         hint = f"; if it is the Hub's, write '{reference}@main'"
     return ModelError(

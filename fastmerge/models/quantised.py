@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastmerge.dtypes import DType
+from fastmerge.models.architecture import layer_of
 
 # Sections of config.json, at any depth: transformers', compressed-tensors' older one, MLX's, vLLM's
-# and others'.
+# and others'. Under any other key a section is known by what it holds.
 _SECTIONS = (
     "quantization_config", "compression_config", "quantization", "quant_config", "quantize_config",
 )  # fmt: skip
@@ -25,10 +26,14 @@ _SIDECARS = (
     "quanto_qmap.json",
 )  # fmt: skip
 # Last parts of names that only quantisers write: GPTQ, AWQ and EETQ; compressed-tensors; HQQ;
-# bitsandbytes; DeepSeek's fp8; QuIP# and SpQR, which pack into 64 bits.
+# bitsandbytes; DeepSeek's fp8; QuIP# and SpQR, which pack into 64 bits; EXL3.
 _CODES = re.compile(
     r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|W_q|SCB|(nested_)?(absmax|quant_map)"
-    r"|quant_state\..+|bitsandbytes__.+|weight_scale_inv|Qidxs|dense_weights"
+    r"|quant_state\..+|bitsandbytes__.+|weight_scale_inv|Qidxs|dense_weights|trellis"
+)
+# Narrow integers of a layer that are none: gpt2's causal masks (attn.bias, as bytes), positions.
+_BUFFERS = re.compile(
+    r".*(bias|mask|ind(ex|ices)|idx|ids?|positions?|counts?|steps?|tracked|types?)"
 )
 # Beside integers or fp8 in one module they say that those are codes: fp8, int8, MLX (biases), MXFP4
 # (..._blocks and ..._scales), quanto, AQLM.
@@ -42,6 +47,8 @@ _WIDE = ("int64", "uint64", "bool")  # positions, masks and counters
 class _Typed(Protocol):
     @property
     def dtype(self) -> DType: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ def find_quantised(
 
 def _sections(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if key in _SECTIONS and value and isinstance(value, (Mapping, str)):
+        named = key in _SECTIONS and isinstance(value, (Mapping, str))
+        if value and (named or (isinstance(value, Mapping) and _kind(value))):
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
             yield from _sections(value, f"{prefix}{key}.")
@@ -105,4 +113,14 @@ def _packed(tensors: Mapping[str, _Typed], *, declared: bool) -> str | None:
     if declared and narrow:
         return narrow[0]
     beside = (name for name in narrow if name.rpartition(".")[0] in scaled or name in scaled)
-    return next(beside, None)
+    return next(beside, None) or next((n for n in narrow if _is_matrix(n, tensors[n])), None)
+
+
+def _is_matrix(name: str, tensor: _Typed) -> bool:
+    """Whether integers are a weight's, whatever else its quantiser writes: BitNet packs four to a
+    byte, Marlin calls them B, torchao weight:qdata.
+    """
+    last = name.rpartition(".")[2]
+    if not tensor.dtype.name.startswith(("int", "uint")) or len(tensor.shape) < 2:
+        return False
+    return last == "weight" or (layer_of(name) is not None and not _BUFFERS.fullmatch(last))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import ModelError
+from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import is_known, model_type, says_tied, text_config, whole
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 
@@ -68,8 +69,15 @@ def check_result(
             and rows != known
             and rows != whole(text_config(result.config), "vocab_size")
         ):
+            if last.view.label == lead.label or parts[-1].layers is None:
+                raise ModelError(
+                    f"{last.where}: vocabulary mismatch in '{last.view.label}' itself: {known} "
+                    f"rows in '{embedding}', {rows} in '{head}'; one was resized without the "
+                    "other: save it again after resize_token_embeddings"
+                )
             raise _vocabularies(embedding, (known,), lead, head, (rows,), last)
     _check_config(result, lead, last, note, truncated)
+    _check_experts(lead, last, note)
     _note_gaps(result, lead, note)
 
 
@@ -86,7 +94,16 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
             f"'{lead.label}' has no head, and its config does not tie it to the embeddings: "
             "transformers would make one of random numbers"
         )
-    layers = {} if lead.stack is None else lead.layers.get(lead.stack.layers, {})
+    stack = "" if lead.stack is None else lead.stack.layers
+    if causal and stack.endswith("model.layers") and is_known(text_config(result.config)):
+        around = [n for n in result.tensors if layer_of(n) is None and n != result.head]
+        for what, there in (
+            ("input embeddings", result.embedding is not None),
+            ("norm behind its layers", any(name != result.embedding for name in around)),
+        ):
+            if not there:
+                note(f"'{lead.label}' has no {what}: transformers would make new ones")
+    layers = lead.layers.get(stack, {})
     shared = any("shared" in key for key in text_config(result.config))
     if len(layers) < 3 or shared:
         return
@@ -118,6 +135,12 @@ def _check_config(
     result: View, lead: View, last: Input, note: Callable[[str], None], truncated: bool
 ) -> None:
     config = text_config(result.config)
+    counts = any("layer" in key and whole(config, key) > 0 for key in config)
+    if lead.stack is not None and is_known(config) and not counts:
+        note(
+            f"config.json of '{lead.label}' does not count its {lead.layer_total} layers: "
+            "transformers takes the default of its type; add num_hidden_layers"
+        )
     certain = is_known(config) and model_type(config) not in _MORE_ROWS
     told: set[str] = set()
     for name, key, axis, wanted in (*_around(result, config), *_inside(lead, config)):
@@ -132,6 +155,38 @@ def _check_config(
             )
         told.add(key)
         note(f"{text}: check it")
+
+
+# How many experts a layer has; one of several keys is the one that counts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _check_experts(lead: View, last: Input, note: Callable[[str], None]) -> None:
+    """Whether the layers hold as many experts as the config counts, where each is stored apart."""
+    config = text_config(lead.config)
+    wanted = {key: whole(config, key) for key in _EXPERTS if whole(config, key) > 0}
+    stack = "" if lead.stack is None else lead.stack.layers
+    for number, layer in lead.layers.get(stack, {}).items() if wanted else ():
+        held: dict[str, set[str]] = {}
+        for rest in layer:
+            module, found, tail = rest.partition(".experts.")
+            if found and tail.partition(".")[0].isdigit():
+                held.setdefault(module, set()).add(tail.partition(".")[0])
+        for module, experts in held.items():
+            if len(experts) in wanted.values():
+                continue
+            key, count = next(iter(wanted.items()))
+            text = (
+                f"config.json says {key} {count}, and '{stack}.{number}.{module}' has "
+                f"{len(experts)} experts"
+            )
+            if is_known(config):
+                raise ModelError(
+                    f"{last.where}: {text}: the result would not load; mend the config of "
+                    f"'{lead.label}'"
+                )
+            note(f"{text}: check it")
+            return
 
 
 Size = tuple[str, str, int, int]  # tensor, key in the config, axis, size (0: not known)

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from fastmerge.errors import ModelError
 from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
-from fastmerge.models.config import extra_layers, text_config
+from fastmerge.models.config import LAYER_COUNTS, extra_layers, text_config
 from fastmerge.plan.inputs import Part, View, with_views
 
 
@@ -22,6 +22,14 @@ def check_layers(view: View, where: str) -> None:
     stack = view.stack
     if stack is None or "block_configs" in text_config(view.config):  # whose layers may be empty
         return
+    stored = view.stored(stack.layers)
+    for key in LAYER_COUNTS:
+        count = text_config(view.config).get(key)
+        if isinstance(count, int) and count < 1 and view.counted is None:
+            raise ModelError(
+                f"{where}: config.json of '{view.label}' says {key} {count}, and its files hold "
+                f"{stored} layers: the result would not load; mend it"
+            )
     held = view.layers[stack.layers]
     lost = [number for number in range(view.layer_total) if number not in held]
     if not lost:

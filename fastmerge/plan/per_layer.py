@@ -107,6 +107,9 @@ class _Restack:
         first: int,
     ) -> None:
         speaks = bool(words & _LAYERS)
+        if len(_expanded(value) or ()) == self.total:
+            self._set(config, path, [[[self._entry(x, path, list) for x in self.layers], 1]])
+            return
         if not value or (words & _NOT_LAYERS and not speaks):
             return
         listed = speaks and _numbers(value, self.total + first) and min(value) >= first
@@ -123,7 +126,7 @@ class _Restack:
         elif speaks and path[-1] in _KINDS:
             for layer in self.layers:  # too short for some layer: refused, unless none is chosen
                 self._entry(layer, path, list)
-        elif speaks and all(isinstance(kind, str) for kind in value):
+        elif speaks and all(isinstance(kind, str) and "." not in kind for kind in value):
             self._periodic(path[-1], len(value))  # repeated to the last layer
         elif speaks and self.moved:
             self.by_number.append(path[-1])
@@ -131,7 +134,8 @@ class _Restack:
     def _text(
         self, config: dict[str, Any], path: tuple[str, ...], value: str, words: set[str]
     ) -> None:
-        if not words & {"pattern", "layers", "types"} or value.islower():
+        is_word = value.islower() and len(set(value)) > 2
+        if not words & {"pattern", "layers", "types"} or is_word:
             return
         if len(value) == self.total:
             entries = [self._entry(layer, path, str) for layer in self.layers]
@@ -159,13 +163,14 @@ class _Restack:
                 self.by_number.append(key)
             return
         stem = words & _OF_LAYERS and not words & _NO_PERIODS
-        if words & _PERIODS and stem:
+        if (words & _PERIODS and stem) or words >= {"layer", "group"}:
             self._periodic(key, value)
         elif "offset" in words and stem:
             self._periodic(key, _period(config, key))
         elif words & {"layer", "layers", "block", "blocks"} and value:
             ends = words & _FROM_THE_END and (self.moved or self.resized)
-            if ends or (words & _WHICH and self.moved):
+            counts = value == self.total and self.resized
+            if ends or counts or (words & _WHICH and self.moved):
                 self.by_number.append(key)
 
     def _periodic(self, key: str, period: int) -> None:
@@ -197,6 +202,7 @@ class _Restack:
 
     def _entry(self, layer: Layer, path: tuple[str, ...], kind: type) -> Any:
         given = self._given(layer, path, kind)
+        given = _expanded(given) or given
         if given is None or len(given) <= layer.number:
             end = 1 + max(a.number for a in self.layers if a.view is layer.view)
             raise ModelError(
@@ -208,6 +214,23 @@ class _Restack:
 
 def _words(key: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", key.lower()))
+
+
+def _expanded(value: Any) -> list[Any] | None:
+    """What gpt_neo writes as kinds and how often they follow one another, ``[[["global", "local"],
+    12]]``, with an entry for each layer; None for anything else.
+    """
+    if not isinstance(value, list) or not value:
+        return None
+    entries: list[Any] = []
+    for run in value:
+        if not isinstance(run, list) or len(run) != 2:
+            return None
+        kinds, times = run
+        if not isinstance(kinds, list) or type(times) is not int or not 0 < times < 10_000:
+            return None
+        entries += kinds * times
+    return entries
 
 
 def _numbers(value: Any, end: int) -> bool:

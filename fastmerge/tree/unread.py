@@ -64,10 +64,12 @@ def _keeps_equal(node: Merge) -> bool:
 
 
 def _reduced(node: Merge) -> Node:
-    used = _used(node)
+    used, method = _used(node), node.method
+    if isinstance(method, Consensus) and node.values.get("lambda") == 0:
+        terms = method.spec(node.values, node.operand_values)
+        used = used if terms.agreement.scale else []  # the base alone
     if len(used) == len(node.operands):
         return node
-    method = node.method
     if isinstance(method, Consensus):
         if method.spanning(node.values, node.operand_values) is not None:
             return node  # its deltas count where the model is trimmed, whatever they weigh
