@@ -8,6 +8,7 @@ import pytest
 
 import fastmerge
 from fastmerge import api
+from fastmerge.methods import METHODS
 from tests.tokenizer_models import (
     EMBED,
     HEAD,
@@ -89,6 +90,32 @@ def aligned(maker, shared_zoo):
         tensors[name] = tensors[name][order]
     config = json.loads((a / "config.json").read_text())
     return a, b, shared_zoo.write("walk-c", tensors, config, dtype="F32")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_reads_moved_rows_as_it_reads_them_in_place(aligned, shared_zoo, name):
+    a, b, c = aligned
+    d = shared_zoo.tune(a, "walk-d", seed=9, dtype="F32")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (d / file).write_bytes((a / file).read_bytes())
+        (c / file).write_bytes((a / file).read_bytes())
+    method = METHODS[name]
+    if name == "passthrough":
+        pair = [[b], [c]]
+    elif method.max_operands == 1:
+        pair = [[a, b], [a, c]]
+    else:
+        pair = [[a, b], [a, c]] if method.base == "first" else [[a, b, d], [a, c, d]]
+    known = {"weight": 0.4, "density": 0.6, "t": 0.3, "gamma": 0.05}
+    given = {p.name: known[p.name] for p in method.parameters if p.name in known}
+    made = []
+    for models in pair:
+        found = {"merge_method": name, "models": [{"model": str(m)} for m in models]}
+        found |= {"parameters": given, "seed": 5, "tokenizer_source": str(a)}
+        if method.base != "none":
+            found["base_model"] = str(a)
+        made.append({key: x.tobytes() for key, x in api.materialise(found, threads=2)})
+    assert made[0] == made[1]
 
 
 def test_a_schedule_walks_in_the_order_of_the_baseline(aligned, tmp_path):
