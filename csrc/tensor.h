@@ -12,25 +12,30 @@ enum class DType : uint8_t { kF32 = 0, kF16 = 1, kBF16 = 2, kRaw = 3 };  // kRaw
 constexpr int kDTypes = 3;  // types with kernels: F32, F16, BF16
 constexpr size_t item_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType::kRaw ? 1 : 2; }
 
-// Where the rows of a matrix lie that is in no one place, and what each is stored as.
-struct RowTable {
-    std::vector<const char*> rows;
-    std::vector<DType> types;
-    int64_t cols = 0;
+// Elements that are in no one place.
+struct Elements {
+    virtual ~Elements() = default;
+    // `count` of them from `first` on as `dtype`: where they lie, or copied to `buffer`, which has
+    // room for them.
+    virtual const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const = 0;
 };
 
 // `count` contiguous elements at `data`; no alignment beyond one byte is promised (safetensors
-// gives 8 in practice, but offsets into a tensor and foreign buffers may have less). With `table`
-// they are those of its rows from element `first` on, and `read` of primitives/rows.h gives them.
+// gives 8 in practice, but offsets into a tensor and foreign buffers may have less). With
+// `elements` they are some of those, from `first` on, and `read` gives them.
 struct Span {
     const void* data = nullptr;
     int64_t count = 0;
     DType dtype = DType::kF32;
-    const RowTable* table = nullptr;
+    const Elements* elements = nullptr;
     int64_t first = 0;
     const char* at(int64_t index) const {
-        if (table) throw std::logic_error("gathered rows have no one address");
+        if (elements) throw std::logic_error("these elements have no one address");
         return static_cast<const char*>(data) + index * static_cast<int64_t>(item_bytes(dtype));
+    }
+    // Elements [begin, begin + count): in place, or copied to `buffer`, which has room for them.
+    const void* read(int64_t begin, int64_t count, void* buffer) const {
+        return elements ? elements->read(first + begin, count, dtype, buffer) : at(begin);
     }
 };
 

@@ -31,7 +31,7 @@ class View:
     def nbytes(self) -> int: ...
     def slice(self, begin: int, end: int) -> View: ...
     @property
-    def is_gathered(self) -> bool: ...
+    def is_gathered(self) -> bool: ...  # has no address
 
 def gathered(
     rows: NDArray[np.uint64],
@@ -142,6 +142,37 @@ def consensus(
     arithmetic; TIES: Yadav et al., arXiv:2306.01708; DARE: Yu et al., arXiv:2311.03099): masks
     multiply, so that NaN and Inf survive them, and sums start from +0. origin: the flat index of
     the first element (see select_across).
+    """
+
+def pointwise(
+    formula: str,
+    inputs: Sequence[View],
+    base: View,
+    numbers: Sequence[float] = (),
+    *,
+    selection: Selection | None = None,
+    factors: NDArray[np.float32] | None = None,
+) -> View:
+    """An F32 tensor that has no address: every primitive and `copy` compute it where they read it.
+
+    Entry by entry of d_i = x_i - base, fp32 operations in this order, no FMA; sums start from +0
+    and run in the models' order, and [c] is 1 where c holds, else 0, by which numbers are
+    multiplied (so that NaN and Inf survive). ``numbers`` in brackets; ``factors``: f, one for each
+    row. keep is 1 where ``selection`` keeps the variance, or where there is none.
+
+    zero: 0. near_swap [t]: w x + (1 - w) base, w = min(max(1 / max(|base - x|, 1e-6) * t, 0), 1).
+    active [e, n]: [exactly n of the |d_i| > e]. reinforced [e, g_1 ... g_k]: base + sum_i
+    (a_i [n = 1] g_i + a_i [n > 1] / max(n, 1)), a_i = d_i [|d_i| > e], n how many are. variance: of
+    the d_i over the models, fp64 (Welford), rounded. varied: keep. varied_delta [i]: d_i keep.
+    select_and_erase [w_1 ... w_k]: base + sum_i D_i u_i / max(sum_i u_i, 1e-6), D_i = d_i keep, u_i
+    = w_i [D_i has the sign of sum_i D_i, 0 counting as +]. importance, f: |d| f. fuse [s], f: base +
+    d [|d| f >= s]. largest [s]: base + s d, d the d_i of largest size, the first of equals. agreed
+    [n, s, w_1, l_1, ...]: base + s S [at least n of the |d_i| >= |S - d_i| l_i], S = sum_i w_i d_i.
+    """
+
+def divergences(pool: Pool, x: View, base: View, cols: int) -> NDArray[np.float64]:
+    """Of each row of ``cols`` elements, sum p ln(p / q), p and q the softmax of x and of the base,
+    each plus 1e-8; fp64.
     """
 
 def equal(pool: Pool, a: View, b: View) -> bool:

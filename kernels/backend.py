@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastmerge.kernels import combine, consensus, gram, select
 from fastmerge.kernels.common import MAX_INPUTS
+from fastmerge.methods import Pointwise
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
 
@@ -24,7 +25,9 @@ class TritonBackend:
         self.device = torch.device(device)
 
     @staticmethod
-    def takes(_node: Any, parts: Sequence[Any], /) -> str | None:
+    def takes(node: Any, parts: Sequence[Any], /) -> str | None:
+        if isinstance(node.method, Pointwise):
+            return f"is merged by {node.method.name}, which has no GPU kernel"
         if len(parts) > MAX_INPUTS:
             return f"has {len(parts)} inputs and the GPU kernels take {MAX_INPUTS}"
         return None

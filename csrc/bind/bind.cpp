@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "primitives/rows.h"
 #include "sink.h"
 
 namespace py = pybind11;
@@ -50,7 +51,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                              std::move(owner)};
              }),
              py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner"))
-        .def_property_readonly("is_gathered", [](const View& v) { return v.table != nullptr; })
+        .def_property_readonly("is_gathered", [](const View& v) { return v.elements != nullptr; })
         .def_property_readonly(
             "address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.at(0)); })
         .def_property_readonly("count", [](const View& v) { return v.span.count; })
@@ -67,11 +68,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                     throw std::invalid_argument("slice outside the view");
                 Span part = v.span;
                 part.count = end - begin;
-                if (v.table)
+                if (v.elements)
                     part.first += begin;
                 else
                     part.data = v.span.at(begin);
-                return View{part, v.owner, v.table};
+                return View{part, v.owner, v.elements};
             },
             py::arg("begin"), py::arg("end"));
 

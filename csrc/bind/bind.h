@@ -15,7 +15,7 @@ namespace fastmerge {
 struct View {
     Span span;
     pybind11::object owner;
-    std::shared_ptr<const RowTable> table = nullptr;  // span.table
+    std::shared_ptr<const Elements> elements = nullptr;  // span.elements
 };
 
 inline DType parse_dtype(const std::string& code) {

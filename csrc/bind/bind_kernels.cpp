@@ -10,7 +10,9 @@
 #include "pool.h"
 #include "primitives/combine.h"
 #include "primitives/consensus.h"
+#include "primitives/divergence.h"
 #include "primitives/gram.h"
+#include "primitives/pointwise.h"
 #include "primitives/select.h"
 
 namespace py = pybind11;
@@ -91,6 +93,28 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
     return consensus(pool, tensors, base.span, weights, selections, out, agreement);
 }
 
+View bound_pointwise(const std::string& formula, const std::vector<View>& inputs, const View& base,
+                     const std::vector<float>& numbers, const std::optional<Selection>& selection,
+                     const std::optional<py::array_t<float, py::array::c_style>>& factors) {
+    std::vector<float> each;
+    if (factors) each.assign(factors->data(), factors->data() + factors->size());
+    auto made = std::make_shared<Pointwise>(formula_named(formula), spans(inputs), base.span,
+                                            numbers, selection, std::move(each));
+    py::list owners;
+    owners.append(base);
+    for (const View& view : inputs) owners.append(view);
+    return View{{nullptr, base.span.count, DType::kF32, made.get()}, std::move(owners), made};
+}
+
+py::array_t<double> bound_divergences(Pool& pool, const View& x, const View& base, int64_t cols) {
+    std::vector<double> found;
+    {
+        py::gil_scoped_release release;
+        found = divergences(pool, x.span, base.span, cols);
+    }
+    return py::array_t<double>(static_cast<py::ssize_t>(found.size()), found.data());
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -113,6 +137,9 @@ void bind_kernels(py::module_& m) {
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,
           "selections"_a, "out"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a = 1.0f,
           "origin"_a = 0);
+    m.def("pointwise", &bound_pointwise, "formula"_a, "inputs"_a, "base"_a, "numbers"_a,
+          py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none());
+    m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);
     m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
           "specs"_a);
     m.def(

@@ -119,6 +119,45 @@ struct DeltaArgs {
     int64_t count;  // does not cross a multiple of kTile; index is one
 };
 
+// What each entry of a tensor becomes, from the base's and the models' at its place; the names and
+// numbers of each are in _C.pyi.
+enum class Formula : int {
+    kZero,
+    kNearSwap,
+    kActive,
+    kReinforced,
+    kVariance,
+    kVaried,
+    kVariedDelta,
+    kSelectAndErase,
+    kImportance,
+    kFuse,
+    kLargest,
+    kAgreed,
+    kLast,
+};
+
+struct PointwiseArgs {
+    Formula kind;
+    const float* const* inputs;
+    const float* base;
+    float* out;
+    int inputs_count;
+    const float* numbers;
+    const float* factors;  // of each entry, where the formula has them
+    Keep keep;
+    uint64_t index;  // flat index of the first element
+    int64_t count;   // does not cross a multiple of kTile
+};
+
+// Part of a row: the row's largest entries, and its sums of e^(entry - largest).
+struct DivergenceArgs {
+    const float* x;
+    const float* base;
+    double x_most, base_most, x_sum, base_sum;
+    int64_t count;
+};
+
 struct Kernels {
     const char* isa;
     // Indexed by DType.
@@ -139,6 +178,12 @@ struct Kernels {
     void (*count_keys[kDTypes])(const DeltaArgs& args, Window* windows);
     void (*count_ties[kDTypes])(const DeltaArgs& args, TieWindow* windows);
     void (*measure[kDTypes])(const DeltaArgs& args, Mass* masses);
+    void (*pointwise)(const PointwiseArgs& args);
+    float (*largest_of)(const float* x, int64_t count, float most);
+    // lanes += e^(x - most)
+    void (*exponentials)(const float* x, int64_t count, float most, double* lanes);
+    // lanes += p ln(p / q), p and q the softmax of x and base, each plus 1e-8
+    void (*divergence)(const DivergenceArgs& args, double* lanes);
 };
 
 // The table in use: the best this CPU runs, or the one FASTMERGE_ISA or set_isa names. Throws

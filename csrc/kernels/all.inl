@@ -5,7 +5,9 @@
 
 #include "kernels/combine.inl"
 #include "kernels/consensus.inl"
+#include "kernels/divergence.inl"
 #include "kernels/gram.inl"
+#include "kernels/pointwise.inl"
 #include "kernels/select.inl"
 
 #define FM_EACH_TYPE(kernel) {&kernel<F32>, &kernel<F16>, &kernel<BF16>}
@@ -27,4 +29,8 @@
      FM_EACH_TYPE(consensus),                                          \
      FM_EACH_TYPE(count_keys),                                         \
      FM_EACH_TYPE(count_ties),                                         \
-     FM_EACH_TYPE(measure)}
+     FM_EACH_TYPE(measure),                                              \
+     &pointwise,                                                        \
+     &largest_of,                                                       \
+     &exponentials,                                                     \
+     &divergence}

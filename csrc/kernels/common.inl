@@ -2,6 +2,7 @@
 // tile that is not full goes through small padded buffers, so there is one path for the arithmetic.
 
 constexpr int kGroup = 2 * kLanes;
+constexpr int64_t kBlock = 256;  // entries of loops that the compiler vectorises
 
 struct Part {
     int first, last;  // the group's elements that exist

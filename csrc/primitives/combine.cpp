@@ -84,14 +84,14 @@ void copy(Pool& pool, const Span& source, Sink& out) {
         int64_t begin = 0, end = 0;
         out.range(piece, begin, end);
         void* to = out.open(piece);
-        const void* from = read(source, begin, end - begin, to);
+        const void* from = source.read(begin, end - begin, to);
         if (from != to) std::memcpy(to, from, static_cast<size_t>((end - begin) * item));
         out.close(piece);
     });
 }
 
 bool equal(Pool& pool, const Span& a, const Span& b) {
-    if (a.dtype != b.dtype || a.count != b.count || a.table || b.table) return false;
+    if (a.dtype != b.dtype || a.count != b.count || a.elements || b.elements) return false;
     constexpr int64_t kFirst = 4096, kPiece = 1 << 20;  // bytes; most tensors differ in the first
     const int64_t bytes = a.count * static_cast<int64_t>(item_bytes(a.dtype));
     std::atomic<bool> same{true};

@@ -23,7 +23,7 @@ class Gram {
         if (!fused_) scratch_.resize(all_.size() * kTile);
         gathered_.resize(all_.size());
         for (size_t j = 0; j < all_.size(); ++j)
-            if (all_[j].table) gathered_[j].resize(fused_ ? kSumBlock : kTile);
+            if (all_[j].elements) gathered_[j].resize(fused_ ? kSumBlock : kTile);
     }
 
     int vectors() const { return vectors_; }
@@ -34,7 +34,7 @@ class Gram {
         std::vector<double> lanes(static_cast<size_t>(pairs_) * kSumLanes);
         if (fused_) {
             for (size_t j = 0; j < all_.size(); ++j)
-                pointers_[j] = read(all_[j], begin, end - begin, gathered_[j].data());
+                pointers_[j] = all_[j].read(begin, end - begin, gathered_[j].data());
             const auto type = static_cast<size_t>(all_[0].dtype);
             const auto& kernels = vectors_ == 2 ? table_.gram2 : table_.gram3;
             const auto kernel = kernels[deltas_ ? 1 : 0][type];
@@ -68,7 +68,7 @@ class Gram {
         if (scratch_.empty()) scratch_.resize(all_.size() * kTile);
         for (size_t j = 0; j < all_.size(); ++j) {
             float* tile = scratch_.data() + j * kTile;
-            const void* from = read(all_[j], begin, count, gathered_[j].data());
+            const void* from = all_[j].read(begin, count, gathered_[j].data());
             table_.widen[static_cast<size_t>(all_[j].dtype)](from, tile, count);
             if (deltas_ && j > 0) table_.subtract(wide_[0], tile, count);
             wide_[j] = tile;
@@ -82,7 +82,7 @@ class Gram {
     std::vector<const void*> pointers_;
     std::vector<const float*> wide_;
     std::vector<float> scratch_;
-    std::vector<std::vector<float>> gathered_;  // of each that has a table, a block or a tile
+    std::vector<std::vector<float>> gathered_;  // of each that lies in no one place, a block or a tile
 };
 
 }  // namespace

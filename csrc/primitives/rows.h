@@ -1,12 +1,18 @@
-// Reading a span whose rows may lie anywhere.
+// A matrix whose rows may lie anywhere.
 #pragma once
+#include <vector>
+
 #include "tensor.h"
 
 namespace fastmerge {
 
-// Elements [begin, begin + count) as the span's dtype: in place where they are contiguous, else
-// copied to `buffer`, which has room for them. Rows of another type than the span's, which is then
-// fp32, are widened.
-const void* read(const Span& span, int64_t begin, int64_t count, void* buffer);
+// Rows of another type than is asked for, which is then fp32, are widened.
+struct RowTable : Elements {
+    std::vector<const char*> rows;
+    std::vector<DType> types;
+    int64_t cols = 0;
+
+    const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const override;
+};
 
 }  // namespace fastmerge

@@ -58,7 +58,7 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
         const Span& input = part.inputs[j];
         const Kernels& table = kernels();
         const auto widen = [&](const Span& span, float* to) {
-            const void* from = fastmerge::read(span, begin, length, stored);
+            const void* from = span.read(begin, length, stored);
             table.widen[static_cast<size_t>(span.dtype)](from, to, length);
         };
         widen(input, x);

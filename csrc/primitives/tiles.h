@@ -6,7 +6,6 @@
 
 #include "isa/table.h"
 #include "pool.h"
-#include "primitives/rows.h"
 #include "sink.h"
 
 namespace fastmerge {
@@ -32,7 +31,7 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
 }
 
 // One task's view of the inputs, a tile at a time: pointers into the tensors where every element
-// type is the wanted one, else into fp32 copies of the tile; gathered rows are copied. Tiles have
+// type is the wanted one, else into fp32 copies of the tile; gathered rows and what is computed are copied. Tiles have
 // at most kTile elements.
 class TileReader {
    public:
@@ -42,8 +41,8 @@ class TileReader {
         for (const Span& span : inputs) uniform = uniform && span.dtype == wanted;
         dtype_ = uniform ? wanted : DType::kF32;
         pointers_.resize(inputs.size());
-        bool gathers = base && base->table;
-        for (const Span& span : inputs) gathers = gathers || span.table;
+        bool gathers = base && base->elements;
+        for (const Span& span : inputs) gathers = gathers || span.elements;
         if (!uniform || gathers) scratch_.resize((inputs.size() + 1) * kTile);
         if (!uniform && gathers) stored_.resize(kTile);
     }
@@ -62,8 +61,8 @@ class TileReader {
    private:
     const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
         float* tile = scratch_.data() + slot * kTile;
-        if (span.dtype == dtype_) return read(span, begin, count, tile);
-        const void* from = read(span, begin, count, stored_.data());
+        if (span.dtype == dtype_) return span.read(begin, count, tile);
+        const void* from = span.read(begin, count, stored_.data());
         table_.widen[static_cast<size_t>(span.dtype)](from, tile, count);
         return tile;
     }

@@ -123,6 +123,22 @@ class CpuBackend:
     ) -> int:
         return _C.consensus(self.pool, inputs, base, weights, selections, out, **vars(agreement))
 
+    def pointwise(
+        self,
+        formula: str,
+        inputs: Sequence[_C.View],
+        base: _C.View,
+        numbers: Sequence[float] = (),
+        *,
+        selection: Selection | None = None,
+        factors: Float64 | None = None,
+    ) -> _C.View:
+        each = None if factors is None else factors.astype(np.float32)
+        return _C.pointwise(formula, inputs, base, numbers, selection=selection, factors=each)
+
+    def divergences(self, x: _C.View, base: _C.View, cols: int) -> Float64:
+        return _C.divergences(self.pool, x, base, cols)
+
     def select_across(
         self,
         inputs: Sequence[Sequence[_C.View]],

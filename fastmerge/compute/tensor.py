@@ -17,8 +17,8 @@ import numpy as np
 
 from fastmerge.compute.backend import Backend, O, T
 from fastmerge.errors import FastmergeError, UnsupportedError
-from fastmerge.methods import Combination, Consensus, Function
-from fastmerge.methods.shapes import Terms
+from fastmerge.methods import Combination, Consensus, Function, Pointwise
+from fastmerge.methods.shapes import Given, Terms
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
@@ -195,6 +195,8 @@ class Computation(Generic[T, O]):
             return self._combination(step.tree, out)
         if isinstance(step.node.method, Function):
             return self._function(step.node, step.node.method, out)
+        if isinstance(step.node.method, Pointwise):
+            return self._pointwise(step.node, step.node.method, out)
         return self._consensus(step.node, out)
 
     def _tensor(self, node: Node) -> T:
@@ -290,6 +292,16 @@ class Computation(Generic[T, O]):
         # How many of them are this tensor's is not known where the trim spans others.
         kept = None if root in self._trims else tuple(s.kept for s in trim.selections)
         return Outcome(nonfinite, kept=kept)
+
+    def _pointwise(self, root: Merge, method: Pointwise, out: O) -> Outcome:
+        assert root.base is not None
+        base, tensors = self._tensor(root.base), [self._tensor(node) for node in root.operands]
+        refusal = self._backend.takes(root, root.operands)
+        if refusal:
+            raise UnsupportedError(f"{self._name or method.name} {refusal}; use the CPU")
+        given = Given(base, tensors, root.values, root.operand_values, self._shape)
+        made = method.formula(self._backend, given)
+        return self._combine([made], np.ones(1), None, None, out)
 
     def _function(self, root: Merge, method: Function, out: O) -> Outcome:
         inputs = [self._backend.array(self._tensor(node)) for node in root.inputs]

@@ -7,7 +7,7 @@ behind them are in csrc/ and kernels/. `register` adds rows of others.
 from __future__ import annotations
 
 from fastmerge.methods.register import register, unregister
-from fastmerge.methods.shapes import Combination, Consensus, Function
+from fastmerge.methods.shapes import Combination, Consensus, Function, Pointwise
 from fastmerge.methods.table import METHODS, find
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
@@ -19,6 +19,7 @@ __all__ = [
     "Function",
     "Method",
     "Parameter",
+    "Pointwise",
     "find",
     "register",
     "unregister",

@@ -222,6 +222,36 @@ def karcher(
     return Factors(point * float(norms.mean()))
 
 
+def geometric_median(
+    gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
+) -> Factors:
+    """The point with the least weighted sum of distances, by Weiszfeld's steps from the mean:
+    y <- sum_i c_i x_i, c_i = w_i / |x_i - y| over their sum, until y moves by ``tol`` of the models'
+    own spread (Weiszfeld 1937; smoothed as by Pillutla et al. 2022, arXiv:1912.13445, eq. 6).
+    """
+    g = _present(gram)
+    w = column(operands, "weight")
+    if cancel(w) or w.min() < 0:
+        raise RecipeError(
+            f"geometric_median: the weights {w.tolist()} must not be negative, nor all 0"
+        )
+    share = w / w.sum()
+    spread = math.sqrt(max(float(share @ np.diagonal(g) - share @ g @ share), 0.0))
+    if spread == 0:
+        return Factors(share)
+    point = share
+    for _ in range(int(values["max_iter"])):
+        off = np.diagonal(g) - 2.0 * (g @ point) + point @ g @ point
+        # A model at the point itself would have all the weight of an infinity.
+        distance = np.maximum(np.sqrt(np.maximum(off, 0.0)), 1e-6 * spread)
+        step = share / distance
+        step /= step.sum()
+        moved, point = _length(step - point, g), step
+        if moved <= float(values["tol"]) * spread:
+            break
+    return Factors(point)
+
+
 def model_stock(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Factors:

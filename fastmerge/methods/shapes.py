@@ -3,6 +3,7 @@
 * `Combination`: ``rule`` turns the operands' Gram matrix into coefficients; the weights are read by
   ``gram`` and ``combine`` only;
 * `Consensus`: ``spec`` says which delta entries survive; ``select`` and ``consensus`` do the work;
+* `Pointwise`: ``formula`` says what each entry becomes from those at its place;
 * `Function`: a Python function of whole tensors, for what no kernel does.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from fastmerge.selection import (
     MAGNITUDE,
     MIXED,
     RANDOM,
+    Selection,
     Sparsify,
     band_counts,
     keep_below,
@@ -136,6 +138,54 @@ class Consensus(Method):
             return None
         trims = any(keep.kind != ALL for keep in self.spec(values, operands).keep)
         return spans if trims else None
+
+
+class Primitives(Protocol):
+    """What a `Pointwise` method's formula is written in: a back end, whose tensors these are.
+
+    ``pointwise`` gives a tensor that is computed where it is read, in fp32, by one of the formulas
+    that ``_C.pyi`` names; ``factors`` are one for each row.
+    """
+
+    def gram(self, inputs: Sequence[Any], base: Any = None) -> Float64: ...
+
+    def select(
+        self, inputs: Sequence[Any], base: Any, specs: Sequence[Sparsify]
+    ) -> list[Selection]: ...
+
+    def pointwise(
+        self,
+        formula: str,
+        inputs: Sequence[Any],
+        base: Any,
+        numbers: Sequence[float] = (),
+        *,
+        selection: Selection | None = None,
+        factors: Float64 | None = None,
+    ) -> Any: ...
+
+    def divergences(self, x: Any, base: Any, cols: int) -> Float64: ...
+
+
+class Given(NamedTuple):
+    """What a formula is of: a back end's tensors, of one shape, and the parameters."""
+
+    base: Any
+    tensors: Sequence[Any]
+    values: Values
+    operands: Sequence[Values]  # of each tensor
+    shape: Sequence[int]
+
+
+Formula = Callable[[Primitives, Given], Any]  # -> the merged tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise(Method):
+    """Entry by entry, by a formula of kernels, from numbers that passes before it found."""
+
+    formula: Formula
+    passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read
 
 
 @dataclass(frozen=True, kw_only=True)

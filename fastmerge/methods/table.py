@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastmerge.errors import RecipeError, nearest
-from fastmerge.methods import combination, consensus
-from fastmerge.methods.shapes import Combination, Consensus, Spans
+from fastmerge.methods import combination, consensus, pointwise
+from fastmerge.methods.shapes import Combination, Consensus, Pointwise, Spans
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
 
@@ -70,6 +70,8 @@ _TRIM = (
     ),
 )
 
+_ACTIVE = Parameter("epsilon", float, 1e-5, "a delta up to this size is no change", low=0)
+_RAM = "arXiv:2601.13572"
 _TIES = "Yadav et al. 2023, arXiv:2306.01708"
 _DARE = "Yu et al. 2023, arXiv:2311.03099"
 _BREADCRUMBS = "Davari and Belilovsky 2023, arXiv:2312.06795"
@@ -122,6 +124,16 @@ _ROWS: tuple[Method, ...] = (
         base="operand", min_operands=1, max_operands=None, rule=combination.karcher,
     ),
     Combination(
+        "geometric_median", "the point with the least sum of distances to the models",
+        "Weiszfeld 1937; Pillutla et al. 2022, arXiv:1912.13445",
+        (
+            _weight(1.0),
+            Parameter("max_iter", int, 100, "most iterations", low=1),
+            Parameter("tol", float, 1e-6, "stop when a step is shorter, in spreads", low=0),
+        ),
+        base="operand", min_operands=1, max_operands=None, rule=combination.geometric_median,
+    ),
+    Combination(
         "model_stock", "ratio of mean and base from the angle between deltas",
         "Jang et al. 2024, arXiv:2403.19522",
         (_flag("filter_wise", False, "one ratio for each row"),),
@@ -159,6 +171,63 @@ _ROWS: tuple[Method, ...] = (
         "breadcrumbs_ties", "drop the largest and the smallest entries, elect a sign", _BREADCRUMBS,
         (*_task(False, False, density=True), _GAMMA),
         base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs_ties,
+    ),
+    Pointwise(
+        "sce", "select entries by variance, weigh models by squares, erase minority signs",
+        "Wan et al. 2024, arXiv:2408.07990",
+        (
+            Parameter(
+                "select_topk", float, 1.0, "fraction of the entries that vary that is kept",
+                low=0, high=1,
+            ),
+            _INT8_MASK,
+        ),
+        base="required", min_operands=1, max_operands=None, formula=pointwise.sce,
+        passes=pointwise.sce_passes,
+    ),
+    Pointwise(
+        "ram", "sum what one model changed, average what several did", _RAM, (_ACTIVE,),
+        base="required", min_operands=1, max_operands=None, formula=pointwise.ram,
+    ),
+    Pointwise(
+        "ramplus_tl", "as ram, with what one model alone changed strengthened", _RAM,
+        (
+            Parameter("r", float, 0.1, "how much what is unique is strengthened"),
+            Parameter("alpha", float, 0.2, "most of the ratio of shared to unique", low=0),
+            _ACTIVE,
+        ),
+        base="required", min_operands=1, max_operands=None, formula=pointwise.ramplus_tl,
+        passes=lambda values: 2,
+    ),
+    Pointwise(
+        "nearswap", "interpolate toward the other model where it is near", "-; as mergekit 0.1.5",
+        (Parameter("t", float, REQUIRED, "the distance up to which entries are swapped", low=0),),
+        base="required", min_operands=1, max_operands=1, formula=pointwise.nearswap,
+    ),
+    Pointwise(
+        "arcee_fusion", "take the entries that matter most by their row's divergence",
+        "-; as mergekit 0.1.5, quantiles of all entries", (),
+        base="required", min_operands=1, max_operands=1, formula=pointwise.arcee_fusion,
+        passes=lambda values: 3,
+    ),
+    Pointwise(
+        "magmax", "the delta of largest magnitude, entry by entry",
+        "Marczak et al. 2024, arXiv:2407.06322", (_LAMBDA,),
+        base="required", min_operands=1, max_operands=None, formula=pointwise.magmax,
+    ),
+    Pointwise(
+        "consensus_ta", "task arithmetic where the masks of several models agree",
+        "Wang et al. 2024, arXiv:2405.07813",
+        (
+            _weight(1.0),
+            Parameter(
+                "mask_lambda", float, 0.4, "the larger, the fewer entries a model claims",
+                per_model=True, low=0,
+            ),
+            Parameter("agree", int, 2, "how many models must claim an entry", low=1),
+            _LAMBDA,
+        ),
+        base="required", min_operands=1, max_operands=None, formula=pointwise.consensus_ta,
     ),
     Combination(
         "passthrough", "the tensor as it is, or scaled", "-",

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastmerge.methods import Combination, Consensus
+from fastmerge.methods import Combination, Consensus, Pointwise
 from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
@@ -158,6 +158,8 @@ def passes(tensor: TensorPlan) -> int:
             continue
         if isinstance(node.method, Consensus):
             total += node.method.passes(node.values, node.operand_values)
+        elif isinstance(node.method, Pointwise):
+            total += node.method.passes(node.values)
         else:
             total += 1
         stack.extend(node.inputs)

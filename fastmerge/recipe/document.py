@@ -28,9 +28,7 @@ from fastmerge.recipe.tokenizer import TokenizerSection, chat_template, check_te
 
 # mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
 # spelling.
-_NOT_YET = (
-    "arcee_fusion", "della", "della_linear", "nearswap", "ram", "ramplus_tl", "sce",
-)  # fmt: skip
+_NOT_YET = ("della", "della_linear")
 # Parameters that only those methods (or older versions) read. People leave them in.
 _FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_topk")
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastmerge.methods import Combination, Consensus
+from fastmerge.methods import Combination, Consensus, Pointwise
 from fastmerge.tree.collapse import apply_rule
 from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 from fastmerge.tree.rewrite import fold
@@ -49,7 +49,7 @@ def keeps_equal(root: Node) -> bool:
 
 
 def _keeps_equal(node: Merge) -> bool:
-    if isinstance(node.method, Consensus):
+    if isinstance(node.method, (Consensus, Pointwise)):
         return True
     if not isinstance(node.method, Combination):
         return False

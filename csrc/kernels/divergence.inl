@@ -1,0 +1,92 @@
+// Softmax and its divergence by row, in fp64: what a fine-tune moves is the 1e-9 by which nearly
+// equal sums differ. Exponential and logarithm are polynomials of IEEE operations, so that no
+// library's version decides bits; both are right to 1e-15.
+
+template <class To, class From>
+FM_INLINE To bits_as(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// e^x for x <= 0; 0 to 1e-307 where x is below -708.
+FM_INLINE double exponential(double x) {
+    constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: its last bits are the integer
+    x = x < -708.0 ? -708.0 : x;
+    const double shifted = x * 1.4426950408889634 + kRound;
+    const double n = shifted - kRound;
+    const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+    double sum = 1.0 / 479001600;
+    sum = sum * r + 1.0 / 39916800;
+    sum = sum * r + 1.0 / 3628800;
+    sum = sum * r + 1.0 / 362880;
+    sum = sum * r + 1.0 / 40320;
+    sum = sum * r + 1.0 / 5040;
+    sum = sum * r + 1.0 / 720;
+    sum = sum * r + 1.0 / 120;
+    sum = sum * r + 1.0 / 24;
+    sum = sum * r + 1.0 / 6;
+    sum = sum * r + 0.5;
+    sum = sum * r + 1.0;
+    sum = sum * r + 1.0;
+    return sum * bits_as<double>((bits_as<uint64_t>(shifted) + 1023) << 52);
+}
+
+// ln x of a normal x > 0: 2 atanh((m - 1) / (m + 1)) + e ln 2 with m between sqrt(1/2) and sqrt(2).
+FM_INLINE double logarithm(double x) {
+    const uint64_t bits = bits_as<uint64_t>(x);
+    const uint64_t exponent = (bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu)) >> 52;
+    const double m = bits_as<double>(bits - ((exponent - 1023) << 52));
+    const double e = bits_as<double>(exponent | 0x4330000000000000u) - (4503599627370496.0 + 1023);
+    const double s = (m - 1.0) / (m + 1.0), z = s * s;
+    double sum = 1.0 / 21;
+    sum = sum * z + 1.0 / 19;
+    sum = sum * z + 1.0 / 17;
+    sum = sum * z + 1.0 / 15;
+    sum = sum * z + 1.0 / 13;
+    sum = sum * z + 1.0 / 11;
+    sum = sum * z + 1.0 / 9;
+    sum = sum * z + 1.0 / 7;
+    sum = sum * z + 1.0 / 5;
+    sum = sum * z + 1.0 / 3;
+    return e * 6.93147180369123816490e-01 +
+           (e * 1.90821492927058770002e-10 + (2.0 * s + 2.0 * s * z * sum));
+}
+
+FM_INLINE void add_to_lanes(const double* values, int64_t count, double* lanes) {
+    int64_t i = 0;
+    for (; i + kSumLanes <= count; i += kSumLanes)
+        for (int lane = 0; lane < kSumLanes; ++lane) lanes[lane] += values[i + lane];
+    for (; i < count; ++i) lanes[i % kSumLanes] += values[i];
+}
+
+float largest_of(const float* x, int64_t count, float most) {
+    for (int64_t i = 0; i < count; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+void exponentials(const float* x, int64_t count, float most, double* lanes) {
+    double values[kBlock];
+    for (int64_t at = 0; at < count; at += kBlock) {
+        const int64_t part = count - at < kBlock ? count - at : kBlock;
+        for (int64_t i = 0; i < part; ++i)
+            values[i] = exponential(static_cast<double>(x[at + i]) - most);
+        add_to_lanes(values, part, lanes);
+    }
+}
+
+void divergence(const DivergenceArgs& args, double* lanes) {
+    double values[kBlock];
+    for (int64_t at = 0; at < args.count; at += kBlock) {
+        const int64_t part = args.count - at < kBlock ? args.count - at : kBlock;
+        for (int64_t i = 0; i < part; ++i) {
+            const double x = static_cast<double>(args.x[at + i]) - args.x_most;
+            const double base = static_cast<double>(args.base[at + i]) - args.base_most;
+            const double p = exponential(x) / args.x_sum + 1e-8;
+            const double q = exponential(base) / args.base_sum + 1e-8;
+            values[i] = p * logarithm(p / q);
+        }
+        add_to_lanes(values, part, lanes);
+    }
+}
