@@ -148,7 +148,7 @@ def pointwise(
     formula: str,
     inputs: Sequence[View],
     base: View,
-    numbers: Sequence[float] = (),
+    numbers: Sequence[float],
     *,
     selection: Selection | None = None,
     factors: NDArray[np.float32] | None = None,
@@ -160,14 +160,19 @@ def pointwise(
     multiplied (so that NaN and Inf survive). ``numbers`` in brackets; ``factors``: f, one for each
     row. keep is 1 where ``selection`` keeps the variance, or where there is none.
 
-    zero: 0. near_swap [t]: w x + (1 - w) base, w = min(max(1 / max(|base - x|, 1e-6) * t, 0), 1).
-    active [e, n]: [exactly n of the |d_i| > e]. reinforced [e, g_1 ... g_k]: base + sum_i
-    (a_i [n = 1] g_i + a_i [n > 1] / max(n, 1)), a_i = d_i [|d_i| > e], n how many are. variance: of
-    the d_i over the models, fp64 (Welford), rounded. varied: keep. varied_delta [i]: d_i keep.
-    select_and_erase [w_1 ... w_k]: base + sum_i D_i u_i / max(sum_i u_i, 1e-6), D_i = d_i keep, u_i
-    = w_i [D_i has the sign of sum_i D_i, 0 counting as +]. importance, f: |d| f. fuse [s], f: base +
-    d [|d| f >= s]. largest [s]: base + s d, d the d_i of largest size, the first of equals. agreed
-    [n, s, w_1, l_1, ...]: base + s S [at least n of the |d_i| >= |S - d_i| l_i], S = sum_i w_i d_i.
+    zero: 0.
+    near_swap [t]: w x + (1 - w) base, w = min(max(1 / max(|base - x|, 1e-6) * t, 0), 1).
+    active [e, n]: [exactly n of the |d_i| > e].
+    reinforced [e, g_1 ... g_k]: base + sum_i (a_i [n = 1] g_i + a_i [n > 1] / max(n, 1)), a_i = d_i
+    [|d_i| > e], n how many are.
+    variance: of the d_i over the models, fp64 (Welford), rounded.
+    varied: keep. varied_delta [i]: d_i keep.
+    select_and_erase [w_1 ... w_k]: base + sum_i D_i u_i / max(sum_i u_i, 1e-6), D_i = d_i keep,
+    u_i = w_i [D_i has the sign of sum_i D_i, 0 counting as +].
+    importance, f: |d| f. fuse [s], f: base + d [|d| f >= s].
+    largest [s]: base + d s, d the d_i of largest size, the first of equals.
+    agreed [n, s, w_1, l_1 ...]: base + S [at least n of |d_i| >= |S - d_i| l_i] s, S = sum_i d_i
+    w_i.
     """
 
 def divergences(pool: Pool, x: View, base: View, cols: int) -> NDArray[np.float64]:

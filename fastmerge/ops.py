@@ -27,19 +27,27 @@ from fastmerge.tree.unread import without_unread
 Numbers = Sequence[float] | NDArray[Any]
 
 __all__ = [
+    "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
     "combine",
+    "consensus_ta",
     "dare_linear",
     "dare_ties",
+    "geometric_median",
     "gram",
     "karcher",
     "linear",
+    "magmax",
     "merge",
     "model_stock",
     "multislerp",
+    "nearswap",
     "nuslerp",
     "passthrough",
+    "ram",
+    "ramplus_tl",
+    "sce",
     "slerp",
     "task_arithmetic",
     "ties",
@@ -244,6 +252,114 @@ def breadcrumbs_ties(
     given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
     given |= {"normalize": normalize, "lambda": lambda_}
     return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
+
+
+def sce(
+    base: Any,
+    tensors: Sequence[Any],
+    *,
+    select_topk: float = 1.0,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Select entries by variance, weigh by squares, erase minority signs (Wan et al. 2024)."""
+    given = {"select_topk": select_topk}
+    return merge("sce", tensors, given, base=base, out=out, threads=threads)
+
+
+def ram(
+    base: Any,
+    tensors: Sequence[Any],
+    *,
+    epsilon: float = 1e-5,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Sum what one tensor changed, average what several did (arXiv:2601.13572)."""
+    given = {"epsilon": epsilon}
+    return merge("ram", tensors, given, base=base, out=out, threads=threads)
+
+
+def ramplus_tl(
+    base: Any,
+    tensors: Sequence[Any],
+    *,
+    r: float = 0.1,
+    alpha: float = 0.2,
+    epsilon: float = 1e-5,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """As `ram`, with what one tensor alone changed strengthened."""
+    given = {"r": r, "alpha": alpha, "epsilon": epsilon}
+    return merge("ramplus_tl", tensors, given, base=base, out=out, threads=threads)
+
+
+def nearswap(
+    base: Any,
+    x: Any,
+    t: float,
+    *,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """``base``, moved to ``x`` where they are within ``t`` and less the farther they are."""
+    given = {"t": t}
+    return merge("nearswap", [x], given, base=base, out=out, threads=threads)
+
+
+def arcee_fusion(
+    base: Any,
+    x: Any,
+    *,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """``x`` where it matters most by its row's divergence, else ``base``."""
+    return merge("arcee_fusion", [x], {}, base=base, out=out, threads=threads)
+
+
+def magmax(
+    base: Any,
+    tensors: Sequence[Any],
+    *,
+    lambda_: float = 1.0,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """``base`` plus the delta of largest magnitude, entry by entry (Marczak et al. 2024)."""
+    given = {"lambda": lambda_}
+    return merge("magmax", tensors, given, base=base, out=out, threads=threads)
+
+
+def consensus_ta(
+    base: Any,
+    tensors: Sequence[Any],
+    weights: float | Numbers = 1.0,
+    *,
+    mask_lambda: float | Numbers = 0.4,
+    agree: int = 2,
+    lambda_: float = 1.0,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Task arithmetic where at least ``agree`` masks hold (Wang et al. 2024)."""
+    given = {"weight": weights, "mask_lambda": mask_lambda, "agree": agree, "lambda": lambda_}
+    return merge("consensus_ta", tensors, given, base=base, out=out, threads=threads)
+
+
+def geometric_median(
+    tensors: Sequence[Any],
+    weights: float | Numbers = 1.0,
+    *,
+    max_iter: int = 100,
+    tol: float = 1e-6,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """The point with the least weighted sum of distances to the tensors (Weiszfeld 1937)."""
+    given = {"weight": weights, "max_iter": max_iter, "tol": tol}
+    return merge("geometric_median", tensors, given, out=out, threads=threads)
 
 
 def passthrough(

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from fastmerge.kernels import combine, consensus, gram, select
 from fastmerge.kernels.common import MAX_INPUTS
-from fastmerge.methods import Pointwise
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, Selection, Sparsify
 
@@ -26,7 +25,7 @@ class TritonBackend:
 
     @staticmethod
     def takes(node: Any, parts: Sequence[Any], /) -> str | None:
-        if isinstance(node.method, Pointwise):
+        if not node.method.on_gpu:
             return f"is merged by {node.method.name}, which has no GPU kernel"
         if len(parts) > MAX_INPUTS:
             return f"has {len(parts)} inputs and the GPU kernels take {MAX_INPUTS}"

@@ -217,6 +217,29 @@ EXACT = {
         "base_model": "base",
         "models": listed(a={"weight": 0.5}, b={"weight": 0.3}),
     },
+    "ram": {
+        "merge_method": "ram",
+        "base_model": "base",
+        "models": listed(a=None, b=None, c=None),
+    },
+    "ram, a larger epsilon, mixed dtypes": {
+        "merge_method": "ram",
+        "base_model": "base",
+        "models": listed(half=None, single=None),
+        "parameters": {"epsilon": 1e-3},
+    },
+    "ramplus_tl": {
+        "merge_method": "ramplus_tl",
+        "base_model": "base",
+        "models": listed(a=None, b=None, c=None),
+        "parameters": {"r": 0.5, "alpha": BY_FILTER, "epsilon": 1e-4},
+    },
+    "nearswap": {
+        "merge_method": "nearswap",
+        "base_model": "base",
+        "models": listed(a=None),
+        "parameters": {"t": [0, 1e-4, 1e-3]},
+    },
     "passthrough, scaled": {
         "merge_method": "passthrough",
         "models": listed(
@@ -300,6 +323,11 @@ CLOSE = {
     },
     "karcher": {
         "merge_method": "karcher",
+        "models": listed(a=None, b=None, c=None),
+    },
+    "sce": {
+        "merge_method": "sce",
+        "base_model": "base",
         "models": listed(a=None, b=None, c=None),
     },
     "model_stock": {

@@ -29,8 +29,8 @@
      FM_EACH_TYPE(consensus),                                          \
      FM_EACH_TYPE(count_keys),                                         \
      FM_EACH_TYPE(count_ties),                                         \
-     FM_EACH_TYPE(measure),                                              \
-     &pointwise,                                                        \
-     &largest_of,                                                       \
-     &exponentials,                                                     \
+     FM_EACH_TYPE(measure),                                            \
+     &pointwise,                                                       \
+     &largest_of,                                                      \
+     &exponentials,                                                    \
      &divergence}

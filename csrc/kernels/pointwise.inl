@@ -194,7 +194,9 @@ inline void agreed(const Block& block, const float* numbers) {
         const float factor = numbers[3 + 2 * j];
         delta_of(block, j, delta);
         for (int64_t i = 0; i < block.count; ++i)
-            votes[i] += __builtin_fabsf(delta[i]) >= __builtin_fabsf(sum[i] - delta[i]) * factor ? 1.0f : 0.0f;
+            votes[i] += __builtin_fabsf(delta[i]) >= __builtin_fabsf(sum[i] - delta[i]) * factor
+                            ? 1.0f
+                            : 0.0f;
     }
     for (int64_t i = 0; i < block.count; ++i)
         sum[i] = sum[i] * (votes[i] >= numbers[0] ? 1.0f : 0.0f) * numbers[1];

@@ -82,7 +82,8 @@ class Gram {
     std::vector<const void*> pointers_;
     std::vector<const float*> wide_;
     std::vector<float> scratch_;
-    std::vector<std::vector<float>> gathered_;  // of each that lies in no one place, a block or a tile
+    std::vector<std::vector<float>>
+        gathered_;  // of each that lies in no one place, a block or a tile
 };
 
 }  // namespace

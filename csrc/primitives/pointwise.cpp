@@ -13,19 +13,19 @@ constexpr size_t kAny = SIZE_MAX;
 
 struct Shape {
     const char* name;
-    size_t inputs;           // kAny: one or more
+    size_t inputs;  // kAny: one or more
     size_t numbers, numbers_per_input;
     bool factors;
 };
 
 // By Formula.
 constexpr Shape kShapes[] = {
-    {"zero", kAny, 0, 0, false},        {"near_swap", 1, 1, 0, false},
-    {"active", kAny, 2, 0, false},      {"reinforced", kAny, 1, 1, false},
-    {"variance", kAny, 0, 0, false},    {"varied", kAny, 0, 0, false},
+    {"zero", kAny, 0, 0, false},         {"near_swap", 1, 1, 0, false},
+    {"active", kAny, 2, 0, false},       {"reinforced", kAny, 1, 1, false},
+    {"variance", kAny, 0, 0, false},     {"varied", kAny, 0, 0, false},
     {"varied_delta", kAny, 1, 0, false}, {"select_and_erase", kAny, 0, 1, false},
-    {"importance", 1, 0, 0, true},      {"fuse", 1, 1, 0, true},
-    {"largest", kAny, 1, 0, false},     {"agreed", kAny, 2, 2, false},
+    {"importance", 1, 0, 0, true},       {"fuse", 1, 1, 0, true},
+    {"largest", kAny, 1, 0, false},      {"agreed", kAny, 2, 2, false},
 };
 static_assert(std::size(kShapes) == static_cast<size_t>(Formula::kLast));
 

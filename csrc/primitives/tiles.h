@@ -31,8 +31,8 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
 }
 
 // One task's view of the inputs, a tile at a time: pointers into the tensors where every element
-// type is the wanted one, else into fp32 copies of the tile; gathered rows and what is computed are copied. Tiles have
-// at most kTile elements.
+// type is the wanted one, else into fp32 copies of the tile; gathered rows and what is computed are
+// copied. Tiles have at most kTile elements.
 class TileReader {
    public:
     TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted)

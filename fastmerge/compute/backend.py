@@ -17,7 +17,8 @@ O = TypeVar("O", contravariant=True)  # noqa: E741  a back end's output
 
 
 class Backend(Protocol[T, O]):
-    """The primitives; what each computes, bit for bit, is said in ``_C.pyi``.
+    """The four primitives; what each computes, bit for bit, is said in ``_C.pyi``.
+    Back ends that take `fastmerge.methods.Pointwise` merges have `Primitives` besides.
 
     A tensor T holds one contiguous run of fp32, fp16 or bf16 elements; those of one call, the base
     among them, have the same number of elements and any mix of types. O is where as many elements
@@ -72,25 +73,6 @@ class Backend(Protocol[T, O]):
         """out = base + what the k deltas x_i - base, thinned and weighted, agree on. Returns how
         many outputs are NaN or infinite.
         """
-        ...
-
-    def pointwise(
-        self,
-        formula: str,
-        inputs: Sequence[T],
-        base: T,
-        numbers: Sequence[float] = (),
-        *,
-        selection: Selection | None = None,
-        factors: Float64 | None = None,
-    ) -> T:
-        """A tensor of the base's size, computed where it is read: see ``_C.pyi``. ``factors``: one
-        for each row of it.
-        """
-        ...
-
-    def divergences(self, x: T, base: T, cols: int) -> Float64:
-        """Of each row of ``cols`` elements, sum p ln(p / q), p and q the softmax of both."""
         ...
 
     def scratch(self, count: int) -> tuple[T, Any]:

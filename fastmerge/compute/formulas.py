@@ -32,7 +32,7 @@ def pointwise(
 ) -> Array:
     """`_C.pointwise`, of the base's shape."""
     start = widen(base).ravel()
-    deltas = [(widen(x).ravel() - start).astype(arithmetic) for x in inputs]
+    deltas: list[Array] = [(widen(x).ravel() - start).astype(arithmetic) for x in inputs]
     given = [arithmetic(np.float32(number)) for number in numbers]
     if formula == "near_swap":
         return _near_swap(widen(inputs[0]).ravel(), start, given[0]).reshape(base.shape)
@@ -87,7 +87,7 @@ def _reinforced(deltas: Deltas, base: Array, numbers: Sequence[Any], _: Array) -
         own = delta * active.astype(kind)
         alone, several = (count == 1).astype(kind), (count > 1).astype(kind)
         terms.append(own * alone * gain + own * several / among)
-    return base + _summed(terms)
+    return np.asarray(base + _summed(terms))
 
 
 def _variance(deltas: Deltas) -> NDArray[np.float32]:
@@ -106,14 +106,15 @@ def _select_and_erase(deltas: Deltas, base: Array, weights: Sequence[Any], keep:
     majority = np.where(_summed([d.astype(np.float32) for d in chosen]) >= 0, 1, -1)
     used = [w * (np.sign(d) == majority).astype(kind) for d, w in zip(chosen, weights, strict=True)]
     merged = _summed([d * u for d, u in zip(chosen, used, strict=True)])
-    return base + merged / np.maximum(_summed(used), kind(np.float32(1e-6)))
+    share = np.maximum(_summed(used), kind(np.float32(1e-6)))
+    return np.asarray(base + merged / share)
 
 
 def _largest(deltas: Deltas, base: Array, numbers: Sequence[Any], _: Array) -> Array:
     best = deltas[0]
     for delta in deltas[1:]:
         best = np.where(np.abs(delta) > np.abs(best), delta, best)
-    return base + best * numbers[0]
+    return np.asarray(base + best * numbers[0])
 
 
 def _agreed(deltas: Deltas, base: Array, numbers: Sequence[Any], _: Array) -> Array:
@@ -121,7 +122,8 @@ def _agreed(deltas: Deltas, base: Array, numbers: Sequence[Any], _: Array) -> Ar
     weights, factors = numbers[2::2], numbers[3::2]
     total = _summed([d * w for d, w in zip(deltas, weights, strict=True)])
     claims = [np.abs(d) >= np.abs(total - d) * f for d, f in zip(deltas, factors, strict=True)]
-    return base + total * (np.sum(claims, axis=0) >= numbers[0]).astype(kind) * numbers[1]
+    agreed = (np.sum(claims, axis=0) >= numbers[0]).astype(kind)
+    return np.asarray(base + total * agreed * numbers[1])
 
 
 def _fuse(delta: Array, base: Array, numbers: Sequence[Any], factors: Array) -> Array:

@@ -11,14 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, cast
 
 import numpy as np
 
 from fastmerge.compute.backend import Backend, O, T
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import Combination, Consensus, Function, Pointwise
-from fastmerge.methods.shapes import Given, Terms
+from fastmerge.methods.shapes import Given, Primitives, Terms
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
@@ -300,7 +300,7 @@ class Computation(Generic[T, O]):
         if refusal:
             raise UnsupportedError(f"{self._name or method.name} {refusal}; use the CPU")
         given = Given(base, tensors, root.values, root.operand_values, self._shape)
-        made = method.formula(self._backend, given)
+        made = method.formula(cast(Primitives, self._backend), given)
         return self._combine([made], np.ones(1), None, None, out)
 
     def _function(self, root: Merge, method: Function, out: O) -> Outcome:

@@ -226,8 +226,8 @@ def geometric_median(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Factors:
     """The point with the least weighted sum of distances, by Weiszfeld's steps from the mean:
-    y <- sum_i c_i x_i, c_i = w_i / |x_i - y| over their sum, until y moves by ``tol`` of the models'
-    own spread (Weiszfeld 1937; smoothed as by Pillutla et al. 2022, arXiv:1912.13445, eq. 6).
+    y <- sum_i c_i x_i, c_i = w_i / |x_i - y| over their sum, until y moves by ``tol`` of the
+    models' spread (Weiszfeld 1937; smoothed as by Pillutla et al. 2022, arXiv:1912.13445).
     """
     g = _present(gram)
     w = column(operands, "weight")

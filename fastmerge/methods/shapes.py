@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,6 +183,8 @@ Formula = Callable[[Primitives, Given], Any]  # -> the merged tensor
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Method):
     """Entry by entry, by a formula of kernels, from numbers that passes before it found."""
+
+    on_gpu: ClassVar[bool] = False
 
     formula: Formula
     passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read

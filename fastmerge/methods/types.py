@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,8 @@ class Method:
     ``base``: 'required', 'optional', 'none' (refused), or 'operand': one of the operands must be
     named base_model and comes first (slerp), or is just another input (linear, karcher).
     """
+
+    on_gpu: ClassVar[bool] = True  # whether the GPU has kernels for methods of this shape
 
     name: str
     summary: str
