@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from fastmerge.arguments import a_list, a_text
 from fastmerge.compute.arrays import Operands
+from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation
 from fastmerge.errors import FastmergeError, is_whole, nearest
 from fastmerge.methods import REQUIRED, Method, Parameter, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.nodes import Merge, Stored
-from fastmerge.tree.unread import without_unread
+from fastmerge.tree.unread import keeps_equal, without_unread
 
 Numbers = Sequence[float] | NDArray[Any]
 
@@ -452,7 +453,10 @@ def merge(
     views = operands.views
     backend = operands.backend(threads)
     computation = Computation(backend, lambda source: views[source.model], name, operands.shape)
-    computation.run(without_unread(root), sink)
+    tree = without_unread(root)
+    if isinstance(backend, CpuBackend) and operands.equal(backend.pool) and keeps_equal(tree):
+        tree = Merge(find("passthrough"), (leaves[0],), None, {}, ({},))
+    computation.run(tree, sink)
     return result
 
 

@@ -278,3 +278,34 @@ def test_embeddings_resized_without_the_head_are_told_as_that(zoo):
     a = model(zoo, "a", tensors={"model.embed_tokens.weight": rows}, vocab_size=42)
     with pytest.raises(FastmergeError, match=r"itself: 42 rows in .*, 40 in .*resize_token"):
         make_plan(linear(a))
+
+
+# ---------------------------------------------------------------- lists by layer, and what is one
+
+
+def test_kinds_of_layers_that_differ_are_noted_where_layers_are_merged(zoo):
+    kinds = [["full"] * 10, ["full", "sliding"] * 5]
+    a, b = (
+        model(zoo, name, layers=10, seed=seed, layer_types=kinds[seed])
+        for seed, name in enumerate("ab")
+    )
+    (note,) = make_plan(linear(a, b)).notes
+    assert f"\"sliding\" at 1 and another in 4 more places in '{b}': the output has" in note
+    (rewritten,) = make_plan(stack((a, 0, 5), (b, 5, 10))).notes
+    assert "layer_types: rewritten" in rewritten
+
+
+def test_a_value_is_told_whole(zoo):
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    a, b = model(zoo, "a"), model(zoo, "b", seed=1, rope_parameters=kinds)
+    (note,) = make_plan(linear(a, b)).notes
+    assert json.dumps(kinds) in note
+
+
+@pytest.mark.parametrize("prefix", ["model.layers.4.", "mtp.layers.0."])
+@pytest.mark.parametrize("first", [False, True])
+def test_prediction_layers_in_one_model_are_told_as_that(prefix, first, zoo):
+    extra = {f"{prefix}eh_proj.weight": np.ones((4, 4), np.float32)}
+    a, b = model(zoo, "a", tensors=extra, num_nextn_predict_layers=1), model(zoo, "b", seed=1)
+    with pytest.raises(FastmergeError, match="only one of them has tensors for multi-token pred"):
+        make_plan(linear(a, b) if first else linear(b, a))

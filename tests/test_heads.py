@@ -150,3 +150,18 @@ def test_the_head_is_compared_in_blocks(zoo, monkeypatch):
     zoo.write("b", {**tensors, HEAD: last}, config)
     assert named(make_plan(recipe), HEAD) is not None
     assert np.array_equal(tensors[HEAD][:-1], last[:-1])
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_a_tie_of_null_is_written_out(zoo, kind):
+    base = zoo.base("a")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": kind, "tie_word_embeddings": None}
+    tensors = zoo.read(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    for name in "ab":
+        zoo.write(name, tensors, config)
+    entries = [{"model": str(zoo.root / n), "parameters": {"weight": 1}} for n in "ab"]
+    plan = make_plan({"merge_method": "linear", "models": entries})
+    assert plan.config["tie_word_embeddings"] is (kind == "gemma")
+    assert any(item.name == "lm_head.weight" for item in plan.tensors) is (kind == "llama")

@@ -365,3 +365,11 @@ def test_one_task_runs_in_the_default_floating_point_mode():
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(out.view(torch.int32), tiny.view(torch.int32)) and out[0] != 0
+
+
+@pytest.mark.parametrize("method", ["slerp", "nuslerp", "multislerp", "karcher", "linear"])
+def test_equal_tensors_come_out_as_their_bytes(method):
+    mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    given = {"slerp": {"t": 0.3}, "karcher": {}}.get(method, {"weight": [0.3, 0.4]})
+    found = ops.merge(method, [mask, mask.copy()], given)
+    np.testing.assert_array_equal(found.view(np.uint32), mask.view(np.uint32))

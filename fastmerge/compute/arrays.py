@@ -149,6 +149,11 @@ class Operands:
             else self._tensors
         )
 
+    def equal(self, pool: _C.Pool) -> bool:
+        """Whether they are several in memory with the same bytes."""
+        first, *others = self.views
+        return bool(others) and all(_C.equal(pool, first, other) for other in others)
+
     def backend(self, threads: int | None) -> Backend[Any, Any]:
         """The back end of the tensors' device."""
         if self._device == "cpu":

@@ -92,6 +92,21 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return says_tied(config) is True
 
 
+def written_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the type's default for a tie that it gives as null, which transformers 5
+    refuses.
+    """
+    said = {"tie_word_embeddings": says_tied(config)}
+    if None in said.values():
+        return dict(config)
+
+    def is_null(part: Any) -> bool:
+        return isinstance(part, Mapping) and part.get("tie_word_embeddings", said) is None
+
+    nests = {key: {**config[key], **said} for key in _NESTS if is_null(config.get(key))}
+    return {**config, **nests, **(said if is_null(config) else {})}
+
+
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model with a head of its own."""
     result = {**config, "tie_word_embeddings": False}

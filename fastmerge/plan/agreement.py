@@ -52,16 +52,18 @@ def check_agreement(
     """
     views = {id(item.view): item for part in parts for item in part.inputs}
     said: dict[str, list[str]] = {}
-    own = {} if not lead.config else _flat(lead.config)
+    # Stacked layers bring their own entries of lists by layer; layers merged with others do not.
+    merged = any(len(part.inputs) > 1 for part in parts)
+    own = {} if not lead.config else _flat(lead.config, merged)
     for item in views.values():
         if not own or not item.view.config or item.view.config == lead.config:
             continue
         _check_heads(lead, item.view, item.where)
-        for key, (mine, other) in _differences(own, _flat(item.view.config)).items():
+        for key, (mine, other) in _differences(own, _flat(item.view.config, merged)).items():
             if not tokens and (key.endswith("vocab_size") or "_token_i" in key):
                 continue
             values = said.setdefault(key, [f"{_show(mine)} in '{lead.label}'"])
-            values.append(f"{_show(other)} in '{item.view.label}'")
+            values.append(f"{_show_beside(other, mine)} in '{item.view.label}'")
     for key in list(said)[:MOST]:
         note(f"config.json: {key} is {', '.join(said[key])}: the output has the first")
     rest = list(said)[MOST:]
@@ -135,12 +137,12 @@ def _is_off(value: Any) -> bool:
     return value is None or value is False or value in (0, [], {}, "")
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(config: Mapping[str, Any], merged: bool) -> dict[str, Any]:
     """What a config says that has a meaning for a merged model, by dotted key; the language model's
-    part without its nest, so that both layouts of one model agree.
+    part without its nest, so that both layouts of one model agree. merged: lists by layer too.
     """
     part = text_config(config)
-    found = _settings(part, layers=layer_count(config) or 0)
+    found = _settings(part, layers=0 if merged else layer_count(config) or 0)
     # Left out by one version of transformers, written by another.
     found |= {key: count for key, count in _heads(part).items() if count and key not in _COUNTS}
     if part is not config:
@@ -191,8 +193,19 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def _show_beside(value: Any, mine: Any) -> str:
+    """``value``; of a list as long as the lead's, an entry a layer, the first that is another."""
+    if not isinstance(value, list) or not isinstance(mine, list):
+        return _show(value)
+    if len(value) != len(mine) or len(mine) <= 8:
+        return _show(value)
+    other = [index for index, entry in enumerate(value) if entry != mine[index]]
+    more = f" and another in {len(other) - 1} more places" if len(other) > 1 else ""
+    return f"{_show(value[other[0]])} at {other[0]}{more}"
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "not given"
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -12,7 +12,7 @@ import numpy as np
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.methods import Combination, Consensus
-from fastmerge.models.architecture import Stack, is_vocabulary, layer_of
+from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model, same_bytes
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
@@ -242,8 +242,7 @@ def _check_names(
     rest = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
     raise ModelError(
         f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
-        f"'{lead_item.view.label}' lacks: they are not of one "
-        f"architecture{_layer_counts(lead_item, item)}"
+        f"'{lead_item.view.label}' lacks: {_other_names(lead_item, item)}"
     )
 
 
@@ -265,18 +264,35 @@ def _missing(name: str, item: Input, lead: Input, count: int) -> FastmergeError:
     rest = f" (and {count - 1} more)" if count > 1 else ""
     return ModelError(
         f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{rest}, which "
-        f"'{lead.view.label}' has: they are not of one architecture{_layer_counts(lead, item)}"
+        f"'{lead.view.label}' has: {_other_names(lead, item)}"
     )
 
 
-def _layer_counts(lead: Input, item: Input) -> str:
+def _other_names(lead: Input, item: Input) -> str:
+    """Why the two have other tensors."""
+    if set(lead.view.tensors) ^ set(item.view.tensors) <= _for_prediction(lead, item):
+        return (
+            "only one of them has tensors for multi-token prediction; remove these and the key of "
+            "its config that counts them (num_nextn_predict_layers)"
+        )
     counts = []
     for view in (item.view, lead.view):
         stack = view.stack
         if stack is None:
-            return ""
+            return "they are not of one architecture"
         counts.append(view.stored(stack.layers))
-    return "" if counts[0] == counts[1] else f" ({counts[0]} and {counts[1]} layers)"
+    layers = "" if counts[0] == counts[1] else f" ({counts[0]} and {counts[1]} layers)"
+    return f"they are not of one architecture{layers}"
+
+
+def _for_prediction(lead: Input, item: Input) -> set[str]:
+    """The tensors of both that are for multi-token prediction."""
+    return {
+        name
+        for view in (lead.view, item.view)
+        for name in view.tensors
+        if name in view.extra or name.startswith(EXTRA_PREFIXES)
+    }
 
 
 def _shapes(name: str, a: Input, x: TensorPlan, b: Input, y: TensorPlan) -> FastmergeError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fastmerge.models.config import is_tied, says_tied, untied
+from fastmerge.models.config import is_tied, says_tied, untied, written_out
 from fastmerge.plan.inputs import Part, TensorPlan, View, with_views
 
 Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes are equal
@@ -44,6 +44,8 @@ def settle_heads(
                 "output has a head of its own"
             )
         lead = replace(lead, config=untied(lead.config))
+    config = written_out(lead.config)
+    lead = lead if config == lead.config else replace(lead, config=config)
     changed = {}
     for key, view in views.items():
         if real is not None:
