@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 from fastmerge.cli.console import pairs, put, say
-from fastmerge.cli.options import Argument, Option, parse
+from fastmerge.cli.options import Argument, Option, name_of, parse
 from fastmerge.cli.streams import deliver
 from fastmerge.errors import FastmergeError, nearest
 from fastmerge.version import __version__
@@ -15,13 +15,17 @@ from fastmerge.version import __version__
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as shells have it
 PROGRAM = "fastmerge"
 COMMANDS: dict[str, Callable[..., None]] = {}  # in the order of --help
+ELSEWHERE: dict[
+    str, Mapping[str, str]
+] = {}  # by command: other tools' flags, what to write instead
+ABSENT: dict[str, str] = {}  # other tools' commands that are not there, and why
 
 F = TypeVar("F", bound=Callable[..., None])
 
 
 def command(function: F) -> F:
-    """Registers ``function`` as the command of its name."""
-    COMMANDS[function.__name__] = function
+    """Registers ``function`` as the command of its name, dashes for underscores."""
+    COMMANDS[name_of(function)] = function
     return function
 
 
@@ -33,11 +37,13 @@ def run(words: Sequence[str]) -> None:
             put(f"{PROGRAM} {__version__}")
         elif first in ("-h", "--help"):
             _help()
+        elif first in ABSENT:
+            fail(f"{first}: {ABSENT[first]}", MISTAKE)
         elif first not in COMMANDS:
             fail(f"no command '{first}'; {nearest(first, COMMANDS)}", MISTAKE)
         else:
             function = COMMANDS[first]
-            function(**parse(function, words[1:], PROGRAM))
+            function(**parse(function, words[1:], PROGRAM, ELSEWHERE.get(first)))
         deliver()
     except FastmergeError as error:
         fail(str(error), MISTAKE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say
@@ -17,6 +17,9 @@ from fastmerge.cli.units import (
     parse_size,
 )
 from fastmerge.errors import FastmergeError
+
+if TYPE_CHECKING:
+    from fastmerge.engine.report import MergeReport
 
 
 class Device(str, Enum):
@@ -86,11 +89,19 @@ def merge(
                 max_shard_bytes=limits["max_shard_bytes"],
             )
     except KeyboardInterrupt:
-        fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
+        interrupted(out)
     if json:
         print_json(report.as_dict())
-    if quiet or json:
-        return
+    if not (quiet or json):
+        tell(report)
+
+
+def interrupted(out: Path) -> NoReturn:
+    fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
+
+
+def tell(report: MergeReport) -> None:
+    """What a merge came to, in words."""
     for note in report.notes:
         say(f"note: {note}")
     bad = list(report.nonfinite.items())

@@ -1,16 +1,17 @@
 """Commands by argparse: a function's parameters are its arguments and options.
 
-``name: Annotated[type, Option(...)] = default`` is ``--name``, a bool a switch, an Enum a choice;
-``Argument(...)`` goes by its place, and may be left out where it has a default. Only the parser of
-the command that runs is made. typer, which reads such signatures too, takes as long to start as a
-small merge: from 0.29 on it imports pydantic for every command.
+``name: Annotated[type, Option(...)] = default`` is ``--name``, required without a default, a bool a
+switch, an Enum a choice; ``Argument(...)`` goes by its place, and may be left out where it has a
+default; ``**rest: Annotated[Any, T]`` has the annotations of the class ``T`` as options. Only the
+parser of the command that runs is made. typer, which reads such signatures too, takes as long to
+start as a small merge: from 0.29 on it imports pydantic for every command.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
@@ -23,7 +24,9 @@ class Argument:
 
 
 class Option:
-    """What goes by name: ``flags`` (by default the parameter's name), the smallest number taken."""
+    """What goes by name: ``flags`` (by default the parameter's name), the smallest number taken;
+    ``either``: a switch that has ``--no-name`` too; ``count``: a number, of how often it is given.
+    """
 
     def __init__(
         self,
@@ -31,23 +34,47 @@ class Option:
         help: str,  # noqa: A002
         metavar: str | None = None,
         min: int | None = None,  # noqa: A002
+        either: bool = False,
+        count: bool = False,
     ) -> None:
         self.flags, self.help, self.metavar, self.min = flags, help, metavar, min
+        self.either, self.count = either, count
 
 
-def parse(function: Callable[..., None], words: Sequence[str], program: str) -> dict[str, Any]:
+def name_of(function: Callable[..., None]) -> str:
+    """What the command is called on the command line."""
+    return function.__name__.replace("_", "-")
+
+
+def parse(
+    function: Callable[..., None],
+    words: Sequence[str],
+    program: str,
+    elsewhere: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The arguments of ``function`` in ``words``; ends the process where they are wrong (exit code
-    2, after the usage) or ask for help (0).
+    2, after the usage) or ask for help (0). ``elsewhere``: flags of other tools' commands, each
+    with what to write instead.
     """
     parser = argparse.ArgumentParser(
-        prog=f"{program} {function.__name__}",
+        prog=f"{program} {name_of(function)}",
         description=inspect.getdoc(function),
         allow_abbrev=False,
     )
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            _, rest = get_args(hints[name])
+            for key, hint in get_type_hints(rest, include_extras=True).items():
+                kind, form = get_args(hint)
+                _add(parser, key, kind, form, None)
+            continue
         kind, form = get_args(hints[name])
         _add(parser, name, kind, form, parameter.default)
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if flag in (elsewhere or {}):
+            parser.error(f"{flag}: {(elsewhere or {})[flag]}")
     return vars(parser.parse_intermixed_args(words))
 
 
@@ -64,10 +91,14 @@ def _add(
         )
         return
     flags = form.flags or (f"--{name.replace('_', '-')}",)
-    if kind is bool:
-        parser.add_argument(*flags, dest=name, action="store_true", help=about)
+    required = default is inspect.Parameter.empty
+    if kind is bool or form.count:
+        action: Any = "count" if form.count else "store_true"
+        if form.either:
+            action = argparse.BooleanOptionalAction
+        parser.add_argument(*flags, dest=name, action=action, default=default, help=about)
         return
-    if shown is not None:
+    if shown is not None and not required:
         about += f" [default: {shown}]"
     metavar = form.metavar or ("N" if kind is int else name.upper())
     if issubclass(kind, Enum):
@@ -76,7 +107,8 @@ def _add(
         *flags,
         dest=name,
         type=_reader(kind, form.min),
-        default=default,
+        default=None if required else default,
+        required=required,
         metavar=metavar,
         help=about,
     )

@@ -48,7 +48,7 @@ from fastmerge.recipe.document import Recipe
 # mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
 # a plan refuses by name (other architectures, LoRAs), and trust in model code, none of which is
 # run here.
-_NO_EFFECT = frozenset(
+NO_EFFECT = frozenset(
     {
         "allow_crimes",
         "async_write",
@@ -74,7 +74,7 @@ _FLAGS = {
     "write_model_card",
 }
 _KNOWN = (
-    _NO_EFFECT
+    NO_EFFECT
     | _FLAGS
     | {"device", "num_threads", "out_shard_size", "random_seed", "transformers_cache"}
 )
@@ -124,15 +124,10 @@ def run_merge(
     written; those about recipe and models are ValueErrors too, as mergekit's are.
     """
     try:
-        return _merged(
-            merge_config,
-            out_path,
-            options,
-            config_source,
-            overwrite=overwrite,
-            keep_paths=keep_paths,
-            progress=progress,
-        )
+        plan, arguments = prepared(merge_config, out_path, options, config_source, keep_paths)
+        for note in plan.notes:  # callers of mergekit's look for them there
+            logging.getLogger("fastmerge").warning(note)
+        return merge_plan(plan, overwrite=overwrite, progress=progress, **arguments)
     except (RecipeError, ModelError, UnsupportedError) as error:
         text = str(error)
         if " mismatch in " in text:  # callers look for mergekit's words
@@ -140,16 +135,14 @@ def run_merge(
         raise _VALUE_ERRORS.get(type(error), type(error))(text) from error
 
 
-def _merged(
+def prepared(
     merge_config: Any,
     out_path: str | Path,
-    options: Any,
-    config_source: str | None,
-    *,
-    overwrite: bool,
-    keep_paths: bool,
-    progress: Progress | None,
-) -> MergeReport:
+    options: Any = None,
+    config_source: str | None = None,
+    keep_paths: bool = False,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of `run_merge`'s arguments, and those of `merge_plan` that they come to."""
     given = _options(options)
     out = a_path(out_path, "out_path")
     if config_source is not None and not isinstance(config_source, str):
@@ -172,18 +165,13 @@ def _merged(
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
     except OSError as error:
         raise OutputError(f"{out.parent}: cannot be created ({error.strerror})") from error
-    for note in plan.notes:  # callers of mergekit's look for them there
-        logging.getLogger("fastmerge").warning(note)
-    return merge_plan(
-        plan,
-        out,
-        threads=given.get("num_threads"),
-        max_shard_bytes=given.get("out_shard_size", MAX_SHARD_BYTES),
-        device=device,
-        overwrite=overwrite,
-        progress=progress,
-        side_files=files,
-    )
+    return plan, {
+        "out": out,
+        "threads": given.get("num_threads"),
+        "max_shard_bytes": given.get("out_shard_size", MAX_SHARD_BYTES),
+        "device": device,
+        "side_files": files,
+    }
 
 
 def _options(options: Any) -> dict[str, Any]:

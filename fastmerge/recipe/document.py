@@ -392,6 +392,26 @@ class Recipe:
         documents = [Document(item) for item in mappings]
         return cls(tuple(_in_order(documents, origin)), written)
 
+    @classmethod
+    def load_each(cls, source: Any) -> list[Recipe]:
+        """A recipe for each document that no other names, with those it needs; as `load`."""
+        mappings, written, origin = read(source, "recipe")
+        documents = [Document(item) for item in mappings]
+        by_name = {document.name: document for document in documents}
+        uses = {d.name: [ref for ref, _ in d.references() if ref in by_name] for d in documents}
+        used = {name for names in uses.values() for name in names}
+        found = []
+        for document in documents:
+            needed, todo = {document.name}, [document.name]
+            while document.name not in used and todo:
+                todo += [name for name in uses[todo.pop()] if name not in needed]
+                needed.update(todo)
+            if document.name not in used:
+                own = [item for item in documents if item is document or item.name in needed]
+                found.append(cls(tuple(_in_order(own, origin)), written))
+        # Without one they name each other in a circle, which `load` says.
+        return found or [cls(tuple(_in_order(documents, origin)), written)]
+
 
 def _in_order(documents: list[Document], origin: str) -> list[Document]:
     """Dependencies first, the output last; raises on doubles, circles, loose ends and doubt."""
