@@ -11,6 +11,7 @@ from typing import Any
 
 from fastmerge.errors import OutputError
 from fastmerge.output.place import explain
+from fastmerge.output.working import is_loose, open_ours
 
 _FAILED = {"failed": True}
 
@@ -33,6 +34,7 @@ class Journal:
 
     Appended with plain writes: a killed process loses none of them; a torn last line is ignored.
     Nothing is synced, so entries do not outlive the boot that they were written in.
+    ``loose``: others may write to what was found, so its entries prove nothing.
     """
 
     def __init__(self, path: Path, target: Path) -> None:
@@ -41,8 +43,10 @@ class Journal:
         self.entries = 0
         self.failed = False  # the run it tells of ended with an error of its own
         self.begun = False  # this process owns what the partial folder holds
+        self.aside = 0  # the inode of the old model, moved aside to make room for the new one
         try:
             self._descriptor = self._locked(path)
+            self.loose = is_loose(os.fstat(self._descriptor))
         except BlockingIOError:
             raise OutputError(f"{target}: another merge is writing it now ({path})") from None
         except OSError as error:
@@ -51,11 +55,11 @@ class Journal:
     @staticmethod
     def _locked(path: Path) -> int:
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            descriptor = open_ours(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever held the lock may have removed the file after we opened it.
-                if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), path.stat()):
+                if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), path.lstat()):
                     return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -63,9 +67,9 @@ class Journal:
             os.close(descriptor)
 
     def _entries(self) -> tuple[dict[str, Any], list[Any], int]:
-        """The job, the entries that are whole, and the bytes of both; sets ``failed``. A power cut
-        may leave blocks that were never written: what follows the first damaged line counts for
-        nothing.
+        """The job, the entries that are whole, and the bytes of both; sets ``failed`` and
+        ``aside``. A power cut may leave blocks that were never written: what follows the first
+        damaged line counts for nothing.
         """
         text = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
         found: list[Any] = []
@@ -77,6 +81,8 @@ class Journal:
                 break
             if not (_is_entry(entry) if found else _is_head(entry)):
                 self.failed = entry == _FAILED
+                if found and isinstance(entry, dict) and isinstance(entry.get("aside"), int):
+                    self.aside = entry["aside"]
                 break
             found.append(entry)
             size += len(line) + 1
@@ -84,7 +90,8 @@ class Journal:
 
     def folder(self) -> int:
         """The inode of the folder that the journal is about; 0 for an empty journal."""
-        return int(self._entries()[0].get("folder", 0))
+        found = self._entries()[0].get("folder")
+        return found if isinstance(found, int) else 0
 
     def read(self, inode: int) -> dict[str, dict[str, Any]]:
         """The tensors listed, if of this boot and of the folder with this inode; else none."""
@@ -103,6 +110,10 @@ class Journal:
     def fail(self) -> None:
         """Notes that the run ended with an error: another job need not be kept from this place."""
         self._append([json.dumps(_FAILED)])
+
+    def set_aside(self, inode: int) -> None:
+        """Notes that the old model is about to get another name: a later run gives it back."""
+        self._append([json.dumps({"aside": inode})])
 
     def add(self, results: Mapping[str, dict[str, Any]]) -> None:
         self._append([json.dumps(item) for item in results.items()])

@@ -3,6 +3,7 @@
 Everything goes into a hidden sibling of the target, ``.NAME.fastmerge-partial``, and takes the
 target's name by one rename at the end. Beside it, ``.NAME.fastmerge-journal`` is the lock and lists
 the tensors that are in the files for good: the same job, killed at any moment, goes on from there.
+Both are private until then, and nobody else's are used.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastmerge.models.side_files import MAX_FILE_BYTES
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout, Slot
 from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
+from fastmerge.output.working import WorkingFolder, inode
 
 _MIN_CHUNK_BYTES = 4096  # what direct I/O needs on every common disk
 _MAX_CHUNK_BYTES = 4 << 20  # large enough for a disk's full speed, small enough to hold many
@@ -85,37 +87,46 @@ class ModelWriter:
         self._open: deque[Slot] = deque()
         self._lock = threading.Lock()
         self._finished = self._worthless = False
+        self._folder: WorkingFolder | None = None
         journal_path = self.target.with_name(f".{self.target.name}.fastmerge-journal")
         self._journal = Journal(journal_path, self.target)
         try:
-            self._recover(self._journal.folder())
+            self._recover()
             check_target(self.target, overwrite)
             job = hashlib.sha256(f"{key}\n{layout.digest}".encode()).hexdigest()
             kept = self._reopen(job, fresh)
             self.resumed = frozenset(kept)
             self.results: dict[str, dict[str, Any]] = dict(kept)
             self._staging = self._start(job, kept, io, staging_bytes, io_threads)
-        except BaseException:
+        except BaseException as error:
             self._give_up()
+            if isinstance(error, OSError):
+                raise explain(self._named(error), self.target, io) from error
             raise
 
     # --- starting ---
 
-    def _recover(self, journaled: int) -> None:
+    def _recover(self) -> None:
         """Tidies what a kill between the last renames left: one whole model, the new or the old."""
-        shown = self.target.exists()
-        if shown and self.target.stat().st_ino == journaled and self.partial.exists():
+        ours, shown, old = self._journal.folder(), inode(self.target), inode(self._old)
+        if shown and shown == ours and inode(self.partial):
             shutil.rmtree(self.partial)  # the old model, exchanged for the new one
-        if self._old.exists():
-            if shown:
-                shutil.rmtree(self._old)
-            else:
-                self._old.rename(self.target)
+        if os.path.lexists(self._old) and (not old or old != self._journal.aside):
+            raise OutputError(
+                f"{self._old}: not known to be the model that a merge moved aside; if it is, "
+                f"rename it to {self.target}, else remove it"
+            )
+        if old and shown:
+            shutil.rmtree(self._old)
+        elif old:
+            self._old.rename(self.target)
 
     def _reopen(self, job: str, fresh: bool) -> dict[str, dict[str, Any]]:
         """The tensors of an earlier run of this job that are in the files, and their results."""
-        inode = self.partial.stat().st_ino if self.partial.is_dir() else 0
-        kept = {} if fresh else self._journal.read(inode)
+        if not os.path.lexists(self.partial):
+            return {}
+        self._folder = WorkingFolder(self.partial)
+        kept = {} if fresh else self._journal.read(self._folder.inode)
         if not kept:
             return {}
         if self._journal.job != job:
@@ -126,13 +137,19 @@ class ModelWriter:
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
                 f"--fresh"
             )
-        slots, sizes = self.layout.slots, [shard.size for shard in self.layout.shards]
-        paths = [self.partial / shard.name for shard in self.layout.shards]
-        whole = {
-            number
-            for number, path in enumerate(paths)
-            if path.is_file() and path.stat().st_size >= sizes[number]
-        }
+        if self._folder.loose or self._journal.loose:
+            raise OutputError(
+                f"{self.partial}: an unfinished merge that other users could write to "
+                f"({len(kept)} tensors done), so that nothing in it is certain; start over with "
+                "--fresh"
+            )
+        slots, whole = self.layout.slots, set()
+        for number, shard in enumerate(self.layout.shards):
+            path = self._folder.inside / shard.name
+            if os.path.lexists(path):
+                self._folder.check(shard.name)
+                if path.stat().st_size >= shard.size:
+                    whole.add(number)
         return {
             name: result
             for name, result in kept.items()
@@ -142,29 +159,28 @@ class ModelWriter:
     def _start(
         self, job: str, kept: Iterable[str], io: str, staging_bytes: int, io_threads: int
     ) -> _C.Staging:
+        folder = self._folder
+        if not kept or folder is None:
+            if folder is not None:
+                folder.close()
+                folder.remove()
+            check_space(self.target.parent, self.layout.file_bytes + self._side_bytes)
+            folder = self._folder = WorkingFolder.make(self.partial)
+            self._journal.begin(job, folder.inode)
+        chunk = _MAX_CHUNK_BYTES
+        while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
+            chunk //= 2
         try:
-            if not kept:
-                if self.partial.exists():
-                    shutil.rmtree(self.partial)
-                check_space(self.target.parent, self.layout.file_bytes + self._side_bytes)
-                self.partial.mkdir()
-                self._journal.begin(job, self.partial.stat().st_ino)
-            chunk = _MAX_CHUNK_BYTES
-            while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
-                chunk //= 2
-            try:
-                staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
-            except RuntimeError as error:
-                raise ResourceError(
-                    f"{self.target}: the system refuses {io_threads} threads to write it ({error})"
-                ) from error
-            for shard in self.layout.shards:
-                path = self.partial / shard.name
-                resume = bool(kept) and path.exists()
-                file = _C.StagedFile(staging, str(path), shard.size, io=io, resume=resume)
-                self._files.append(file)
-        except OSError as error:
-            raise explain(error, self.target, io) from error
+            staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
+        except RuntimeError as error:
+            raise ResourceError(
+                f"{self.target}: the system refuses {io_threads} threads to write it ({error})"
+            ) from error
+        for shard in self.layout.shards:
+            path = folder.inside / shard.name
+            resume = bool(kept) and path.exists()
+            file = _C.StagedFile(staging, str(path), shard.size, io=io, resume=resume)
+            self._files.append(file)
         for name in kept:
             slot = self.layout.slots[name]
             self._files[slot.shard].keep(slot.begin, slot.nbytes)
@@ -259,19 +275,21 @@ class ModelWriter:
             if self.layout.index is not None:
                 extra.pop(INDEX, None)
                 extra[INDEX] = self.layout.index
-            folders = {self.partial}
+            inside = self._inside
+            folders = {inside}
             for name, content in extra.items():
-                place = self.partial / name
+                place = inside / name
                 place.parent.mkdir(parents=True, exist_ok=True)
-                folders |= {f for f in place.parents if f.is_relative_to(self.partial)}
+                folders |= {f for f in place.parents if f.is_relative_to(inside)}
                 _write_file(place, content)
             for folder in folders:
                 _sync(folder)
             check_target(self.target, self._overwrite)
             self._publish()
         except OSError as error:
-            raise explain(error, self.target) from error
+            raise explain(self._named(error), self.target) from error
         self._finished = True
+        self._close_folder()
         self._journal.close(remove=True)
 
     def discard(self) -> None:
@@ -281,22 +299,51 @@ class ModelWriter:
     def _sweep(self) -> None:
         """Removes what is no shard: scratch, and a killed run's scratch and side files."""
         shards = {shard.name for shard in self.layout.shards}
-        for entry in self.partial.iterdir():
+        for entry in self._inside.iterdir():
             if entry.name not in shards:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if inode(entry) else entry.unlink()
 
     def _publish(self) -> None:
+        assert self._folder is not None
+        self._folder.share()
+        old = inode(self.target)
         if not self.target.exists() or not any(self.target.iterdir()):
             self.partial.rename(self.target)  # replaces an empty folder
         elif _exchange(self.partial, self.target):
             _sync(self.target.parent)
-            shutil.rmtree(self.partial)  # the old model
+            self._check_shown()
+            if inode(self.partial) == old:
+                shutil.rmtree(self.partial)  # the old model
         else:
+            self._journal.set_aside(old)
             self.target.rename(self._old)
             self.partial.rename(self.target)
             _sync(self.target.parent)
-            shutil.rmtree(self._old)
+            self._check_shown()
+            if inode(self._old) == old:
+                shutil.rmtree(self._old)
         _sync(self.target.parent)
+        self._check_shown()
+
+    def _check_shown(self) -> None:
+        assert self._folder is not None
+        if inode(self.target) != self._folder.inode:
+            raise OutputError(
+                f"{self.target}: somebody exchanged the folder while it was written; what is there "
+                "now is not the merge; choose an output where nobody else may write"
+            )
+
+    @property
+    def _inside(self) -> Path:
+        assert self._folder is not None
+        return self._folder.inside
+
+    def _named(self, error: OSError) -> OSError:
+        return self._folder.named(error) if self._folder else error
+
+    def _close_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
 
     def __enter__(self) -> ModelWriter:
         return self
@@ -311,8 +358,10 @@ class ModelWriter:
             return
         self._give_up(failed=isinstance(error, Exception))
         own = (str(self.partial), str(self._journal.path))
-        if isinstance(error, OSError) and str(error.filename).startswith(own):
-            raise explain(error, self.target) from error
+        if isinstance(error, OSError):
+            named = self._named(error)
+            if str(named.filename).startswith(own):
+                raise explain(named, self.target) from error
 
     def _give_up(self, *, failed: bool = False) -> None:
         """Stops; keeps what a later run can continue from, else leaves nothing."""
@@ -322,9 +371,13 @@ class ModelWriter:
                 self._journal.fail()
         for file in self._files:
             file.abandon()
-        if self._worthless or (self._journal.begun and not self._journal.entries):
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self._journal.close(remove=not self.partial.exists())
+        worthless = self._worthless or (self._journal.begun and not self._journal.entries)
+        if worthless and self._folder is not None:
+            with suppress(OSError):
+                self._folder.remove()
+        self._close_folder()
+        told = os.path.lexists(self.partial) and self._journal.folder()
+        self._journal.close(remove=not told)
 
 
 # --- system calls ---

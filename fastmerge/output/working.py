@@ -1,0 +1,141 @@
+"""What a merge keeps beside its target: ours alone, whoever else may write to the parent.
+
+Whoever can write there can plant a link, a pipe, a hard link or a folder of weights under the names
+that a merge will use, or exchange names while it runs. So what is found is used only if it belongs
+to us, and the folder is worked in through its descriptor, whatever happens to its name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from fastmerge.errors import OutputError
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+class WorkingFolder:
+    """A folder of ours, open; ``inside`` is a path to it that no renaming leads astray.
+
+    Made private (mode 0700): nobody but us puts anything into it. ``loose``: it was found as one
+    that others may write to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens what is there. Raises OutputError for what is no folder of ours, OSError."""
+        found = os.lstat(path)
+        check_ours(path, found, folder=True)
+        self.path = path
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags)
+        status = os.fstat(self._descriptor)
+        self.inode = status.st_ino
+        self.loose = is_loose(status)
+        self.inside = Path(f"/proc/self/fd/{self._descriptor}")
+        if not os.path.samestat(found, status):
+            self.close()
+            raise OutputError(f"{path}: was exchanged while it was opened; run again")
+
+    @classmethod
+    def make(cls, path: Path) -> WorkingFolder:
+        path.mkdir(mode=0o700)
+        made = cls(path)
+        if os.listdir(made.inside):
+            made.close()
+            raise OutputError(f"{path}: was exchanged while it was made; run again")
+        return made
+
+    def check(self, name: str) -> None:
+        """Raises OutputError if the file ``name`` in it could be anything but a file of ours."""
+        status = os.lstat(self.inside / name)
+        check_ours(self.path / name, status)
+
+    def share(self) -> None:
+        """Gives it the mode that any new folder has here: with the umask, an ACL, a group's bit."""
+        probe = self.inside / "mode"
+        probe.mkdir()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.rmdir()
+        if mode != stat.S_IMODE(os.fstat(self._descriptor).st_mode):  # FAT has none to set
+            os.fchmod(self._descriptor, mode)
+
+    def named(self, error: OSError) -> OSError:
+        """The same error with the folder's name in the place of ``inside``."""
+        prefix = f"{self.inside}/"
+        if str(error.filename).startswith(prefix):
+            name = self.path / str(error.filename)[len(prefix) :]
+            return OSError(error.errno, error.strerror, str(name))
+        return error
+
+    def remove(self) -> None:
+        """With all that is in it, if its name still leads to it."""
+        if inode(self.path) == self.inode:
+            shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def inode(path: Path) -> int:
+    """Of a folder; 0 where there is none, or a link to one."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return 0
+    return status.st_ino if stat.S_ISDIR(status.st_mode) else 0
+
+
+def open_ours(path: Path) -> int:
+    """A descriptor of the file at ``path``, made if need be, to read and to append to.
+
+    Raises OutputError for what is no regular file of ours with that one name, OSError.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            found = os.lstat(path)
+            check_ours(path, found)
+            descriptor = os.open(path, flags | os.O_NONBLOCK)
+        except FileNotFoundError:
+            try:
+                return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                continue
+        if os.path.samestat(found, os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
+
+
+def is_loose(status: os.stat_result) -> bool:
+    """Whether others may write to it: then nothing is known of what is in it."""
+    return bool(status.st_mode & _OTHERS_WRITE)
+
+
+def check_ours(path: Path, status: os.stat_result, *, folder: bool = False) -> None:
+    wanted = stat.S_ISDIR if folder else stat.S_ISREG
+    if stat.S_ISLNK(status.st_mode):
+        fault = f"a link ({os.readlink(path)})"
+    elif not wanted(status.st_mode):
+        fault = "not a folder" if folder else "not a regular file"
+    elif not folder and status.st_nlink > 1:
+        fault = "a file with other names (hard links)"
+    elif status.st_uid != os.geteuid() and status.st_uid != _owner_here(path.parent):
+        fault = f"another user's (uid {status.st_uid})"
+    else:
+        return
+    raise OutputError(
+        f"{path}: {fault}, where a merge keeps its own work; remove it if nobody needs it, or "
+        "choose another output"
+    )
+
+
+def _owner_here(folder: Path) -> int:
+    """Whose a new file in the folder is: not ours where a server or a mount gives all to one."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
