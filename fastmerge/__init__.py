@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ResourceError,
         UnsupportedError,
     )
+    from fastmerge.methods import method
 
 __all__ = [
     "FastmergeError",
@@ -39,6 +40,7 @@ __all__ = [
     "llama",
     "materialise",
     "merge",
+    "method",
     "ops",
     "retrograde",
 ]
@@ -47,6 +49,7 @@ _HOMES = {
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "MergeReport": "fastmerge.engine.report",
+    "method": "fastmerge.methods",
     **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},
 }
 _MODULES = ("api", "live", "llama", "ops", "retrograde")

@@ -272,3 +272,59 @@ def test_primitives_read_what_is_computed() -> None:
     zero = on.tensor(np.zeros_like(x))
     assert on.select([made], zero, specs) == on.select([on.tensor(stored)], zero, specs)
     assert isinstance(on.select([made], zero, specs)[0], Selection)
+
+
+# --- in schedules, and where there are no kernels -------------------------------------------------
+
+
+def test_steps_take_the_state_as_base(zoo: Any) -> None:
+    from fastmerge.api import materialise
+    from fastmerge.engine.in_memory import materialise_plan
+    from fastmerge.evaluation.journal import Journal
+    from fastmerge.retrograde import open_space, walk
+    from fastmerge.retrograde.schedule import load
+    from fastmerge.search.lab import Lab
+
+    a = zoo.base("a", dtype="F32")
+    b, c = zoo.tune(a, "b", seed=2), zoo.tune(a, "c", seed=3)
+    own, near_b, near_c = (
+        dict(materialise({"merge_method": "passthrough", "models": [{"model": str(m)}]}))
+        for m in (a, b, c)
+    )
+
+    def walked(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+        schedule = load({
+            "baseline": str(a), "pool": [str(b), str(c)], **more,
+            "schedule": {"steps": [{"degrade": step} for step in steps]},
+        })  # fmt: skip
+        space = open_space(schedule, threads=1)
+        lab = Lab(space, None, None, Journal(None), threads=1)
+        state = walk(schedule, space, lab, seed=5).states[-1]
+        return {item.name: array for item, array in materialise_plan(space.plan(state))}
+
+    found = walked(
+        {"partner": "b", "method": "nearswap", "t": 0.002},
+        {"partner": "c", "method": "arcee_fusion"},
+    )
+    for name, array in found.items():
+        between = ops.nearswap(own[name], near_b[name], 0.002)
+        assert np.array_equal(array, ops.arcee_fusion(between, near_c[name])), name
+    found = walked({"partner": "b", "method": "ram"}, base_model=str(c))
+    for name, array in found.items():
+        assert np.array_equal(array, ops.ram(near_c[name], [own[name], near_b[name]])), name
+    with pytest.raises(FastmergeError, match="takes one model besides the base: give base 'state'"):
+        walked({"partner": "b", "method": "nearswap", "t": 0.1}, base_model=str(c))
+    with pytest.raises(FastmergeError, match="sce needs a base other than the state"):
+        walked({"partner": "b", "method": "sce"})
+
+
+def test_the_gpu_refuses_by_name() -> None:
+    backend = pytest.importorskip("fastmerge.kernels.backend")
+    from fastmerge.methods import find
+    from fastmerge.tree.nodes import Merge, Stored
+
+    for name in ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "magmax", "consensus_ta"):
+        leaf = Stored(0, "x", (4,), "BF16")
+        node = Merge(find(name), (leaf,), leaf, {}, ({},))
+        said = backend.TritonBackend.takes(node, node.operands)
+        assert said == f"is merged by {name}, which has no GPU kernel"

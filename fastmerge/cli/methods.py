@@ -18,8 +18,9 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the merge methods, or one method's parameters."""
-    from fastmerge.methods import METHODS, find
+    from fastmerge.methods import METHODS, find, load
 
+    load()
     chosen = METHODS.values() if name is None else [find(name, "methods")]
     if json:
         print_json([_method_row(method) for method in chosen])

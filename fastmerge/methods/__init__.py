@@ -6,9 +6,10 @@ behind them are in csrc/ and kernels/. `register` adds rows of others.
 
 from __future__ import annotations
 
+from fastmerge.methods.plugins import Option, find, known, load, method
 from fastmerge.methods.register import register, unregister
 from fastmerge.methods.shapes import Combination, Consensus, Function, Pointwise
-from fastmerge.methods.table import METHODS, find
+from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
 __all__ = [
@@ -18,9 +19,13 @@ __all__ = [
     "Consensus",
     "Function",
     "Method",
+    "Option",
     "Parameter",
     "Pointwise",
     "find",
+    "known",
+    "load",
+    "method",
     "register",
     "unregister",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods import combination, consensus, pointwise
 from fastmerge.methods.shapes import Combination, Consensus, Pointwise, Spans
 from fastmerge.methods.types import REQUIRED, Method, Parameter
@@ -237,11 +236,3 @@ _ROWS: tuple[Method, ...] = (
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-
-
-def find(name: str, where: str = "merge_method") -> Method:
-    """The row called ``name``; raises FastmergeError with the nearest known name."""
-    row = METHODS.get(name)
-    if row is None:
-        raise RecipeError(f"{where}: unknown method '{name}'; {nearest(name, METHODS)}")
-    return row

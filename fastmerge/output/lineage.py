@@ -11,7 +11,7 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.output.provenance import names, provenance
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -23,10 +23,18 @@ def metadata(plan: Plan) -> dict[str, str]:
         "fastmerge_version": __version__,
         "fastmerge_recipe": provenance(plan).recipe_text,
         "fastmerge_seed": "" if plan.seed is None else str(plan.seed),
+        **_foreign(plan),
         "fastmerge_inputs": json.dumps(
             {ref: model.fingerprint for ref, model in zip(names(plan), plan.models, strict=True)}
         ),
     }
+
+
+def _foreign(plan: Plan) -> dict[str, str]:
+    """Names and versions of methods that are not fastmerge's own, where there are any."""
+    merges = (node for tensor in plan.tensors for node in walk(tensor.root))
+    methods = {node.method for node in merges if isinstance(node, Merge) and node.method.version}
+    return {"fastmerge_methods": ", ".join(sorted(m.identity for m in methods))} if methods else {}
 
 
 def tensor_lineage(outcome: Outcome, called: Sequence[str]) -> dict[str, Any]:

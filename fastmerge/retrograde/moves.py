@@ -22,6 +22,9 @@ def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int | N
     t = step.t if step.t is not None else constant(0.0)
     away = affine(t, -1.0, 1.0)
     base_name = schedule.base_of(step)
+    if method.max_operands == 1:  # of the other alone, with the state as base
+        given = {**parameters, "t": t} if method.parameter("t") is not None else parameters
+        return blend(step.method, (other,), base=state, parameters=given, seed=seed)
     if method.parameter("t") is not None:
         return blend(step.method, (state, other), parameters={**parameters, "t": t}, seed=seed)
     if not isinstance(method, Consensus):

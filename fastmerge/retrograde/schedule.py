@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate
-from fastmerge.methods import METHODS, Consensus, Method
+from fastmerge.methods import METHODS, Consensus, Method, known
 from fastmerge.methods.table import T
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, one_of, real, string, whole
@@ -71,12 +71,12 @@ class Step(Section):
         extra.where, extra.at = data.where, {**data.at, **getattr(inner, "at", {})}
         extra.update(inner)
         gathered.where, gathered.at = data.where, extra.at
-        method = METHODS.get(data["method"]) if isinstance(data.get("method"), str) else None
+        method = known(data["method"]) if isinstance(data.get("method"), str) else None
         if method is not None:
-            known = [p.name for p in method.parameters]
+            names = [p.name for p in method.parameters]
             for name in extra:
-                if name not in known and name != "t":
-                    hint = nearest(name, [*(k for k in known if k not in _IMPLIED), *own, "t"])
+                if name not in names and name != "t":
+                    hint = nearest(name, [*(k for k in names if k not in _IMPLIED), *own, "t"])
                     raise RecipeError(
                         f"{extra.at[name]}: unknown key '{name}' for a {method.name} step; {hint}"
                     )
@@ -87,12 +87,12 @@ class Step(Section):
         return gathered
 
     def check(self) -> None:
-        method = METHODS.get(self.method)
+        method = known(self.method)
         if method is None:
             self.refuse(
                 "method", f"unknown method '{self.method}'; {nearest(self.method, METHODS)}"
             )
-        if method.max_operands is not None and method.max_operands < 2:
+        if method.max_operands == 1 and method.base != "required":
             self.refuse("method", f"'{self.method}' takes one model and cannot be a step")
         if uses_t(method) and self.t is None:
             self.refuse("t", f"{method.name} needs 't', the fraction of the way to the other model")
@@ -105,9 +105,9 @@ class Step(Section):
                 self.refuse(key, f"'{key}' of a step follows from 't': remove it")
             if key == "trim" and any("model" in rule.values for rule in setting.rules):
                 self.refuse(key, "a step trims tensor by tensor: remove 'trim: model'")
-            setting.checked(
-                _T if key == "t" else next(p for p in method.parameters if p.name == key)
-            )
+            own = method.parameter(key)
+            # A step's t is the fraction of the way, whatever else the row says of it.
+            setting.checked(_T if own is None or own.fraction else own)
 
     @property
     def t(self) -> Setting | None:
@@ -314,7 +314,13 @@ class Schedule(Section):
         if base not in (None, STATE) and self.model_index(str(base)) is None:
             known = [STATE, "baseline", *self.labels]
             step.refuse("base", f"unknown base '{base}'; {nearest(str(base), known)}")
-        if base == STATE and not isinstance(METHODS[step.method], Consensus):
+        method = METHODS[step.method]
+        alone = method.max_operands == 1 and method.base == "required"
+        if alone and base != STATE:
+            step.refuse(
+                "base", f"{step.method} takes one model besides the base: give base 'state'"
+            )
+        if base == STATE and not alone and not isinstance(method, Consensus):
             step.refuse(
                 "base",
                 f"{step.method} needs a base other than the state: give 'base_model' or 'base'",
