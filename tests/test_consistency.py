@@ -309,3 +309,26 @@ def test_prediction_layers_in_one_model_are_told_as_that(prefix, first, zoo):
     a, b = model(zoo, "a", tensors=extra, num_nextn_predict_layers=1), model(zoo, "b", seed=1)
     with pytest.raises(FastmergeError, match="only one of them has tensors for multi-token pred"):
         make_plan(linear(a, b) if first else linear(b, a))
+
+
+def test_layers_listed_and_not_counted_are_counted(zoo):
+    kinds = {"layers_block_type": ["mamba"] * 4, "model_type": "nemotron_h"}
+    assert not make_plan(linear(model(zoo, "a", num_hidden_layers=None, **kinds))).notes
+
+
+def test_a_wrappers_prefix_in_all_models_is_noted(zoo):
+    folders = []
+    for name in "ab":
+        folder = zoo.base(name)
+        config = json.loads((folder / "config.json").read_text())
+        renamed = {f"_orig_mod.{n}": x for n, x in zoo.read(folder).items()}
+        folders.append(str(zoo.write(name, renamed, config)))
+    (note,) = make_plan(linear(*folders)).notes
+    assert "begin with '_orig_mod.' (torch.compile's wrapper)" in note
+
+
+def test_factors_of_an_adapter_are_noted(zoo):
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    a = model(zoo, "a", tensors={name: np.ones((4, 32), np.float32)})
+    (note,) = make_plan(linear(a)).notes
+    assert f"factors of an adapter ('{name}')" in note

@@ -245,3 +245,19 @@ def test_groups_of_layers_are_a_period(zoo):
     assert "layer_group_size: still true" in held
     (moved,) = make_plan(stack((a, 0, 1), (a, 0, 4))).notes
     assert "layer_group_size goes by layer number" in moved
+
+
+def test_lists_of_prediction_layers_are_not_the_stacks(zoo):
+    a = model(zoo, "a", mtp_layer_types=["a", "b", "c", "d"])
+    assert make_plan(stack((a, 0, 2), (a, 0, 4))).config["mtp_layer_types"] == list("abcd")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("block_types", ["r", "r", "a", "a"]), ("sliding_window_pattern", 2)]
+)
+def test_kinds_that_a_key_says_are_no_default(zoo, key, value):
+    change = {"model_type": "recurrent_gemma", key: value, "tie_word_embeddings": False}
+    (note,) = make_plan(
+        stack((model(zoo, "a", **change), 0, 2), (model(zoo, "a", **change), 0, 4))
+    ).notes
+    assert key in note

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from fastmerge.models.architecture import layer_of
 
 # Who writes names with such a beginning, for the message.
-_WRITERS = {
+WRITERS = {
     "_orig_mod.": "torch.compile's wrapper",
     "module.": "DataParallel's wrapper",
     "base_model.model.": "peft's wrapper",
@@ -72,7 +72,7 @@ def _beginnings(lost: list[str], extra: list[str]) -> Iterator[tuple[str, str]]:
 
 def prefix_hint(a: str, of_a: str, b: str, of_b: str) -> str:
     """What to say of names that differ by `renamed`'s (a, b), and of whose they are."""
-    written = next((f" ({who})" for key, who in _WRITERS.items() if key in (a, b)), "")
+    written = next((f" ({who})" for key, who in WRITERS.items() if key in (a, b)), "")
     return (
         f"the names differ only by a prefix, {_shown(a)} in '{of_a}' and {_shown(b)} in "
         f"'{of_b}'{written}; rename the tensors of one"

@@ -13,6 +13,7 @@ from typing import Any
 from fastmerge.errors import ModelError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import is_known, model_type, says_tied, text_config, whole
+from fastmerge.models.names import WRITERS, common_prefix
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -94,6 +95,18 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
             f"'{lead.label}' has no head, and its config does not tie it to the embeddings: "
             "transformers would make one of random numbers"
         )
+    adapter = next((n for n in result.tensors if ".lora_A." in n or ".lora_B." in n), None)
+    if adapter is not None:
+        note(
+            f"'{lead.label}' holds factors of an adapter ('{adapter}'), whose product is not what "
+            "merging each of them gives; merge it into its model with peft first"
+        )
+    prefix = common_prefix(result.tensors)
+    if prefix in WRITERS and is_known(text_config(result.config)):
+        note(
+            f"all tensors begin with '{prefix}' ({WRITERS[prefix]}): transformers looks for them "
+            "without; rename them"
+        )
     stack = "" if lead.stack is None else lead.stack.layers
     if causal and stack.endswith("model.layers") and is_known(text_config(result.config)):
         around = [n for n in result.tensors if layer_of(n) is None and n != result.head]
@@ -135,7 +148,10 @@ def _check_config(
     result: View, lead: View, last: Input, note: Callable[[str], None], truncated: bool
 ) -> None:
     config = text_config(result.config)
-    counts = any("layer" in key and whole(config, key) > 0 for key in config)
+    counts = any(
+        "layer" in key and (whole(config, key) > 0 or isinstance(value, list))
+        for key, value in config.items()
+    )
     if lead.stack is not None and is_known(config) and not counts:
         note(
             f"config.json of '{lead.label}' does not count its {lead.layer_total} layers: "

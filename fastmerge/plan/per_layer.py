@@ -21,6 +21,8 @@ _LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indices", "patt
 # Lists under such words are of tokens, of bounds and of shapes, however long they are.
 _NOT_LAYERS = {"token", "id", "ids", "architectures", "limit", "range", "betas", "map", "factor"}
 _KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+# In keys that say of which kind a layer is.
+_SAY_KINDS = ("types", "pattern", "period", "interval", "group")
 # Words in keys whose number says every how many layers something is.
 _PERIODS = {"period", "interval", "every", "freq", "frequency", "step", "pattern", "stride"}
 _OF_LAYERS = {
@@ -59,6 +61,8 @@ def restack(
     writer.section(config, ())
     part = text_config(lead.config)
     silent = not any(part.get(key) for key in _KINDS) and not writer.by_number
+    told = (*writer.rewritten, *writer.held)
+    silent = silent and not any(word in key for key in told for word in _SAY_KINDS)
     if model_type(part) in MIXED_LAYERS and silent and writer.moved:
         writer.by_number.append("the default of layer_types")
     if writer.rewritten:
@@ -110,7 +114,7 @@ class _Restack:
         if len(_expanded(value) or ()) == self.total:
             self._set(config, path, [[[self._entry(x, path, list) for x in self.layers], 1]])
             return
-        if not value or (words & _NOT_LAYERS and not speaks):
+        if not value or words & {"mtp", "nextn"} or (words & _NOT_LAYERS and not speaks):
             return
         listed = speaks and _numbers(value, self.total + first) and min(value) >= first
         whole = list(range(first, self.total + first))
