@@ -309,10 +309,6 @@ BAD = {
         "merge_method: slerp\nslices:\n  - sources: []\n",
         "a slice needs at least one source",
     ),
-    "modules": (
-        f"{LINEAR}modules: {{text: {{models: [{{model: a}}]}}}}\n",
-        "recipe:3: 'modules' is not supported but for the one of whole models, 'default'",
-    ),
     "modules-empty": (f"{LINEAR}modules: {{}}\n", "recipe:3: 'modules' must be a mapping with a"),
     "modules-beside-models": (
         f"{LINEAR}{TWO}modules: {{default: {{models: [{{model: a}}]}}}}\n",

@@ -4,7 +4,7 @@ end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,22 @@ class Builder:
         self._models = models
         self._tried: set[tuple[int, ...]] = set()  # see _try_rule
 
-    def whole(self, part: Part) -> dict[str, TensorPlan]:
-        """Every tensor of the lead, merged with its namesakes."""
+    def whole(
+        self, part: Part, among: Callable[[str], bool] | None = None
+    ) -> dict[str, TensorPlan]:
+        """Every tensor of the lead, or those ``among`` them, merged with its namesakes."""
         lead = part.lead.view
+
+        def own(view: View) -> Mapping[str, TensorPlan]:
+            if among is None:
+                return view.tensors
+            return {name: tensor for name, tensor in view.tensors.items() if among(name)}
+
         others = [item for item in part.inputs if item.view is not lead]
         for item in others:
-            _check_names(lead.tensors, item.view.tensors, part.lead, item)
+            _check_names(own(lead), own(item.view), part.lead, item)
         result = {}
-        for name, tensor in lead.tensors.items():
+        for name, tensor in own(lead).items():
             if name in lead.extra:  # beyond the config's layers: see plan/layers.py
                 result[name] = tensor
                 continue

@@ -28,7 +28,7 @@ from fastmerge.errors import (
     few_of_a_kind,
     is_whole,
 )
-from fastmerge.methods import Method
+from fastmerge.methods import METHODS, Method
 from fastmerge.models import hub
 from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
@@ -47,6 +47,7 @@ from fastmerge.plan.inputs import (
     check_quantised,
 )
 from fastmerge.plan.layers import check_layers, settle_layers
+from fastmerge.plan.modules import by_part, find_parts
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.spanning import check_whole
@@ -56,6 +57,7 @@ from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.document import (
     Document,
     ModelEntry,
+    Module,
     Recipe,
     Slice,
     SliceSource,
@@ -182,14 +184,18 @@ class Planner:
                 "dtypes of named documents are not applied: results between documents stay exact"
             )
         base = self._base(document.base_model, document.at("base_model"))
-        if document.models is not None:
+        names: list[list[str]] | None = None
+        if document.modules is not None:
+            parts, names = self._modules(document, document.modules, base)
+        elif document.models is not None:
             parts = [self._whole(document, document.models, base)]
         else:
             parts = [self._slice(document, part, base) for part in document.slices or ()]
         self.views[document.name] = self.merged(
             parts,
             base or parts[0].inputs[0].view,
-            whole=document.models is not None,
+            whole=document.slices is None,
+            names=names,
             dtype=document.output_dtype,
             seed=self._stage_seed(document, is_output),
             name=document.name or "output",
@@ -203,6 +209,7 @@ class Planner:
         lead: View,
         *,
         whole: bool = True,
+        names: Sequence[Sequence[str]] | None = None,
         dtype: DType | None = None,
         seed: int | None = None,
         name: str = "output",
@@ -210,8 +217,9 @@ class Planner:
         tokenizer: TokenizerSection | None = None,
         is_output: bool = True,
     ) -> View:
-        """The merge of ``parts``: runs of layers, or the one of ``whole`` models. ``lead`` gives
-        config and side files.
+        """The merge of ``parts``: runs of layers, or the one of ``whole`` models, or, with
+        ``names``, of those parts of whole models (plan/modules.py). ``lead`` gives config and side
+        files.
         """
         for part in parts:
             for item in part.inputs:
@@ -245,7 +253,10 @@ class Planner:
         if not whole:
             check_stack(parts, lead)
         build = Builder(dtype, seed, self.opened.models)
-        tensors = build.whole(parts[0]) if whole else build.stacked(parts)
+        if names is not None:
+            tensors = by_part(build, parts, names, lead)
+        else:
+            tensors = build.whole(parts[0]) if whole else build.stacked(parts)
         if document is not None:
             self._unused_filters(document, parts)
         if is_output:
@@ -330,7 +341,33 @@ class Planner:
         self.seed_used = True
         return self.seed
 
-    def _whole(self, document: Document, entries: Sequence[ModelEntry], base: View | None) -> Part:
+    def _modules(
+        self, document: Document, modules: Mapping[str, Module], base: View | None
+    ) -> tuple[list[Part], list[list[str]]]:
+        """The merge of each module, with the parts of the models that it makes; last a copy of the
+        lead's that none does.
+        """
+        parts = [
+            self._whole(document, module.models or (), base, module) for module in modules.values()
+        ]
+        lead = base or parts[0].inputs[0].view
+        where = document.at("modules")
+        found, rest = find_parts(list(modules), lead, where)
+        names = [[name] for name in found]
+        if rest:
+            self.note(f"no module makes the {', '.join(rest)} part: copied from '{lead.label}'")
+            copy = [Input(lead, 0, where, {})]
+            parts.append(self.part(METHODS["passthrough"], copy, None, [], where=where, of=where))
+            names.append(rest)
+        return parts, names
+
+    def _whole(
+        self,
+        document: Document,
+        entries: Sequence[ModelEntry],
+        base: View | None,
+        module: Module | None = None,
+    ) -> Part:
         method = document.method
         inputs = []
         for entry in entries:
@@ -351,9 +388,10 @@ class Planner:
                 )
             inputs.append(Input(base, 0, document.at("base_model"), {}))
         levels = [settings_for(method, document)]
-        return self.part(
-            method, inputs, base, levels, where=document.at("models"), of=document.where
-        )
+        if module is not None:
+            levels.insert(0, settings_for(method, module))
+        where = document.at("models") if module is None else module.at("models")
+        return self.part(method, inputs, base, levels, where=where, of=document.where)
 
     def _whole_range(self, entry: ModelEntry, view: View) -> None:
         stack = view.stack

@@ -190,9 +190,12 @@ class Document(_Parametrised):
     def own_seed(self) -> int | None:
         return self.random_seed if self.seed is None else self.seed
 
-    def sections(self) -> Iterator[Document | ModelEntry | Slice | SliceSource]:
+    def sections(self) -> Iterator[Document | Module | ModelEntry | Slice | SliceSource]:
         """Every section that can hold parameters."""
         yield self
+        for module in (self.modules or {}).values():
+            yield module
+            yield from module.models or ()
         yield from self.models or ()
         for part in self.slices or ():
             yield part
@@ -201,7 +204,8 @@ class Document(_Parametrised):
     def references(self) -> list[tuple[str, str]]:
         """Every model named, with its place, in recipe order; the base where it is first named."""
         found: dict[str, str] = {}
-        for entry in self.models or ():
+        listed_in = [module.models or () for module in (self.modules or {}).values()]
+        for entry in (*(self.models or ()), *(entry for part in listed_in for entry in part)):
             found.setdefault(entry.model, entry.at("model"))
         for part in self.slices or ():
             for source in part.sources:
@@ -232,7 +236,7 @@ class Document(_Parametrised):
         method = self.method
         if self.modules is not None:
             self._hoist(self.modules)
-        if bool(self.models) == bool(self.slices):
+        if self.modules is None and bool(self.models) == bool(self.slices):
             raise RecipeError(
                 f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
             )
@@ -252,19 +256,27 @@ class Document(_Parametrised):
         self._check_tokenizer()
 
     def _hoist(self, modules: Mapping[str, Module]) -> None:
-        """Writes ``modules: default:`` as what it means: models or slices, and parameters."""
+        """Writes ``modules: default:`` as what it means: models or slices, and parameters; other
+        modules stay.
+        """
         if self.models or self.slices:
             raise RecipeError(
                 f"{self.at('modules')}: give one of 'models:', 'slices:' and 'modules:'"
             )
-        others = [name for name in modules if name != _WHOLE]
-        if others:
-            raise UnsupportedError(
-                f"{self.at('modules')}: 'modules' is not supported but for the one of whole "
-                f"models, '{_WHOLE}', and not for '{others[0]}'; merge a model of several modules "
-                "with 'models:' (every tensor, by name; filters choose among them)"
+        if _WHOLE not in modules:
+            for name, part in modules.items():
+                if part.slices:
+                    raise UnsupportedError(
+                        f"{part.at('slices')}: 'slices' is not supported in the module '{name}', "
+                        f"only in '{_WHOLE}'; list whole models under 'models:'"
+                    )
+            return
+        if len(modules) > 1:
+            raise RecipeError(
+                f"{self.at('modules')}: '{_WHOLE}' is the whole model; remove the other modules"
             )
         module = modules[_WHOLE]
+        self.modules = None
         self.models, self.slices = module.models, module.slices
         # The module's rules come first, and the document's where none of them matches.
         self.parameters = {**self.parameters} | {
@@ -290,7 +302,7 @@ class Document(_Parametrised):
 
 
 def settings_for(
-    method: Method, section: Document | ModelEntry | Slice | SliceSource
+    method: Method, section: Document | Module | ModelEntry | Slice | SliceSource
 ) -> dict[str, Setting]:
     """The section's settings of ``method``'s parameters, checked.
 

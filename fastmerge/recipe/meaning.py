@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmerge.recipe.document import Document, ModelEntry, Slice, SliceSource, settings_for
+from fastmerge.recipe.document import (
+    Document,
+    ModelEntry,
+    Module,
+    Slice,
+    SliceSource,
+    settings_for,
+)  # fmt: skip
+
+Section = Document | Module | ModelEntry | Slice | SliceSource
 
 
 def meaning(documents: Sequence[Document]) -> str:
@@ -25,7 +34,7 @@ def meaning(documents: Sequence[Document]) -> str:
             return None if reference is None else numbers[reference]
         return Path(os.path.abspath(os.path.expanduser(reference))).name
 
-    def values(document: Document, section: Document | ModelEntry | Slice | SliceSource) -> Any:
+    def values(document: Document, section: Section) -> Any:
         found = settings_for(document.method, section)
         return {name: [rule[:2] for rule in found[name].rules] for name in sorted(found)}
 
@@ -35,6 +44,17 @@ def meaning(documents: Sequence[Document]) -> str:
             model(document.base_model),
             values(document, document),
             [[model(entry.model), values(document, entry)] for entry in document.models or ()],
+            [
+                [
+                    name,
+                    values(document, module),
+                    [
+                        [model(entry.model), values(document, entry)]
+                        for entry in module.models or ()
+                    ],
+                ]
+                for name, module in (document.modules or {}).items()
+            ],
             [
                 [
                     model(part.base_model),
