@@ -41,13 +41,15 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     transformers = _transformers()
     folder = _model_folder(path)
     kwargs.setdefault("dtype", "auto")
+    kwargs.setdefault("trust_remote_code", False)  # without it transformers asks on the terminal
     if (folder / GENERATION).is_file():  # which transformers leaves out in silence if it is damaged
         _generation_config(transformers, folder)
     try:
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **kwargs
         )
-    except RuntimeError as error:  # shapes that do not fit
+    # Shapes that do not fit; code of the model's own, or a class that is not known.
+    except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
         raise ModelError(f"{folder}: does not load: {one_line(error)}") from error
     _check(loading, str(folder))
     return model.eval()
@@ -145,6 +147,7 @@ def beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
 
 
 def _tokenizer(transformers: Any, folder: Path, where: str, kwargs: Mapping[str, Any]) -> Any:
+    kwargs = {"trust_remote_code": False, **kwargs}  # without it transformers asks
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -184,7 +184,7 @@ def test_a_file_in_a_folder_of_downloads_brings_no_strangers(zoo, tmp_path: Path
 
 
 def test_a_folder_of_everything_is_no_model(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_ENTRIES", 20)
+    monkeypatch.setattr(module, "MAX_ENTRIES", 20)
     base = zoo.base()
     fill(base, tuple(f"data/{number}" for number in range(30)))
     with pytest.raises(FastmergeError, match="more than 20 files"):

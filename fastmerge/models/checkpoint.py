@@ -19,12 +19,14 @@ from fastmerge.models.header import (
     FileTensor,
     Header,
     Stamp,
+    open_regular,
     read_header,
     read_object,
     show,
     stamp_of,
     unreadable,
 )
+from fastmerge.models.links import Home
 from fastmerge.models.side_files import SideFiles, side_files
 
 _SAMPLE_BYTES = 4096
@@ -87,6 +89,7 @@ class Checkpoint:
         if beside.is_symlink() and not beside.exists():
             raise ModelError(f"{beside}: a link to nothing ({os.readlink(beside)}); mend the link")
         if beside.exists():
+            Home(beside.parent).inside(beside)
             config = read_object(beside)
         opened = [read_header(file, index) for index, file in enumerate(files)]
         headers = tuple(header for header, _ in opened)
@@ -168,14 +171,12 @@ class Checkpoint:
         for index, path in enumerate(self.files):
             digest.update(self.stamp[index].size.to_bytes(8, "little") + self._digests[index])
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
+                with open_regular(path) as opened:
+                    descriptor = opened.fileno()
                     # Read-ahead would turn every 4 KiB into 128.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                     for begin, nbytes in by_file.get(index, ()):
                         digest.update(os.pread(descriptor, nbytes, begin))
-                finally:
-                    os.close(descriptor)
             except OSError as error:
                 unreadable(path, error)
         return digest.hexdigest()

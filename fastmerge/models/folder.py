@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fastmerge.errors import ModelError, UnsupportedError
+from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import Header, read_object, show
+from fastmerge.models.links import Home
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -18,7 +21,9 @@ INDEX = "model.safetensors.index.json"
 
 def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     index, single = folder / INDEX, folder / SINGLE
+    home = Home(folder)
     if index.exists():
+        home.inside(index)
         weight_map = _read_weight_map(index)
         names = sorted(set(weight_map.values()))
         if single.exists() and names != [SINGLE]:
@@ -32,8 +37,10 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
                 raise ModelError(
                     f"{index}: shard {show(name)} is missing; download or copy it again"
                 )
+            home.inside(folder / name)
         return tuple(folder / name for name in names), weight_map
     if single.exists():
+        home.inside(single)
         return (single,), None
     if single.is_symlink():
         raise ModelError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
@@ -50,11 +57,14 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")
     )
     if pickled:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({str(folder)!r}, dtype='auto')"
+            f".save_pretrained({f'{folder}-safe'!r}, safe_serialization=True)"
+        )
         raise UnsupportedError(
             f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert: "
-            f'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}', dtype='auto')"
-            f".save_pretrained('{folder}-safe', safe_serialization=True)\""
+            f"python -c {shlex.quote(code)}"
         )
     if any(folder.glob("*.gguf")):
         raise UnsupportedError(
@@ -67,7 +77,7 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index, strict=True).get("weight_map")
+    weight_map = read_object(index, strict=True, max_bytes=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: has no 'weight_map'")
     for name, file in weight_map.items():

@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError
+from fastmerge.limits import MAX_ENTRIES, MAX_FILE_BYTES, MAX_MODULES_BYTES, MAX_TOTAL_BYTES
 from fastmerge.models.header import open_regular, show
-
-MAX_FILE_BYTES = 256 << 20  # the largest tokenizer file on the Hub takes 35 MB
-MAX_TOTAL_BYTES = 1 << 30
-_MAX_ENTRIES = 10_000  # a folder with more is no model's: somebody's home, a data set
-_MAX_MODULES_BYTES = 1 << 20
+from fastmerge.models.links import Home
 
 CARD_FILE = "README.md"
 LINEAGE_FILE = "fastmerge.json"
@@ -129,25 +126,11 @@ def side_files(path: Path, weights: Iterable[Path] = ()) -> SideFiles:
         raise ModelError(f"{where}: cannot be read ({error.strerror or error})") from error
 
 
-def hub_repository(path: Path) -> Path | None:
-    """The ``models--org--name`` folder of huggingface_hub's cache that the snapshot at ``path``, or
-    a folder in it, lies in: its files are links into ``blobs`` there.
-    """
-    for folder in (path, *path.parents):
-        above = folder.parent
-        if above.name == "snapshots" and above.parent.name.startswith("models--"):
-            return above.parent
-    return None
-
-
 class _Gathering:
     def __init__(self, root: Path, weights: set[str]) -> None:
         self._root = root
+        self._home = Home(root)
         self._weights = weights
-        self._homes = [root]  # where a link may lead
-        repository = hub_repository(root)
-        if repository is not None:
-            self._homes.append(repository / "blobs")
         self._found: dict[str, tuple[Path, int]] = {}
         self._left_out: dict[str, list[str]] = {}
         self._entries = 0
@@ -189,9 +172,9 @@ class _Gathering:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 self._entries += 1
-                if self._entries > _MAX_ENTRIES:
+                if self._entries > MAX_ENTRIES:
                     raise ModelError(
-                        f"{self._root}: more than {_MAX_ENTRIES} files beside the weights; give "
+                        f"{self._root}: more than {MAX_ENTRIES} files beside the weights; give "
                         "the model a folder of its own"
                     )
                 yield entry
@@ -214,7 +197,7 @@ class _Gathering:
 
     def _subfolder(self, entry: os.DirEntry[str], name: str) -> None:
         if entry.is_symlink():
-            self._inside(entry.path)
+            self._home.inside(entry.path)
             self._leave(f"{name}/", "links to folders")
         elif name in OTHER_FORMATS:
             self._leave(f"{name}/", "weights in another form")
@@ -226,26 +209,9 @@ class _Gathering:
             self._folder(Path(entry.path), f"{name}/")
 
     def _file(self, path: str, name: str) -> None:
-        place = self._inside(path)
+        place = self._home.inside(path)
         with open_regular(place) as file:
             self._found[name] = place, os.fstat(file.fileno()).st_size
-
-    def _inside(self, path: str) -> Path:
-        """Where ``path`` really lies, which is in the folder."""
-        place = Path(os.path.realpath(path))
-        if not os.path.islink(path):
-            return place
-        if not place.exists():
-            raise ModelError(
-                f"{path}: a link to nothing ({os.readlink(path)}); mend the link, or download the "
-                "file again"
-            )
-        if not any(place.is_relative_to(home) for home in self._homes):
-            raise ModelError(
-                f"{path}: a link out of the model's folder ({os.readlink(path)}); put the file "
-                "itself there (cp -L)"
-            )
-        return place
 
     def _leave(self, name: str, why: str) -> None:
         self._left_out.setdefault(why, []).append(name)
@@ -256,7 +222,7 @@ def _modules(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     with open_regular(path) as file:
-        text = file.read(_MAX_MODULES_BYTES)
+        text = file.read(MAX_MODULES_BYTES)
     try:
         modules: Any = json.loads(text)
     except (ValueError, RecursionError):

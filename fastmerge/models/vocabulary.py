@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.limits import MAX_FILE_BYTES
+from fastmerge.models.header import open_regular
 from fastmerge.models.side_files import is_tokenizer
 
 Files = Mapping[str, "bytes | Path"]
@@ -406,10 +409,11 @@ def _config(vocabulary: Vocabulary) -> dict[str, Any]:
 def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
     """tokenizer.json as transformers makes it of older files."""
     found = ", ".join(name for name in files if name in _OLDER or name.endswith(".model"))
-    remedy = (
-        f'save it as one: python -c "from transformers import AutoTokenizer as T; '
-        f"T.from_pretrained('{folder or label}').save_pretrained('{folder or label}')\""
+    code = (
+        "from transformers import AutoTokenizer as T; "
+        f"T.from_pretrained({str(folder or label)!r}).save_pretrained({str(folder or label)!r})"
     )
+    remedy = f"save it as one: python -c {shlex.quote(code)}"
     if folder is None:
         raise UnsupportedError(f"{label}: has no {TOKENIZER} and lies in no folder; {remedy}")
     try:
@@ -420,7 +424,9 @@ def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
             f"`pip install 'fastmerge[llama]' sentencepiece`; or {remedy}"
         ) from None
     try:
-        made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        made = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         backend = made.backend_tokenizer
         document: dict[str, Any] = json.loads(backend.to_str())
     except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, ...
@@ -436,7 +442,8 @@ def _bytes(file: bytes | Path) -> bytes:
     if isinstance(file, bytes):
         return file
     try:
-        return file.read_bytes()
+        with open_regular(file) as opened:
+            return opened.read(MAX_FILE_BYTES) or b""
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
 

@@ -10,8 +10,9 @@ from functools import cached_property
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
+from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
-from fastmerge.models.header import MAX_HEADER_BYTES, show
+from fastmerge.models.header import show
 
 _ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
 

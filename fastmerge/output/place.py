@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError
+from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_object
 from fastmerge.models.side_files import LINEAGE_FILE, OURS, is_known
@@ -149,7 +150,7 @@ def _written(target: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        files = read_object(path).get("files")
+        files = read_object(path, max_bytes=MAX_HEADER_BYTES).get("files")
     except ModelError:  # damaged: then nothing is known of what was written
         return set()
     return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()

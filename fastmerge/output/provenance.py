@@ -14,8 +14,9 @@ from typing import Any
 
 from fastmerge.errors import FastmergeError
 from fastmerge.models.header import open_regular
+from fastmerge.models.links import hub_repository
 from fastmerge.models.model import Model
-from fastmerge.models.side_files import CARD_FILE, hub_repository
+from fastmerge.models.side_files import CARD_FILE
 from fastmerge.plan.plan import Plan
 
 _MAX_CARD_BYTES = 1 << 20

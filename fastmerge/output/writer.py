@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 
 from fastmerge import _C
 from fastmerge.errors import ModelError, OutputError, ResourceError
+from fastmerge.limits import MAX_FILE_BYTES
 from fastmerge.models.folder import INDEX
 from fastmerge.models.header import open_regular
-from fastmerge.models.side_files import MAX_FILE_BYTES
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout, Slot
 from fastmerge.output.place import check_place, check_space, check_target, explain, real_target

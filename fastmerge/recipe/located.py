@@ -20,6 +20,7 @@ class LocatedDict(dict[str, Any]):
 
     where: str = ""
     at: dict[str, str]
+    size: int = 0  # values in it, every alias of the YAML written out
 
 
 class LocatedList(list[Any]):
@@ -27,6 +28,7 @@ class LocatedList(list[Any]):
 
     where: str = ""
     at: list[str]
+    size: int = 0
 
 
 def placed(where: str, **values: Any) -> LocatedDict:
@@ -42,6 +44,7 @@ def located(value: Any, place: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise RecipeError(f"{place}: key {brief(key)} is not text")
+            _check_text(key, place)
         result = LocatedDict({k: located(v, f"{place}.{k}") for k, v in value.items()})
         result.where, result.at = place, {key: f"{place}.{key}" for key in value}
         return result
@@ -53,4 +56,15 @@ def located(value: Any, place: str) -> Any:
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is not None and type(plain) not in (bool, int, float, str):
         raise RecipeError(f"{place}: {brief(plain)} has no meaning here")
+    if isinstance(plain, str):
+        _check_text(plain, place)
     return plain
+
+
+def _check_text(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            f"{place}: {brief(ascii(text))} holds half of a surrogate pair, which is no text"
+        ) from None

@@ -37,4 +37,6 @@ def reference(value: Any) -> str:
     path, revision = value["path"], value.get("revision")
     if not isinstance(path, str):
         raise ValueError(f"has a path that is not text: {shown(path)}")
+    if revision is not None and type(revision) not in (str, int):
+        raise ValueError(f"has a revision that is not text: {shown(revision)}")
     return path if revision is None else f"{path}@{revision}"

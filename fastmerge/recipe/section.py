@@ -14,6 +14,7 @@ from copy import copy
 from typing import Any, ClassVar, TypeVar, overload
 
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, near_miss, nearest
+from fastmerge.limits import MAX_RECIPE_VALUES
 from fastmerge.recipe.located import LocatedDict, LocatedList, located, placed
 
 T = TypeVar("T")
@@ -146,6 +147,11 @@ def _value(own: _Field, name: str, data: LocatedDict) -> Any:
     try:
         if given is None:
             raise FaultError("is missing")
+        if isinstance(given, (LocatedDict, LocatedList)) and given.size > MAX_RECIPE_VALUES:
+            raise FaultError(
+                f"makes more than {MAX_RECIPE_VALUES} values of its aliases; write out what "
+                "is meant"
+            )
         return own.kind(given)
     except ValueError as error:
         fault = error if isinstance(error, FaultError) else FaultError(str(error))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import RecipeError
+from fastmerge.limits import MAX_RECIPE_BYTES
 from fastmerge.recipe.located import LocatedDict, located
 
 
@@ -44,7 +45,12 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         path = Path(source)
         origin = path.name
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            with path.open("rb") as file:  # a pipe will do: `fastmerge merge <(...)`
+                data = file.read(MAX_RECIPE_BYTES + 1)
+            if len(data) > MAX_RECIPE_BYTES:
+                raise RecipeError(f"{path}: over {MAX_RECIPE_BYTES >> 20} MiB; not a {what}")
+            # Line ends as in any text.
+            text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
         except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name

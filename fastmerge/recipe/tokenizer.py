@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastmerge.errors import RecipeError, nearest
+from fastmerge.errors import RecipeError, brief, nearest
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.reference import reference
 from fastmerge.recipe.section import FaultError, Section, field, whole
@@ -32,7 +32,7 @@ def token_source(value: Any) -> TokenSource:
     kind = value.get("kind")
     if kind not in _KINDS:
         wanted = " or ".join(f"'{known}'" for known in _KINDS)
-        raise FaultError(f"has the kind {kind!r}; use {wanted}")
+        raise FaultError(f"has the kind {brief(kind)}; use {wanted}")
     known = ("kind", "model", "token", "token_id") if kind == "model_token" else ("kind",)
     for name, given in value.items():
         if name not in known and given is not None:

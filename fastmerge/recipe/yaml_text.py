@@ -10,7 +10,7 @@ import yaml
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, brief
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
 _TAG = "tag:yaml.org,2002:"
@@ -25,6 +25,8 @@ class _Builder:
         # By the node's id: an alias shares its anchor's object, so nested aliases stay small.
         self.done: dict[int, Any] = {}
         self.open: set[int] = set()
+        # Values in each, every alias written out: whoever walks or prints them meets that many.
+        self.values: dict[int, int] = {}
 
     def place(self, node: Node) -> str:
         return f"{self.origin}:{node.start_mark.line + 1}"
@@ -36,7 +38,21 @@ class _Builder:
             self.open.add(id(node))
             self.done[id(node)] = self._build(node)
             self.open.discard(id(node))
+            self._count(node)
         return self.done[id(node)]
+
+    def _count(self, node: Node) -> None:
+        inner: list[Node] = []
+        count = 1 + len(node.value) // 100 if isinstance(node, ScalarNode) else 1
+        if isinstance(node, MappingNode):
+            inner = [value for _, value in node.value]
+        elif isinstance(node, SequenceNode):
+            inner = node.value
+        count += sum(self.values[id(item)] for item in inner)
+        self.values[id(node)] = count
+        made = self.done[id(node)]
+        if isinstance(made, (LocatedDict, LocatedList)):
+            made.size = count
 
     def _build(self, node: Node) -> Any:
         if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
@@ -48,10 +64,27 @@ class _Builder:
         if not isinstance(node, ScalarNode):
             raise RecipeError(f"{self.place(node)}: the tag '{node.tag}' has no use here")
         try:
-            return self.constructor.construct_object(node)
+            value = self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
             detail = getattr(error, "problem", None) or str(error)
             raise RecipeError(f"{self.place(node)}: not valid YAML: {detail}") from None
+        except (AttributeError, IndexError, KeyError):  # of `!!timestamp x`, `!!int ''`, `!!bool 7`
+            kind = node.tag.removeprefix(_TAG)
+            raise RecipeError(
+                f"{self.place(node)}: {brief(node.value)} is no {kind}; leave out the tag "
+                f"'!!{kind}'"
+            ) from None
+        self._check_text(node)
+        return value
+
+    def _check_text(self, node: ScalarNode) -> None:
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            raise RecipeError(
+                f"{self.place(node)}: {brief(ascii(node.value))} holds half of a surrogate pair, "
+                "which is no text"
+            ) from None
 
     def _mapping(self, node: MappingNode) -> LocatedDict:
         seen: dict[str, Node] = {}
@@ -62,6 +95,7 @@ class _Builder:
                 text = getattr(key, "value", "")
                 shown = f" '{text}'" if isinstance(text, str) else ""
                 raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
+            self._check_text(key)
             if key.value in seen:
                 first = seen[key.value].start_mark.line + 1
                 raise RecipeError(

@@ -1,0 +1,14 @@
+"""How much of a stranger's files is taken: every bound in one place, with the largest seen in use.
+
+What is larger is refused in one line, before memory or minutes are spent on it.
+"""
+
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors header, the library's own limit; of an index
+MAX_CONFIG_BYTES = 16 << 20  # the largest config.json on the Hub takes 0.5 MB
+MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its product is quadratic
+MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
+MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
+MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
+MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
+MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
+MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out

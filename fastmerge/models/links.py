@@ -1,0 +1,52 @@
+"""Where the files of a model's folder may really lie. The folder is a stranger's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastmerge.errors import ModelError
+
+
+def hub_repository(path: Path) -> Path | None:
+    """The ``models--org--name`` folder of huggingface_hub's cache that the snapshot at ``path``, or
+    a folder in it, lies in: its files are links into ``blobs`` there.
+    """
+    for folder in (path, *path.parents):
+        above = folder.parent
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            return above.parent
+    return None
+
+
+class Home:
+    """One model's folder, and where links in it may lead: into it, or to the blobs of its own
+    repository in the Hub's cache.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.root = Path(os.path.realpath(folder))
+        self._places = [self.root]
+        repository = hub_repository(self.root)
+        if repository is not None:
+            self._places.append(repository / "blobs")
+
+    def inside(self, path: str | Path) -> Path:
+        """Where ``path`` really lies. Raises ModelError if it leads out of the folder or nowhere.
+
+        Links above the folder are the user's own.
+        """
+        place = Path(os.path.realpath(path))
+        link = os.path.islink(path)
+        if link and not place.exists():
+            raise ModelError(
+                f"{path}: a link to nothing ({os.readlink(path)}); mend the link, or download the "
+                "file again"
+            )
+        if not any(place.is_relative_to(home) for home in self._places):
+            leads_to = os.readlink(path) if link else place
+            raise ModelError(
+                f"{path}: a link out of the model's folder ({leads_to}); put the file itself there "
+                "(cp -L)"
+            )
+        return place

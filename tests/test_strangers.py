@@ -1,0 +1,255 @@
+"""A stranger's model and recipe: nothing enters by a link, all is bounded, errors are ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastmerge
+from fastmerge import limits
+from fastmerge.errors import FastmergeError
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX
+from fastmerge.models.header import read_header, read_object
+
+
+def refusal(work, *arguments) -> str:
+    with pytest.raises(FastmergeError) as caught:
+        work(*arguments)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 1700
+    return message
+
+
+def header(path: Path, text: bytes, data: bytes = b"") -> Path:
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+# --- links and what is no file ---
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["out", "up", "fifo", "zero", "socket", "folder"])
+def test_only_regular_files_of_the_folder_are_opened(
+    zoo, tmp_path: Path, name: str, kind: str
+) -> None:
+    base = zoo.base()
+    elsewhere = tmp_path / "elsewhere"
+    (base / name).rename(elsewhere)
+    if kind == "out":
+        (base / name).symlink_to(elsewhere)
+    elif kind == "up":
+        (base / name).symlink_to(os.path.relpath(elsewhere, base))
+    elif kind == "fifo":
+        os.mkfifo(base / name)
+    elif kind == "zero":
+        (base / name).symlink_to("/dev/zero")
+    elif kind == "folder":
+        (base / name).mkdir()
+    else:
+        import socket
+
+        server = socket.socket(socket.AF_UNIX)
+        here = os.getcwd()
+        os.chdir(base)  # a socket's path has 108 bytes
+        server.bind(name)
+        os.chdir(here)
+    assert name in refusal(Checkpoint.open, base)
+
+
+def sharded(folder: Path) -> None:
+    """The single file of ``folder`` as a shard with an index."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = [t.name for t in read_header(folder / "model-00001-of-00001.safetensors", 0)[0].tensors]
+    text = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / INDEX).write_text(json.dumps(text))
+
+
+@pytest.mark.parametrize("what", ["index", "shard", "folder of shards"])
+def test_an_index_and_shards_lie_in_the_folder(zoo, tmp_path: Path, what: str) -> None:
+    base = zoo.base()
+    sharded(base)
+    shard = base / "model-00001-of-00001.safetensors"
+    Checkpoint.open(base)
+    if what == "folder of shards":
+        (tmp_path / "elsewhere").mkdir()
+        shard.rename(tmp_path / "elsewhere" / shard.name)
+        (base / "sub").symlink_to(tmp_path / "elsewhere")
+        text = json.loads((base / INDEX).read_text())
+        places = dict.fromkeys(text["weight_map"], f"sub/{shard.name}")
+        (base / INDEX).write_text(json.dumps({"weight_map": places}))
+    else:
+        place = shard if what == "shard" else base / INDEX
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    assert "a link out of the model's folder" in refusal(Checkpoint.open, base)
+
+
+def test_links_inside_the_folder_and_the_hubs_own_are_followed(zoo, tmp_path: Path) -> None:
+    base = zoo.base()
+    (base / "model.safetensors").rename(base / "weights")
+    (base / "model.safetensors").symlink_to("weights")
+    Checkpoint.open(base)
+    (tmp_path / "alias").symlink_to(base)  # the user's own link
+    Checkpoint.open(tmp_path / "alias")
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(("weights", "config.json")):
+        (base / name).rename(repository / "blobs" / str(number))
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    assert Checkpoint.open(snapshot).config
+    (snapshot / "config.json").unlink()
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "config.json").symlink_to(tmp_path / "secret.json")
+    assert "a link out of the model's folder" in refusal(Checkpoint.open, snapshot)
+
+
+# --- bounds ---
+
+
+def test_a_million_dimensions_are_not_multiplied(tmp_path: Path) -> None:
+    shape = ",".join(["4294967296"] * 1_000_000)
+    text = f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,4]}}}}'.encode()
+    message = refusal(read_header, header(tmp_path / "x.safetensors", text, b"0000"), 0)
+    assert "1000000 dimensions; at most 64" in message
+
+
+def test_limits_on_files_that_are_read_whole(tmp_path: Path) -> None:
+    config, recipe = tmp_path / "config.json", tmp_path / "recipe.yml"
+    with config.open("wb") as file:
+        file.truncate(limits.MAX_CONFIG_BYTES + 1)
+    assert "not a config" in refusal(read_object, config)
+    with recipe.open("wb") as file:
+        file.truncate(limits.MAX_RECIPE_BYTES + 1)
+    assert "not a recipe" in refusal(fastmerge.api.plan, recipe)
+    assert "not a recipe" in refusal(fastmerge.api.plan, Path("/dev/zero"))
+
+
+_PLACES = (
+    "models: *b", "models: [{model: *b}]", "models: [{model: m, parameters: {weight: *b}}]",
+    "models: [{model: {path: m, revision: *b}}]", "models: [{model: {path: *b}}]",
+    "base_model: *b", "base_model: {model: {path: m, revision: *b}}", "dtype: *b",
+    "parameters: *b", "parameters: {t: [{value: *b}]}", "parameters: {t: [{filter: *b, value: 1}]}",
+    "tokenizer: *b", "tokenizer: {source: *b}", "tokenizer: {tokens: {a: {source: *b}}}",
+    "tokenizer: {tokens: {a: {source: {kind: *b}}}}", "tokenizer_source: *b", "chat_template: *b",
+    "slices: *b", "slices: [{sources: *b}]", "slices: [{sources: [{model: m, layer_range: *b}]}]",
+    "modules: *b", "modules: {default: *b}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", _PLACES)
+@pytest.mark.parametrize("levels", [4, 11])
+def test_alias_bombs_where_text_is_expected(place: str, levels: int) -> None:
+    """10^5 values are within the bounds and 10^12 are not: neither is ever written out."""
+    lines = ["x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    for level in range(1, levels + 1):
+        aliases = ", ".join([f"*x{level - 1}"] * 10)
+        lines.append(f"x{level}: &x{level} [{aliases}]")
+    if "models" not in place and "slices" not in place and "modules" not in place:
+        place += "\nmodels: [{model: m}]"
+    # Under keys that mergekit ignores, for the aliases of what follows.
+    text = "\n".join([*lines, "merge_method: linear", place.replace("*b", f"*x{levels}")])
+    assert "x0" not in refusal(fastmerge.api.plan, text)
+
+
+# --- no foreign exception ---
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!bool 7", "!!timestamp x", "!!int ''", "!!int x", "!!float ''", "!!float x", "!!null x",
+        "!!binary ?", "!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]",
+        "!!python/object:os.system x", "!!str [a]", "!!map x", "!!seq x", '"\\ud800"', "2020-99-99",
+        "2020-01-01", "0b", "0x", "1:99", "!x y", "!!merge x", "<<", "'" + "x" * 3_000_000 + "'",
+    ],
+)  # fmt: skip
+def test_tags_and_odd_scalars_are_one_line(value: str) -> None:
+    for text in (
+        f"merge_method: {value}\nmodels: [{{model: m}}]\n",
+        f"merge_method: linear\nmodels: [{{model: {value}}}]\n",
+        f"merge_method: linear\nmodels: [{{model: m, parameters: {{weight: {value}}}}}]\n",
+        f"merge_method: linear\nmodels: [{{model: m}}]\ntokenizer: {{source: {value}}}\n",
+        f"merge_method: linear\nmodels: [{{model: m}}]\n? {value}\n: 1\n",
+        f"merge_method: linear\n<<: {value}\nmodels: [{{model: m}}]\n",
+    ):
+        refusal(fastmerge.api.plan, text)
+
+
+def test_half_a_surrogate_pair_is_no_text(zoo) -> None:
+    half = "\ud800"
+    for recipe in (
+        {"merge_method": "linear", "models": [{"model": half}]},
+        {"merge_method": "linear", half: 1, "models": [{"model": "m"}]},
+        f"merge_method: linear\nmodels: [{{model: {half}}}]\n",
+    ):
+        refusal(fastmerge.api.plan, recipe)
+    base = zoo.base()
+    (base / "config.json").write_text('{"model_type": "\\ud800"}')
+    assert "surrogate" in refusal(Checkpoint.open, base)
+    (base / "config.json").write_text('{"model_type": "\\ud83d\\ude00"}')
+    assert Checkpoint.open(base).config["model_type"] == "\U0001f600"
+
+
+def test_minus_zero_is_no_size(tmp_path: Path) -> None:
+    for text in ('"shape":[-0],"data_offsets":[0,0]', '"shape":[0],"data_offsets":[-0,0]'):
+        path = header(tmp_path / "x", f'{{"x-0":{{"dtype":"F32",{text}}}}}'.encode())
+        assert "-0 is no whole number" in refusal(read_header, path, 0)
+    text = b'{"x-0":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    assert read_header(header(tmp_path / "x", text), 0)[0].tensors[0].name == "x-0"
+
+
+def test_loading_never_asks_for_a_models_code(zoo, tmp_path: Path) -> None:
+    """As a user at a terminal, who would be asked, and answers yes."""
+    pytest.importorskip("transformers")
+    base = zoo.base()
+    ran = tmp_path / "ran"
+    (base / "configuration_x.py").write_text(f"open({str(ran)!r}, 'w')")
+    (base / "modeling_x.py").write_text(f"open({str(ran)!r}, 'w')")
+    config = json.loads((base / "config.json").read_text())
+    config |= {
+        "model_type": "strangers",
+        "auto_map": {
+            "AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M",
+        },
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["modeling_x.T", None]}})
+    )
+    code = (
+        "import sys; from fastmerge import llama, FastmergeError\n"
+        "for load in (llama.load, llama.load_tokenizer):\n"
+        "    try: load(sys.argv[1])\n"
+        "    except FastmergeError as error: print('refused', error)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(base)], input="y\ny\ny\ny\n", text=True,
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert found.stdout.count("refused") == 2, found.stdout + found.stderr
+    assert "[y/N]" not in found.stdout + found.stderr
+    assert not ran.exists()
+
+
+def test_a_suggested_command_quotes_its_arguments(tmp_path: Path) -> None:
+    import shlex
+
+    folder = tmp_path / 'x\'; touch pwned; "$(touch pwned)"'
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    message = refusal(Checkpoint.open, folder)
+    words = shlex.split(message[message.index("python -c") :])
+    assert words[:2] == ["python", "-c"] and len(words) == 3
+    assert repr(str(folder)) in words[2]
