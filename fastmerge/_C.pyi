@@ -101,11 +101,16 @@ def combine(
     """
 
 def select(
-    pool: Pool, inputs: Sequence[View], base: View, specs: Sequence[Sparsify]
+    pool: Pool,
+    inputs: Sequence[View],
+    base: View,
+    specs: Sequence[Sparsify],
+    masks: Sequence[View | None] = (),
 ) -> list[Selection]:
     """For each delta x_i - base (fp32), which entries survive: exactly those that
-    fastmerge.selection says. A rescale is the quotient of two float64 sums, rounded to fp32, and
-    1 where either is below 1e-7 (as in mergekit 0.1.5).
+    fastmerge.selection says. The bits of a RANKED request go to its mask, F32 memory for 32
+    elements a word; the selections' own are None. A rescale is the quotient of two float64 sums,
+    rounded to fp32, and 1 where either is below 1e-7 (as in mergekit 0.1.5).
     """
 
 def select_across(
@@ -127,6 +132,7 @@ def consensus(
     weights: Sequence[float],
     selections: Sequence[Selection],
     out: Sink,
+    masks: Sequence[View | None] = (),
     *,
     elect: bool,
     normalize: bool,
@@ -140,7 +146,8 @@ def consensus(
     all (zero counts as +); with normalize, over the sum of their weights, which counts as 1 where
     it is 0 (elect) or below 1e-8 in size. Order of operations as mergekit 0.1.5 in float32 (task
     arithmetic; TIES: Yadav et al., arXiv:2306.01708; DARE: Yu et al., arXiv:2311.03099): masks
-    multiply, so that NaN and Inf survive them, and sums start from +0. origin: the flat index of
+    multiply, so that NaN and Inf survive them, and sums start from +0. masks: those of RANKED
+    selections, as `select` filled them. origin: the flat index of
     the first element (see select_across).
     """
 

@@ -35,6 +35,8 @@ __all__ = [
     "consensus_ta",
     "dare_linear",
     "dare_ties",
+    "della",
+    "della_linear",
     "geometric_median",
     "gram",
     "karcher",
@@ -253,6 +255,54 @@ def breadcrumbs_ties(
     given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
     given |= {"normalize": normalize, "lambda": lambda_}
     return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
+
+
+def della(
+    base: Any,
+    tensors: Sequence[Any],
+    weights: Numbers,
+    *,
+    density: float | Numbers,
+    seed: int,
+    name: str = "",
+    epsilon: float | Numbers = 0.15,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """As `della_linear`, with a sign election (Deep et al. 2024; Yadav et al. 2023)."""
+    given = {"weight": weights, "density": density, "epsilon": epsilon, "rescale": rescale}
+    given |= {"normalize": normalize, "lambda": lambda_}
+    return merge("della", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads)
+
+
+def della_linear(
+    base: Any,
+    tensors: Sequence[Any],
+    weights: Numbers,
+    *,
+    density: float | Numbers,
+    seed: int,
+    name: str = "",
+    epsilon: float | Numbers = 0.15,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Drop delta entries at random, the smallest of a row with probability 1 - ``density`` +
+    ``epsilon``, the largest with 1 - ``density`` - ``epsilon``; rescale, add (Deep et al. 2024).
+
+    ``seed`` and the tensor's ``name`` choose what is dropped, as in `dare_linear`.
+    """
+    given = {"weight": weights, "density": density, "epsilon": epsilon, "rescale": rescale}
+    given |= {"normalize": normalize, "lambda": lambda_}
+    return merge(
+        "della_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
+    )
 
 
 def sce(

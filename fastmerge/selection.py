@@ -1,15 +1,15 @@
 """What a sparse merge keeps of each delta: the request (`Sparsify`) and the answer (`Selection`).
 
-The CPU, Triton and reference back ends share them. ``kind`` is one of ALL, MAGNITUDE, RANDOM;
-``tie_rule`` one of MIXED, INDEX.
+The CPU, Triton and reference back ends share them. ``kind`` is one of ALL, MAGNITUDE,
+RANDOM, RANKED; ``tie_rule`` one of MIXED, INDEX.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ALL, MAGNITUDE, RANDOM = 0, 1, 2
+ALL, MAGNITUDE, RANDOM, RANKED = 0, 1, 2, 3
 MIXED, INDEX = 0, 1
 
 
@@ -19,8 +19,12 @@ class Sparsify(NamedTuple):
     MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest) after the
     ``skip`` largest of all, which are dropped. Of entries that tie, those of smallest *mixed index*
     (MIXED) or smallest flat index (INDEX) count as larger. RANDOM keeps element i when word i%4 of
-    Philox4x32-10 at counter i//4 under ``key`` is below ``keep_below``. ``rescale`` asks for the L1
-    factor sum|delta| / sum|kept delta|.
+    Philox4x32-10 at counter i//4 under ``key`` is below ``keep_below``. RANKED does so with a
+    bound that rises with the entry's rank in its vector, evenly from ``keep_below`` for the
+    smallest magnitude to ``keep_below_top`` for the largest (`rank_bound`). A vector is ``length``
+    elements that lie ``stride`` apart, in slices of ``length * stride``; in it entries that tie
+    rank by the mixed index of their position, the smallest highest, and every NaN ties with
+    every other. ``rescale`` asks for the L1 factor sum|delta| / sum|kept delta|.
     """
 
     kind: int = ALL
@@ -30,6 +34,9 @@ class Sparsify(NamedTuple):
     key: int = 0  # 64 bits
     rescale: bool = False
     skip: int = 0
+    keep_below_top: int = 0  # keep_below ... 2**32
+    length: int = 0
+    stride: int = 1
 
 
 class Selection(NamedTuple):
@@ -38,7 +45,8 @@ class Selection(NamedTuple):
     MAGNITUDE: entry i survives when |delta_i| > threshold, or |delta_i| == threshold and
     order(i) < tie_bound, unless the same holds of the ceiling and its bound; where order is the
     mixed index (defined by `compute.reference`'s ``mixed_indices``) or the flat index. Magnitudes
-    are compared as the 31-bit patterns of fp32, so NaN is above infinity.
+    are compared as the 31-bit patterns of fp32, so NaN is above infinity. RANKED: entry i survives
+    when bit i % 32 of the mask's word i // 32 is set.
     """
 
     kind: int = ALL
@@ -51,6 +59,7 @@ class Selection(NamedTuple):
     kept: int = 0
     ceiling_bits: int = 0x7FFFFFFF  # with a bound of 0 nothing is above it
     ceiling_bound: int | None = 0
+    mask: Any = None  # a tensor of the back end, whose elements are taken as 32-bit words
 
     @classmethod
     def asked(cls, spec: Sparsify, kept: int) -> Selection:
@@ -69,6 +78,14 @@ def random_key(seed: int, tensor: str, model: int) -> int:
 def keep_below(density: float) -> int:
     """The bound under which a random 32-bit word keeps its entry: round(density * 2**32)."""
     return min(1 << 32, max(0, round(density * (1 << 32))))
+
+
+def rank_bound(spec: Sparsify, rank: int) -> int:
+    """Under which word RANKED keeps the entry of this rank, 0 being the smallest magnitude's."""
+    last = spec.length - 1
+    if not last:  # alone in its vector
+        return (spec.keep_below + spec.keep_below_top) // 2
+    return spec.keep_below + (rank * (spec.keep_below_top - spec.keep_below) + last // 2) // last
 
 
 def band_counts(density: float, gamma: float, count: int) -> tuple[int, int]:

@@ -53,7 +53,7 @@ from fastmerge.kernels.ranking import (
     nth_kernel,
     rank_kernel,
 )
-from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection, Sparsify
+from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, RANKED, Selection, Sparsify
 
 SAMPLES = 1 << 17
 ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of them if that is more
@@ -231,6 +231,8 @@ class SelectBatch:
 
 def _check(count: int, specs: Sequence[Sparsify]) -> None:
     for spec in specs:
+        if spec.kind == RANKED:
+            raise UnsupportedError("the GPU does not rank the entries of rows; use device cpu")
         if not (0 <= spec.keep <= count and 0 <= spec.skip <= count - spec.keep):
             both = f"keep {spec.keep}, skip {spec.skip}"
             raise FastmergeError(f"{both}: use 0 to {count}, the element count, together")

@@ -172,6 +172,8 @@ OPS = {
     ops.ties: {"base": X, "tensors": [Y, Z], "weights": [1, 2]},
     ops.dare_linear: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5, "seed": 0},
     ops.dare_ties: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5, "seed": 0},
+    ops.della: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5, "seed": 0},
+    ops.della_linear: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5, "seed": 0},
     ops.breadcrumbs: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5},
     ops.breadcrumbs_ties: {"base": X, "tensors": [Y, Z], "weights": [1, 2], "density": 0.5},
     ops.passthrough: {"tensor": X},

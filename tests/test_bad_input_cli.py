@@ -172,7 +172,6 @@ def test_vocabulary_mismatch(capsys, zoo):
 
 RECIPES = {
     "unknown-method": ("merge_method: slrp\n", {}, r"recipe\.yml:1: .*'slrp'.*'slerp'"),
-    "unsupported-method": ("merge_method: della\n", {}, r"recipe\.yml:1: .*'della' is not"),
     "no-method": ("dtype: bfloat16\n", {}, "merge_method"),
     "unknown-key": (LINEAR + "paramters: {}\n", {}, r"recipe\.yml:2: .*'parameters'"),
     "unknown-parameter": (LINEAR, {"wieght": 1}, r"'wieght'.*'weight'"),

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from fastmerge import _C
 from fastmerge.compute import reference
+from fastmerge.methods.shapes import Keep
 from fastmerge.selection import (
     ALL,
     INDEX,
     MAGNITUDE,
     MIXED,
     RANDOM,
+    RANKED,
     Selection,
     Sparsify,
     keep_below,
@@ -203,6 +205,75 @@ def test_random(pool, memory, count, dtype):
         for d, key in ((0.5, 42), (0.1, 0xFEDCBA9876543210))
     ]
     check(pool, memory, tuned, base, specs, (dtype,), dtype)
+
+
+def drawn(shape, epsilon=0.15, density=0.5, key=77):
+    """A request for a tensor of this shape, ranked along its second axis."""
+    spec = Keep(RANKED, density, rescale=True, epsilon=epsilon).of(shape, key)
+    assert spec.kind == RANKED
+    return spec
+
+
+SHAPES = [(1,), (37,), (70_001,), (1, 64), (5, 1), (33, 31), (64, 96), (7, 4099)]
+SHAPES += [(3, 5, 7), (2, 64, 40), (9, 6, 1), (4, 3, 3, 3), (1, 300, 70)]
+
+
+@every_isa
+@pytest.mark.parametrize("delta", ["normal", "zero", "nan"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_draw_by_rank(memory, shape, delta):
+    """The bits of every entry are the reference's, whatever the threads, and so is what is kept."""
+    count = int(np.prod(shape))
+    base, tuned = fine_tunes(count)
+    if delta != "normal":
+        tuned = [base, base.copy()]
+    if delta == "nan":  # of either sign, and infinity: the largest of their rows
+        tuned[0][::3] = np.nan
+        tuned[1][:3], tuned[1][-1] = -np.nan, np.inf
+    specs = [drawn(shape, key=5), drawn(shape, 0.3, 0.6, (1 << 64) - 1)]
+    tensors = [memory.put(x, "BF16", offset=2 * i + 1) for i, x in enumerate(tuned)]
+    origin = memory.put(base, "BF16", offset=3)
+    wanted = reference.select([memory.read(t) for t in tensors], memory.read(origin), specs)
+    for threads in (1, 3):
+        words = np.full((2, -(-count // 32)), -1, np.int32)  # whatever was there before
+        masks = [_C.View(row.ctypes.data, row.size, "F32", row) for row in words]
+        found = _C.select(_C.Pool(threads), tensors, origin, specs, masks)
+        for got, want, mask in zip(found, wanted, words, strict=True):
+            np.testing.assert_array_equal(mask.view(np.uint32), want.mask)
+            assert got._replace(rescale=0, mask=None) == want._replace(rescale=0, mask=None)
+            if want.kept < count:  # else a sum over itself, which may be infinite
+                np.testing.assert_allclose(got.rescale, want.rescale, rtol=1e-7)
+
+
+def test_a_draw_by_rank_keeps_with_the_chance_of_the_rank(pool, memory):
+    """From density - epsilon to density + epsilon, evenly, within five standard deviations in each
+    of 32 parts of the ranks; also where all entries of a row tie.
+    """
+    rows, columns = 2048, 512
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    spec = drawn((rows, columns), 0.2, 0.4)
+    for values in (x, np.zeros_like(x)):
+        kept = kept_of(pool, memory, values.ravel(), spec).reshape(rows, columns)
+        if values is x:
+            kept = np.take_along_axis(kept, np.argsort(np.abs(x), axis=1), axis=1)
+            chance = 0.2 + 0.4 * np.arange(columns) / (columns - 1)
+        else:
+            chance = np.full(columns, 0.4)
+        parts = kept.mean(0).reshape(32, -1).mean(1) - chance.reshape(32, -1).mean(1)
+        spread = np.sqrt(0.25 / (rows * columns / 32))
+        assert np.abs(parts if values is x else parts.mean()).max() < 5 * spread
+
+
+def kept_of(pool, memory, values, spec):
+    """What the kernel keeps of one delta to zeros."""
+    mask = np.zeros(-(-len(values) // 32), np.uint32)
+    view = _C.View(mask.ctypes.data, len(mask), "F32", mask)
+    zeros = memory.put(np.zeros_like(values), "F32")
+    (found,) = _C.select(pool, [memory.put(values, "F32")], zeros, [spec], [view])
+    kept = reference.survivors(found._replace(mask=mask), values.view(np.uint32))
+    assert found.kept == np.count_nonzero(kept)
+    return kept
 
 
 @every_isa

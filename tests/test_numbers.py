@@ -124,6 +124,8 @@ UNUSED = {
     "ties": ("ties", [HEAD], {"density": 0.5}),
     "dare_linear": ("dare_linear", [HEAD], {"density": 0.5}),
     "dare_ties": ("dare_ties", [HEAD], {"density": 0.5}),
+    "della": ("della", [HEAD], {"density": 0.5}),
+    "della_linear": ("della_linear", [HEAD], {"density": 0.5}),
     "breadcrumbs": ("breadcrumbs", [HEAD], {"density": 0.5, "gamma": 0.1}),
     "breadcrumbs_ties": ("breadcrumbs_ties", [HEAD], {"density": 0.5, "gamma": 0.1}),
 }
@@ -334,6 +336,8 @@ EQUAL = {
     },
     "dare_linear": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.1}},
     "dare_ties": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.2}},
+    "della": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.5}},
+    "della_linear": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.3}},
     "breadcrumbs": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.5}},
     "breadcrumbs_ties": {"weights": [1, 0.7], "base": True, "parameters": {"density": 0.2}},
 }

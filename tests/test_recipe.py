@@ -197,10 +197,6 @@ BAD = {
         f"merge_method: slrep\n{TWO}",
         "recipe:1: unknown method 'slrep'; did you mean 'slerp'?",
     ),
-    "method-of-mergekit": (
-        f"merge_method: della\n{TWO}",
-        "mergekit's method 'della' is not supported yet",
-    ),
     "method-a-list": (f"merge_method: [ties]\n{TWO}", "recipe:1: 'merge_method' must be text"),
     "no-models": (LINEAR, "give either 'models:' or 'slices:'"),
     "models-and-slices": (

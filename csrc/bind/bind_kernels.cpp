@@ -64,11 +64,25 @@ int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers
     return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, vectors);
 }
 
+// Where the bits of `count` elements lie, of each input that has a mask.
+std::vector<uint32_t*> bits_of(const std::vector<std::optional<View>>& masks, int64_t count) {
+    std::vector<uint32_t*> found;
+    for (const std::optional<View>& mask : masks) {
+        if (mask && (mask->span.dtype != DType::kF32 || mask->span.count < (count + 31) / 32))
+            throw std::invalid_argument("a mask is F32 memory of 32 elements a word");
+        found.push_back(mask ? reinterpret_cast<uint32_t*>(const_cast<char*>(mask->span.at(0)))
+                             : nullptr);
+    }
+    return found;
+}
+
 std::vector<Selection> bound_select(Pool& pool, const std::vector<View>& inputs, const View& base,
-                                    const std::vector<Sparsify>& specs) {
+                                    const std::vector<Sparsify>& specs,
+                                    const std::vector<std::optional<View>>& masks) {
     const std::vector<Part> parts = {{spans(inputs), base.span, 0}};
+    const std::vector<uint32_t*> bits = bits_of(masks, base.span.count);
     py::gil_scoped_release release;
-    return select(pool, parts, specs);
+    return select(pool, parts, specs, bits);
 }
 
 std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::vector<View>>& inputs,
@@ -85,9 +99,16 @@ std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::ve
 }
 
 int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View& base,
-                        const std::vector<float>& weights, const std::vector<Selection>& selections,
-                        Sink& out, bool elect, bool normalize, float scale, int64_t origin) {
+                        const std::vector<float>& weights, std::vector<Selection> selections,
+                        Sink& out, const std::vector<std::optional<View>>& masks, bool elect,
+                        bool normalize, float scale, int64_t origin) {
     const std::vector<Span> tensors = spans(inputs);
+    const std::vector<uint32_t*> bits = bits_of(masks, origin + base.span.count);
+    for (size_t j = 0; j < selections.size(); ++j) {
+        if (j < bits.size()) selections[j].mask = bits[j];
+        if (selections[j].kind == Sparsity::kRanked && !selections[j].mask)
+            throw std::invalid_argument("what is drawn by rank needs its mask");
+    }
     py::gil_scoped_release release;
     const Agreement agreement = {elect, normalize, scale, origin};
     return consensus(pool, tensors, base.span, weights, selections, out, agreement);
@@ -133,10 +154,11 @@ void bind_kernels(py::module_& m) {
           "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
     m.def("combine", &bound_combine, "pool"_a, "inputs"_a, "coefficients"_a, "out"_a, py::kw_only(),
           "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
-    m.def("select", &bound_select, "pool"_a, "inputs"_a, "base"_a, "specs"_a);
+    m.def("select", &bound_select, "pool"_a, "inputs"_a, "base"_a, "specs"_a,
+          "masks"_a = py::tuple());
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,
-          "selections"_a, "out"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a = 1.0f,
-          "origin"_a = 0);
+          "selections"_a, "out"_a, "masks"_a = py::tuple(), py::kw_only(), "elect"_a, "normalize"_a,
+          "scale"_a = 1.0f, "origin"_a = 0);
     m.def("pointwise", &bound_pointwise, "formula"_a, "inputs"_a, "base"_a, "numbers"_a,
           py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none());
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);

@@ -1,5 +1,5 @@
 // fastmerge.selection's objects as C++'s and back. The fields of each are listed here, by name, and
-// nowhere else in C++.
+// nowhere else in C++, but for a selection's mask: its last, which Python sets.
 #pragma once
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
@@ -21,6 +21,9 @@ void each_field(Sparsify& spec, const Field& field) {
     field("kind", spec.kind);
     field("keep", spec.keep);
     field("skip", spec.skip);
+    field("keep_below_top", spec.keep_below_top);
+    field("length", spec.length);
+    field("stride", spec.stride);
     field("tie_rule", spec.tie_rule);
     field("keep_below", spec.keep_below);
     field("key", spec.key);
@@ -96,7 +99,7 @@ struct record_caster {
         each_field(source, [&](const char*, const auto& field) {
             fields[*place++] = static_cast<Number<std::decay_t<decltype(field)>>>(field);
         });
-        return layout.type.attr("_make")(fields).release();
+        return layout.type(*fields).release();
     }
 };
 

@@ -30,6 +30,7 @@ struct Keep {
         kBand,        // as kAboveOrTie, and not: key > ceiling, or key == ceiling and order word
                       // <= ceiling_order_max
         kRandom,      // Philox word <= word_max
+        kMasked,      // its bit is set
     };
     Kind kind = kAll;
     // The order word is the mixed index's high word, not the flat index's low word.
@@ -39,6 +40,7 @@ struct Keep {
     int32_t ceiling = 0;
     uint32_t ceiling_order_max = 0;
     uint32_t word_max = 0;
+    const uint32_t* mask = nullptr;        // kMasked: bits by flat index
     const uint64_t* round_keys = nullptr;  // kRandom: Philox's 20 round keys, one per 64-bit word
 };
 
@@ -184,6 +186,8 @@ struct Kernels {
     void (*exponentials)(const float* x, int64_t count, float most, double* lanes);
     // lanes += p ln(p / q), p and q the softmax of x and base, each plus 1e-8
     void (*divergence)(const DivergenceArgs& args, double* lanes);
+    // The words of a key's elements from `index` on.
+    void (*random_words)(const uint64_t* round_keys, uint64_t index, int64_t count, uint32_t* out);
 };
 
 // The table in use: the best this CPU runs, or the one FASTMERGE_ISA or set_isa names. Throws

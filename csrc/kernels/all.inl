@@ -33,4 +33,5 @@
      &pointwise,                                                       \
      &largest_of,                                                      \
      &exponentials,                                                    \
-     &divergence}
+     &divergence,                                                      \
+     &fill_random}

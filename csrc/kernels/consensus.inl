@@ -24,7 +24,7 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
         const int kind = kKind == kAnyKind ? static_cast<int>(rule.kind) : kKind;
         const char* from = static_cast<const char*>(args.inputs[j]) + at * T::kBytes;
         Words random[2] = {flat[0], flat[1]};
-        if (kind == Keep::kRandom) random_words(rule, index, random);
+        words_of(rule, kind, index, random);
         read<kPartial>(T(), from, part, tuned);
         for (int v = 0; v < 2; ++v) {
             Floats delta = tuned[v] - base[v];
@@ -107,6 +107,8 @@ void consensus_inputs(const ConsensusArgs& args) {
         return consensus_tile<T, kInputs, Keep::kBand, true>(args);
     if (args.elect && kind == Keep::kRandom)
         return consensus_tile<T, kInputs, Keep::kRandom, true>(args);
+    if (args.elect && kind == Keep::kMasked)
+        return consensus_tile<T, kInputs, Keep::kMasked, true>(args);
     if (args.elect) return consensus_tile<T, kInputs, kAnyKind, true>(args);
     return consensus_tile<T, kInputs, kAnyKind, false>(args);
 }

@@ -154,7 +154,7 @@ FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep
                              uint64_t index, int64_t at, Part part, Doubles& all, Doubles& kept,
                              Words& counter) {
     Words random[2] = {spread(0u), spread(0u)};
-    if (kKind == Keep::kRandom) random_words(keep_rule, index, random);
+    words_of(keep_rule, kKind, index, random);
     Words key[2];
     Floats size[2], kept_size[2];
     deltas.keys(at, part, key);
@@ -208,5 +208,25 @@ void measure(const DeltaArgs& args, Mass* masses) {
             case Keep::kRandom:
                 measure_tile<T, Keep::kRandom>(args, j, masses[j]);
                 break;
+            case Keep::kMasked:
+                measure_tile<T, Keep::kMasked>(args, j, masses[j]);
+                break;
         }
+}
+
+inline void fill_random(const uint64_t* round_keys, uint64_t index, int64_t count, uint32_t* out) {
+    Keep keep;
+    keep.round_keys = round_keys;
+    for (int64_t at = -static_cast<int64_t>(index % kGroup); at < count; at += kGroup) {
+        Words words[2];
+        random_words(keep, index + static_cast<uint64_t>(at), words);
+        const Floats raw[2] = {floats(words[0]), floats(words[1])};
+        char* to = reinterpret_cast<char*>(out) + at * F32::kBytes;
+        const Part part = {at < 0 ? static_cast<int>(-at) : 0,
+                           count - at < kGroup ? static_cast<int>(count - at) : kGroup};
+        if (part.first == 0 && part.last == kGroup)
+            write<false>(F32(), to, part, raw);
+        else
+            write<true>(F32(), to, part, raw);
+    }
 }

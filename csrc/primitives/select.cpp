@@ -1,5 +1,6 @@
 #include "primitives/select.h"
 
+#include "primitives/draw.h"
 #include "primitives/select_impl.h"
 
 namespace fastmerge {
@@ -59,7 +60,8 @@ bool is_ceiling(const std::vector<size_t>& trimmed, size_t i) {
 }  // namespace
 
 std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
-                              const std::vector<Sparsify>& specs) {
+                              const std::vector<Sparsify>& specs,
+                              const std::vector<uint32_t*>& masks) {
     if (parts.empty()) throw std::invalid_argument("no inputs");
     int64_t free = 0;
     for (const Part& part : parts) {
@@ -74,6 +76,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
     const int64_t count = deltas.count();
 
     std::vector<Selection> selections(specs.size());
+    std::vector<size_t> ranked;
     std::vector<size_t> trimmed, measured;  // one that skips its largest is trimmed twice
     std::vector<Threshold> thresholds;
     const auto trim = [&](size_t j, int64_t rank) {
@@ -101,6 +104,11 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
             if (spec.keep > 0) trim(j, spec.skip + spec.keep);
             if (spec.keep > 0 && spec.skip > 0) trim(j, spec.skip);
             if (spec.keep > 0 && spec.keep < count && spec.rescale) measured.push_back(j);
+        } else if (spec.kind == Sparsity::kRanked) {
+            if (parts.size() > 1) throw std::invalid_argument("a draw by rank is of one tensor");
+            ranked.push_back(j);
+            measured.push_back(j);
+            if (j < masks.size()) selection.mask = masks[j];
         } else if (spec.kind == Sparsity::kRandom) {
             if (spec.keep_below > uint64_t{1} << 32)
                 throw std::invalid_argument("keep_below must be at most 2**32");
@@ -109,6 +117,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         }
     }
 
+    draw_by_rank(pool, parts[0], ranked, specs, masks);
     if (!trimmed.empty()) find_thresholds(deltas, trimmed, thresholds);
     std::vector<size_t> tied;
     std::vector<bool> of_ceiling;

@@ -14,8 +14,10 @@ struct Part {
 };
 
 // For each delta inputs[j] - base (fp32) of all parts as one vector, which entries survive. Exact;
-// never sorts a tensor; memory beyond a few MiB per thread never depends on the tensors' size.
+// never sorts a tensor; `masks`, where a draw by rank is asked for, get its answer; memory beyond a
+// few MiB per thread never depends on the tensors' size.
 std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
-                              const std::vector<Sparsify>& specs);
+                              const std::vector<Sparsify>& specs,
+                              const std::vector<uint32_t*>& masks = {});
 
 }  // namespace fastmerge

@@ -65,6 +65,9 @@ Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t in
             cut_in_tile(selection.threshold_bits, selection.tie_bound, selection.tie_rule, index,
                         keep.threshold, keep.order_max))
             keep.kind = Keep::kBand;
+    } else if (selection.kind == Sparsity::kRanked) {
+        keep.kind = Keep::kMasked;
+        keep.mask = selection.mask;
     } else if (selection.kind == Sparsity::kRandom) {
         keep.kind = Keep::kRandom;
         keep.word_max = static_cast<uint32_t>(selection.keep_below - 1);

@@ -8,7 +8,7 @@
 
 namespace fastmerge {
 
-enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2, kLast = kRandom };
+enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2, kRanked = 3, kLast = kRanked };
 enum class TieRule : int { kMixed = 0, kIndex = 1, kLast = kIndex };
 
 struct Sparsify {
@@ -18,6 +18,8 @@ struct Sparsify {
     uint64_t keep_below = 0;  // 0 ... 2^32
     uint64_t key = 0;
     bool rescale = false;
+    uint64_t keep_below_top = 0;
+    int64_t length = 0, stride = 1;
 };
 
 struct Selection {
@@ -26,6 +28,7 @@ struct Selection {
     std::optional<uint64_t> tie_bound;  // none: every tied entry survives
     int32_t ceiling_bits = 0x7FFFFFFF;  // what lies above is dropped
     std::optional<uint64_t> ceiling_bound = 0;
+    const uint32_t* mask = nullptr;  // kRanked: bits by flat index
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;
     uint64_t key = 0;

@@ -32,7 +32,7 @@ def find_trims(
         [[fetch(part) for part in node.operands if isinstance(part, Leaf)] for node in nodes],
         [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
         origins,
-        [keep.of(total, 0) for keep in specs],
+        [keep.of((total,), 0) for keep in specs],
     )
     if not all(math.isfinite(selection.rescale) for selection in chosen):
         raise ModelError(

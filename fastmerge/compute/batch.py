@@ -11,7 +11,6 @@ made when it is first met.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -223,7 +222,7 @@ class Batch:
             terms = [consensus_terms(root) for root in roots]
             jobs = [self._jobs[place] for place in places]
             wanted = [
-                requests(root, own, job.name, math.prod(job.out.shape))
+                requests(root, own, job.name, tuple(job.out.shape))
                 for root, own, job in zip(roots, terms, jobs, strict=True)
             ]
             selections = select.run(wanted)

@@ -17,7 +17,7 @@ from fastmerge.errors import FastmergeError, ResourceError, brief, is_whole
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
-from fastmerge.selection import ALL, Selection, Sparsify
+from fastmerge.selection import ALL, RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node
 
 
@@ -110,7 +110,11 @@ class CpuBackend:
         # Where there is nothing to find, spare the pass over the weights.
         if all(spec.kind == ALL for spec in specs):
             return [Selection(kept=view.count) for view in inputs]
-        return _C.select(self.pool, inputs, base, specs)
+        masks = [
+            self.scratch(-(-base.count // 32))[0] if spec.kind == RANKED else None for spec in specs
+        ]
+        chosen = _C.select(self.pool, inputs, base, specs, masks)
+        return [s._replace(mask=mask) for s, mask in zip(chosen, masks, strict=True)]
 
     def consensus(
         self,
@@ -121,7 +125,10 @@ class CpuBackend:
         out: _C.Sink,
         agreement: Agreement,
     ) -> int:
-        return _C.consensus(self.pool, inputs, base, weights, selections, out, **vars(agreement))
+        masks = [selection.mask for selection in selections]
+        return _C.consensus(
+            self.pool, inputs, base, weights, selections, out, masks, **vars(agreement)
+        )
 
     def pointwise(
         self,

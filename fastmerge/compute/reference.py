@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.methods.types import Float64
-from fastmerge.selection import ALL, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
+from fastmerge.selection import (
+    ALL,
+    MAGNITUDE,
+    MIXED,
+    RANDOM,
+    RANKED,
+    Selection,
+    Sparsify,
+    rank_bound,
+)
 
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
@@ -171,7 +180,25 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
     if selection.kind == RANDOM:
         words = philox_words(len(keys), selection.key).astype(np.uint64)
         return np.asarray(words < np.uint64(selection.keep_below))
+    if selection.kind == RANKED:
+        bits = np.unpackbits(selection.mask.view(np.uint8), bitorder="little")
+        return np.asarray(bits[: len(keys)] == 1)
     return np.ones(len(keys), np.bool_)
+
+
+def drawn_mask(keys: NDArray[np.uint32], spec: Sparsify) -> NDArray[np.uint32]:
+    """The words of a RANKED request's mask: each vector sorted, each rank's bound beside its
+    entry's word.
+    """
+    words = philox_words(len(keys), spec.key).astype(np.uint64)
+    slices = np.minimum(keys, 0x7FC00000).reshape(-1, spec.length, spec.stride)
+    ties = np.broadcast_to(~mixed_indices(spec.length)[:, None], slices.shape)
+    rising = np.lexsort((ties, slices), axis=1)  # positions, the smallest magnitude first
+    bounds = np.array([rank_bound(spec, rank) for rank in range(spec.length)], dtype=np.uint64)
+    of = np.empty(slices.shape, np.uint64)
+    np.put_along_axis(of, rising, np.broadcast_to(bounds[:, None], of.shape), axis=1)
+    packed = np.packbits(words < of.ravel(), bitorder="little")
+    return np.pad(packed, (0, -len(packed) % 4)).view(np.uint32)
 
 
 def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> list[Selection]:
@@ -201,6 +228,8 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
         if spec.skip:
             ceiling, bound = _cut(keys, spec.skip, spec.tie_rule)
             found = found._replace(ceiling_bits=ceiling, ceiling_bound=bound)
+    elif spec.kind == RANKED:
+        found = found._replace(mask=drawn_mask(keys, spec))
     kept = survivors(found, keys)
     found = found._replace(kept=int(np.count_nonzero(kept)))
     if spec.kind != ALL and spec.rescale and found.kept < count:

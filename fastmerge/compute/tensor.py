@@ -107,10 +107,10 @@ def key_of(root: Merge, name: str, operand: int) -> int:
     return random_key(root.seed or 0, root.name or name, operand)
 
 
-def requests(root: Merge, terms: Terms, name: str, count: int) -> list[Sparsify]:
-    """What shall survive of each delta of the tensor ``name`` of ``count`` elements."""
+def requests(root: Merge, terms: Terms, name: str, shape: Sequence[int]) -> list[Sparsify]:
+    """What shall survive of each delta of the tensor ``name`` of this shape."""
     return [
-        keep.of(count, key_of(root, name, i))
+        keep.of(shape, key_of(root, name, i))
         for i, keep in zip(root.numbers or range(len(terms.keep)), terms.keep, strict=True)
     ]
 
@@ -267,7 +267,7 @@ class Computation(Generic[T, O]):
         return Outcome(bad)
 
     def _consensus(self, root: Merge, out: O) -> Outcome:
-        terms, count = consensus_terms(root), math.prod(self._shape)
+        terms = consensus_terms(root)
         assert root.base is not None and isinstance(root.method, Consensus)
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
@@ -279,7 +279,7 @@ class Computation(Generic[T, O]):
                     f"{self._name}: {spans} needs every tensor of the models; merge to a "
                     "folder, or on the CPU"
                 )
-            wanted = requests(root, terms, self._name, count)
+            wanted = requests(root, terms, self._name, self._shape)
             trim = Trim(tuple(self._backend.select(tensors, base, wanted)), 0)
         used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
         if not used:

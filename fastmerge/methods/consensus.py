@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastmerge.errors import RecipeError
 from fastmerge.methods.shapes import Keep, Terms
 from fastmerge.methods.types import Values
 from fastmerge.methods.weights import at_most_one, check_divisors, column
 from fastmerge.primitives import Agreement
-from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM
+from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, RANKED
 
 
 def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool) -> Terms:
@@ -33,14 +34,23 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     """MAGNITUDE: the int(density * count) largest of a delta (Yadav et al. 2023, section 4.1).
 
     With ``gamma`` that fraction of all, the largest, is dropped before (Davari and Belilovsky 2023,
-    section 3). RANDOM: each entry with probability ``density`` (Yu et al. 2023, section 3.2). Any
-    may restore the delta's L1 norm, as in mergekit.
+    section 3). RANDOM: each entry with probability ``density`` (Yu et al. 2023, section 3.2).
+    RANKED: with a probability that rises with the entry's rank in its row, from ``density -
+    epsilon`` to ``density + epsilon`` (Deep et al. 2024, section 3.1). Any may restore the delta's
+    L1 norm, as in mergekit.
     """
     if kind == ALL or operand["density"] >= 1:
         return Keep(ALL)
     tie_rule = INDEX if values.get("ties") == "index" else MIXED
     rescale, gamma = bool(values["rescale"]), operand.get("gamma")
-    return Keep(kind, operand["density"], tie_rule, rescale, gamma)
+    density, epsilon = operand["density"], operand.get("epsilon", 0.0)
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        raise RecipeError(
+            f"density {density:g} with epsilon {epsilon:g}: entries would be kept with chances of "
+            f"{density - epsilon:g} to {density + epsilon:g}, which must lie between 0 and 1; "
+            f"give an epsilon below {min(density, 1 - density):g}"
+        )
+    return Keep(kind, density, tie_rule, rescale, gamma, epsilon)
 
 
 def task_arithmetic(values: Values, operands: Sequence[Values]) -> Terms:
@@ -71,3 +81,15 @@ def breadcrumbs(values: Values, operands: Sequence[Values]) -> Terms:
 def breadcrumbs_ties(values: Values, operands: Sequence[Values]) -> Terms:
     """Drop the largest and the smallest entries, elect a sign, merge what agrees."""
     return _terms(values, operands, MAGNITUDE, elect=True)
+
+
+def della(values: Values, operands: Sequence[Values]) -> Terms:
+    """Drop at random, the smaller the likelier; rescale, elect a sign, merge what agrees (Deep et
+    al. 2024).
+    """
+    return _terms(values, operands, RANKED, elect=True)
+
+
+def della_linear(values: Values, operands: Sequence[Values]) -> Terms:
+    """Drop at random, the smaller the likelier; rescale, add."""
+    return _terms(values, operands, RANKED, elect=False)

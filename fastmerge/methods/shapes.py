@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -24,6 +25,7 @@ from fastmerge.selection import (
     MAGNITUDE,
     MIXED,
     RANDOM,
+    RANKED,
     Selection,
     Sparsify,
     band_counts,
@@ -78,17 +80,30 @@ class Keep(NamedTuple):
     tie_rule: int = MIXED
     rescale: bool = False
     gamma: float | None = None  # MAGNITUDE: the fraction that is larger than all that is kept
+    epsilon: float = 0.0  # RANKED: by how much the chance lies under and over the density
 
-    def of(self, count: int, key: int) -> Sparsify:
-        """The request for a delta of ``count`` elements that draws under ``key``."""
+    def of(self, shape: Sequence[int], key: int) -> Sparsify:
+        """The request for a delta of this shape that draws under ``key``."""
+        count = math.prod(shape)
         if self.kind == MAGNITUDE:
             kept, skip = keep_count(self.density, count), 0
             if self.gamma is not None:
                 kept, skip = band_counts(self.density, self.gamma, count)
             return Sparsify(MAGNITUDE, kept, self.tie_rule, rescale=self.rescale, skip=skip)
-        if self.kind == RANDOM:
+        if self.kind == RANDOM or (self.kind == RANKED and not self.epsilon):
             below = keep_below(self.density)
             return Sparsify(RANDOM, keep_below=below, key=key, rescale=self.rescale)
+        if self.kind == RANKED:
+            # As mergekit 0.1.5 ranks: along the second axis, or all of a tensor that has none.
+            return Sparsify(
+                RANKED,
+                keep_below=keep_below(self.density - self.epsilon),
+                keep_below_top=keep_below(self.density + self.epsilon),
+                key=key,
+                rescale=self.rescale,
+                length=shape[1] if len(shape) > 1 else count,
+                stride=math.prod(shape[2:]),
+            )
         return Sparsify(ALL)
 
 
@@ -127,9 +142,13 @@ class Consensus(Method):
     def passes(self, values: Values, operands: Sequence[Values]) -> int:
         """How often the inputs are read, with these parameters and each operand's."""
         keep = self.spec(values, operands).keep
-        first = any(k.kind == MAGNITUDE or k.rescale for k in keep)
+        first = any(k.kind in (MAGNITUDE, RANKED) or k.rescale for k in keep)
         # A trim that spans tensors: once to count the entries, once for those that tie.
         return 1 + first + (self.spanning(values, operands) is not None)
+
+    def ranks(self, values: Values, operands: Sequence[Values], /) -> bool:
+        keep = self.spec(values, operands).keep
+        return any(k.kind == RANKED and k.epsilon for k in keep)
 
     def spanning(self, values: Values, operands: Sequence[Values]) -> Spans | None:
         """``spans`` where it is asked for and anything is trimmed, else None."""

@@ -74,6 +74,11 @@ _RAM = "arXiv:2601.13572"
 _TIES = "Yadav et al. 2023, arXiv:2306.01708"
 _DARE = "Yu et al. 2023, arXiv:2311.03099"
 _BREADCRUMBS = "Davari and Belilovsky 2023, arXiv:2312.06795"
+_DELLA = "Deep et al. 2024, arXiv:2406.11617"
+_EPSILON = Parameter(
+    "epsilon", float, 0.15, "how far the chance to stay lies under and over the density in a row",
+    per_model=True, low=0,
+)  # fmt: skip
 _GAMMA = Parameter(
     "gamma", float, 0.01, "fraction of delta entries, the largest, that is dropped",
     per_model=True, low=0, high=1,
@@ -170,6 +175,17 @@ _ROWS: tuple[Method, ...] = (
         "breadcrumbs_ties", "drop the largest and the smallest entries, elect a sign", _BREADCRUMBS,
         (*_task(False, False, density=True), _GAMMA),
         base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs_ties,
+    ),
+    Consensus(
+        "della", "drop entries at random, small ones first; rescale, elect a sign", _DELLA,
+        (*_task(True, True, density=True), _EPSILON),
+        base="required", min_operands=1, max_operands=None, spec=consensus.della, random=True,
+    ),
+    Consensus(
+        "della_linear", "drop entries at random, small ones first; rescale, add", _DELLA,
+        (*_task(False, True, density=True), _EPSILON),
+        base="required", min_operands=1, max_operands=None, spec=consensus.della_linear,
+        random=True,
     ),
     Pointwise(
         "sce", "select entries by variance, weigh models by squares, erase minority signs",

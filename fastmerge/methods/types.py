@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Final, Literal
@@ -106,6 +106,10 @@ class Method:
     max_operands: int | None
     random: bool = False  # draws from the recipe's seed
     version: str = ""  # of a row that is not fastmerge's own: of its code
+
+    def ranks(self, _values: Values, _operands: Sequence[Values], /) -> bool:
+        """Whether it draws by the entries' ranks, which not every back end has."""
+        return False
 
     @property
     def identity(self) -> str:

@@ -26,10 +26,7 @@ from fastmerge.recipe.source import read
 from fastmerge.recipe.templates import TEMPLATES
 from fastmerge.recipe.tokenizer import TokenizerSection, chat_template, check_template
 
-# mergekit 0.1.5's methods that have no row here, so that they are refused by name and not by
-# spelling.
-_NOT_YET = ("della", "della_linear")
-# Parameters that only those methods (or older versions) read. People leave them in.
+# Parameters that only some methods (or older versions) read. People leave them in.
 _FOREIGN_PARAMETERS = ("alpha", "embed_slerp", "epsilon", "gamma", "r", "select_topk")
 
 
@@ -227,12 +224,6 @@ class Document(_Parametrised):
         return "put it in 'models:'" if name == "model" else super().hint(name)
 
     def check(self) -> None:
-        if self.merge_method in _NOT_YET and self.merge_method not in METHODS:
-            known = ", ".join(METHODS)
-            raise UnsupportedError(
-                f"{self.at('merge_method')}: mergekit's method '{self.merge_method}' is not "
-                f"supported yet; known: {known}"
-            )
         method = self.method
         if self.modules is not None:
             self._hoist(self.modules)
