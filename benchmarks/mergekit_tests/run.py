@@ -77,7 +77,8 @@ def main() -> int:
             for of in (ours, peer)
         ]
         total = sum(counts[0].values())
-        print(f"| {file} | {total} | {counts[1]['passed']} | {counts[0]['passed']} |")
+        theirs = "-" if given.skip_peer else counts[1]["passed"]
+        print(f"| {file} | {total} | {theirs} | {counts[0]['passed']} |")
     lost = [
         name for name, (kind, _) in ours.items()
         if kind == "failed" and peer.get(name, ("passed",))[0] == "passed"
