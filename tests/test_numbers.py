@@ -469,3 +469,8 @@ def test_a_weight_beyond_float32_is_refused(four, weight):
     }
     with pytest.raises(FastmergeError, match=r"'weight' must fit into float32 \(up to 3\.4e\+38\)"):
         api.plan(recipe)
+
+
+def test_bounds_are_named_before_float32():
+    with pytest.raises(FastmergeError, match=r"'t' must be in \[-1, 2\], not 1e\+300"):
+        ops.slerp(np.ones(4, np.float32), np.zeros(4, np.float32), 1e300)

@@ -57,11 +57,6 @@ class Parameter:
             raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
         if abs(value) > _LARGEST or value != value:
             raise RecipeError(f"{where}: '{self.name}' must be finite")
-        if abs(value) > _LARGEST_F32:
-            raise RecipeError(
-                f"{where}: '{self.name}' must fit into float32 (up to {_LARGEST_F32:.2g}), not "
-                f"{brief(value)}"
-            )
         if self.kind is int and value != int(value):
             raise RecipeError(f"{where}: '{self.name}' must be a whole number, not {brief(value)}")
         too_low = self.low is not None and (
@@ -72,6 +67,11 @@ class Parameter:
             hint = f"; for {value:g} % write {value / 100:g}" if percent else ""
             raise RecipeError(
                 f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}{hint}"
+            )
+        if abs(value) > _LARGEST_F32:
+            raise RecipeError(
+                f"{where}: '{self.name}' must fit into float32 (up to {_LARGEST_F32:.2g}), not "
+                f"{brief(value)}"
             )
         return self.kind(value)
 
