@@ -261,3 +261,10 @@ def test_kinds_that_a_key_says_are_no_default(zoo, key, value):
         stack((model(zoo, "a", **change), 0, 2), (model(zoo, "a", **change), 0, 4))
     ).notes
     assert key in note
+
+
+@pytest.mark.parametrize("count", [None, "4", 4.0])
+def test_an_odd_count_is_the_stacks_too(count, zoo):
+    a = model(zoo, "a", num_hidden_layers=count)
+    plan = make_plan(stack((a, 0, 2), (a, 0, 4)))
+    assert plan.config["num_hidden_layers"] == 6 and not plan.notes

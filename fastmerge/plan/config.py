@@ -93,10 +93,10 @@ def set_layers(
     ]
     restack(target, lead, layers, note)
     usual = "n_layer" if stack.layers == "transformer.h" else LAYER_COUNTS[0]
-    target.setdefault(count_key(target) or usual, lead.layer_total)
+    target[count_key(target) or usual] = lead.layer_total
     for part in (target, config):  # chatglm has two counts; some repeat the language model's
         for key in LAYER_COUNTS:
-            if part.get(key) == lead.layer_total or (part is target and key == count_key(part)):
+            if part.get(key) == lead.layer_total:
                 part[key] = len(layers)
     if ".decoder." in stack.layers and "decoder_layers" in target:
         target["decoder_layers"] = len(layers)
