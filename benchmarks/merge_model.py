@@ -74,6 +74,11 @@ JOBS = {
     "ties": Job("ties", 3, {}, SPARSE, 100, 1.6),
     "dare_ties": Job("dare_ties", 3, {}, SPARSE, 40, 1.6),
     "multislerp": Job("multislerp", 3, {}, {"weight": 0.33}),
+    "sce": Job("sce", 3, {"select_topk": 0.3}, {}),
+    "ram": Job("ram", 3, {}, {}),
+    "ramplus_tl": Job("ramplus_tl", 3, {}, {}),
+    "nearswap": Job("nearswap", 2, {"t": 0.001}, {}),
+    "arcee_fusion": Job("arcee_fusion", 2, {}, {}),
 }
 DEFAULT_JOBS = "linear,slerp,ties,dare_ties"
 

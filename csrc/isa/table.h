@@ -152,11 +152,11 @@ struct PointwiseArgs {
     int64_t count;   // does not cross a multiple of kTile
 };
 
-// Part of a row: the row's largest entries, and its sums of e^(entry - largest).
+// Part of a row: e^(entry - the row's largest), and one over the row's sum of those.
 struct DivergenceArgs {
-    const float* x;
-    const float* base;
-    double x_most, base_most, x_sum, base_sum;
+    const double* x;
+    const double* base;
+    double x_factor, base_factor;
     int64_t count;
 };
 
@@ -182,8 +182,8 @@ struct Kernels {
     void (*measure[kDTypes])(const DeltaArgs& args, Mass* masses);
     void (*pointwise)(const PointwiseArgs& args);
     float (*largest_of)(const float* x, int64_t count, float most);
-    // lanes += e^(x - most)
-    void (*exponentials)(const float* x, int64_t count, float most, double* lanes);
+    // values = e^(x - most), which are added to the lanes.
+    void (*exponentials)(const float* x, int64_t count, float most, double* values, double* lanes);
     // lanes += p ln(p / q), p and q the softmax of x and base, each plus 1e-8
     void (*divergence)(const DivergenceArgs& args, double* lanes);
     // The words of a key's elements from `index` on.

@@ -66,14 +66,10 @@ float largest_of(const float* x, int64_t count, float most) {
     return most;
 }
 
-void exponentials(const float* x, int64_t count, float most, double* lanes) {
-    double values[kBlock];
-    for (int64_t at = 0; at < count; at += kBlock) {
-        const int64_t part = count - at < kBlock ? count - at : kBlock;
-        for (int64_t i = 0; i < part; ++i)
-            values[i] = exponential(static_cast<double>(x[at + i]) - most);
-        add_to_lanes(values, part, lanes);
-    }
+void exponentials(const float* x, int64_t count, float most, double* __restrict values,
+                  double* lanes) {
+    for (int64_t i = 0; i < count; ++i) values[i] = exponential(static_cast<double>(x[i]) - most);
+    add_to_lanes(values, count, lanes);
 }
 
 void divergence(const DivergenceArgs& args, double* lanes) {
@@ -81,10 +77,8 @@ void divergence(const DivergenceArgs& args, double* lanes) {
     for (int64_t at = 0; at < args.count; at += kBlock) {
         const int64_t part = args.count - at < kBlock ? args.count - at : kBlock;
         for (int64_t i = 0; i < part; ++i) {
-            const double x = static_cast<double>(args.x[at + i]) - args.x_most;
-            const double base = static_cast<double>(args.base[at + i]) - args.base_most;
-            const double p = exponential(x) / args.x_sum + 1e-8;
-            const double q = exponential(base) / args.base_sum + 1e-8;
+            const double p = args.x[at + i] * args.x_factor + 1e-8;
+            const double q = args.base[at + i] * args.base_factor + 1e-8;
             values[i] = p * logarithm(p / q);
         }
         add_to_lanes(values, part, lanes);

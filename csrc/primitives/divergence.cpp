@@ -17,31 +17,60 @@ void each_tile(const Span& span, int64_t begin, int64_t end, const Body& body) {
     });
 }
 
-struct Softmax {
-    float most = -INFINITY;
-    double sum = 0;
+// Of longer rows the exponentials are computed again where they are read.
+constexpr int64_t kKept = 1 << 16;
 
-    Softmax(const Span& span, int64_t begin, int64_t end) {
-        each_tile(span, begin, end, [&](const float* x, int64_t, int64_t count) {
-            most = kernels().largest_of(x, count, most);
+// A row's e^(x - largest) and their sum.
+class Softmax {
+   public:
+    explicit Softmax(const Span& span) : span_(span) {}
+
+    void seek(int64_t begin, int64_t end) {
+        begin_ = begin;
+        kept_ = end - begin <= kKept;
+        values_.resize(static_cast<size_t>(kept_ ? end - begin : kTile));
+        most_ = -INFINITY;
+        each_tile(span_, begin, end, [&](const float* x, int64_t, int64_t count) {
+            most_ = kernels().largest_of(x, count, most_);
         });
-        each_tile(span, begin, end, [&](const float* x, int64_t, int64_t count) {
-            double lanes[kSumLanes] = {};
-            kernels().exponentials(x, count, most, lanes);
-            sum += add_lanes(lanes);
-        });
+        double sum = 0;
+        each_tile(span_, begin, end,
+                  [&](const float* x, int64_t at, int64_t count) { sum += fill(x, at, count); });
+        factor_ = 1 / sum;
     }
+    double factor() const { return factor_; }
+    const double* at(int64_t begin, int64_t end) {
+        if (!kept_)
+            each_tile(span_, begin, end,
+                      [&](const float* x, int64_t at, int64_t count) { fill(x, at, count); });
+        return place(begin);
+    }
+
+   private:
+    double* place(int64_t at) { return values_.data() + (kept_ ? at - begin_ : 0); }
+    double fill(const float* x, int64_t at, int64_t count) {
+        double lanes[kSumLanes] = {};
+        kernels().exponentials(x, count, most_, place(at), lanes);
+        return add_lanes(lanes);
+    }
+
+    const Span& span_;
+    std::vector<double> values_;
+    int64_t begin_ = 0;
+    bool kept_ = true;
+    float most_ = 0;
+    double factor_ = 0;
 };
 
-double divergence(const Span& x, const Span& base, int64_t begin, int64_t end) {
-    const Softmax p(x, begin, end), q(base, begin, end);
+double divergence(Softmax& p, Softmax& q, int64_t begin, int64_t end) {
+    p.seek(begin, end);
+    q.seek(begin, end);
     double total = 0;
-    each_tile(x, begin, end, [&](const float* own, int64_t at, int64_t count) {
-        each_tile(base, at, at + count, [&](const float* other, int64_t, int64_t) {
-            double lanes[kSumLanes] = {};
-            kernels().divergence({own, other, p.most, q.most, p.sum, q.sum, count}, lanes);
-            total += add_lanes(lanes);
-        });
+    for_each_tile(begin, end, [&](int64_t at, int64_t next) {
+        double lanes[kSumLanes] = {};
+        kernels().divergence({p.at(at, next), q.at(at, next), p.factor(), q.factor(), next - at},
+                             lanes);
+        total += add_lanes(lanes);
     });
     return total;
 }
@@ -56,8 +85,9 @@ std::vector<double> divergences(Pool& pool, const Span& x, const Span& base, int
     const int64_t together = std::max<int64_t>(1, kSumBlock / cols);  // rows to a task
     std::vector<double> found(static_cast<size_t>(rows));
     pool.run((rows + together - 1) / together, [&](int64_t task) {
+        Softmax p(x), q(base);
         for (int64_t row = task * together; row < std::min(rows, (task + 1) * together); ++row)
-            found[static_cast<size_t>(row)] = divergence(x, base, row * cols, (row + 1) * cols);
+            found[static_cast<size_t>(row)] = divergence(p, q, row * cols, (row + 1) * cols);
     });
     return found;
 }

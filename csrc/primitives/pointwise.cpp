@@ -56,7 +56,7 @@ Pointwise::Pointwise(Formula kind, std::vector<Span> inputs, const Span& base,
         throw std::invalid_argument("other numbers than the formula has");
     if (kind == Formula::kVariedDelta && !(numbers_[0] >= 0 && numbers_[0] < static_cast<float>(k)))
         throw std::invalid_argument("no input of that number");
-    if (selection_.kind == Sparsity::kRandom)
+    if (selection_.kind == Sparsity::kRandom || selection_.ceiling_bits != Selection().ceiling_bits)
         throw std::invalid_argument("a formula's selection is by size");
     const auto rows = static_cast<int64_t>(factors_.size());
     if (shape.factors != !factors_.empty() || (rows > 0 && base_.count % rows != 0))
