@@ -24,7 +24,12 @@ setup(
             # No contraction: results must not depend on whether the CPU has FMA.
             # Traps are off: loops with comparisons vectorise on AVX2 then (8 x), same bits.
             extra_compile_args=[
-                "-O3", "-pthread", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra",
+                "-O3",
+                "-pthread",
+                "-ffp-contract=off",
+                "-fno-trapping-math",
+                "-Wall",
+                "-Wextra",
             ],
             extra_link_args=["-pthread"],
         )
