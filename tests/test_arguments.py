@@ -146,7 +146,7 @@ def test_arguments_of_a_merge(name, recipe, values, tmp_path) -> None:
     assert walk(function, good, values) == []
 
 
-@pytest.mark.parametrize("key", sorted(mergekit._KNOWN - mergekit._NO_EFFECT))
+@pytest.mark.parametrize("key", sorted(mergekit._KNOWN - mergekit.NO_EFFECT))
 def test_options_of_mergekit(key, recipe, values, tmp_path) -> None:
     def call(value):
         return mergekit.run_merge(recipe, tmp_path / "out", {key: value}, overwrite=True)

@@ -232,7 +232,7 @@ def test_overwrite_spares_what_is_no_model(capsys, pair):
     assert listing(pair) == sorted(before)
 
 
-@pytest.mark.parametrize("place", ["base", "base/inside", "tune"])
+@pytest.mark.parametrize("place", ["base", "tune"])
 def test_output_is_input(capsys, pair, place):
     made = recipe(pair)
     before = listing(pair)
