@@ -47,7 +47,7 @@ def model_card(plan: Plan, title: str) -> str:
             ["## Notes\n\n" + _bullets(escaped(said.told(n)) for n in plan.notes)]
             * bool(plan.notes)
         ),
-        "## Recipe\n\n" + _fenced(said.recipe_text, "yaml"),
+        "## Recipe\n\n" + fenced(said.recipe_text, "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -95,7 +95,7 @@ def _use(plan: Plan, title: str) -> str:
     auto = "AutoModelForCausalLM" if _class_of(plan).endswith("ForCausalLM") else "AutoModel"
     trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
     folder = json.dumps(f"path/to/{printable(title)}", ensure_ascii=False)
-    return _fenced(
+    return fenced(
         f"from transformers import {auto}, AutoTokenizer\n\n"
         f"folder = {folder}\n"
         f'model = {auto}.from_pretrained(folder, dtype="auto"{trust})\n'
@@ -184,7 +184,7 @@ def escaped(text: str) -> str:
     )
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

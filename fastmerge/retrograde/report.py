@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastmerge.evaluation.journal import write_atomically
 from fastmerge.evaluation.leaderboard import leaderboard_table
+from fastmerge.output.card import escaped, fenced
 from fastmerge.retrograde.findings import (
     SIGNIFICANT,
     Line,
@@ -54,7 +55,7 @@ def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str
     places = [(n, place) for n, place in known if place is not None]
     if not places:
         return []
-    labels = trajectory.schedule.labels
+    labels = [escaped(label) for label in trajectory.schedule.labels]
     lines = [
         f"| state | {' | '.join(labels)} | residual |",
         f"|---:|{'---:|' * (len(labels) + 1)}",
@@ -74,10 +75,10 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
     parts = [
         "# Retrograde run",
         (
-            f"A walk of {_count(len(records), 'step')} from **{schedule.labels[0]}** through "
-            f"{_count(len(trajectory.used), 'other model')}. A *degrade* step merges the current "
-            "state with a weaker model; a *retrace* step merges it back with an earlier, stronger "
-            f"one. {refused} of the candidates were refused (accept: {schedule.accept.rule}). "
+            f"A walk of {_count(len(records), 'step')} from **{escaped(schedule.labels[0])}** "
+            f"through {_count(len(trajectory.used), 'other model')}. A *degrade* step merges the "
+            "current state with a weaker model; a *retrace* step merges it back with an earlier, "
+            f"stronger one. {refused} of the candidates were refused (accept: {schedule.accept.rule}). "
             f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
         ),
     ]
@@ -160,7 +161,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
             lead = f"{line.lead.value:+.2f} [{line.lead.low:+.2f}, {line.lead.high:+.2f}]"
         p = "-" if line.p is None else f"{line.p:.3f}"
         table.append(
-            f"| {line.row.name} | {line.row.how} | {line.row.evaluations} | "
+            f"| {escaped(line.row.name)} | {escaped(line.row.how)} | {line.row.evaluations} | "
             f"{line.row.steer.value:.2f} | {value} | {lead} | {p} |"
         )
     parts = ["## Comparison\n"]
@@ -176,15 +177,16 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
-        parts.append(leaderboard(lines, schedule.evaluate.limit))
+        rows_by_name = [(escaped(line.row.name), line.row.steer) for line in lines]
+        parts.append(leaderboard_table(rows_by_name, schedule.evaluate.limit))
     tasks = sorted(lines[0].scores.tasks)
     if len(tasks) > 1:
-        titles = " | ".join(task.replace("|", "\\|") for task in tasks)
+        titles = " | ".join(map(escaped, tasks))
         rows = [f"| merge | {titles} |", f"|---|{'---:|' * len(tasks)}"]
         for line in lines:
             cells = (line.scores.tasks.get(task) for task in tasks)
             values = " | ".join("-" if cell is None else f"{cell.value:.2f}" for cell in cells)
-            rows.append(f"| {line.row.name} | {values} |")
+            rows.append(f"| {escaped(line.row.name)} | {values} |")
         parts += [f"By {split} task, %:", "\n".join(rows)]
     return parts
 
@@ -205,18 +207,16 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
         own = trajectory.models.get(number)
         digest = result.space.template.models[number].fingerprint[:16]
         measured = figure(None if own is None else own.value)
-        rows.append(f"| {label} | {figure(given[number])} | {measured} | `{digest}` |")
+        rows.append(f"| {escaped(label)} | {figure(given[number])} | {measured} | `{digest}` |")
     parts = ["## Setup", "\n".join(rows)]
     if lines:
-        steer = ", ".join(lines[0].row.steer.tasks)
+        steer = escaped(", ".join(lines[0].row.steer.tasks))
         held = lines[0].row.holdout
         parts.append(
-            f"Scored by {trajectory.evaluator}. Steering: {steer}. "
-            f"Hold-out: {', '.join(held.tasks) if held is not None else 'none'}."
+            f"Scored by {escaped(trajectory.evaluator)}. Steering: {steer}. "
+            f"Hold-out: {escaped(', '.join(held.tasks)) if held is not None else 'none'}."
         )
-    parts.append(
-        f"fastmerge {__version__}. The schedule:\n\n```yaml\n{schedule.text.rstrip()}\n```"
-    )
+    parts.append(f"fastmerge {__version__}. The schedule:\n\n{fenced(schedule.text, 'yaml')}")
     return parts
 
 
@@ -235,6 +235,9 @@ def page(text: str, pictures: Mapping[str, bytes]) -> str:
         inside = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         body = body.replace(f'src="{name}"', f'src="{inside}"')
     return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Retrograde run</title>"
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        # Nothing is fetched, whatever a name or a schedule says.
+        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
+        "img-src data:; style-src 'unsafe-inline'\"><title>Retrograde run</title>"
         f"<style>{_STYLE}</style></head><body>\n{body}</body></html>\n"
     )

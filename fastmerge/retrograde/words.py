@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastmerge.output.card import escaped
 from fastmerge.recipe.settings import Setting
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.schedule import Step
@@ -94,4 +95,4 @@ def step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
             row.append("-" if place is None else f"{place.angle:.3f}°")
             row.append("-" if place is None else f"{100 * place.relative_norm:.2f} %")
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    return lines + [f"| {' | '.join(map(escaped, row))} |" for row in rows]

@@ -1,0 +1,300 @@
+"""Mutations of valid headers, indices, configs, recipes and schedules, for as long as is asked.
+
+    python benchmarks/fuzz.py                 60 seconds
+    python benchmarks/fuzz.py --seconds 3600 --seed 7
+    python benchmarks/fuzz.py --headers 1000000
+
+Of every input: it is taken, or refused with a FastmergeError of one printable line; nothing else is
+raised, and time and memory stay under a bound. Of every header, beside that: the verdict is the safetensors
+library's, but for what `OURS` lists. The first input that breaks a rule is written to --keep and
+ends the run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+
+from fastmerge import api
+from fastmerge.errors import FastmergeError
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX, SINGLE
+from fastmerge.models.header import read_header
+
+MAX_GROWTH_BYTES = 1 << 30  # of the whole run: no input here is larger than a few MB
+MAX_MESSAGE = 1700
+MAX_SECONDS = 10.0  # for one input, which takes milliseconds
+
+# What the library takes and we refuse, by words of our refusal, and why.
+OURS = {
+    "duplicate key": "two entries of a name: readers disagree about which one counts",
+    "and nothing else": "an unknown field, which a newer format may have given a meaning",
+    "dimensions; at most": "more dimensions than NumPy and torch have",
+    "has unknown dtype": "a dtype spelt as an object, or of a newer library",
+    "overflows": "a zero in a shape that hides an overflow from readers of 64 bits",
+    "__metadata__": "metadata that no reader can give back",
+}
+
+HEADER: dict[str, object] = {
+    "__metadata__": {"format": "pt", "a": "b"},
+    "model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+    "empty": {"dtype": "F16", "shape": [0, 5], "data_offsets": [32, 32]},
+    "scalar": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]},
+    "bytes": {"dtype": "U8", "shape": [3], "data_offsets": [40, 43]},
+}
+HEADER_DATA_BYTES = 43
+
+MODEL = {
+    "model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "model.layers.0.mlp.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+    "model.layers.1.mlp.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [32, 40]},
+    "flags": {"dtype": "U8", "shape": [3], "data_offsets": [40, 43]},
+}
+
+CONFIG = {
+    "model_type": "somebodys", "architectures": ["LlamaForCausalLM"], "hidden_size": 3,
+    "num_hidden_layers": 2, "vocab_size": 2, "tie_word_embeddings": False,
+    "text_config": {"num_hidden_layers": 2}, "torch_dtype": "bfloat16",
+    "quantization_config": None, "rope_scaling": {"factor": 2.0, "type": "linear"},
+}  # fmt: skip
+
+RECIPE = """merge_method: ties
+base_model: BASE
+models:
+  - model: BASE
+  - model: {model: {path: TUNE, revision: null}}
+    parameters:
+      weight: [{filter: mlp, value: [0.1, 0.5]}, {value: 0.2}]
+      density: 0.5
+parameters: {normalize: true, int8_mask: true, lambda: 1.0}
+dtype: bfloat16
+"""
+
+SCHEDULE = """baseline: {model: BASE, accuracy: 50.0}
+pool: [{model: TUNE, name: tune}]
+seed: 3
+schedule:
+  cycles: 2
+  degrade: {partner: next, method: slerp, t: 0.35}
+  retrace: {toward: baseline, method: dare_ties, t: 0.4, density: 0.7}
+accept: always
+"""
+
+ODD = (
+    b"null", b"true", b"-0", b"-1", b"0", b"1e3", b"1.0", b"18446744073709551616", b"NaN",
+    b"9223372036854775807", b"4294967296", b'""', b'"F32"', b'"\\ud800"', b'"\\ud83d\\ude00"',
+    b'"\\u0000"', b"[]", b"{}", b"[[[[]]]]", b'{"F32": null}', b'"__metadata__"', b'"F8_E4M3"',
+    b'"F4"', b"\xff", b"\x00", b"\xe2\x80\xae", b"\x1b[31m", b"!!bool 7", b"!!timestamp x",
+    b"!!int ''", b"&a", b"*a", b"<<: *a", b"!!python/object:x y", b"? ", b"- ", b"\t", b"---\n",
+    b"shape", b"data_offsets", b"dtype", b"1:99", b"2020-01-01", b"0x_", b"'", b'"', b"#", b"%",
+)  # fmt: skip
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\w.+-]+|[^\s\w]|\s+')
+
+
+def mutated(text: bytes, rng: random.Random) -> bytes:
+    """One to four changes: of bits, bytes, tokens, stretches."""
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        kind = rng.randrange(7)
+        if kind < 3:
+            tokens = _TOKEN.findall(text)
+            if not tokens:
+                return text
+            at = rng.randrange(len(tokens))
+            if kind == 0:
+                tokens[at] = rng.choice(ODD)
+            elif kind == 1:
+                tokens[at] = rng.choice(tokens)
+            else:
+                tokens[at:at] = tokens[at : at + rng.randrange(1, 12)]
+            text = b"".join(tokens)
+            continue
+        at = rng.randrange(len(text) + 1)
+        if kind == 3:
+            text = text[:at] + bytes([rng.randrange(256)]) + text[at + 1 :]
+        elif kind == 4:
+            text = text[:at] + text[at + rng.randrange(1, 9) :]
+        elif kind == 5:
+            text = text[:at] + rng.choice(ODD) + text[at:]
+        else:
+            text = (
+                text[:at] + text[at : at + rng.randrange(1, 20)] * rng.randrange(2, 50) + text[at:]
+            )
+    return text
+
+
+class BrokenError(Exception):
+    """A rule that an input breaks."""
+
+
+def _late(*_: object) -> None:
+    raise BrokenError(f"took more than {MAX_SECONDS:.0f} s")
+
+
+def refusal(work: Callable[[], object]) -> str | None:
+    """The message of the FastmergeError that ``work`` raises; None where it raises none."""
+    try:
+        work()
+    except FastmergeError as error:
+        message = str(error)
+        if not message.isprintable() or len(message) > MAX_MESSAGE:
+            raise BrokenError(f"not one short line: {message[:300]!r}") from None
+        return message
+    except BrokenError:
+        raise
+    except Exception as error:
+        raise BrokenError(f"{type(error).__name__}: {str(error)[:300]}") from error
+    return None
+
+
+class Target:
+    """A folder with two small models, and one way in for each kind of input."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base, self.tune = folder / "base", folder / "tune"
+        for place in (self.base, self.tune):
+            place.mkdir()
+            (place / "config.json").write_text(json.dumps(CONFIG))
+            self._write(place / SINGLE, json.dumps(MODEL).encode())
+        self.seeds = {
+            "header": json.dumps(HEADER).encode(),
+            "index": json.dumps({"weight_map": dict.fromkeys(MODEL, SINGLE)}).encode(),
+            "config": json.dumps(CONFIG).encode(),
+            "recipe": self._placed(RECIPE),
+            "schedule": self._placed(SCHEDULE),
+        }
+        self.verdicts: Counter[str] = Counter()
+
+    def _placed(self, text: str) -> bytes:
+        return text.replace("BASE", str(self.base)).replace("TUNE", str(self.tune)).encode()
+
+    def _write(self, path: Path, text: bytes) -> None:
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(HEADER_DATA_BYTES))
+
+    def try_one(self, kind: str, text: bytes) -> None:
+        getattr(self, f"_{kind}_taken")(text)
+
+    def _count(self, kind: str, message: str | None) -> None:
+        self.verdicts[f"{kind}: {'taken' if message is None else 'refused'}"] += 1
+
+    def _header_taken(self, text: bytes) -> None:
+        path = self.folder / "x.safetensors"
+        self._write(path, text)
+        message = refusal(lambda: read_header(path, 0))
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                file.keys()
+            theirs = None
+        except safetensors.SafetensorError as error:
+            theirs = str(error)
+        self._count("header", message)
+        if message is None and theirs is not None:
+            raise BrokenError(f"taken, which the library refuses: {theirs}")
+        if message is not None and theirs is None:
+            known = [words for words in OURS if words in message]
+            if not known:
+                raise BrokenError(f"refused, which the library takes: {message}")
+            self.verdicts[f"header: refused by us alone ({known[0]})"] += 1
+
+    def _index_taken(self, text: bytes) -> None:
+        (self.base / INDEX).write_bytes(text)
+        try:
+            self._count("index", refusal(lambda: Checkpoint.open(self.base)))
+        finally:
+            (self.base / INDEX).unlink()
+
+    def _config_taken(self, text: bytes) -> None:
+        (self.base / "config.json").write_bytes(text)
+        recipe = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+        recipe |= {"models": [{"model": str(self.base)}, {"model": str(self.tune)}]}
+        try:
+            self._count("config", refusal(lambda: api.plan(recipe)))
+        finally:
+            (self.base / "config.json").write_text(json.dumps(CONFIG))
+
+    def _recipe_taken(self, text: bytes) -> None:
+        path = self.folder / "recipe.yml"
+        path.write_bytes(text)
+        self._count("recipe", refusal(lambda: api.plan(path)))
+
+    def _schedule_taken(self, text: bytes) -> None:
+        from fastmerge.retrograde import schedule
+
+        path = self.folder / "schedule.yml"
+        path.write_bytes(text)
+        self._count("schedule", refusal(lambda: schedule.load(path)))
+
+
+def fuzz(seconds: float, seed: int, *, headers: int = 0, keep: Path | None = None) -> Counter[str]:
+    """Tries inputs until both bounds are met; returns how many were taken and refused, by kind.
+
+    Raises BrokenError, with the input kept in the file ``keep``, at the first that breaks a rule.
+    """
+    signal.signal(signal.SIGALRM, _late)
+    rng = random.Random(seed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    until = time.monotonic() + seconds
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk is most of the time
+    with tempfile.TemporaryDirectory(prefix="fastmerge-fuzz-", dir=memory) as name:
+        target = Target(Path(name))
+        for kind, text in target.seeds.items():
+            target.try_one(kind, text)
+            if target.verdicts[f"{kind}: taken"] != 1:
+                raise BrokenError(f"the valid {kind} is refused")
+        tried = 0
+        while time.monotonic() < until or tried < headers:
+            # A header takes 50 us, a plan 5 ms.
+            kind = "header" if rng.random() < 0.9 else rng.choice(list(target.seeds))
+            tried += kind == "header"
+            text = mutated(target.seeds[kind], rng)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+                try:
+                    target.try_one(kind, text)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                if (peak - before) * 1024 > MAX_GROWTH_BYTES:
+                    raise BrokenError(f"memory grew by {(peak - before) >> 10} MiB")
+            except BrokenError as broken:
+                if keep is not None:
+                    keep.write_bytes(text)
+                raise BrokenError(f"{kind} {text[:500]!r}: {broken}") from broken
+        return target.verdicts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--headers", type=int, default=0, help="at least this many of them")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-broken"))
+    words = parser.parse_args()
+    begun = time.monotonic()
+    try:
+        verdicts = fuzz(words.seconds, words.seed, headers=words.headers, keep=words.keep)
+    except BrokenError as broken:
+        print(f"BROKEN: {broken}\n(kept in {words.keep})")
+        sys.exit(1)
+    for verdict, count in sorted(verdicts.items()):
+        print(f"{count:10}  {verdict}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"seed {words.seed}, {time.monotonic() - begun:.0f} s, peak {peak} MiB: nothing broken")
+
+
+if __name__ == "__main__":
+    main()
