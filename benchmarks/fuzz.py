@@ -5,9 +5,9 @@
     python benchmarks/fuzz.py --headers 1000000
 
 Of every input: it is taken, or refused with a FastmergeError of one printable line; nothing else is
-raised, and time and memory stay under a bound. Of every header, beside that: the verdict is the safetensors
-library's, but for what `OURS` lists. The first input that breaks a rule is written to --keep and
-ends the run with exit code 1.
+raised, and time and memory stay under a bound. Of every header, beside that: the verdict is the
+safetensors library's, but for what `OURS` lists. The first input that breaks a rule is written to
+--keep and ends the run with exit code 1.
 """
 
 from __future__ import annotations

@@ -163,6 +163,18 @@ def test_alias_bombs_where_text_is_expected(place: str, levels: int) -> None:
     assert "x0" not in refusal(fastmerge.api.plan, text)
 
 
+@pytest.mark.parametrize("more", [{}, {"block_configs": [{}]}])
+def test_layers_are_not_counted_one_by_one(zoo, more) -> None:
+    base = zoo.base()
+    config = json.loads((base / "config.json").read_text())
+    recipe = {"merge_method": "linear", "models": [{"model": str(base)}, {"model": str(base)}]}
+    for count in (1 << 64, 9_999):
+        written = config | {"num_hidden_layers": count} | more
+        (base / "config.json").write_text(json.dumps(written))
+        if count > limits.MAX_LAYERS or not more:
+            assert "layer" in refusal(fastmerge.api.plan, recipe | {"parameters": {"weight": 1}})
+
+
 # --- no foreign exception ---
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.errors import ModelError
+from fastmerge.limits import MAX_LAYERS
 from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
 from fastmerge.models.config import LAYER_COUNTS, extra_layers, text_config
 from fastmerge.plan.inputs import Part, View, with_views
@@ -20,6 +21,11 @@ from fastmerge.plan.inputs import Part, View, with_views
 def check_layers(view: View, where: str) -> None:
     """Raises ModelError where the language model lacks one of the layers that it counts."""
     stack = view.stack
+    if view.layer_total > MAX_LAYERS:
+        raise ModelError(
+            f"{where}: model '{view.label}' counts {view.layer_total} layers, over {MAX_LAYERS}; "
+            "mend its config.json"
+        )
     if stack is None or "block_configs" in text_config(view.config):  # whose layers may be empty
         return
     stored = view.stored(stack.layers)
@@ -31,14 +37,16 @@ def check_layers(view: View, where: str) -> None:
                 f"{stored} layers: the result would not load; mend it"
             )
     held = view.layers[stack.layers]
-    lost = [number for number in range(view.layer_total) if number not in held]
+    # Never one by one: a stranger's config may count 2^64.
+    lost = view.layer_total - sum(number < view.layer_total for number in held)
     if not lost:
         return
-    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    first = next(number for number in range(view.layer_total) if number not in held)
+    more = f" (and {lost - 1} more)" if lost > 1 else ""
     counts = f"config.json counts {view.layer_total}" if view.counted else "there are later ones"
     raise ModelError(
-        f"{where}: model '{view.label}' has no layer {lost[0]}{more}: no tensor is named "
-        f"{stack.layers}.{lost[0]}.*, and {counts}; download or copy it again"
+        f"{where}: model '{view.label}' has no layer {first}{more}: no tensor is named "
+        f"{stack.layers}.{first}.*, and {counts}; download or copy it again"
     )
 
 
