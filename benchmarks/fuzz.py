@@ -40,6 +40,7 @@ MAX_SECONDS = 10.0  # for one input, which takes milliseconds
 
 # What the library takes and we refuse, by words of our refusal, and why.
 OURS = {
+    "does not start with '{'": "white space first: the format says that a header begins with {",
     "duplicate key": "two entries of a name: readers disagree about which one counts",
     "and nothing else": "an unknown field, which a newer format may have given a meaning",
     "dimensions; at most": "more dimensions than NumPy and torch have",

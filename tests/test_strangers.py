@@ -61,6 +61,7 @@ def test_only_regular_files_of_the_folder_are_opened(
         here = os.getcwd()
         os.chdir(base)  # a socket's path has 108 bytes
         server.bind(name)
+        server.close()  # its file stays
         os.chdir(here)
     assert name in refusal(Checkpoint.open, base)
 
