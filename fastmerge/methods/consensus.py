@@ -44,7 +44,7 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     tie_rule = INDEX if values.get("ties") == "index" else MIXED
     rescale, gamma = bool(values["rescale"]), operand.get("gamma")
     density, epsilon = operand["density"], operand.get("epsilon", 0.0)
-    if not 0 < density - epsilon <= density + epsilon < 1:
+    if kind == RANKED and not 0 < density - epsilon <= density + epsilon < 1:
         raise RecipeError(
             f"density {density:g} with epsilon {epsilon:g}: entries would be kept with chances of "
             f"{density - epsilon:g} to {density + epsilon:g}, which must lie between 0 and 1; "
