@@ -118,11 +118,17 @@ class Space:
         tensor is just what ``grams`` holds.
         """
         factors = self.coefficients(root)
+        varies = any(self._resolved(node).varies for node in order(root))
+        may_leave_out = True
         roots: dict[str, Node] = {}
         for index, item in enumerate(self._items):
             sources = _sources(item)
             if factors is None:
-                tree = without_unread(self._tree(root, index, sources))
+                tree = self._tree(root, index, sources)
+                if may_leave_out:
+                    reduced = without_unread(tree)
+                    # The first tensor tells for all, where their values are the same.
+                    may_leave_out, tree = reduced is not tree or varies, reduced
                 if not self.is_measured:
                     weights = [0.0] * self.count + [1.0]
                     tree = weighted_sum((*sources, tree), weights)
