@@ -14,7 +14,7 @@ import pytest
 
 from fastmerge import _C
 from fastmerge.dtypes import F32
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, OutputError
 from fastmerge.output import writer as writer_module
 from fastmerge.output.layout import Layout
 from fastmerge.output.writer import ModelWriter
@@ -147,3 +147,11 @@ def test_hundreds_of_shards_with_few_descriptors(tmp_path: Path) -> None:
     run = [sys.executable, "-c", _FEW, __file__, str(tmp_path / "out")]
     answer = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert (answer.returncode, answer.stdout) == (0, "200\n"), answer.stderr
+
+
+def test_the_hubs_cache_is_no_place_for_an_output(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"lies in the Hub's cache .models--org--name."):
+        ModelWriter(snapshot / "out", LAYOUT, key="job")
+    assert not list(snapshot.iterdir())

@@ -13,6 +13,7 @@ from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceEr
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_object
+from fastmerge.models.links import hub_repository
 from fastmerge.models.side_files import LINEAGE_FILE, OURS, is_known
 
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[\w.-]*|\.gitattributes")
@@ -60,6 +61,12 @@ def check_place(target: Path, inputs: Iterable[Path]) -> None:
         str(target).encode()
     except UnicodeEncodeError:
         raise OutputError(f"{target}: the folder's name is not UTF-8; give another") from None
+    repository = hub_repository(target)
+    if repository is not None:
+        raise OutputError(
+            f"{target}: the output lies in the Hub's cache ({repository.name}), which the Hub's "
+            "tools rewrite and delete; give a folder elsewhere"
+        )
     if not target.parent.is_dir():
         raise OutputError(f"{target}: the folder {target.parent} does not exist; create it")
     if not os.access(target.parent, os.W_OK | os.X_OK):
