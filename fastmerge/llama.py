@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.arguments import a_path
 from fastmerge.errors import ModelError, ResourceError
 from fastmerge.models.side_files import is_tokenizer
+from fastmerge.models.vocabulary import GENERATION
 from fastmerge.plan.loading import check_loading, model_class_of, one_line
-
-GENERATION = "generation_config.json"
 
 if TYPE_CHECKING:
     from fastmerge.api import Source

@@ -15,9 +15,8 @@ from fastmerge.version import __version__
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as shells have it
 PROGRAM = "fastmerge"
 COMMANDS: dict[str, Callable[..., None]] = {}  # in the order of --help
-ELSEWHERE: dict[
-    str, Mapping[str, str]
-] = {}  # by command: other tools' flags, what to write instead
+# By command: other tools' flags, and what to write instead.
+ELSEWHERE: dict[str, Mapping[str, str]] = {}
 ABSENT: dict[str, str] = {}  # other tools' commands that are not there, and why
 
 F = TypeVar("F", bound=Callable[..., None])

@@ -134,13 +134,6 @@ def _outside(out: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | 
     }
 
 
-def _bytes_of(files: Mapping[str, bytes | Path]) -> int:
-    return sum(
-        len(content) if isinstance(content, bytes) else content.stat().st_size
-        for content in files.values()
-    )
-
-
 def _staging_bytes(threads: int, memory_limit: int) -> int:
     """4 MiB for each buffer that a window can hold unfinished (2 W + 2), a worker can fill or an
     I/O thread can write; at most half the budget.

@@ -112,7 +112,7 @@ class Vocabulary:
             kept = {
                 role: value
                 for role, value in _object(files[SPECIALS], SPECIALS, self.label).items()
-                if isinstance(value, list) or _content(value) in self.ids
+                if isinstance(value, list) or text_of(value) in self.ids
             }
             files[SPECIALS] = _dumped(kept)
         return files
@@ -241,7 +241,7 @@ def _roles(
         wanted += extra if isinstance(extra, list) else []
         wanted += list(extra.values()) if isinstance(extra, dict) else []
     for value in wanted:
-        token = _content(value)
+        token = text_of(value)
         if token and token not in ids:
             ids[token] = max(ids.values(), default=-1) + 1
             info = value if isinstance(value, dict) else {}
@@ -250,7 +250,8 @@ def _roles(
             added[token] = {**added[token], "special": True}
 
 
-def _content(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
+    """A token as configs write it: its text, or a mapping with that as its content."""
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else None
 
@@ -394,12 +395,12 @@ def _config(vocabulary: Vocabulary) -> dict[str, Any]:
             )
         }
     for role in _ROLES:
-        token = _content(config.get(role))
+        token = text_of(config.get(role))
         if token is not None and token not in vocabulary.ids:
             del config[role]
     for key in _LISTS:
         if isinstance(config.get(key), list):
-            config[key] = [t for t in config[key] if _content(t) in vocabulary.ids]
+            config[key] = [t for t in config[key] if text_of(t) in vocabulary.ids]
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.models.config import LAYER_COUNTS, count_key, extra_layers, text_config
-from fastmerge.models.vocabulary import Vocabulary
+from fastmerge.models.vocabulary import Vocabulary, text_of
 from fastmerge.plan.inputs import Part, TensorPlan, View
 from fastmerge.plan.per_layer import Layer, restack
 
@@ -54,10 +54,10 @@ def token_ids(
         for key, value in part.items():
             if not key.endswith(("_token_id", "_token_index")) or value is None:
                 continue
-            role = _content(new.config.get(key.rpartition("_")[0]))
+            role = text_of(new.config.get(key.rpartition("_")[0]))
             if of.get(key) is not None:
                 found[key] = of[key]
-            elif of and role in new.ids:
+            elif of and role is not None and role in new.ids:
                 found[key] = new.ids[role]
             elif isinstance(value, list):
                 moved = [new.ids.get(old.tokens.get(each, ""), each) for each in value]
@@ -65,10 +65,6 @@ def token_ids(
             else:
                 found[key] = new.ids.get(old.tokens.get(value, ""), value)
     return found
-
-
-def _content(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def set_layers(

@@ -15,7 +15,7 @@ from fastmerge.recipe.document import (
     Slice,
     SliceSource,
     settings_for,
-)  # fmt: skip
+)
 
 Section = Document | Module | ModelEntry | Slice | SliceSource
 

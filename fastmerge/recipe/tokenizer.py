@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastmerge.errors import RecipeError, brief, nearest
-from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.located import placed
 from fastmerge.recipe.reference import reference
 from fastmerge.recipe.section import FaultError, Section, field, whole
 
@@ -80,9 +80,7 @@ class TokenizerSection(Section):
     @classmethod
     def of_source(cls, source: str, where: str) -> TokenizerSection:
         """What ``tokenizer_source:`` means."""
-        data = LocatedDict(source=source)
-        data.where, data.at = where, {"source": where}
-        return cls(data)
+        return cls(placed(where, source=source))
 
 
 def chat_template(value: Any) -> str:
