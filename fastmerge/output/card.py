@@ -18,7 +18,7 @@ from fastmerge.output.provenance import (
     licence_name,
     provenance,
 )
-from fastmerge.tree.nodes import Leaf, Merge, walk
+from fastmerge.tree.nodes import Leaf
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
@@ -123,9 +123,8 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     tensors: Counter[int] = Counter()
     as_base: Counter[int] = Counter()
     for tensor in plan.tensors:
-        nodes = walk(tensor.root)
         tensors.update({stored.model for stored in tensor.sources})
-        bases = {n.base for n in nodes if isinstance(n, Merge) and isinstance(n.base, Leaf)}
+        bases = {node.base for node in tensor.merges if isinstance(node.base, Leaf)}
         as_base.update({base.own.model for base in bases if base.own is not None})
     lines = ["| model | tensors | role | fingerprint |", "|---|---:|---|---|"]
     for index, name in enumerate(names):
@@ -142,9 +141,8 @@ def _methods(plan: Plan) -> str:
     used: dict[str, Method] = {}
     tensors: Counter[str] = Counter()
     for tensor in plan.tensors:
-        merges = [node for node in walk(tensor.root) if isinstance(node, Merge)]
-        used.update((node.method.name, node.method) for node in merges)
-        tensors.update({node.method.name for node in merges} or {""})
+        used.update((node.method.name, node.method) for node in tensor.merges)
+        tensors.update({node.method.name for node in tensor.merges} or {""})
     copied = tensors.pop("", 0)
     items = [
         f"**{method.name}**, {method.summary} ({_link(method.paper)}): {_tensors(tensors[name])}"

@@ -11,7 +11,7 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.output.provenance import names, provenance
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Leaf, Merge, Node, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -32,8 +32,8 @@ def metadata(plan: Plan) -> dict[str, str]:
 
 def _foreign(plan: Plan) -> dict[str, str]:
     """Names and versions of methods that are not fastmerge's own, where there are any."""
-    merges = (node for tensor in plan.tensors for node in walk(tensor.root))
-    methods = {node.method for node in merges if isinstance(node, Merge) and node.method.version}
+    merges = (node for tensor in plan.tensors for node in tensor.merges)
+    methods = {node.method for node in merges if node.method.version}
     return {"fastmerge_methods": ", ".join(sorted(m.identity for m in methods))} if methods else {}
 
 

@@ -24,7 +24,7 @@ from fastmerge.models.quantised import find_quantised
 from fastmerge.models.vocabulary import Vocabulary
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
-from fastmerge.tree.nodes import Node, Stored, leaves
+from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class TensorPlan:
     def sources(self) -> tuple[Stored, ...]:
         """The stored tensors that its tree reads, each once, in order of first use."""
         return tuple(leaves([self.root]))
+
+    @cached_property
+    def merges(self) -> tuple[Merge, ...]:
+        """The merges of its tree, each once, inputs before what uses them."""
+        return tuple(node for node in walk(self.root) if isinstance(node, Merge))
 
     @property
     def bytes_in(self) -> int:

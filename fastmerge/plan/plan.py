@@ -73,7 +73,7 @@ class Plan:
         """The merges that are trimmed together, over all tensors, with their element counts;
         FastmergeError where that cannot be.
         """
-        return spanning((item.root, item.count) for item in self.tensors)
+        return spanning((item.merges, item.count) for item in self.tensors)
 
     @cached_property
     def bytes_out(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Consensus
 from fastmerge.methods.shapes import Spans
-from fastmerge.tree.nodes import Leaf, Merge, Node, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node
 
 
 def is_spanning(node: Node) -> Spans | None:
@@ -22,18 +22,18 @@ def is_spanning(node: Node) -> Spans | None:
     return node.method.spanning(node.values, node.operand_values)
 
 
-def spanning(tensors: Iterable[tuple[Node, int]]) -> dict[Merge, int]:
-    """The merges among tensors' trees that are trimmed together, in order, with their element
-    counts.
+def spanning(tensors: Iterable[tuple[Iterable[Merge], int]]) -> dict[Merge, int]:
+    """The merges that are trimmed together, in order, with their element counts. ``tensors``: the
+    merges of each tensor's tree, and its elements.
 
     Raises FastmergeError where one threshold cannot be found for them.
     """
     found: dict[Merge, int] = {}
     asked: list[Spans] = []
-    for root, count in tensors:
-        for node in walk(root):
+    for merges, count in tensors:
+        for node in merges:
             spans = is_spanning(node)
-            if spans is not None and isinstance(node, Merge):
+            if spans is not None:
                 asked.append(spans)
                 found.setdefault(node, count)
     if not asked:
