@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from fastmerge.errors import UnsupportedError
 from fastmerge.models.architecture import find_embedding, find_head
 from fastmerge.models.config import says_tied
 from fastmerge.plan.planner import make_plan
@@ -165,3 +166,28 @@ def test_a_tie_of_null_is_written_out(zoo, kind):
     plan = make_plan({"merge_method": "linear", "models": entries})
     assert plan.config["tie_word_embeddings"] is (kind == "gemma")
     assert any(item.name == "lm_head.weight" for item in plan.tensors) is (kind == "llama")
+
+
+@pytest.mark.parametrize("code, other", [("F16", np.float16), ("F64", np.float64)])
+def test_a_tied_head_in_another_type_is_the_embeddings(code, other, zoo):
+    """Stored narrower, the same numbers are one tensor; one that differs is real."""
+    recipe = pair(zoo, {"tie_word_embeddings": True}, tied=True)
+
+    def write(change):
+        for name in ("a", "b"):
+            folder = zoo.root / name
+            tensors = {n: ("F32", x.astype(np.float32)) for n, x in zoo.read(folder).items()}
+            rounded = tensors[EMBEDDING][1].astype(np.float16)
+            head = rounded.astype(other)
+            head[-1, -1] += change
+            tensors |= {EMBEDDING: ("F32", rounded.astype(np.float32)), HEAD: (code, head)}
+            zoo.raw(name, tensors, json.loads((folder / "config.json").read_text()))
+
+    write(0)
+    if code == "F64":  # which has no kernels
+        with pytest.raises(UnsupportedError, match="lm_head"):
+            make_plan(recipe)
+        return
+    assert named(make_plan(recipe), HEAD) is None
+    write(1)
+    assert named(make_plan(recipe), HEAD) is not None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
-from fastmerge.dtypes import DType
+from fastmerge.dtypes import BF16, BY_CODE, DType
 from fastmerge.errors import UnsupportedError
 
 _BLOCK_BYTES = 1 << 20
@@ -116,6 +116,37 @@ def same_bytes(a: Model, of_a: str, b: Model, of_b: str) -> bool:
     finally:
         a.drop(of_a)
         b.drop(of_b)
+
+
+def same_numbers(a: Model, of_a: str, b: Model, of_b: str) -> bool:
+    """Whether two tensors of types with kernels, of as many elements, hold the same numbers,
+    however they are stored; compared in blocks of 256 Ki elements, until the first that differs.
+    """
+    x, y = a.view(of_a), b.view(of_b)
+    step = _BLOCK_BYTES // 4
+    try:
+        return all(
+            np.array_equal(_numbers(x, at, at + step), _numbers(y, at, at + step))
+            for at in range(0, x.count, step)
+        )
+    finally:
+        a.drop(of_a)
+        b.drop(of_b)
+
+
+def as_numbers(stored: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """float32 for the floats of up to 32 bits, exactly; float64 for the rest. ``stored``: elements
+    as ``dtype.numpy`` names them.
+    """
+    if dtype is BF16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32 if dtype.mergeable else np.float64)
+
+
+def _numbers(view: _C.View, begin: int, end: int) -> NDArray[Any]:
+    dtype = BY_CODE[view.dtype]
+    stored = _bytes(view.slice(begin, min(end, view.count)))
+    return as_numbers(stored.view(dtype.numpy or "u1"), dtype)
 
 
 def _bytes(view: _C.View) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models import hub
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.models.model import Model, same_bytes
+from fastmerge.models.model import Model, same_bytes, same_numbers
 from fastmerge.models.side_files import side_files
 from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
 from fastmerge.plan.inputs import TensorPlan, View
@@ -110,10 +110,13 @@ class Opened:
         return view
 
     def same(self, a: TensorPlan, b: TensorPlan) -> bool:
-        """Whether two stored tensors have the same bytes; False for computed ones."""
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return False
-        if not (isinstance(a.root, Stored) and isinstance(b.root, Stored)):
+        """Whether two stored tensors have the same bytes, or the same numbers where they are stored
+        as different floats; False for computed ones.
+        """
+        if a.shape != b.shape or not (isinstance(a.root, Stored) and isinstance(b.root, Stored)):
             return False
         x, y = self.models[a.root.model], self.models[b.root.model]
-        return same_bytes(x, a.root.name, y, b.root.name)
+        if a.dtype == b.dtype:
+            return same_bytes(x, a.root.name, y, b.root.name)
+        floats = a.dtype.mergeable and b.dtype.mergeable
+        return floats and same_numbers(x, a.root.name, y, b.root.name)
