@@ -1,8 +1,9 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
 ``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``ops`` merges
-tensors in memory; ``llama`` loads results through transformers; ``retrograde`` runs schedules;
-``api`` has plans, ``live`` what is kept for live models. Submodules load when first used.
+tensors in memory; ``adapters`` has LoRAs; ``llama`` loads results through transformers;
+``retrograde`` runs schedules; ``api`` has plans, ``live`` what is kept for live models. Submodules
+load when first used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
-    from fastmerge import api, live, llama, ops, retrograde
+    from fastmerge import adapters, api, live, llama, ops, retrograde
+    from fastmerge.adapters import extract_lora
     from fastmerge.api import materialise, merge
     from fastmerge.engine.report import MergeReport
     from fastmerge.errors import (
@@ -35,7 +37,9 @@ __all__ = [
     "ResourceError",
     "UnsupportedError",
     "__version__",
+    "adapters",
     "api",
+    "extract_lora",
     "live",
     "llama",
     "materialise",
@@ -46,13 +50,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "extract_lora": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "MergeReport": "fastmerge.engine.report",
     "method": "fastmerge.methods",
     **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},
 }
-_MODULES = ("api", "live", "llama", "ops", "retrograde")
+_MODULES = ("adapters", "api", "live", "llama", "ops", "retrograde")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ with ``fastmerge`` put in front.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 ABSENT |= dict.fromkeys(
     (
-        "mergekit-evolve", "mergekit-extract-lora", "mergekit-layershuffle", "mergekit-legacy",
-        "mergekit-moe", "mergekit-pytorch", "mergekit-tokensurgeon",
+        "mergekit-evolve", "mergekit-layershuffle", "mergekit-legacy", "mergekit-moe",
+        "mergekit-pytorch", "mergekit-tokensurgeon",
     ),
-    "is not there yet; of mergekit's commands there are mergekit-yaml and mergekit-multi",
+    "is not there yet; of mergekit's commands there are mergekit-yaml, mergekit-multi and "
+    "mergekit-extract-lora",
 )  # fmt: skip
 
 _NO_USE = "has no use here; leave it out"
@@ -108,7 +110,7 @@ def mergekit_yaml(
     """Do what mergekit-yaml does, by its options."""
     from fastmerge.recipe.document import Recipe
 
-    given = _given(options)
+    given = given_options(options)
     _merge(Recipe.load(config_file), out_path, given)
 
 
@@ -130,7 +132,7 @@ def mergekit_multi(
     recipes = Recipe.load_each(config_file)
     if out_path is None and any(recipe.output.name is None for recipe in recipes):
         raise FastmergeError("--out-path is missing: one of the merges has no 'name:'")
-    given = _given(options)
+    given = given_options(options)
     within = dict.fromkeys(str(d.name) for recipe in recipes for d in recipe.documents[:-1])
     if within:
         say(
@@ -149,15 +151,18 @@ def mergekit_multi(
         _merge(recipe, out, given)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def given_options(
+    options: dict[str, Any], no_effect: Collection[str] | None = None
+) -> dict[str, Any]:
     """What was asked for; says what of it has no effect."""
     from fastmerge.integrations.mergekit import NO_EFFECT
 
+    no_effect = NO_EFFECT if no_effect is None else no_effect
     given = {k: v for k, v in options.items() if v is not None}
     size = given.get("out_shard_size")
     if size is not None:
         given["out_shard_size"] = parse_shard_size(size, "--out-shard-size")
-    idle = [name for name in given if name in NO_EFFECT and given[name] and name != "quiet"]
+    idle = [name for name in given if name in no_effect and given[name] and name != "quiet"]
     if idle:
         words = [f"--{name.replace('_', '-')}" if name != "verbosity" else "-v" for name in idle]
         say(f"note: without effect here: {', '.join(words)}", quiet=bool(given.get("quiet")))

@@ -25,7 +25,8 @@ class Argument:
 
 class Option:
     """What goes by name: ``flags`` (by default the parameter's name), the smallest number taken;
-    ``either``: a switch that has ``--no-name`` too; ``count``: a number, of how often it is given.
+    ``either``: a switch that has ``--no-name`` too; ``count``: a number, of how often it is given;
+    ``many``: a list of texts, one for each time.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Option:
         min: int | None = None,  # noqa: A002
         either: bool = False,
         count: bool = False,
+        many: bool = False,
     ) -> None:
         self.flags, self.help, self.metavar, self.min = flags, help, metavar, min
-        self.either, self.count = either, count
+        self.either, self.count, self.many = either, count, many
 
 
 def name_of(function: Callable[..., None]) -> str:
@@ -98,6 +100,11 @@ def _add(
             action = argparse.BooleanOptionalAction
         parser.add_argument(*flags, dest=name, action=action, default=default, help=about)
         return
+    if form.many:
+        parser.add_argument(
+            *flags, dest=name, action="append", default=default, metavar=form.metavar, help=about
+        )
+        return
     if shown is not None and not required:
         about += f" [default: {shown}]"
     metavar = form.metavar or ("N" if kind is int else name.upper())
@@ -121,7 +128,7 @@ def _reader(kind: type, least: int | None) -> Callable[[str], Any]:
         try:
             value = kind(word)
         except ValueError:
-            wanted = "a whole number"
+            wanted = "a number" if kind is float else "a whole number"
             if issubclass(kind, Enum):
                 wanted = f"one of {', '.join(item.value for item in kind)}"
             raise argparse.ArgumentTypeError(f"'{word}' is not {wanted}") from None

@@ -43,10 +43,7 @@ def model_card(plan: Plan, title: str) -> str:
         "## Method\n\n" + _methods(plan),
         "## Use\n\n" + _use(plan, title),
         *_licences(said),
-        *(
-            ["## Notes\n\n" + _bullets(escaped(said.told(n)) for n in plan.notes)]
-            * bool(plan.notes)
-        ),
+        *(["## Notes\n\n" + bullets(escaped(said.told(n)) for n in plan.notes)] * bool(plan.notes)),
         "## Recipe\n\n" + fenced(said.recipe_text, "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
@@ -54,8 +51,6 @@ def model_card(plan: Plan, title: str) -> str:
 
 def _front_matter(plan: Plan, said: Provenance) -> str:
     """What the Hub reads: ids only where there are ids, and what the inputs' own cards say."""
-    import yaml
-
     donor = said.cards[plan.models.index(plan.donor_model)]
     front: dict[str, Any] = {}
     ids = dict.fromkeys(name for names in said.hub_ids for name in names)
@@ -69,16 +64,24 @@ def _front_matter(plan: Plan, said: Provenance) -> str:
     elif _class_of(plan).endswith("ForCausalLM"):
         front["pipeline_tag"] = "text-generation"
     front |= licence(said.cards)
-    languages = _union(card.get("language") for card in said.cards)
+    languages = union(card.get("language") for card in said.cards)
     if languages:
         front["language"] = languages
-    tags = _union(card.get("tags") for card in said.cards)
+    tags = union(card.get("tags") for card in said.cards)
     front["tags"] = list(dict.fromkeys(["merge", "fastmerge", *tags]))
+    return front_matter_text(front)
+
+
+def front_matter_text(front: dict[str, Any]) -> str:
+    """The block at the head of a card."""
+    import yaml
+
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{text}---"
 
 
-def _union(values: Iterable[Any]) -> list[str]:
+def union(values: Iterable[Any]) -> list[str]:
+    """The words of several cards' values, each once."""
     found = dict.fromkeys(item for value in values for item in as_list(value))
     # Those with a colon are the Hub's own: ``base_model:...``, ``region:us``.
     return [item for item in found if ":" not in item][:_MOST_TAGS]
@@ -113,7 +116,7 @@ def _licences(said: Provenance) -> list[str]:
         f"{escaped(name)}: {escaped(text) or 'its card names none'}"
         for name, text in zip(said.names, licences, strict=True)
     )
-    return ["## Licences\n\nOf the models that went in:\n\n" + _bullets(items)]
+    return ["## Licences\n\nOf the models that went in:\n\n" + bullets(items)]
 
 
 def _models_table(plan: Plan, names: Sequence[str]) -> str:
@@ -153,7 +156,7 @@ def _methods(plan: Plan) -> str:
     if plan.seed is not None:
         items.append(f"random seed: {plan.seed}")
     items.append("arithmetic in float32, reductions in float64, one rounding to the output's type")
-    return _bullets(items)
+    return bullets(items)
 
 
 def _tensors(count: int) -> str:
@@ -169,7 +172,8 @@ def _link(paper: str) -> str:
     return "no paper" if text == "-" else text
 
 
-def _bullets(items: Iterable[str]) -> str:
+def bullets(items: Iterable[str]) -> str:
+    """A list in Markdown."""
     return "\n".join(f"- {item}" for item in items)
 
 

@@ -58,13 +58,14 @@ class Layout:
         *,
         max_shard_bytes: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
+        single: str = SINGLE,
     ) -> Layout:
         """Lays out ``tensors`` (name, dtype, shape), filling shards in the given order.
 
         A shard holds at most ``max_shard_bytes`` of tensors, or one larger tensor. Inside a shard
         wider types come first, so that every element is aligned. ``metadata`` joins
-        ``{"format": "pt"}`` in every header. Equal arguments give equal bytes. Raises
-        FastmergeError for a duplicate name.
+        ``{"format": "pt"}`` in every header. ``single``: the name of the file where one takes all.
+        Equal arguments give equal bytes. Raises FastmergeError for a duplicate name.
         """
         groups: list[list[tuple[str, DType, tuple[int, ...], int, int]]] = [[]]
         room = max_shard_bytes
@@ -82,7 +83,9 @@ class Layout:
         slots: dict[str, Slot] = {}
         for number, group in enumerate(groups):
             group.sort(key=lambda entry: -entry[1].bits)
-            shards.append(_plan_shard(number, len(groups), group, dict(metadata or {}), slots))
+            name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            name = single if len(groups) == 1 else name
+            shards.append(_plan_shard(number, name, group, dict(metadata or {}), slots))
         if len(slots) != len(tensors):
             names = [name for name, _, _ in tensors]
             twice = next(name for name in names if names.count(name) > 1)
@@ -116,12 +119,11 @@ class Layout:
 
 def _plan_shard(
     number: int,
-    total: int,
+    name: str,
     group: Iterable[tuple[str, DType, tuple[int, ...], int, int]],
     metadata: dict[str, str],
     slots: dict[str, Slot],
 ) -> Shard:
-    name = SINGLE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for tensor, dtype, shape, _, nbytes in group:

@@ -114,7 +114,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target}: exists; choose another output or add --overwrite")
-    if not names & {SINGLE, INDEX, "config.json"}:
+    if not names & {SINGLE, INDEX, "config.json", "adapter_config.json"}:
         raise OutputError(f"{target}: not a model folder, so --overwrite will not replace it")
     foreign = _foreign(target)
     if foreign:

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 from fastmerge.errors import FastmergeError
 from fastmerge.models.header import open_regular
 from fastmerge.models.links import hub_repository
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE
-from fastmerge.plan.plan import Plan
 
 _MAX_CARD_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -28,6 +27,22 @@ _REMOTE = re.compile(
 _ABSOLUTE = re.compile(
     r"(?<![\w./:~\\])~?/(?:[^\s/'\"`,;:|()\[\]{}<>]+/)+([^\s/'\"`,;:|()\[\]{}<>]*)"
 )
+
+
+class Made(Protocol):
+    """What was made of models, by a recipe or another text that says how: a plan."""
+
+    @property
+    def models(self) -> tuple[Model, ...]: ...
+
+    @property
+    def references(self) -> tuple[str, ...]: ...
+
+    @property
+    def recipe_text(self) -> str: ...
+
+    @property
+    def keep_paths(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Provenance:
         return _ABSOLUTE.sub(r"./\1", text)
 
 
-def names(plan: Plan) -> tuple[str, ...]:
+def names(plan: Made) -> tuple[str, ...]:
     """What the output calls its inputs: as the recipe does with ``keep_paths``, else without the
     path to a folder; the second of one name is ``NAME (2)``.
     """
@@ -67,7 +82,7 @@ def names(plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def provenance(plan: Plan) -> Provenance:
+def provenance(plan: Made) -> Provenance:
     called = names(plan)
     hidden: dict[str, str] = {}
     for reference, model, name in zip(plan.references, plan.models, called, strict=True):
@@ -126,6 +141,11 @@ def _hub_ids(model: Model, card: Mapping[str, Any]) -> tuple[str, ...]:
         if remote is not None:
             return (remote[1],)
     return tuple(name for name in as_list(card.get("base_model")) if _HUB_ID.fullmatch(name))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of a model's name on the Hub, with its owner's."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def as_list(value: Any) -> list[str]:

@@ -1,0 +1,152 @@
+"""Adapters (LoRA): taken from two models, and merged with one another.
+
+``extract_lora`` finds the adapter that turns a base into a tuned model, ``merge_adapters`` merges
+several of one base; both write a folder that PEFT loads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge.arguments import a_flag, a_list, a_path, a_text
+from fastmerge.dtypes import parse as parse_dtype
+from fastmerge.engine.extract import Found, extract
+from fastmerge.engine.report import Progress
+from fastmerge.errors import FastmergeError, brief, is_whole
+from fastmerge.models import hub
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.extraction import Choice, Extraction, plan_extraction
+from fastmerge.plan.planner import whole_seed
+
+
+def extract_lora(
+    tuned: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    max_rank: int | None = None,
+    dtype: str | None = "float32",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    save_modules: Sequence[str] = (),
+    embed_lora: bool = False,
+    skip_undecomposable: bool = False,
+    distribute_scale: bool = True,
+    sv_epsilon: float = 0.0,
+    power_iterations: int = 2,
+    seed: int = 0,
+    threads: int | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    keep_paths: bool = False,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Writes the adapter of ``rank`` that brings ``base`` nearest to ``tuned`` to the folder
+    ``out``, for PEFT; what each matrix came to, with its error, is in the answer and in
+    fastmerge.json.
+
+    tuned, base: folders or Hub ids of one architecture and vocabulary. rank: of every matrix, whose
+    sides must have it; or max_rank: the same, or all that a smaller matrix has. dtype: of the
+    factors, None for the tuned model's own. As mergekit-extract-lora 0.1.5 chooses: matrices are
+    decomposed, unless a regular expression of ``exclude`` or none of ``include`` is found in their
+    module's name; embeddings (unless ``embed_lora``), heads, norms (unless ``skip_undecomposable``)
+    and ``save_modules``, by name or its last part, are saved whole. What is equal in both models is
+    left out; a decomposed module's bias is stored whole where it differs. distribute_scale: the
+    roots of the singular values go into either factor, else all into A. sv_epsilon: singular values
+    up to it are dropped. power_iterations: more bring the error nearer to the least. The random
+    directions follow from ``seed``; the bits also from NumPy's BLAS and how many threads that has.
+    cache: the Hub's, where it is not the usual one.
+    Raises FastmergeError before anything is written.
+    """
+    plan = plan_extract_lora(
+        tuned,
+        base,
+        Choice(
+            rank=_rank(rank, max_rank),
+            at_most=max_rank is not None,
+            dtype=None if dtype is None else parse_dtype(a_text(dtype, "dtype")),
+            include=_patterns(include, "include"),
+            exclude=_patterns(exclude, "exclude"),
+            save=_texts(save_modules, "save_modules"),
+            embed_lora=a_flag(embed_lora, "embed_lora"),
+            skip_undecomposable=a_flag(skip_undecomposable, "skip_undecomposable"),
+            distribute_scale=a_flag(distribute_scale, "distribute_scale"),
+            sv_epsilon=_epsilon(sv_epsilon),
+            power_iterations=_count(power_iterations, "power_iterations", 0, 100),
+        ),
+        seed=seed,
+        keep_paths=a_flag(keep_paths, "keep_paths"),
+        cache=cache,
+    )
+    return extract(
+        plan,
+        a_path(out, "out"),
+        threads=threads,
+        overwrite=a_flag(overwrite, "overwrite"),
+        fresh=a_flag(fresh, "fresh"),
+        progress=progress,
+    )
+
+
+def plan_extract_lora(
+    tuned: str | Path,
+    base: str | Path,
+    choice: Choice,
+    *,
+    seed: int = 0,
+    keep_paths: bool = False,
+    cache: str | Path | None = None,
+) -> Extraction:
+    """What `extract_lora` would do."""
+    references = (str(a_path(tuned, "tuned")), str(a_path(base, "base")))
+    models = [Checkpoint.open(hub.resolve(reference, cache=cache)) for reference in references]
+    plan = plan_extraction(models[0], models[1], references, choice, whole_seed(seed))
+    settings = {"tuned": references[0], "base": references[1], **choice.plain}
+    lines = [f"  {key}: {json.dumps(value)}" for key, value in settings.items()]
+    text = "\n".join(["extract_lora:", *lines, f"  seed: {plan.seed}", ""])
+    return replace(plan, recipe_text=text, keep_paths=keep_paths)
+
+
+def _rank(rank: int | None, max_rank: int | None) -> int:
+    if (rank is None) == (max_rank is None):
+        raise FastmergeError("rank: give it or max_rank, and not both")
+    if rank is not None:
+        return _count(rank, "rank", 1, 1 << 20)
+    return _count(max_rank, "max_rank", 1, 1 << 20)
+
+
+def _count(value: Any, where: str, low: int, high: int) -> int:
+    if not is_whole(value) or not low <= value <= high:
+        raise FastmergeError(
+            f"{where}: must be a whole number from {low} to {high}, not {brief(value)}"
+        )
+    return int(value)
+
+
+def _epsilon(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e300:
+        raise FastmergeError(f"sv_epsilon: must be a number of at least 0, not {brief(value)}")
+    return float(value)
+
+
+def _texts(values: Sequence[str], where: str) -> tuple[str, ...]:
+    return tuple(a_text(value, where) for value in a_list(values, where))
+
+
+def _patterns(values: Sequence[str], where: str) -> tuple[str, ...]:
+    found = _texts(values, where)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise FastmergeError(
+                f"{where}: {brief(pattern)} is no regular expression ({error})"
+            ) from None
+    return found

@@ -1,0 +1,112 @@
+"""An adapter's folder: what PEFT reads, its card and its lineage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastmerge.dtypes import DType
+from fastmerge.errors import printable
+from fastmerge.models.side_files import CARD_FILE, LINEAGE_FILE
+from fastmerge.output.card import bullets, escaped, fenced, front_matter_text, union
+from fastmerge.output.layout import Layout
+from fastmerge.output.provenance import is_hub_id, licence, names, provenance
+from fastmerge.plan.adapter_plan import AdapterPlan
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_ALL_IN_ONE = 1 << 62  # PEFT reads one file
+
+
+def adapter_layout(
+    plan: AdapterPlan, tensors: Sequence[tuple[str, DType, tuple[int, ...]]]
+) -> Layout:
+    """Every byte of adapter_model.safetensors but the weights."""
+    return Layout.plan(
+        tensors, max_shard_bytes=_ALL_IN_ONE, metadata=metadata(plan), single=WEIGHTS
+    )
+
+
+def metadata(plan: AdapterPlan) -> dict[str, str]:
+    """The lineage that is known before a weight is read."""
+    from fastmerge.version import __version__
+
+    return {
+        "format": "pt",
+        "fastmerge_version": __version__,
+        "fastmerge_recipe": provenance(plan).recipe_text,
+        "fastmerge_seed": "" if plan.seed is None else str(plan.seed),
+        "fastmerge_inputs": json.dumps(_inputs(plan)),
+    }
+
+
+def _inputs(plan: AdapterPlan) -> dict[str, str]:
+    pairs = zip(names(plan), plan.models, strict=True)
+    return {name: model.fingerprint for name, model in pairs}
+
+
+def adapter_files(
+    plan: AdapterPlan,
+    config: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Any]],
+    title: str,
+    method: Sequence[str],
+) -> dict[str, bytes | Any]:
+    """What is written beside the weights, by name. ``config``: adapter_config.json; ``modules``:
+    what each came to; ``method``: how, a line each, for the card.
+    """
+    lineage = {
+        **metadata(plan),
+        "fastmerge_inputs": _inputs(plan),
+        "settings": dict(plan.settings),
+        "files": sorted([CONFIG, WEIGHTS, CARD_FILE, LINEAGE_FILE]),
+        "modules": {name: dict(modules[name]) for name in sorted(modules)},
+    }
+    return {
+        CONFIG: (json.dumps(dict(config), indent=2) + "\n").encode(),
+        LINEAGE_FILE: (json.dumps(lineage, indent=1) + "\n").encode(),
+        CARD_FILE: adapter_card(plan, config, title, method).encode(errors="backslashreplace"),
+    }
+
+
+def adapter_card(
+    plan: AdapterPlan, config: Mapping[str, Any], title: str, method: Iterable[str]
+) -> str:
+    """The Markdown of README.md, with the front matter that the Hugging Face Hub reads."""
+    from fastmerge.version import __version__
+
+    said = provenance(plan)
+    base = str(config.get("base_model_name_or_path") or "")
+    front: dict[str, Any] = {}
+    if is_hub_id(base):
+        front["base_model"] = base
+    front["library_name"] = "peft"
+    if config.get("task_type") == "CAUSAL_LM":
+        front["pipeline_tag"] = "text-generation"
+    front |= licence(said.cards)
+    tags = union(card.get("tags") for card in said.cards)
+    front["tags"] = list(dict.fromkeys(["lora", "merge", "fastmerge", *tags]))
+    table = ["| model | fingerprint |", "|---|---|"]
+    table += (
+        f"| {escaped(name)} | `{model.fingerprint}` |"
+        for name, model in zip(said.names, plan.models, strict=True)
+    )
+    folder = json.dumps(f"path/to/{printable(title)}", ensure_ascii=False)
+    use = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base or 'path/to/base')})\n"
+        f"model = PeftModel.from_pretrained(base, {folder})"
+    )
+    notes = bullets(escaped(said.told(note)) for note in plan.notes)
+    sections = [
+        front_matter_text(front),
+        f"# {escaped(title)}",
+        f"A LoRA adapter of rank {config['r']}, made with fastmerge {__version__}.",
+        "## Models\n\n" + "\n".join(table) + "\n\n`fastmerge.json` has what each matrix came to.",
+        "## Method\n\n" + bullets(method),
+        "## Use\n\n" + fenced(use, "python"),
+        *(["## Notes\n\n" + notes] if notes else []),
+        "## Recipe\n\n" + fenced(said.recipe_text, "yaml"),
+    ]
+    return "\n\n".join(sections) + "\n"

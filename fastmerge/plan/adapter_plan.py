@@ -1,0 +1,85 @@
+"""What any output that is an adapter knows before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmerge.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """``config``: adapter_config.json, but for what follows from the ranks. ``base``: the name of
+    the model that the adapter is for, as the config has it. ``settings``: what decides the numbers,
+    in plain values.
+    """
+
+    models: tuple[Model, ...]
+    references: tuple[str, ...]  # parallel to models, as the user wrote them
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    seed: int | None  # None: nothing is drawn
+    seed_derived: bool
+    recipe_text: str
+    notes: tuple[str, ...]
+    keep_paths: bool = False
+
+    @property
+    def key(self) -> str:
+        """sha256 (hex) of all that decides the output's bytes."""
+        from fastmerge.version import __version__
+
+        prints = [model.fingerprint for model in self.models]
+        head = [__version__, prints, self.seed, dict(self.settings), dict(self.config)]
+        return hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where a model is not what it was when it was opened."""
+        for model in self.models:
+            model.check_unchanged()
+
+
+def peft_config(
+    shared: Mapping[str, Any], ranks: Mapping[str, int], targets: Collection[str]
+) -> dict[str, Any]:
+    """adapter_config.json of factors that are applied with scale 1: ``r`` and ``lora_alpha`` are
+    the most common of the ``ranks`` by module, and the patterns have the others. ``targets``: what
+    PEFT finds the modules by.
+    """
+    each = list(ranks.values())
+    r = max(sorted(set(each), reverse=True), key=each.count, default=0)
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    return {
+        "peft_type": "LORA",
+        **shared,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(targets),
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def short_names(wanted: Iterable[str], modules: Sequence[str], *, dotted: bool) -> list[str]:
+    """Names that PEFT finds the ``wanted`` modules by and no other of ``modules``: the last part
+    where that will do, else the whole. It looks for modules whose name ends in a target's after a
+    dot (``dotted``), in that of a module to save at any letter.
+    """
+    chosen = set(wanted)
+    found: dict[str, None] = {}
+    by_leaf: dict[str, list[str]] = {}
+    for name in chosen:
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(name)
+    for leaf, own in by_leaf.items():
+        end = f".{leaf}" if dotted else leaf
+        alike = {m for m in modules if (f".{m}" if dotted else m).endswith(end)}
+        found.update(dict.fromkeys([leaf] if alike <= chosen else own))
+    return sorted(found)
