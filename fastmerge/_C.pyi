@@ -138,6 +138,8 @@ def consensus(
     normalize: bool,
     scale: float = 1.0,
     origin: int = 0,
+    votes: int = 0,
+    counted: bool = False,
 ) -> int:
     """out = base + scale * merge(mask_i * rescale_i * (x_i - base) * w_i), fp32, no FMA, one
     rounding; returns how many outputs are NaN/Inf.
@@ -149,6 +151,11 @@ def consensus(
     multiply, so that NaN and Inf survive them, and sums start from +0. masks: those of RANKED
     selections, as `select` filled them. origin: the flat index of
     the first element (see select_across).
+
+    votes: with elect, the sign is that of the sum of the masked, rescaled deltas without their
+    weights (1: TIES' paper, section 4.2; PEFT 0.21's "total") or of those deltas' signs, NaN
+    counting as 0 (2: PEFT's "frequency"); a delta agrees where its own sign is that one, and its
+    weight comes after. counted: a delta that takes part counts as 1 in the divisor, not its weight.
     """
 
 def pointwise(

@@ -37,16 +37,21 @@ class Vectors:
 
 
 WHOLE = Vectors()  # the tensor is one vector
+VOTES = WEIGHTED, PLAIN, FREQUENCY = range(3)  # of an election
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How `consensus` makes one delta of several weighted ones: of those whose sign the sum has
+    """How `consensus` makes one delta of several weighted ones: of those whose sign was elected
     (``elect``) or of all, divided by their weights' sum (``normalize``) or not, times ``scale``.
     ``origin``: the flat index of the first element, where a tensor is part of something longer.
+    ``votes``: the sign elected is that of the sum of the weighted deltas, of the deltas as they are
+    (PLAIN), or of their signs (FREQUENCY). ``counted``: divided by how many they are instead.
     """
 
     elect: bool
     normalize: bool
     scale: float = 1.0
     origin: int = 0
+    votes: int = WEIGHTED
+    counted: bool = False

@@ -33,7 +33,10 @@ from fastmerge.kernels.common import (
     upload,
 )
 from fastmerge.kernels.masks import KEEP_ALL, RULE, load_rule, rule_of, survives
+from fastmerge.primitives import FREQUENCY, WEIGHTED
 from fastmerge.selection import Selection
+
+BY_SIGNS = tl.constexpr(FREQUENCY)
 
 
 @triton.jit
@@ -41,8 +44,8 @@ def _block(
     addresses, rules, factors, scale, divisor, start, end, origin,
     CODES: tl.constexpr, OUT: tl.constexpr, MODES: tl.constexpr, RESCALED: tl.constexpr,
     ELECT: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr,
-    WIDE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr, VOTES: tl.constexpr,
+    COUNTED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
     K: tl.constexpr = len(MODES)
@@ -55,7 +58,7 @@ def _block(
     for i in tl.static_range(K):
         x = fetch(addresses[1 + i], offsets, mask, CODES[1 + i], ALIGNED, MASKED)
         delta = x - base
-        weight = factors[2 * i]
+        weight = 1.0 if ELECT and VOTES else factors[2 * i]
         rescale = factors[2 * i + 1]
         if MODES[i] != KEEP_ALL:
             kept = survives(
@@ -73,8 +76,11 @@ def _block(
             delta = delta * rescale * weight
         else:
             delta = delta * weight
+        vote = delta
+        if ELECT and VOTES == BY_SIGNS:
+            vote = tl.where(delta > 0, 1.0, tl.where(delta < 0, -1.0, 0.0))
         # Where a sign is elected only total >= 0 counts, which is the same from -0.0 as from +0.0.
-        total = delta if ELECT and i == 0 else total + delta
+        total = vote if ELECT and i == 0 else total + vote
         deltas = deltas + (delta,)
     if ELECT:
         sign = tl.where(total >= 0, 1.0, -1.0)
@@ -82,8 +88,9 @@ def _block(
         agreed = total
         for i in tl.static_range(K):
             agrees = tl.where(deltas[i] * sign > 0, 1.0, 0.0)
-            total = total + deltas[i] * agrees
-            share = factors[2 * i] * agrees
+            own = deltas[i] * factors[2 * i] if VOTES else deltas[i]
+            total = total + own * agrees
+            share = agrees if COUNTED else factors[2 * i] * agrees
             agreed = share if i == 0 else agreed + share  # only its zero is asked for, of any sign
         if NORMALIZE:
             agreed = tl.where(agreed == 0, 1.0, agreed)
@@ -105,7 +112,7 @@ def consensus_kernel(
     CODES: tl.constexpr, OUT: tl.constexpr, MODES: tl.constexpr, RESCALED: tl.constexpr,
     ELECT: tl.constexpr, NORMALIZE: tl.constexpr, EXACT: tl.constexpr, SCALED: tl.constexpr,
     WIDE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    HEAD: tl.constexpr, RULE: tl.constexpr,
+    HEAD: tl.constexpr, RULE: tl.constexpr, VOTES: tl.constexpr = 0, COUNTED: tl.constexpr = False,
 ):  # fmt: skip
     """CODES: the base, then k inputs. rules: int64 (segments, k, RULE). numbers: fp32 (segments, 2
     + 2 k): scale, divisor, then weight and rescale of each delta. origins: int64 (segments,), the
@@ -132,7 +139,7 @@ def consensus_kernel(
         start = begin + step
         bad += _block(
             addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
-            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, BLOCK,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, VOTES, COUNTED, BLOCK,
             False,
         )  # fmt: skip
     tail_bad = tl.zeros([TAIL], tl.int32)  # in narrow steps, as in combine_kernel
@@ -140,7 +147,7 @@ def consensus_kernel(
         start = whole + step
         tail_bad += _block(
             addresses, limits, factors, scale, divisor, start, end, origin, CODES, OUT, MODES,
-            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, TAIL,
+            RESCALED, ELECT, NORMALIZE, EXACT, SCALED, WIDE, ALIGNED, RULE, VOTES, COUNTED, TAIL,
             True,
         )  # fmt: skip
     count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
@@ -158,12 +165,15 @@ def consensus(
     normalize: bool,
     scale: float = 1.0,
     origin: int = 0,
+    votes: int = WEIGHTED,
+    counted: bool = False,
 ) -> int:
     """`_C.consensus` on the device, whose origin need only be a multiple of 4; waits for it."""
     return int(
         consensus_many(
             [inputs], [base], [weights], [selections], [out],
-            elect=elect, normalize=normalize, scales=[scale], origins=[origin],
+            elect=elect, normalize=normalize, scales=[scale], origins=[origin], votes=votes,
+            counted=counted,
         )[0]
     )  # fmt: skip
 
@@ -184,8 +194,11 @@ class ConsensusBatch:
         elect: bool,
         normalize: bool,
         origins: Sequence[int] | None = None,
+        votes: int = WEIGHTED,
+        counted: bool = False,
     ) -> None:
         self._elect, self._normalize = elect, normalize
+        self._votes, self._counted = votes, counted
         self._origins = [0] * len(outs) if origins is None else origins
         self._rows: list[list[torch.Tensor]] = []
         self._keys: list[tuple[tuple[int, ...], int, bool, bool]] = []
@@ -223,7 +236,7 @@ class ConsensusBatch:
                 tuple(mode for mode, _ in rules[n]),
                 tuple(s.rescale != 1.0 for s in selections[n]),
                 bool(np.float32(scales[n]) != 1),
-                self._elect and self._normalize and _exact(tuple(weights[n])),
+                self._elect and self._normalize and _exact(self._shares(weights[n])),
             )
             keys.append(key if row[0].numel() else None)
         for key, members in partition(keys).items():
@@ -233,7 +246,10 @@ class ConsensusBatch:
             batch = self._groups.of(members)
             device = batch.table.device
             columns = [[column for _, column in rules[i]] for i in members]
-            numbers = [_numbers(weights[i], selections[i], scales[i]) for i in members]
+            numbers = [
+                _numbers(weights[i], self._shares(weights[i]), selections[i], scales[i])
+                for i in members
+            ]
             origins = [self._origins[i] for i in members]
             counts = torch.zeros(len(members), dtype=torch.int64, device=device)
             launch(
@@ -260,10 +276,16 @@ class ConsensusBatch:
                 BLOCK=block(len(modes), lanes()),
                 HEAD=HEAD,
                 RULE=RULE,
+                VOTES=self._votes,
+                COUNTED=self._counted,
                 registers=register_limit(2 * len(modes)),
             )
             bad.index_copy_(0, batch.members, counts)
         return bad
+
+    def _shares(self, weights: Sequence[float]) -> tuple[float, ...]:
+        """What each delta that takes part adds to the divisor."""
+        return (1.0,) * len(weights) if self._counted else tuple(weights)
 
 
 def consensus_many(
@@ -277,9 +299,14 @@ def consensus_many(
     normalize: bool,
     scales: Sequence[float] | None = None,
     origins: Sequence[int] | None = None,
+    votes: int = WEIGHTED,
+    counted: bool = False,
 ) -> torch.Tensor:
     """`consensus` of many tensors at once. See `ConsensusBatch`."""
-    batch = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize, origins=origins)
+    batch = ConsensusBatch(
+        inputs, bases, outs,
+        elect=elect, normalize=normalize, origins=origins, votes=votes, counted=counted,
+    )  # fmt: skip
     return batch.run(weights, selections, scales)
 
 
@@ -303,14 +330,17 @@ def _exact(weights: tuple[float, ...]) -> bool:
 
 
 def _numbers(
-    weights: Sequence[float], selections: Sequence[Selection], scale: float
+    weights: Sequence[float],
+    shares: Sequence[float],
+    selections: Sequence[Selection],
+    scale: float,
 ) -> list[float]:
-    """scale, divisor of a merge without election (1 where the weights' fp32 sum is below 1e-8),
+    """scale, divisor of a merge without election (1 where the shares' fp32 sum is below 1e-8),
     weight, rescale.
     """
     total = np.float32(0)
-    for weight in weights:
-        total = np.float32(total + np.float32(weight))
+    for share in shares:
+        total = np.float32(total + np.float32(share))
     divisor = float(total) if abs(total) >= np.float32(1e-8) else 1.0
     pairs = [number for w, s in zip(weights, selections, strict=True) for number in (w, s.rescale)]
     return [scale, divisor, *pairs]

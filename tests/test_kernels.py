@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fastmerge import _C
 from fastmerge.compute import reference
+from fastmerge.primitives import FREQUENCY, PLAIN, WEIGHTED
 from fastmerge.selection import INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify, keep_below
 
 DTYPES = ("BF16", "F16", "F32")
@@ -291,6 +292,25 @@ def check_consensus(pool, memory, types, base_type, out_type, count):
             wanted = reference.round_to(exact, out_type)
             assert same(memory.read(out), wanted), (chosen, rule)
             assert bad == nonfinite(wanted)
+
+
+@every_isa
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("inputs", [1, 2, 3, 5])
+@pytest.mark.parametrize("votes", [WEIGHTED, PLAIN, FREQUENCY])
+@pytest.mark.parametrize("elect", [False, True])
+def test_votes_and_divisors_of_other_definitions(pool, memory, inputs, votes, elect):
+    count = 1003
+    base = memory.put(values(count, 50, special=True), "BF16", offset=1)
+    tensors = [memory.put(values(count, i, special=True), "F32") for i in range(inputs)]
+    arrays, origin = [memory.read(t) for t in tensors], memory.read(base)
+    weights = [float(np.float32(w)) for w in np.linspace(0.9, -0.3, inputs)]
+    for chosen in selections(count, inputs):
+        rule = {"elect": elect, "normalize": True, "votes": votes, "counted": True}
+        out = memory.blank(count, "F32")
+        _C.consensus(pool, tensors, base, weights, chosen, _C.MemorySink(out), **rule)
+        wanted = reference.consensus(arrays, origin, weights, chosen, **rule, arithmetic=np.float32)
+        assert same(memory.read(out), wanted), (chosen, rule)
 
 
 @every_isa

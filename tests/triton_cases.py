@@ -22,6 +22,7 @@ from fastmerge.kernels.combine import combine, combine_many
 from fastmerge.kernels.consensus import consensus, consensus_many
 from fastmerge.kernels.gram import gram, gram_many, gram_partials, gram_total
 from fastmerge.kernels.select import select, select_many
+from fastmerge.primitives import FREQUENCY, PLAIN, WEIGHTED
 from fastmerge.selection import (
     ALL,
     INDEX,
@@ -391,6 +392,23 @@ def test_consensus_equals_cpu(choice, elect, normalize, scale):
         expected, bad = cpu_consensus(xs, base, weights, selections, BF16, **options)
         assert consensus(xs, base, weights, selections, out, **options) == bad
         same(out, expected)
+
+
+@pytest.mark.parametrize("choice", ["all", "trim", "mixed"])
+@pytest.mark.parametrize("votes", [WEIGHTED, PLAIN, FREQUENCY])
+@pytest.mark.parametrize("counted", [False, True])
+def test_votes_and_divisors_equal_those_of_the_cpu(choice, votes, counted):
+    size = 1531
+    base = strange(normal(0, size, dtype=BF16))
+    xs = [strange(like(base, 1, F32, 0.3)), like(base, 2, BF16, 0.3)]
+    selections = cpu_select(xs, base, CHOICES[choice])
+    for elect in (False, True):
+        options = {"elect": elect, "normalize": True, "votes": votes, "counted": counted}
+        for weights in ([0.4, 0.8], [-0.5, 0.25], [1.0, 1.0]):
+            out = torch.full((size,), 7, dtype=F32, device=DEVICE)
+            expected, bad = cpu_consensus(xs, base, weights, selections, F32, **options)
+            assert consensus(xs, base, weights, selections, out, **options) == bad
+            same(out, expected)
 
 
 @pytest.mark.parametrize("k", [1, 3, 9, 16])

@@ -101,7 +101,9 @@ std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::ve
 int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View& base,
                         const std::vector<float>& weights, std::vector<Selection> selections,
                         Sink& out, const std::vector<std::optional<View>>& masks, bool elect,
-                        bool normalize, float scale, int64_t origin) {
+                        bool normalize, float scale, int64_t origin, int votes, bool counted) {
+    if (votes < 0 || votes > static_cast<int>(Votes::kLast))
+        throw std::invalid_argument("votes are 0 (weighted), 1 (plain) or 2 (frequency)");
     const std::vector<Span> tensors = spans(inputs);
     const std::vector<uint32_t*> bits = bits_of(masks, origin + base.span.count);
     for (size_t j = 0; j < selections.size(); ++j) {
@@ -110,7 +112,8 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
             throw std::invalid_argument("what is drawn by rank needs its mask");
     }
     py::gil_scoped_release release;
-    const Agreement agreement = {elect, normalize, scale, origin};
+    const Agreement agreement = {elect,  normalize, scale, origin, static_cast<Votes>(votes),
+                                 counted};
     return consensus(pool, tensors, base.span, weights, selections, out, agreement);
 }
 
@@ -158,7 +161,7 @@ void bind_kernels(py::module_& m) {
           "masks"_a = py::tuple());
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,
           "selections"_a, "out"_a, "masks"_a = py::tuple(), py::kw_only(), "elect"_a, "normalize"_a,
-          "scale"_a = 1.0f, "origin"_a = 0);
+          "scale"_a = 1.0f, "origin"_a = 0, "votes"_a = 0, "counted"_a = false);
     m.def("pointwise", &bound_pointwise, "formula"_a, "inputs"_a, "base"_a, "numbers"_a,
           py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none());
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);

@@ -57,13 +57,17 @@ struct CombineArgs {
     int64_t count;
 };
 
-// One delta's part in a consensus: D = (x - base) * (kept ? on : off), then * weight when rescaled.
+// One delta's part in a consensus: D = (x - base) * (kept ? on : off), then * weight when rescaled,
+// or after the election where that is of unweighted deltas; share: its part of the divisor.
 struct Term {
     Keep keep;
     float on, off;
-    float weight;
+    float weight, share;
     bool rescaled;
 };
+
+// What an election sums: weighted deltas, the deltas as they are, or their signs.
+enum class Votes : int { kWeighted = 0, kPlain = 1, kFrequency = 2, kLast = kFrequency };
 
 struct ConsensusArgs {
     const void* const* inputs;
@@ -72,7 +76,8 @@ struct ConsensusArgs {
     const Term* terms;
     int inputs_count;
     bool elect, normalize;
-    float divisor;  // without election: the sum of the weights, guarded
+    Votes votes;
+    float divisor;  // without election: the sum of the shares, guarded
     float scale;
     uint64_t index;  // flat index of the first element
     int64_t count;   // does not cross a multiple of kTile

@@ -1,12 +1,23 @@
 // Delta, mask, weigh, elect, average, scale, add base, round: one pass in registers. The order of
 // the fp32 operations is mergekit 0.1.5's (TIES: Yadav et al., arXiv:2306.01708): masks multiply,
-// so that NaN and Inf survive them, sums start from +0, and nothing is fused.
+// so that NaN and Inf survive them, sums start from +0, and nothing is fused. An election of
+// unweighted deltas (as the paper's and PEFT's) comes before the weights.
 
 // kKind: what all terms' Keep rules are, or kAnyKind.
 constexpr int kAnyKind = -1;
 
-template <class T, int kInputs, int kKind, bool kElect, bool kPartial>
+enum class Elect { kNone, kWeighted, kUnweighted };
+
+// +1, -1, or 0 (NaN, too).
+FM_INLINE Floats sign_of(Floats x) {
+    const Floats zero = spread(0.0f), one = spread(1.0f);
+    const Floats negated = floats(bits(x) ^ bits(spread(-0.0f)));
+    return keep(above(x, zero), one) - keep(above(negated, zero), one);
+}
+
+template <class T, int kInputs, int kKind, Elect kVotes, bool kPartial>
 FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_t at, Part part) {
+    constexpr bool kElect = kVotes != Elect::kNone, kUnweighted = kVotes == Elect::kUnweighted;
     const int inputs = kInputs ? kInputs : args.inputs_count;
     const uint64_t index = args.index + static_cast<uint64_t>(at);
     const Floats zero = spread(0.0f), one = spread(1.0f);
@@ -38,8 +49,9 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
                     kKind == kAnyKind ? choose(kept, factor, spread(term.off)) : keep(kept, factor);
             }
             delta = delta * factor;
-            if (term.rescaled) delta = delta * spread(term.weight);
-            total[v] = total[v] + delta;
+            if (!kUnweighted && term.rescaled) delta = delta * spread(term.weight);
+            const bool signs = kUnweighted && args.votes == Votes::kFrequency;
+            total[v] = total[v] + (signs ? sign_of(delta) : delta);
             if (!kElect) continue;
             if (kInputs)
                 in_registers[j][v] = delta;
@@ -52,12 +64,13 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
             const Floats minority_sign = keep(not_at_least(total[v], zero), spread(-0.0f));
             Floats sum = zero, weights = zero;
             for (int j = 0; j < inputs; ++j) {
-                const Floats delta =
-                    kInputs ? in_registers[j][v]
-                            : load(F32(), args.scratch + j * kConsensusScratch + v * kLanes);
+                Floats delta = kInputs
+                                   ? in_registers[j][v]
+                                   : load(F32(), args.scratch + j * kConsensusScratch + v * kLanes);
                 const Mask agrees = above(floats(bits(delta) ^ bits(minority_sign)), zero);
+                if (kUnweighted) delta = delta * spread(args.terms[j].weight);
                 sum = sum + delta * keep(agrees, one);
-                weights = weights + keep(agrees, spread(args.terms[j].weight));
+                weights = weights + keep(agrees, spread(args.terms[j].share));
             }
             total[v] = sum;
             if (args.normalize) total[v] = sum / choose(equal(weights, zero), one, weights);
@@ -70,15 +83,15 @@ FM_INLINE void consensus_group(const ConsensusArgs& args, bool any_mixed, int64_
     write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, part, total);
 }
 
-template <class T, int kInputs, int kKind, bool kElect>
+template <class T, int kInputs, int kKind, Elect kVotes>
 void consensus_end(const ConsensusArgs& args, bool any_mixed, int64_t at) {
     const int64_t left = args.count - at;
     const Part part = {at < 0 ? static_cast<int>(-at) : 0,
                        left < kGroup ? static_cast<int>(left) : kGroup};
-    consensus_group<T, kInputs, kKind, kElect, true>(args, any_mixed, at, part);
+    consensus_group<T, kInputs, kKind, kVotes, true>(args, any_mixed, at, part);
 }
 
-template <class T, int kInputs, int kKind, bool kElect>
+template <class T, int kInputs, int kKind, Elect kVotes>
 void consensus_tile(const ConsensusArgs& args) {
     bool any_mixed = false;
     for (int j = 0; j < args.inputs_count; ++j)
@@ -88,10 +101,18 @@ void consensus_tile(const ConsensusArgs& args) {
     int64_t at = -static_cast<int64_t>(args.index % kGroup);
     for (; at < args.count; at += kGroup) {
         if (at >= 0 && at + kGroup <= args.count)
-            consensus_group<T, kInputs, kKind, kElect, false>(args, any_mixed, at, {});
+            consensus_group<T, kInputs, kKind, kVotes, false>(args, any_mixed, at, {});
         else
-            consensus_end<T, kInputs, kKind, kElect>(args, any_mixed, at);
+            consensus_end<T, kInputs, kKind, kVotes>(args, any_mixed, at);
     }
+}
+
+template <class T, int kInputs>
+void consensus_any(const ConsensusArgs& args) {
+    if (!args.elect) return consensus_tile<T, kInputs, kAnyKind, Elect::kNone>(args);
+    if (args.votes == Votes::kWeighted)
+        return consensus_tile<T, kInputs, kAnyKind, Elect::kWeighted>(args);
+    return consensus_tile<T, kInputs, kAnyKind, Elect::kUnweighted>(args);
 }
 
 template <class T, int kInputs>
@@ -101,16 +122,15 @@ void consensus_inputs(const ConsensusArgs& args) {
         if (args.terms[j].keep.kind != kind) kind = kAnyKind;
     for (int j = 0; j < args.inputs_count; ++j)
         if (args.terms[j].off != 0) kind = kAnyKind;
-    if (args.elect && kind == Keep::kAboveOrTie)
-        return consensus_tile<T, kInputs, Keep::kAboveOrTie, true>(args);
-    if (args.elect && kind == Keep::kBand)
-        return consensus_tile<T, kInputs, Keep::kBand, true>(args);
-    if (args.elect && kind == Keep::kRandom)
-        return consensus_tile<T, kInputs, Keep::kRandom, true>(args);
-    if (args.elect && kind == Keep::kMasked)
-        return consensus_tile<T, kInputs, Keep::kMasked, true>(args);
-    if (args.elect) return consensus_tile<T, kInputs, kAnyKind, true>(args);
-    return consensus_tile<T, kInputs, kAnyKind, false>(args);
+    if (!args.elect || args.votes != Votes::kWeighted) return consensus_any<T, kInputs>(args);
+    if (kind == Keep::kAboveOrTie)
+        return consensus_tile<T, kInputs, Keep::kAboveOrTie, Elect::kWeighted>(args);
+    if (kind == Keep::kBand) return consensus_tile<T, kInputs, Keep::kBand, Elect::kWeighted>(args);
+    if (kind == Keep::kRandom)
+        return consensus_tile<T, kInputs, Keep::kRandom, Elect::kWeighted>(args);
+    if (kind == Keep::kMasked)
+        return consensus_tile<T, kInputs, Keep::kMasked, Elect::kWeighted>(args);
+    return consensus_any<T, kInputs>(args);
 }
 
 template <class T>
@@ -121,7 +141,6 @@ void consensus(const ConsensusArgs& args) {
         case 3:
             return consensus_inputs<T, 3>(args);
         default:
-            return args.elect ? consensus_tile<T, 0, kAnyKind, true>(args)
-                              : consensus_tile<T, 0, kAnyKind, false>(args);
+            return consensus_any<T, 0>(args);
     }
 }

@@ -19,16 +19,18 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
     std::vector<RoundKeys> keys;
     for (const Selection& selection : selections) keys.push_back(round_keys(selection.key));
     float divisor = 0;
-    for (const float weight : weights) divisor += weight;
+    for (const float weight : weights) divisor += agreement.counted ? 1.0f : weight;
     if (std::fabs(divisor) < 1e-8f) divisor = 1;
 
     std::vector<Term> every(k);
     for (size_t j = 0; j < k; ++j) {
         Term& term = every[j];
         term.weight = weights[j];
+        term.share = agreement.counted ? 1.0f : weights[j];
         term.rescaled = selections[j].rescale != 1.0f;
         // Without a rescale, delta * mask * weight is delta * (mask * weight): exact either way.
-        term.on = term.rescaled ? selections[j].rescale : weights[j];
+        const bool weighted = !agreement.elect || agreement.votes == Votes::kWeighted;
+        term.on = term.rescaled ? selections[j].rescale : weighted ? weights[j] : 1.0f;
         term.off = 0.0f * term.on;
     }
 
@@ -47,6 +49,7 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
             args.inputs_count = static_cast<int>(k);
             args.elect = agreement.elect;
             args.normalize = agreement.normalize;
+            args.votes = agreement.votes;
             args.divisor = divisor;
             args.scale = agreement.scale;
             args.index = index;

@@ -10,6 +10,8 @@ struct Agreement {
     bool elect, normalize;
     float scale;
     int64_t origin;  // flat index of the first element, a multiple of kTile
+    Votes votes;
+    bool counted;  // a share is 1, not the weight
 };
 
 // out = base + scale * merge of the selected, rescaled, weighted deltas. Returns the number of NaN

@@ -26,14 +26,15 @@ def find_trims(
     for count in nodes.values():
         origins.append(end)
         end += -(-count // TILE_ENTRIES) * TILE_ENTRIES
-    specs = consensus_terms(next(iter(nodes))).keep  # alike for all
+    terms = consensus_terms(next(iter(nodes)))  # what they keep is alike for all
     total = sum(nodes.values())
     chosen = backend.select_across(
         [[fetch(part) for part in node.operands if isinstance(part, Leaf)] for node in nodes],
         [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
         origins,
-        [keep.of((total,), 0) for keep in specs],
+        [keep.of((total,), 0) for keep in terms.keep],
     )
+    chosen = list(terms.rescaled(chosen))
     if not all(math.isfinite(selection.rescale) for selection in chosen):
         raise ModelError(
             "trim: model with rescale: a model has NaN or infinite weights, which would reach "

@@ -126,16 +126,19 @@ class Batch:
         from fastmerge.kernels.consensus import ConsensusBatch
         from fastmerge.kernels.select import SelectBatch
 
-        alike: dict[tuple[bool, bool], list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for i, form in enumerate(self._forms):
             if form.kind[0] == "consensus":
                 alike.setdefault(form.kind[1:], []).append(i)
         made = []
-        for (elect, normalize), places in alike.items():
+        for (elect, normalize, votes, counted), places in alike.items():
             rows = [[self._fetch(s) for s in self._forms[i].sources] for i in places]
             inputs, bases = [row[1:] for row in rows], [row[0] for row in rows]
             outs = [self._jobs[i].out for i in places]
-            merge = ConsensusBatch(inputs, bases, outs, elect=elect, normalize=normalize)
+            merge = ConsensusBatch(
+                inputs, bases, outs,
+                elect=elect, normalize=normalize, votes=votes, counted=counted,
+            )  # fmt: skip
             made.append(_Consensuses(places, SelectBatch(inputs, bases), merge))
         return made
 
@@ -225,11 +228,12 @@ class Batch:
                 requests(root, own, job.name, tuple(job.out.shape))
                 for root, own, job in zip(roots, terms, jobs, strict=True)
             ]
-            selections = select.run(wanted)
+            chosen = select.run(wanted)
+            selections = [own.rescaled(s) for own, s in zip(terms, chosen, strict=True)]
             scales = [own.agreement.scale for own in terms]
             counts = merge.run([own.weights for own in terms], selections, scales).tolist()
-            for place, chosen, bad in zip(places, selections, counts, strict=True):
-                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in chosen))
+            for place, found, bad in zip(places, selections, counts, strict=True):
+                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in found))
 
 
 def form_of(name: str, root: Node) -> Form:
@@ -258,8 +262,9 @@ def _work(name: str, root: Node) -> _Work:
             )
         sources = _all_stored(root.inputs)
         if sources is not None:
-            agreement = consensus_terms(root).agreement
-            return _Work(root, Form(("consensus", agreement.elect, agreement.normalize), sources))
+            asked = consensus_terms(root).agreement
+            how = (asked.elect, asked.normalize, asked.votes, asked.counted)
+            return _Work(root, Form(("consensus", *how), sources))
     return _Work(root, Form(_ALONE, tuple(leaves([root]))))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.methods.types import Float64
+from fastmerge.primitives import FREQUENCY, WEIGHTED
 from fastmerge.selection import (
     ALL,
     MAGNITUDE,
@@ -249,12 +250,14 @@ def consensus(
     elect: bool,
     normalize: bool,
     scale: float = 1.0,
+    votes: int = WEIGHTED,
+    counted: bool = False,
     arithmetic: type = np.float64,
 ) -> Array:
     """`_C.consensus`."""
     origin = widen(base)
     w = np.asarray(weights, np.float32)
-    weighted = []
+    deltas = []
     for x, weight, selection in zip(inputs, w, selections, strict=True):
         delta = widen(x) - origin
         if selection.kind != ALL:
@@ -262,18 +265,20 @@ def consensus(
             delta = delta * kept.astype(np.float32)
         if selection.rescale != 1:
             delta = delta * np.float32(selection.rescale)
-        weighted.append(delta * weight)
+        deltas.append(delta * weight if votes == WEIGHTED or not elect else delta)
     zero = np.zeros(origin.shape, np.float32)
     total = zero
-    for delta in weighted:
-        total = total + delta
+    for delta in deltas:
+        sign = np.sign(np.where(np.isnan(delta), 0, delta))
+        total = total + (sign if votes == FREQUENCY else delta)
     majority = np.where(total >= 0, np.float32(1), np.float32(-1))
     merged: Array = zero.astype(arithmetic)
     share: Array = merged
-    for delta, weight in zip(weighted, w, strict=True):
+    for delta, weight in zip(deltas, w, strict=True):
         agrees = (np.sign(delta) == majority if elect else zero == 0).astype(np.float32)
-        merged = merged + delta * agrees
-        share = share + weight * agrees
+        late = np.float32(1) if votes == WEIGHTED or not elect else weight
+        merged = merged + delta * late * agrees
+        share = share + (np.float32(1) if counted else weight) * agrees
     if normalize:
         empty = share == 0 if elect else np.abs(share) < np.float32(1e-8)
         merged = merged / np.where(empty, arithmetic(1), share)

@@ -280,7 +280,7 @@ class Computation(Generic[T, O]):
                     "folder, or on the CPU"
                 )
             wanted = requests(root, terms, self._name, self._shape)
-            trim = Trim(tuple(self._backend.select(tensors, base, wanted)), 0)
+            trim = Trim(terms.rescaled(self._backend.select(tensors, base, wanted)), 0)
         used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
         if not used:
             return self._combine([base], np.ones(1), None, None, out)

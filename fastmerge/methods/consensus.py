@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from fastmerge.errors import RecipeError
 from fastmerge.methods.shapes import Keep, Terms
 from fastmerge.methods.types import Values
 from fastmerge.methods.weights import at_most_one, check_divisors, column
-from fastmerge.primitives import Agreement
+from fastmerge.primitives import FREQUENCY, PLAIN, WEIGHTED, Agreement
 from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, RANKED
+
+_VOTES = {"weighted": WEIGHTED, "plain": PLAIN, "frequency": FREQUENCY}
 
 
 def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool) -> Terms:
     weights, normalize = column(operands, "weight"), bool(values["normalize"])
-    if normalize:
+    counted = values.get("divisor") == "count"
+    votes = _VOTES[values.get("votes", "weighted")]
+    if normalize and not counted:
         check_divisors(tuple(weights.tolist()), elect)
         # Of both signs some may sum to 0, which an election counts as 1 whatever their size.
         if not elect or not (weights.min() < 0 < weights.max()):
@@ -26,7 +32,9 @@ def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool
     return Terms(
         keep=tuple(_keep(values, operand, kind) for operand in operands),
         weights=tuple(weights.tolist()),
-        agreement=Agreement(elect, normalize, float(values["lambda"])),
+        agreement=Agreement(
+            elect, normalize, float(values["lambda"]), votes=votes, counted=counted
+        ),
     )
 
 
@@ -37,20 +45,23 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     section 3). RANDOM: each entry with probability ``density`` (Yu et al. 2023, section 3.2).
     RANKED: with a probability that rises with the entry's rank in its row, from ``density -
     epsilon`` to ``density + epsilon`` (Deep et al. 2024, section 3.1). Any may restore the delta's
-    L1 norm, as in mergekit.
+    L1 norm, as in mergekit, or be divided by the density (Yu et al. 2023, equation 2).
     """
     if kind == ALL or operand["density"] >= 1:
         return Keep(ALL)
     tie_rule = INDEX if values.get("ties") == "index" else MIXED
-    rescale, gamma = bool(values["rescale"]), operand.get("gamma")
+    rescale, gamma = values["rescale"], operand.get("gamma")
     density, epsilon = operand["density"], operand.get("epsilon", 0.0)
+    factor = 1.0
+    if rescale == "density" and density > 0:
+        factor = float(np.float32(1 / density))
     if kind == RANKED and not 0 < density - epsilon <= density + epsilon < 1:
         raise RecipeError(
             f"density {density:g} with epsilon {epsilon:g}: entries would be kept with chances of "
             f"{density - epsilon:g} to {density + epsilon:g}, which must lie between 0 and 1; "
             f"give an epsilon below {min(density, 1 - density):g}"
         )
-    return Keep(kind, density, tie_rule, rescale, gamma, epsilon)
+    return Keep(kind, density, tie_rule, rescale is True, gamma, epsilon, factor)
 
 
 def task_arithmetic(values: Values, operands: Sequence[Values]) -> Terms:

@@ -81,6 +81,7 @@ class Keep(NamedTuple):
     rescale: bool = False
     gamma: float | None = None  # MAGNITUDE: the fraction that is larger than all that is kept
     epsilon: float = 0.0  # RANKED: by how much the chance lies under and over the density
+    factor: float = 1.0  # on what is kept, where that follows from the density alone
 
     def of(self, shape: Sequence[int], key: int) -> Sparsify:
         """The request for a delta of this shape that draws under ``key``."""
@@ -114,6 +115,13 @@ class Terms:
     keep: tuple[Keep, ...]
     weights: tuple[float, ...]
     agreement: Agreement
+
+    def rescaled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
+        """What ``select`` answered, with the factors that it does not find."""
+        return tuple(
+            own if keep.factor == 1 else own._replace(rescale=keep.factor)
+            for keep, own in zip(self.keep, selections, strict=True)
+        )
 
 
 Spec = Callable[[Values, Sequence[Values]], Terms]  # (globals, per-operand values) -> Terms

@@ -34,19 +34,40 @@ T = Parameter(
 )
 _INT8_MASK = _flag("int8_mask", False, "accepted for mergekit's recipes; no effect")
 _LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the base is added")
+_RESCALE = {"l1": True, "none": False}
+_DIVISOR = Parameter(
+    "divisor", str, "weights", "what normalize divides by: the weights' sum, or how many took part",
+    choices=("weights", "count"),
+)  # fmt: skip
+_VOTES = Parameter(
+    "votes", str, "weighted",
+    "what elects a sign: the sum of weighted deltas, of the deltas as they are, or of their signs",
+    choices=("weighted", "plain", "frequency"),
+)  # fmt: skip
 
 
 def _task(
-    normalize: bool, rescale: bool, *, density: bool, drawn: bool = False
+    normalize: bool,
+    rescale: bool,
+    *,
+    density: bool = True,
+    drawn: bool = False,
+    elect: bool = False,
 ) -> tuple[Parameter, ...]:
     sparse = (
         _density(none=drawn),
-        _flag("rescale", rescale, "restore each delta's L1 norm after sparsifying"),
-    )
+        Parameter(
+            "rescale", bool, rescale,
+            "after sparsifying restore each delta's L1 norm (l1, true), or divide by the density",
+            choices=("density",), words=_RESCALE,
+        ),
+    )  # fmt: skip
     return (
         _weight(),
         *(sparse if density else ()),
         _flag("normalize", normalize, "divide by the sum of the weights that took part"),
+        _DIVISOR,
+        *((_VOTES,) if elect else ()),
         _LAMBDA,
         _INT8_MASK,
     )
@@ -152,38 +173,38 @@ _ROWS: tuple[Method, ...] = (
     ),
     Consensus(
         "ties", "trim deltas by magnitude, elect a sign, merge what agrees", _TIES,
-        (*_task(True, False, density=True), *_TRIM),
+        (*_task(True, False, elect=True), *_TRIM),
         base="required", min_operands=1, max_operands=None, spec=consensus.ties,
         spans=Spans("trim", "model", alike=("density", "rescale", "ties")),
     ),
     Consensus(
         "dare_linear", "drop delta entries at random, rescale, add", _DARE,
-        _task(False, True, density=True, drawn=True),
+        _task(False, True, drawn=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
     ),
     Consensus(
         "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
-        _task(False, True, density=True, drawn=True),
+        _task(False, True, drawn=True, elect=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
     ),
     Consensus(
         "breadcrumbs", "drop the largest and the smallest delta entries, add", _BREADCRUMBS,
-        (*_task(False, False, density=True), _GAMMA),
+        (*_task(False, False), _GAMMA),
         base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs,
     ),
     Consensus(
         "breadcrumbs_ties", "drop the largest and the smallest entries, elect a sign", _BREADCRUMBS,
-        (*_task(False, False, density=True), _GAMMA),
+        (*_task(False, False, elect=True), _GAMMA),
         base="required", min_operands=1, max_operands=None, spec=consensus.breadcrumbs_ties,
     ),
     Consensus(
         "della", "drop entries at random, small ones first; rescale, elect a sign", _DELLA,
-        (*_task(True, True, density=True), _EPSILON),
+        (*_task(True, True, elect=True), _EPSILON),
         base="required", min_operands=1, max_operands=None, spec=consensus.della, random=True,
     ),
     Consensus(
         "della_linear", "drop entries at random, small ones first; rescale, add", _DELLA,
-        (*_task(False, True, density=True), _EPSILON),
+        (*_task(False, True), _EPSILON),
         base="required", min_operands=1, max_operands=None, spec=consensus.della_linear,
         random=True,
     ),
