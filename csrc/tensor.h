@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -18,6 +19,13 @@ struct Elements {
     // `count` of them from `first` on as `dtype`: where they lie, or copied to `buffer`, which has
     // room for them.
     virtual const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const = 0;
+};
+
+// Nothing but zeros, in any number.
+struct Zeros : Elements {
+    const void* read(int64_t, int64_t count, DType dtype, void* buffer) const override {
+        return std::memset(buffer, 0, static_cast<size_t>(count) * item_bytes(dtype));
+    }
 };
 
 // `count` contiguous elements at `data`; no alignment beyond one byte is promised (safetensors

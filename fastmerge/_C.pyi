@@ -33,6 +33,9 @@ class View:
     @property
     def is_gathered(self) -> bool: ...  # has no address
 
+def zeros(count: int, dtype: str) -> View:
+    """``count`` zeros, which take no memory; the view has no address, as `gathered`'s."""
+
 def gathered(
     rows: NDArray[np.uint64],
     types: Sequence[str],

@@ -3,29 +3,32 @@
 Every function takes contiguous tensors of one shape, in float32, float16 or bfloat16 in any mix;
 NumPy arrays of uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has
 the inputs' type, float32 when they differ, and goes to ``out`` when given, which may be one of the
-inputs. Arithmetic is fp32 with one rounding; CUDA tensors use the Triton kernels. Results carry no
-gradient. Bad arguments raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
+inputs. What speaks DLPack, or NumPy's array protocols, is taken too. Arithmetic is fp32 with one
+rounding; CUDA tensors use the Triton kernels. Results carry no gradient. Bad arguments raise
+FastmergeError. Definitions and defaults: ``fastmerge methods``.
+
+Where a method takes only what models differ by from their base, ``base`` None says that the tensors
+are deltas already, and so is the result. The defaults are mergekit's definitions; PEFT's are
+``votes="plain", divisor="count"`` for `ties`, and ``rescale="density"`` besides for `dare_ties`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.arguments import a_list, a_text
+from fastmerge.arguments import a_list
 from fastmerge.compute.arrays import Operands
-from fastmerge.compute.cpu import CpuBackend
-from fastmerge.compute.tensor import Computation
-from fastmerge.errors import FastmergeError, is_whole, nearest
-from fastmerge.methods import REQUIRED, Method, Parameter, find
+from fastmerge.compute.of_tensors import merge, plain
+from fastmerge.errors import FastmergeError, brief, nearest
+from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
-from fastmerge.tree.nodes import Merge, Stored
-from fastmerge.tree.unread import keeps_equal, without_unread
 
 Numbers = Sequence[float] | NDArray[Any]
+Given = dict[str, Any]
 
 __all__ = [
     "arcee_fusion",
@@ -48,6 +51,7 @@ __all__ = [
     "nearswap",
     "nuslerp",
     "passthrough",
+    "prune",
     "ram",
     "ramplus_tl",
     "sce",
@@ -66,7 +70,7 @@ def linear(
     threads: int | None = None,
 ) -> Any:
     """sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
-    given = {"weight": weights, "normalize": normalize}
+    given: Given = {"weight": weights, "normalize": normalize}
     return merge("linear", tensors, given, out=out, threads=threads)
 
 
@@ -89,7 +93,11 @@ def nuslerp(
     """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by
     vector.
     """
-    given = {"weight": weights, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    given: Given = {
+        "weight": weights,
+        "nuslerp_flatten": flatten,
+        "nuslerp_row_wise": row_wise,
+    }
     return merge("nuslerp", [a, b], given, base=base, out=out, threads=threads)
 
 
@@ -104,7 +112,7 @@ def multislerp(
     threads: int | None = None,
 ) -> Any:
     """Barycentric SLERP of many tensors, or of their deltas to ``base``."""
-    given = {"weight": weights, "normalize_weights": normalize_weights, "eps": eps}
+    given: Given = {"weight": weights, "normalize_weights": normalize_weights, "eps": eps}
     return merge("multislerp", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -117,7 +125,7 @@ def karcher(
     threads: int | None = None,
 ) -> Any:
     """Riemannian mean on the sphere (Grove and Karcher 1973)."""
-    given = {"max_iter": max_iter, "tol": tol}
+    given: Given = {"max_iter": max_iter, "tol": tol}
     return merge("karcher", tensors, given, out=out, threads=threads)
 
 
@@ -132,7 +140,7 @@ def model_stock(
     """The mean of ``tensors`` pulled toward ``base`` by the angle between deltas (Jang et al.
     2024).
     """
-    given = {"filter_wise": filter_wise}
+    given: Given = {"filter_wise": filter_wise}
     return merge("model_stock", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -142,12 +150,14 @@ def task_arithmetic(
     weights: Numbers,
     *,
     normalize: bool = False,
+    divisor: str = "weights",
     lambda_: float = 1.0,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """base + lambda * sum_i w_i (x_i - base) (Ilharco et al. 2022)."""
-    given = {"weight": weights, "normalize": normalize, "lambda": lambda_}
+    given: Given = {"weight": weights, "normalize": normalize, "lambda": lambda_}
+    given |= {"divisor": divisor}
     return merge("task_arithmetic", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -158,14 +168,23 @@ def ties(
     *,
     density: float | Numbers = 1.0,
     normalize: bool = True,
+    divisor: str = "weights",
+    votes: str = "weighted",
     lambda_: float = 1.0,
-    rescale: bool = False,
+    rescale: bool | str = False,
+    ties: str = "mixed",
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """Trim deltas to ``density``, elect signs, average what agrees (Yadav et al. 2023)."""
-    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "normalize": normalize,
+        "lambda": lambda_,
+    }
     given["rescale"] = rescale
+    given |= {"divisor": divisor, "votes": votes, "ties": ties}
     return merge("ties", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -178,8 +197,9 @@ def dare_linear(
     seed: int,
     name: str = "",
     normalize: bool = False,
+    divisor: str = "weights",
     lambda_: float = 1.0,
-    rescale: bool = True,
+    rescale: bool | str = True,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
@@ -188,8 +208,14 @@ def dare_linear(
     ``seed`` and the tensor's ``name`` choose what is dropped: the same pair gives what a recipe
     gives.
     """
-    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "normalize": normalize,
+        "lambda": lambda_,
+    }
     given["rescale"] = rescale
+    given |= {"divisor": divisor}
     return merge(
         "dare_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
@@ -204,14 +230,22 @@ def dare_ties(
     seed: int,
     name: str = "",
     normalize: bool = False,
+    divisor: str = "weights",
+    votes: str = "weighted",
     lambda_: float = 1.0,
-    rescale: bool = True,
+    rescale: bool | str = True,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """As `dare_linear`, with a sign election (Yu et al. 2023; Yadav et al. 2023)."""
-    given = {"weight": weights, "density": density, "normalize": normalize, "lambda": lambda_}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "normalize": normalize,
+        "lambda": lambda_,
+    }
     given["rescale"] = rescale
+    given |= {"divisor": divisor, "votes": votes}
     return merge(
         "dare_ties", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
@@ -225,16 +259,23 @@ def breadcrumbs(
     density: float | Numbers = 1.0,
     gamma: float | Numbers = 0.01,
     normalize: bool = False,
+    divisor: str = "weights",
     lambda_: float = 1.0,
-    rescale: bool = False,
+    rescale: bool | str = False,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """Drop the ``gamma`` largest delta entries, keep the next ``density``, add (Davari and
     Belilovsky 2023).
     """
-    given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "gamma": gamma,
+        "rescale": rescale,
+    }
     given |= {"normalize": normalize, "lambda": lambda_}
+    given |= {"divisor": divisor}
     return merge("breadcrumbs", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -246,14 +287,22 @@ def breadcrumbs_ties(
     density: float | Numbers = 1.0,
     gamma: float | Numbers = 0.01,
     normalize: bool = False,
+    divisor: str = "weights",
+    votes: str = "weighted",
     lambda_: float = 1.0,
-    rescale: bool = False,
+    rescale: bool | str = False,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """As `breadcrumbs`, with a sign election (Davari and Belilovsky 2023; Yadav et al. 2023)."""
-    given = {"weight": weights, "density": density, "gamma": gamma, "rescale": rescale}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "gamma": gamma,
+        "rescale": rescale,
+    }
     given |= {"normalize": normalize, "lambda": lambda_}
+    given |= {"divisor": divisor, "votes": votes}
     return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -267,14 +316,22 @@ def della(
     name: str = "",
     epsilon: float | Numbers = 0.15,
     normalize: bool = True,
+    divisor: str = "weights",
+    votes: str = "weighted",
     lambda_: float = 1.0,
-    rescale: bool = True,
+    rescale: bool | str = True,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
     """As `della_linear`, with a sign election (Deep et al. 2024; Yadav et al. 2023)."""
-    given = {"weight": weights, "density": density, "epsilon": epsilon, "rescale": rescale}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "epsilon": epsilon,
+        "rescale": rescale,
+    }
     given |= {"normalize": normalize, "lambda": lambda_}
+    given |= {"divisor": divisor, "votes": votes}
     return merge("della", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads)
 
 
@@ -288,8 +345,9 @@ def della_linear(
     name: str = "",
     epsilon: float | Numbers = 0.15,
     normalize: bool = False,
+    divisor: str = "weights",
     lambda_: float = 1.0,
-    rescale: bool = True,
+    rescale: bool | str = True,
     out: Any = None,
     threads: int | None = None,
 ) -> Any:
@@ -298,8 +356,14 @@ def della_linear(
 
     ``seed`` and the tensor's ``name`` choose what is dropped, as in `dare_linear`.
     """
-    given = {"weight": weights, "density": density, "epsilon": epsilon, "rescale": rescale}
+    given: Given = {
+        "weight": weights,
+        "density": density,
+        "epsilon": epsilon,
+        "rescale": rescale,
+    }
     given |= {"normalize": normalize, "lambda": lambda_}
+    given |= {"divisor": divisor}
     return merge(
         "della_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
@@ -314,7 +378,7 @@ def sce(
     threads: int | None = None,
 ) -> Any:
     """Select entries by variance, weigh by squares, erase minority signs (Wan et al. 2024)."""
-    given = {"select_topk": select_topk}
+    given: Given = {"select_topk": select_topk}
     return merge("sce", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -327,7 +391,7 @@ def ram(
     threads: int | None = None,
 ) -> Any:
     """Sum what one tensor changed, average what several did (arXiv:2601.13572)."""
-    given = {"epsilon": epsilon}
+    given: Given = {"epsilon": epsilon}
     return merge("ram", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -342,7 +406,7 @@ def ramplus_tl(
     threads: int | None = None,
 ) -> Any:
     """As `ram`, with what one tensor alone changed strengthened."""
-    given = {"r": r, "alpha": alpha, "epsilon": epsilon}
+    given: Given = {"r": r, "alpha": alpha, "epsilon": epsilon}
     return merge("ramplus_tl", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -355,7 +419,7 @@ def nearswap(
     threads: int | None = None,
 ) -> Any:
     """``base``, moved to ``x`` where they are within ``t`` and less the farther they are."""
-    given = {"t": t}
+    given: Given = {"t": t}
     return merge("nearswap", [x], given, base=base, out=out, threads=threads)
 
 
@@ -379,7 +443,7 @@ def magmax(
     threads: int | None = None,
 ) -> Any:
     """``base`` plus the delta of largest magnitude, entry by entry (Marczak et al. 2024)."""
-    given = {"lambda": lambda_}
+    given: Given = {"lambda": lambda_}
     return merge("magmax", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -395,7 +459,12 @@ def consensus_ta(
     threads: int | None = None,
 ) -> Any:
     """Task arithmetic where at least ``agree`` masks hold (Wang et al. 2024)."""
-    given = {"weight": weights, "mask_lambda": mask_lambda, "agree": agree, "lambda": lambda_}
+    given: Given = {
+        "weight": weights,
+        "mask_lambda": mask_lambda,
+        "agree": agree,
+        "lambda": lambda_,
+    }
     return merge("consensus_ta", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -409,8 +478,39 @@ def geometric_median(
     threads: int | None = None,
 ) -> Any:
     """The point with the least weighted sum of distances to the tensors (Weiszfeld 1937)."""
-    given = {"weight": weights, "max_iter": max_iter, "tol": tol}
+    given: Given = {"weight": weights, "max_iter": max_iter, "tol": tol}
     return merge("geometric_median", tensors, given, out=out, threads=threads)
+
+
+def prune(
+    tensor: Any,
+    density: float,
+    how: str = "magnitude",
+    *,
+    rescale: bool | str = False,
+    epsilon: float = 0.15,
+    gamma: float = 0.0,
+    seed: int | None = None,
+    name: str = "",
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """The delta ``tensor`` with a fraction ``density`` of its entries, the others 0.
+
+    ``how``: 'magnitude' keeps the largest, those after the ``gamma`` very largest (`breadcrumbs`);
+    'random' any (`dare_linear`); 'rank' the larger the likelier, by ``epsilon`` (`della_linear`).
+    The latter two draw by ``seed`` and ``name``. ``rescale``: True or 'l1' restores the L1 norm,
+    'density' divides by the density.
+    """
+    given: Given = {"weight": 1.0, "density": density, "rescale": rescale}
+    if how == "magnitude":
+        return merge("breadcrumbs", [tensor], given | {"gamma": gamma}, out=out, threads=threads)
+    if how not in ("random", "rank"):
+        hint = nearest(str(how), ["magnitude", "random", "rank"])
+        raise FastmergeError(f"prune: unknown way '{brief(how)}'; {hint}")
+    method = "dare_linear" if how == "random" else "della_linear"
+    given |= {"normalize": False} | ({"epsilon": epsilon} if how == "rank" else {})
+    return merge(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)
 
 
 def passthrough(
@@ -443,117 +543,14 @@ def combine(
 ) -> Any:
     """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
     tensors = a_list(tensors, "combine: tensors")
-    coefficients = a_list(_plain(coefficients), "combine: coefficients")
+    coefficients = a_list(plain(coefficients), "combine: coefficients")
     if len(coefficients) != len(tensors):
         raise FastmergeError(
             f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
         )
     each = Parameter("coefficient", float, REQUIRED, "")
-    factors = [each.check(_plain(value), "combine") for value in coefficients]
+    factors = [each.check(plain(value), "combine") for value in coefficients]
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)
     operands.backend(threads).combine(operands.views, np.array(factors), sink)
     return result
-
-
-def merge(
-    method: str,
-    tensors: Sequence[Any],
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    base: Any = None,
-    seed: int | None = None,
-    name: str = "",
-    out: Any = None,
-    threads: int | None = None,
-) -> Any:
-    """``tensors`` merged by any method of the table, one that was registered, too.
-
-    ``parameters`` by their names in recipes; per model one number, or one for each tensor.
-    """
-    row, given = find(a_text(method, "method"), "method"), parameters or {}
-    if not isinstance(given, Mapping):
-        raise FastmergeError(f"{row.name}: parameters must be a mapping of names to values")
-    name = a_text(name, f"{row.name}: name")
-    tensors = a_list(tensors, f"{row.name}: tensors")
-    count = len(tensors)
-    for unknown in (key for key in given if row.parameter(key) is None):
-        hint = nearest(unknown, [p.name for p in row.parameters])
-        raise FastmergeError(f"{row.name}: unknown parameter '{unknown}'; {hint}")
-    if count < row.min_operands or (row.max_operands and count > row.max_operands):
-        raise FastmergeError(f"{row.name}: got {count} tensors; {_arity(row)}")
-    if row.base == "required" and base is None:
-        raise FastmergeError(f"{row.name}: needs a base tensor")
-    if row.base in ("none", "first", "operand") and base is not None:
-        raise FastmergeError(f"{row.name}: takes no base tensor of its own; put it in the list")
-    operands = Operands(row.name, [*tensors] if base is None else [*tensors, base])
-    # Every tensor is its own source here: the model index is its place in the list.
-    leaves = [
-        Stored(index, "", operands.shape, dtype) for index, dtype in enumerate(operands.dtypes)
-    ]
-    root = Merge(
-        row,
-        tuple(leaves[:count]),
-        None if base is None else leaves[count],
-        {p.name: _value(row, p.name, given) for p in row.parameters if not p.per_model},
-        tuple(_operand_values(row, given, index, count) for index in range(count)),
-        _seed(row, seed),
-    )
-    result, sink = operands.output(out)
-    views = operands.views
-    backend = operands.backend(threads)
-    computation = Computation(backend, lambda source: views[source.model], name, operands.shape)
-    tree = without_unread(root)
-    if isinstance(backend, CpuBackend) and operands.equal(backend.pool) and keeps_equal(tree):
-        tree = Merge(find("passthrough"), (leaves[0],), None, {}, ({},))
-    computation.run(tree, sink)
-    return result
-
-
-def _seed(method: Method, seed: Any) -> int | None:
-    if not method.random:
-        return None
-    if not is_whole(seed) or not 0 <= seed < 1 << 64:
-        raise FastmergeError(f"{method.name}: 'seed' must be a whole number in [0, 2^64)")
-    return int(seed)
-
-
-def _arity(method: Method) -> str:
-    if method.max_operands == method.min_operands:
-        return f"it takes {method.min_operands}"
-    return f"it takes at least {method.min_operands}"
-
-
-def _value(method: Method, name: str, values: Mapping[str, Any]) -> Any:
-    parameter = method.parameter(name)
-    assert parameter is not None
-    value = values.get(name, parameter.default)
-    if value is REQUIRED:
-        raise FastmergeError(f"{method.name}: '{name}' is required")
-    if value is None and parameter.default is None:
-        return None
-    return parameter.check(_plain(value), method.name)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy's and torch's as Python's own numbers and lists of them."""
-    if getattr(value, "device", None) is not None and str(value.device) == "meta":
-        raise FastmergeError("a tensor on 'meta' has no numbers")
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _operand_values(
-    method: Method, given: Mapping[str, Any], index: int, count: int
-) -> dict[str, Any]:
-    own: dict[str, Any] = {}
-    names = [p.name for p in method.parameters if p.per_model]
-    for name in (name for name in names if name in given):
-        value = _plain(given[name])
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if len(value) != count:
-                raise FastmergeError(
-                    f"{method.name}: {count} tensors but {len(value)} values for '{name}'"
-                )
-            value = value[index]
-        own[name] = value
-    return {name: _value(method, name, own) for name in names}

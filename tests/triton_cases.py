@@ -22,16 +22,8 @@ from fastmerge.kernels.combine import combine, combine_many
 from fastmerge.kernels.consensus import consensus, consensus_many
 from fastmerge.kernels.gram import gram, gram_many, gram_partials, gram_total
 from fastmerge.kernels.select import select, select_many
-from fastmerge.primitives import FREQUENCY, PLAIN, WEIGHTED
-from fastmerge.selection import (
-    ALL,
-    INDEX,
-    MAGNITUDE,
-    MIXED,
-    RANDOM,
-    Selection,
-    Sparsify,
-)
+from fastmerge.primitives import VOTES
+from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
 
 torch.set_num_threads(1)
 DEVICE = "cpu" if common.interpreted() else "cuda"
@@ -395,20 +387,16 @@ def test_consensus_equals_cpu(choice, elect, normalize, scale):
 
 
 @pytest.mark.parametrize("choice", ["all", "trim", "mixed"])
-@pytest.mark.parametrize("votes", [WEIGHTED, PLAIN, FREQUENCY])
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("votes, counted", itertools.product(VOTES, [False, True]))
 def test_votes_and_divisors_equal_those_of_the_cpu(choice, votes, counted):
-    size = 1531
-    base = strange(normal(0, size, dtype=BF16))
+    base = strange(normal(0, 1531, dtype=BF16))
     xs = [strange(like(base, 1, F32, 0.3)), like(base, 2, BF16, 0.3)]
-    selections = cpu_select(xs, base, CHOICES[choice])
-    for elect in (False, True):
+    selections, out = cpu_select(xs, base, CHOICES[choice]), torch.empty(1531, device=DEVICE)
+    for elect, weights in itertools.product((False, True), ([0.4, 0.8], [-0.5, 0.25], [1.0, 1.0])):
         options = {"elect": elect, "normalize": True, "votes": votes, "counted": counted}
-        for weights in ([0.4, 0.8], [-0.5, 0.25], [1.0, 1.0]):
-            out = torch.full((size,), 7, dtype=F32, device=DEVICE)
-            expected, bad = cpu_consensus(xs, base, weights, selections, F32, **options)
-            assert consensus(xs, base, weights, selections, out, **options) == bad
-            same(out, expected)
+        expected, bad = cpu_consensus(xs, base, weights, selections, F32, **options)
+        assert consensus(xs, base, weights, selections, out, **options) == bad
+        same(out, expected)
 
 
 @pytest.mark.parametrize("k", [1, 3, 9, 16])

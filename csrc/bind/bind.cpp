@@ -86,6 +86,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              }),
              py::arg("out"), py::keep_alive<1, 2>());
 
+    m.def(
+        "zeros",
+        [](int64_t count, const std::string& dtype) {
+            if (count < 0) throw std::invalid_argument("count must not be negative");
+            auto all = std::make_shared<Zeros>();
+            return View{{nullptr, count, parse_dtype(dtype), all.get()}, py::none(), all};
+        },
+        py::arg("count"), py::arg("dtype"));
     m.def("gathered", &gathered, py::arg("rows"), py::arg("types"), py::arg("kinds"),
           py::arg("cols"), py::arg("dtype"), py::arg("owner"));
 

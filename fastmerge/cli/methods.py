@@ -58,7 +58,7 @@ def methods(
                 parameter.kind.__name__,
                 "per model" if parameter.per_model else "once",
                 _default(parameter.default),
-                "" if parameter.kind is bool else parameter.bounds(),
+                parameter.bounds(),
                 parameter.doc,
             )
             for parameter in method.parameters
@@ -103,7 +103,7 @@ def _method_row(method: Method) -> dict[str, Any]:
                 "per_model": parameter.per_model,
                 "required": parameter.default is REQUIRED,
                 "default": None if parameter.default is REQUIRED else parameter.default,
-                "allowed": "true or false" if parameter.kind is bool else parameter.bounds(),
+                "allowed": parameter.bounds(),
                 "meaning": parameter.doc,
             }
             for parameter in method.parameters

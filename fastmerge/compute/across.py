@@ -34,7 +34,7 @@ def find_trims(
         origins,
         [keep.of((total,), 0) for keep in terms.keep],
     )
-    chosen = list(terms.rescaled(chosen))
+    chosen = list(terms.settled(chosen))
     if not all(math.isfinite(selection.rescale) for selection in chosen):
         raise ModelError(
             "trim: model with rescale: a model has NaN or infinite weights, which would reach "

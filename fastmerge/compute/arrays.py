@@ -112,15 +112,35 @@ def as_torch(array: np.ndarray[Any, Any], dtype: DType, shape: Sequence[int]) ->
     return raw.view(getattr(torch, dtype.name)).reshape(tuple(shape))
 
 
+def _imported(tensor: Any, where: str) -> Any:
+    """A torch tensor or a NumPy array, of what speaks DLPack or NumPy's own protocols."""
+    if is_torch(tensor) or isinstance(tensor, np.ndarray):
+        return tensor
+    if not hasattr(tensor, "__dlpack__"):
+        return np.asarray(tensor)
+    try:
+        return np.from_dlpack(tensor)
+    except (BufferError, TypeError, RuntimeError) as refused:  # another device, or bfloat16
+        try:
+            import torch
+        except ImportError:
+            raise UnsupportedError(
+                f"{where}: NumPy does not take this {type(tensor).__name__} ({refused}); "
+                "install torch, which may"
+            ) from None
+        try:
+            return torch.utils.dlpack.from_dlpack(tensor)
+        except (BufferError, TypeError, RuntimeError, ValueError) as error:
+            raise UnsupportedError(f"{where}: a {type(tensor).__name__}: {error}") from error
+
+
 class Operands:
     """The inputs of one call: same kind, shape and device, and what their output looks like."""
 
     def __init__(self, where: str, tensors: Sequence[Any]) -> None:
         """Raises FastmergeError, prefixed with ``where``, when they do not fit together."""
         self._where = where
-        self._tensors = [
-            t if is_torch(t) or isinstance(t, np.ndarray) else np.asarray(t) for t in tensors
-        ]
+        self._tensors = [_imported(tensor, where) for tensor in tensors]
         if not self._tensors:
             raise FastmergeError(f"{where}: no tensors")
         for tensor in self._tensors:
@@ -148,6 +168,15 @@ class Operands:
             if self._device == "cpu"
             else self._tensors
         )
+
+    def zeros(self) -> Any:
+        """A tensor of zeros like them, as the back end takes it: on the CPU without memory."""
+        dtype = self.dtypes[0] if len(set(self.dtypes)) == 1 else F32
+        if self._device == "cpu":
+            return _C.zeros(self.count, dtype.code)
+        import torch
+
+        return torch.zeros(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
 
     def equal(self, pool: _C.Pool) -> bool:
         """Whether they are several in memory with the same bytes."""

@@ -229,11 +229,12 @@ class Batch:
                 for root, own, job in zip(roots, terms, jobs, strict=True)
             ]
             chosen = select.run(wanted)
-            selections = [own.rescaled(s) for own, s in zip(terms, chosen, strict=True)]
+            selections = [own.settled(s) for own, s in zip(terms, chosen, strict=True)]
             scales = [own.agreement.scale for own in terms]
             counts = merge.run([own.weights for own in terms], selections, scales).tolist()
-            for place, found, bad in zip(places, selections, counts, strict=True):
-                outcomes[place] = Outcome(bad, kept=tuple(s.kept for s in found))
+            for place, found, bad, own in zip(places, selections, counts, terms, strict=True):
+                kept = tuple(s.kept for s in found) if own.is_counted else None
+                outcomes[place] = Outcome(bad, kept=kept)
 
 
 def form_of(name: str, root: Node) -> Form:

@@ -280,7 +280,7 @@ class Computation(Generic[T, O]):
                     "folder, or on the CPU"
                 )
             wanted = requests(root, terms, self._name, self._shape)
-            trim = Trim(terms.rescaled(self._backend.select(tensors, base, wanted)), 0)
+            trim = Trim(terms.settled(self._backend.select(tensors, base, wanted)), 0)
         used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
         if not used:
             return self._combine([base], np.ones(1), None, None, out)
@@ -290,7 +290,8 @@ class Computation(Generic[T, O]):
             replace(terms.agreement, origin=trim.origin),
         )  # fmt: skip
         # How many of them are this tensor's is not known where the trim spans others.
-        kept = None if root in self._trims else tuple(s.kept for s in trim.selections)
+        known = terms.is_counted and root not in self._trims
+        kept = tuple(s.kept for s in trim.selections) if known else None
         return Outcome(nonfinite, kept=kept)
 
     def _pointwise(self, root: Merge, method: Pointwise, out: O) -> Outcome:

@@ -49,7 +49,7 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     """
     if kind == ALL or operand["density"] >= 1:
         return Keep(ALL)
-    tie_rule = INDEX if values.get("ties") == "index" else MIXED
+    ties = values.get("ties", "mixed")
     rescale, gamma = values["rescale"], operand.get("gamma")
     density, epsilon = operand["density"], operand.get("epsilon", 0.0)
     factor = 1.0
@@ -61,7 +61,13 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
             f"{density - epsilon:g} to {density + epsilon:g}, which must lie between 0 and 1; "
             f"give an epsilon below {min(density, 1 - density):g}"
         )
-    return Keep(kind, density, tie_rule, rescale is True, gamma, epsilon, factor)
+    every = kind == MAGNITUDE and ties == "all"
+    if every and rescale is True:
+        raise RecipeError(
+            "ties: all with rescale: l1: how much is kept is not counted; use ties: mixed"
+        )
+    order = INDEX if ties == "index" else MIXED
+    return Keep(kind, density, order, rescale is True, gamma, epsilon, factor, every)
 
 
 def task_arithmetic(values: Values, operands: Sequence[Values]) -> Terms:

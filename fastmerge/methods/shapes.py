@@ -82,6 +82,7 @@ class Keep(NamedTuple):
     gamma: float | None = None  # MAGNITUDE: the fraction that is larger than all that is kept
     epsilon: float = 0.0  # RANKED: by how much the chance lies under and over the density
     factor: float = 1.0  # on what is kept, where that follows from the density alone
+    every_tie: bool = False  # MAGNITUDE: entries as large as the smallest that is kept stay, too
 
     def of(self, shape: Sequence[int], key: int) -> Sparsify:
         """The request for a delta of this shape that draws under ``key``."""
@@ -116,10 +117,18 @@ class Terms:
     weights: tuple[float, ...]
     agreement: Agreement
 
-    def rescaled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
-        """What ``select`` answered, with the factors that it does not find."""
+    @property
+    def is_counted(self) -> bool:
+        """Whether ``select`` tells how many entries stay: not where ties may add some."""
+        return not any(keep.every_tie for keep in self.keep)
+
+    def settled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
+        """What ``select`` answered, with the factors and the ties that it does not decide."""
         return tuple(
-            own if keep.factor == 1 else own._replace(rescale=keep.factor)
+            own._replace(
+                rescale=own.rescale if keep.factor == 1 else keep.factor,
+                tie_bound=None if keep.every_tie else own.tie_bound,
+            )
             for keep, own in zip(self.keep, selections, strict=True)
         )
 
@@ -146,6 +155,10 @@ class Consensus(Method):
 
     spec: Spec
     spans: Spans | None = None
+
+    @property
+    def of_deltas(self) -> bool:
+        return True
 
     def passes(self, values: Values, operands: Sequence[Values]) -> int:
         """How often the inputs are read, with these parameters and each operand's."""
@@ -215,6 +228,7 @@ class Pointwise(Method):
 
     formula: Formula
     passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read
+    of_deltas: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ T = Parameter(
 )
 _INT8_MASK = _flag("int8_mask", False, "accepted for mergekit's recipes; no effect")
 _LAMBDA = Parameter("lambda", float, 1.0, "factor on the merged delta before the base is added")
-_RESCALE = {"l1": True, "none": False}
+_RESCALE = (("l1", True), ("none", False))
 _DIVISOR = Parameter(
     "divisor", str, "weights", "what normalize divides by: the weights' sum, or how many took part",
     choices=("weights", "count"),
@@ -85,8 +85,8 @@ _TRIM = (
         "ties",
         str,
         "mixed",
-        "which of equal magnitudes stay: spread evenly, or those of lowest index",
-        choices=("mixed", "index"),
+        "which of equal magnitudes stay: spread evenly, those of lowest index, or all of them",
+        choices=("mixed", "index", "all"),
     ),
 )
 
@@ -219,11 +219,11 @@ _ROWS: tuple[Method, ...] = (
             _INT8_MASK,
         ),
         base="required", min_operands=1, max_operands=None, formula=pointwise.sce,
-        passes=pointwise.sce_passes,
+        passes=pointwise.sce_passes, of_deltas=True,
     ),
     Pointwise(
         "ram", "sum what one model changed, average what several did", _RAM, (_ACTIVE,),
-        base="required", min_operands=1, max_operands=None, formula=pointwise.ram,
+        base="required", min_operands=1, max_operands=None, formula=pointwise.ram, of_deltas=True,
     ),
     Pointwise(
         "ramplus_tl", "as ram, with what one model alone changed strengthened", _RAM,
@@ -233,7 +233,7 @@ _ROWS: tuple[Method, ...] = (
             _ACTIVE,
         ),
         base="required", min_operands=1, max_operands=None, formula=pointwise.ramplus_tl,
-        passes=lambda values: 2,
+        passes=lambda values: 2, of_deltas=True,
     ),
     Pointwise(
         "nearswap", "interpolate toward the other model where it is near", "-; as mergekit 0.1.5",
@@ -250,6 +250,7 @@ _ROWS: tuple[Method, ...] = (
         "magmax", "the delta of largest magnitude, entry by entry",
         "Marczak et al. 2024, arXiv:2407.06322", (_LAMBDA,),
         base="required", min_operands=1, max_operands=None, formula=pointwise.magmax,
+        of_deltas=True,
     ),
     Pointwise(
         "consensus_ta", "task arithmetic where the masks of several models agree",
@@ -264,6 +265,7 @@ _ROWS: tuple[Method, ...] = (
             _LAMBDA,
         ),
         base="required", min_operands=1, max_operands=None, formula=pointwise.consensus_ta,
+        of_deltas=True,
     ),
     Combination(
         "passthrough", "the tensor as it is, or scaled", "-",

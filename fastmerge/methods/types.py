@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Final, Literal
 
@@ -35,7 +35,7 @@ class Parameter:
     high: float | None = None
     open_low: bool = False  # the bound itself is excluded
     choices: tuple[str, ...] = ()  # of a word
-    words: Mapping[str, bool] = field(default_factory=dict)  # what true and false are called, too
+    words: tuple[tuple[str, bool], ...] = ()  # what true and false are called, too
     # The way from the first operand (0) to the second (1): at either end the other is not read, and
     # outside is extrapolation, which [-1, 2] keeps from being another unit's number.
     fraction: bool = False
@@ -49,14 +49,13 @@ class Parameter:
                 )
             return value
         if self.kind is bool:
-            if isinstance(value, str) and value in (*self.words, *self.choices):
-                return self.words.get(value, value)
+            if isinstance(value, str) and value in (*dict(self.words), *self.choices):
+                return dict(self.words).get(value, value)
             if isinstance(value, bool):
                 return value
             if value in (0, 1):
                 return bool(value)
-            known = ", ".join(("true or false", *self.words, *self.choices))
-            raise RecipeError(f"{where}: '{self.name}' must be {known}, not {brief(value)}")
+            raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
             raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
         if abs(value) > _LARGEST or value != value:
@@ -81,8 +80,10 @@ class Parameter:
 
     def bounds(self) -> str:
         """The allowed range in words, for messages and the method list."""
+        if self.kind is bool:
+            return " or ".join(("true", "false", *dict(self.words), *self.choices))
         if self.choices:
-            return " or ".join((*self.words, *self.choices))
+            return " or ".join(self.choices)
         low, high = self.low, self.high
         if low is not None and high is not None:
             return f"in {'(' if self.open_low else '['}{low:g}, {high:g}]"
@@ -110,6 +111,13 @@ class Method:
     max_operands: int | None
     random: bool = False  # draws from the recipe's seed
     version: str = ""  # of a row that is not fastmerge's own: of its code
+
+    @property
+    def of_deltas(self) -> bool:
+        """Whether it takes of its models only what they differ by from the base: without a base,
+        deltas are merged to a delta.
+        """
+        return False
 
     def ranks(self, _values: Values, _operands: Sequence[Values], /) -> bool:
         """Whether it draws by the entries' ranks, which not every back end has."""

@@ -1,0 +1,155 @@
+"""PEFT's merges of adapters, computed by fastmerge's kernels: what
+``peft.utils.merge_utils`` holds and ``add_weighted_adapter`` calls.
+
+::
+
+    from fastmerge.integrations import peft
+
+    peft.install()  # until peft.uninstall(); or: with peft.installed(): ...
+    model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="ties", density=0.5)
+
+Same arguments, same values to rounding, in fp32 whatever the tensors' type. What is dropped at
+random follows from torch's generator, as in PEFT, and is another draw than PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastmerge import ops
+from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+_PLACES = ("peft.utils.merge_utils", "peft.tuners.lora.model")  # that hold the functions by name
+_VOTES = {"total": "plain", "frequency": "frequency"}
+
+_before: dict[tuple[str, str], Any] = {}  # what stood where, while ours stand there
+
+
+def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """sum_i w_i d_i (Ilharco et al. 2022)."""
+    return _merged("task_arithmetic", task_tensors, weights)
+
+
+def magnitude_prune(
+    task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
+) -> torch.Tensor:
+    """sum_i w_i of the int(density * n) largest entries of d_i."""
+    return _merged("breadcrumbs", task_tensors, weights, density=density, gamma=0.0)
+
+
+def ties(
+    task_tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: str = "total",
+) -> torch.Tensor:
+    """Trim, elect by unweighted deltas, divide what agrees by its number (Yadav et al. 2023)."""
+    given = _elected(majority_sign_method)
+    return _merged("ties", task_tensors, weights, density=density, normalize=True, **given)
+
+
+def dare_linear(
+    task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
+) -> torch.Tensor:
+    """sum_i w_i of what is left of d_i when entries were dropped at random, over the density (Yu et
+    al. 2023).
+    """
+    return _merged("dare_linear", task_tensors, weights, density=density, rescale="density")
+
+
+def dare_ties(
+    task_tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    density: float,
+    majority_sign_method: str = "total",
+) -> torch.Tensor:
+    """As `dare_linear`, with `ties`' election and average."""
+    given = _elected(majority_sign_method)
+    given |= {"normalize": True, "rescale": "density"}
+    return _merged("dare_ties", task_tensors, weights, density=density, **given)
+
+
+_OURS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (task_arithmetic, magnitude_prune, ties, dare_linear, dare_ties)
+}
+
+
+def install() -> None:
+    """Puts these functions in the place of PEFT's; again is no error. Raises ResourceError where
+    peft is not installed, UnsupportedError where it has not the functions of 0.10 to 0.21.
+    """
+    import importlib
+
+    if _before:
+        return
+    try:
+        modules = {name: importlib.import_module(name) for name in _PLACES}
+    except ImportError as error:
+        raise ResourceError(f"peft cannot be imported ({error}); pip install peft") from error
+    found = {
+        (place, name): getattr(module, name, None)
+        for place, module in modules.items()
+        for name in _OURS
+    }
+    for (place, name), theirs in found.items():
+        if not callable(theirs):
+            raise UnsupportedError(f"this peft has no {place}.{name}; use peft 0.10 to 0.21")
+    for (place, name), theirs in found.items():
+        _before[place, name] = theirs
+        setattr(modules[place], name, _OURS[name])
+
+
+def uninstall() -> None:
+    """Puts PEFT's own functions back; without `install` it does nothing."""
+    import sys
+
+    for (place, name), theirs in _before.items():
+        setattr(sys.modules[place], name, theirs)
+    _before.clear()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    was = bool(_before)
+    install()
+    try:
+        yield
+    finally:
+        if not was:
+            uninstall()
+
+
+def _elected(method: str) -> dict[str, Any]:
+    if method not in _VOTES:
+        raise RuntimeError(f'Unimplemented mask method "{method}"')  # as PEFT does
+    return {"votes": _VOTES[method], "divisor": "count"}
+
+
+def _merged(
+    method: str, task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, **given: Any
+) -> torch.Tensor:
+    """What `ops.merge` makes of deltas; ValueError where PEFT raises one."""
+    import torch
+
+    tensors = [tensor.detach().contiguous() for tensor in task_tensors]
+    density = given.get("density")
+    if density is not None and density >= 1:
+        given["density"] = 1.0
+    if density == 0:  # nothing stays, which a recipe may not ask for
+        return torch.zeros_like(tensors[0])
+    seed = None
+    if method.startswith("dare"):
+        seed = int(torch.randint(1 << 62, (1,)).item())
+    numbers = torch.as_tensor(weights).tolist()
+    try:
+        made: torch.Tensor = ops.merge(method, tensors, {"weight": numbers, **given}, seed=seed)
+    except FastmergeError as error:
+        raise ValueError(str(error)) from error
+    return made
