@@ -1,0 +1,360 @@
+"""A LoRA adapter as PEFT writes it: adapter_config.json and adapter_model.safetensors.
+
+An adapter changes a base's weights W to W + s B A (Hu et al., 2021, arXiv:2106.09685, section
+4.1), with s = lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023,
+arXiv:2312.03732). Everything here follows from config and header: no weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import ModelError, UnsupportedError, brief, is_whole
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.header import FileTensor, Header, Stamp, read_header, read_object, show
+from fastmerge.models.links import Home
+from fastmerge.models.model import TensorInfo
+from fastmerge.models.patterns import Patterns, Targets
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's own wrappers
+
+_MAX_RANK = 1 << 20
+# Settings under which the weights are not W + s B A, and what PEFT calls them.
+_OTHER_FORMS = (
+    "use_qalora", "layer_replication", "target_parameters", "arrow_config", "use_bdlora",
+    "kasa_config", "monteclora_config", "alora_invocation_tokens", "megatron_config",
+)  # fmt: skip
+# Initialisations that change the base itself, so that the factors are for another.
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# What the names of an adapter's tensors end in, and the part of a module that it is.
+_PARTS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "embedding_a",
+    ".lora_embedding_B": "embedding_b",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "tokens",
+}
+_BASE_LAYER = ".base_layer."  # the module's own weight or bias, stored with its factors
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is added to one module's weight: ``scale`` times B (out, rank) times A (rank, in).
+
+    module: its name in the model that was trained, without PEFT's prefix. a, b: the tensors' names
+    in the adapter's file, of shapes (rank, in, ...) and (out, rank, ...). embedding: of an
+    embedding, whose weight is (in, out). magnitude: DoRA's (Liu et al., 2024, arXiv:2402.09353,
+    equation 5), ``out`` numbers: the lengths that the rows of W + s B A are given. bias: ``out``
+    numbers that are added to the module's bias, times the scale.
+    """
+
+    module: str
+    a: str
+    b: str
+    rank: int
+    out_size: int
+    in_size: int  # of a convolution: times the elements of its kernel
+    scale: float
+    embedding: bool = False
+    magnitude: str | None = None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of one module's weight that are replaced: ``indices[i]`` by row i of tensor ``rows``."""
+
+    module: str
+    rows: str
+    indices: tuple[int, ...]
+
+
+_Parts = dict[str, FileTensor]  # of one module
+
+
+class Adapter(Checkpoint):
+    """One adapter on disk; safe to share between threads.
+
+    config: adapter_config.json. factors: by module, in file order. saved: tensors that replace the
+    base's (``modules_to_save``, biases, resized embeddings): the name in the model that was trained
+    to the name in the file. tokens: rows that are replaced, by module.
+    """
+
+    factors: dict[str, Factors]
+    saved: dict[str, str]
+    tokens: dict[str, Tokens]
+    targets: Targets
+
+    @classmethod
+    def open(cls, path: Path) -> Adapter:
+        """Reads and checks the adapter in the folder ``path``: config and header, no weights.
+
+        Raises FastmergeError for what is missing, malformed, or no LoRA.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
+        weights = _weights(path)
+        config_file = _inside(path, CONFIG)
+        config = read_object(config_file)
+        _check_kind(config, config_file)
+        header, stamp = read_header(weights, 0)
+        return cls(path, config, (weights,), (stamp,), (header,))
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        files: tuple[Path, ...],
+        stamp: tuple[Stamp, ...],
+        headers: tuple[Header, ...],
+    ) -> None:
+        super().__init__(path, config, files, stamp, headers)
+        where = str(path / CONFIG)
+        self.targets = Targets(config, where)
+        modules, self.saved = _sorted(self.tensors.values(), str(files[0]))
+        scales = _Scales(config, where)
+        self.factors, self.tokens = {}, {}
+        for name, found in modules.items():
+            parts = dict(found)
+            rows = parts.pop("tokens", None)
+            if rows is not None:
+                self.tokens[name] = _tokens(name, rows, config, where)
+            if parts:
+                self.factors[name] = _factors(name, parts, scales, config, str(files[0]))
+        for text in ("base_model_name_or_path", "task_type"):
+            if not isinstance(config.get(text), str | None):
+                raise ModelError(f"{where}: '{text}' must be text, not {brief(config[text])}")
+        if not (self.factors or self.saved or self.tokens):
+            raise ModelError(f"{files[0]}: holds no tensor; save the adapter again")
+        self._check_targets(where)
+
+    @property
+    def base_name(self) -> str | None:
+        """What the config calls its base; None where it does not say."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, rising."""
+        return tuple(sorted({each.rank for each in self.factors.values()}))
+
+    def _check_targets(self, where: str) -> None:
+        """PEFT leaves out what the config does not name, in silence."""
+        for name in self.factors:
+            if self.targets.tell(name) is False:
+                raise ModelError(
+                    f"{where}: target_modules, exclude_modules and layers_to_transform leave out "
+                    f"'{name}', for which {WEIGHTS} has factors; one of the two files is stale"
+                )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the folder holds an adapter: its config, or its weights."""
+    return any((path / name).exists() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))
+
+
+# --- the files ---
+
+
+def _inside(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not file.exists():
+        link = f"; it is a link to nothing ({os.readlink(file)})" if file.is_symlink() else ""
+        raise ModelError(
+            f"{folder}: no {name}, so no adapter of PEFT's{link}; save it with save_pretrained"
+        )
+    Home(folder).inside(file)
+    return file
+
+
+def _weights(folder: Path) -> Path:
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists() and not (folder / WEIGHTS).exists():
+        raise UnsupportedError(
+            f"{pickled}: a pickle, which can run code when it is read; load the adapter where you "
+            f"trust it and save it again (save_pretrained writes {WEIGHTS})"
+        )
+    return _inside(folder, WEIGHTS)
+
+
+def _check_kind(config: Mapping[str, Any], where: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        if not isinstance(kind, str):
+            raise ModelError(f"{where}: has no peft_type; not the config of a PEFT adapter")
+        raise UnsupportedError(
+            f"{where}: peft_type {brief(kind)} is not folded, only LORA is; merge it with PEFT "
+            "(merge_and_unload) first"
+        )
+    for key in _OTHER_FORMS:
+        if config.get(key):
+            raise UnsupportedError(
+                f"{where}: '{key}' is set, and such an adapter is not folded; merge it with PEFT "
+                "(merge_and_unload) first"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+        raise UnsupportedError(
+            f"{where}: init_lora_weights {brief(start)} changes the base's weights too; convert "
+            "it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        _check_names(config.get(key), f"{where}: '{key}'")
+    layers = config.get("layers_to_transform")
+    if not (layers is None or is_whole(layers) or _all(layers, is_whole)):
+        raise ModelError(f"{where}: 'layers_to_transform' must be layer numbers")
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
+        if not isinstance(config.get(key), bool | None):
+            raise ModelError(f"{where}: '{key}' must be true or false, not {brief(config[key])}")
+
+
+def _check_names(value: Any, where: str) -> None:
+    if not (value is None or isinstance(value, str) or _all(value, lambda x: isinstance(x, str))):
+        raise ModelError(f"{where} must be a list of module names, not {brief(value)}")
+
+
+def _all(value: Any, is_one: Any) -> bool:
+    return isinstance(value, list) and all(is_one(item) for item in value)
+
+
+# --- the tensors ---
+
+
+def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]]:
+    """The tensors by module and part, and those that replace the base's, by its name for them."""
+    modules: dict[str, _Parts] = {}
+    saved: dict[str, str] = {}
+    for info in tensors:
+        plain = info.name.removeprefix(PREFIX)
+        ending = next((end for end in _PARTS if plain.endswith(end)), None)
+        if not info.dtype.mergeable:
+            raise UnsupportedError(
+                f"{where}: tensor {show(info.name)} is {info.dtype.name}, which has no kernels; "
+                "save the adapter in float32 or bfloat16"
+            )
+        if ending is not None:
+            parts = modules.setdefault(plain.removesuffix(ending), {})
+            if parts.setdefault(_PARTS[ending], info) is not info:
+                raise ModelError(f"{where}: tensor {show(info.name)} is there twice")
+        elif ".lora_" in plain:
+            raise UnsupportedError(
+                f"{where}: tensor {show(info.name)} is no part of a LoRA that is known "
+                f"(known: {', '.join(end.lstrip('.') for end in _PARTS)})"
+            )
+        elif saved.setdefault(plain.replace(_BASE_LAYER, "."), info.name) != info.name:
+            raise ModelError(f"{where}: tensor {show(info.name)} is there twice")
+    return modules, saved
+
+
+def _factors(
+    module: str,
+    parts: _Parts,
+    scales: _Scales,
+    config: Mapping[str, Any],
+    where: str,
+) -> Factors:
+    embedding = "embedding_a" in parts or "embedding_b" in parts
+    a, b = (parts.get("embedding_" * embedding + letter) for letter in "ab")
+    if a is None or b is None:
+        there = next(iter(parts.values()))
+        raise ModelError(
+            f"{where}: has tensor {show(there.name)} but not both factors of '{module}'; save the "
+            "adapter again"
+        )
+    if len(a.shape) < 2 or len(b.shape) != len(a.shape) or math.prod(b.shape[2:]) != 1:
+        raise ModelError(
+            f"{where}: the factors of '{module}' are {list(a.shape)} and {list(b.shape)}, not "
+            "(rank, in) and (out, rank)"
+        )
+    rank, out_size, in_size = a.shape[0], b.shape[0], math.prod(a.shape[1:])
+    if b.shape[1] != rank:
+        raise ModelError(
+            f"{where}: the factors of '{module}' disagree: A {list(a.shape)} has rank {rank}, "
+            f"B {list(b.shape)} has rank {b.shape[1]}"
+        )
+    magnitude, bias = parts.get("magnitude"), parts.get("bias")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        said = "use_dora is set, but" if magnitude is None else "use_dora is not set, but"
+        has = "has no" if magnitude is None else "has a"
+        raise ModelError(f"{where}: {said} '{module}' {has} lora_magnitude_vector")
+    for info in (magnitude, bias):
+        if info is not None and info.count != out_size:
+            raise ModelError(
+                f"{where}: tensor {show(info.name)} is {list(info.shape)}; '{module}' needs "
+                f"{out_size} numbers"
+            )
+    return Factors(
+        module, a.name, b.name, rank, out_size, in_size, scales.of(module, rank), embedding,
+        None if magnitude is None else magnitude.name, None if bias is None else bias.name,
+    )  # fmt: skip
+
+
+def _tokens(module: str, rows: TensorInfo, config: Mapping[str, Any], where: str) -> Tokens:
+    """``trainable_token_indices``: the rows of the embeddings, or of each module by its name."""
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        ends = [key for key in given if f".{module}".endswith(f".{key}")]
+        given = given[ends[0]] if ends else None
+    listed = given if isinstance(given, list) and all(is_whole(i) and i >= 0 for i in given) else []
+    if len(listed) != rows.shape[0]:
+        raise ModelError(
+            f"{where}: 'trainable_token_indices' must be the numbers of the {rows.shape[0]} rows "
+            f"in {show(rows.name)}, not {brief(given)}"
+        )
+    return Tokens(module, rows.name, tuple(int(index) for index in listed))
+
+
+class _Scales:
+    """The scale of each module's product, from the config; ranks checked against it."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._where = where
+        self._rank = _rank(config.get("r", 8), f"{where}: 'r'")
+        self._alpha = _number(config.get("lora_alpha", 8), f"{where}: 'lora_alpha'")
+        self._rooted = bool(config.get("use_rslora"))
+        self._ranks = self._patterns(config, "rank_pattern", _rank)
+        self._alphas = self._patterns(config, "alpha_pattern", _number)
+
+    def _patterns(self, config: Mapping[str, Any], key: str, check: Any) -> Patterns:
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise ModelError(f"{self._where}: '{key}' must map module names to numbers")
+        where = f"{self._where}: '{key}'"
+        return Patterns({k: check(v, f"{where} of '{k}'") for k, v in given.items()}, where)
+
+    def of(self, module: str, rank: int) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r), of a module whose factors have this rank."""
+        said = self._ranks.of(module, self._rank)
+        if said != rank:
+            raise ModelError(
+                f"{self._where}: rank {said} for '{module}', whose factors have rank {rank}; one "
+                "of the two files is stale"
+            )
+        alpha = self._alphas.of(module, self._alpha)
+        return float(alpha / math.sqrt(rank) if self._rooted else alpha / rank)
+
+
+def _rank(value: Any, where: str) -> int:
+    if not is_whole(value) or not 0 < value <= _MAX_RANK:
+        raise ModelError(f"{where}: a rank must be a whole number above 0, not {brief(value)}")
+    return int(value)
+
+
+def _number(value: Any, where: str) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    # 1e30 is beyond any training; at float32's end the scale would be infinite.
+    if not good or not abs(value) <= 1e30:
+        raise ModelError(f"{where}: must be a finite number, not {brief(value)}")
+    return float(value)
