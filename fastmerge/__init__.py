@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from fastmerge.methods import method
+    from fastmerge.state_dicts import merge_state_dicts
 
 __all__ = [
     "FastmergeError",
@@ -44,6 +45,7 @@ __all__ = [
     "llama",
     "materialise",
     "merge",
+    "merge_state_dicts",
     "method",
     "ops",
     "retrograde",
@@ -53,6 +55,7 @@ _HOMES = {
     "extract_lora": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
+    "merge_state_dicts": "fastmerge.state_dicts",
     "MergeReport": "fastmerge.engine.report",
     "method": "fastmerge.methods",
     **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},

@@ -16,8 +16,8 @@ from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError
-from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
+from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
 from fastmerge.output.provenance import provenance
 from fastmerge.plan.loading import check_loading
@@ -32,7 +32,7 @@ def plan(
     recipe: Source,
     *,
     seed: int | None = None,
-    models: Mapping[str, Model] | None = None,
+    models: Mapping[str, Any] | None = None,
     truncate_embeddings: bool = False,
 ) -> Plan:
     """Reads the recipe and the models' headers and decides everything; of the weights it reads only
@@ -40,7 +40,8 @@ def plan(
 
     ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
     returned as it is. ``seed`` overrides the recipe's. ``models``: what references of the recipe
-    stand for, instead of folders (fastmerge.models.model says what a model is).
+    stand for: folders, state dictionaries, modules, or anything that fastmerge.models.model calls
+    a model.
     ``truncate_embeddings``: where no tokenizer is asked for, embeddings of different numbers of
     rows are cut to the fewest, which is right only where all number their tokens alike. Raises
     FastmergeError.
@@ -50,6 +51,8 @@ def plan(
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if isinstance(models, Mapping):
+        models = {name: as_model(given, str(name)) for name, given in models.items()}
     return make_plan(
         loaded, seed=seed, models=models, sparing=True, truncate_embeddings=truncate_embeddings
     )
@@ -69,7 +72,7 @@ def merge(
     io: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-    models: Mapping[str, Model] | None = None,
+    models: Mapping[str, Any] | None = None,
     check: bool = False,
     keep_paths: bool = False,
 ) -> MergeReport:
@@ -123,7 +126,7 @@ def materialise(
     *,
     seed: int | None = None,
     threads: int | None = None,
-    models: Mapping[str, Model] | None = None,
+    models: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
 

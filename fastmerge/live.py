@@ -17,7 +17,6 @@ import numpy as np
 
 from fastmerge import _C
 from fastmerge.arguments import a_function, one_of
-from fastmerge.compute.arrays import as_torch, view_of, written
 from fastmerge.compute.batch import Batch, Job, form_of
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
@@ -26,6 +25,7 @@ from fastmerge.compute.tensor import Outcome
 from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
+from fastmerge.models.memory import as_torch, view_of, written
 from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
 from fastmerge.plan.inputs import TensorPlan
@@ -184,7 +184,7 @@ class _Parameters(Arrays):
 
     def _is_direct(self, item: TensorPlan) -> bool:
         target = self._targets[item.name]
-        return self._observe is None and target.device.type == "cpu" and _is_stored(target, item)
+        return self._observe is None and target.device.type == "cpu" and is_stored(target, item)
 
 
 def _merged_on_cpu(
@@ -200,7 +200,7 @@ def _merged_on_cpu(
     return outcomes
 
 
-def _is_stored(target: torch.Tensor, item: TensorPlan) -> bool:
+def is_stored(target: torch.Tensor, item: TensorPlan) -> bool:
     """Whether the parameter's memory is the tensor as it would be written."""
     import torch
 
@@ -358,7 +358,7 @@ def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
     """The parameter itself, or a tensor of the plan's type, from which it is then filled."""
     import torch
 
-    if _is_stored(target, item):
+    if is_stored(target, item):
         return target
     dtype = getattr(torch, item.dtype.name)
     return torch.empty(item.shape, dtype=dtype, device=target.device)

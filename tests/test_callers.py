@@ -20,4 +20,5 @@ def test_every_example_runs():
     zeros = torch.zeros_like(names["base"])
     plain = names["ops"].ties(zeros, names["deltas"], [0.6, 0.4], density=0.5)
     assert torch.equal(names["delta"], plain)
+    assert torch.equal(names["state"]["w"], names["merged"])
     assert (names["pruned"] != 0).sum() == int(0.1 * 64 * 64)

@@ -12,9 +12,8 @@ import torch
 pytest.importorskip("yaml")  # recipes are read with it; the kernels' own tests need none
 
 import fastmerge
-from fastmerge import _C, api, live, llama
+from fastmerge import _C, api, live, llama, state_dicts
 from fastmerge.compute import cpu
-from fastmerge.compute.arrays import view_of
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.tensor import Computation
 from fastmerge.engine.products import grams
@@ -22,6 +21,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.kernels import common
 from fastmerge.methods import Combination, Function, Parameter, find
 from fastmerge.methods.shapes import Factors
+from fastmerge.models.memory import view_of
 from fastmerge.recipe.settings import constant
 from fastmerge.search import expressions as search
 from fastmerge.search.space import Space
@@ -375,3 +375,40 @@ def test_a_trim_over_the_model_is_refused_by_name():
     root = Merge(find("ties"), (Source(1, "x"),), Source(0, "x"), values, (own,))
     with pytest.raises(FastmergeError, match="x: trim: model is not for models on a GPU"):
         Batch([Job("x", root, x.clone())], lambda _: x)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "model_stock"])
+def test_state_dicts_on_the_device_equal_those_of_the_cpu(method):
+    named = [{str(t): x for t, x in enumerate(own)} for own in models(3)]
+    for own in named:
+        own["n"] = torch.tensor([3], device=DEVICE)
+    base = {"slerp": 0, "ties": 2, "model_stock": 2}.get(method)
+    given = named[:2] if method == "slerp" else named
+    rows = {
+        "slerp": {"t": 0.3},
+        "model_stock": {},
+        "ties": {"weight": [0.4, 0.7], "density": 0.5},
+    }
+    options = {"base": base, "parameters": rows.get(method, {"weight": 1.0})}
+    on_cpu = [{name: x.cpu() for name, x in own.items()} for own in given]
+    wanted = fastmerge.merge_state_dicts(on_cpu, method, **options)
+    plan = of_state_dicts_plan(given, method, options)
+    wide = {name: torch.empty_like(x, dtype=F32) for name, x in given[0].items() if name != "n"}
+    wide["n"] = torch.zeros_like(given[0]["n"])
+    for targets in (None, {name: torch.empty_like(x) for name, x in given[0].items()}, wide):
+        made = state_dicts.merged_on_gpu(plan, targets, DEVICE)
+        for name, tensor in (made if targets is None else targets).items():
+            assert torch.equal(tensor.to(wanted[name].dtype).cpu(), wanted[name])
+
+
+def of_state_dicts_plan(given, method, options):
+    """What merge_state_dicts plans, caught on its way."""
+    caught = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_dicts, "_run", lambda plan, *_: caught.append(plan) or names(plan))
+        fastmerge.merge_state_dicts(given, method, **options)
+    return caught[0]
+
+
+def names(plan):
+    return {item.name: None for item in plan.tensors}

@@ -105,7 +105,7 @@ def same_bytes(a: Model, of_a: str, b: Model, of_b: str) -> bool:
     """Whether tensor ``of_a`` of one model and ``of_b`` of another, or the same, have the same
     bytes; compared in blocks of 1 MiB, until the first that differs.
     """
-    x, y = _bytes(a.view(of_a, raw=True)), _bytes(b.view(of_b, raw=True))
+    x, y = stored_bytes(a.view(of_a, raw=True)), stored_bytes(b.view(of_b, raw=True))
     if x.size != y.size:
         return False
     try:
@@ -145,11 +145,12 @@ def as_numbers(stored: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 def _numbers(view: _C.View, begin: int, end: int) -> NDArray[Any]:
     dtype = BY_CODE[view.dtype]
-    stored = _bytes(view.slice(begin, min(end, view.count)))
+    stored = stored_bytes(view.slice(begin, min(end, view.count)))
     return as_numbers(stored.view(dtype.numpy or "u1"), dtype)
 
 
-def _bytes(view: _C.View) -> NDArray[np.uint8]:
+def stored_bytes(view: _C.View) -> NDArray[np.uint8]:
+    """The memory of a view, as it is."""
     if not view.nbytes:
         return np.zeros(0, np.uint8)
     memory = (ctypes.c_ubyte * view.nbytes).from_address(view.address)

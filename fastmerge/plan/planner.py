@@ -328,6 +328,12 @@ class Planner:
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)
 
+    def whole(self, document: Document) -> tuple[Part, int | None]:
+        """What merges the whole models of a recipe's one document, and the seed it draws by."""
+        base = self._base(document.base_model, document.at("base_model"))
+        part = self._whole(document, document.models or (), base)
+        return part, self._stage_seed(document, is_output=True)
+
     def _stage_seed(self, document: Document, is_output: bool) -> int | None:
         if not document.method.random:
             return None

@@ -1,0 +1,125 @@
+"""Models that are in memory: state dictionaries of torch tensors or NumPy arrays, and modules."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Hashable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge import _C
+from fastmerge.dtypes import BY_NAME, DType
+from fastmerge.errors import FastmergeError, UnsupportedError, brief
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.memory import check_torch, dtype_of, is_torch, view_of
+from fastmerge.models.model import Model, TensorInfo, stored_bytes
+
+_numbers = itertools.count()
+
+
+class StateDict:
+    """A `Model` of tensors in memory, by name; nothing is copied. Those on a GPU have no view."""
+
+    folder = None
+    places: tuple[Path, ...] = ()
+
+    def __init__(self, label: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Raises FastmergeError for what is no tensor with memory of its own."""
+        self.label, self.config = label, config
+        self.held: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, tensor in tensors.items():
+            where = f"{label}: {brief(name)}"
+            if not isinstance(name, str):
+                raise FastmergeError(f"{where}: names of tensors must be text")
+            held = _plain(tensor, where)
+            self.held[name] = held
+            shape = tuple(int(size) for size in held.shape)
+            count = int(np.prod(shape, dtype=np.int64))
+            dtype = _dtype(held, where)
+            self.tensors[name] = TensorInfo(name, dtype, shape, dtype.bytes_for(count), count)
+        # What is written into the same memory is seen by nothing but its bytes.
+        self.stamp: tuple[Hashable, ...] = ("memory", next(_numbers))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of names, types, shapes and, of tensors in the host's memory, all bytes."""
+        digest = hashlib.sha256(b"fastmerge state dict 1")
+        for name, info in self.tensors.items():
+            digest.update(f"\n{name!r} {info.dtype.code} {info.shape} ".encode())
+            if str(getattr(self.held[name], "device", "cpu")) == "cpu":
+                digest.update(stored_bytes(self.view(name, raw=True)).data)
+        return digest.hexdigest()
+
+    def view(self, name: str, *, raw: bool = False) -> _C.View:
+        held, info = self.held[name], self.tensors[name]
+        if str(getattr(held, "device", "cpu")) != "cpu":
+            raise UnsupportedError(
+                f"{self.label}: {name}: is on {held.device}, and the CPU is to read it; pass "
+                "every tensor on one device"
+            )
+        if not raw and info.dtype.mergeable:
+            return view_of(held, f"{self.label}: {name}")
+        address = held.data_ptr() if is_torch(held) else held.ctypes.data
+        return _C.View(address, info.nbytes, "RAW", held)
+
+    def prefetch(self, name: str) -> None:
+        pass
+
+    def drop(self, name: str) -> None:
+        pass
+
+    def check_unchanged(self) -> None:
+        pass
+
+    def side_files(self) -> Mapping[str, bytes | Path]:
+        return {}
+
+
+def as_model(source: Any, label: str) -> Model:
+    """What a caller gives for a model: one already, a folder or a .safetensors file, a state
+    dictionary, or a torch module, whose ``config`` comes along where transformers gave it one.
+
+    Raises FastmergeError for anything else.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return Checkpoint.open(Path(source))
+    if isinstance(source, Mapping):
+        return StateDict(label, source, {})
+    if callable(getattr(source, "state_dict", None)):
+        as_dict = getattr(getattr(source, "config", None), "to_dict", None)
+        return StateDict(label, source.state_dict(), as_dict() if callable(as_dict) else {})
+    if hasattr(source, "tensors") and hasattr(source, "view"):
+        model: Model = source
+        return model
+    raise FastmergeError(
+        f"{label}: must be a folder, a state dictionary or a module, not {type(source).__name__}"
+    )
+
+
+def _plain(tensor: Any, where: str) -> Any:
+    if isinstance(tensor, np.ndarray):
+        if not tensor.flags.c_contiguous:
+            raise FastmergeError(f"{where}: not contiguous; pass np.ascontiguousarray(x)")
+        return tensor
+    if not is_torch(tensor):
+        raise FastmergeError(f"{where}: must be a tensor, not {type(tensor).__name__}")
+    check_torch(tensor, where)
+    if not tensor.is_contiguous():
+        raise FastmergeError(f"{where}: not contiguous; pass tensor.contiguous()")
+    return tensor.detach()
+
+
+def _dtype(tensor: Any, where: str) -> DType:
+    named = str(tensor.dtype).removeprefix("torch.")
+    if isinstance(tensor, np.ndarray) and tensor.dtype == np.uint16:
+        return dtype_of(tensor, where)  # bfloat16's bits
+    found = BY_NAME.get(named)
+    if found is None:
+        raise UnsupportedError(f"{where}: tensors of {named} are not known")
+    return found

@@ -1,0 +1,36 @@
+"""A plan of tensors by their names alone: no layers are counted, no config is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastmerge.models import hub
+from fastmerge.models.model import Model
+from fastmerge.plan.build import Builder
+from fastmerge.plan.inputs import View
+from fastmerge.plan.opened import Opened
+from fastmerge.plan.plan import Plan
+from fastmerge.plan.planner import Planner, collector_paused, whole_seed
+from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.meaning import meaning
+
+
+def of_state_dicts(
+    recipe: Mapping[str, Any], models: Mapping[str, Model], seed: int | None
+) -> Plan:
+    """The plan of a recipe of whole ``models``, whose tensors are merged with their namesakes,
+    whatever they are called. ``seed`` None: it follows from the recipe.
+
+    Raises FastmergeError for names, shapes and parameters that do not fit.
+    """
+    loaded = Recipe.load(recipe)
+    document = loaded.output
+    seed = None if seed is None else whole_seed(seed)
+    opened = Opened(models, None, hub.resolve)
+    planner = Planner(opened, loaded.text, seed, meaning(loaded.documents))
+    with collector_paused():
+        part, stage_seed = planner.whole(document)
+        build = Builder(document.output_dtype, stage_seed, opened.models)
+        result = View("output", {}, build.whole(part), part.lead.view.donor)
+        return planner.plan(result, sparing=True)

@@ -1,0 +1,388 @@
+"""Merges of state dictionaries and modules in memory, by their tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import _C, live
+from fastmerge.arguments import a_flag
+from fastmerge.compute.batch import Batch, Job
+from fastmerge.engine.executor import Local
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief
+from fastmerge.methods import Parameter, find
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.memory import (
+    Extent,
+    as_torch,
+    check_torch,
+    dtype_of,
+    extent,
+    is_torch,
+    view_of,
+    written,
+)
+from fastmerge.models.model import Model
+from fastmerge.models.state_dict import StateDict, as_model
+from fastmerge.output.sink import Arrays
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.of_state_dicts import of_state_dicts
+from fastmerge.plan.plan import Plan
+from fastmerge.tree.nodes import Stored
+
+if TYPE_CHECKING:
+    import torch
+
+
+def merge_state_dicts(
+    models: Mapping[Hashable, Any] | Sequence[Any],
+    method: Any,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    base: Hashable = None,
+    strict: bool = True,
+    dtype: Any = None,
+    out_dtype: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Every tensor of ``models`` merged with its namesakes, by any method of `fastmerge methods`.
+
+    models: state dictionaries (torch tensors or NumPy arrays), modules, or folders, by id, or in a
+    list, whose ids are 0, 1, ... base: the id of one. parameters: by their names in recipes; what
+    each model has its own of (``weight``, ``density``) as one value, as a list in the models'
+    order, without a base that the method keeps apart, or by id; a value may be a recipe's gradient
+    (by id) or its list of filters.
+    strict: models whose names differ are refused, else what all have is merged. dtype, out_dtype:
+    of the result (torch's or their names); the arithmetic is float32 and the default the inputs'
+    type. seed: of methods that draw; by default it follows from the call.
+
+    out: None for a new dictionary, in the first model's order, of torch tensors (NumPy arrays where
+    the first model has those); or a dictionary of tensors to write into, or a module whose
+    parameters are filled; it is returned, and may be one of the models. Tensors that are one memory
+    in every model are merged once and are one in the result. Integers are copied where all models
+    agree. Beside the result only a few tensors are held. Results carry no gradient.
+
+    Raises FastmergeError, where possible before anything is written.
+    """
+    row = find(getattr(method, "name", method), "method")
+    given = models if isinstance(models, Mapping) else dict(enumerate(_listed(models)))
+    if not given:
+        raise FastmergeError("models: there are none")
+    if base is not None and base not in given:
+        raise FastmergeError(f"base: no model is called {brief(base)}")
+    names = {key: _name(key, number) for number, key in enumerate(given)}
+    opened = {names[key]: as_model(source, names[key]) for key, source in given.items()}
+    common = _common(opened, a_flag(strict, "strict"))
+    twins = _twins(opened, common)
+    merged = {name: _only(model, common, twins) for name, model in opened.items()}
+    recipe: dict[str, Any] = {
+        "merge_method": row.name,
+        "models": [{"model": names[key], "parameters": {}} for key in given],
+        "parameters": {},
+    }
+    if base is not None:
+        recipe["base_model"] = names[base]
+    for name, value in {"dtype": dtype, "out_dtype": out_dtype}.items():
+        if value is not None:
+            recipe[name] = str(value).removeprefix("torch.")
+    apart = row.base in ("required", "optional")
+    listed = [key for key in given if key != base or not apart]
+    for name, value in (parameters or {}).items():
+        own = _own_values(row.parameter(name), str(name), value, list(given), listed)
+        if own is None:
+            recipe["parameters"][name] = _plain(value)
+            continue
+        for entry, key in zip(recipe["models"], given, strict=True):
+            if key in own:
+                entry["parameters"][name] = own[key]
+    plan = of_state_dicts(recipe, merged, seed)
+    result = _run(plan, list(opened.values()), out, threads)
+    if out is None:
+        return {name: result[twins.get(name, name)] for name in common}
+    return out
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def _listed(models: Any) -> list[Any]:
+    if isinstance(models, (str, bytes)) or not isinstance(models, Iterable):
+        raise FastmergeError(
+            f"models: must be a mapping or a list of models, not {type(models).__name__}"
+        )
+    return list(models)
+
+
+def _name(key: Hashable, number: int) -> str:
+    """What messages and the recipe call a model: a recipe's references have signs of their own."""
+    text = str(key)
+    return f"models[{number}]" if not text.strip() or set(text) & set("+@\n") else text
+
+
+def _common(models: Mapping[str, Model], strict: bool) -> list[str]:
+    """The names to merge, in the first model's order."""
+    (label, first), *others = models.items()
+    for other, model in others if strict else ():
+        lacks = next((name for name in first.tensors if name not in model.tensors), None)
+        extra = next((name for name in model.tensors if name not in first.tensors), None)
+        if lacks is not None or extra is not None:
+            has, not_has = (label, other) if lacks is not None else (other, label)
+            raise ModelError(
+                f"models: '{has}' has tensor '{lacks if lacks is not None else extra}' and "
+                f"'{not_has}' has not; strict=False merges what all have"
+            )
+    common = [n for n in first.tensors if all(n in model.tensors for _, model in others)]
+    if not common:
+        raise ModelError("models: no tensor is in all of them; compare their names")
+    return common
+
+
+def _twins(models: Mapping[str, Model], names: Iterable[str]) -> dict[str, str]:
+    """Names whose tensor is, in every model, the memory of an earlier name: that one."""
+    firsts: dict[Any, str] = {}
+    found = {}
+    for name in names:
+        key = tuple((_memory(model, name), model.tensors[name].shape) for model in models.values())
+        first = name if None in [place for place, _ in key] else firsts.setdefault(key, name)
+        if first != name:
+            found[name] = first
+    return found
+
+
+def _memory(model: Model, name: str) -> Extent | None:
+    """Where a tensor lies; None where it has no place in memory, or no bytes."""
+    if not isinstance(model, StateDict) or not model.tensors[name].nbytes:
+        return None
+    tensor = model.held[name]
+    return extent(tensor) if is_torch(tensor) else extent(model.view(name, raw=True))
+
+
+def _only(model: Model, common: Sequence[str], twins: Mapping[str, str]) -> Model:
+    """The model without what is not merged."""
+    wanted = [name for name in common if name not in twins]
+    if wanted == list(model.tensors):
+        return model
+    if not isinstance(model, (StateDict, Checkpoint)):
+        raise UnsupportedError(
+            f"{model.label}: has tensors that are not merged; give a model of those in common"
+        )
+    part = copy(model)
+    part.tensors = {name: model.tensors[name] for name in wanted}
+    return part
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy's and torch's as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _own_values(
+    parameter: Parameter | None,
+    name: str,
+    value: Any,
+    ids: Sequence[Hashable],
+    listed: Sequence[Hashable],
+) -> dict[Hashable, Any] | None:
+    """What each model is given by its id, or, of a list, by its place among those ``listed``; None
+    where it is one value, or a recipe's filters, for all.
+    """
+    value = _plain(value)
+    if parameter is None or not parameter.per_model:
+        return None
+    if isinstance(value, Mapping) and not set(value) <= {"filter", "value"}:
+        unknown = next((key for key in value if key not in ids), None)
+        if unknown is not None:
+            raise FastmergeError(f"{name}: no model is called {brief(unknown)}")
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, Mapping) for v in value):
+        if len(value) != len(listed):
+            besides = " beside the base" if len(listed) < len(ids) else ""
+            raise FastmergeError(f"{name}: {len(value)} values for {len(listed)} models{besides}")
+        return {key: _plain(own) for key, own in zip(listed, value, strict=True)}
+    return None
+
+
+# ---------------------------------------------------------------- where it goes
+
+
+class _Into(Arrays):
+    """Tensors of a caller's, written by the kernels where type and layout allow it."""
+
+    def __init__(self, targets: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._targets = targets
+
+    def slot(self, item: TensorPlan) -> _C.Sink:
+        if self._is_direct(item):
+            return _C.MemorySink(view_of(self._targets[item.name], item.name, writable=True))
+        return super().slot(item)
+
+    def settle(self, item: TensorPlan) -> None:
+        """Ends one tensor whose numbers are there."""
+        target = self._targets[item.name]
+        if not self._is_direct(item):
+            made = as_torch(self.take(item), item.dtype, item.shape)
+            target.copy_(made) if is_torch(target) else _fill(target, made, item)
+        elif is_torch(target):
+            written(target)
+
+    def _is_direct(self, item: TensorPlan) -> bool:
+        target = self._targets[item.name]
+        if not item.dtype.mergeable:
+            return False
+        if is_torch(target):
+            return live.is_stored(target, item) and target.device.type == "cpu"
+        return bool(target.flags.c_contiguous) and dtype_of(target, item.name) == item.dtype
+
+
+def _fill(target: NDArray[Any], made: torch.Tensor, item: TensorPlan) -> None:
+    """Into an array of another type or layout."""
+    bits = target.dtype == np.uint16 and item.dtype.mergeable
+    if bits:
+        import torch
+
+        target[...] = made.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    elif item.dtype.mergeable:
+        target[...] = made.float().numpy()
+    else:
+        target[...] = made.numpy()
+
+
+def _run(plan: Plan, models: Sequence[Model], out: Any, threads: int | None) -> Mapping[str, Any]:
+    """The plan's tensors, by name, in ``out`` or new."""
+    if out is not None and not isinstance(out, Mapping):
+        live.merge_into(out, plan, threads=threads)
+        live.forget(out)  # a state dictionary has no stamp by which to know it again
+        return {}
+    devices = {
+        str(getattr(tensor, "device", "cpu"))
+        for model in models
+        if isinstance(model, StateDict)
+        for tensor in model.held.values()
+    }
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"models: their tensors lie on several devices ({', '.join(sorted(devices))}); move "
+            "them to one"
+        )
+    targets = None if out is None else _targets(plan, out)
+    if devices and devices != {"cpu"}:
+        return merged_on_gpu(plan, targets, devices.pop())
+    sink = Arrays() if targets is None else _Into(targets)
+    made: dict[str, Any] = {}
+    as_numpy = isinstance(models[0], StateDict) and all(
+        isinstance(tensor, np.ndarray) for tensor in models[0].held.values()
+    )
+    with closing(Local(plan, threads=threads).run(sink)) as finished:
+        for item, _ in finished:
+            if isinstance(sink, _Into):
+                sink.settle(item)
+            elif as_numpy:
+                made[item.name] = _as_given(sink.take(item), item, models[0])
+            else:
+                made[item.name] = as_torch(sink.take(item), item.dtype, item.shape)
+    return made
+
+
+def _as_given(array: NDArray[Any], item: TensorPlan, first: Model) -> NDArray[Any]:
+    """The array in the type that the first model has it in: ml_dtypes' bfloat16, integers."""
+    assert isinstance(first, StateDict)
+    own = first.held[item.name].dtype
+    same = first.tensors[item.name].dtype == item.dtype
+    return array.view(own).reshape(item.shape) if same else array
+
+
+def merged_on_gpu(
+    plan: Plan, targets: Mapping[str, torch.Tensor] | None, device: str
+) -> dict[str, torch.Tensor]:
+    """The plan of state dictionaries whose tensors lie on ``device``, on their current stream."""
+    import torch
+
+    def fetch(stored: Stored) -> torch.Tensor:
+        model = plan.models[stored.model]
+        if not isinstance(model, StateDict):
+            raise UnsupportedError(f"{model.label}: lies on no GPU; load it there as the others")
+        tensor: torch.Tensor = model.held[stored.name]
+        return tensor
+
+    made, jobs = {}, []
+    for item in plan.tensors:
+        target = None if targets is None else targets[item.name]
+        if not item.dtype.mergeable:
+            made[item.name] = fetch(item.sources[0]).clone()
+            continue
+        out = target
+        if target is None or not live.is_stored(target, item):
+            dtype = getattr(torch, item.dtype.name)
+            out = torch.empty(item.shape, dtype=dtype, device=device)
+        assert out is not None
+        made[item.name] = out
+        jobs.append(Job(item.name, item.root, out))
+    with torch.no_grad():
+        Batch(jobs, fetch).run()
+        for name, target in (targets or {}).items():
+            if target is not made[name]:
+                target.copy_(made[name])
+            written(target)
+    return made
+
+
+def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of ``out`` to write into; FastmergeError where one is missing, of another shape,
+    or is memory that another tensor is still to be read from.
+    """
+    targets = {}
+    for item in plan.tensors:
+        target = out.get(item.name)
+        if target is None or not (is_torch(target) or isinstance(target, np.ndarray)):
+            raise FastmergeError(f"out: has no tensor '{item.name}'")
+        if tuple(target.shape) != item.shape:
+            raise FastmergeError(
+                f"out: '{item.name}' has shape {list(target.shape)}, the merge {list(item.shape)}"
+            )
+        if is_torch(target):
+            check_torch(target, f"out: {item.name}")
+        targets[item.name] = target
+    read = [
+        (*place, name)
+        for model in plan.models
+        for name in model.tensors
+        if (place := _memory(model, name)) is not None
+    ]
+    _check_apart({name: _place(target) for name, target in targets.items()}, read)
+    return targets
+
+
+def _place(target: Any) -> Extent:
+    if is_torch(target):
+        return extent(target)
+    begin = int(target.__array_interface__["data"][0])
+    return begin, begin + target.nbytes
+
+
+def _check_apart(written_to: Mapping[str, Extent], read: Iterable[tuple[int, int, str]]) -> None:
+    """Raises FastmergeError where what is written for one name is memory of another."""
+
+    def hits(name: str, place: Extent) -> bool:
+        own = written_to.get(name)
+        return own is not None and own[0] < place[1] and place[0] < own[1]
+
+    widest = (0, 0, "")
+    for span in sorted([*read, *((*place, name) for name, place in written_to.items())]):
+        begin, end, name = span
+        other = widest[2]
+        meets = begin < widest[1] and name != other
+        if meets and (hits(name, widest[:2]) or hits(other, (begin, end))):
+            raise FastmergeError(
+                f"out: '{name}' and '{other}' share memory, so one would be overwritten before "
+                "it is read; give other tensors"
+            )
+        if end > widest[1]:
+            widest = span

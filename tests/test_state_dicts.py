@@ -1,0 +1,220 @@
+"""State dictionaries, modules and folders, merged in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastmerge
+from fastmerge import _C
+from fastmerge.errors import FastmergeError, ModelError
+from fastmerge.models.state_dict import StateDict, as_model
+
+torch = pytest.importorskip("torch")
+theirs = pytest.importorskip("mergekit.merge_methods.api")
+
+merge = fastmerge.merge_state_dicts
+
+
+def some(seed, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.layers.1.w": torch.randn((7, 12), generator=generator).to(dtype),
+        "model.layers.3.w": torch.randn((7, 12), generator=generator).to(dtype),
+        "head": torch.randn((5,), generator=generator).to(dtype),
+        "steps": torch.tensor([1, 2]),
+    }
+
+
+MODELS = {"base": some(0), "a": some(1), "b": some(2)}
+
+
+@pytest.mark.parametrize(
+    "method, base, parameters",
+    [
+        ("linear", None, {"weight": [0.5, 0.2, 0.3]}),
+        ("linear", None, {"weight": {"base": 0.5, "a": 0.2, "b": 0.3}}),
+        ("task_arithmetic", "base", {"weight": 0.4}),
+        ("ties", "base", {"weight": [0.7, 0.5], "density": 0.5}),
+        ("model_stock", "base", {}),
+        ("multislerp", None, {"weight": 1.0}),
+    ],
+)
+def test_values_are_those_of_mergekit(method, base, parameters):
+    ours = merge(MODELS, method, base=base, parameters=parameters, dtype=torch.float32)
+    wide = {
+        key: {n: t.double() if t.is_floating_point() else t for n, t in own.items()}
+        for key, own in MODELS.items()
+    }
+    wanted = theirs.merge_state_dicts(wide, method, base=base, parameters=parameters)
+    assert list(ours) == list(wanted)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.double(), wanted[name].double(), rtol=2e-6, atol=2e-6)
+    assert ours["head"].dtype == torch.float32 and ours["steps"].dtype == torch.int64
+
+
+def test_lists_of_models_filters_and_gradients_by_name():
+    models = list(MODELS.values())[1:]
+    filters = [{"filter": "layers.3", "value": 1.0}, {"value": 0.0}]
+    made = merge(models, "linear", parameters={"weight": {0: 1.0, 1: filters}})
+    assert torch.equal(made["head"], models[0]["head"])
+    mean = (models[0]["model.layers.3.w"].float() + models[1]["model.layers.3.w"].float()) / 2
+    assert torch.equal(made["model.layers.3.w"], mean.bfloat16())
+
+
+@pytest.mark.parametrize("target", ["new dictionary", "first model", "wider"])
+def test_into_what_is_there(target):
+    models = {"a": some(1), "b": some(2)}
+    wanted = merge(models, "slerp", base="a", parameters={"t": 0.3})
+    out = {
+        "new dictionary": lambda: {n: torch.zeros_like(t) for n, t in models["a"].items()},
+        "first model": lambda: models["a"],
+        "wider": lambda: some(5, torch.float64),
+    }[target]()
+    before = {name: (tensor.data_ptr(), tensor._version) for name, tensor in out.items()}
+    assert merge(models, "slerp", base="a", parameters={"t": 0.3}, out=out) is out
+    for name, tensor in out.items():
+        assert torch.equal(tensor.to(wanted[name].dtype), wanted[name])
+        assert tensor.data_ptr() == before[name][0] and tensor._version > before[name][1]
+
+
+def module(seed):
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 6)
+    return torch.nn.Sequential(*layers)
+
+
+def test_modules_and_a_module_as_the_place():
+    a, b = module(1), module(2)
+    wanted = merge([a, b], "linear", parameters={"weight": 1.0})
+    assert merge([a, b], "linear", parameters={"weight": 1.0}, out=a) is a
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+    assert all(p.requires_grad for p in a.parameters())
+
+
+class Tied(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(10, 4)
+        self.head = torch.nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_what_is_one_memory_is_merged_once():
+    a, b = Tied(1), Tied(2)
+    mean = (a.embed.weight + b.embed.weight).detach() / 2
+    made = merge([a, b], "linear", parameters={"weight": 1.0})
+    assert made["embed.weight"] is made["head.weight"]
+    assert torch.equal(made["embed.weight"], mean)
+    merge([a, b], "linear", parameters={"weight": 1.0}, out=a)
+    assert torch.equal(a.head.weight, mean) and a.head.weight is a.embed.weight
+
+
+def test_tied_in_one_model_alone_is_two_tensors():
+    a, b = Tied(1), Tied(2)
+    b.head.weight = torch.nn.Parameter(torch.ones(10, 4))
+    made = merge([a, b], "linear", parameters={"weight": 1.0})
+    assert not torch.equal(made["embed.weight"], made["head.weight"])
+
+
+def test_numpy_stays_numpy():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    a, b = ({"w": rng.normal(size=(4, 3)).astype(ml_dtypes.bfloat16)} for _ in range(2))
+    made = merge([a, b], "linear", parameters={"weight": 1.0})
+    assert made["w"].dtype == ml_dtypes.bfloat16 and made["w"].shape == (4, 3)
+    np.testing.assert_array_equal(
+        made["w"], ((a["w"].astype(np.float32) + b["w"]) / 2).astype(ml_dtypes.bfloat16)
+    )
+    merge([a, b], "linear", parameters={"weight": [0, 1]}, out=a)
+    np.testing.assert_array_equal(a["w"], b["w"])
+
+
+def test_a_folder_is_a_model(zoo):
+    base = zoo.base("base")
+    tensors = {n: torch.from_numpy(np.array(x)).bfloat16() for n, x in zoo.read(base).items()}
+    shifted = {name: tensor + 1 for name, tensor in tensors.items()}
+    made = merge({"disk": base, "memory": shifted}, "linear", parameters={"weight": [0.0, 1.0]})
+    assert all(torch.equal(made[name], shifted[name]) for name in shifted)
+
+
+def test_random_methods_follow_the_seed():
+    options = {"base": "base", "parameters": {"weight": 1.0, "density": 0.5}}
+    one, same, other = (merge(MODELS, "dare_ties", seed=s, **options) for s in (1, 1, 2))
+    assert torch.equal(one["head"], same["head"])
+    assert not torch.equal(one["model.layers.1.w"], other["model.layers.1.w"])
+
+
+def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
+    base = zoo.base("base")
+    tensors = {n: torch.from_numpy(np.array(x)).bfloat16() for n, x in zoo.read(base).items()}
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("mine", "disk")],
+    }
+    models = {"mine": {n: t + 1 for n, t in tensors.items()}, "disk": str(base)}
+    made = dict(fastmerge.materialise(recipe, models=models))
+    name = "model.norm.weight"
+    wanted = ((tensors[name] + 1).float() + tensors[name].float()) / 2
+    got = torch.from_numpy(made[name].view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(got, wanted.bfloat16())
+    fastmerge.merge(recipe, tmp_path / "out", models=models)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "models, options, said",
+    [
+        ([], {}, "there are none"),
+        ("path", {}, "must be a mapping or a list"),
+        ([3], {}, "must be a folder, a state dictionary or a module, not int"),
+        ([{"w": 3}], {}, "must be a tensor, not int"),
+        ([{"w": torch.ones(2, 3).T}], {}, "not contiguous"),
+        (MODELS, {"base": "c"}, "no model is called 'c'"),
+        (MODELS, {"parameters": {"weight": [1, 2]}}, "2 values for 3 models"),
+        (MODELS, {"parameters": {"weight": {"c": 1}}}, "no model is called 'c'"),
+        (MODELS, {"parameters": {"wieght": 1}}, "did you mean 'weight'"),
+        (MODELS, {"method": "slurp"}, "did you mean 'slerp'"),
+        (MODELS, {"out": {}}, "out: has no tensor"),
+        (MODELS, {"out": {n: t[:1] for n, t in MODELS["a"].items()}}, "has shape"),
+        (MODELS, {"out": 3}, "must be a torch module"),
+        ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], {}, "has tensor 'w' and"),
+        ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], {"strict": False}, "no tensor is in all"),
+        ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], {}, "w"),
+        ([{"n": torch.tensor(1)}, {"n": torch.tensor(2)}], {}, "only copied when equal"),
+    ],
+)
+def test_refusals_are_one_clear_line(models, options, said):
+    given = {"method": "linear", "parameters": {"weight": 1.0}} | options
+    with pytest.raises(FastmergeError, match=said) as caught:
+        merge(models, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_not_all_have_are_left_out_if_that_is_asked_for():
+    models = [some(1), {**some(2), "extra": torch.ones(3)}]
+    with pytest.raises(ModelError, match="has tensor 'extra'"):
+        merge(models, "linear", parameters={"weight": 1})
+    made = merge(models, "linear", parameters={"weight": 1}, strict=False)
+    assert list(made) == list(models[0])
+
+
+def test_memory_that_is_still_to_be_read_is_not_written():
+    whole = torch.randn(8)
+    a, b = {"x": whole[:4], "y": whole[4:]}, {"x": torch.ones(4), "y": torch.ones(4)}
+    out = {"x": whole[4:], "y": whole[:4]}
+    with pytest.raises(FastmergeError, match="share memory"):
+        merge([a, b], "linear", parameters={"weight": 1}, out=out)
+    merge([a, b], "linear", parameters={"weight": 1}, out=a)  # each in its own place
+
+
+def test_the_model_of_a_dictionary():
+    model = StateDict("m", some(1), {})
+    view = model.view("head")
+    assert (view.dtype, view.count) == ("BF16", 5) and isinstance(view, _C.View)
+    assert model.view("steps").dtype == "RAW"
+    assert model.fingerprint == StateDict("other", some(1), {}).fingerprint
+    assert model.fingerprint != StateDict("m", some(2), {}).fingerprint
+    assert as_model(model, "x") is model
