@@ -192,6 +192,32 @@ def pointwise(
     w_i.
     """
 
+def dequantised(
+    coding: str,
+    codes: View,
+    scales: View,
+    *,
+    rows: int,
+    cols: int,
+    block_rows: int,
+    block_cols: int,
+) -> View:
+    """An F32 tensor that has no address: matrices of (rows, cols), each number a code times the
+    scale of its block of (block_rows, block_cols), fp32, one rounding; blocks at a matrix's ends
+    are cut short. Every primitive and `copy` compute it where they read it.
+
+    ``codes`` are RAW bytes. coding "e4m3" and "e5m2": one byte a number (Micikevicius et al.,
+    arXiv:2209.05433), row-major; scales F32, F16, BF16, or RAW for E8M0, 2^(byte - 127), one for
+    each block, row-major, matrix by matrix. "mxfp4" (OCP Microscaling Formats v1.0): E2M1, two
+    numbers to a byte, the low four bits first, each matrix stored transposed as (cols, rows / 2);
+    RAW E8M0 scales for blocks of (32, 1), stored (cols, rows / 32). 255 is E8M0's NaN.
+    """
+
+def bad_scale(scales: View) -> int | None:
+    """The index of the first scale that is no finite number above 0; of RAW ones, which are E8M0,
+    of the first 255.
+    """
+
 def divergences(pool: Pool, x: View, base: View, cols: int) -> NDArray[np.float64]:
     """Of each row of ``cols`` elements, sum p ln(p / q), p and q the softmax of x and of the base,
     each plus 1e-8; fp64.

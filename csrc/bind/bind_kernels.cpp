@@ -10,6 +10,7 @@
 #include "pool.h"
 #include "primitives/combine.h"
 #include "primitives/consensus.h"
+#include "primitives/dequantised.h"
 #include "primitives/divergence.h"
 #include "primitives/gram.h"
 #include "primitives/pointwise.h"
@@ -130,6 +131,14 @@ View bound_pointwise(const std::string& formula, const std::vector<View>& inputs
     return View{{nullptr, base.span.count, DType::kF32, made.get()}, std::move(owners), made};
 }
 
+View bound_dequantised(const std::string& coding, const View& codes, const View& scales,
+                       int64_t rows, int64_t cols, int64_t block_rows, int64_t block_cols) {
+    auto made = std::make_shared<Dequantised>(coding_named(coding), codes.span, scales.span, rows,
+                                              cols, block_rows, block_cols);
+    return View{
+        {nullptr, made->count(), DType::kF32, made.get()}, py::make_tuple(codes, scales), made};
+}
+
 py::array_t<double> bound_divergences(Pool& pool, const View& x, const View& base, int64_t cols) {
     std::vector<double> found;
     {
@@ -164,6 +173,11 @@ void bind_kernels(py::module_& m) {
           "scale"_a = 1.0f, "origin"_a = 0, "votes"_a = 0, "counted"_a = false);
     m.def("pointwise", &bound_pointwise, "formula"_a, "inputs"_a, "base"_a, "numbers"_a,
           py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none());
+    m.def("dequantised", &bound_dequantised, "coding"_a, "codes"_a, "scales"_a, py::kw_only(),
+          "rows"_a, "cols"_a, "block_rows"_a, "block_cols"_a);
+    m.def(
+        "bad_scale", [](const View& scales) { return bad_scale(scales.span); }, "scales"_a,
+        py::call_guard<py::gil_scoped_release>());
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);
     m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
           "specs"_a);

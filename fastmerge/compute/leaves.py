@@ -1,20 +1,22 @@
 """Leaves that follow from stored tensors, as what the primitives read.
 
-Nothing of a tensor's size is made: a leaf of rows is a table of their addresses. Only rows that no
-file holds (means of several, padding) are computed, into the back end's bounded scratch.
+Nothing of a tensor's size is made: a leaf of rows is a table of their addresses, codes become
+numbers a tile at a time. Only rows that no file holds (means of several, padding, rows of codes)
+are computed, into the back end's bounded scratch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
-from fastmerge.compute.cpu import CpuBackend
+from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
-from fastmerge.tree.nodes import MEAN, ZERO, Leaf, Node, Rows, Stored
+from fastmerge.tree.nodes import MEAN, ZERO, Dequantised, Leaf, Node, Rows, Stored
 
 _BLOCK_BYTES = 4 << 20  # of the rows that a mean of all of them decodes at a time
 
@@ -26,14 +28,48 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
     """
     if isinstance(leaf, Stored):
         return fetch(leaf)
+    if isinstance(leaf, Dequantised):
+        return _dequantised(leaf, fetch)
     assert isinstance(leaf, Rows)
     sources: dict[Node, _C.View] = {source: fetch(source) for source in leaf.stored}
     return gathered(leaf, backend, sources)
 
 
+def _dequantised(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> _C.View:
+    codes, scales = fetch(leaf.codes), fetch(leaf.scales)
+    rows, cols = (1, 1, *leaf.shape)[-2:]
+    block = leaf.coding.block
+    if block is None:  # one for all matrices
+        rows = max(1, math.prod(leaf.shape) // cols)
+        block = (rows, cols)
+    return _C.dequantised(
+        leaf.coding.code,
+        codes,
+        scales,
+        rows=rows,
+        cols=cols,
+        block_rows=block[0],
+        block_cols=block[1],
+    )
+
+
+def scale_fault(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> str | None:
+    """What is wrong with its scales: the first that is no finite number above 0."""
+    scales = fetch(leaf.scales)
+    bad = _C.bad_scale(scales)
+    if bad is None:
+        return None
+    value = math.nan
+    if scales.dtype != "RAW":
+        value = float(cpu(1).array(scales.slice(bad, bad + 1))[0])
+    return (
+        f"scale {bad} of tensor '{leaf.scales.name}' is {value}, where a number above 0 is needed"
+    )
+
+
 def gathered(leaf: Rows, backend: CpuBackend, sources: Mapping[Node, _C.View]) -> _C.View:
     """The rows of ``leaf`` from the memory of its sources."""
-    views = [sources[source] for source in leaf.sources]
+    views = [_placed(sources[source], backend) for source in leaf.sources]
     cols = leaf.shape[1] if len(leaf.shape) > 1 else 1
     table = _Table(views, cols)
     rows = leaf.rows
@@ -63,6 +99,15 @@ def gathered(leaf: Rows, backend: CpuBackend, sources: Mapping[Node, _C.View]) -
         addresses = np.concatenate([addresses, np.full(padding, where)])
         kinds = np.concatenate([kinds, np.full(padding, types.index("F32"), np.uint8)])
     return _C.gathered(addresses, types, kinds, cols, leaf.dtype.code, keep)
+
+
+def _placed(view: _C.View, backend: CpuBackend) -> _C.View:
+    """The tensor at an address."""
+    if not view.is_gathered:
+        return view
+    made, to = backend.scratch(view.count)
+    backend.combine([view], np.ones(1), to)
+    return made
 
 
 class _Table:

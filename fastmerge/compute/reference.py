@@ -285,3 +285,46 @@ def consensus(
     if scale != 1:
         merged = merged * arithmetic(np.float32(scale))
     return np.asarray(origin + merged)
+
+
+def _table(exponent_bits: int, mantissa_bits: int, bias: int) -> Float32:
+    """What each code of a small float stands for: sign, exponent, mantissa, with subnormals."""
+    codes = np.arange(1 << (1 + exponent_bits + mantissa_bits))
+    mantissa = codes & ((1 << mantissa_bits) - 1)
+    exponent = codes >> mantissa_bits & ((1 << exponent_bits) - 1)
+    normal = exponent > 0
+    size = np.ldexp(
+        mantissa + normal * float(1 << mantissa_bits),
+        np.maximum(exponent, 1) - bias - mantissa_bits,
+    )
+    negative = codes >> (exponent_bits + mantissa_bits)
+    return np.asarray(np.where(negative, -size, size), np.float32)
+
+
+def _codes() -> dict[str, Float32]:
+    e4m3, e5m2 = _table(4, 3, 7), _table(5, 2, 15)
+    e4m3[[0x7F, 0xFF]] = np.nan
+    for sign in (0, 0x80):
+        e5m2[sign + 0x7C] = -np.inf if sign else np.inf
+        e5m2[sign + 0x7D : sign + 0x80] = np.nan
+    return {"e4m3": e4m3, "e5m2": e5m2, "mxfp4": _table(2, 1, 1)}
+
+
+# By coding (arXiv:2209.05433, tables 1 and 2; OCP Microscaling Formats v1.0, section 5.3).
+CODES = _codes()
+
+
+def dequantised(codes: Array, scales: Array, coding: str, block: tuple[int, int]) -> Float32:
+    """`_C.dequantised`: codes of shape (..., rows, cols) and scales of (..., down, across); of
+    mxfp4, (..., cols, rows / 32, 16) and (..., cols, rows / 32), both bytes.
+    """
+    if coding == "mxfp4":
+        pairs = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 32)
+        with np.errstate(over="ignore"):
+            powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)[..., None]
+            made = CODES[coding][pairs] * powers
+        transposed = made.reshape(*codes.shape[:-2], -1)
+        return np.asarray(np.swapaxes(transposed, -1, -2), np.float32)
+    rows, cols = codes.shape[-2:]
+    wide = np.repeat(np.repeat(scales, block[0], axis=-2), block[1], axis=-1)
+    return np.asarray(CODES[coding][codes] * wide[..., :rows, :cols], np.float32)

@@ -16,7 +16,7 @@ from fastmerge.engine.window import in_order, window_size
 from fastmerge.output.sink import Sink
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Node
+from fastmerge.tree.nodes import Dequantised, Node, walk
 
 _SCRATCH_BYTES = 64 << 20
 
@@ -61,6 +61,8 @@ class Local:
         self._devices, note = choose_devices(device, roots, self._inputs.fetch)
         self._gpu_memory, self._scratch_bytes = gpu_memory, scratch_bytes
         self.notes: tuple[str, ...] = (note,) if note else ()
+        if self._devices:
+            self.notes += _kept_here(plan)
         self.trims: Mapping[Node, Trim] = {}  # those that span all tensors, once `run` has begun
 
     @property
@@ -103,3 +105,13 @@ class Local:
             yield from finished
         if streamer is not None:
             self.notes += streamer.notes
+
+
+def _kept_here(plan: Plan) -> tuple[str, ...]:
+    """What of a merge on GPUs the CPU computes all the same, where that is more than a few rows."""
+    coded = sum(
+        any(isinstance(node, Dequantised) for node in walk(item.root)) for item in plan.tensors
+    )
+    if not coded:
+        return ()
+    return (f"{coded} tensors are stored as codes: the CPU computes them, with the GPU's bits",)

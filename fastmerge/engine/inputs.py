@@ -9,13 +9,14 @@ from dataclasses import replace
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
-from fastmerge.compute.leaves import gathered, view_of
+from fastmerge.compute.leaves import gathered, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
+from fastmerge.errors import ModelError
 from fastmerge.methods import find
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored, gathers, walk
+from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Rows, Stored, gathers, walk
 from fastmerge.tree.unread import keeps_equal
 
 
@@ -28,6 +29,15 @@ class Inputs:
     def fetch(self, source: Stored) -> _C.View:
         """The tensor's memory: elements, or RAW bytes of a type without kernels."""
         return self._models[source.model].view(source.name)
+
+    def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
+        """The leaf's elements; ModelError where scales are no numbers above 0."""
+        if isinstance(leaf, Dequantised):
+            fault = scale_fault(leaf, self.fetch)
+            if fault is not None:
+                label = self._models[leaf.scales.model].label
+                raise ModelError(f"{label}: {fault}; the model is damaged: get it again")
+        return view_of(leaf, backend, self.fetch)
 
     @contextmanager
     def reading(self, sources: Sequence[Stored]) -> Iterator[None]:
@@ -63,12 +73,12 @@ class Inputs:
 
 def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
-    return find_trims(plan.spanning, backend, lambda leaf: view_of(leaf, backend, inputs.fetch))
+    return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend))
 
 
 def on_host(root: Node) -> bool:
-    """Whether the CPU makes a tensor that GPUs could: what is only copied, and what reads rows from
-    several places (a merge has one or two such tensors, and the bits are the same).
+    """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied, rows
+    from several places (a merge has one or two such tensors), codes with scales.
     """
     return isinstance(root, Leaf) or gathers(root)
 
@@ -84,7 +94,7 @@ def write_tensor(
     root = item.root
 
     def view(leaf: Leaf) -> _C.View:
-        return view_of(leaf, backend, inputs.fetch)
+        return inputs.view(leaf, backend)
 
     def gather(leaf: Rows, sources: Mapping[Node, _C.View]) -> _C.View:
         return gathered(leaf, backend, sources)

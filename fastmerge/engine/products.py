@@ -9,7 +9,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastmerge.compute.cpu import cpu, thread_count
-from fastmerge.compute.leaves import view_of
 from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
@@ -40,7 +39,7 @@ def grams(
 
     def one(entry: tuple[str, Sequence[Leaf]]) -> Float64:
         with inputs.reading(leaves(entry[1])):
-            first, *others = [view_of(leaf, backend, inputs.fetch) for leaf in entry[1]]
+            first, *others = [inputs.view(leaf, backend) for leaf in entry[1]]
             split = (others, first) if others else ([first], None)
             return backend.gram(*split)
 
@@ -58,6 +57,6 @@ def gram_with(models: Sequence[Model], sources: Sequence[Leaf], array: NDArray[A
     """The Gram matrix of one tensor's sources and of ``array``, another tensor of their shape as
     `materialise_plan` gives it: float64, shape (n + 1, n + 1), as in `grams`, the array last.
     """
-    backend, fetch = cpu(1), Inputs(models).fetch
-    first, *others = [view_of(leaf, backend, fetch) for leaf in sources]
-    return backend.gram([*others, array_view(array, "a state")], first)
+    backend, inputs = cpu(1), Inputs(models)
+    first, *others = [inputs.view(leaf, backend) for leaf in sources]
+    return backend.gram([*others, view_of(array, "a state")], first)

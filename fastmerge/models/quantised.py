@@ -44,7 +44,9 @@ _SCALES = re.compile(
 _WIDE = ("int64", "uint64", "bool")  # positions, masks and counters
 
 
-class _Typed(Protocol):
+class Typed(Protocol):
+    """A tensor's type and shape."""
+
     @property
     def dtype(self) -> DType: ...
     @property
@@ -62,13 +64,13 @@ class Quantised:
 
 
 def find_quantised(
-    config: Mapping[str, Any], tensors: Mapping[str, _Typed], folder: Path | None
+    config: Mapping[str, Any], tensors: Mapping[str, Typed], folder: Path | None
 ) -> Quantised | None:
     """What says that a model with these tensors is quantised, or None."""
-    for key, section in _sections(config):
-        kind = _kind(section) or key
-        return Quantised(kind, "config.json", key, _packed(tensors, declared=True))
-    found = _packed(tensors, declared=False)
+    for key, section in sections(config):
+        kind = kind_of(section) or key
+        return Quantised(kind, "config.json", key, packed_in(tensors, declared=True))
+    found = packed_in(tensors, declared=False)
     for name in _SIDECARS if folder is not None else ():
         assert folder is not None
         if (folder / name).is_file():
@@ -76,16 +78,18 @@ def find_quantised(
     return None if found is None else Quantised("codes", "", "", found)
 
 
-def _sections(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def sections(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What says it in a config: dotted keys and what is under them."""
     for key, value in config.items():
         named = key in _SECTIONS and isinstance(value, (Mapping, str))
-        if value and (named or (isinstance(value, Mapping) and _kind(value))):
+        if value and (named or (isinstance(value, Mapping) and kind_of(value))):
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
-            yield from _sections(value, f"{prefix}{key}.")
+            yield from sections(value, f"{prefix}{key}.")
 
 
-def _kind(section: Any) -> str:
+def kind_of(section: Any) -> str:
+    """The quantiser that a section names, or ''."""
     if isinstance(section, str):
         return section
     named = section.get("quant_method") or section.get("quant_algo")
@@ -97,7 +101,7 @@ def _kind(section: Any) -> str:
     return "bitsandbytes" if section.get("load_in_4bit") or section.get("load_in_8bit") else ""
 
 
-def _packed(tensors: Mapping[str, _Typed], *, declared: bool) -> str | None:
+def packed_in(tensors: Mapping[str, Typed], *, declared: bool) -> str | None:
     """A tensor that holds codes; where a config has ``declared`` them, any integers or fp8."""
     scaled: set[str] = set()
     narrow: list[str] = []
@@ -116,7 +120,7 @@ def _packed(tensors: Mapping[str, _Typed], *, declared: bool) -> str | None:
     return next(beside, None) or next((n for n in narrow if _is_matrix(n, tensors[n])), None)
 
 
-def _is_matrix(name: str, tensor: _Typed) -> bool:
+def _is_matrix(name: str, tensor: Typed) -> bool:
     """Whether integers are a weight's, whatever else its quantiser writes: BitNet packs four to a
     byte, Marlin calls them B, torchao weight:qdata.
     """

@@ -19,6 +19,7 @@ from fastmerge.models.architecture import (
     layer_of,
 )
 from fastmerge.models.config import layer_count
+from fastmerge.models.low_precision import LowPrecision, find_low_precision
 from fastmerge.models.model import Model
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.vocabulary import Vocabulary
@@ -124,6 +125,13 @@ class View:
             if number >= self.layer_total
             for rest in layer
         )
+
+    @cached_property
+    def low_precision(self) -> LowPrecision | None:
+        """How its weights are codes with scales; None where they are none, or of no known format.
+        ModelError where config and tensors disagree.
+        """
+        return find_low_precision(self.config, self.tensors, self.label)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

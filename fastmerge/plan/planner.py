@@ -50,6 +50,7 @@ from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.modules import by_part, find_parts
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
+from fastmerge.plan.precision import settle_precision
 from fastmerge.plan.spanning import check_whole
 from fastmerge.plan.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.plan.truncate import truncate
@@ -221,6 +222,7 @@ class Planner:
         ``names``, of those parts of whole models (plan/modules.py). ``lead`` gives config and side
         files.
         """
+        parts, lead = settle_precision(parts, lead, dtype, self.note)
         for part in parts:
             for item in part.inputs:
                 scaled = any(values.gives("scale") for values in part.each)

@@ -14,14 +14,14 @@ from fastmerge.evaluation.journal import digest
 from fastmerge.methods.types import Float64
 from fastmerge.output.place import explain
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Rows, walk
+from fastmerge.tree.nodes import Leaf, Stored, walk
 
 
 def _gram_key(template: Plan) -> str:
     # 1 also held matrices over other bases, from walks with a base_model that measured nothing.
     nodes = (node for item in template.tensors for node in walk(item.root))
-    rows = sorted({node.key for node in nodes if isinstance(node, Rows)})
-    return digest([2, *(model.fingerprint for model in template.models), *rows])
+    derived = sorted({n.key for n in nodes if isinstance(n, Leaf) and not isinstance(n, Stored)})
+    return digest([2, *(model.fingerprint for model in template.models), *derived])
 
 
 def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fastmerge.codings import Coding
 from fastmerge.dtypes import F32, DType
 from fastmerge.methods import Combination, Method
 
@@ -69,6 +70,32 @@ class Stored(Leaf):
     @property
     def key(self) -> str:
         return f"{self.model}/{self.name!r}"
+
+
+@dataclass(frozen=True)
+class Dequantised(Leaf):
+    """The numbers of a tensor that is stored as codes of few bits, and scales in another.
+
+    ``shape``: of the numbers, the last two being a matrix's.
+    """
+
+    codes: Stored
+    scales: Stored
+    coding: Coding
+    shape: tuple[int, ...] = field(default=(), compare=False)
+    dtype: DType = field(default=F32, compare=False)
+
+    @property
+    def own(self) -> Stored:
+        return self.codes
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return (self.codes, self.scales)
+
+    @property
+    def key(self) -> str:
+        return f"{self.codes.key} times {self.scales.key} {self.coding!r}"
 
 
 ZERO, MEAN = -1, -2  # in RowMap.source
@@ -209,5 +236,5 @@ def leaves(roots: Iterable[Node]) -> list[Stored]:
 
 
 def gathers(root: Node) -> bool:
-    """Whether any leaf of a tree takes its rows from several places."""
-    return any(isinstance(node, Rows) for node in walk(root))
+    """Whether any leaf of a tree is more than one stored tensor."""
+    return any(isinstance(node, Leaf) and not isinstance(node, Stored) for node in walk(root))
