@@ -449,10 +449,10 @@ SPOILT = {
         _set(f"{Q}_scale_inv", lambda x: x.int()), {}, f"'{Q}_scale_inv' is int32; scales are"
     ),
     "another block": (
-        _same, {"weight_block_size": [24, 24]}, "[32, 48], where it says weight_block_size: [2, 2]"
+        _same, {"weight_block_size": [24, 24]}, "where it says weight_block_size: [2, 2]"
     ),
     "another format": (
-        _same, {"fmt": "e5m2"}, f"'{Q}' is float8_e4m3fn, where fmt says e5m2"
+        _same, {"fmt": "e5m2"}, "_proj.weight' is float8_e4m3fn, where fmt says e5m2"
     ),
     "others' codes": (
         _set("model.layers.0.self_attn.q_proj.qweight", lambda _: torch.zeros(4, 4).int()), {},
