@@ -13,7 +13,7 @@ from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
-from fastmerge.models.memory import view_of as array_view
+from fastmerge.models.memory import view_of
 from fastmerge.models.model import Model
 from fastmerge.tree.nodes import Leaf, leaves
 
