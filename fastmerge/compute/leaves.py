@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
-from fastmerge.tree.nodes import MEAN, ZERO, Dequantised, Leaf, Node, Rows, Stored
+from fastmerge.tree.nodes import MEAN, ZERO, Dequantised, Leaf, Made, Node, Rows, Stored
 
 _BLOCK_BYTES = 4 << 20  # of the rows that a mean of all of them decodes at a time
 
@@ -30,6 +30,10 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
         return fetch(leaf)
     if isinstance(leaf, Dequantised):
         return _dequantised(leaf, fetch)
+    if isinstance(leaf, Made):
+        array = np.ascontiguousarray(leaf.make(), np.float32)
+        assert array.shape == leaf.shape
+        return _C.View(array.ctypes.data, array.size, leaf.dtype.code, array)
     assert isinstance(leaf, Rows)
     sources: dict[Node, _C.View] = {source: fetch(source) for source in leaf.stored}
     return gathered(leaf, backend, sources)

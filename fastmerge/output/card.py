@@ -18,7 +18,7 @@ from fastmerge.output.provenance import (
     licence_name,
     provenance,
 )
-from fastmerge.tree.nodes import Leaf
+from fastmerge.tree.nodes import Leaf, Made
 
 if TYPE_CHECKING:
     from fastmerge.plan.plan import Plan
@@ -145,12 +145,14 @@ def _methods(plan: Plan) -> str:
     tensors: Counter[str] = Counter()
     for tensor in plan.tensors:
         used.update((node.method.name, node.method) for node in tensor.merges)
-        tensors.update({node.method.name for node in tensor.merges} or {""})
+        made = f"made: {tensor.root.kind}" if isinstance(tensor.root, Made) else ""
+        tensors.update({node.method.name for node in tensor.merges} or {made})
     copied = tensors.pop("", 0)
     items = [
         f"**{method.name}**, {method.summary} ({_link(method.paper)}): {_tensors(tensors[name])}"
         for name, method in used.items()
     ]
+    items += [f"{name}: {_tensors(n)}" for name, n in tensors.items() if name not in used]
     if copied:
         items.append(f"copied as they are: {_tensors(copied)}")
     if plan.seed is not None:

@@ -35,7 +35,7 @@ def check_loading(plan: Plan, *, strict: bool = True) -> None:
     import torch
     import transformers
 
-    with _quiet(transformers):
+    with quiet(transformers):
         model_class, config = model_class_of(plan.config)
         state = {
             tensor.name: torch.empty(
@@ -168,7 +168,7 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without transformers' progress bars and reports: their many lines are said in one."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -18,7 +18,7 @@ from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_t
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.spanning import spanning
 from fastmerge.tree.collapse import collapse
-from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.nodes import Leaf, Made, Merge, Node
 from fastmerge.tree.rewrite import digest as tree_digest
 
 
@@ -99,8 +99,13 @@ class Plan:
     @property
     def methods(self) -> dict[str, int]:
         """How many output tensors each method makes; 'copy' for those taken as they are."""
-        roots = (tensor.root for tensor in self.tensors)
-        return dict(Counter(r.method.name if isinstance(r, Merge) else "copy" for r in roots))
+
+        def name(root: Node) -> str:
+            if isinstance(root, Made):
+                return root.kind
+            return root.method.name if isinstance(root, Merge) else "copy"
+
+        return dict(Counter(name(tensor.root) for tensor in self.tensors))
 
     def check_unchanged(self) -> None:
         """Raises FastmergeError where a model is not what it was when it was opened."""

@@ -48,6 +48,7 @@ from fastmerge.plan.inputs import (
 )
 from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.modules import by_part, find_parts
+from fastmerge.plan.moe import mix
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.precision import settle_precision
@@ -56,6 +57,7 @@ from fastmerge.plan.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.plan.truncate import truncate
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.document import (
+    AnyDocument,
     Document,
     ModelEntry,
     Module,
@@ -68,6 +70,7 @@ from fastmerge.recipe.document import (
     without_effect,
 )
 from fastmerge.recipe.meaning import meaning
+from fastmerge.recipe.mixture import Mixture
 from fastmerge.recipe.settings import Setting
 from fastmerge.recipe.templates import TEMPLATES
 from fastmerge.recipe.tokenizer import TokenizerSection
@@ -176,8 +179,12 @@ class Planner:
 
     # -------- one document
 
-    def run(self, document: Document, *, is_output: bool) -> None:
+    def run(self, document: AnyDocument, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
+        if isinstance(document, Mixture):
+            seed = self._stage_seed(document, is_output)
+            self.views[document.name] = mix(self, document, seed, is_output=is_output)
+            return
         for line in (*ignored(document), *without_effect(document), *beyond_models(document)):
             self.note(line)
         if not is_output and document.output_dtype is not None:
@@ -336,8 +343,9 @@ class Planner:
         part = self._whole(document, document.models or (), base)
         return part, self._stage_seed(document, is_output=True)
 
-    def _stage_seed(self, document: Document, is_output: bool) -> int | None:
-        if not document.method.random:
+    def _stage_seed(self, document: AnyDocument, is_output: bool) -> int | None:
+        draws = document.draws if isinstance(document, Mixture) else document.method.random
+        if not draws:
             return None
         if not is_output:
             if document.own_seed is not None:

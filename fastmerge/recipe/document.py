@@ -19,6 +19,7 @@ from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, UnsupportedError, near_miss, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
 from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.mixture import Mixture
 from fastmerge.recipe.reference import reference
 from fastmerge.recipe.section import FaultError, Section, field, listed, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings
@@ -142,7 +143,7 @@ def _modules(value: Any) -> Mapping[str, Module]:
 
 _WHOLE = "default"  # what mergekit calls the one module of a model that has no others
 
-_MOE = "mixture-of-experts recipes are not merges of one architecture; use mergekit-moe"
+_MOE = "it is a mixture's; list its models under 'experts:' and remove 'merge_method:'"
 _SCHEDULE = "this is a schedule; run `fastmerge retrograde`"
 
 
@@ -151,10 +152,7 @@ class Document(_Parametrised):
 
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("baseline", "pool", "schedule"), _SCHEDULE),
-        "gate_mode": _MOE,
-        "experts": _MOE,
-        "experts_per_token": _MOE,
-        "shared_experts": _MOE,
+        **dict.fromkeys(("gate_mode", "experts_per_token", "shared_experts"), _MOE),
     }
     merge_method: str = field(string)
     name: str | None = field(string, None)
@@ -369,6 +367,8 @@ def beyond_models(document: Document) -> list[str]:
 
 # ---------------------------------------------------------------- the recipe
 
+AnyDocument = Document | Mixture
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -376,11 +376,11 @@ class Recipe:
     output.
     """
 
-    documents: tuple[Document, ...]
+    documents: tuple[AnyDocument, ...]
     text: str  # as given, to be recorded beside the output
 
     @property
-    def output(self) -> Document:
+    def output(self) -> AnyDocument:
         return self.documents[-1]
 
     @classmethod
@@ -392,14 +392,14 @@ class Recipe:
         if isinstance(source, Recipe):
             return source
         mappings, written, origin = read(source, "recipe")
-        documents = [Document(item) for item in mappings]
+        documents = [_document(item) for item in mappings]
         return cls(tuple(_in_order(documents, origin)), written)
 
     @classmethod
     def load_each(cls, source: Any) -> list[Recipe]:
         """A recipe for each document that no other names, with those it needs; as `load`."""
         mappings, written, origin = read(source, "recipe")
-        documents = [Document(item) for item in mappings]
+        documents = [_document(item) for item in mappings]
         by_name = {document.name: document for document in documents}
         uses = {d.name: [ref for ref, _ in d.references() if ref in by_name] for d in documents}
         used = {name for names in uses.values() for name in names}
@@ -416,7 +416,11 @@ class Recipe:
         return found or [cls(tuple(_in_order(documents, origin)), written)]
 
 
-def _in_order(documents: list[Document], origin: str) -> list[Document]:
+def _document(item: LocatedDict) -> AnyDocument:
+    return Mixture(item) if item.get("experts") is not None else Document(item)
+
+
+def _in_order(documents: list[AnyDocument], origin: str) -> list[AnyDocument]:
     """Dependencies first, the output last; raises on doubles, circles, loose ends and doubt."""
     names = [document.name for document in documents if document.name is not None]
     unnamed = [document for document in documents if document.name is None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.recipe.document import (
+    AnyDocument,
     Document,
     ModelEntry,
     Module,
@@ -16,11 +17,12 @@ from fastmerge.recipe.document import (
     SliceSource,
     settings_for,
 )
+from fastmerge.recipe.mixture import Mixture
 
 Section = Document | Module | ModelEntry | Slice | SliceSource
 
 
-def meaning(documents: Sequence[Document]) -> str:
+def meaning(documents: Sequence[AnyDocument]) -> str:
     """The methods, the models, their layers and the values that are read, as JSON.
 
     The same for recipes that differ in comments, layout, the order of keys, the spelling of numbers
@@ -68,4 +70,18 @@ def meaning(documents: Sequence[Document]) -> str:
             ],
         ]
 
-    return json.dumps([described(document) for document in documents])
+    def mixed(mixture: Mixture) -> list[Any]:
+        # Prompts draw nothing: only what the random numbers are for.
+        return [
+            "mixture",
+            mixture.gate_mode,
+            model(mixture.base_model),
+            [
+                [[model(one.source_model), one.noise_scale] for one in experts or ()]
+                for experts in (mixture.experts, mixture.shared_experts)
+            ],
+        ]
+
+    return json.dumps(
+        [mixed(one) if isinstance(one, Mixture) else described(one) for one in documents]
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -155,6 +155,33 @@ class Rows(Leaf):
     @property
     def key(self) -> str:
         return f"rows {self.rows.digest} of {' '.join(stored.key for stored in self.stored)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Made(Leaf):
+    """Numbers that no file holds, few enough to be made when they are wanted: a router's rows.
+
+    make: gives them, fp32, of this shape; from any thread. text: what decides them. kind: what they
+    are, for people.
+    """
+
+    make: Callable[[], NDArray[np.float32]]
+    text: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: DType = F32
+
+    @property
+    def own(self) -> None:
+        return None
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return ()
+
+    @property
+    def key(self) -> str:
+        return f"made {self.text}"
 
 
 @dataclass(frozen=True, eq=False)
