@@ -108,7 +108,7 @@ def test_mergekit_multi(family, capsys) -> None:
     [
         ("mergekit-multi chain.yml -I x", "--out-path is missing"),
         ("mergekit-multi chain.yml --out-path x", "required: --intermediate-dir/-I"),
-        ("mergekit-moe a b --device cuda", "mergekit-moe: is not there yet"),
+        ("mergekit-moe recipe.yml out --device cuda", "it has no 'experts:'; run"),
         ("mergekit-extract-lora --model a", "required: --base-model, --out-path"),
         ("mergekit-yaml recipe.yml out --no-safe-serialization", "writes safetensors only"),
         ("mergekit-yaml recipe.yml out --lazy-unpickel", "unrecognized arguments"),

@@ -334,7 +334,7 @@ BAD = {
         f"{LINEAR}models:\n  - mdoel: a\n",
         "unknown key 'mdoel'; did you mean 'model'?",
     ),
-    "moe": ("base_model: a\ngate_mode: hidden\nexperts: []\n", "mixture-of-experts recipes"),
+    "moe": ("base_model: a\ngate_mode: hidden\nexperts: []\n", "needs two experts or more"),
     "chat-template": (f"{SLERP}chat_template: lama3\n", "did you mean 'llama3'?"),
     "a-schedule": ("baseline: {model: a}\npool: []\n", "run `fastmerge retrograde`"),
     "tokenizer-twice": (

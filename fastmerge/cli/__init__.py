@@ -1,5 +1,6 @@
-"""The command line: ``fastmerge merge | plan | extract-lora | info | diff | methods | retrograde |
-sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-extract-lora``.
+"""The command line: ``fastmerge merge | plan | moe | extract-lora | info | diff | methods |
+retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe |
+mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, loras, models, methods, retrograde, mergekit, mergekit_loras  # noqa: F401, I001
+    from fastmerge.cli import merge, moe, loras, models, methods, retrograde  # noqa: F401, I001
+    from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
     from fastmerge.cli.app import run
     from fastmerge.cli.streams import prepare
 

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 ABSENT |= dict.fromkeys(
     (
-        "mergekit-evolve", "mergekit-layershuffle", "mergekit-legacy", "mergekit-moe",
-        "mergekit-pytorch", "mergekit-tokensurgeon",
+        "mergekit-evolve", "mergekit-layershuffle", "mergekit-legacy", "mergekit-pytorch",
+        "mergekit-tokensurgeon",
     ),
-    "is not there yet; of mergekit's commands there are mergekit-yaml, mergekit-multi and "
-    "mergekit-extract-lora",
+    "is not there yet; of mergekit's commands there are mergekit-yaml, mergekit-multi, "
+    "mergekit-moe and mergekit-extract-lora",
 )  # fmt: skip
 
 _NO_USE = "has no use here; leave it out"
 _YAML = "`fastmerge mergekit-yaml` follows it"
-ELSEWHERE["merge"] = ELSEWHERE["plan"] = {
+ELSEWHERE["merge"] = ELSEWHERE["moe"] = ELSEWHERE["plan"] = {
     **dict.fromkeys(
         (
             "--allow-crimes", "--async-write", "--clone-tensors", "--copy-tokenizer",
@@ -111,7 +111,7 @@ def mergekit_yaml(
     from fastmerge.recipe.document import Recipe
 
     given = given_options(options)
-    _merge(Recipe.load(config_file), out_path, given)
+    merge_given(Recipe.load(config_file), out_path, given)
 
 
 @command
@@ -148,7 +148,7 @@ def mergekit_multi(
         if lazy and weights and (out / "config.json").is_file():
             say(f"note: {out}: is there, and skipped; --no-lazy merges it again")
             continue
-        _merge(recipe, out, given)
+        merge_given(recipe, out, given)
 
 
 def given_options(
@@ -169,7 +169,8 @@ def given_options(
     return given
 
 
-def _merge(recipe: Recipe, out: Path, given: dict[str, Any]) -> None:
+def merge_given(recipe: Recipe, out: Path, given: dict[str, Any]) -> None:
+    """Merges as mergekit's options say."""
     from fastmerge.engine.merge import merge_plan
     from fastmerge.integrations.mergekit import prepared
 

@@ -39,11 +39,12 @@ from fastmerge.errors import (
     nearest,
 )
 from fastmerge.models import hub
-from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, is_tokenizer
+from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, MOE_CONFIG_FILE, is_tokenizer
 from fastmerge.output.provenance import provenance
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.mixture import Mixture
 
 # mergekit 0.1.5's options that change how it works and not what it writes, permissions whose cases
 # a plan refuses by name (other architectures, LoRAs), and trust in model code, none of which is
@@ -160,7 +161,8 @@ def prepared(
         truncate_embeddings=given.get("unsafe_truncate_embeddings", False),
     )
     plan = replace(planned, keep_paths=a_flag(keep_paths, "keep_paths"))
-    files = _files(plan, out, given, config_source)
+    kept_as = MOE_CONFIG_FILE if isinstance(recipe.output, Mixture) else CONFIG_FILE
+    files = _files(plan, out, given, config_source, kept_as)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)  # as mergekit does
     except OSError as error:
@@ -213,12 +215,12 @@ def _device(given: Mapping[str, Any]) -> str:
 
 
 def _files(
-    plan: Plan, out: Path, given: Mapping[str, Any], config_source: str | None
+    plan: Plan, out: Path, given: Mapping[str, Any], config_source: str | None, kept_as: str
 ) -> dict[str, bytes | Path]:
     files = api.model_files(plan, out.name)
     if given.get("write_model_card", True):
         text = provenance(plan).told(config_source or plan.recipe_text)
-        files[CONFIG_FILE] = text.encode(errors="backslashreplace")
+        files[kept_as] = text.encode(errors="backslashreplace")
     else:
         del files[CARD_FILE]
     if not given.get("copy_tokenizer", True):

@@ -41,8 +41,10 @@ def words(key: int, count: int) -> NDArray[np.uint64]:
 
 
 def uniform(drawn: NDArray[np.uint64]) -> Float64:
-    """Numbers in (0, 1), multiples of 2^-53 and a half, float64, of the shape of the words."""
-    return ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """Numbers in (0, 1), float64, of the shape of the words: 2^52 of them, at the middle of equal
+    parts (of twice as many the last would round to 1, whose normal number is infinite).
+    """
+    return ((drawn >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def normal(drawn: NDArray[np.uint64]) -> Float32:

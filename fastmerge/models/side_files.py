@@ -24,8 +24,11 @@ CARD_FILE = "README.md"
 LINEAGE_FILE = "fastmerge.json"
 RECIPE_FILE = "fastmerge_recipe.yml"
 CONFIG_FILE = "mergekit_config.yml"  # where the Hub and other tools look for a merge's recipe
+MOE_CONFIG_FILE = "mergekit_moe_config.yml"  # of a mixture of experts
 SCHEDULE_FILE = "schedule.yml"
-OURS = frozenset({CARD_FILE, LINEAGE_FILE, RECIPE_FILE, CONFIG_FILE, SCHEDULE_FILE})
+OURS = frozenset(
+    {CARD_FILE, LINEAGE_FILE, RECIPE_FILE, CONFIG_FILE, MOE_CONFIG_FILE, SCHEDULE_FILE}
+)
 
 # Every file that a tokenizer class of transformers or of mistral-common names.
 TOKENIZER_PATTERNS = (

@@ -43,7 +43,7 @@ _SILENT: Mapping[str, Mapping[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **_ROPE},
     "mistral": {
         "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8,
-        "head_dim": 128, "sliding_window": 4096, **_ROPE,
+        "sliding_window": 4096, **_ROPE,
     },
     "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32,
         **_ROPE},

@@ -48,7 +48,6 @@ from fastmerge.plan.inputs import (
 )
 from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.modules import by_part, find_parts
-from fastmerge.plan.moe import mix
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.precision import settle_precision
@@ -182,6 +181,8 @@ class Planner:
     def run(self, document: AnyDocument, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
         if isinstance(document, Mixture):
+            from fastmerge.plan.moe import mix
+
             seed = self._stage_seed(document, is_output)
             self.views[document.name] = mix(self, document, seed, is_output=is_output)
             return

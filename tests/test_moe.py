@@ -1,0 +1,504 @@
+"""Mixtures of experts against mergekit-moe, transformers and float64."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import fastmerge
+from fastmerge import FastmergeError, api
+from fastmerge.cli import main
+from fastmerge.methods.noise import normal, uniform, words
+
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 40))]
+EXPERTS = [
+    {"source_model": "a", "positive_prompts": ["w3 w4 w5", "w6"]},
+    {"source_model": "b", "positive_prompts": ["w7"], "negative_prompts": ["w8 w9", "w10"]},
+]
+SHARED = [{"source_model": "c", "positive_prompts": ["w11 w12"]}]
+# Of each layout: the type of the models, shared experts.
+LAYOUTS = {
+    "mixtral": ("llama", None),
+    "deepseek": ("llama", [{"source_model": "c"}]),
+    "qwen": ("qwen2", SHARED),
+    "qwen3": ("qwen3", None),
+}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Words between spaces."""
+    document = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel", "vocab": {w: i for i, w in enumerate(WORDS)}, "unk_token": "<unk>",
+        },
+    }  # fmt: skip
+    document["added_tokens"] = [
+        {"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, word in enumerate(WORDS[:3])
+    ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def models(zoo, kind="llama", *, layers=2, dtype="BF16", **config):
+    """Models 'base', 'a', 'b', 'c' of one type in the zoo's folder."""
+    rng = np.random.default_rng(5)
+    for name in ("base", "a", "b", "c"):
+        folder = zoo.base(name, layers=layers, seed=ord(name[0]), dtype=dtype, scale=0.2, **config)
+        tensors = zoo.read(folder)
+        own = json.loads((folder / "config.json").read_text())
+        own |= {"model_type": kind, "architectures": [f"{CLASSES[kind]}ForCausalLM"]}
+        own |= {"head_dim": 8} if kind == "qwen3" else {}
+        for i in range(layers):
+            place = f"model.layers.{i}.self_attn."
+            if kind == "qwen2":
+                for part, rows in (("q", 32), ("k", 16), ("v", 16)):
+                    tensors[f"{place}{part}_proj.bias"] = 0.1 * rng.normal(size=rows)
+            if kind == "qwen3":
+                for part in "qk":
+                    tensors[f"{place}{part}_norm.weight"] = 1 + 0.1 * rng.normal(size=8)
+        zoo.write(name, tensors, own, dtype=dtype)
+        write_tokenizer(folder)
+
+
+def recipe(shared=None, **keys):
+    made = {"base_model": "base", "gate_mode": "cheap_embed", "experts": EXPERTS, **keys}
+    return made | ({"shared_experts": shared} if shared else {})
+
+
+@pytest.fixture
+def here(zoo, monkeypatch):
+    monkeypatch.chdir(zoo.root)
+    return zoo
+
+
+def fused(tensors: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
+    """Our tensors under the names that mergekit 0.1.5 writes beside transformers 5."""
+    if layout not in ("mixtral", "qwen3"):
+        return tensors
+    parts = ("w1", "w3", "w2") if layout == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        name = name.replace("block_sparse_moe", "mlp")
+        if ".experts." not in name:
+            found[name] = tensor
+            continue
+        module = name.split(".experts.")[0] + ".experts."
+
+        def all_of(part, module=module):
+            stack = [
+                t for n, t in tensors.items()
+                if n.replace("block_sparse_moe", "mlp").startswith(module)
+                and n.endswith(f".{part}.weight")
+            ]  # fmt: skip
+            return np.stack(stack)
+
+        gate, up, down = map(all_of, parts)
+        found[module + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[module + "down_proj"] = down
+    return found
+
+
+def peer(config: dict, out: Path) -> None:
+    from mergekit.moe.config import MoEMergeConfig
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.moe import build
+
+    build(MoEMergeConfig.model_validate(config), str(out), MergeOptions(), device="cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_mergekit_moe(here, layout: str) -> None:
+    kind, shared = LAYOUTS[layout]
+    models(here, kind)
+    asked = recipe(shared, architecture=layout, dtype="bfloat16")
+    if layout == "qwen":  # the peer opens no shared expert that is not an expert too
+        asked["shared_experts"] = [{**SHARED[0], "source_model": "b"}]
+    if layout == "deepseek":
+        asked["shared_experts"] = [{"source_model": "a"}]
+    peer(asked, here.root / "peer")
+    fastmerge.merge(asked, "ours", threads=1)
+    ours, theirs = fused(here.read(Path("ours")), layout), here.read(Path("peer"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+            np.testing.assert_allclose(tensor, theirs[name], rtol=2**-7, atol=1e-6, err_msg=name)
+        else:
+            assert np.array_equal(tensor, theirs[name]), name
+    compare_configs(layout)
+
+
+def compare_configs(layout: str) -> None:
+    """What transformers reads from both, or what both say where it has no class."""
+    if layout == "deepseek":
+        one, two = (json.loads(Path(p, "config.json").read_text()) for p in ("ours", "peer"))
+        rope = two.pop("rope_parameters")
+        assert rope == {"rope_theta": one.pop("rope_theta"), "rope_type": "default"}
+        two["torch_dtype"] = two.pop("dtype", two.get("torch_dtype"))
+        assert one.items() <= two.items()
+        return
+    from transformers import AutoConfig
+
+    one, two = (AutoConfig.from_pretrained(place).to_dict() for place in ("ours", "peer"))
+    without = {"_name_or_path", "transformers_version", "max_window_layers"}
+    differing = {k for k in one.keys() | two.keys() if one.get(k) != two.get(k)} - without
+    # The peer keeps keys that the mixture's class does not read, and writes out what it derives.
+    assert differing <= {"attention_bias", "mlp_bias", "pretraining_tp", "head_dim", "layer_types"}
+    assert two.get("head_dim") in (one.get("head_dim"), None, 8)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+def test_gates_of_states(here, mode: str) -> None:
+    models(here)
+    # Of one length: the peer averages over the padding too.
+    experts = [
+        {"source_model": "a", "positive_prompts": ["w3 w4", "w6 w5"]},
+        {"source_model": "b", "positive_prompts": ["w7 w9"], "negative_prompts": ["w9 w8"]},
+    ]
+    asked = recipe(gate_mode=mode, dtype="float32") | {"experts": experts}
+    peer(asked, here.root / "peer")
+    report = fastmerge.merge(asked, "ours", threads=2)
+    assert any("loaded whole and run" in note for note in report.notes)
+    ours, theirs = fused(here.read(Path("ours")), "mixtral"), here.read(Path("peer"))
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        np.testing.assert_allclose(np.linalg.norm(ours[name], axis=1), 1.0, rtol=1e-6)
+        # The peer subtracts and normalises in bfloat16.
+        np.testing.assert_allclose(ours[name], theirs[name], atol=0.02)
+
+
+def test_cheap_embed_is_its_definition(here) -> None:
+    models(here, dtype="F32")
+    fastmerge.merge(recipe(dtype="float32"), "out")
+    table = here.read(Path("base"))["model.embed_tokens.weight"].astype(np.float64)
+
+    def unit(x):
+        return x / np.linalg.norm(x)
+
+    def direction(*ids):
+        return unit(table[list(ids)].sum(axis=0))
+
+    expected = np.stack(
+        [direction(1, 3, 4, 5, 1, 6), unit(direction(1, 7) - direction(1, 8, 9, 1, 10))]
+    )
+    found = here.read(Path("out"))["model.layers.1.block_sparse_moe.gate.weight"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def test_normal_numbers() -> None:
+    drawn = np.array([0, 1 << 11, 1 << 40, 1 << 52, 1 << 60, 1 << 63, (1 << 64) - 1], np.uint64)
+    exact = [statistics.NormalDist().inv_cdf(p) for p in uniform(drawn)]
+    np.testing.assert_allclose(normal(drawn), exact, rtol=3e-7, atol=1e-7)
+    sample = normal(words(7, 400_000)).astype(np.float64)
+    assert abs(sample.mean()) < 0.007 and abs(sample.std() - 1) < 0.005
+    assert abs((sample**4).mean() - 3) < 0.06
+    assert np.array_equal(normal(words(7, 300_001)), sample[:300_001].astype(np.float32))
+
+
+def test_random_gates_follow_from_the_seed(here) -> None:
+    models(here, hidden=64)
+    for mode in ("random", "uniform_random"):
+        asked = recipe(gate_mode=mode, dtype="float32", seed=3)
+        report = fastmerge.merge(asked, mode, threads=1)
+        assert report.seed == 3
+        fastmerge.merge(asked, f"{mode}-again", threads=4)
+        fastmerge.merge(asked | {"seed": 4}, f"{mode}-other")
+        one, again, other = (here.read(Path(f"{mode}{x}")) for x in ("", "-again", "-other"))
+        gates = [name for name in one if name.endswith("gate.weight")]
+        assert all(np.array_equal(one[n], again[n]) for n in one)
+        assert all(not np.array_equal(one[n], other[n]) for n in gates)
+        rows = np.concatenate([one[n].ravel() for n in gates])
+        wanted = 1.0 if mode == "random" else 64**-0.5 / 3**0.5
+        assert 0.85 * wanted < rows.std() < 1.15 * wanted
+        if mode == "uniform_random":
+            assert 0.95 / 8 < np.abs(rows).max() <= 1 / 8
+    assert api.plan(recipe(gate_mode="random")).seed_derived
+
+
+def test_noise_and_residual_scale(here) -> None:
+    models(here, dtype="F32")
+    experts = [{**EXPERTS[0], "residual_scale": 0.5}, {**EXPERTS[1], "noise_scale": 0.25}]
+    asked = recipe(dtype="float32", seed=1) | {"experts": experts}
+    fastmerge.merge(asked, "out", threads=1)
+    fastmerge.merge(asked, "again", threads=3)
+    assert all(
+        np.array_equal(x, here.read(Path("again"))[n]) for n, x in here.read(Path("out")).items()
+    )
+    out, a, b = (here.read(Path(name)) for name in ("out", "a", "b"))
+    block, mlp = "model.layers.0.block_sparse_moe.experts.", "model.layers.0.mlp."
+    assert np.array_equal(out[block + "0.w2.weight"], a[mlp + "down_proj.weight"] / 2)
+    assert np.array_equal(out[block + "0.w1.weight"], a[mlp + "gate_proj.weight"])
+    noise = [
+        out[f"{block}1.{part}.weight"] - b[f"{mlp}{name}.weight"]
+        for part, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+    ]
+    assert all(abs(each.std() - 0.25) < 0.03 for each in noise)
+    assert abs(np.corrcoef(noise[0].ravel(), noise[2].ravel())[0, 1]) < 0.1
+
+
+# ---------------------------------------------------------------- what becomes of it
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "shared"),
+    [
+        ("mixtral", "llama", None), ("mixtral", "mistral", None), ("qwen", "qwen2", SHARED),
+        ("qwen", "llama", SHARED), ("qwen3", "qwen3", None),
+    ],
+)  # fmt: skip
+def test_loads_and_generates(here, layout: str, kind: str, shared) -> None:
+    import torch
+
+    from fastmerge import llama
+
+    models(here, kind)
+    asked = recipe(shared, architecture=layout, dtype="float32")
+    api.check(asked)
+    fastmerge.merge(asked, "out", check=True)
+    model = llama.load("out")
+    tokens = torch.tensor([[1, 5, 9, 4]])
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert model.config.num_experts_per_tok == 2
+    live = llama.load_merged(asked)
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("mixtral", "llama"), ("qwen3", "qwen3")])
+def test_experts_that_are_the_base_compute_what_it_does(here, layout: str, kind: str) -> None:
+    """Equal experts with weights that sum to 1 are one MLP: the mixture is the dense model."""
+    import torch
+
+    from fastmerge import llama
+
+    models(here, kind, dtype="F32")
+    experts = [{**each, "source_model": "base"} for each in EXPERTS]
+    report = fastmerge.merge(
+        recipe(architecture=layout, dtype="float32") | {"experts": experts}, "x"
+    )
+    assert any("all experts are one model" in note for note in report.notes)
+    tokens = torch.tensor([[1, 5, 9, 4, 30]])
+    with torch.no_grad():
+        dense, mixed = (
+            llama.load(place, dtype=torch.float32)(tokens).logits for place in ("base", "x")
+        )
+    torch.testing.assert_close(dense, mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_defaults_of_the_dense_classes_are_written_out() -> None:
+    """A config that leaves out what Llama and Mixtral assume differently."""
+    from transformers import AutoConfig
+
+    from fastmerge.plan import moe
+    from fastmerge.recipe.mixture import Mixture
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    for layout in moe.LAYOUTS:
+        for kind in layout.sources if layout.kind != "deepseek" else ():
+            shared = SHARED if layout.shared[0] else None
+            mixture = Mixture(recipe(shared))
+            dense = {"model_type": kind, "num_hidden_layers": 2, **sizes}
+            made = moe.mixed_config(layout, mixture, dense)
+            one = AutoConfig.for_model(**dense).to_dict()
+            two = AutoConfig.for_model(**made).to_dict()
+            for key in (
+                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings",
+                "rope_parameters", "hidden_act", "tie_word_embeddings", "hidden_size",
+            ):  # fmt: skip
+                assert one[key] == two[key], (layout.name, kind, key)
+            assert two.get("head_dim") in (one.get("head_dim"), None), (layout.name, kind)
+
+
+def test_copies_are_byte_for_byte_and_the_rest_follows(here) -> None:
+    models(here)
+    plan = api.plan(recipe())
+    assert plan.methods == {"copy": 15 + 12, "router (cheap_embed)": 2}
+    fastmerge.merge(recipe(), "out")
+    card = Path("out/README.md").read_text()
+    assert "router (cheap\\_embed): 2 tensors" in card or "router (cheap_embed): 2 tensors" in card
+    assert (Path("out") / "tokenizer.json").exists()
+    again = fastmerge.merge("out/fastmerge_recipe.yml", "twice")
+    assert again.tensors == 29
+    assert Path("out/model.safetensors").stat().st_size > 0
+    one, two = here.read(Path("out")), here.read(Path("twice"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_experts_may_be_documents(here) -> None:
+    """An expert that another document of the recipe merges."""
+    models(here, dtype="F32")
+    merge = {
+        "name": "mean", "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in "ab"],
+    }  # fmt: skip
+    experts = [EXPERTS[0], {**EXPERTS[1], "source_model": "mean"}]
+    fastmerge.merge([merge, recipe(dtype="float32") | {"experts": experts}], "out")
+    out, a, b = (here.read(Path(name)) for name in ("out", "a", "b"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    found = out["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
+    np.testing.assert_allclose(found, (a[name] + b[name]) / 2, rtol=1e-6)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def test_commands(here, capsys) -> None:
+    models(here)
+    Path("r.yml").write_text(yaml.safe_dump(recipe()))
+    assert run(capsys, "moe", "r.yml", "one", "--threads", "2")[0] == 0
+    words = "--load-in-4bit --low-cpu-memory --no-cuda -j 2 --trust-remote-code"
+    code, told = run(capsys, "mergekit-moe", "r.yml", "two", *words.split())
+    assert code == 0
+    (note,) = [line for line in told.splitlines() if "without effect here" in line]
+    assert "--load-in-4bit" in note and "--low-cpu-memory" in note and "8bit" not in note
+    assert Path("two/mergekit_moe_config.yml").exists()
+    assert run(capsys, "merge", "r.yml", "three", "--json")[0] == 0
+    files = [Path(name, "model.safetensors") for name in ("one", "two", "three")]
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+    assert run(capsys, "plan", "r.yml", "--check")[0] == 0
+    alike = recipe() | {"experts": [{**each, "source_model": "a"} for each in EXPERTS]}
+    Path("alike.yml").write_text(yaml.safe_dump(alike))
+    code, told = run(capsys, "mergekit-moe", "alike.yml", "four")
+    assert code == 2 and "all experts are one model" in told
+    flag = "--i-understand-this-is-not-useful-without-training"
+    assert run(capsys, "mergekit-moe", "alike.yml", "four", flag)[0] == 0
+    Path("no.yml").write_text("merge_method: passthrough\nmodels: [{model: a}]\n")
+    code, told = run(capsys, "moe", "no.yml", "five")
+    assert code == 2 and "it has no 'experts:'; run `fastmerge merge`" in " ".join(told.split())
+
+
+def with_b(**keys) -> dict:
+    return {"experts": [EXPERTS[0], {"source_model": "b", **keys}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"gate_mode": "cheap_embd"}, "is unknown: 'cheap_embd'; did you mean 'cheap_embed'"),
+        ({"experts": EXPERTS[:1]}, "a mixture needs two experts or more"),
+        ({"experts_per_token": 3}, "3 experts per token of the 2 that there are"),
+        ({"experts_per_token": 0}, "must be greater than or equal to 1"),
+        (with_b(), "needs 'positive_prompts:' for expert 'b'"),
+        (with_b(positive_prompts=[]), "needs 'positive_prompts:' for expert 'b'"),
+        (with_b(positive_prompts="x"), "must be a list of prompts"),
+        (with_b(model="b"), "unknown key 'model'; write 'source_model:'"),
+        (with_b(noise_scale=-1), "must be greater than or equal to 0"),
+        ({"architecture": "mixtrl"}, "unknown architecture 'mixtrl'; did you mean 'Mixtral'"),
+        ({"architecture": "qwen"}, "Qwen MoE takes exactly one shared expert, not 0"),
+        ({"architecture": "qwen3"}, "there is no layout for a mixture of 'llama' models"),
+        ({"shared_experts": SHARED * 2}, "Mixtral takes no shared expert, not 2"),
+        ({"merge_method": "linear"}, "'merge_method' is not supported: a mixture of experts is no"),
+        ({"dtype": "float31"}, "unknown dtype 'float31'"),
+        ({"seed": -1}, "'seed' must be"),
+        ({"gate_modee": "random"}, "unknown key 'gate_modee'; did you mean 'gate_mode'"),
+    ],
+)  # fmt: skip
+def test_bad_recipes(here, keys: dict, expected: str) -> None:
+    models(here)
+    with pytest.raises(FastmergeError, match=expected) as raised:
+        fastmerge.merge(recipe(**keys), "out")
+    assert "\n" not in str(raised.value) and not Path("out").exists()
+
+
+def change(zoo, name: str, of: str = "b", *, drop: str = "", resize: str = "", **config) -> None:
+    """The model ``of`` again, without a tensor, with one of another shape or another config."""
+    tensors = zoo.read(Path(of))
+    own = json.loads(Path(of, "config.json").read_text()) | config
+    tensors.pop(drop, None)
+    if resize:
+        tensors[resize] = tensors[resize][:, :-1]
+    zoo.write(name, tensors, own)
+    write_tokenizer(Path(name))
+
+
+MLP = "model.layers.0.mlp."
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"drop": MLP + "up_proj.weight"}, f"'x' lacks tensor '{MLP}up_proj.weight'"),
+        ({"resize": MLP + "down_proj.weight"}, r"is \[32, 47\] in 'x' but \[32, 48\] in the base"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "cut the same matrices into"),
+        ({"model_type": "mistral"}, "one type, and 'base' is llama, 'x' is mistral"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
+        ({"num_hidden_layers": 1}, "has 1 layers, and the base model 'base' 2"),
+    ],
+)  # fmt: skip
+def test_experts_that_differ(here, changed: dict, expected: str) -> None:
+    models(here)
+    change(here, "x", **changed)
+    asked = recipe() | {"experts": [EXPERTS[0], {**EXPERTS[1], "source_model": "x"}]}
+    with pytest.raises(FastmergeError, match=expected) as raised:
+        fastmerge.merge(asked, "out")
+    assert "\n" not in str(raised.value) and not Path("out").exists()
+
+
+def test_bases_that_do_not_do(here) -> None:
+    models(here, "qwen2")
+    with pytest.raises(FastmergeError, match=r"no layout fits: Qwen MoE takes exactly one shared"):
+        api.plan(recipe())
+    tensors = here.read(Path("base"))
+    config = json.loads(Path("base/config.json").read_text()) | {"model_type": "gemma2"}
+    here.write("gemma", tensors, config)
+    with pytest.raises(FastmergeError, match=r"a mixture of 'gemma2' models \(Mixtral"):
+        api.plan(recipe(base_model="gemma"))
+    here.write("biased", tensors, config | {"model_type": "llama"})
+    experts = [{**each, "source_model": "biased"} for each in EXPERTS]
+    with pytest.raises(FastmergeError, match=r"k_proj.bias', for which the Mixtral layout has no"):
+        api.plan(recipe(base_model="biased") | {"experts": experts})
+    for file in Path("base").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FastmergeError, match="needs the base model's tokenizer"):
+        api.plan(recipe(SHARED))
+    api.plan(recipe(SHARED, gate_mode="random"))
+
+
+def test_hidden_gates_need_a_model_that_runs(here) -> None:
+    models(here)
+    mean = {
+        "name": "mean", "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in "ab"],
+    }  # fmt: skip
+    with pytest.raises(FastmergeError, match="'mean' lies in no folder as it is"):
+        api.plan([mean, recipe(base_model="mean", gate_mode="hidden")])
+    with pytest.raises(FastmergeError, match="has none that are stored as floats"):
+        api.plan([mean, recipe(base_model="mean")])
+    api.plan([mean, recipe(base_model="mean", gate_mode="random")])
+
+
+def test_notes(here) -> None:
+    models(here, "mistral")
+    change(here, "x", vocab_size=44)
+    plan = api.plan(recipe(experts=[EXPERTS[0], {**EXPERTS[0], "source_model": "x"}]))
+    told = " | ".join(plan.notes)
+    assert "sliding_window 4096 of 'base' is not kept" in told
+    assert "'x' has 44 tokens and the base model 40" in told
+    assert "all experts have the same prompts" in told
+    plan = api.plan(recipe(gate_mode="random", unknown_thing=1))
+    told = " | ".join(plan.notes)
+    assert "prompts have no effect with gate_mode random" in told
+    assert "without effect, here as in mergekit: 'unknown_thing'" in told
+    nobody = [{"source_model": m, "positive_prompts": []} for m in "ab"]
+    plan = api.plan(recipe(experts=nobody, gate_mode="hidden"))
+    assert "no prompts: routers of zeros, by which every expert counts alike" in plan.notes
