@@ -12,7 +12,7 @@ from fastmerge.plan.inputs import View
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import Planner, collector_paused, whole_seed
-from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.document import Document, Recipe
 from fastmerge.recipe.meaning import meaning
 
 
@@ -26,6 +26,7 @@ def of_state_dicts(
     """
     loaded = Recipe.load(recipe)
     document = loaded.output
+    assert isinstance(document, Document)  # it has a merge_method
     seed = None if seed is None else whole_seed(seed)
     opened = Opened(models, None, hub.resolve)
     planner = Planner(opened, loaded.text, seed, meaning(loaded.documents))
