@@ -1,11 +1,12 @@
 """mergekit 0.1.5's own tests, with its ``run_merge`` and with fastmerge's in its place.
 
-    python benchmarks/mergekit_tests/run.py [--only test_tokenizer.py] [--skip-peer]
+    python benchmarks/mergekit_tests/run.py [--only test_tokenizer.py] [--skip-peer] [--methods]
 
 Fetches mergekit's source distribution from the package index into a temporary folder, where it and
 its tests (LGPL) stay; its ``tests/common.py`` is not in there, and `common.py` beside this file
 takes its place: it loads every result with transformers. Prints a table, and every test that passes
-with mergekit's function and not with fastmerge's. Exit code 1 where there are such.
+with mergekit's function and not with fastmerge's. Exit code 1 where there are such. ``--methods``:
+mergekit's own program, with fastmerge's kernels under its methods (integrations.mergekit_methods).
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ import mergekit.merge
 from fastmerge.integrations.mergekit import run_merge
 
 mergekit.merge.run_merge = run_merge
+"""
+METHODS = """\
+from fastmerge.integrations import mergekit_methods
+
+mergekit_methods.install()
 """
 
 
@@ -63,11 +69,12 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--only", default="", metavar="FILE", help="one of its files")
     arguments.add_argument("--skip-peer", action="store_true", help="do not run mergekit's own")
+    arguments.add_argument("--methods", action="store_true", help="only its methods are ours")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = fetch(Path(folder))
         peer = {} if given.skip_peer else results(root, given.only)
-        (root / "tests" / "conftest.py").write_text(CONFTEST)
+        (root / "tests" / "conftest.py").write_text(METHODS if given.methods else CONFTEST)
         ours = results(root, given.only)
     files = sorted({name.split("::")[0] for name in ours})
     print("| file | tests | mergekit passes | fastmerge passes |\n|---|---|---|---|")

@@ -93,11 +93,21 @@ class UnsupportedValueError(UnsupportedError, ValueError):
     """An UnsupportedError where mergekit raises ValueError."""
 
 
+class ArgumentValueError(FastmergeError, ValueError):
+    """A FastmergeError about a call where mergekit raises ValueError."""
+
+
 _VALUE_ERRORS: Mapping[type[FastmergeError], type[FastmergeError]] = {
+    FastmergeError: ArgumentValueError,
     RecipeError: RecipeValueError,
     ModelError: ModelValueError,
     UnsupportedError: UnsupportedValueError,
 }
+
+
+def as_value_error(error: FastmergeError) -> FastmergeError:
+    """The same, as a ValueError too where it is about recipe, models or arguments."""
+    return _VALUE_ERRORS.get(type(error), type(error))(str(error))
 
 
 def run_merge(
