@@ -100,6 +100,19 @@ def test_without_recording_gradients_parameters_are_taken(calls):
     assert calls == ["linear"]
 
 
+def test_a_density_of_0_and_others_of_the_same_name_stay_mergekit_s(calls):
+    from mergekit.merge_methods import base, registry
+
+    own = registry.get("linear")
+    other = base.BatchedMergeMethod(own.spec, own.implementation)
+    group = base.TensorGroup.from_tensors(TENSORS)
+    with ours.installed():
+        other((group,), parameters={"weight": 1.0})
+        nothing = {"weight": 1.0, "density": 0.0}
+        made = api.merge_tensors(TENSORS, "ties", base_index=0, parameters=nothing)
+    assert not calls and made.shape == TENSORS[0].shape
+
+
 def test_the_way_back():
     from mergekit.merge_methods.base import MergeMethod
 

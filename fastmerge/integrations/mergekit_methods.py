@@ -9,13 +9,13 @@ recipes, ``merge_tensors``, ``merge_state_dicts``, and methods got by name.
 
 fastmerge computes what it has kernels for: float32, float16 and bfloat16 to one of these, in fp32
 with one rounding. mergekit computes the rest as before: float64, tensors whose gradient is recorded
-(results of ours carry none) and what is no plain tensor. What is drawn at random follows from
-torch's generator, and is another draw than mergekit's.
+(results of ours carry none), what is no plain tensor, and a density of 0. What is drawn at random
+follows from torch's generator, and is another draw than mergekit's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +78,10 @@ def _executed(
     batch_options: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     """`MergeMethod._execute_resolved`: one tensor for each group, in order."""
-    row = METHODS.get(method.spec.name)
+    row = METHODS.get(method.spec.name) if _is_registered(method) else None
     results: list[torch.Tensor | None] = [None] * len(groups)
     for index, (group, given) in enumerate(zip(groups, parameters, strict=True)):
-        if row is not None and _takes(group, dtype, out_dtype):
+        if row is not None and _takes(group, dtype, out_dtype) and not _keeps_nothing(given):
             results[index] = _merged(row, group, given, dtype, out_dtype)
     left = [index for index, result in enumerate(results) if result is None]
     if left:
@@ -92,6 +92,19 @@ def _executed(
         for index, tensor in zip(left, made, strict=True):
             results[index] = tensor
     return tuple(tensor for tensor in results if tensor is not None)
+
+
+def _is_registered(method: Any) -> bool:
+    """Whether it is mergekit's own, and no other that somebody gave its name."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    return any(method is known for known in registered_methods())
+
+
+def _keeps_nothing(given: Mapping[str, Any]) -> bool:
+    """A density of 0, which only mergekit takes in every method."""
+    density = given.get("density")
+    return isinstance(density, Mapping) and 0 in density.values()
 
 
 def _takes(group: Any, dtype: torch.dtype | None, out_dtype: torch.dtype | None) -> bool:
