@@ -15,7 +15,7 @@ from fastmerge.version import __version__
 
 if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
-    from fastmerge.adapters import extract_lora
+    from fastmerge.adapters import extract_lora, merge_adapters
     from fastmerge.api import materialise, merge
     from fastmerge.engine.report import MergeReport
     from fastmerge.errors import (
@@ -45,6 +45,7 @@ __all__ = [
     "llama",
     "materialise",
     "merge",
+    "merge_adapters",
     "merge_state_dicts",
     "method",
     "ops",
@@ -53,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "extract_lora": "fastmerge.adapters",
+    "merge_adapters": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "merge_state_dicts": "fastmerge.state_dicts",

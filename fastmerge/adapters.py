@@ -16,12 +16,16 @@ from typing import Any
 from fastmerge.arguments import a_flag, a_list, a_path, a_text
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.engine.extract import Found, extract
-from fastmerge.engine.report import Progress
+from fastmerge.engine.merge_adapters import merge_adapter_plan
+from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, brief, is_whole
 from fastmerge.models import hub
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.plan.adapters import plan_adapters
 from fastmerge.plan.extraction import Choice, Extraction, plan_extraction
 from fastmerge.plan.planner import whole_seed
+from fastmerge.recipe.adapters import AdapterRecipe
+from fastmerge.recipe.source import read
 
 
 def extract_lora(
@@ -83,7 +87,7 @@ def extract_lora(
         ),
         seed=seed,
         keep_paths=a_flag(keep_paths, "keep_paths"),
-        cache=cache,
+        cache=None if cache is None else a_path(cache, "cache"),
     )
     return extract(
         plan,
@@ -93,6 +97,83 @@ def extract_lora(
         fresh=a_flag(fresh, "fresh"),
         progress=progress,
     )
+
+
+def merge_adapters(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float],
+    method: str = "svd",
+    rank: int | None = None,
+    density: float | Sequence[float] | None = None,
+    majority_sign_method: str | None = None,
+    svd_clamp: float | None = None,
+    normalize: bool = False,
+    targets: str = "same",
+    base_model: str | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    keep_paths: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges adapters of one base into one, in the folder ``out``, for PEFT; what a recipe does
+    whose models are all adapters.
+
+    adapters: folders or Hub ids. method: PEFT's combination types by its names ("linear", "cat",
+    "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", and the last four with "_svd"), or
+    "task_arithmetic", which is cat, or svd where a rank is given. As in PEFT, "linear" and others
+    without "_svd" merge the factors entry by entry; cat and svd have the exact sum of the deltas
+    ``weight * scale * B @ A``, an SVD by QR of the factors and not of their product. rank: of an
+    SVD; default: the largest of the adapters'. density: the fraction of entries that is kept, one
+    or one for each. normalize: divide the weights by their sum. targets: "same", or "any" to take
+    each adapter where it is there. base_model: the base of all, whatever they call it. dtype: of
+    the factors; default: the first adapter's. Arithmetic is in float64. Raises FastmergeError
+    before anything is written.
+    """
+    places = [
+        str(a_path(item, f"adapters[{i}]")) for i, item in enumerate(a_list(adapters, "adapters"))
+    ]
+    each = [{"weight": weight} for weight in _for_each(weights, places, "weights")]
+    shared: dict[str, Any] = {"normalize": normalize, "targets": targets}
+    if isinstance(density, Sequence) and not isinstance(density, str):
+        for own, value in zip(each, _for_each(density, places, "density"), strict=True):
+            own["density"] = value
+    elif density is not None:
+        shared["density"] = density
+    named = {"rank": rank, "svd_clamp": svd_clamp, "majority_sign_method": majority_sign_method}
+    shared |= {name: value for name, value in named.items() if value is not None}
+    source = {
+        "merge_method": method,
+        "models": [
+            {"model": place, "parameters": own} for place, own in zip(places, each, strict=True)
+        ],
+        "parameters": shared,
+        **({} if base_model is None else {"base_model": base_model}),
+        **({} if dtype is None else {"dtype": dtype}),
+    }
+    documents, text, _ = read(source, "merge_adapters")
+    plan = plan_adapters(
+        AdapterRecipe.of(documents[0], text), None if seed is None else whole_seed(seed)
+    )
+    return merge_adapter_plan(
+        replace(plan, keep_paths=a_flag(keep_paths, "keep_paths")),
+        a_path(out, "out"),
+        threads=threads,
+        overwrite=a_flag(overwrite, "overwrite"),
+        fresh=a_flag(fresh, "fresh"),
+        progress=progress,
+    )
+
+
+def _for_each(values: Sequence[Any], places: Sequence[str], where: str) -> list[Any]:
+    found = a_list(values, where)
+    if len(found) != len(places):
+        raise FastmergeError(f"{where}: {len(found)} for {len(places)} adapters; give one for each")
+    return found
 
 
 def plan_extract_lora(

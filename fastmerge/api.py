@@ -6,24 +6,29 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from fastmerge.arguments import a_flag, a_path
-from fastmerge.compute.devices import GPU_MEMORY_BYTES
+from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
 from fastmerge.output.provenance import provenance
+from fastmerge.plan.adapter_plan import AdapterPlan, is_of_adapters
 from fastmerge.plan.loading import check_loading
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan, whole_seed
 from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.source import read
+
+if TYPE_CHECKING:
+    from fastmerge.plan.adapters import AdapterMerge
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
@@ -35,6 +40,22 @@ def plan(
     models: Mapping[str, Any] | None = None,
     truncate_embeddings: bool = False,
 ) -> Plan:
+    """The plan of a merge of models, as `decide`, which has that of adapters alone too."""
+    decided = decide(recipe, seed=seed, models=models, truncate_embeddings=truncate_embeddings)
+    if not isinstance(decided, Plan):
+        raise UnsupportedError(
+            "recipe: merges adapters alone, to an adapter; give it to merge or `fastmerge merge`"
+        )
+    return decided
+
+
+def decide(
+    recipe: Source | AdapterMerge,
+    *,
+    seed: int | None = None,
+    models: Mapping[str, Any] | None = None,
+    truncate_embeddings: bool = False,
+) -> Plan | AdapterMerge:
     """Reads the recipe and the models' headers and decides everything; of the weights it reads only
     integer tensors, which are copied where all models have the same.
 
@@ -43,14 +64,25 @@ def plan(
     stand for: folders, state dictionaries, modules, or anything that fastmerge.models.model calls
     a model.
     ``truncate_embeddings``: where no tokenizer is asked for, embeddings of different numbers of
-    rows are cut to the fewest, which is right only where all number their tokens alike. Raises
-    FastmergeError.
+    rows are cut to the fewest, which is right only where all number their tokens alike. A recipe
+    whose models are all adapters merges those. Raises FastmergeError.
     """
     if isinstance(recipe, Plan):
         if recipe.seed is not None and seed is not None and whole_seed(seed) != recipe.seed:
             raise FastmergeError(f"seed: this plan has {recipe.seed} already; plan with {seed}")
         return recipe
-    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if isinstance(recipe, AdapterPlan):
+        return recipe
+    loaded = recipe
+    if not isinstance(recipe, Recipe):
+        documents, text, origin = read(recipe, "recipe")
+        if models is None and is_of_adapters(documents):
+            from fastmerge.plan.adapters import plan_adapters
+            from fastmerge.recipe.adapters import AdapterRecipe
+
+            own = None if seed is None else whole_seed(seed)
+            return plan_adapters(AdapterRecipe.of(documents[0], text), own)
+        loaded = Recipe.of(documents, text, origin)
     if isinstance(models, Mapping):
         models = {name: as_model(given, str(name)) for name, given in models.items()}
     return make_plan(
@@ -59,7 +91,7 @@ def plan(
 
 
 def merge(
-    recipe: Source,
+    recipe: Source | AdapterMerge,
     out: str | Path,
     *,
     threads: int | None = None,
@@ -84,13 +116,24 @@ def merge(
     bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
     same call continues. ``device``: "cpu", "cuda" or "auto", with the same bits;
     ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
-    ``check``: first as `check` does. ``keep_paths``: card, recipe and lineage name the local
-    folders as the recipe does, and not only what these are called. Raises FastmergeError.
+    ``check``: first as `check` does, of models. ``keep_paths``: card, recipe and lineage name the
+    local folders as the recipe does, and not only what these are called. Raises FastmergeError.
     """
     folder = a_path(out, "out")
-    decided = plan(recipe, seed=seed, models=models)
+    decided = decide(recipe, seed=seed, models=models)
     if a_flag(keep_paths, "keep_paths"):
         decided = replace(decided, keep_paths=True)
+    if not isinstance(decided, Plan):
+        if a_device(device, "device") not in ("cpu", "auto"):
+            raise UnsupportedError(
+                f"device: adapters alone are merged on the CPU, not '{device}'; leave it out"
+            )
+        from fastmerge.engine.merge_adapters import merge_adapter_plan
+
+        return merge_adapter_plan(
+            decided, folder, threads=threads, progress=progress,
+            overwrite=a_flag(overwrite, "overwrite"), fresh=a_flag(fresh, "fresh"),
+        )  # fmt: skip
     if a_flag(check, "check"):
         check_loading(decided)
     return merge_plan(

@@ -146,6 +146,18 @@ def test_arguments_of_a_merge(name, recipe, values, tmp_path) -> None:
     assert walk(function, good, values) == []
 
 
+@pytest.mark.parametrize("name", ["extract_lora", "merge_adapters"])
+def test_arguments_of_adapters(name, recipe, values, tmp_path) -> None:
+    base, tune = (entry["model"] for entry in recipe["models"])
+    fastmerge.extract_lora(tune, base, tmp_path / "adapter", rank=2, exclude=["embed", "lm_head"],
+                           skip_undecomposable=True)  # fmt: skip
+    pair = {"tuned": tune, "base": base, "rank": 1, "include": ["q_proj"]}
+    alone = {"adapters": [tmp_path / "adapter"], "weights": [1]}
+    good = {"extract_lora": pair, "merge_adapters": alone}[name]
+    good |= {"out": tmp_path / "out", "overwrite": True, "fresh": True}
+    assert walk(getattr(fastmerge, name), good, values) == []
+
+
 @pytest.mark.parametrize("key", sorted(mergekit._KNOWN - mergekit.NO_EFFECT))
 def test_options_of_mergekit(key, recipe, values, tmp_path) -> None:
     def call(value):

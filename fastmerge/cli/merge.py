@@ -71,7 +71,7 @@ def merge(
     from fastmerge import api
 
     limits = _limits(memory_limit, max_shard_size)
-    decided = (api.check if check else api.plan)(recipe, seed=seed)
+    decided = (api.check if check else api.decide)(recipe, seed=seed)
     try:
         with Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
             report = api.merge(

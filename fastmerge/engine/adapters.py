@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
+from fastmerge.arguments import a_function
 from fastmerge.compute.cpu import cpu, isa
 from fastmerge.dtypes import DType
 from fastmerge.engine.report import MergeReport, Progress, anonymous_bytes
@@ -69,6 +70,7 @@ def write_adapter(
     they were made, for the card.
     """
     started = time.perf_counter()
+    a_function(progress, "progress")
     # Wider types lie first in the file, and pieces are best made in its order.
     pieces = sorted(pieces, key=lambda piece: -piece.tensors[0][1].bits)
     backend = cpu(threads)

@@ -25,6 +25,7 @@ from fastmerge.engine.adapters import Made, Piece, write_adapter
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.engine.window import in_order
 from fastmerge.errors import ModelError
+from fastmerge.models.adapter import PREFIX
 from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of
 from fastmerge.plan.adapter_plan import peft_config
@@ -128,7 +129,7 @@ class _Run:
 
     def copy(self, saved: Saved) -> Piece:
         tuned, info = self.plan.models[0], saved.tuned
-        module = saved.name.removeprefix("base_model.model.").rpartition(".")[0]
+        module = saved.name.removeprefix(PREFIX).rpartition(".")[0]
         return Piece(
             module,
             ((saved.name, info.dtype, info.shape),),

@@ -8,14 +8,13 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import printable
+from fastmerge.models.adapter import CONFIG, WEIGHTS
 from fastmerge.models.side_files import CARD_FILE, LINEAGE_FILE
 from fastmerge.output.card import bullets, escaped, fenced, front_matter_text, union
 from fastmerge.output.layout import Layout
 from fastmerge.output.provenance import is_hub_id, licence, names, provenance
 from fastmerge.plan.adapter_plan import AdapterPlan
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _ALL_IN_ONE = 1 << 62  # PEFT reads one file
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError
 from fastmerge.limits import MAX_HEADER_BYTES
+from fastmerge.models.adapter import CONFIG
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_object
 from fastmerge.models.links import hub_repository
@@ -114,7 +115,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target}: exists; choose another output or add --overwrite")
-    if not names & {SINGLE, INDEX, "config.json", "adapter_config.json"}:
+    if not names & {SINGLE, INDEX, "config.json", CONFIG}:
         raise OutputError(f"{target}: not a model folder, so --overwrite will not replace it")
     foreign = _foreign(target)
     if foreign:

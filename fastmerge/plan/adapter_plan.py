@@ -8,7 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastmerge.errors import ModelError
+from fastmerge.methods import METHODS
+from fastmerge.models import hub
+from fastmerge.models.adapter import CONFIG
 from fastmerge.models.model import Model
+from fastmerge.recipe.located import LocatedDict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,37 @@ class AdapterPlan:
         """Raises FastmergeError where a model is not what it was when it was opened."""
         for model in self.models:
             model.check_unchanged()
+
+
+def is_of_adapters(documents: Sequence[LocatedDict]) -> bool:
+    """Whether a recipe merges adapters alone: one document of whole models that are all folders of
+    adapters, or by a method that merges nothing else.
+    """
+    if len(documents) != 1:
+        return False
+    models: Any = documents[0].get("models")
+    entries = models if isinstance(models, list) else []
+    names = [entry.get("model") for entry in entries if isinstance(entry, Mapping)]
+    texts = [name.strip() for name in names if isinstance(name, str)]
+    if not texts or len(texts) != len(entries):
+        return False
+    method = documents[0].get("merge_method")
+    if not isinstance(method, str):
+        return False
+    if method not in METHODS:  # rare: start-up does not pay for the table
+        from fastmerge.methods.adapters import ADAPTER_METHODS
+
+        if method in ADAPTER_METHODS:
+            return True
+    return all(map(_is_adapter, texts))
+
+
+def _is_adapter(reference: str) -> bool:
+    try:
+        place = hub.local(reference)
+    except ModelError:  # no path: the plan of models says so, with the place in the recipe
+        return False
+    return place is not None and (place / CONFIG).is_file() and not (place / "config.json").exists()
 
 
 def peft_config(

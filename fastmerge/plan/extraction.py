@@ -12,6 +12,7 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, nearest
+from fastmerge.models.adapter import PREFIX
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
 from fastmerge.models.config import is_tied, model_type
 from fastmerge.models.header import show
@@ -84,7 +85,7 @@ class Target:
         """PEFT's names of A and B, with types and shapes."""
         rows, cols = reversed(self.shape) if self.transposed else self.shape
         end = "" if self.kind == "lora_embedding" else ".weight"
-        head = f"base_model.model.{self.module}.{self.kind}"
+        head = f"{PREFIX}{self.module}.{self.kind}"
         return (
             (f"{head}_A{end}", self.dtype, (rank, cols)),
             (f"{head}_B{end}", self.dtype, (rows, rank)),
@@ -293,7 +294,7 @@ class _Extractor:
             self.equal += 1
             return
         self.whole[module] = None
-        self.saved += (Saved(f"base_model.model.{n}", self.tuned.tensors[n]) for n in own)
+        self.saved += (Saved(f"{PREFIX}{n}", self.tuned.tensors[n]) for n in own)
 
     def _factor(self, module: str, name: str, embedding: bool) -> None:
         if self._same(name):
@@ -302,7 +303,7 @@ class _Extractor:
             self.targets.append(self._target(module, name, embedding))
         bias = f"{module}.bias"
         if bias in self.tuned.tensors and not self._same(bias):
-            place = f"base_model.model.{module}.base_layer.bias"
+            place = f"{PREFIX}{module}.base_layer.bias"
             self.saved.append(Saved(place, self.tuned.tensors[bias]))
             if self._same(name):  # PEFT keeps the biases of targets
                 self.targets.append(self._target(module, name, embedding))
@@ -339,7 +340,7 @@ class _Extractor:
         if head is None or name is None or name.removesuffix(".weight") not in self.whole:
             return
         self.whole[head] = None
-        self.saved.append(Saved(f"base_model.model.{head}.weight", self.tuned.tensors[name]))
+        self.saved.append(Saved(f"{PREFIX}{head}.weight", self.tuned.tensors[name]))
         if self.choice.embed_lora:
             self.notes.append(f"{name.removesuffix('.weight')} is the head too, and saved whole")
 

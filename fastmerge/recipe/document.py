@@ -9,7 +9,7 @@ ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, ClassVar
@@ -389,9 +389,11 @@ class Recipe:
 
         Raises FastmergeError: one line with the place, the fault and the remedy.
         """
-        if isinstance(source, Recipe):
-            return source
-        mappings, written, origin = read(source, "recipe")
+        return source if isinstance(source, Recipe) else cls.of(*read(source, "recipe"))
+
+    @classmethod
+    def of(cls, mappings: Sequence[LocatedDict], written: str, origin: str) -> Recipe:
+        """The recipe of what `read` gives."""
         documents = [_document(item) for item in mappings]
         return cls(tuple(_in_order(documents, origin)), written)
 
