@@ -14,6 +14,7 @@ import fastmerge
 from fastmerge import FastmergeError, api
 from fastmerge.cli import main
 from fastmerge.methods.noise import normal, uniform, words
+from tests.test_low_precision import Formats
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 40))]
 EXPERTS = [
@@ -354,6 +355,59 @@ def test_experts_may_be_documents(here) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     found = out["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
     np.testing.assert_allclose(found, (a[name] + b[name]) / 2, rtol=1e-6)
+
+
+def test_experts_in_fp8_are_the_numbers_of_their_codes(here) -> None:
+    models(here)
+    formats = Formats(here)
+    formats.fp8("x", Path("b"))
+    experts = [EXPERTS[0], {**EXPERTS[1], "source_model": "x"}]
+    report = fastmerge.merge(recipe(dtype="float32", experts=experts), "out")
+    assert any("'x' is fp8" in note for note in report.notes)
+    found = here.read(Path("out"))["model.layers.1.block_sparse_moe.experts.1.w3.weight"]
+    assert np.array_equal(found, formats.numbers["x"]["model.layers.1.mlp.up_proj.weight"])
+
+
+# What there is of each type in a config, besides sizes.
+SPARSE = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 2},
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", SPARSE)
+def test_mixtures_are_merged_and_stacked(kind: str) -> None:
+    """Routers and experts as any tensors, and the result loads: linear, TIES, layers left out."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastmerge import llama
+
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 40, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **sizes, **SPARSE[kind])
+    for name in "xy":
+        torch.manual_seed(ord(name))
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(name)
+    two = [{"model": name, "parameters": {"weight": 1, "density": 0.5}} for name in "xy"]
+    cut = [{"sources": [{"model": "x", "layer_range": part}]} for part in ([0, 2], [3, 4])]
+    recipes = [
+        {"merge_method": "linear", "models": [{**m, "parameters": {"weight": 1}} for m in two]},
+        {"merge_method": "ties", "base_model": "x", "models": two[1:]},
+        {"merge_method": "passthrough", "slices": cut},
+    ]
+    for asked in recipes:
+        fastmerge.merge(asked, "out", check=True, overwrite=True)
+        model = llama.load("out")
+        assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] > 2
+    written = json.loads(Path("out/config.json").read_text())
+    if kind == "qwen3_moe":  # of the layers 0, 1 and 3 the first has no experts
+        assert (written["decoder_sparse_step"], written["mlp_only_layers"]) == (1, [0])
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

@@ -260,3 +260,18 @@ def test_cached_share_of_files_just_written(zoo):
 
     model = Checkpoint.open(zoo.base(layers=1))
     assert devices.cached_share([model.view(name) for name in model.tensors]) == 1.0
+
+
+@pytest.mark.usefixtures("device")
+def test_a_mixture_of_experts(zoo, tmp_path):
+    """Copies, casts, a scale, noise and routers that are drawn."""
+    base = zoo.base(layers=1)
+    a, b = zoo.tune(base, "a", seed=1), zoo.tune(base, "b", seed=2, dtype="F32")
+    experts = [
+        {"source_model": str(a), "residual_scale": 0.7},
+        {"source_model": str(b), "noise_scale": 0.1},
+    ]
+    given = {"base_model": str(base), "gate_mode": "random", "experts": experts, "seed": 3}
+    api.merge(given, tmp_path / "cpu", device="cpu")
+    api.merge(given, tmp_path / "gpu", device="cuda")
+    assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")

@@ -251,8 +251,8 @@ def _check_runs(base: View, where: str, mode: str) -> None:
         if not isinstance(root, Stored) or root.name != name:
             raise UnsupportedError(
                 f"{where}: gate_mode {mode} runs the base model, and '{base.label}' lies in no "
-                "folder as it is (adapter, or document of this recipe); merge it to one first, or "
-                "write `gate_mode: cheap_embed`"
+                "folder as it is (adapter, codes, or document of this recipe); merge it to "
+                "one first, or write `gate_mode: cheap_embed`"
             )
 
 

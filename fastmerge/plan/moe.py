@@ -23,6 +23,7 @@ from fastmerge.plan.build import Builder
 from fastmerge.plan.gates import Gates, zeros
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View, check_quantised
 from fastmerge.plan.opened import Opened
+from fastmerge.plan.precision import as_numbers
 from fastmerge.recipe.mixture import Expert, Mixture
 from fastmerge.recipe.settings import NO_SETTINGS, Rule, Setting
 from fastmerge.tree.nodes import Merge
@@ -229,7 +230,10 @@ def mix(planner: Planning, mixture: Mixture, seed: int | None, *, is_output: boo
     """The mixture that the recipe describes; FastmergeError where there is none."""
     for line in mixture.ignored_lines():
         planner.note(line)
-    views = {ref: planner.view(ref, where) for ref, where in mixture.references()}
+    views = {
+        ref: as_numbers(planner.view(ref, place), planner.note)
+        for ref, place in mixture.references()
+    }
     base, where = views[mixture.base_model], mixture.at("base_model")
     copy = METHODS["passthrough"]
 

@@ -59,6 +59,7 @@ def restack(
     """
     writer = _Restack(lead.layer_total, layers)
     writer.section(config, ())
+    writer.sparse_steps(config)
     part = text_config(lead.config)
     silent = not any(part.get(key) for key in _KINDS) and not writer.by_number
     told = (*writer.rewritten, *writer.held)
@@ -184,6 +185,18 @@ class _Restack:
         steps = (layer.number - index for index, layer in enumerate(self.layers))
         (self.by_number if any(step % period for step in steps) else self.held).append(key)
 
+    def sparse_steps(self, config: dict[str, Any]) -> None:
+        """Qwen's ``decoder_sparse_step``, where it no longer holds: every layer has experts but for
+        ``mlp_only_layers``, which say the same by number.
+        """
+        key, dense = "decoder_sparse_step", "mlp_only_layers"
+        if key not in self.by_number or not model_type(config).startswith("qwen"):
+            return
+        self.by_number.remove(key)
+        kept = [index for index, layer in enumerate(self.layers) if _is_dense(layer, key, dense)]
+        config |= {key: 1, dense: kept}
+        self.rewritten += [name for name in (key, dense) if name not in self.rewritten]
+
     def _keyed(self, path: tuple[str, ...]) -> dict[str, Any]:
         found = {}
         for index, layer in enumerate(self.layers):
@@ -214,6 +227,14 @@ class _Restack:
                 f"layers up to {end}, as stacking layers needs"
             )
         return given[layer.number]
+
+
+def _is_dense(layer: Layer, step: str, dense: str) -> bool:
+    """Whether a layer has no experts, as transformers' qwen2_moe and its like read a config."""
+    own = text_config(layer.view.config)
+    every, listed = own.get(step), own.get(dense)
+    off_step = isinstance(every, int) and every > 0 and (layer.number + 1) % every > 0
+    return off_step or (isinstance(listed, list) and layer.number in listed)
 
 
 def _words(key: str) -> set[str]:

@@ -22,13 +22,17 @@ def settle_precision(
     views = {id(lead): lead, **{id(item.view): item.view for p in parts for item in p.inputs}}
     if dtype is None and _copied(parts, list(views.values())):
         return list(parts), lead
-    changed = {}
-    for key, view in views.items():
-        found = view.low_precision
-        if found is not None:
-            changed[key] = dequantised(view, found)
-            note(_said(view, found))
+    changed = {key: as_numbers(view, note) for key, view in views.items()}
     return with_views(parts, changed), changed.get(id(lead), lead)
+
+
+def as_numbers(view: View, note: Callable[[str], None]) -> View:
+    """The view with codes as numbers, and a note of it; itself where it has none."""
+    found = view.low_precision
+    if found is None:
+        return view
+    note(_said(view, found))
+    return dequantised(view, found)
 
 
 def _copied(parts: Sequence[Part], views: Sequence[View]) -> bool:
