@@ -253,6 +253,22 @@ class Mapping:
 
 # --- writing ---
 
+class Checksum:
+    """The sums of a tensor's blocks of 4096 bytes, counted from its first byte, the last block
+    filled up with zeros: sum over the block's 1024 words of 32 bits (little endian) of
+    word_j * key_j mod 2^64, key_j being output j of splitmix64 from state 0. Any pieces, any order,
+    any number of threads, the same sums.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def add_all(self, pool: Pool, tensor: View) -> None:
+        """A whole tensor in memory; a sink adds its own bytes."""
+
+    def sums(self) -> NDArray[np.uint64]:
+        """One for each block; RuntimeError before every byte was added."""
+
 class Staging:
     """A bounded set of aligned buffers and the threads that write them out; shared by all shards of
     a merge.
@@ -282,8 +298,18 @@ class StagedFile:
     ) -> None: ...
     @property
     def direct(self) -> bool: ...
-    def sink(self, offset: int, count: int, dtype: str) -> Sink:
-        """The sink of one tensor at a byte offset."""
+    def sink(
+        self,
+        offset: int,
+        count: int,
+        dtype: str,
+        *,
+        checksum: Checksum | None = None,
+        first: int = 0,
+    ) -> Sink:
+        """The sink of one tensor at a byte offset; its bytes are added to the checksum as those
+        from byte ``first`` on.
+        """
 
     def write(self, offset: int, data: bytes) -> None:
         """Fills a range from memory (a header, say), piece by piece as a kernel would."""

@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -55,6 +56,20 @@ void bind_io(py::module_& m) {
         .def("prefetch", &Mapping::prefetch, py::arg("offset"), py::arg("nbytes"), NoGil())
         .def("drop", &Mapping::drop, py::arg("offset"), py::arg("nbytes"), NoGil());
 
+    py::class_<Checksum, std::shared_ptr<Checksum>>(m, "Checksum")
+        .def(py::init<int64_t>(), py::arg("nbytes"))
+        .def_property_readonly("nbytes", &Checksum::nbytes)
+        .def(
+            "add_all",
+            [](Checksum& checksum, Pool& pool, const View& tensor) {
+                add_all(pool, tensor.span, checksum);
+            },
+            py::arg("pool"), py::arg("tensor"), NoGil())
+        .def("sums", [](const Checksum& checksum) {
+            const std::vector<uint64_t> found = checksum.sums();
+            return py::array_t<uint64_t>(static_cast<py::ssize_t>(found.size()), found.data());
+        });
+
     py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
         .def(py::init<int64_t, int, int>(), py::arg("buffer_bytes"), py::arg("buffers"),
              py::arg("threads"))
@@ -74,10 +89,12 @@ void bind_io(py::module_& m) {
         .def_property_readonly("direct", &StagedFile::direct)
         .def(
             "sink",
-            [](StagedFile& file, int64_t offset, int64_t count, const std::string& dtype) {
-                return file.sink(offset, count, parse_dtype(dtype));
+            [](StagedFile& file, int64_t offset, int64_t count, const std::string& dtype,
+               std::shared_ptr<Checksum> checksum, int64_t first) {
+                return file.sink(offset, count, parse_dtype(dtype), std::move(checksum), first);
             },
-            py::arg("offset"), py::arg("count"), py::arg("dtype"))
+            py::arg("offset"), py::arg("count"), py::arg("dtype"), py::kw_only(),
+            py::arg("checksum") = nullptr, py::arg("first") = 0)
         .def(
             "write",
             [](StagedFile& file, int64_t offset, const py::bytes& data) {

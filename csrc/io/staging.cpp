@@ -43,14 +43,16 @@ bool in_memory(int fd) {
 class StagedSink final : public Sink {
    public:
     StagedSink(std::shared_ptr<StagedFile> file, int64_t offset, int64_t count, DType dtype,
-               int64_t piece_bytes)
+               int64_t piece_bytes, std::shared_ptr<Checksum> checksum, int64_t first_byte)
         : file_(std::move(file)),
           offset_(offset),
           count_(count),
           dtype_(dtype),
           item_(static_cast<int64_t>(item_bytes(dtype))),
           piece_bytes_(piece_bytes),
-          first_(offset / piece_bytes) {}
+          first_(offset / piece_bytes),
+          checksum_(std::move(checksum)),
+          first_byte_(first_byte) {}
     DType dtype() const override { return dtype_; }
     int64_t count() const override { return count_; }
     int64_t pieces() const override {
@@ -68,6 +70,9 @@ class StagedSink final : public Sink {
     void close(int64_t piece) override {
         int64_t begin, end;
         range(piece, begin, end);
+        if (checksum_)
+            checksum_->add(first_byte_ + begin * item_, file_->opened(offset_ + begin * item_),
+                           (end - begin) * item_);
         file_->close(offset_ + begin * item_, (end - begin) * item_);
     }
 
@@ -76,6 +81,8 @@ class StagedSink final : public Sink {
     const int64_t offset_, count_;
     const DType dtype_;
     const int64_t item_, piece_bytes_, first_;
+    const std::shared_ptr<Checksum> checksum_;
+    const int64_t first_byte_;
 };
 
 // --- Staging ---
@@ -249,13 +256,17 @@ void StagedFile::raise_if_dead() const {
     if (abandoned_ || staging_->stopping_) throw IoError(ECANCELED, path_);
 }
 
-std::shared_ptr<Sink> StagedFile::sink(int64_t offset, int64_t count, DType dtype) {
+std::shared_ptr<Sink> StagedFile::sink(int64_t offset, int64_t count, DType dtype,
+                                       std::shared_ptr<Checksum> checksum, int64_t first) {
     const int64_t item = static_cast<int64_t>(item_bytes(dtype));
     if (count < 0 || count > size_ / item) throw std::invalid_argument("range outside " + path_);
     check(offset, count * item);
     if (offset % item) throw std::invalid_argument("offset must be a multiple of the item size");
+    if (checksum && (first < 0 || count * item > checksum->nbytes() - first))
+        throw std::invalid_argument("range outside the checksum's tensor");
     return std::make_shared<StagedSink>(shared_from_this(), offset, count, dtype,
-                                        std::min(kPieceBytes, staging_->buffer_bytes_));
+                                        std::min(kPieceBytes, staging_->buffer_bytes_),
+                                        std::move(checksum), first);
 }
 
 void StagedFile::write(int64_t offset, const char* data, int64_t nbytes) {
@@ -311,6 +322,13 @@ char* StagedFile::open(int64_t offset) {
         }
         staging_->progress_.wait(lock);
     }
+}
+
+const char* StagedFile::opened(int64_t offset) const {
+    // Nobody changes a chunk's buffer while a piece of it is open.
+    const int64_t number = offset / staging_->buffer_bytes_;
+    const auto buffer = static_cast<size_t>(chunks_[static_cast<size_t>(number)].buffer);
+    return staging_->buffers_[buffer].data + (offset - number * staging_->buffer_bytes_);
 }
 
 void StagedFile::close(int64_t offset, int64_t nbytes) {

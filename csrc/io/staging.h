@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "primitives/checksum.h"
 #include "sink.h"
 
 namespace fastmerge {
@@ -78,7 +79,9 @@ class StagedFile : public std::enable_shared_from_this<StagedFile> {
     StagedFile& operator=(const StagedFile&) = delete;
 
     bool direct() const { return direct_; }
-    std::shared_ptr<Sink> sink(int64_t offset, int64_t count, DType dtype);
+    // With a checksum, to which the tensor's bytes are added from its byte `first` on.
+    std::shared_ptr<Sink> sink(int64_t offset, int64_t count, DType dtype,
+                               std::shared_ptr<Checksum> checksum = nullptr, int64_t first = 0);
     void write(int64_t offset, const char* data, int64_t nbytes);
     bool done(int64_t offset, int64_t nbytes);
     void keep(int64_t offset, int64_t nbytes);
@@ -97,6 +100,7 @@ class StagedFile : public std::enable_shared_from_this<StagedFile> {
         bool preload = false;  // the file holds bytes of it that must survive
     };
     char* open(int64_t offset);
+    const char* opened(int64_t offset) const;  // of a piece that is open
     void close(int64_t offset, int64_t nbytes);
     void check(int64_t offset, int64_t nbytes) const;
     void raise_if_dead() const;  // mutex_ held

@@ -195,6 +195,7 @@ struct Kernels {
     void (*random_words)(const uint64_t* round_keys, uint64_t index, int64_t count, uint32_t* out);
     // out = code * scale, one rounding: E4M3, E5M2.
     void (*dequantise[2])(const uint8_t* codes, float scale, float* out, int64_t count);
+    uint64_t (*weigh)(const void* words, const uint64_t* keys, int64_t count);
 };
 
 // The table in use: the best this CPU runs, or the one FASTMERGE_ISA or set_isa names. Throws

@@ -3,6 +3,7 @@
 #include "kernels/common.inl"
 #include "kernels/mask.inl"
 
+#include "kernels/checksum.inl"
 #include "kernels/combine.inl"
 #include "kernels/consensus.inl"
 #include "kernels/dequantise.inl"
@@ -15,15 +16,26 @@
 #define FM_GRAM(count, deltas)                                         \
     {&gram_fused<F32, count, deltas>, &gram_fused<F16, count, deltas>, \
      &gram_fused<BF16, count, deltas>}
-#define FM_TABLE(name)                                                                             \
-    {                                                                                              \
-        name, FM_EACH_TYPE(widen), FM_EACH_TYPE(narrow),                                           \
-            {&nonfinite<uint32_t, 0x7F800000u>, &nonfinite<uint16_t, 0x7C00>,                      \
-             &nonfinite<uint16_t, 0x7F80>},                                                        \
-            {FM_GRAM(2, false), FM_GRAM(2, true)}, {FM_GRAM(3, false), FM_GRAM(3, true)},          \
-            &gram_any, &gram_columns, &subtract, FM_EACH_TYPE(combine), FM_EACH_TYPE(consensus),   \
-            FM_EACH_TYPE(count_keys), FM_EACH_TYPE(count_ties), FM_EACH_TYPE(measure), &pointwise, \
-            &largest_of, &exponentials, &divergence, &fill_random, {                               \
-            &dequantise<E4M3>, &dequantise<E5M2>                                                   \
-        }                                                                                          \
-    }
+#define FM_TABLE(name)                                                 \
+    {name,                                                             \
+     FM_EACH_TYPE(widen),                                              \
+     FM_EACH_TYPE(narrow),                                             \
+     {&nonfinite<uint32_t, 0x7F800000u>, &nonfinite<uint16_t, 0x7C00>, \
+      &nonfinite<uint16_t, 0x7F80>},                                   \
+     {FM_GRAM(2, false), FM_GRAM(2, true)},                            \
+     {FM_GRAM(3, false), FM_GRAM(3, true)},                            \
+     &gram_any,                                                        \
+     &gram_columns,                                                    \
+     &subtract,                                                        \
+     FM_EACH_TYPE(combine),                                            \
+     FM_EACH_TYPE(consensus),                                          \
+     FM_EACH_TYPE(count_keys),                                         \
+     FM_EACH_TYPE(count_ties),                                         \
+     FM_EACH_TYPE(measure),                                            \
+     &pointwise,                                                       \
+     &largest_of,                                                      \
+     &exponentials,                                                    \
+     &divergence,                                                      \
+     &fill_random,                                                     \
+     {&dequantise<E4M3>, &dequantise<E5M2>},                           \
+     &weigh}

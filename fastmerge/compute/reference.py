@@ -1,4 +1,4 @@
-"""The four primitives of ``_C.pyi`` in plain NumPy, readable and slow.
+"""The four primitives and the checksum of ``_C.pyi`` in plain NumPy, readable and slow.
 
 Names and arguments follow fastmerge._C without the pool and the sink. Tensors are NumPy arrays:
 float32, float16, or uint16 for the bits of bfloat16. What decides bits (deltas, masks, thresholds,
@@ -9,6 +9,7 @@ that only the rounding to the output type is left to do (`round_to`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -328,3 +329,22 @@ def dequantised(codes: Array, scales: Array, coding: str, block: tuple[int, int]
     rows, cols = codes.shape[-2:]
     wide = np.repeat(np.repeat(scales, block[0], axis=-2), block[1], axis=-1)
     return np.asarray(CODES[coding][codes] * wide[..., :rows, :cols], np.float32)
+
+
+# --- checksums ---
+
+_BLOCK_WORDS = 1024
+
+
+def checksum(data: bytes) -> str:
+    """The checksum of a tensor's bytes that fastmerge.json keeps: 32 hex digits."""
+    words = np.zeros(-(-len(data) // (4 * _BLOCK_WORDS)) * _BLOCK_WORDS, "<u4")
+    words.view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+    # splitmix64 (Steele, Lea and Flood 2014) from state 0; integers wrap at 2^64
+    z = np.arange(1, _BLOCK_WORDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    keys = z ^ (z >> np.uint64(31))
+    sums = (words.reshape(-1, _BLOCK_WORDS).astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64)
+    text = len(data).to_bytes(8, "little") + sums.astype("<u8").tobytes()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()

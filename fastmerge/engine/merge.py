@@ -100,8 +100,11 @@ def merge_plan(
             folder.discard()
             raise
         names = (*files, LINEAGE_FILE, *folder.files)
-        lineage = lineage_file(plan, folder.results, executor.trims, names)
-        folder.finish({LINEAGE_FILE: lineage})
+        folder.finish(
+            lambda written: {
+                LINEAGE_FILE: lineage_file(plan, folder.results, executor.trims, names, written)
+            }
+        )
     return MergeReport(
         out=out,
         seconds=time.perf_counter() - started,
@@ -120,7 +123,7 @@ def merge_plan(
             for name, result in folder.results.items()
             if "nonfinite" in result
         },
-        notes=(*plan.notes, *executor.notes),
+        notes=(*plan.notes, *executor.notes, *folder.notes),
     )
 
 

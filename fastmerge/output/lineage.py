@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
+from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.provenance import names, provenance
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import Leaf, Merge, Node
@@ -57,9 +58,11 @@ def lineage_file(
     results: Mapping[str, Mapping[str, Any]],
     spanning: Mapping[Node, Trim],
     files: Iterable[str],
+    written: Written,
 ) -> bytes:
-    """The lineage that is known after it: effective coefficients and kept counts by tensor, or for
-    whole models. ``files``: what is written, which a later merge may replace.
+    """The lineage that is known after it: effective coefficients, kept counts and checksums by
+    tensor, or for whole models. ``files``: what is written, which a later merge may replace;
+    ``written``: what `fastmerge verify` compares it with.
     """
     lineage = {
         **metadata(plan),
@@ -67,6 +70,8 @@ def lineage_file(
             ref: model.fingerprint for ref, model in zip(names(plan), plan.models, strict=True)
         },
         "files": sorted(files),
+        "written": {name: written[name] for name in sorted(written)},
+        "checksum": ALGORITHM,
         "tensors": {name: results[name] for name in sorted(results)},
     }
     for node, trim in list(spanning.items())[:1]:  # the counts are the same for all

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.compute.tensor import Outcome
+from fastmerge.models.header import show
 from fastmerge.models.side_files import bytes_of
+from fastmerge.output.checksum import Written
 from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import metadata, tensor_lineage
 from fastmerge.output.provenance import names
@@ -139,6 +141,17 @@ class ModelFolder:
         return self._writer.results
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found of an interrupted merge that is worth telling."""
+        damaged = self._writer.damaged
+        told = (
+            f"{self._writer.target}: finished tensors of the interrupted merge had changed on the "
+            f"disk and are merged again: {len(damaged)}, the first {show((*damaged, '')[0])}; if "
+            "nobody wrote to them, check the disk"
+        )
+        return (told,) if damaged else ()
+
+    @property
     def bytes_written(self) -> int:
         return self._writer.bytes_written
 
@@ -164,9 +177,11 @@ class ModelFolder:
         """Leaves nothing for a later run to continue, unless this one is finished."""
         self._writer.discard()
 
-    def finish(self, files: Mapping[str, bytes | Path]) -> None:
-        """Waits for the weights, adds the side files and ``files``, shows the folder."""
-        self._writer.finish({**self._side_files, **files})
+    def finish(self, last: Callable[[Written], Mapping[str, bytes]]) -> None:
+        """Waits for the weights, adds the side files and what ``last`` makes of all that was
+        written, shows the folder.
+        """
+        self._writer.finish(self._side_files, last)
 
     def __enter__(self) -> ModelFolder:
         return self

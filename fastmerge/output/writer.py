@@ -15,17 +15,18 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastmerge import _C
 from fastmerge.errors import ModelError, OutputError, ResourceError
 from fastmerge.limits import MAX_FILE_BYTES
 from fastmerge.models.folder import INDEX
 from fastmerge.models.header import open_regular
+from fastmerge.output.checksum import Written, checksum_of, checksums_in_file
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout, Slot
 from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
@@ -85,6 +86,7 @@ class ModelWriter:
         self._files: list[_C.StagedFile] = []
         self._begun: set[int] = set()
         self._open: deque[Slot] = deque()
+        self._sums: dict[str, _C.Checksum] = {}
         self._lock = threading.Lock()
         self._finished = self._worthless = False
         self._folder: WorkingFolder | None = None
@@ -95,6 +97,7 @@ class ModelWriter:
             check_target(self.target, overwrite)
             job = hashlib.sha256(f"{key}\n{layout.digest}".encode()).hexdigest()
             kept = self._reopen(job, fresh)
+            kept = self._verified(kept, io_threads)
             self.resumed = frozenset(kept)
             self.results: dict[str, dict[str, Any]] = dict(kept)
             self._staging = self._start(job, kept, io, staging_bytes, io_threads)
@@ -153,8 +156,27 @@ class ModelWriter:
         return {
             name: result
             for name, result in kept.items()
-            if name in slots and slots[name].shard in whole
+            if name in slots and slots[name].shard in whole and "checksum" in result
         }
+
+    def _verified(
+        self, kept: Mapping[str, dict[str, Any]], threads: int
+    ) -> dict[str, dict[str, Any]]:
+        """Those of ``kept`` whose bytes in the files are still the ones that were written. Reads
+        them all, at the disk's speed; ``damaged`` names the others, which are made anew.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        if kept and self._folder is not None:
+            pool = _C.Pool(threads)
+            for number, shard in enumerate(self.layout.shards):
+                slots = [self.layout.slots[name] for name in kept]
+                places = {s.name: (s.begin, s.nbytes) for s in slots if s.shard == number}
+                if places:
+                    path = self._folder.inside / shard.name
+                    checksums = checksums_in_file(pool, path, places)
+                    found |= {n: kept[n] for n, c in checksums.items() if c == kept[n]["checksum"]}
+        self.damaged = tuple(name for name in kept if name not in found)
+        return found
 
     def _start(
         self, job: str, kept: Iterable[str], io: str, staging_bytes: int, io_threads: int
@@ -203,30 +225,36 @@ class ModelWriter:
 
     def sink(self, name: str) -> _C.Sink:
         """Where the tensor goes, once; as ``RAW`` bytes if its type has no kernels."""
-        slot = self._take(name)
+        slot, sums = self._take(name)
         if slot.dtype.mergeable:
-            return self._files[slot.shard].sink(slot.begin, slot.count, slot.dtype.code)
-        return self._files[slot.shard].sink(slot.begin, slot.nbytes, "RAW")
+            count, code = slot.count, slot.dtype.code
+        else:
+            count, code = slot.nbytes, "RAW"
+        return self._files[slot.shard].sink(slot.begin, count, code, checksum=sums)
 
     def parts(self, name: str) -> Callable[[int, int], _C.Sink]:
         """The tensor by its parts, instead of ``sink``: a function of (first byte, bytes) that
         gives a ``RAW`` sink; every byte once, in order or nearly.
         """
-        slot = self._take(name)
+        slot, sums = self._take(name)
         file = self._files[slot.shard]
-        return lambda begin, nbytes: file.sink(slot.begin + begin, nbytes, "RAW")
+        return lambda begin, nbytes: file.sink(
+            slot.begin + begin, nbytes, "RAW", checksum=sums, first=begin
+        )
 
-    def _take(self, name: str) -> Slot:
+    def _take(self, name: str) -> tuple[Slot, _C.Checksum]:
         slot = self.layout.slots[name]
         self._begin(slot.shard)
         with self._lock:
             self._open.append(slot)
-        return slot
+        sums = self._sums[name] = _C.Checksum(slot.nbytes)
+        return slot, sums
 
     def computed(self, name: str, result: dict[str, Any]) -> None:
         """The tensor's sink is filled. ``result``, of JSON types, is in ``results`` from then on,
-        in a run that continues this one too.
+        with the tensor's ``checksum``, in a run that continues this one too.
         """
+        result = {**result, "checksum": checksum_of(self._sums.pop(name))}
         with self._lock:
             self.results[name] = result
         self.mark()
@@ -257,9 +285,13 @@ class ModelWriter:
 
     # --- ending ---
 
-    def finish(self, side_files: Mapping[str, bytes | Path] | None = None) -> None:
+    def finish(
+        self,
+        side_files: Mapping[str, bytes | Path] | None = None,
+        last: Callable[[Written], Mapping[str, bytes]] | None = None,
+    ) -> None:
         """Waits for the weights, adds ``side_files`` (by name, with ``/`` between folders: content
-        or a file), shows the folder.
+        or a file) and what ``last`` makes of all that was written, shows the folder.
 
         Everything is on the disk (fsync) before the target's name points to it.
         """
@@ -277,11 +309,20 @@ class ModelWriter:
                 extra[INDEX] = self.layout.index
             inside = self._inside
             folders = {inside}
+            written: Written = {
+                shard.name: {
+                    "bytes": shard.size,
+                    "header_sha256": hashlib.sha256(shard.header[8:]).hexdigest(),
+                }
+                for shard in self.layout.shards
+            }
             for name, content in extra.items():
                 place = inside / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 folders |= {f for f in place.parents if f.is_relative_to(inside)}
-                _write_file(place, content)
+                written[name] = _write_file(place, content)
+            for name, text in (last(written) if last else {}).items():
+                _write_file(inside / name, text)
             for folder in folders:
                 _sync(folder)
             check_target(self.target, self._overwrite)
@@ -383,25 +424,27 @@ class ModelWriter:
 # --- system calls ---
 
 
-def _write_file(path: Path, content: bytes | Path) -> None:
+def _write_file(path: Path, content: bytes | Path) -> dict[str, Any]:
+    """Writes a new file; returns its bytes' number and sha256."""
+    digest = hashlib.sha256()
     with path.open("xb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            _copy(content, file)
+        for piece in [content] if isinstance(content, bytes) else _pieces(content):
+            file.write(piece)
+            digest.update(piece)
         file.flush()
         os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _copy(path: Path, out: BinaryIO) -> None:
-    """In pieces, and no more than `side_files` takes: it may have grown since it was seen."""
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Of a file, no more than `side_files` takes: it may have grown since it was seen."""
     with open_regular(path) as file:
         left = MAX_FILE_BYTES
         while piece := file.read(_COPIED_BYTES):
             left -= len(piece)
             if left < 0:
                 raise ModelError(f"{path}: grew to more than {MAX_FILE_BYTES >> 20} MiB")
-            out.write(piece)
+            yield piece
 
 
 def _sync(folder: Path) -> None:
