@@ -44,11 +44,12 @@ struct Job {
     bool done() const { return next == tasks && running == 0; }
 };
 
-// Counts forks on the way to this process: its id may be its parent's, in another namespace.
 std::atomic<unsigned> generation{0};
 const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++generation; });
 
 }  // namespace
+
+unsigned forks() { return generation; }
 
 struct Pool::State {
     const unsigned born = generation;

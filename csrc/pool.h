@@ -8,6 +8,9 @@
 
 namespace fastmerge {
 
+// Counts forks on the way to this process: its id may be its parent's, in another namespace.
+unsigned forks();
+
 class Pool {
    public:
     explicit Pool(int threads);  // throws std::invalid_argument below 1

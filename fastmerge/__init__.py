@@ -1,9 +1,9 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
-``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``ops`` merges
-tensors in memory; ``adapters`` has LoRAs; ``llama`` loads results through transformers;
-``retrograde`` runs schedules; ``api`` has plans, ``live`` what is kept for live models. Submodules
-load when first used.
+``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``verify``
+says what of a written folder has changed; ``ops`` merges tensors in memory; ``adapters`` has LoRAs;
+``llama`` loads results through transformers; ``retrograde`` runs schedules; ``api`` has plans,
+``live`` what is kept for live models. Submodules load when first used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from fastmerge.version import __version__
 if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
     from fastmerge.adapters import extract_lora, merge_adapters
-    from fastmerge.api import materialise, merge
+    from fastmerge.api import materialise, merge, verify
     from fastmerge.engine.report import MergeReport
+    from fastmerge.engine.verify import Verification
     from fastmerge.errors import (
         FastmergeError,
         ModelError,
@@ -37,6 +38,7 @@ __all__ = [
     "RecipeError",
     "ResourceError",
     "UnsupportedError",
+    "Verification",
     "__version__",
     "adapters",
     "api",
@@ -50,6 +52,7 @@ __all__ = [
     "method",
     "ops",
     "retrograde",
+    "verify",
 ]
 
 _HOMES = {
@@ -58,7 +61,9 @@ _HOMES = {
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "merge_state_dicts": "fastmerge.state_dicts",
+    "verify": "fastmerge.api",
     "MergeReport": "fastmerge.engine.report",
+    "Verification": "fastmerge.engine.verify",
     "method": "fastmerge.methods",
     **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},
 }

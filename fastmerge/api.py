@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fastmerge.arguments import a_flag, a_path
+from fastmerge.arguments import a_flag, a_function, a_path
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.errors import FastmergeError, UnsupportedError, brief, is_whole
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
@@ -28,7 +28,10 @@ from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
+    from fastmerge.engine.verify import Verification
     from fastmerge.plan.adapters import AdapterMerge
+
+SAMPLE = 16  # tensors that `verify` makes again
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
@@ -149,6 +152,48 @@ def merge(
         device=device,
         gpu_memory=gpu_memory,
         side_files=model_files(decided, folder.name),
+    )
+
+
+def verify(
+    folder: str | Path,
+    against: Source | None = None,
+    *,
+    sample: int | None = SAMPLE,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    models: Mapping[str, Any] | None = None,
+) -> Verification:
+    """Whether ``folder``, which a merge wrote, is as it was written: the sizes and sha256 of its
+    files, its headers, index and config, and the checksum of every tensor, as fastmerge.json has
+    them. Of a version that kept none of these, what could not be checked is said.
+
+    ``against``: a recipe or plan that it is compared with too: names, types and shapes, config and
+    side files, and ``sample`` tensors drawn at random (None: all) made again and compared bit for
+    bit; where the recipe has no seed, with the one that the folder was written with. ``progress``
+    and ``models``: as in `merge`. What differs is in the result, one entry for each file or tensor;
+    FastmergeError is raised where nothing can be compared. A checksum tells damage, not intent:
+    whoever can change the weights can change fastmerge.json.
+    """
+    from fastmerge.engine.verify import verify_folder
+
+    place = a_path(folder, "folder")
+    a_function(progress, "progress")
+    if sample is not None and (not is_whole(sample) or sample < 0):
+        raise FastmergeError(f"sample: {brief(sample)} is not a number of tensors, or None for all")
+
+    def planner(seed: int | None) -> Plan:
+        assert against is not None
+        if isinstance(against, Plan):
+            return against
+        return plan(against, seed=seed, models=models)
+
+    return verify_folder(
+        place,
+        None if against is None else planner,
+        sample=sample,
+        threads=threads,
+        progress=progress,
     )
 
 

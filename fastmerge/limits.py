@@ -9,6 +9,7 @@ MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its p
 MAX_LAYERS = 10_000  # the deepest published model has 1000
 MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
 MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
+MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are counted
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB

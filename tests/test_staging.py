@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -335,3 +336,18 @@ def test_view_outlives_its_mapping(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abcdefgh")
     view = _C.Mapping(str(tmp_path / "f")).view(0, 8, "RAW").slice(2, 5)
     assert ctypes.string_at(view.address, view.nbytes) == b"cde"
+
+
+def test_a_forked_child_leaves_them_alone(tmp_path: Path) -> None:
+    """Their threads are not in it: freeing them there crashed, or waited for ever."""
+    staging = _C.Staging(4096, 4, 2)
+    file = _C.StagedFile(staging, str(tmp_path / "f"), 10_000)
+    file.write(0, bytes(5000))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        del file, staging
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    file.write(5000, bytes(5000))
+    file.finish()

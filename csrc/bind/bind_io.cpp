@@ -71,8 +71,13 @@ void bind_io(py::module_& m) {
         });
 
     py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
-        .def(py::init<int64_t, int, int>(), py::arg("buffer_bytes"), py::arg("buffers"),
-             py::arg("threads"))
+        .def(py::init([](int64_t buffer_bytes, int buffers, int threads) {
+                 return std::shared_ptr<Staging>(new Staging(buffer_bytes, buffers, threads),
+                                                 [](Staging* staging) {
+                                                     if (!staging->inherited()) delete staging;
+                                                 });
+             }),
+             py::arg("buffer_bytes"), py::arg("buffers"), py::arg("threads"))
         .def_property_readonly("bytes_written", &Staging::bytes_written)
         .def_property_readonly("spills", &Staging::spills)
         .def("close", &Staging::close, NoGil());
@@ -82,7 +87,11 @@ void bind_io(py::module_& m) {
                          const std::string& io, bool resume) {
                  const auto mode = parse_io(io);
                  py::gil_scoped_release release;
-                 return std::make_shared<StagedFile>(std::move(staging), path, size, mode, resume);
+                 return std::shared_ptr<StagedFile>(
+                     new StagedFile(std::move(staging), path, size, mode, resume),
+                     [](StagedFile* file) {
+                         if (!file->staging().inherited()) delete file;
+                     });
              }),
              py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(),
              py::arg("io") = "auto", py::arg("resume") = false)

@@ -35,6 +35,10 @@ class Staging {
     Staging& operator=(const Staging&) = delete;
     int64_t bytes_written() const { return bytes_written_; }
     int64_t spills() const { return spills_; }
+    // Whether this process is a forked child of the one that made it. None of its threads exist
+    // here, and its mutex may be one that such a thread held: it and its files are left as they
+    // lie, never closed or freed.
+    bool inherited() const { return born_ != forks(); }
     // Lets the I/O threads write what is queued and end. Later writes throw.
     void close();
 
@@ -51,6 +55,7 @@ class Staging {
     int take();        // mutex_ held; -1: none free
     void release(int buffer);
 
+    const unsigned born_ = forks();
     const int64_t buffer_bytes_;
     size_t mapped_bytes_ = 0;
     char* mapped_ = nullptr;
@@ -79,6 +84,7 @@ class StagedFile : public std::enable_shared_from_this<StagedFile> {
     StagedFile& operator=(const StagedFile&) = delete;
 
     bool direct() const { return direct_; }
+    const Staging& staging() const { return *staging_; }
     // With a checksum, to which the tensor's bytes are added from its byte `first` on.
     std::shared_ptr<Sink> sink(int64_t offset, int64_t count, DType dtype,
                                std::shared_ptr<Checksum> checksum = nullptr, int64_t first = 0);

@@ -1,5 +1,5 @@
-"""The command line: ``fastmerge merge | plan | moe | extract-lora | info | diff | methods |
-retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe |
+"""The command line: ``fastmerge merge | plan | verify | moe | extract-lora | info | diff |
+methods | retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe |
 mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, moe, loras, models, methods, retrograde  # noqa: F401, I001
-    from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
+    from fastmerge.cli import merge, verify, moe, loras, models, methods  # noqa: F401, I001
+    from fastmerge.cli import retrograde, mergekit, mergekit_moe, mergekit_loras  # noqa: F401
     from fastmerge.cli.app import run
     from fastmerge.cli.streams import prepare
 

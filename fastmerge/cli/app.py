@@ -12,18 +12,21 @@ from fastmerge.cli.streams import deliver
 from fastmerge.errors import FastmergeError, nearest
 from fastmerge.version import __version__
 
-MISTAKE, INTERRUPTED = 2, 130  # exit codes; 130 = 128 + SIGINT, as shells have it
+# Exit codes: 1 as diff and cmp have it, 130 = 128 + SIGINT as shells have it.
+DIFFERS, MISTAKE, INTERRUPTED = 1, 2, 130
 PROGRAM = "fastmerge"
-COMMANDS: dict[str, Callable[..., None]] = {}  # in the order of --help
+COMMANDS: dict[str, Callable[..., int | None]] = {}  # in the order of --help
 # By command: other tools' flags, and what to write instead.
 ELSEWHERE: dict[str, Mapping[str, str]] = {}
 ABSENT: dict[str, str] = {}  # other tools' commands that are not there, and why
 
-F = TypeVar("F", bound=Callable[..., None])
+F = TypeVar("F", bound=Callable[..., "int | None"])
 
 
 def command(function: F) -> F:
-    """Registers ``function`` as the command of its name, dashes for underscores."""
+    """Registers ``function`` as the command of its name, dashes for underscores. What it returns is
+    the exit code, 0 for None.
+    """
     COMMANDS[name_of(function)] = function
     return function
 
@@ -31,6 +34,7 @@ def command(function: F) -> F:
 def run(words: Sequence[str]) -> None:
     """Runs the command line ``words``; a user's mistake and Ctrl-C end the process in one line."""
     first = words[0] if words else "--help"
+    code = None
     try:
         if first == "--version":
             put(f"{PROGRAM} {__version__}")
@@ -42,7 +46,7 @@ def run(words: Sequence[str]) -> None:
             fail(f"no command '{first}'; {nearest(first, COMMANDS)}", MISTAKE)
         else:
             function = COMMANDS[first]
-            function(**parse(function, words[1:], PROGRAM, ELSEWHERE.get(first)))
+            code = function(**parse(function, words[1:], PROGRAM, ELSEWHERE.get(first)))
         deliver()
     except FastmergeError as error:
         fail(str(error), MISTAKE)
@@ -54,7 +58,9 @@ def run(words: Sequence[str]) -> None:
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     if not words:
-        raise SystemExit(MISTAKE)
+        code = MISTAKE
+    if code:
+        raise SystemExit(code)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -43,13 +43,13 @@ class Option:
         self.either, self.count, self.many = either, count, many
 
 
-def name_of(function: Callable[..., None]) -> str:
+def name_of(function: Callable[..., Any]) -> str:
     """What the command is called on the command line."""
     return function.__name__.replace("_", "-")
 
 
 def parse(
-    function: Callable[..., None],
+    function: Callable[..., Any],
     words: Sequence[str],
     program: str,
     elsewhere: Mapping[str, str] | None = None,

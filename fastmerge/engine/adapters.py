@@ -145,6 +145,7 @@ def _put(pool: _C.Pool, content: Content, sink: _C.Sink) -> None:
 def _by_module(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for result in results.values():
-        if len(result) > 1:
-            found[result["module"]] = {k: v for k, v in result.items() if k != "module"}
+        told = {key: value for key, value in result.items() if key not in ("module", "checksum")}
+        if told:
+            found[result["module"]] = told
     return found

@@ -111,6 +111,11 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
+def is_silent(name: str) -> bool:
+    """Whether it is version control, a cache or what an editor leaves: never a model's."""
+    return _SILENT.fullmatch(name) is not None
+
+
 def side_files(path: Path, weights: Iterable[Path] = ()) -> SideFiles:
     """What a merged model takes over from the one at ``path``, a folder or one .safetensors file.
 
@@ -185,7 +190,7 @@ class _Gathering:
     def _folder(self, folder: Path, prefix: str) -> None:
         for entry in self._sorted(folder):
             name = prefix + entry.name
-            if _SILENT.fullmatch(entry.name) or (not prefix and name in OURS):
+            if is_silent(entry.name) or (not prefix and name in OURS):
                 continue
             if entry.name.startswith("."):
                 self._leave(name, "hidden")

@@ -11,6 +11,7 @@ its checksums too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,18 @@ def checksum_of_view(pool: _C.Pool, tensor: _C.View) -> str:
 
 
 def checksums_in_file(
-    pool: _C.Pool, path: Path, places: dict[str, tuple[int, int]]
-) -> dict[str, str]:
+    pool: _C.Pool, path: Path, places: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, str | None]]:
     """The checksums of tensors in a file, by name; ``places``: each one's first byte and its bytes.
-    Those whose pages were gone when they were read are left out. Raises OSError.
+    None for one of whose pages the disk, or the end of a file that was cut, gave none. Raises
+    OSError.
     """
-    found: dict[str, str] = {}
     mapping = _C.Mapping(str(path))
     for name, (begin, nbytes) in places.items():
+        if begin + nbytes > mapping.size:
+            yield name, None
+            continue
         mapping.prefetch(begin, nbytes)
         checksum = checksum_of_view(pool, mapping.view(begin, nbytes, "RAW"))
         mapping.drop(begin, nbytes)
-        if mapping.torn:
-            break
-        found[name] = checksum
-    return found
+        yield name, None if mapping.torn else checksum

@@ -173,8 +173,9 @@ class ModelWriter:
                 places = {s.name: (s.begin, s.nbytes) for s in slots if s.shard == number}
                 if places:
                     path = self._folder.inside / shard.name
-                    checksums = checksums_in_file(pool, path, places)
-                    found |= {n: kept[n] for n, c in checksums.items() if c == kept[n]["checksum"]}
+                    for name, checksum in checksums_in_file(pool, path, places):
+                        if checksum is not None and checksum == kept[name]["checksum"]:
+                            found[name] = kept[name]
         self.damaged = tuple(name for name in kept if name not in found)
         return found
 

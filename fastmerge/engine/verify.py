@@ -1,0 +1,243 @@
+"""Whether a written folder is what its lineage says, and what its recipe makes."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmerge import _C
+from fastmerge.compute.cpu import cpu, isa, thread_count
+from fastmerge.engine.executor import Local
+from fastmerge.engine.report import Progress
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.header import open_regular, read_object, show
+from fastmerge.models.side_files import LINEAGE_FILE
+from fastmerge.output import adapter
+from fastmerge.output.provenance import names
+from fastmerge.output.sink import Arrays
+from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
+from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.plan import Plan
+
+Planner = Callable[[int | None], Plan]  # of a seed, or of the recipe's own
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. ``unchecked``: what could not be checked, and why, a sentence each."""
+
+    folder: Path
+    differences: tuple[Difference, ...]
+    more_differences: int  # beyond the 10 000 that are kept
+    unchecked: tuple[str, ...]
+    files: int  # compared with what the lineage says of them
+    tensors: int  # in the folder
+    checked: int  # tensors of which every byte was read for its checksum
+    recomputed: tuple[str, ...]  # tensors that were made again from the recipe
+    version: str | None  # of fastmerge, that wrote the folder
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that could be checked is as it was written."""
+        return not self.differences
+
+    def as_dict(self) -> dict[str, Any]:
+        """The findings as JSON can hold them."""
+        values = asdict(self)
+        values["folder"] = str(self.folder)
+        return values | {"whole": self.whole}
+
+
+def verify_folder(
+    folder: Path,
+    planner: Planner | None = None,
+    *,
+    sample: int | None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """``folder`` against its own lineage and, with a ``planner``, against the recipe's plan:
+    ``sample`` tensors, or all where it is None, are made again and compared bit for bit.
+    """
+    isa()
+    count = thread_count(threads)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: not a folder; give one that fastmerge wrote")
+    found = Findings()
+    lineage = None
+    try:
+        lineage = Lineage.read(folder)
+        if lineage is None and planner is None:
+            raise ModelError(
+                f"{folder}: has no {LINEAGE_FILE}, so fastmerge did not write it, or it was "
+                "removed; give the recipe (--against) to compare with"
+            )
+        if lineage is not None and adapter.CONFIG in lineage.files:
+            raise UnsupportedError(f"{folder}: an adapter; only models are verified")
+        if lineage is not None:
+            found = check_folder(folder, lineage, cpu(count).pool, progress)
+        else:
+            found.unchecked.append(f"the folder's own lineage: it has no {LINEAGE_FILE}")
+            read_headers(folder, found)
+    except OSError as error:
+        where = error.filename or folder
+        raise ModelError(f"{where}: cannot be read ({error.strerror or error})") from error
+    made: tuple[str, ...] = ()
+    if planner is not None:
+        plan = _plan(planner, lineage)
+        made = _Comparison(folder, plan, lineage, found).run(sample, count, progress)
+    return Verification(
+        folder=folder,
+        differences=tuple(found.differences),
+        more_differences=found.more,
+        unchecked=tuple(found.unchecked),
+        files=found.files,
+        tensors=found.tensors,
+        checked=found.checked,
+        recomputed=made,
+        version=lineage.version if lineage else None,
+    )
+
+
+def _plan(planner: Planner, lineage: Lineage | None) -> Plan:
+    """With the seed that was given when the folder was written, where the recipe has none."""
+    plan = planner(None)
+    said = lineage.said.get("fastmerge_seed") if lineage else None
+    if not plan.seed_derived or not isinstance(said, str):
+        return plan
+    given = re.fullmatch(r"\d{1,19}", said, re.ASCII) and int(said) != plan.seed
+    return planner(int(said)) if given else plan
+
+
+class _Comparison:
+    def __init__(self, folder: Path, plan: Plan, lineage: Lineage | None, found: Findings) -> None:
+        self._folder, self._plan, self._lineage, self._found = folder, plan, lineage, found
+
+    def run(self, sample: int | None, threads: int, progress: Progress | None) -> tuple[str, ...]:
+        self._inputs()
+        self._side_files()
+        try:
+            model = Checkpoint.open(self._folder)
+        except FastmergeError:
+            self._found.unchecked.append(
+                "tensors against the recipe: the weight files cannot be opened"
+            )
+            return ()
+        alike = self._tensors(model)
+        if sample is not None and sample < len(alike):
+            # Not the same every time: who changes a folder must not know what will be looked at.
+            chosen = set(random.SystemRandom().sample(range(len(alike)), sample))
+            alike = [item for number, item in enumerate(alike) if number in chosen]
+        self._recompute(model, alike, threads, progress)
+        return tuple(item.name for item in alike)
+
+    def _inputs(self) -> None:
+        said = self._lineage.said.get("fastmerge_inputs") if self._lineage else None
+        if not isinstance(said, dict):
+            return
+        called = zip(names(self._plan), self._plan.models, strict=True)
+        ours = {name: model.fingerprint for name, model in called}
+        if sorted(ours.values()) == sorted(map(str, said.values())):
+            return
+        other = [show(name) for name, found in ours.items() if said.get(name) != found][:3]
+        self._found.differ(
+            LINEAGE_FILE,
+            f"was made of other models than the recipe's, by their fingerprints: "
+            f"{', '.join(other) or 'of one more'}",
+        )
+
+    def _side_files(self) -> None:
+        """The config's values, and the bytes of what lies beside the weights."""
+        files = self._plan.side_files()
+        if self._plan.config:
+            files.pop("config.json", None)
+            self._compare("config.json", self._config, self._plan.config)
+        for name, content in files.items():
+            self._compare(name, partial(_sha256, self._folder / name), _sha256(content))
+
+    def _config(self) -> dict[str, Any]:
+        path = self._folder / "config.json"
+        return read_object(path) if path.exists() else {}
+
+    def _compare(self, name: str, read: Callable[[], Any], wanted: Any) -> None:
+        try:
+            if read() != wanted:
+                self._found.differ(name, "is not what the recipe makes")
+        except (FastmergeError, OSError):
+            self._found.differ(name, "cannot be read; the recipe makes one")
+
+    def _tensors(self, model: Checkpoint) -> list[TensorPlan]:
+        """The plan's tensors that the folder has in the same type and shape."""
+        alike: list[TensorPlan] = []
+        wanted = {item.name: item for item in self._plan.tensors}
+        for name, item in wanted.items():
+            info = model.tensors.get(name)
+            if info is None:
+                self._found.differ(".", "is missing; the recipe makes it", name)
+            elif (info.dtype, info.shape) != (item.dtype, item.shape):
+                self._found.differ(
+                    model.files[info.file].name,
+                    f"is {info.dtype.code} {list(info.shape)}, the recipe makes {item.dtype.code} "
+                    f"{list(item.shape)}",
+                    name,
+                )
+            else:
+                alike.append(item)
+        for name in model.tensors.keys() - wanted.keys():
+            self._found.differ(".", "is not in what the recipe makes", name)
+        return alike
+
+    def _recompute(
+        self,
+        model: Checkpoint,
+        items: list[TensorPlan],
+        threads: int,
+        progress: Progress | None,
+    ) -> None:
+        pool, sink = cpu(threads).pool, _Some(items)
+        total, done = sum(item.bytes_in + item.nbytes for item in items), 0
+        with closing(Local(self._plan, threads=threads).run(sink)) as finished:
+            for item, _ in finished:
+                array = np.ascontiguousarray(sink.take(item)).reshape(-1).view(np.uint8)
+                view = model.view(item.name, raw=True)
+                if not _C.equal(pool, _C.View(array.ctypes.data, array.size, "RAW", array), view):
+                    file = model.files[model.info(item.name).file]
+                    what = "has other bytes than the recipe makes"
+                    self._found.differ(file.relative_to(self._folder).as_posix(), what, item.name)
+                model.drop(item.name)
+                done += item.bytes_in + item.nbytes
+                if progress is not None:
+                    progress(done, total, item.name)
+        self._plan.check_unchanged()
+        model.check_unchanged()
+
+
+class _Some(Arrays):
+    """Some of a plan's tensors, in memory."""
+
+    def __init__(self, wanted: Iterable[TensorPlan]) -> None:
+        super().__init__()
+        self._wanted = {item.name for item in wanted}
+
+    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        return [item for item in items if item.name in self._wanted]
+
+
+def _sha256(content: bytes | Path) -> bytes:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).digest()
+    digest = hashlib.sha256()
+    with open_regular(content) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.digest()

@@ -1,0 +1,288 @@
+"""A written folder against what its own fastmerge.json says: headers, sizes, files, checksums.
+
+The folder may be a stranger's: what fastmerge.json says is checked before it is used. It is no
+proof of where a folder is from: whoever can rewrite the weights can rewrite fastmerge.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastmerge import _C
+from fastmerge.errors import ModelError, UnsupportedError, brief, printable, shortened
+from fastmerge.limits import MAX_DIFFERENCES, MAX_ENTRIES, MAX_FILE_BYTES, MAX_HEADER_BYTES
+from fastmerge.models.folder import INDEX, check_index, find_files
+from fastmerge.models.header import FileTensor, Header, open_regular, read_header, read_object, show
+from fastmerge.models.links import Home
+from fastmerge.models.side_files import LINEAGE_FILE, is_silent
+from fastmerge.output.checksum import ALGORITHM, checksums_in_file
+
+_PIECE_BYTES = 1 << 20
+_NEVER = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # in the name of a file that a merge wrote
+Watch = Callable[[int, int, str], None]  # bytes done, bytes in all, tensor name
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is not as it was written: a file of the folder, or a tensor (else ""), and in what."""
+
+    file: str
+    tensor: str
+    what: str
+
+    def __str__(self) -> str:
+        tensor = f" tensor {show(self.tensor)}:" if self.tensor else ""
+        return shortened(printable(f"{show(self.file)[1:-1]}:{tensor} {self.what}"))
+
+
+@dataclass
+class Findings:
+    """What a check came to. ``unchecked``: what could not be checked, and why, a sentence each."""
+
+    differences: list[Difference] = field(default_factory=list)
+    more: int = 0  # differences beyond those that are kept
+    unchecked: list[str] = field(default_factory=list)
+    files: int = 0
+    tensors: int = 0
+    checked: int = 0  # tensors whose every byte was read and agrees with a checksum, or does not
+    nbytes: int = 0  # of those
+
+    def differ(self, file: str, what: str, tensor: str = "") -> None:
+        if len(self.differences) < MAX_DIFFERENCES:
+            self.differences.append(Difference(file, tensor, what))
+        else:
+            self.more += 1
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A fastmerge.json, as far as it says what was written; what it does not say is empty."""
+
+    said: Mapping[str, Any]
+    files: frozenset[str]
+    written: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, str | None]  # their checksums
+    version: str
+    algorithm: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Lineage | None:
+        """None where there is none. Raises ModelError for one that no merge wrote."""
+        path = folder / LINEAGE_FILE
+        if not os.path.lexists(path):
+            return None
+        said = read_object(Home(folder).inside(path), max_bytes=MAX_HEADER_BYTES)
+        files, written = said.get("files", []), said.get("written", {})
+        tensors, kind = said.get("tensors", {}), said.get("checksum")
+        mappings = [written, tensors, *_values(written), *_values(tensors)]
+        if (
+            not isinstance(files, list)
+            or not all(isinstance(name, str) for name in files)
+            or not all(isinstance(value, dict) for value in mappings)
+        ):
+            raise ModelError(f"{path}: not what a merge writes there")
+        return cls(
+            said,
+            frozenset(files),
+            written,
+            {name: _text(result.get("checksum")) for name, result in tensors.items()},
+            _text(said.get("fastmerge_version")) or "an unknown version",
+            None if kind is None else brief(kind) if not isinstance(kind, str) else kind,
+        )
+
+
+def _values(mapping: Any) -> list[Any]:
+    return list(mapping.values()) if isinstance(mapping, dict) else []
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def check_folder(folder: Path, lineage: Lineage, pool: _C.Pool, watch: Watch | None) -> Findings:
+    """``folder`` against its ``lineage``. Raises FastmergeError where it cannot be searched."""
+    found = Findings()
+    _check_written(folder, lineage, found)
+    _check_unlisted(folder, lineage, found)
+    files, headers = read_headers(folder, found)
+    _check_metadata(files, headers, lineage, found)
+    tensors = {info.name: info for header in headers.values() for info in header.tensors}
+    found.tensors = len(tensors)
+    if lineage.written or lineage.tensors:
+        for name in sorted(set(lineage.tensors) - set(tensors)):
+            found.differ(LINEAGE_FILE, "listed here, but in no weight file", name)
+    if lineage.algorithm not in (None, ALGORITHM):
+        found.unchecked.append(
+            f"the tensors' bytes: checksums of a kind that this version does not know "
+            f"({show(lineage.algorithm or '')})"
+        )
+        return found
+    _check_tensors(folder, files, headers, lineage, pool, found, watch)
+    return found
+
+
+def _check_written(folder: Path, lineage: Lineage, found: Findings) -> None:
+    if not lineage.written:
+        found.unchecked.append(
+            f"configs, side files and headers: fastmerge {lineage.version} kept no digests of them"
+        )
+    for name in sorted(lineage.files | set(lineage.written)):
+        found.files += 1
+        if _NEVER.search(name) or not name:
+            found.differ(LINEAGE_FILE, f"names a file outside the folder ({show(name)})")
+        elif not os.path.lexists(folder / name):
+            found.differ(name, "is missing")
+        else:
+            wanted = lineage.written.get(name)
+            try:
+                what = _fault(folder, name, wanted) if wanted else None
+            except (ModelError, OSError) as error:
+                what = _without(error, folder / name)
+            if what:
+                found.differ(name, what)
+
+
+def _fault(folder: Path, name: str, wanted: Mapping[str, Any]) -> str | None:
+    """How the file differs from the one that was written, in its size or its bytes."""
+    path = Home(folder).inside(folder / name)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != wanted.get("bytes"):
+            return f"has {size} bytes, {brief(wanted.get('bytes'))} were written"
+        header = wanted.get("header_sha256")
+        if header is not None:
+            return None if read_header(path, 0)[0].digest.hex() == header else "has another header"
+        if size > MAX_FILE_BYTES:
+            return f"is larger than any file that a merge writes beside weights ({size} bytes)"
+        digest = hashlib.sha256()
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    same = digest.hexdigest() == wanted.get("sha256")
+    return None if same else "has other bytes than were written"
+
+
+def _check_unlisted(folder: Path, lineage: Lineage, found: Findings) -> None:
+    """Loaders look for files by name: a config, an index or code may have been laid beside."""
+    known = lineage.files | set(lineage.written) | {LINEAGE_FILE}
+    if not lineage.files:
+        found.unchecked.append(f"files that were added: fastmerge {lineage.version} kept no list")
+        return
+    for name in _names(folder):
+        if name not in known:
+            found.differ(name, "was not written by the merge")
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Every file in the folder and its folders, but for version control and caches."""
+    entries = 0
+    for place, folders, files in os.walk(folder):
+        entries += len(folders) + len(files)
+        if entries > MAX_ENTRIES:
+            raise ModelError(f"{folder}: more than {MAX_ENTRIES} files; not what a merge wrote")
+        folders[:] = sorted(name for name in folders if not is_silent(name))
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in sorted(file for file in files + links if not is_silent(file)):
+            yield os.path.relpath(os.path.join(place, name), folder)
+
+
+def read_headers(folder: Path, found: Findings) -> tuple[tuple[Path, ...], dict[Path, Header]]:
+    """The weight files, and the headers of those that are in order."""
+    try:
+        files, weight_map = find_files(folder)
+        if (folder / "config.json").exists():
+            read_object(Home(folder).inside(folder / "config.json"))
+    except (ModelError, UnsupportedError, OSError) as error:
+        _tell(error, folder, found)
+        return (), {}
+    headers: dict[Path, Header] = {}
+    for number, path in enumerate(files):
+        try:
+            headers[path] = read_header(path, number)[0]
+        except ModelError as error:
+            found.differ(path.relative_to(folder).as_posix(), _without(error, path))
+    if weight_map is not None and len(headers) == len(files):
+        try:
+            check_index(folder / INDEX, weight_map, files, headers.values())
+        except ModelError as error:
+            _tell(error, folder, found)
+    return files, headers
+
+
+def _check_metadata(
+    files: tuple[Path, ...], headers: Mapping[Path, Header], lineage: Lineage, found: Findings
+) -> None:
+    """What the headers say of the merge is what fastmerge.json says of it."""
+    for path in files:
+        for key, value in headers[path].metadata.items() if path in headers else ():
+            if not key.startswith("fastmerge_"):
+                continue
+            said = lineage.said.get(key)
+            if (json.dumps(said) if isinstance(said, dict) else said) != value:
+                what = f"its header's {show(key)} is not the one in {LINEAGE_FILE}"
+                found.differ(path.name, what)
+
+
+def _check_tensors(
+    folder: Path,
+    files: tuple[Path, ...],
+    headers: Mapping[Path, Header],
+    lineage: Lineage,
+    pool: _C.Pool,
+    found: Findings,
+    watch: Watch | None,
+) -> None:
+    total = sum(info.nbytes for header in headers.values() for info in header.tensors)
+    without = 0
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        wanted: dict[str, FileTensor] = {}
+        for info in headers[path].tensors if path in headers else ():
+            if info.name not in lineage.tensors and lineage.tensors:
+                found.differ(name, f"not listed in {LINEAGE_FILE}", info.name)
+            elif lineage.tensors.get(info.name) is None:
+                without += 1
+            else:
+                wanted[info.name] = info
+        places = {info.name: (info.begin, info.nbytes) for info in wanted.values()}
+        try:
+            for tensor, checksum in checksums_in_file(pool, path, places):
+                found.checked += 1
+                found.nbytes += wanted[tensor].nbytes
+                if checksum is None:
+                    found.differ(name, "could not be read to its end", tensor)
+                elif checksum != lineage.tensors[tensor]:
+                    found.differ(name, "has other bytes than were written", tensor)
+                if watch is not None:
+                    watch(found.nbytes, total, tensor)
+        except OSError as error:
+            found.differ(name, _without(error, path))
+    if without:
+        found.unchecked.append(
+            f"the bytes of {without} of {found.tensors} tensors: fastmerge {lineage.version} kept "
+            "no checksums of them"
+        )
+
+
+def _tell(error: Exception, folder: Path, found: Findings) -> None:
+    """The error as a difference of the file that it begins with, or of the folder."""
+    text = str(error)
+    inside = text.removeprefix(printable(f"{folder}/"))
+    name, colon, what = inside.partition(": ")
+    if isinstance(error, OSError) or inside == text or not colon:
+        found.differ(".", _without(error, folder))
+    else:
+        found.differ(name, what)
+
+
+def _without(error: Exception, place: Path) -> str:
+    """The error in words that do not repeat where it is."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return str(error).removeprefix(printable(f"{place}: "))
