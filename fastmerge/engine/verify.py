@@ -19,10 +19,10 @@ from fastmerge.compute.cpu import cpu, isa, thread_count
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import Progress
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.side_files import LINEAGE_FILE
-from fastmerge.output import adapter
 from fastmerge.output.provenance import names
 from fastmerge.output.sink import Arrays
 from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
@@ -82,7 +82,7 @@ def verify_folder(
                 f"{folder}: has no {LINEAGE_FILE}, so fastmerge did not write it, or it was "
                 "removed; give the recipe (--against) to compare with"
             )
-        if lineage is not None and adapter.CONFIG in lineage.files:
+        if lineage is not None and ADAPTER_CONFIG in lineage.files:
             raise UnsupportedError(f"{folder}: an adapter; only models are verified")
         if lineage is not None:
             found = check_folder(folder, lineage, cpu(count).pool, progress)
