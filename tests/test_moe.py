@@ -282,25 +282,41 @@ def test_loads_and_generates(here, layout: str, kind: str, shared) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("mixtral", "llama"), ("qwen3", "qwen3")])
-def test_experts_that_are_the_base_compute_what_it_does(here, layout: str, kind: str) -> None:
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "config"),
+    [
+        ("mixtral", "llama", {"tie_word_embeddings": True}),
+        ("mixtral", "llama", {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
+        ("mixtral", "llama", {"rms_norm_eps": None, "max_position_embeddings": None}),
+        ("mixtral", "mistral", {"sliding_window": None, "rope_theta": 1e6}),
+        ("qwen3", "qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0,
+            "rope_theta": 1e6}}),
+    ],
+)  # fmt: skip
+def test_experts_that_are_the_base_compute_what_it_does(here, layout, kind, config) -> None:
     """Equal experts with weights that sum to 1 are one MLP: the mixture is the dense model."""
     import torch
 
     from fastmerge import llama
 
-    models(here, kind, dtype="F32")
+    models(here, kind, dtype="F32", tied="tie_word_embeddings" in config)
+    file = Path("base/config.json")
+    own = json.loads(file.read_text()) | config
+    kept = {key: value for key, value in own.items() if value is not None or "window" in key}
+    file.write_text(json.dumps(kept))
     experts = [{**each, "source_model": "base"} for each in EXPERTS]
-    report = fastmerge.merge(
-        recipe(architecture=layout, dtype="float32") | {"experts": experts}, "x"
-    )
+    report = fastmerge.merge(recipe(architecture=layout, dtype="float32", experts=experts), "x")
     assert any("all experts are one model" in note for note in report.notes)
-    tokens = torch.tensor([[1, 5, 9, 4, 30]])
+    tokens = torch.arange(1, 39)[None]
     with torch.no_grad():
-        dense, mixed = (
-            llama.load(place, dtype=torch.float32)(tokens).logits for place in ("base", "x")
-        )
-    torch.testing.assert_close(dense, mixed, rtol=1e-4, atol=1e-4)
+        dense, mixed = (llama.load(p, dtype=torch.float32)(tokens).logits for p in ("base", "x"))
+    torch.testing.assert_close(dense, mixed, rtol=1e-5, atol=1e-5)
 
 
 def test_defaults_of_the_dense_classes_are_written_out() -> None:
@@ -539,6 +555,15 @@ def test_hidden_gates_need_a_model_that_runs(here) -> None:
     with pytest.raises(FastmergeError, match="has none that are stored as floats"):
         api.plan([mean, recipe(base_model="mean")])
     api.plan([mean, recipe(base_model="mean", gate_mode="random")])
+
+
+def test_a_tokenizer_that_does_not_load(here) -> None:
+    """Found while the mixture is written, which then is not there."""
+    models(here)
+    Path("base/tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
+    with pytest.raises(FastmergeError, match="has no tokenizer that loads") as raised:
+        fastmerge.merge(recipe(), "out")
+    assert "\n" not in str(raised.value) and not Path("out").exists()
 
 
 def test_notes(here) -> None:
