@@ -16,7 +16,7 @@ from fastmerge.version import __version__
 if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
     from fastmerge.adapters import extract_lora, merge_adapters
-    from fastmerge.api import materialise, merge, verify
+    from fastmerge.api import fold, materialise, merge, verify
     from fastmerge.engine.report import MergeReport
     from fastmerge.engine.verify import Verification
     from fastmerge.errors import (
@@ -43,6 +43,7 @@ __all__ = [
     "adapters",
     "api",
     "extract_lora",
+    "fold",
     "live",
     "llama",
     "materialise",
@@ -57,6 +58,7 @@ __all__ = [
 
 _HOMES = {
     "extract_lora": "fastmerge.adapters",
+    "fold": "fastmerge.api",
     "merge_adapters": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fastmerge.arguments import a_flag, a_function, a_path
+from fastmerge.arguments import a_flag, a_function, a_path, a_text
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
@@ -153,6 +153,34 @@ def merge(
         gpu_memory=gpu_memory,
         side_files=model_files(decided, folder.name),
     )
+
+
+def fold(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Writes the model ``base`` with the LoRA ``adapter`` on it to the new folder ``out``: what
+    PEFT's merge_and_unload makes, W + s B A, in fp32 and rounded once.
+
+    base, adapter: folders or Hub ids; the adapter as PEFT saves it. dtype: of the output, default
+    the base's. options: those of `merge`, which it is: of the recipe ``base+adapter`` alone.
+    Raises FastmergeError, before anything is written where the adapter is not for this base.
+    """
+    names = [str(a_path(value, name)) for value, name in ((base, "base"), (adapter, "adapter"))]
+    return merge(fold_recipe(*names, dtype=dtype), out, **options)
+
+
+def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[str, Any]:
+    """The recipe of `fold`."""
+    recipe: dict[str, Any] = {"merge_method": "passthrough"}
+    recipe["models"] = [{"model": f"{base}+{adapter}"}]
+    if dtype is not None:
+        recipe["dtype"] = a_text(dtype, "dtype")
+    return recipe
 
 
 def verify(

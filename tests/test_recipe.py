@@ -72,6 +72,7 @@ def test_truth_has_many_spellings(text):
         ("{model: org/model}", "org/model"),
         ("{model: {path: org/model, revision: main}}", "org/model@main"),
         ("{model: {path: org/model, revision: null}, lora: null}", "org/model"),
+        ("{model: {path: org/model}, lora: {path: b, revision: x}}", "org/model+b@x"),
         ("{path: ./a}", "./a"),
     ],
 )
@@ -218,8 +219,8 @@ BAD = {
     ),
     "model-blank": (f"{LINEAR}models:\n  - model: ''\n", "recipe:4: 'model' is empty"),
     "lora": (
-        f"{LINEAR}models:\n  - model: {{model: a, lora: b}}\n",
-        "has a LoRA, which is not supported",
+        f"{LINEAR}models:\n  - model: {{model: a, lora: 7}}\n",
+        "must be a folder or a Hub id",
     ),
     "architecture": (
         f"{LINEAR}models:\n  - model: {{model: a, override_architecture: X}}\n",

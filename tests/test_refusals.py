@@ -234,8 +234,8 @@ BAD = {
         "recipe:4: nowhere/at/all: no such folder",
     ),
     "lora": (
-        models("passthrough", "a+adapter", base=""),
-        "recipe:4: 'a+adapter': LoRA adapters ('+') are not supported",
+        models("passthrough", "a+./adapter", base=""),
+        "recipe:4: ./adapter: no such folder",
     ),
 }
 

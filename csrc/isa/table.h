@@ -165,6 +165,19 @@ struct DivergenceArgs {
     int64_t count;
 };
 
+// Part of one row of a matrix plus a product of two thin ones: see kernels/low_rank.inl.
+struct LowRankArgs {
+    const void* base;
+    const float* left;   // rank numbers: the row of the left matrix
+    const float* right;  // rank rows, `cols` apart
+    int64_t rank, cols;
+    float scale;
+    const float* factors;  // none, one, or (per_element) one for each element
+    bool per_element;
+    float* out;
+    int64_t count;
+};
+
 struct Kernels {
     const char* isa;
     // Indexed by DType.
@@ -191,6 +204,7 @@ struct Kernels {
     void (*exponentials)(const float* x, int64_t count, float most, double* values, double* lanes);
     // lanes += p ln(p / q), p and q the softmax of x and base, each plus 1e-8
     void (*divergence)(const DivergenceArgs& args, double* lanes);
+    void (*low_rank[kDTypes])(const LowRankArgs& args);
     // The words of a key's elements from `index` on.
     void (*random_words)(const uint64_t* round_keys, uint64_t index, int64_t count, uint32_t* out);
     // out = code * scale, one rounding: E4M3, E5M2.

@@ -9,6 +9,7 @@
 #include "kernels/dequantise.inl"
 #include "kernels/divergence.inl"
 #include "kernels/gram.inl"
+#include "kernels/low_rank.inl"
 #include "kernels/pointwise.inl"
 #include "kernels/select.inl"
 
@@ -36,6 +37,7 @@
      &largest_of,                                                      \
      &exponentials,                                                    \
      &divergence,                                                      \
+     FM_EACH_TYPE(low_rank),                                           \
      &fill_random,                                                     \
      {&dequantise<E4M3>, &dequantise<E5M2>},                           \
      &weigh}

@@ -1,4 +1,4 @@
-"""The command line: ``fastmerge merge | plan | verify | moe | extract-lora | info | diff |
+"""The command line: ``fastmerge merge | plan | verify | fold | moe | extract-lora | info | diff |
 methods | retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe |
 mergekit-extract-lora``.
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, verify, moe, loras, models, methods  # noqa: F401, I001
+    from fastmerge.cli import merge, verify, fold, moe, loras, models, methods  # noqa: F401, I001
     from fastmerge.cli import retrograde, mergekit, mergekit_moe, mergekit_loras  # noqa: F401
     from fastmerge.cli.app import run
     from fastmerge.cli.streams import prepare

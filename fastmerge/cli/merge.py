@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say
@@ -20,6 +21,8 @@ from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
     from fastmerge.engine.report import MergeReport
+    from fastmerge.plan.adapters import AdapterMerge
+    from fastmerge.plan.plan import Plan
 
 
 class Device(str, Enum):
@@ -70,24 +73,31 @@ def merge(
     """Merge models as RECIPE says and write the result to OUT."""
     from fastmerge import api
 
-    limits = _limits(memory_limit, max_shard_size)
+    limits = limits_of(memory_limit, max_shard_size)
     decided = (api.check if check else api.decide)(recipe, seed=seed)
+    options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
+    options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
+    options["gpu_memory"] = parse_size(gpu_memory, "--gpu-memory")
+    run_merge(decided, out, f"merging to {out.name or out}", options, quiet=quiet, json=json)
+
+
+def run_merge(
+    decided: Plan | AdapterMerge,
+    out: Path,
+    title: str,
+    options: Mapping[str, Any],
+    *,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """`api.merge` of a plan with these ``options``, under a progress bar of this ``title``; then
+    what it came to.
+    """
+    from fastmerge import api
+
     try:
-        with Progress(f"merging to {out.name or out}", quiet=quiet or json) as progress:
-            report = api.merge(
-                decided,
-                out,
-                threads=threads,
-                overwrite=overwrite,
-                fresh=fresh,
-                io=io.value,
-                device=device.value,
-                gpu_memory=parse_size(gpu_memory, "--gpu-memory"),
-                progress=progress,
-                keep_paths=keep_paths,
-                memory_limit=limits["memory_limit"],
-                max_shard_bytes=limits["max_shard_bytes"],
-            )
+        with Progress(title, quiet=quiet or json) as progress:
+            report = api.merge(decided, out, progress=progress, **options)
     except KeyboardInterrupt:
         interrupted(out)
     if json:
@@ -141,7 +151,7 @@ def plan(
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
 
-    limits = _limits(memory_limit, max_shard_size)
+    limits = limits_of(memory_limit, max_shard_size)
     decided = (api.check if check else api.plan)(recipe, seed=seed)
     side = decided.side_files()
     layout = Layout.plan(
@@ -184,7 +194,7 @@ def plan(
     pairs(rows)
 
 
-def _limits(memory_limit: str, max_shard_size: str) -> dict[str, int]:
+def limits_of(memory_limit: str, max_shard_size: str) -> dict[str, int]:
     from fastmerge.engine.merge import LEAST_MEMORY_BYTES
 
     memory_bytes = parse_size(memory_limit, "--memory-limit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from fastmerge.cli.app import Json, Threads, command
@@ -10,17 +11,23 @@ from fastmerge.cli.console import pairs, print_json, put, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.cli.units import format_bytes, format_count
 
+_MOST_NAMES = 5
+
 
 @command
 def info(
-    model: Annotated[str, Argument(help="Folder, file or Hub id.")],
+    model: Annotated[str, Argument(help="Folder, file or Hub id; an adapter's too.")],
     json: Json = False,
 ) -> None:
     """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
+    from fastmerge.models.adapter import is_adapter
     from fastmerge.models.hub import resolve
     from fastmerge.models.summary import summarise
 
-    found = summarise(resolve(model))
+    path = resolve(model)
+    if is_adapter(path):
+        return _adapter_info(path, json)
+    found = summarise(path)
     if json:
         print_json(found.as_dict())
         return
@@ -46,6 +53,32 @@ def info(
         ("files", ""),
         *((f"  {name}", format_bytes(size)) for name, size in found.files.items()),
         ("side files", ", ".join(found.side_files) or "none"),
+        ("fingerprint", found.fingerprint),
+    ]
+    pairs(rows)
+
+
+def _adapter_info(path: Path, json: bool) -> None:
+    from fastmerge.models.summary import summarise_adapter
+
+    found = summarise_adapter(path)
+    if json:
+        print_json(found.as_dict())
+        return
+    shown = found.saved[:_MOST_NAMES]
+    more = f", and {len(found.saved) - len(shown)} more" if len(found.saved) > len(shown) else ""
+    rows = [
+        ("adapter", found.path),
+        ("kind", " ".join(["LoRA", *found.kinds])),
+        ("base", found.base or "not said"),
+        ("task", found.task or "not said"),
+        ("rank", ", ".join(map(str, found.ranks)) or "none"),
+        ("scale", ", ".join(f"{scale:.6g}" for scale in found.scales[:_MOST_NAMES]) or "none"),
+        ("modules", ", ".join(f"{n} {name}" for name, n in found.modules.items()) or "none"),
+        ("replaced", (", ".join(shown) + more) or "nothing"),
+        *([("rows replaced", found.tokens)] if found.tokens else []),
+        ("parameters", f"{format_count(found.parameters)} ({found.parameters})"),
+        ("tensors", f"{found.tensors}, {format_bytes(found.bytes)}"),
         ("fingerprint", found.fingerprint),
     ]
     pairs(rows)

@@ -1,8 +1,9 @@
 """Leaves that follow from stored tensors, as what the primitives read.
 
 Nothing of a tensor's size is made: a leaf of rows is a table of their addresses, codes become
-numbers a tile at a time. Only rows that no file holds (means of several, padding, rows of codes)
-are computed, into the back end's bounded scratch.
+numbers and adapted weights are computed a tile at a time. Only an adapter's factors and rows that
+no file holds (means of several, padding, rows of codes and of adapted embeddings) take the back
+end's bounded scratch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from numpy.typing import NDArray
 from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
-from fastmerge.tree.nodes import MEAN, ZERO, Dequantised, Leaf, Made, Node, Rows, Stored
+from fastmerge.primitives import Vectors
+from fastmerge.tree.nodes import (
+    MEAN,
+    ZERO,
+    Dequantised,
+    Leaf,
+    LowRank,
+    Made,
+    Node,
+    Rows,
+    Stored,
+)
 
 _BLOCK_BYTES = 4 << 20  # of the rows that a mean of all of them decodes at a time
 
@@ -30,6 +42,8 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
         return fetch(leaf)
     if isinstance(leaf, Dequantised):
         return _dequantised(leaf, fetch)
+    if isinstance(leaf, LowRank):
+        return _low_rank(leaf, backend, fetch)
     if isinstance(leaf, Made):
         array = np.ascontiguousarray(leaf.make(), np.float32)
         assert array.shape == leaf.shape
@@ -69,6 +83,27 @@ def scale_fault(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> str | 
     return (
         f"scale {bad} of tensor '{leaf.scales.name}' is {value}, where a number above 0 is needed"
     )
+
+
+def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.View]) -> _C.View:
+    """The factors are widened to fp32 once, into scratch: (rows + cols) * rank numbers. DoRA takes
+    a pass over the sum for its rows' lengths, which are float64 until they divide.
+    """
+    base = view_of(leaf.base, backend, fetch)
+    thin_b = backend.array(fetch(leaf.b)).reshape(-1, leaf.rank)
+    thin_a = backend.array(fetch(leaf.a)).reshape(leaf.rank, -1)
+    left, right = (thin_a.T, thin_b.T) if leaf.transposed else (thin_b, thin_a)
+    left_view, right_view = (backend.tensor(np.ascontiguousarray(each)) for each in (left, right))
+    parts = (base, left_view, right_view, leaf.rank, leaf.scale)
+    if leaf.magnitude is None:
+        return _C.low_rank(*parts)
+    axis = 0 if leaf.transposed else 1
+    vectors = Vectors(axis, left.shape[0], right.shape[1])
+    squares = backend.gram([_C.low_rank(*parts)], None, vectors).reshape(-1)
+    lengths = backend.array(fetch(leaf.magnitude)).reshape(-1).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: NaN, which is counted
+        factors = (lengths / np.sqrt(squares)).astype(np.float32)
+    return _C.low_rank(*parts, factors=factors, by_column=leaf.transposed)
 
 
 def gathered(leaf: Rows, backend: CpuBackend, sources: Mapping[Node, _C.View]) -> _C.View:

@@ -16,7 +16,7 @@ from fastmerge.engine.window import in_order, window_size
 from fastmerge.output.sink import Sink
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Dequantised, Node, walk
+from fastmerge.tree.nodes import Dequantised, LowRank, Node, walk
 
 _SCRATCH_BYTES = 64 << 20
 
@@ -109,9 +109,13 @@ class Local:
 
 def _kept_here(plan: Plan) -> tuple[str, ...]:
     """What of a merge on GPUs the CPU computes all the same, where that is more than a few rows."""
-    coded = sum(
-        any(isinstance(node, Dequantised) for node in walk(item.root)) for item in plan.tensors
+    kinds = [{type(node) for node in walk(item.root)} for item in plan.tensors]
+    counts = {
+        "are stored as codes": sum(Dequantised in each for each in kinds),
+        "have an adapter on them": sum(LowRank in each for each in kinds),
+    }
+    return tuple(
+        f"{count} tensors {what}: the CPU computes them, with the GPU's bits"
+        for what, count in counts.items()
+        if count
     )
-    if not coded:
-        return ()
-    return (f"{coded} tensors are stored as codes: the CPU computes them, with the GPU's bits",)

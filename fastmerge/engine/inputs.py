@@ -16,7 +16,17 @@ from fastmerge.methods import find
 from fastmerge.models.model import Model
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
-from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Rows, Stored, gathers, walk
+from fastmerge.tree.nodes import (
+    Dequantised,
+    Leaf,
+    LowRank,
+    Merge,
+    Node,
+    Rows,
+    Stored,
+    gathers,
+    walk,
+)
 from fastmerge.tree.unread import keeps_equal
 
 
@@ -32,10 +42,11 @@ class Inputs:
 
     def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
         """The leaf's elements; ModelError where scales are no numbers above 0."""
-        if isinstance(leaf, Dequantised):
-            fault = scale_fault(leaf, self.fetch)
+        coded = leaf.base if isinstance(leaf, LowRank) else leaf
+        if isinstance(coded, Dequantised):
+            fault = scale_fault(coded, self.fetch)
             if fault is not None:
-                label = self._models[leaf.scales.model].label
+                label = self._models[coded.scales.model].label
                 raise ModelError(f"{label}: {fault}; the model is damaged: get it again")
         return view_of(leaf, backend, self.fetch)
 
@@ -78,7 +89,7 @@ def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, T
 
 def on_host(root: Node) -> bool:
     """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied, rows
-    from several places (a merge has one or two such tensors), codes with scales.
+    from several places (a merge has one or two such tensors), codes with scales, adapted weights.
     """
     return isinstance(root, Leaf) or gathers(root)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastmerge.errors import ModelError, UnsupportedError, brief, is_whole
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import FileTensor, Header, Stamp, read_header, read_object, show
 from fastmerge.models.links import Home
 from fastmerge.models.model import TensorInfo
@@ -161,8 +162,9 @@ class Adapter(Checkpoint):
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the folder holds an adapter: its config, or its weights."""
-    return any((path / name).exists() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))
+    """Whether the folder holds an adapter and no model."""
+    whole = any((path / name).exists() for name in (SINGLE, INDEX))
+    return not whole and any((path / n).exists() for n in (CONFIG, WEIGHTS, "adapter_model.bin"))
 
 
 # --- the files ---

@@ -49,7 +49,7 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         raise ModelError(f"{folder}: has shards but no {INDEX}; download or copy it again")
     if any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
         raise UnsupportedError(
-            f"{folder}: a LoRA adapter, not a model; merge it into its base with peft first"
+            f"{folder}: a LoRA adapter, not a model; name it behind its base: BASE+{folder}"
         )
     if others:
         raise ModelError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.config import model_type, text_config
@@ -103,3 +105,51 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
         if isinstance(name, str):
             return name
     return None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One LoRA adapter. ``modules`` counts those with factors by the last part of their names,
+    ``parameters`` all that is stored.
+    """
+
+    path: str
+    base: str | None  # as its config names it
+    task: str | None
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    kinds: tuple[str, ...]  # "rsLoRA", "DoRA"
+    modules: dict[str, int]
+    saved: tuple[str, ...]  # tensors that replace the base's
+    tokens: int  # rows of embeddings that are replaced
+    tensors: int
+    parameters: int
+    bytes: int
+    fingerprint: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def summarise_adapter(path: Path) -> AdapterSummary:
+    """Reads header, config and the fingerprint's samples of the adapter in the folder ``path``
+    (FastmergeError if malformed).
+    """
+    adapter = Adapter.open(path)
+    kinds = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
+    return AdapterSummary(
+        path=str(path),
+        base=adapter.base_name,
+        task=adapter.config.get("task_type"),
+        ranks=adapter.ranks,
+        scales=tuple(sorted({each.scale for each in adapter.factors.values()})),
+        kinds=tuple(name for key, name in kinds.items() if adapter.config.get(key)),
+        modules=dict(Counter(module.rpartition(".")[2] for module in adapter.factors)),
+        saved=tuple(adapter.saved),
+        tokens=sum(len(each.indices) for each in adapter.tokens.values()),
+        tensors=len(adapter.tensors),
+        parameters=sum(info.count for info in adapter.tensors.values()),
+        bytes=adapter.total_bytes,
+        fingerprint=adapter.fingerprint,
+    )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, RecipeError
 from fastmerge.models import hub
+from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.model import Model, same_bytes, same_numbers
 from fastmerge.models.side_files import side_files
 from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
+from fastmerge.plan.adapted import adapted
 from fastmerge.plan.inputs import TensorPlan, View
 from fastmerge.tree.nodes import Stored
 
@@ -34,6 +36,7 @@ class Opened:
         self._given, self._base_folder, self._resolve = given, base_folder, resolve
         self._by_reference: dict[str, View] = {}
         self._by_identity: dict[Hashable, View] = {}
+        self._adapters: dict[Path, int] = {}  # their numbers among the models
 
     def view(self, reference: str, where: str) -> View:
         """The model called ``reference``; FastmergeError that begins with ``where``."""
@@ -45,7 +48,8 @@ class Opened:
         """The model called ``reference`` where it is open already, else no more of it than its
         tokenizer.
         """
-        if reference in self._given or reference in self._by_reference:
+        known = reference in self._given or reference in self._by_reference
+        if known or self._split(reference, where) is not None:
             return self.view(reference, where)
         path = self._find(reference, where)
         if path.resolve() in self._by_identity:
@@ -59,8 +63,50 @@ class Opened:
         if reference in self._given:
             model = self._given[reference]
             return self._numbered(id(model), reference, lambda: model)
+        pair = self._split(reference, where)
+        if pair is not None:
+            return self._adapted(reference, *pair, where)
         path = self._find(reference, where)
         return self._numbered(path.resolve(), reference, lambda: Checkpoint.open(path))
+
+    def _split(self, reference: str, where: str) -> tuple[str, str] | None:
+        """The model and the adapter that ``model+adapter`` names; None for a model alone."""
+        if "+" not in reference or self._is_here(reference):
+            return None
+        signs = [at for at, letter in enumerate(reference) if letter == "+"]
+        pairs = [(reference[:at].strip(), reference[at + 1 :].strip()) for at in signs]
+        if len(pairs) > 1:  # in a folder's name too, then
+            pairs = [(a, b) for a, b in pairs if self._is_here(a) and self._is_here(b)]
+        if len(pairs) != 1 or not all(pairs[0]):
+            raise RecipeError(
+                f"{where}: '{reference}': must be one model, '+' and one adapter; to put on "
+                "several, merge models that have one each"
+            )
+        return pairs[0]
+
+    def _is_here(self, reference: str) -> bool:
+        here = self._base_folder is not None and (self._base_folder / reference).exists()
+        return bool(reference) and (here or hub.local(reference) is not None)
+
+    def _adapted(self, reference: str, base: str, adapter: str, where: str) -> View:
+        view = self.view(base, where)
+        path = self._find(adapter, where)
+        identity = (id(view), path.resolve())
+        if identity in self._by_identity:
+            return self._by_identity[identity]
+        try:
+            number = self._adapters.get(path.resolve())
+            if number is None:
+                number = self._adapters[path.resolve()] = len(self.models)
+                self.models.append(Adapter.open(path))
+                self.references.append(adapter)
+            opened = self.models[number]
+            assert isinstance(opened, Adapter)
+            found = adapted(view, opened, number, reference, self.notes.append)
+        except FastmergeError as error:
+            raise type(error)(f"{where}: {error}") from None
+        self._by_identity[identity] = found
+        return found
 
     def _find(self, reference: str, where: str) -> Path:
         local = None if self._base_folder is None else self._base_folder / reference
@@ -68,7 +114,7 @@ class Opened:
             if local is not None and local.exists():
                 return local
             name, _, revision = reference.partition("@")
-            if revision and hub.local(reference) is None and "+" not in reference:
+            if revision and hub.local(reference) is None:
                 here = None if self._base_folder is None else self._base_folder / name
                 found = here if here is not None and here.exists() else hub.local(name)
                 if found is not None:
@@ -82,11 +128,6 @@ class Opened:
                 raise hub.no_such_path(reference, self._base_folder, Path())
             return self._resolve(reference)
         except FastmergeError as error:
-            if "+" in reference:
-                raise UnsupportedError(
-                    f"{where}: '{reference}': LoRA adapters ('+') are not supported; merge the "
-                    "adapter into its base with peft first"
-                ) from None
             raise type(error)(f"{where}: {error}") from None
 
     def _numbered(self, identity: Hashable, reference: str, make: Callable[[], Model]) -> View:
@@ -116,7 +157,7 @@ class Opened:
         if a.shape != b.shape or not (isinstance(a.root, Stored) and isinstance(b.root, Stored)):
             return False
         x, y = self.models[a.root.model], self.models[b.root.model]
-        if a.dtype == b.dtype:
+        if a.root.dtype == b.root.dtype:
             return same_bytes(x, a.root.name, y, b.root.name)
-        floats = a.dtype.mergeable and b.dtype.mergeable
+        floats = a.root.dtype.mergeable and b.root.dtype.mergeable
         return floats and same_numbers(x, a.root.name, y, b.root.name)

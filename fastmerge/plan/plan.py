@@ -18,7 +18,7 @@ from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_t
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.spanning import spanning
 from fastmerge.tree.collapse import collapse
-from fastmerge.tree.nodes import Leaf, Made, Merge, Node
+from fastmerge.tree.nodes import Leaf, LowRank, Made, Merge, Node
 from fastmerge.tree.rewrite import digest as tree_digest
 
 
@@ -98,14 +98,10 @@ class Plan:
 
     @property
     def methods(self) -> dict[str, int]:
-        """How many output tensors each method makes; 'copy' for those taken as they are."""
-
-        def name(root: Node) -> str:
-            if isinstance(root, Made):
-                return root.kind
-            return root.method.name if isinstance(root, Merge) else "copy"
-
-        return dict(Counter(name(tensor.root) for tensor in self.tensors))
+        """How many output tensors each method makes; 'copy' for those taken as they are, 'adapter'
+        for those that one makes of a base's.
+        """
+        return dict(Counter(_made_by(tensor.root) for tensor in self.tensors))
 
     def check_unchanged(self) -> None:
         """Raises FastmergeError where a model is not what it was when it was opened."""
@@ -141,13 +137,21 @@ class Plan:
         }
 
 
+def _made_by(root: Node) -> str:
+    if isinstance(root, Made):
+        return root.kind
+    if isinstance(root, Merge):
+        return root.method.name
+    return "adapter" if isinstance(root, LowRank) else "copy"
+
+
 def passes(tensor: TensorPlan) -> int:
     """How often ``tensor``'s inputs are read: 1, or 2 when a Gram matrix or a threshold comes
-    first.
+    first, or an adapter's DoRA takes its rows' lengths.
 
     Merges that cannot be collapsed into one are computed one after another, and counted so.
     """
-    total, seen = 0, set[Node]()
+    total, extra, seen = 0, 0, set[Node]()
     stack: list[Node] = [tensor.root]
     while stack:
         node = stack.pop()
@@ -155,6 +159,7 @@ def passes(tensor: TensorPlan) -> int:
             continue
         seen.add(node)
         if isinstance(node, Leaf):
+            extra |= isinstance(node, LowRank) and node.magnitude is not None
             continue
         if isinstance(node.method, Combination):
             tree = collapse(node)
@@ -168,4 +173,4 @@ def passes(tensor: TensorPlan) -> int:
         else:
             total += 1
         stack.extend(node.inputs)
-    return max(total, 1)
+    return max(total, 1) + extra

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastmerge.errors import UnsupportedError
 from fastmerge.recipe.section import FaultError
 from fastmerge.recipe.settings import shown
 
 
 def reference(value: Any) -> str:
-    """``path``, ``hub/id`` or either with ``@revision``, from mergekit's text or mapping form."""
+    """``path``, ``hub/id`` or either with ``@revision``, and behind a ``+`` the same of an adapter,
+    from mergekit's text or mapping form.
+    """
     if isinstance(value, str):
         if not value.strip():
             raise ValueError("is empty; give a folder or a Hub id")
@@ -23,15 +24,13 @@ def reference(value: Any) -> str:
     for name, item in value.items():
         if item is None:
             continue
-        if name == "lora":
-            raise FaultError(
-                "has a LoRA, which is not supported: merge the adapter into its base first",
-                error=UnsupportedError,
-            )
-        if name not in ("model", "path", "revision"):
+        if name not in ("model", "path", "revision", "lora"):
             raise ValueError(
-                f"has the key '{name}', which is not supported; known: model, path, revision"
+                f"has the key '{name}', which is not supported; known: model, path, revision, lora"
             )
+    if value.get("lora") is not None:
+        bare = {key: item for key, item in value.items() if key != "lora"}
+        return f"{reference(bare)}+{reference(value['lora'])}"
     if "model" in value:
         return reference(value["model"])
     path, revision = value["path"], value.get("revision")

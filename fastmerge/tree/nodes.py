@@ -98,6 +98,44 @@ class Dequantised(Leaf):
         return f"{self.codes.key} times {self.scales.key} {self.coding!r}"
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank(Leaf):
+    """``base + scale * B @ A``: what an adapter makes of a weight (models/adapter.py).
+
+    a: (rank, in, ...), b: (out, rank, ...). transposed: the weight is (in, out), to which the
+    product's transpose is added. magnitude: ``out`` numbers, the lengths that DoRA gives the sum's
+    rows, or its columns where it is transposed.
+    """
+
+    base: Leaf  # not made from merges
+    a: Stored
+    b: Stored
+    scale: float
+    transposed: bool
+    magnitude: Stored | None
+    shape: tuple[int, ...]
+    dtype: DType = F32
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def own(self) -> Stored | None:
+        return self.base.own
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        more = () if self.magnitude is None else (self.magnitude,)
+        return (*self.base.stored, self.a, self.b, *more)
+
+    @property
+    def key(self) -> str:
+        lengths = None if self.magnitude is None else self.magnitude.key
+        factors = f"{self.b.key} {self.a.key} {self.transposed} {lengths}"
+        return f"{self.base.key} + {self.scale.hex()} * {factors}"
+
+
 ZERO, MEAN = -1, -2  # in RowMap.source
 
 
@@ -146,7 +184,7 @@ class Rows(Leaf):
     @property
     def own(self) -> Stored | None:
         own = self.sources[0]
-        return own if isinstance(own, Stored) else None
+        return own.own if isinstance(own, Leaf) else None
 
     @property
     def stored(self) -> tuple[Stored, ...]:

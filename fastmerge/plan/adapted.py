@@ -1,0 +1,270 @@
+"""A model with a LoRA adapter on it, as a merge sees it: each adapted weight is one leaf that is
+computed where it is read (tree.nodes.LowRank).
+
+It computes what PEFT's model of base and adapter does. Where the base ties its head to its
+embeddings and the adapter is for one of the two, that is no longer one tensor: the result has a
+head of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fastmerge.dtypes import F32
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.models.adapter import Adapter, Factors
+from fastmerge.models.architecture import ends, layer_of
+from fastmerge.models.config import is_tied
+from fastmerge.models.header import show
+from fastmerge.models.names import prefix_hint, renamed
+from fastmerge.models.quantised import find_quantised
+from fastmerge.models.side_files import is_tokenizer, side_files
+from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
+from fastmerge.plan.config import set_tokens
+from fastmerge.plan.inputs import TensorPlan, View
+from fastmerge.plan.precision import dequantised
+from fastmerge.tree.collapse import weighted_sum
+from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stored
+
+_MAX_PREFIXES = 4  # beginnings that a wrapper gives its parts; llava has three
+_HEAD = "lm_head.weight"
+
+Note = Callable[[str], None]
+
+
+def adapted(base: View, adapter: Adapter, number: int, label: str, note: Note) -> View:
+    """The view of ``base`` with ``adapter`` on it. number: the adapter's, among the plan's models.
+
+    Raises FastmergeError, which does not say where, if the adapter is not for this base.
+    """
+    return _Adapted(base, adapter, number, label, note).view()
+
+
+class _Adapted:
+    def __init__(self, base: View, adapter: Adapter, number: int, label: str, note: Note) -> None:
+        if base.low_precision is not None:
+            base = dequantised(base, base.low_precision)
+        self.base, self.adapter, self.number = base, adapter, number
+        self.label, self.note = label, note
+        self.tensors = dict(base.tensors)
+        found = find_quantised(base.config, base.tensors, base.donor.folder)
+        if found is not None and found.packed is not None:
+            raise UnsupportedError(
+                f"'{base.label}' is quantised (tensor '{found.packed}'), and an adapter is added "
+                "to numbers; fold it into the original weights"
+            )
+
+    def view(self) -> View:
+        names = self._names()
+        self._check_whole(names)
+        for wanted, stored in self.adapter.saved.items():
+            self._replace(names[wanted], stored)
+        for module, factors in self.adapter.factors.items():
+            self._add(names[_weight(module)], factors)
+            if factors.bias is not None:
+                self._add_bias(names[f"{module}.bias"], factors.bias, factors.scale)
+        for module, tokens in self.adapter.tokens.items():
+            self._replace_rows(names[_weight(module)], tokens.rows, tokens.indices)
+        tensors = self._with_head()
+        view = replace(self.base, label=self.label, tensors=tensors)
+        return replace(view, vocabulary=self._vocabulary(view), config=self._config(view))
+
+    # -------- names
+
+    def _names(self) -> dict[str, str]:
+        """The base's name for each tensor that the adapter changes; a tied head's is added."""
+        wanted = dict.fromkeys(self._wanted())
+        names = {name: name for name in wanted if name in self.tensors}
+        lost = [name for name in wanted if name not in names]
+        for _ in range(_MAX_PREFIXES):
+            taken = set(names.values())
+            pair = renamed(lost, [name for name in self.tensors if name not in taken])
+            if pair is None:
+                break
+            a, b = pair
+            moved = {n: b + n[len(a) :] for n in lost if n.startswith(a)}
+            names |= {name: to for name, to in moved.items() if to in self.tensors}
+            lost = [name for name in lost if name not in names]
+            hint = prefix_hint(a, str(self.adapter.path), b, self.base.label)
+            self.note(f"{hint.partition('; rename')[0]}: they are taken for the same tensors")
+        for name in list(lost):
+            if ends(name, "lm_head") and self._is_tied:
+                self.tensors[name] = replace(self.tensors[self.base.embedding or ""], name=name)
+                names[name] = name
+                lost.remove(name)
+        if lost:
+            rest = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            raise self._stranger(f"changes {show(lost[0])}{rest}, which '{self.base.label}' lacks")
+        return names
+
+    def _wanted(self) -> Iterator[str]:
+        yield from map(_weight, self.adapter.factors)
+        yield from (f"{f.module}.bias" for f in self.adapter.factors.values() if f.bias is not None)
+        yield from map(_weight, self.adapter.tokens)
+        yield from self.adapter.saved
+
+    @property
+    def _is_tied(self) -> bool:
+        base = self.base
+        return base.head is None and base.embedding is not None and is_tied(base.config)
+
+    def _check_whole(self, names: Mapping[str, str]) -> None:
+        """Modules in all other layers of the stack, that the config means as well, have factors."""
+        adapter, base = self.adapter, self.base
+        have = {names[_weight(module)] for module in adapter.factors}
+        kinds = {(place.stack, place.rest) for place in map(layer_of, have) if place is not None}
+        lost = [
+            name
+            for name in base.tensors
+            if name not in have
+            and (place := layer_of(name)) is not None
+            and (place.stack, place.rest) in kinds
+            and place.number < base.count(place.stack)
+            and adapter.targets.tell(name.removesuffix(".weight")) is not False
+        ]
+        if lost:
+            rest = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            raise self._stranger(
+                f"has no factors for '{lost[0]}'{rest}, which its target_modules mean"
+            )
+
+    def _stranger(self, what: str) -> FastmergeError:
+        named = self.adapter.base_name
+        whose = f"; its config names '{named}' as base" if named else ""
+        return ModelError(f"'{self.adapter.path}' {what}: it is for another base{whose}")
+
+    # -------- tensors
+
+    def _stored(self, name: str) -> Stored:
+        info = self.adapter.tensors[name]
+        return Stored(self.number, name, info.shape, info.dtype)
+
+    def _leaf(self, name: str) -> tuple[TensorPlan, Leaf]:
+        tensor = self.tensors[name]
+        if not isinstance(tensor.root, Leaf) or not tensor.dtype.mergeable:
+            raise UnsupportedError(
+                f"tensor '{name}' of '{self.base.label}' is {tensor.dtype.name}, and an adapter is "
+                "added to bfloat16, float16 or float32; fold it into the original weights"
+            )
+        return tensor, tensor.root
+
+    def _replace(self, name: str, stored: str) -> None:
+        """As the base's type, so that one model is of one type; other rows than the base's are a
+        vocabulary's that was resized.
+        """
+        tensor, _ = self._leaf(name)
+        new = self._stored(stored)
+        if new.shape != tensor.shape and (len(new.shape) < 2 or new.shape[1:] != tensor.shape[1:]):
+            raise self._stranger(
+                f"has {show(stored)} of shape {list(new.shape)}, but '{name}' of "
+                f"'{self.base.label}' is {list(tensor.shape)}"
+            )
+        self.tensors[name] = TensorPlan(name, new.shape, tensor.dtype, new)
+
+    def _add(self, name: str, factors: Factors) -> None:
+        tensor, leaf = self._leaf(name)
+        shape, made = tensor.shape, (factors.out_size, factors.in_size)
+        flat = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
+        turned = len(shape) == 2 and shape == made[::-1]
+        # Of a square one the shape does not tell; of gpt2's Conv1D the config does.
+        transposed = turned and (
+            factors.embedding or flat != made or bool(self.adapter.config.get("fan_in_fan_out"))
+        )
+        if not transposed and (flat != made or factors.embedding):
+            raise self._stranger(
+                f"makes a {made[0]} x {made[1]} matrix for '{factors.module}', but '{name}' of "
+                f"'{self.base.label}' is {list(shape)}"
+            )
+        lengths = None if factors.magnitude is None else self._stored(factors.magnitude)
+        root = LowRank(
+            leaf, self._stored(factors.a), self._stored(factors.b), factors.scale, transposed,
+            lengths, shape,
+        )  # fmt: skip
+        self.tensors[name] = TensorPlan(name, shape, tensor.dtype, root)
+
+    def _add_bias(self, name: str, stored: str, scale: float) -> None:
+        tensor, leaf = self._leaf(name)
+        new = self._stored(stored)
+        if math.prod(new.shape) != tensor.count:
+            raise self._stranger(f"has {show(stored)} of shape {list(new.shape)} for '{name}'")
+        self.tensors[name] = replace(tensor, root=weighted_sum((leaf, new), (1.0, scale)))
+
+    def _replace_rows(self, name: str, stored: str, indices: Collection[int]) -> None:
+        tensor, leaf = self._leaf(name)
+        new, shape = self._stored(stored), tensor.shape
+        if len(shape) != 2 or new.shape[1:] != shape[1:] or max(indices, default=0) >= shape[0]:
+            raise self._stranger(
+                f"replaces rows of '{name}' that {list(shape)} in '{self.base.label}' does not have"
+            )
+        source, row = np.zeros(shape[0], np.int32), np.arange(shape[0])
+        where = np.array(list(indices), np.int64)
+        source[where], row[where] = 1, np.arange(len(where))
+        places = RowMap(source, row, (), shape[0])
+        dtype = leaf.dtype if leaf.dtype == new.dtype else F32
+        root = Rows((leaf, new), (shape[0], new.shape[0]), places, shape, dtype)
+        self.tensors[name] = TensorPlan(name, shape, tensor.dtype, root)
+
+    def _with_head(self) -> dict[str, TensorPlan]:
+        """A head that was tied to embeddings which now are others' stays what it was."""
+        embedding = self.base.embedding
+        if not self._is_tied or embedding is None or _HEAD in self.tensors:
+            return self.tensors
+        before, after = self.base.tensors[embedding], self.tensors[embedding]
+        tied = self.adapter.config.get("ensure_weight_tying") or self.adapter.tokens
+        if after is before or after.shape != before.shape or tied or not _is_causal(self.base):
+            return self.tensors
+        return {**self.tensors, _HEAD: replace(before, name=_HEAD)}
+
+    # -------- beside the weights
+
+    def _config(self, view: View) -> dict[str, object]:
+        embedding = view.embedding
+        config = view.config
+        if embedding is None or view.tensors[embedding].shape == self.base.tensors[embedding].shape:
+            return config
+        rows = view.tensors[embedding].shape[0]
+        changed = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+        set_tokens(changed, rows, {})
+        self.note(f"'{self.adapter.path}' was trained with {rows} rows of embeddings: vocab_size")
+        return changed
+
+    def _vocabulary(self, view: View) -> Vocabulary | None:
+        """The adapter's own tokenizer, where it has another than the base and rows for it."""
+        adapter, base = self.adapter, self.base
+        beside = side_files(adapter.path, adapter.files)
+        files = {name: file for name, file in beside.items() if is_tokenizer(name)}
+        label = str(adapter.path)
+        if not identity(files):
+            return base.vocabulary
+        own = base.donor.side_files()
+        template = template_of(files, label)
+        if identity(files) == identity(own) and template in (None, template_of(own, base.label)):
+            return base.vocabulary
+        found = read_vocabulary(label, files, adapter.path)
+        if found is None:
+            return base.vocabulary
+        rows = None if view.embedding is None else view.tensors[view.embedding].shape[0]
+        if rows is not None and found.size > rows:
+            self.note(
+                f"'{label}' has a tokenizer of {found.size} tokens, for {rows} rows of embeddings: "
+                f"that of '{base.label}' is taken"
+            )
+            return base.vocabulary
+        if template is None and TEMPLATE in own:
+            found = replace(found, files={**found.files, TEMPLATE: own[TEMPLATE]})
+        self.note(f"the tokenizer is that of '{label}', which differs from that of '{base.label}'")
+        return found
+
+
+def _weight(module: str) -> str:
+    return f"{module}.weight"
+
+
+def _is_causal(view: View) -> bool:
+    named = view.config.get("architectures")
+    classes = named if isinstance(named, list) else []
+    return any(isinstance(each, str) and each.endswith("ForCausalLM") for each in classes)
