@@ -191,6 +191,35 @@ def test_recipe(capsys, pair, case):
     check(capsys, pair, recipe(pair, text, **parameters), message)
 
 
+MIXTURES = {
+    "gate": ({"gate_mode": "randm"}, "did you mean 'random'"),
+    "few": ({"experts_per_token": 3}, "3 experts per token of the 2 that there are"),
+    "prompts": ({"gate_mode": "cheap_embed"}, "needs 'positive_prompts:' for expert"),
+    "layout": ({"architecture": "qwen3"}, "no layout for a mixture of 'llama' models"),
+    "tokenizer": (
+        {"gate_mode": "hidden", "experts": [["a"], ["b"]]},
+        "needs the base model's tokenizer, and '.*base' has none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+@pytest.mark.parametrize("command", ["moe", "merge", "plan", "mergekit-moe"])
+def test_mixture(capsys, pair, command, case):
+    keys, message = MIXTURES[case]
+    prompts = keys.get("experts", [[], []])
+    experts = [
+        {"source_model": str(pair / name), "positive_prompts": own}
+        for name, own in zip(("base", "tune"), prompts, strict=True)
+    ]
+    mixture = {"base_model": str(pair / "base"), "gate_mode": "random", "experts_per_token": 1}
+    made = pair / "recipe.yml"
+    made.write_text(yaml.safe_dump({**mixture, **keys, "experts": experts}))
+    before = listing(pair)
+    refused(capsys, [command, made, pair / "out"], message)
+    assert listing(pair) == before
+
+
 @pytest.mark.parametrize("density", [0, -0.5, 1.01, "half"])
 def test_density(capsys, pair, density):
     text = f"merge_method: ties\nbase_model: {pair / 'base'}\n"

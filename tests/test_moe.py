@@ -353,6 +353,8 @@ def test_copies_are_byte_for_byte_and_the_rest_follows(here) -> None:
     assert (Path("out") / "tokenizer.json").exists()
     again = fastmerge.merge("out/fastmerge_recipe.yml", "twice")
     assert again.tensors == 29
+    found = api.verify("out", recipe(), sample=None)
+    assert not found.differences and len(found.recomputed) == 29
     assert Path("out/model.safetensors").stat().st_size > 0
     one, two = here.read(Path("out")), here.read(Path("twice"))
     assert all(np.array_equal(one[name], two[name]) for name in one)
