@@ -236,6 +236,14 @@ def test_a_head_that_the_base_ties(zoo, tmp_path: Path) -> None:
     assert largest_difference(loaded, torch_state(tuned)) < 1e-6
 
 
+def test_types_may_differ(zoo, tmp_path: Path) -> None:
+    base = zoo.base()
+    tuned = low_rank_tune(zoo, base, "tuned", RANK)  # float32; what is equal is so as numbers
+    found = extract_lora(tuned, base, tmp_path / "out", rank=RANK)
+    assert found.error < 1e-5 and config_of(tmp_path / "out")["modules_to_save"] is None
+    assert largest_difference(torch_state(base, tmp_path / "out"), torch_state(tuned)) < 1e-6
+
+
 def test_the_same_bits_for_every_number_of_threads(zoo, tmp_path: Path) -> None:
     base = zoo.base()
     tuned = zoo.tune(base, "tuned")

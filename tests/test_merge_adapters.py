@@ -346,6 +346,77 @@ def test_the_outputs_type(two: list[Path], tmp_path: Path) -> None:
             assert torch.equal(got[name], exact.to(getattr(torch, dtype)))
 
 
+def test_factors_of_embeddings(zoo, tmp_path: Path) -> None:
+    """PEFT's embeddings have their factors under other names, of the transpose."""
+    base = zoo.base(dtype="F32")
+    adapters = []
+    for seed in (1, 2):
+        tuned = zoo.tune(base, f"tuned{seed}", seed=seed, dtype="F32")
+        adapters.append(tmp_path / f"adapter{seed}")
+        fastmerge.extract_lora(
+            tuned, base, adapters[-1], rank=4, embed_lora=True, skip_undecomposable=True
+        )
+    fastmerge.merge_adapters(adapters, tmp_path / "out", weights=[1, -2])
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    read = [
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        for folder in (*adapters, tmp_path / "out")
+    ]
+    one, other, merged_ = (t[f"{name}B"].astype(np.float64) @ t[f"{name}A"] for t in read)
+    assert merged_.shape == (HIDDEN, VOCAB)
+    assert np.allclose(merged_, of_rank(one - 2 * other, 4), atol=1e-6)
+
+
+def test_an_interrupted_merge_goes_on(tmp_path: Path) -> None:
+    """Factors larger than a buffer, so that some are in the file by then."""
+    wide = {f"model.layers.{i}.mlp.up_proj": (8, 20_000) for i in range(4)}
+    two = [write_adapter(tmp_path / f"a{i}", r=64, seed=i, modules=wide) for i in (0, 1)]
+    arguments = {"weights": [1, 1], "method": "cat"}
+
+    def stop(done: int, total: int, _: str) -> None:
+        if 2 * done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastmerge.merge_adapters(two, tmp_path / "out", **arguments, progress=stop, threads=1)
+    assert not (tmp_path / "out").exists()
+    report = fastmerge.merge_adapters(two, tmp_path / "out", **arguments)
+    fastmerge.merge_adapters(two, tmp_path / "once", **arguments)
+    assert 0 < report.resumed < report.tensors
+    for file in ("adapter_model.safetensors", "fastmerge.json", "adapter_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "once" / file).read_bytes()
+
+
+def test_the_plan(two: list[Path], tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "recipe.yml"
+    models = ", ".join(f"{{model: {p}, parameters: {{weight: 1}}}}" for p in two)
+    recipe.write_text(f"merge_method: dare_ties_svd\nmodels: [{models}]\nparameters: {{rank: 3}}\n")
+    for words in ([], [str(tmp_path / "out")], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(recipe), *words])
+        assert not ended.value.code
+        told = capsys.readouterr().out
+        assert "dare_ties_svd" in told and "someone/base" in told
+    found = json.loads(told)
+    assert found["ranks"] == [3] and [own["ranks"] for own in found["adapters"]] == [[4], [4]]
+    assert found["modules"] == len(MODULES) and not (tmp_path / "out").exists()
+    fastmerge.merge(recipe, tmp_path / "out")
+    header = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size - found["bytes_out"]
+    assert 0 < header <= 8192
+
+
+def test_the_methods_are_listed(capsys) -> None:
+    for words, said, code in (
+        ([], "dare_ties_svd", 0), (["--json"], "magnitude_prune_svd", 0), (["svd"], "svd_clamp", 0),
+        (["slerp"], "no method 'slerp' of adapters", 2),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            main(["methods", "--adapters", *words])
+        assert int(ended.value.code or 0) == code
+        told = capsys.readouterr()
+        assert said in told.out + told.err
+
+
 # --- bad input ---
 
 
@@ -378,6 +449,7 @@ def test_adapters_that_do_not_go_together(tmp_path: Path) -> None:
         ({}, {"weights": [1]}, FastmergeError, "weights: 1 for 2 adapters"),
         ({}, {"targets": "some"}, RecipeError, "'targets' must be same or any"),
         ({}, {"dtype": "int8"}, UnsupportedError, "int8"),
+        ({}, {"method": "task_arithmetic", "svd_clamp": 0.9}, RecipeError, "without a 'rank'"),
     ]  # fmt: skip
     for number, (other, arguments, kind, said) in enumerate(cases):
         two = write_adapter(tmp_path / f"two{number}", seed=1, **other)

@@ -150,9 +150,15 @@ def plan(
     from fastmerge.models.side_files import bytes_of
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
+    from fastmerge.plan.plan import Plan
 
     limits = limits_of(memory_limit, max_shard_size)
-    decided = (api.check if check else api.plan)(recipe, seed=seed)
+    decided = (api.check if check else api.decide)(recipe, seed=seed)
+    if not isinstance(decided, Plan):
+        from fastmerge.cli.adapter_plan import show_adapter_plan
+
+        show_adapter_plan(decided, out, overwrite=overwrite, json=json)
+        return
     side = decided.side_files()
     layout = Layout.plan(
         [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastmerge.cli.app import Json, command
 from fastmerge.cli.console import pairs, print_json, put, table
-from fastmerge.cli.options import Argument
+from fastmerge.cli.options import Argument, Option
+from fastmerge.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from fastmerge.methods import Method
@@ -15,13 +17,11 @@ if TYPE_CHECKING:
 @command
 def methods(
     name: Annotated[str | None, Argument(help="One method, with its parameters.")] = None,
+    adapters: Annotated[bool, Option("--adapters", help="Those of adapters alone.")] = False,
     json: Json = False,
 ) -> None:
     """List the merge methods, or one method's parameters."""
-    from fastmerge.methods import METHODS, find, load
-
-    load()
-    chosen = METHODS.values() if name is None else [find(name, "methods")]
+    chosen = _of_adapters(name) if adapters else _of_models(name)
     if json:
         print_json([_method_row(method) for method in chosen])
         return
@@ -64,6 +64,24 @@ def methods(
             for parameter in method.parameters
         ),
     )
+
+
+def _of_models(name: str | None) -> Sequence[Method]:
+    from fastmerge.methods import METHODS, find, load
+
+    load()
+    return [*METHODS.values()] if name is None else [find(name, "methods")]
+
+
+def _of_adapters(name: str | None) -> Sequence[Method]:
+    from fastmerge.methods.adapters import ADAPTER_METHODS
+
+    if name is None:
+        return [*ADAPTER_METHODS.values()]
+    if name not in ADAPTER_METHODS:
+        hint = nearest(name, ADAPTER_METHODS, limit=20)
+        raise RecipeError(f"methods: no method '{name}' of adapters; {hint}")
+    return [ADAPTER_METHODS[name]]
 
 
 _BASE = {

@@ -39,7 +39,7 @@ def merge_adapter_plan(
         Piece(
             item.module,
             item.tensors,
-            _bytes_in(plan, item),
+            plan.bytes_in(item),
             partial(_make, plan, item),
         )
         for item in plan.joined
@@ -53,14 +53,6 @@ def merge_adapter_plan(
         threads=thread_count(threads), overwrite=overwrite, fresh=fresh, progress=progress,
     )  # fmt: skip
     return report
-
-
-def _bytes_in(plan: AdapterMerge, item: Joined) -> int:
-    return sum(
-        plan.models[part.adapter].tensors[name].nbytes
-        for part in item.parts
-        for name in (part.factors.a, part.factors.b)
-    )
 
 
 def _told(plan: AdapterMerge, base: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,44 @@ class AdapterMerge(AdapterPlan):
     method: AdapterMethod
     joined: tuple[Joined, ...]
     target_names: tuple[str, ...]
+
+    def bytes_in(self, item: Joined) -> int:
+        """Of the factors that one module of the output is made of."""
+        return sum(
+            self.models[part.adapter].tensors[name].nbytes
+            for part in item.parts
+            for name in (part.factors.a, part.factors.b)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in plain values, for people and for JSON."""
+        tensors = [tensor for item in self.joined for tensor in item.tensors]
+        ranks = {part.adapter: set[int]() for item in self.joined for part in item.parts}
+        for part in (part for item in self.joined for part in item.parts):
+            ranks[part.adapter].add(part.factors.rank)
+        return {
+            "method": self.method.name,
+            "base": self.config["base_model_name_or_path"],
+            "adapters": [
+                {
+                    "reference": reference,
+                    "path": model.label,
+                    "modules": sum(p.adapter == i for item in self.joined for p in item.parts),
+                    "ranks": sorted(ranks[i]),
+                }
+                for i, (reference, model) in enumerate(
+                    zip(self.references, self.models, strict=True)
+                )
+            ],
+            "modules": len(self.joined),
+            "ranks": sorted({item.rank for item in self.joined}),
+            "dtypes": sorted({item.dtype.name for item in self.joined}),
+            "bytes_in": sum(map(self.bytes_in, self.joined)),
+            "bytes_out": sum(dtype.bytes_for(math.prod(shape)) for _, dtype, shape in tensors),
+            "seed": self.seed,
+            "seed_derived": self.seed_derived,
+            "notes": list(self.notes),
+        }
 
 
 def plan_adapters(
@@ -195,6 +234,11 @@ class _Merging:
     def _joined(self, module: str) -> Joined:
         t = self._position(module)
         values = self.shared.at(module, t)
+        if values.get("svd_clamp") is not None and not self.method.cuts(values.get("rank")):
+            raise RecipeError(
+                f"{self.recipe.at('parameters')}: 'svd_clamp' has no effect without a 'rank'; give "
+                "one, or leave it out"
+            )
         parts, total = [], 0.0
         for number, (adapter, own) in enumerate(zip(self.adapters, self.each, strict=True)):
             mine = own.at(module, t)

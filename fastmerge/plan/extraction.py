@@ -16,7 +16,7 @@ from fastmerge.models.adapter import PREFIX
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
 from fastmerge.models.config import is_tied, model_type
 from fastmerge.models.header import show
-from fastmerge.models.model import Model, TensorInfo, same_bytes
+from fastmerge.models.model import Model, TensorInfo, same_bytes, same_numbers
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.plan.adapter_plan import AdapterPlan, short_names
@@ -258,7 +258,10 @@ class _Extractor:
 
     def _same(self, name: str) -> bool:
         mine, other = self.tuned.tensors[name], self._base(name)
-        return mine.dtype == other.dtype and same_bytes(self.tuned, name, self.base, other.name)
+        if mine.dtype == other.dtype:
+            return same_bytes(self.tuned, name, self.base, other.name)
+        both = mine.dtype.mergeable and other.dtype.mergeable
+        return both and same_numbers(self.tuned, name, self.base, other.name)
 
     # -------- one module, by mergekit 0.1.5's rules (scripts/extract_lora.py)
 
