@@ -74,11 +74,15 @@ JOBS = {
     "ties": Job("ties", 3, {}, SPARSE, 100, 1.6),
     "dare_ties": Job("dare_ties", 3, {}, SPARSE, 40, 1.6),
     "multislerp": Job("multislerp", 3, {}, {"weight": 0.33}),
-    "sce": Job("sce", 3, {"select_topk": 0.3}, {}),
-    "ram": Job("ram", 3, {}, {}),
-    "ramplus_tl": Job("ramplus_tl", 3, {}, {}),
-    "nearswap": Job("nearswap", 2, {"t": 0.001}, {}),
-    "arcee_fusion": Job("arcee_fusion", 2, {}, {}),
+    "breadcrumbs": Job("breadcrumbs", 3, {}, {**SPARSE, "gamma": 0.01}, 20),
+    "breadcrumbs_ties": Job("breadcrumbs_ties", 3, {}, {**SPARSE, "gamma": 0.01}, 20),
+    "della": Job("della", 3, {}, {**SPARSE, "epsilon": 0.1}, 20),
+    "della_linear": Job("della_linear", 3, {}, {**SPARSE, "epsilon": 0.1}, 20),
+    "sce": Job("sce", 3, {"select_topk": 0.3}, {}, 20),
+    "ram": Job("ram", 3, {}, {}, 20),
+    "ramplus_tl": Job("ramplus_tl", 3, {}, {}, 20),
+    "nearswap": Job("nearswap", 2, {"t": 0.001}, {}, 20),
+    "arcee_fusion": Job("arcee_fusion", 2, {}, {}, 20),
 }
 DEFAULT_JOBS = "linear,slerp,ties,dare_ties"
 
@@ -296,6 +300,8 @@ def main() -> None:
         parser.error(f"unknown job {unknown[0]}; known are {', '.join(JOBS)}")
     if options.skip_mergekit:
         options.mergekit_repeat = 0
+    # With bytecode, as after an installation: to compile every module takes as long as to run it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     jobs = [JOBS[name] for name in options.jobs.split(",")]
     root = options.folder or Path(tempfile.mkdtemp(prefix="merge_model-", dir=HERE))
     folder = root / options.size

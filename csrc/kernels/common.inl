@@ -48,11 +48,19 @@ FM_INLINE Mask present(int vector, Part part) {
     return signed_above(spread(static_cast<uint32_t>(part.last)), group_numbers(vector));
 }
 
-template <class From, class To>
+// kAhead: `in` is in memory rather than in the cache.
+template <class From, class To, bool kAhead>
 void convert(const void* in, void* out, int64_t count) {
     const char* from = static_cast<const char*>(in);
     char* to = static_cast<char*>(out);
     int64_t i = 0;
+    constexpr int64_t kLine = 64 / From::kBytes;
+    static_assert(kLine % kLanes == 0);
+    for (; i + kLine <= count; i += kLine) {
+        if (kAhead) __builtin_prefetch(from + From::kBytes * i + kPrefetchBytes);
+        for (int64_t at = i; at < i + kLine; at += kLanes)
+            store(To(), to + To::kBytes * at, load(From(), from + From::kBytes * at));
+    }
     for (; i + kLanes <= count; i += kLanes)
         store(To(), to + To::kBytes * i, load(From(), from + From::kBytes * i));
     if (i == count) return;
@@ -63,11 +71,11 @@ void convert(const void* in, void* out, int64_t count) {
 }
 template <class T>
 void widen(const void* in, float* out, int64_t count) {
-    convert<T, F32>(in, out, count);
+    convert<T, F32, true>(in, out, count);
 }
 template <class T>
 void narrow(const float* in, void* out, int64_t count) {
-    convert<F32, T>(in, out, count);
+    convert<F32, T, false>(in, out, count);
 }
 
 // Elements whose exponent bits are all ones. The compiler vectorises this; 16-bit counters let it

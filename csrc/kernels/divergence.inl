@@ -62,7 +62,15 @@ FM_INLINE void add_to_lanes(const double* values, int64_t count, double* lanes) 
 }
 
 float largest_of(const float* x, int64_t count, float most) {
-    for (int64_t i = 0; i < count; ++i) most = x[i] > most ? x[i] : most;
+    constexpr int kWide = 32;  // that many running maxima: one alone waits for itself
+    float lanes[kWide];
+    for (int lane = 0; lane < kWide; ++lane) lanes[lane] = most;
+    int64_t i = 0;
+    for (; i + kWide <= count; i += kWide)
+        for (int lane = 0; lane < kWide; ++lane)
+            lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    for (int lane = 0; lane < kWide; ++lane) most = lanes[lane] > most ? lanes[lane] : most;
     return most;
 }
 

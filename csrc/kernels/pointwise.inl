@@ -74,8 +74,37 @@ inline void reinforced(const Block& block, float least, const float* gains) {
     add_base(block, sum);
 }
 
-// The deltas' variance over the models, fp64 by Welford's updates, rounded to fp32.
+// The deltas' variance over the models, fp64 by Welford's updates, rounded to fp32: of few models
+// in registers.
+template <int kInputs>
+void variance_of(const Block& block, float* __restrict result) {
+    const float* base = block.base();
+    const float* x[kInputs];
+    for (int j = 0; j < kInputs; ++j) x[j] = block.input(j);
+    for (int64_t i = 0; i < block.count; ++i) {
+        double mean = 0.0, squares = 0.0;
+        for (int j = 0; j < kInputs; ++j) {
+            const double value = x[j][i] - base[i], off = value - mean;
+            mean += off / (j + 1);
+            squares += off * (value - mean);
+        }
+        result[i] = static_cast<float>(squares / kInputs);
+    }
+}
+
 inline void variance(const Block& block, float* __restrict result) {
+    switch (block.args.inputs_count) {
+        case 1:
+            return variance_of<1>(block, result);
+        case 2:
+            return variance_of<2>(block, result);
+        case 3:
+            return variance_of<3>(block, result);
+        case 4:
+            return variance_of<4>(block, result);
+        default:
+            break;
+    }
     double mean[kBlock], squares[kBlock];
     float delta[kBlock];
     for (int64_t i = 0; i < block.count; ++i) mean[i] = squares[i] = 0.0;

@@ -6,17 +6,6 @@ namespace fastmerge {
 
 namespace {
 
-// fp32 tiles of a row, in place or in `wide`.
-template <class Body>
-void each_tile(const Span& span, int64_t begin, int64_t end, const Body& body) {
-    float wide[kTile], stored[kTile];
-    for_each_tile(begin, end, [&](int64_t at, int64_t next) {
-        const void* from = span.read(at, next - at, stored);
-        kernels().widen[static_cast<size_t>(span.dtype)](from, wide, next - at);
-        body(wide, at, next - at);
-    });
-}
-
 // Of longer rows the exponentials are computed again where they are read.
 constexpr int64_t kKept = 1 << 16;
 
@@ -28,33 +17,46 @@ class Softmax {
     void seek(int64_t begin, int64_t end) {
         begin_ = begin;
         kept_ = end - begin <= kKept;
-        values_.resize(static_cast<size_t>(kept_ ? end - begin : kTile));
+        row_.resize(static_cast<size_t>(kept_ ? end - begin : kTile));
+        values_.resize(row_.size());
         most_ = -INFINITY;
-        each_tile(span_, begin, end, [&](const float* x, int64_t, int64_t count) {
-            most_ = kernels().largest_of(x, count, most_);
+        for_each_tile(begin, end, [&](int64_t at, int64_t next) {
+            widen(at, next);
+            most_ = table_.largest_of(row_.data() + place(at), next - at, most_);
         });
         double sum = 0;
-        each_tile(span_, begin, end,
-                  [&](const float* x, int64_t at, int64_t count) { sum += fill(x, at, count); });
+        for_each_tile(begin, end, [&](int64_t at, int64_t next) {
+            if (!kept_) widen(at, next);
+            sum += fill(at, next);
+        });
         factor_ = 1 / sum;
     }
     double factor() const { return factor_; }
-    const double* at(int64_t begin, int64_t end) {
-        if (!kept_)
-            each_tile(span_, begin, end,
-                      [&](const float* x, int64_t at, int64_t count) { fill(x, at, count); });
-        return place(begin);
+    const double* at(int64_t at, int64_t next) {
+        if (!kept_) {
+            widen(at, next);
+            fill(at, next);
+        }
+        return values_.data() + place(at);
     }
 
    private:
-    double* place(int64_t at) { return values_.data() + (kept_ ? at - begin_ : 0); }
-    double fill(const float* x, int64_t at, int64_t count) {
+    int64_t place(int64_t at) const { return kept_ ? at - begin_ : 0; }
+    void widen(int64_t at, int64_t next) {
+        float stored[kTile];
+        const void* from = span_.read(at, next - at, stored);
+        table_.widen[static_cast<size_t>(span_.dtype)](from, row_.data() + place(at), next - at);
+    }
+    double fill(int64_t at, int64_t next) {
         double lanes[kSumLanes] = {};
-        kernels().exponentials(x, count, most_, place(at), lanes);
+        table_.exponentials(row_.data() + place(at), next - at, most_, values_.data() + place(at),
+                            lanes);
         return add_lanes(lanes);
     }
 
     const Span& span_;
+    const Kernels& table_ = kernels();
+    std::vector<float> row_;  // fp32
     std::vector<double> values_;
     int64_t begin_ = 0;
     bool kept_ = true;

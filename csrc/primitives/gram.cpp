@@ -23,7 +23,10 @@ class Gram {
         if (!fused_) scratch_.resize(all_.size() * kTile);
         gathered_.resize(all_.size());
         for (size_t j = 0; j < all_.size(); ++j)
-            if (all_[j].elements) gathered_[j].resize(fused_ ? kSumBlock : kTile);
+            if (all_[j].elements) {
+                gathered_[j].resize(kTile);
+                gathers_ = true;
+            }
     }
 
     int vectors() const { return vectors_; }
@@ -33,12 +36,17 @@ class Gram {
     void block(int64_t begin, int64_t end, double* sums) {
         std::vector<double> lanes(static_cast<size_t>(pairs_) * kSumLanes);
         if (fused_) {
-            for (size_t j = 0; j < all_.size(); ++j)
-                pointers_[j] = all_[j].read(begin, end - begin, gathered_[j].data());
             const auto type = static_cast<size_t>(all_[0].dtype);
             const auto& kernels = vectors_ == 2 ? table_.gram2 : table_.gram3;
             const auto kernel = kernels[deltas_ ? 1 : 0][type];
-            kernel(pointers_.data(), end - begin, lanes.data());
+            // What lies in memory is taken at once; the lanes are the same for any cut.
+            const int64_t step = gathers_ ? kTile : kSumBlock;
+            for (int64_t at = begin; at < end; at += step) {
+                const int64_t count = std::min(step, end - at);
+                for (size_t j = 0; j < all_.size(); ++j)
+                    pointers_[j] = all_[j].read(at, count, gathered_[j].data());
+                kernel(pointers_.data(), count, lanes.data());
+            }
         } else {
             for (int64_t at = begin; at < end; at += kTile) {
                 const int64_t count = std::min(kTile, end - at);
@@ -78,12 +86,11 @@ class Gram {
     const Kernels& table_;
     std::vector<Span> all_;
     int vectors_, pairs_;
-    bool deltas_, fused_;
+    bool deltas_, fused_, gathers_ = false;
     std::vector<const void*> pointers_;
     std::vector<const float*> wide_;
     std::vector<float> scratch_;
-    std::vector<std::vector<float>>
-        gathered_;  // of each that lies in no one place, a block or a tile
+    std::vector<std::vector<float>> gathered_;  // a tile of each that lies in no one place
 };
 
 }  // namespace

@@ -10,6 +10,8 @@ namespace fastmerge {
 namespace {
 
 constexpr size_t kAny = SIZE_MAX;
+constexpr int64_t kStep = 512;  // elements: of five tensors they stay in the first-level cache
+static_assert(kTile % kStep == 0);
 
 struct Shape {
     const char* name;
@@ -63,48 +65,78 @@ Pointwise::Pointwise(Formula kind, std::vector<Span> inputs, const Span& base,
         throw std::invalid_argument("one factor for each row is needed, where the formula has any");
 }
 
-const void* Pointwise::read(int64_t first, int64_t count, DType, void* buffer) const {
-    const auto tile = static_cast<size_t>(std::min(count, kTile));
-    const size_t k = inputs_.size();
-    // A tile in fp32 of each, one as it is stored, and the factors.
-    const std::unique_ptr<float[]> room(new float[(k + 3) * tile]);
-    float* const stored = room.get() + (k + 1) * tile;
-    float* const factors = room.get() + (k + 2) * tile;
-    std::vector<const float*> pointers(k);
-    const Kernels& table = kernels();
-    PointwiseArgs args = {};
-    args.kind = kind_;
-    args.inputs = pointers.data();
-    args.inputs_count = static_cast<int>(k);
-    args.numbers = numbers_.data();
-    args.factors = factors;
-    for_each_tile(first, first + count, [&](int64_t begin, int64_t end) {
-        const int64_t length = end - begin;
-        const auto widened = [&](const Span& span, size_t slot) {
-            float* to = room.get() + slot * tile;
-            const void* from = span.read(begin, length, stored);
-            if (span.dtype == DType::kF32 && from != stored &&
-                reinterpret_cast<uintptr_t>(from) % alignof(float) == 0)
-                return static_cast<const float*>(from);
-            table.widen[static_cast<size_t>(span.dtype)](from, to, length);
-            return static_cast<const float*>(to);
-        };
-        for (size_t j = 0; j < k; ++j) pointers[j] = widened(inputs_[j], j);
-        args.base = widened(base_, k);
-        args.out = static_cast<float*>(buffer) + (begin - first);
-        if (!factors_.empty()) {
-            const int64_t cols = base_.count / static_cast<int64_t>(factors_.size());
-            for (int64_t at = begin; at < end;) {
-                const int64_t row = at / cols, next = std::min(end, (row + 1) * cols);
-                std::fill(factors + (at - begin), factors + (next - begin),
-                          factors_[static_cast<size_t>(row)]);
-                at = next;
-            }
+// What one read needs: a step in fp32 of each input and the base, one as it is stored, and the
+// factors.
+class Pointwise::Reading {
+   public:
+    explicit Reading(const Pointwise& of)
+        : of_(of),
+          inputs_(of.inputs_.size()),
+          room_(new float[(inputs_ + 3) * kStep]),
+          stored_(room_.get() + (inputs_ + 1) * kStep),
+          factors_(stored_ + kStep),
+          pointers_(inputs_) {
+        args_.kind = of.kind_;
+        args_.inputs = pointers_.data();
+        args_.inputs_count = static_cast<int>(inputs_);
+        args_.numbers = of.numbers_.data();
+        args_.factors = factors_;
+    }
+
+    void keep_at(int64_t tile) {
+        args_.keep = keep_in_tile(of_.selection_, of_.keys_, static_cast<uint64_t>(tile));
+    }
+
+    void fill(int64_t begin, int64_t end, float* out) {
+        for (size_t j = 0; j < inputs_; ++j) pointers_[j] = widened(of_.inputs_[j], begin, end, j);
+        args_.base = widened(of_.base_, begin, end, inputs_);
+        if (!of_.factors_.empty()) spread_factors(begin, end);
+        args_.index = static_cast<uint64_t>(begin);
+        args_.count = end - begin;
+        args_.out = out;
+        table_.pointwise(args_);
+    }
+
+   private:
+    const float* widened(const Span& span, int64_t begin, int64_t end, size_t slot) {
+        float* to = room_.get() + slot * kStep;
+        const void* from = span.read(begin, end - begin, stored_);
+        if (span.dtype == DType::kF32 && from != stored_ &&
+            reinterpret_cast<uintptr_t>(from) % alignof(float) == 0)
+            return static_cast<const float*>(from);
+        table_.widen[static_cast<size_t>(span.dtype)](from, to, end - begin);
+        return to;
+    }
+
+    void spread_factors(int64_t begin, int64_t end) {
+        const int64_t cols = of_.base_.count / static_cast<int64_t>(of_.factors_.size());
+        for (int64_t at = begin; at < end;) {
+            const int64_t row = at / cols, next = std::min(end, (row + 1) * cols);
+            std::fill(factors_ + (at - begin), factors_ + (next - begin),
+                      of_.factors_[static_cast<size_t>(row)]);
+            at = next;
         }
-        args.keep = keep_in_tile(selection_, keys_, static_cast<uint64_t>(begin));
-        args.index = static_cast<uint64_t>(begin);
-        args.count = length;
-        table.pointwise(args);
+    }
+
+    const Pointwise& of_;
+    const size_t inputs_;
+    const Kernels& table_ = kernels();
+    const std::unique_ptr<float[]> room_;
+    float* const stored_;
+    float* const factors_;
+    std::vector<const float*> pointers_;
+    PointwiseArgs args_ = {};
+};
+
+const void* Pointwise::read(int64_t first, int64_t count, DType, void* buffer) const {
+    static const float kZeros[kTile] = {};
+    if (kind_ == Formula::kZero && count <= kTile) return kZeros;
+    Reading reading(*this);
+    for_each_tile(first, first + count, [&](int64_t tile, int64_t tile_end) {
+        reading.keep_at(tile);
+        for (int64_t begin = tile; begin < tile_end; begin += kStep)
+            reading.fill(begin, std::min(tile_end, begin + kStep),
+                         static_cast<float*>(buffer) + (begin - first));
     });
     return buffer;
 }

@@ -22,6 +22,8 @@ class Pointwise : public Elements {
     const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const override;
 
    private:
+    class Reading;
+
     Formula kind_;
     std::vector<Span> inputs_;
     Span base_;

@@ -1,6 +1,7 @@
 // How the primitives cut tensors up, and how they feed kernels that take one element type.
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -43,8 +44,13 @@ class TileReader {
         pointers_.resize(inputs.size());
         bool gathers = base && base->elements;
         for (const Span& span : inputs) gathers = gathers || span.elements;
-        if (!uniform || gathers) scratch_.resize((inputs.size() + 1) * kTile);
-        if (!uniform && gathers) stored_.resize(kTile);
+        if (!uniform || gathers) scratch_.reset(new float[(inputs.size() + 1) * kTile]);
+        if (!uniform && gathers) stored_.reset(new float[kTile]);
+        for (size_t j = 0; j < inputs.size(); ++j) {
+            first_.push_back(j);
+            for (size_t i = 0; i < j && first_[j] == j; ++i)
+                if (same(inputs[i], inputs[j])) first_[j] = i;
+        }
     }
 
     DType dtype() const { return dtype_; }
@@ -54,15 +60,21 @@ class TileReader {
 
     void seek(int64_t begin, int64_t count) {
         for (size_t j = 0; j < inputs_.size(); ++j)
-            pointers_[j] = at(inputs_[j], begin, count, static_cast<int64_t>(j));
+            pointers_[j] = first_[j] < j ? pointers_[first_[j]]
+                                         : at(inputs_[j], begin, count, static_cast<int64_t>(j));
         if (base_) base_pointer_ = at(*base_, begin, count, static_cast<int64_t>(inputs_.size()));
     }
 
    private:
+    static bool same(const Span& a, const Span& b) {
+        return a.elements == b.elements && a.data == b.data && a.first == b.first &&
+               a.dtype == b.dtype;
+    }
+
     const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
-        float* tile = scratch_.data() + slot * kTile;
+        float* tile = scratch_ ? scratch_.get() + slot * kTile : nullptr;
         if (span.dtype == dtype_) return span.read(begin, count, tile);
-        const void* from = span.read(begin, count, stored_.data());
+        const void* from = span.read(begin, count, stored_.get());
         table_.widen[static_cast<size_t>(span.dtype)](from, tile, count);
         return tile;
     }
@@ -72,9 +84,10 @@ class TileReader {
     const Kernels& table_;
     DType dtype_;
     std::vector<const void*> pointers_;
+    std::vector<size_t> first_;  // the first input that is the same as this one
     const void* base_pointer_ = nullptr;
-    std::vector<float> scratch_;  // a tile of each
-    std::vector<float> stored_;   // a tile of gathered rows, before it is widened
+    std::unique_ptr<float[]> scratch_;  // a tile of each
+    std::unique_ptr<float[]> stored_;   // a tile of gathered rows, before it is widened
 };
 
 // Calls body(begin, end) for the parts of [begin, end) between multiples of kTile.
