@@ -268,3 +268,11 @@ def test_an_odd_count_is_the_stacks_too(count, zoo):
     a = model(zoo, "a", num_hidden_layers=count)
     plan = make_plan(stack((a, 0, 2), (a, 0, 4)))
     assert plan.config["num_hidden_layers"] == 6 and not plan.notes
+
+
+def test_an_empty_list_of_slices_or_models_is_none(zoo):
+    listed = [{"model": str(zoo.base("whole"))}]
+    plain = {"merge_method": "passthrough", "models": listed}
+    stacked = stack((listed[0]["model"], 0, 1))
+    assert make_plan({**plain, "slices": []}).key == make_plan(plain).key
+    assert make_plan({**stacked, "models": []}).key == make_plan(stacked).key

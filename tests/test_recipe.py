@@ -291,6 +291,10 @@ BAD = {
         "merge_method: passthrough\nslices:\n  - sources:\n      - model: a\n",
         "recipe:4: 'layer_range' is missing",
     ),
+    "layer-range-misspelt": (
+        "merge_method: slerp\nslices:\n  - sources:\n    - {model: a, layer_rang: [0, 4]}\n",
+        "recipe:4: unknown key 'layer_rang'; did you mean 'layer_range'",
+    ),
     "layer-range-of-one": (
         "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [4]}]\n",
         "'layer_range[1]' is missing",

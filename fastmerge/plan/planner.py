@@ -196,14 +196,14 @@ class Planner:
         names: list[list[str]] | None = None
         if document.modules is not None:
             parts, names = self._modules(document, document.modules, base)
-        elif document.models is not None:
+        elif document.models:
             parts = [self._whole(document, document.models, base)]
         else:
             parts = [self._slice(document, part, base) for part in document.slices or ()]
         self.views[document.name] = self.merged(
             parts,
             base or parts[0].inputs[0].view,
-            whole=document.slices is None,
+            whole=not document.slices,
             names=names,
             dtype=document.output_dtype,
             seed=self._stage_seed(document, is_output),

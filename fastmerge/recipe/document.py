@@ -87,7 +87,8 @@ class SliceSource(_Parametrised):
 
     @classmethod
     def written_out(cls, data: LocatedDict) -> LocatedDict:
-        if data.get("layer_range") is None:
+        misspelt = any(near_miss(name, ("layer_range",)) for name in data if name not in cls.fields)
+        if data.get("layer_range") is None and not misspelt:
             raise RecipeError(
                 f"{data.where}: 'layer_range' is missing; give the layers, [start, end), or list "
                 "whole models under 'models:'"
