@@ -189,6 +189,7 @@ def pointwise(
     *,
     selection: Selection | None = None,
     factors: NDArray[np.float32] | None = None,
+    operations: Sequence[tuple[str, int, int, int, int]] = (),
 ) -> View:
     """An F32 tensor that has no address: every primitive and `copy` compute it where they read it.
 
@@ -210,6 +211,12 @@ def pointwise(
     largest [s]: base + d s, d the d_i of largest size, the first of equals.
     agreed [n, s, w_1, l_1 ...]: base + S [at least n of |d_i| >= |S - d_i| l_i] s, S = sum_i d_i
     w_i.
+    expression [c_0 ...]: what the last of the ``operations`` gives, each (name, to, a, b, c): place
+    ``to`` from the places a, b and c. Places are numbered: the k inputs, the base, then results,
+    which are written before they are read and never by what reads them. constant: c_a. copy: a.
+    add, subtract, multiply, divide: of a and b. negative, absolute: of a. minimum: b where b < a,
+    else a; maximum: b where b > a, else a. less, less_equal: [a < b], [a <= b]. where: b where a is
+    not 0, else c.
     """
 
 def dequantised(

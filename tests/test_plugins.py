@@ -15,10 +15,20 @@ import pytest
 from safetensors import safe_open
 
 import fastmerge
-from fastmerge import api, ops
+from fastmerge import _C, api, ops
 from fastmerge.cli import main
 from fastmerge.errors import FastmergeError, RecipeError
-from fastmerge.methods import METHODS, Function, Option, find, plugins
+from fastmerge.methods import (
+    METHODS,
+    Elementwise,
+    Function,
+    Option,
+    find,
+    plugins,
+    register,
+    unregister,
+)
+from fastmerge.methods.entries import maximum, minimum, where
 
 DOCS = Path(__file__).parents[1] / "docs" / "plugins.md"
 X, Y, Z = np.random.default_rng(2).normal(size=(3, 6, 50)).astype(np.float32)
@@ -54,6 +64,12 @@ def test_the_documented_methods(documented: dict[str, Any]) -> None:
     delta = Y - Z
     kept = np.abs(delta) >= np.sort(np.abs(delta).ravel())[-30]
     np.testing.assert_allclose(found, Z + (X - Z) / 2 + delta * kept / 2, rtol=1e-5, atol=1e-6)
+
+    found = ops.merge("clipped_sum", [X, Y], {"weight": [1.0, 0.5], "most": 0.75}, base=Z)
+    halves = np.float32([1, 0.5])
+    expected = documented["clipped_sum"](np.stack([X, Y]), Z, weight=halves, most=np.float32(0.75))
+    assert np.array_equal(found, expected) and expected.dtype == np.float32
+    assert 0 < (np.abs(found - Z) >= 0.74).mean() < 1
 
     assert np.array_equal(ops.merge("median", [X, Y, Z]), np.median([X, Y, Z], axis=0))
 
@@ -141,7 +157,7 @@ def doubled(gram: Any, *, share: Annotated[float, Option(high=1)] = 2.0) -> None
 @pytest.mark.parametrize(
     "function, said",
     [
-        (nothing, "its first argument must be called one of gram, models, tensors"),
+        (nothing, "its first argument must be called one of gram, models, entries, tensors"),
         (untyped, "argument 'power': annotate it as float"),
         (listed, "argument 'power': annotate it as float"),
         (drawn, "only a function of tensors draws"),
@@ -167,6 +183,125 @@ def test_bad_answers_name_the_method() -> None:
         ops.merge("three", [X, Y])
     with pytest.raises(FastmergeError, match="numbers must return Terms"):
         ops.merge("numbers", [X], base=Y)
+
+
+# --- expressions of entries ---
+
+
+def everything(entries: Any, base: Any) -> Any:
+    """Every operation, places that are taken again, and a constant that overflows no float32."""
+    a, b, *_ = entries
+    ratio = a / b - -b
+    high = maximum(a, b * 2) + 0.1 * 3
+    low = minimum(abs(a - base), 1.5)
+    picked = where((a < b) * (b <= 1), ratio, where(low >= 0.5, high, low))
+    return sum(x * (x > base) for x in entries) / 3 + picked
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_expressions_are_numpys_float32(isa: str, dtype: str) -> None:
+    row = Elementwise(
+        "everything", "-", "-", (), "required", 2, None, version="1",
+        function=lambda base, entries, values: everything(entries, base),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(4, 70_001)).astype(dtype)
+    inputs[0, 5::911], inputs[1, 7::833], inputs[3, 7::833] = np.nan, np.inf, -np.inf
+    before = _C.isa()
+    try:
+        _C.set_isa(isa)
+        register(row)
+        found = [ops.merge("everything", inputs[:3], base=inputs[3], threads=n) for n in (1, 2)]
+    finally:
+        _C.set_isa(before)
+    wide = inputs.astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = everything(wide[:3], wide[3])
+    assert expected.dtype == np.float32
+    expected = expected.astype(dtype)
+    np.testing.assert_array_equal(found[0], expected)
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_an_expression_of_a_thousand_models() -> None:
+    @fastmerge.method(version="1")
+    def many(entries: Any) -> Any:
+        deltas = [entry - entries[0] for entry in entries]  # all alive until the sum is known
+        total = sum(deltas)
+        return sum(where(abs(d) <= abs(total), d, 0.0) for d in deltas) + 0
+
+    models = np.random.default_rng(1).normal(size=(1000, 40)).astype(np.float32)
+    deltas = models - models[0]
+    total = np.zeros(40, np.float32)
+    for delta in deltas:
+        total = total + delta
+    merged = np.zeros(40, np.float32)
+    for delta in deltas:
+        merged = merged + np.where(abs(delta) <= abs(total), delta, np.float32(0))
+    assert np.array_equal(ops.merge("many", list(models)), merged)
+
+
+def test_an_expression_may_be_an_entry_or_a_number() -> None:
+    @fastmerge.method(version="1")
+    def second(entries: Any) -> Any:
+        return entries[1]
+
+    @fastmerge.method(version="1")
+    def seven(entries: Any) -> Any:  # noqa: ARG001
+        return 7
+
+    assert np.array_equal(ops.merge("second", [X, Y]), Y)
+    assert np.array_equal(ops.merge("seven", [X, Y]), np.full_like(X, 7))
+
+
+def chosen(entries: Any) -> Any:
+    return max(entries)
+
+
+def compared(entries: Any) -> Any:
+    return entries[0] == entries[1]
+
+
+def failing(entries: Any) -> Any:
+    return entries[99]
+
+
+def untold(entries: Any) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (chosen, r"use where\(condition, a, b\), minimum and maximum"),
+        (compared, "entries are not compared with =="),
+        (failing, "method failing failed: IndexError: list index out of range"),
+        (untold, "entries and numbers, not NoneType"),
+    ],
+)
+def test_bad_expressions_are_refused_before_the_merge(function: Any, said: str, zoo: Any) -> None:
+    fastmerge.method(version="1")(function)
+    models = [{"model": str(zoo.base(name))} for name in ("one", "two")]
+    with pytest.raises(FastmergeError, match=said):
+        api.plan({"merge_method": function.__name__, "models": models})
+
+
+def test_an_expression_is_part_of_the_key(zoo: Any) -> None:
+    recipe = {"merge_method": "scaled", "models": [{"model": str(zoo.base("keyed"))}]}
+
+    def key(by: float) -> str:
+        register(
+            Elementwise(
+                "scaled", "-", "-", (), "operand", 1, None, version="1",
+                function=lambda base, entries, values: entries[0] * by,
+            )
+        )  # fmt: skip
+        try:
+            return api.plan(recipe).key
+        finally:
+            unregister("scaled")
+
+    assert key(2.0) == key(2.0) != key(3.0)
 
 
 # --- entry points -----------------------------------------------------------------------------

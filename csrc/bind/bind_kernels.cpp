@@ -121,11 +121,15 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
 
 View bound_pointwise(const std::string& formula, const std::vector<View>& inputs, const View& base,
                      const std::vector<float>& numbers, const std::optional<Selection>& selection,
-                     const std::optional<py::array_t<float, py::array::c_style>>& factors) {
+                     const std::optional<py::array_t<float, py::array::c_style>>& factors,
+                     const std::vector<std::tuple<std::string, int, int, int, int>>& operations) {
     std::vector<float> each;
+    std::vector<Operation> steps;
+    for (const auto& [name, to, a, b, c] : operations)
+        steps.push_back({operation_named(name), to, a, b, c});
     if (factors) each.assign(factors->data(), factors->data() + factors->size());
     auto made = std::make_shared<Pointwise>(formula_named(formula), spans(inputs), base.span,
-                                            numbers, selection, std::move(each));
+                                            numbers, selection, std::move(each), std::move(steps));
     py::list owners;
     owners.append(base);
     for (const View& view : inputs) owners.append(view);
@@ -185,7 +189,8 @@ void bind_kernels(py::module_& m) {
           "selections"_a, "out"_a, "masks"_a = py::tuple(), py::kw_only(), "elect"_a, "normalize"_a,
           "scale"_a = 1.0f, "origin"_a = 0, "votes"_a = 0, "counted"_a = false);
     m.def("pointwise", &bound_pointwise, "formula"_a, "inputs"_a, "base"_a, "numbers"_a,
-          py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none());
+          py::kw_only(), "selection"_a = py::none(), "factors"_a = py::none(),
+          "operations"_a = py::tuple());
     m.def("dequantised", &bound_dequantised, "coding"_a, "codes"_a, "scales"_a, py::kw_only(),
           "rows"_a, "cols"_a, "block_rows"_a, "block_cols"_a);
     m.def(

@@ -141,7 +141,33 @@ enum class Formula : int {
     kFuse,
     kLargest,
     kAgreed,
+    kExpression,
     kLast,
+};
+
+// What an expression does to entries: `to` = of a, b and c, the places of results and operands.
+enum class Op : int {
+    kConstant,  // numbers[a]
+    kCopy,
+    kAdd,
+    kSubtract,
+    kMultiply,
+    kDivide,
+    kNegative,
+    kAbsolute,
+    kMinimum,
+    kMaximum,
+    kLess,
+    kLessEqual,
+    kWhere,
+    kLast,
+};
+
+// Places are numbered: the inputs, the base, then room for results; an operation writes none of
+// those it reads, and the last one's result is the expression's.
+struct Operation {
+    Op op;
+    int to, a, b, c;
 };
 
 struct PointwiseArgs {
@@ -155,6 +181,10 @@ struct PointwiseArgs {
     Keep keep;
     uint64_t index;  // flat index of the first element
     int64_t count;   // does not cross a multiple of kTile
+    const Operation* operations;
+    int operations_count;
+    float* results;  // room for `count` elements at each multiple of results_step
+    int64_t results_step;
 };
 
 // Part of a row: e^(entry - the row's largest), and one over the row's sum of those.

@@ -232,6 +232,71 @@ inline void agreed(const Block& block, const float* numbers) {
     add_base(block, sum);
 }
 
+inline void operate(const Operation& own, const float* numbers, const float* a, const float* b,
+                    const float* c, float* __restrict to, int64_t count) {
+    switch (own.op) {
+        case Op::kConstant:
+            for (int64_t i = 0; i < count; ++i) to[i] = numbers[own.a];
+            return;
+        case Op::kCopy:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i];
+            return;
+        case Op::kAdd:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] + b[i];
+            return;
+        case Op::kSubtract:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] - b[i];
+            return;
+        case Op::kMultiply:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] * b[i];
+            return;
+        case Op::kDivide:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] / b[i];
+            return;
+        case Op::kNegative:
+            for (int64_t i = 0; i < count; ++i) to[i] = -a[i];
+            return;
+        case Op::kAbsolute:
+            for (int64_t i = 0; i < count; ++i) to[i] = __builtin_fabsf(a[i]);
+            return;
+        case Op::kMinimum:
+            for (int64_t i = 0; i < count; ++i) to[i] = b[i] < a[i] ? b[i] : a[i];
+            return;
+        case Op::kMaximum:
+            for (int64_t i = 0; i < count; ++i) to[i] = b[i] > a[i] ? b[i] : a[i];
+            return;
+        case Op::kLess:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] < b[i] ? 1.0f : 0.0f;
+            return;
+        case Op::kLessEqual:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] <= b[i] ? 1.0f : 0.0f;
+            return;
+        case Op::kWhere:
+            for (int64_t i = 0; i < count; ++i) to[i] = a[i] != 0.0f ? b[i] : c[i];
+            return;
+        case Op::kLast:
+            return;
+    }
+}
+
+inline void expression(const Block& block) {
+    const PointwiseArgs& args = block.args;
+    const auto place = [&](int i) -> float* {
+        return args.results + (i - args.inputs_count - 1) * args.results_step;
+    };
+    const auto operand = [&](int i) -> const float* {
+        return i < args.inputs_count    ? block.input(i)
+               : i == args.inputs_count ? block.base()
+                                        : place(i);
+    };
+    for (int at = 0; at < args.operations_count; ++at) {
+        const Operation& own = args.operations[at];
+        const bool last = at + 1 == args.operations_count;
+        operate(own, args.numbers, operand(own.op == Op::kConstant ? 0 : own.a), operand(own.b),
+                operand(own.c), last ? block.out() : place(own.to), block.count);
+    }
+}
+
 inline void pointwise_block(const Block& block) {
     const float* numbers = block.args.numbers;
     switch (block.args.kind) {
@@ -260,6 +325,8 @@ inline void pointwise_block(const Block& block) {
             return largest(block, numbers[0]);
         case Formula::kAgreed:
             return agreed(block, numbers);
+        case Formula::kExpression:
+            return expression(block);
         case Formula::kLast:
             return;
     }

@@ -12,6 +12,7 @@ namespace {
 constexpr size_t kAny = SIZE_MAX;
 constexpr int64_t kStep = 512;  // elements: of five tensors they stay in the first-level cache
 static_assert(kTile % kStep == 0);
+constexpr int kMostResults = 1 << 12;  // of an expression at a time: 8 MiB a thread
 
 struct Shape {
     const char* name;
@@ -22,14 +23,28 @@ struct Shape {
 
 // By Formula.
 constexpr Shape kShapes[] = {
-    {"zero", kAny, 0, 0, false},         {"near_swap", 1, 1, 0, false},
-    {"active", kAny, 2, 0, false},       {"reinforced", kAny, 1, 1, false},
-    {"variance", kAny, 0, 0, false},     {"varied", kAny, 0, 0, false},
-    {"varied_delta", kAny, 1, 0, false}, {"select_and_erase", kAny, 0, 1, false},
-    {"importance", 1, 0, 0, true},       {"fuse", 1, 1, 0, true},
-    {"largest", kAny, 1, 0, false},      {"agreed", kAny, 2, 2, false},
+    {"zero", kAny, 0, 0, false},          {"near_swap", 1, 1, 0, false},
+    {"active", kAny, 2, 0, false},        {"reinforced", kAny, 1, 1, false},
+    {"variance", kAny, 0, 0, false},      {"varied", kAny, 0, 0, false},
+    {"varied_delta", kAny, 1, 0, false},  {"select_and_erase", kAny, 0, 1, false},
+    {"importance", 1, 0, 0, true},        {"fuse", 1, 1, 0, true},
+    {"largest", kAny, 1, 0, false},       {"agreed", kAny, 2, 2, false},
+    {"expression", kAny, kAny, 0, false},
 };
 static_assert(std::size(kShapes) == static_cast<size_t>(Formula::kLast));
+
+struct Arity {
+    const char* name;
+    int operands;
+};
+
+// By Op.
+constexpr Arity kArities[] = {
+    {"constant", 0}, {"copy", 1},       {"add", 2},      {"subtract", 2}, {"multiply", 2},
+    {"divide", 2},   {"negative", 1},   {"absolute", 1}, {"minimum", 2},  {"maximum", 2},
+    {"less", 2},     {"less_equal", 2}, {"where", 3},
+};
+static_assert(std::size(kArities) == static_cast<size_t>(Op::kLast));
 
 }  // namespace
 
@@ -39,40 +54,75 @@ Formula formula_named(const std::string& name) {
     throw std::invalid_argument("no formula '" + name + "'");
 }
 
+Op operation_named(const std::string& name) {
+    for (size_t i = 0; i < std::size(kArities); ++i)
+        if (name == kArities[i].name) return static_cast<Op>(i);
+    throw std::invalid_argument("no operation '" + name + "'");
+}
+
 Pointwise::Pointwise(Formula kind, std::vector<Span> inputs, const Span& base,
                      std::vector<float> numbers, const std::optional<Selection>& selection,
-                     std::vector<float> factors)
+                     std::vector<float> factors, std::vector<Operation> operations)
     : kind_(kind),
       inputs_(std::move(inputs)),
       base_(base),
       numbers_(std::move(numbers)),
       factors_(std::move(factors)),
       selection_(selection.value_or(Selection())),
-      keys_(round_keys(selection_.key)) {
+      keys_(round_keys(selection_.key)),
+      operations_(std::move(operations)) {
     const Shape& shape = kShapes[static_cast<size_t>(kind)];
     const size_t k = inputs_.size();
     check_inputs(inputs_, &base_, base_.count);
     if (shape.inputs != kAny && k != shape.inputs)
         throw std::invalid_argument("another number of inputs than the formula has");
-    if (numbers_.size() != shape.numbers + k * shape.numbers_per_input)
+    if (shape.numbers != kAny && numbers_.size() != shape.numbers + k * shape.numbers_per_input)
         throw std::invalid_argument("other numbers than the formula has");
     if (kind == Formula::kVariedDelta && !(numbers_[0] >= 0 && numbers_[0] < static_cast<float>(k)))
         throw std::invalid_argument("no input of that number");
     if (selection_.kind == Sparsity::kRandom || selection_.ceiling_bits != Selection().ceiling_bits)
         throw std::invalid_argument("a formula's selection is by size");
+    check_operations();
     const auto rows = static_cast<int64_t>(factors_.size());
     if (shape.factors != !factors_.empty() || (rows > 0 && base_.count % rows != 0))
         throw std::invalid_argument("one factor for each row is needed, where the formula has any");
 }
 
-// What one read needs: a step in fp32 of each input and the base, one as it is stored, and the
-// factors.
+// Every place is written before it is read, and none by what reads it.
+void Pointwise::check_operations() {
+    if ((kind_ == Formula::kExpression) == operations_.empty())
+        throw std::invalid_argument("an expression has operations, and no other formula");
+    const auto leaves = static_cast<int>(inputs_.size()) + 1;
+    std::vector<bool> written(inputs_.size() + 1, true);
+    for (Operation& own : operations_) {
+        if (own.to < leaves || own.to > leaves + kMostResults)
+            throw std::invalid_argument("no place for a result of that number");
+        int* const operands[] = {&own.a, &own.b, &own.c};
+        const int used = kArities[static_cast<size_t>(own.op)].operands;
+        for (int i = 0; i < 3; ++i) {
+            if (i >= used) {
+                if (own.op != Op::kConstant || i > 0) *operands[i] = 0;
+            } else if (*operands[i] < 0 || *operands[i] >= static_cast<int>(written.size()) ||
+                       !written[static_cast<size_t>(*operands[i])] || *operands[i] == own.to) {
+                throw std::invalid_argument("an operation reads what is not there");
+            }
+        }
+        if (own.op == Op::kConstant && (own.a < 0 || static_cast<size_t>(own.a) >= numbers_.size()))
+            throw std::invalid_argument("no constant of that number");
+        written.resize(std::max(written.size(), static_cast<size_t>(own.to) + 1));
+        written[static_cast<size_t>(own.to)] = true;
+        results_ = std::max<int64_t>(results_, own.to - leaves + 1);
+    }
+}
+
+// What one read needs: a step in fp32 of each input and the base, one as it is stored, the factors,
+// and an expression's results.
 class Pointwise::Reading {
    public:
     explicit Reading(const Pointwise& of)
         : of_(of),
           inputs_(of.inputs_.size()),
-          room_(new float[(inputs_ + 3) * kStep]),
+          room_(new float[(inputs_ + 3 + static_cast<size_t>(of.results_)) * kStep]),
           stored_(room_.get() + (inputs_ + 1) * kStep),
           factors_(stored_ + kStep),
           pointers_(inputs_) {
@@ -81,6 +131,10 @@ class Pointwise::Reading {
         args_.inputs_count = static_cast<int>(inputs_);
         args_.numbers = of.numbers_.data();
         args_.factors = factors_;
+        args_.operations = of.operations_.data();
+        args_.operations_count = static_cast<int>(of.operations_.size());
+        args_.results = factors_ + kStep;
+        args_.results_step = kStep;
     }
 
     void keep_at(int64_t tile) {

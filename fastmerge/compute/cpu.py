@@ -14,6 +14,7 @@ import numpy as np
 
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ResourceError, brief, is_whole
+from fastmerge.methods.entries import Program
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
@@ -142,6 +143,14 @@ class CpuBackend:
     ) -> _C.View:
         each = None if factors is None else factors.astype(np.float32)
         return _C.pointwise(formula, inputs, base, numbers, selection=selection, factors=each)
+
+    def expression(
+        self, program: Program, inputs: Sequence[_C.View], base: _C.View | None
+    ) -> _C.View:
+        return _C.pointwise(
+            "expression", inputs, inputs[0] if base is None else base, program.numbers,
+            operations=program.operations,
+        )  # fmt: skip
 
     def divergences(self, x: _C.View, base: _C.View, cols: int) -> Float64:
         return _C.divergences(self.pool, x, base, cols)

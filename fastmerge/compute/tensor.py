@@ -17,7 +17,7 @@ import numpy as np
 
 from fastmerge.compute.backend import Backend, O, T
 from fastmerge.errors import FastmergeError, UnsupportedError
-from fastmerge.methods import Combination, Consensus, Function, Pointwise
+from fastmerge.methods import Combination, Consensus, Elementwise, Function, Pointwise
 from fastmerge.methods.shapes import Given, Primitives, Terms
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import Agreement, Vectors
@@ -197,6 +197,8 @@ class Computation(Generic[T, O]):
             return self._function(step.node, step.node.method, out)
         if isinstance(step.node.method, Pointwise):
             return self._pointwise(step.node, step.node.method, out)
+        if isinstance(step.node.method, Elementwise):
+            return self._elementwise(step.node, step.node.method, out)
         return self._consensus(step.node, out)
 
     def _tensor(self, node: Node) -> T:
@@ -297,12 +299,23 @@ class Computation(Generic[T, O]):
     def _pointwise(self, root: Merge, method: Pointwise, out: O) -> Outcome:
         assert root.base is not None
         base, tensors = self._tensor(root.base), [self._tensor(node) for node in root.operands]
-        refusal = self._backend.takes(root, root.operands)
-        if refusal:
-            raise UnsupportedError(f"{self._name or method.name} {refusal}; use the CPU")
+        self._refuse_untaken(root)
         given = Given(base, tensors, root.values, root.operand_values, self._shape)
         made = method.formula(cast(Primitives, self._backend), given)
         return self._combine([made], np.ones(1), None, None, out)
+
+    def _elementwise(self, root: Merge, method: Elementwise, out: O) -> Outcome:
+        base = None if root.base is None else self._tensor(root.base)
+        tensors = [self._tensor(node) for node in root.operands]
+        self._refuse_untaken(root)
+        program = method.program(root.values, root.operand_values, base is not None)
+        made = cast(Primitives, self._backend).expression(program, tensors, base)
+        return self._combine([made], np.ones(1), None, None, out)
+
+    def _refuse_untaken(self, root: Merge) -> None:
+        refusal = self._backend.takes(root, root.operands)
+        if refusal:
+            raise UnsupportedError(f"{self._name or root.method.name} {refusal}; use the CPU")
 
     def _function(self, root: Merge, method: Function, out: O) -> Outcome:
         inputs = [self._backend.array(self._tensor(node)) for node in root.inputs]

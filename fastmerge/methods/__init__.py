@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastmerge.methods.plugins import Option, find, known, load, method
 from fastmerge.methods.register import register, unregister
-from fastmerge.methods.shapes import Combination, Consensus, Function, Pointwise
+from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Function, Pointwise
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Method, Parameter
 
@@ -17,6 +17,7 @@ __all__ = [
     "REQUIRED",
     "Combination",
     "Consensus",
+    "Elementwise",
     "Function",
     "Method",
     "Option",

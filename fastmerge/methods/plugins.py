@@ -14,13 +14,13 @@ import numpy as np
 
 from fastmerge.errors import FastmergeError, RecipeError, nearest
 from fastmerge.methods.register import register
-from fastmerge.methods.shapes import Combination, Consensus, Factors, Function, Terms
+from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Factors, Function, Terms
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Base, Float64, Method, Parameter, Values
 
 GROUP = "fastmerge.methods"  # of entry points
 F = TypeVar("F", bound=Callable[..., Any])
-_FIRST = ("gram", "models", "tensors")
+_FIRST = ("gram", "models", "entries", "tensors")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def method(
     * ``gram``: returns the coefficients of the models, from their inner products (float64, k x k);
       with ``base``, which is then its inner product with itself, those of the deltas to it;
     * ``models``: how many there are; returns the `Terms` of a consensus of deltas;
+    * ``entries``: an `Entry` of each model, what stands for its entries; returns what they become;
     * ``tensors``: the weights, float32 NumPy arrays, or torch tensors with ``torch``; returns the
       merged one. With ``rng`` it draws from a NumPy generator that follows from the seed.
 
@@ -121,6 +122,8 @@ def _row(
         return Function(**common, function=_of_tensors(function, takes_base is not None, torch))
     if draws is not None or torch:
         raise refuse("only a function of tensors draws, or takes torch's")
+    if first == "entries":
+        return Elementwise(**common, function=_of_entries(function, takes_base is not None))
     if first == "models":
         return Consensus(**common, spec=_spec(name, call))
     return Combination(**common, rule=_rule(name, call, takes_base is not None))
@@ -157,6 +160,13 @@ def _of_tensors(
             base = None if base is None else from_numpy(np.array(base))
         made = function(tensors, *([base] if takes_base else []), **values)
         return made.detach().float().cpu().numpy() if torch else made
+
+    return run
+
+
+def _of_entries(function: Callable[..., Any], takes_base: bool) -> Callable[..., Any]:
+    def run(base: Any, entries: Sequence[Any], values: Values) -> Any:
+        return function(entries, *([base] if takes_base else []), **values)
 
     return run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from fastmerge.errors import FastmergeError, RecipeError
-from fastmerge.methods.shapes import Combination, Consensus, Function
+from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Function
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Base, Method, Parameter
 
@@ -35,8 +35,8 @@ def unregister(name: str) -> None:
 
 def _fault(method: Method) -> str | None:
     """What is wrong with a row that is not fastmerge's own."""
-    if not isinstance(method, (Combination, Consensus, Function)):
-        return "make it a Combination, a Consensus or a Function"
+    if not isinstance(method, (Combination, Consensus, Elementwise, Function)):
+        return "make it a Combination, a Consensus, an Elementwise or a Function"
     if not isinstance(method.name, str) or not method.name.isidentifier():
         return "its name must be one word of letters, digits and underscores"
     if method.name in METHODS:

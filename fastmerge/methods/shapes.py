@@ -4,6 +4,7 @@
   ``gram`` and ``combine`` only;
 * `Consensus`: ``spec`` says which delta entries survive; ``select`` and ``consensus`` do the work;
 * `Pointwise`: ``formula`` says what each entry becomes from those at its place;
+* `Elementwise`: so does ``function``, in Python, of symbols: what others write;
 * `Function`: a Python function of whole tensors, for what no kernel does.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError
+from fastmerge.methods.entries import Entry, Program, compiled, inputs
 from fastmerge.methods.types import Float64, Method, Values
 from fastmerge.primitives import Agreement
 from fastmerge.selection import (
@@ -34,6 +36,7 @@ from fastmerge.selection import (
 )
 
 Float32 = NDArray[np.float32]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,8 @@ class Primitives(Protocol):
 
     def divergences(self, x: Any, base: Any, cols: int) -> Float64: ...
 
+    def expression(self, program: Program, inputs: Sequence[Any], base: Any) -> Any: ...
+
 
 class Given(NamedTuple):
     """What a formula is of: a back end's tensors, of one shape, and the parameters."""
@@ -220,6 +225,26 @@ class Given(NamedTuple):
 Formula = Callable[[Primitives, Given], Any]  # -> the merged tensor
 
 
+def per_model(method: Method, values: Values, operands: Sequence[Values]) -> dict[str, Any]:
+    """The parameters by name, one that each model has as a tuple."""
+    given = dict(values)
+    for parameter in method.parameters:
+        if parameter.per_model:
+            given[parameter.name] = tuple(own[parameter.name] for own in operands)
+    return given
+
+
+def called(method: Method, function: Callable[[], R]) -> R:
+    """What foreign code returns; raises FastmergeError with the method's name where it fails."""
+    try:
+        return function()
+    except FastmergeError:
+        raise
+    except Exception as error:  # whatever foreign code may raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FastmergeError(f"method {method.name} failed: {said}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Method):
     """Entry by entry, by a formula of kernels, from numbers that passes before it found."""
@@ -229,6 +254,31 @@ class Pointwise(Method):
     formula: Formula
     passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read
     of_deltas: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Method):
+    """Entry by entry, by a Python function of symbols: see `fastmerge.methods.entries`.
+
+    ``function(base, entries, values)``: as a `Function`'s, but of an `Entry` for each model and for
+    the base, and it returns one. Called once for each set of values; the kernels do the rest.
+    """
+
+    on_gpu: ClassVar[bool] = False
+
+    function: Callable[[Entry | None, Sequence[Entry], Values], Any]
+
+    def program(self, values: Values, operands: Sequence[Values], has_base: bool) -> Program:
+        """Raises FastmergeError where the function fails or returns no entry."""
+        each, base = inputs(len(operands))
+        given = per_model(self, values, operands)
+        return called(
+            self,
+            lambda: compiled(self.function(base if has_base else None, each, given), len(each)),
+        )
+
+    def meaning(self, values: Values, operands: Sequence[Values], has_base: bool) -> str:
+        return f"{self.identity} {self.program(values, operands, has_base)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,19 +306,10 @@ class Function(Method):
         """The result, contiguous; raises FastmergeError where the function fails or returns
         anything else. ``key``: what it draws under.
         """
-        given = dict(values)
-        for parameter in self.parameters:
-            if parameter.per_model:
-                given[parameter.name] = tuple(own[parameter.name] for own in operands)
+        given = per_model(self, values, operands)
         if self.random:
             given["rng"] = np.random.default_rng(key)
-        try:
-            made = np.asarray(self.function(base, tensors, given))
-        except FastmergeError:
-            raise
-        except Exception as error:  # whatever foreign code may raise
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise FastmergeError(f"method {self.name} failed: {said}") from error
+        made = called(self, lambda: np.asarray(self.function(base, tensors, given)))
         if made.shape != tensors[0].shape or made.dtype.kind not in "fiub":
             raise FastmergeError(
                 f"method {self.name} returned {made.dtype} {list(made.shape)} for tensors of "

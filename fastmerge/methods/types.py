@@ -128,6 +128,12 @@ class Method:
         """Name and version: what a result is known by that another merge may take up."""
         return f"{self.name} {self.version}" if self.version else self.name
 
+    def meaning(self, _values: Values, _operands: Sequence[Values], _has_base: bool, /) -> str:
+        """What decides the result besides the values: its identity, and what it is computed by
+        where that is not said there.
+        """
+        return self.identity
+
     def parameter(self, name: str) -> Parameter | None:
         """The parameter called ``name``, or None."""
         return self._by_name.get(name)

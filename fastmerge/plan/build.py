@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
-from fastmerge.methods import Combination, Consensus
+from fastmerge.methods import Combination, Consensus, Elementwise
 from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model, same_bytes
 from fastmerge.models.names import prefix_hint, renamed
@@ -165,6 +165,8 @@ class Builder:
                 apply_rule(node, np.eye(len(node.inputs)))
             if isinstance(node.method, Consensus):
                 node.method.spec(node.values, node.operand_values)
+            if isinstance(node.method, Elementwise):
+                node.method.program(node.values, node.operand_values, node.base is not None)
         except FastmergeError as error:
             whose = f" (tensor '{node.name}')" if part.varies else ""
             raise type(error)(f"{part.where}: {error}{whose}") from None

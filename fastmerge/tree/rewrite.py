@@ -56,7 +56,8 @@ def digest(root: Node, known: MutableMapping[Node, str]) -> str:
         values: list[Any] = [sorted(node.values.items())]
         values.append([sorted(own.items()) for own in node.operand_values])
         draws = f"{node.seed} {node.name!r} {node.numbers}" if node.method.random else ""
-        text = f"{node.method.identity} {values} {draws} {node.base is None} {' '.join(inputs)}"
+        means = node.method.meaning(node.values, node.operand_values, node.base is not None)
+        text = f"{means} {values} {draws} {node.base is None} {' '.join(inputs)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     return fold(root, step, known)
