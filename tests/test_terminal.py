@@ -16,7 +16,7 @@ import pytest
 
 import fastmerge
 from fastmerge import FastmergeError
-from fastmerge.cli import console
+from fastmerge.cli import console, main
 from fastmerge.cli.units import parse_shard_size
 
 HOSTILE = "a\x1b[31m\nnote: all is well [red]\u202e"
@@ -191,3 +191,18 @@ def test_a_shard_size_reaches_the_engine(zoo) -> None:
             ["merge", str(zoo.root / "r.yml"), str(zoo.root / "out"), "--max-shard-size", "1M"]
         )
     assert len(list((zoo.root / "out").glob("model-0*-of-0*.safetensors"))) >= 2
+
+
+def test_a_name_of_megabytes_is_shown_in_part(tmp_path: Path, capsys) -> None:
+    for folder in ("a", "b"):
+        name = folder * 3_000_000
+        header = json.dumps({name: {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "model.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(SystemExit):
+        main(["diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) < 1700
+    assert lines[0].endswith("only in A")

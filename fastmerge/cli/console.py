@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmerge.cli.streams import answer, drop, remark
 from fastmerge.cli.units import format_bytes, format_seconds
-from fastmerge.errors import printable
+from fastmerge.errors import printable, shortened
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -126,7 +126,7 @@ def table(
     for column in columns:
         drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[printable(str(cell)) for cell in row])
+        drawn.add_row(*[shortened(printable(str(cell))) for cell in row])
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000
@@ -145,14 +145,16 @@ def pairs(items: Iterable[tuple[str, Any]]) -> None:
 
 
 def put(*lines: str) -> None:
-    """Lines of the answer, on stdout, with whatever is not printable escaped."""
-    answer("".join(f"{printable(line)}\n" for line in lines))
+    """Lines of the answer, on stdout, with whatever is not printable escaped, and without the
+    middle of a name of megabytes.
+    """
+    answer("".join(f"{shortened(printable(line))}\n" for line in lines))
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """One line for the person at the terminal, on stderr."""
     if not quiet:
-        remark(f"{printable(text)}\n")
+        remark(f"{shortened(printable(text))}\n")
 
 
 def print_json(value: Any) -> None:

@@ -172,6 +172,8 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
         found = yaml.safe_load(parts[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
+    except (LookupError, AttributeError, TypeError):  # !!bool 7, !!int '', !!timestamp x: PyYAML's
+        return {}
     return found if isinstance(found, dict) else {}
 
 
