@@ -172,7 +172,13 @@ def find_layout(mixture: Mixture, views: Mapping[str, View]) -> Layout:
     """The layout that the recipe asks for, or the first that takes its models (``views``, the base
     first); RecipeError or UnsupportedError with why there is none.
     """
-    kinds = {reference: model_type(view.config) or "?" for reference, view in views.items()}
+    kinds = {reference: model_type(view.config) for reference, view in views.items()}
+    for reference, place in mixture.references():
+        if not kinds[reference]:
+            raise ModelError(
+                f"{place}: '{reference}' has no config.json with a model_type, by which a layout "
+                "is chosen"
+            )
     asked, where = mixture.architecture, mixture.where
     candidates: Sequence[Layout] = LAYOUTS
     if asked is not None:

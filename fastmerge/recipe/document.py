@@ -420,7 +420,8 @@ class Recipe:
 
 
 def _document(item: LocatedDict) -> AnyDocument:
-    return Mixture(item) if item.get("experts") is not None else Document(item)
+    left_out = "experts" in item and "merge_method" not in item
+    return Mixture(item) if left_out or item.get("experts") is not None else Document(item)
 
 
 def _in_order(documents: list[AnyDocument], origin: str) -> list[AnyDocument]:

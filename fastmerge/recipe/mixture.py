@@ -15,6 +15,7 @@ from fastmerge.recipe.section import FaultError, Section, field, listed, real, s
 GATE_MODES = ("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")
 DRAWN = ("random", "uniform_random")
 
+_LARGEST_F32 = 3.4e38  # what tensors are computed in
 _MERGE = "a mixture of experts is no merge; name its models under 'experts:'"
 
 
@@ -42,8 +43,8 @@ class Expert(Section):
     source_model: str = field(reference)
     positive_prompts: tuple[str, ...] | None = field(_prompts, None)
     negative_prompts: tuple[str, ...] | None = field(_prompts, None)
-    noise_scale: float | None = field(real(0), None)
-    residual_scale: float | None = field(real(), None)
+    noise_scale: float | None = field(real(0, _LARGEST_F32), None)
+    residual_scale: float | None = field(real(-_LARGEST_F32, _LARGEST_F32), None)
 
     def hint(self, name: str) -> str:
         return "write 'source_model:'" if name == "model" else super().hint(name)
