@@ -240,6 +240,31 @@ def dequantised(
     RAW E8M0 scales for blocks of (32, 1), stored (cols, rows / 32). 255 is E8M0's NaN.
     """
 
+def quantise(
+    pool: Pool,
+    source: View,
+    coding: str,
+    codes: Sink,
+    scales: Sink,
+    *,
+    rows: int,
+    cols: int,
+    block_rows: int,
+    block_cols: int,
+    power_of_two: bool,
+) -> tuple[int, float, float]:
+    """The inverse of `dequantised`: fp32 numbers at one address to ``codes`` (RAW) and ``scales``
+    (RAW: E8M0), in its layouts. Returns how many numbers are NaN or Inf, and the fp64 sums over the
+    others of (code * scale - x)^2 and of x^2.
+
+    Eight-bit floats: a block's scale is its largest finite size over the coding's largest number
+    (448, 57344), the quotient in fp32, with ``power_of_two`` or in E8M0 the next power of two, then
+    rounded to its type; 1 where that is 0. Codes are x over the stored scale in fp32, to nearest
+    even, no larger than the largest: infinities too; NaN is 0x7F. MXFP4 by OCP Microscaling Formats
+    v1.0, section 6.3: the scale is 2^(floor(log2(largest)) - 2), exponents kept within E8M0's, 1
+    where all are 0; codes as above.
+    """
+
 def bad_scale(scales: View) -> int | None:
     """The index of the first scale that is no finite number above 0; of RAW ones, which are E8M0,
     of the first 255.

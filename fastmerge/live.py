@@ -116,6 +116,7 @@ def merge_into(
     a_function(observe, "observe")
     if not isinstance(model, torch.nn.Module):
         raise FastmergeError(f"model: must be a torch module, not {type(model).__name__}")
+    plan = plan.as_numbers
     targets = _targets(model, plan)
     with torch.no_grad():
         # Rows from several places are the CPU kernels' to read.

@@ -257,6 +257,7 @@ def _fill(target: NDArray[Any], made: torch.Tensor, item: TensorPlan) -> None:
 
 def _run(plan: Plan, models: Sequence[Model], out: Any, threads: int | None) -> Mapping[str, Any]:
     """The plan's tensors, by name, in ``out`` or new."""
+    plan = plan.as_numbers
     if out is not None and not isinstance(out, Mapping):
         live.merge_into(out, plan, threads=threads)
         live.forget(out)  # a state dictionary has no stamp by which to know it again

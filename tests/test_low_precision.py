@@ -479,7 +479,7 @@ def test_scales_that_are_none_end_the_merge(formats, zoo, value):
     with pytest.raises(FastmergeError) as caught:
         api.merge(linear(coded, zoo.base("plain", seed=2)), zoo.root / "out")
     line = str(caught.value)
-    assert f"{coded}: scale 2 of tensor '{Q}_scale_inv' is {value}, where a number above 0" in line
+    assert f"{coded}: tensor '{Q}_scale_inv' holds {value} at 2, where a number above 0" in line
     assert not (zoo.root / "out").exists()
 
 

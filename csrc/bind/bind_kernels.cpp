@@ -15,6 +15,7 @@
 #include "primitives/gram.h"
 #include "primitives/low_rank.h"
 #include "primitives/pointwise.h"
+#include "primitives/quantised.h"
 #include "primitives/select.h"
 
 namespace py = pybind11;
@@ -156,6 +157,18 @@ View bound_low_rank(const View& base, const View& left, const View& right, int64
         {nullptr, made->count(), DType::kF32, made.get()}, py::make_tuple(base, left, right), made};
 }
 
+py::tuple bound_quantise(Pool& pool, const View& source, const std::string& coding, Sink& codes,
+                         Sink& scales, int64_t rows, int64_t cols, int64_t block_rows,
+                         int64_t block_cols, bool power_of_two) {
+    Rounding made;
+    {
+        py::gil_scoped_release release;
+        made = quantise(pool, source.span, coding_named(coding), rows, cols, block_rows, block_cols,
+                        power_of_two, codes, scales);
+    }
+    return py::make_tuple(made.nonfinite, made.error, made.size);
+}
+
 py::array_t<double> bound_divergences(Pool& pool, const View& x, const View& base, int64_t cols) {
     std::vector<double> found;
     {
@@ -193,6 +206,8 @@ void bind_kernels(py::module_& m) {
           "operations"_a = py::tuple());
     m.def("dequantised", &bound_dequantised, "coding"_a, "codes"_a, "scales"_a, py::kw_only(),
           "rows"_a, "cols"_a, "block_rows"_a, "block_cols"_a);
+    m.def("quantise", &bound_quantise, "pool"_a, "source"_a, "coding"_a, "codes"_a, "scales"_a,
+          py::kw_only(), "rows"_a, "cols"_a, "block_rows"_a, "block_cols"_a, "power_of_two"_a);
     m.def(
         "bad_scale", [](const View& scales) { return bad_scale(scales.span); }, "scales"_a,
         py::call_guard<py::gil_scoped_release>());

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
+from fastmerge.codings import Coding
 from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
 from fastmerge.primitives import Vectors
@@ -41,7 +42,7 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
     if isinstance(leaf, Stored):
         return fetch(leaf)
     if isinstance(leaf, Dequantised):
-        return _dequantised(leaf, fetch)
+        return dequantised(leaf, fetch(leaf.codes), fetch(leaf.scales))
     if isinstance(leaf, LowRank):
         return _low_rank(leaf, backend, fetch)
     if isinstance(leaf, Made):
@@ -53,13 +54,9 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
     return gathered(leaf, backend, sources)
 
 
-def _dequantised(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> _C.View:
-    codes, scales = fetch(leaf.codes), fetch(leaf.scales)
-    rows, cols = (1, 1, *leaf.shape)[-2:]
-    block = leaf.coding.block
-    if block is None:  # one for all matrices
-        rows = max(1, math.prod(leaf.shape) // cols)
-        block = (rows, cols)
+def dequantised(leaf: Dequantised, codes: _C.View, scales: _C.View) -> _C.View:
+    """The numbers of ``leaf`` from the memory of its codes and scales."""
+    rows, cols, block = matrices(leaf.coding, leaf.shape)
     return _C.dequantised(
         leaf.coding.code,
         codes,
@@ -71,18 +68,24 @@ def _dequantised(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> _C.Vi
     )
 
 
-def scale_fault(leaf: Dequantised, fetch: Callable[[Stored], _C.View]) -> str | None:
-    """What is wrong with its scales: the first that is no finite number above 0."""
-    scales = fetch(leaf.scales)
+def matrices(coding: Coding, shape: Sequence[int]) -> tuple[int, int, tuple[int, int]]:
+    """Rows and columns of the matrices that a tensor of this shape is, and of their blocks."""
+    rows, cols = (1, 1, *shape)[-2:]
+    if coding.block is not None:
+        return rows, cols, coding.block
+    rows = max(1, math.prod(shape) // cols)  # one scale for all of them
+    return rows, cols, (rows, cols)
+
+
+def scale_fault(scales: _C.View) -> str | None:
+    """What is wrong with scales: the first that is no finite number above 0."""
     bad = _C.bad_scale(scales)
     if bad is None:
         return None
     value = math.nan
     if scales.dtype != "RAW":
         value = float(cpu(1).array(scales.slice(bad, bad + 1))[0])
-    return (
-        f"scale {bad} of tensor '{leaf.scales.name}' is {value}, where a number above 0 is needed"
-    )
+    return f"{value} at {bad}"
 
 
 def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.View]) -> _C.View:

@@ -43,6 +43,8 @@ class Outcome:
     coefficients: Mapping[Stored, float] | None = None  # effective, when one per tensor
     kept: tuple[int, ...] | None = None  # entries kept of each delta, for a consensus
     gram: Float64 | None = None  # the inner products that the coefficients followed from
+    # Of numbers rounded to codes: the sums of (code * scale - x)^2 and of x^2.
+    rounding: tuple[float, float] | None = None
 
 
 def gram_of(

@@ -92,8 +92,8 @@ class Local:
             with self._inputs.reading(item.sources):
                 made = self._inputs.reduced(item, backend.pool)
                 if streamer is None or on_host(item.root):
-                    slot = sink.slot(item)
-                    outcome = write_tensor(backend, self._inputs, made, slot, self.trims)
+                    slots = [sink.slot(part) for part in item.written]
+                    outcome = write_tensor(backend, self._inputs, made, slots, self.trims)
                 else:
                     place = Place(item.dtype, sink.parts(item))
                     outcome = streamer.run(item.name, made.root, item.shape, place)

@@ -20,8 +20,10 @@ def materialise_plan(
     """Every output tensor of ``plan`` in memory, in plan order; nothing is written.
 
     The arrays have the output's shape: float32, float16, or uint16 holding bfloat16 bits; tensors
-    of types that are only copied come as their raw bytes (uint8, one axis).
+    of types that are only copied come as their raw bytes (uint8, one axis). What a folder would
+    hold as codes comes as numbers.
     """
+    plan = plan.as_numbers
     arrays = Arrays()
     with closing(Local(plan, threads=threads).run(arrays)) as finished:
         for item, _ in finished:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from fastmerge import _C
 from fastmerge.compute.across import find_trims
 from fastmerge.compute.cpu import CpuBackend
-from fastmerge.compute.leaves import gathered, scale_fault, view_of
+from fastmerge.compute.leaves import dequantised, gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.errors import ModelError
 from fastmerge.methods import find
 from fastmerge.models.model import Model
-from fastmerge.plan.inputs import TensorPlan
+from fastmerge.plan.inputs import Encoding, TensorPlan
 from fastmerge.plan.plan import Plan
 from fastmerge.tree.nodes import (
     Dequantised,
@@ -43,11 +43,18 @@ class Inputs:
     def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
         """The leaf's elements; ModelError where scales are no numbers above 0."""
         coded = leaf.base if isinstance(leaf, LowRank) else leaf
-        if isinstance(coded, Dequantised):
-            fault = scale_fault(coded, self.fetch)
-            if fault is not None:
-                label = self._models[coded.scales.model].label
-                raise ModelError(f"{label}: {fault}; the model is damaged: get it again")
+        if not isinstance(coded, Dequantised):
+            return view_of(leaf, backend, self.fetch)
+        scales = self.fetch(coded.scales)
+        fault = scale_fault(scales)
+        if fault is not None:
+            label = self._models[coded.scales.model].label
+            raise ModelError(
+                f"{label}: tensor '{coded.scales.name}' holds {fault}, where a number above 0 is "
+                "needed; the model is damaged: get it again"
+            )
+        if isinstance(leaf, Dequantised):
+            return dequantised(leaf, self.fetch(leaf.codes), scales)
         return view_of(leaf, backend, self.fetch)
 
     @contextmanager
@@ -66,15 +73,23 @@ class Inputs:
         root = item.root
         if not isinstance(root, Merge):
             return item
-        view, first = None, None
+        views: list[_C.View] | None = None
+        first: Stored | Dequantised | None = None
         for leaf in walk(root):
             if isinstance(leaf, Merge):
                 continue
-            if not isinstance(leaf, Stored):
+            if not isinstance(leaf, (Stored, Dequantised)):
                 return item
-            if first is None or view is None:
-                first, view = leaf, self.fetch(leaf)
-            elif leaf.shape != first.shape or not _C.equal(pool, view, self.fetch(leaf)):
+            if first is None or views is None:
+                first, views = leaf, [self.fetch(stored) for stored in leaf.stored]
+            elif (
+                type(leaf) is not type(first)
+                or leaf.shape != first.shape
+                or (isinstance(leaf, Dequantised) and leaf.coding != first.coding)
+            ) or not all(
+                _C.equal(pool, view, self.fetch(stored))
+                for view, stored in zip(views, leaf.stored, strict=True)
+            ):
                 return item
         if first is None or not keeps_equal(root):
             return item
@@ -98,10 +113,12 @@ def write_tensor(
     backend: CpuBackend,
     inputs: Inputs,
     item: TensorPlan,
-    sink: _C.Sink,
+    slots: Sequence[_C.Sink],
     spanning: Mapping[Node, Trim] | None = None,
 ) -> Outcome:
-    """One output tensor into ``sink``: copied byte for byte when nothing is to be computed."""
+    """One output tensor into the ``slots`` of what it fills: copied byte for byte when nothing is
+    to be computed.
+    """
     root = item.root
 
     def view(leaf: Leaf) -> _C.View:
@@ -110,8 +127,53 @@ def write_tensor(
     def gather(leaf: Rows, sources: Mapping[Node, _C.View]) -> _C.View:
         return gathered(leaf, backend, sources)
 
-    if isinstance(root, Leaf) and not root.inputs and root.dtype == item.dtype:
-        _C.copy(backend.pool, view(root), sink)
-        return Outcome()
     computation = Computation(backend, view, item.name, item.shape, spanning, gather)
-    return computation.run(root, sink)
+    if item.encoding is None:
+        if isinstance(root, Leaf) and not root.inputs and root.dtype == item.dtype:
+            _C.copy(backend.pool, view(root), slots[0])
+            return Outcome()
+        return computation.run(root, slots[0])
+    same = _same_codes(root, item.encoding)
+    if same is not None:
+        for stored, slot in zip(same.stored, slots, strict=True):
+            _C.copy(backend.pool, inputs.fetch(stored), slot)
+        return Outcome(rounding=(0.0, 0.0))
+    numbers, to = backend.scratch(item.count)
+    outcome = computation.run(root, to)
+    return replace(outcome, rounding=_encode(backend, item, numbers, slots, outcome.nonfinite))
+
+
+def _same_codes(root: Node, encoding: Encoding) -> Dequantised | None:
+    """The leaf whose codes and scales are those to write: a copy's."""
+    if isinstance(root, Merge) and root.method.name == "passthrough":
+        scale = root.operand_values[0].get("scale")
+        root = root if scale is not None else root.operands[0]
+    if not isinstance(root, Dequantised) or root.coding != encoding.coding:
+        return None
+    types = (root.codes.dtype, root.scales.dtype, root.scales.shape)
+    wanted = (encoding.codes.dtype, encoding.scales.dtype, encoding.scales.shape)
+    return root if types == wanted else None
+
+
+def _encode(
+    backend: CpuBackend,
+    item: TensorPlan,
+    numbers: _C.View,
+    slots: Sequence[_C.Sink],
+    nonfinite: int,
+) -> tuple[float, float]:
+    """Rounds a tensor's numbers to codes; the sums of squared errors and of squares."""
+    assert item.encoding is not None
+    coding = item.encoding.coding
+    if nonfinite and coding.code == "mxfp4":
+        raise ModelError(
+            f"{item.name}: {nonfinite} merged numbers are NaN or infinite, which mxfp4 has no code "
+            "for; write another type (out_dtype: bfloat16), or mend the models"
+        )
+    rows, cols, block = matrices(coding, item.shape)
+    codes, scales = slots
+    _, error, size = _C.quantise(
+        backend.pool, numbers, coding.code, codes, scales, rows=rows, cols=cols,
+        block_rows=block[0], block_cols=block[1], power_of_two=item.encoding.power_of_two,
+    )  # fmt: skip
+    return error, size

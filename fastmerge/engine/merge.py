@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from fastmerge.arguments import a_flag, a_function, a_path, a_size, one_of
 from fastmerge.compute.cpu import isa
@@ -24,6 +26,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 IO = ("auto", "direct", "buffered")  # how the output is written
 LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
+_SAMPLE_SECONDS = 0.02  # between looks at the memory in use: each reads a file of /proc
 _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
 
@@ -85,13 +88,16 @@ def merge_plan(
         total = plan.bytes_in + plan.bytes_out
         done = total - sum(item.bytes_in + item.nbytes for item in pending)
         bytes_read = peak_bytes = 0
+        sampled = 0.0
         with closing(executor.run(folder)) as finished:
             for item, outcome in finished:
                 if observe is not None:
                     observe(item, outcome)
                 bytes_read += item.bytes_in
                 done += item.bytes_in + item.nbytes
-                peak_bytes = max(peak_bytes, anonymous_bytes())
+                if time.perf_counter() - sampled > _SAMPLE_SECONDS:
+                    peak_bytes = max(peak_bytes, anonymous_bytes())
+                    sampled = time.perf_counter()
                 if progress is not None:
                     progress(done, total, item.name)
         try:
@@ -123,8 +129,20 @@ def merge_plan(
             for name, result in folder.results.items()
             if "nonfinite" in result
         },
-        notes=(*plan.notes, *executor.notes, *folder.notes),
+        notes=(*plan.notes, *executor.notes, *folder.notes, *_rounding(folder.results)),
     )
+
+
+def _rounding(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What rounding to codes came to, where any was: of the whole, and of the worst tensor."""
+    coded = {name: (r["rounding"], r["size"]) for name, r in results.items() if "rounding" in r}
+    size = math.fsum(own**2 for _, own in coded.values())
+    if not size:
+        return ()
+    error = math.sqrt(math.fsum((share * own) ** 2 for share, own in coded.values()) / size)
+    worst = max(coded, key=lambda name: coded[name])
+    whole = f"rounding to codes: {error:.2%} of the merged numbers' root mean square"
+    return (f"{whole}, {coded[worst][0]:.2%} in {worst}",)
 
 
 def _outside(out: Path, files: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:

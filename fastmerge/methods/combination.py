@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,14 @@ def linear(
     gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
 ) -> Factors:
     """out = sum_i w_i x_i, over sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
-    weights = column(operands, "weight")
-    if not values["normalize"]:
+    return _linear(tuple(float(own["weight"]) for own in operands), bool(values["normalize"]))
+
+
+@lru_cache(maxsize=256)  # of 90 000 tensors most have the same
+def _linear(given: tuple[float, ...], normalize: bool) -> Factors:
+    weights = np.array(given, dtype=np.float64)
+    weights.flags.writeable = False  # shared by all that ask
+    if not normalize:
         return Factors(weights)
     if cancel(weights):
         raise RecipeError(f"linear: {sum_to_zero(weights)}; change them or set normalize: false")

@@ -30,6 +30,7 @@ from fastmerge.models.links import Home
 from fastmerge.models.side_files import SideFiles, side_files
 
 _SAMPLE_BYTES = 4096
+_FEW_PAGES_BYTES = 16 << 10  # to ask for them takes longer than to read them
 _MAX_SAMPLES = 12_288  # 48 MiB: under a second even where every read is a seek on flash
 
 
@@ -137,14 +138,17 @@ class Checkpoint:
     def prefetch(self, name: str) -> None:
         """Brings the tensor's pages in; blocks while a cold disk is read: call it from a thread."""
         info = self.info(name)
-        self._mapping(info.file).prefetch(info.begin, info.nbytes)
+        if info.nbytes >= _FEW_PAGES_BYTES:
+            self._mapping(info.file).prefetch(info.begin, info.nbytes)
 
     def drop(self, name: str) -> None:
         """The tensor will not be read again: its pages stop counting as this process's memory.
         Raises ModelError where a page of its file was gone when it was read.
         """
         info = self.info(name)
-        self._mapping(info.file).drop(info.begin, info.nbytes)
+        mapping = self._mapping(info.file)
+        if info.nbytes >= _FEW_PAGES_BYTES:
+            mapping.drop(info.begin, info.nbytes)
 
     @cached_property
     def fingerprint(self) -> str:

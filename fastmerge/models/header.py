@@ -26,6 +26,7 @@ from fastmerge.models.model import TensorInfo
 
 _LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
+_SMALL = 1 << 19  # sizes of which three multiply to bits without an overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,35 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
     return metadata
 
 
+def _plain_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTensor | None:
+    """What nearly every entry is, looked at once: of 90 000 it takes a third of the time. None: an
+    entry for `_check_tensor`, which says what is wrong, if anything is.
+    """
+    if type(entry) is not _Entry or not name.isascii():
+        return None
+    code, shape, offsets = entry
+    dtype = BY_CODE.get(code) if type(code) is str else None
+    if dtype is None or type(shape) is not list or len(shape) > 3:
+        return None
+    count = 1
+    for size in shape:
+        if type(size) is not int or not 0 < size < _SMALL:
+            return None
+        count *= size
+    if type(offsets) is not list or len(offsets) != 2:
+        return None
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= _MAX_INT:
+        return None
+    if count * dtype.bits != 8 * (end - begin):
+        return None
+    return FileTensor(name, dtype, tuple(shape), end - begin, count, file, data_begin + begin)
+
+
 def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTensor:
+    found = _plain_tensor(name, entry, file, data_begin)
+    if found is not None:
+        return found
     if isinstance(entry, dict) and entry.keys() == _FIELDS:
         entry = _Entry(**entry)
     if not isinstance(entry, _Entry):

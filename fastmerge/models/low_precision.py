@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from fastmerge.codings import Coding
@@ -54,7 +55,7 @@ class LowPrecision:
     static: tuple[str, ...]
     dtype: DType
 
-    @property
+    @cached_property
     def consumed(self) -> frozenset[str]:
         """The stored tensors that the numbers' take the place of, and scales of activations."""
         both = (name for coded in self.tensors.values() for name in coded[:2])
@@ -76,7 +77,7 @@ def find_low_precision(
         found = reader(section, tensors)
         if not found:
             return None
-        static = tuple(name for name in tensors if _STATIC.fullmatch(name))
+        static = tuple(name for name in tensors if _is_static(name))
         made = LowPrecision(kind, key, section, found, static, _written(config))
         rest = {name: tensors[name] for name in tensors.keys() - made.consumed}
         other = packed_in(rest, declared=False)
@@ -98,6 +99,15 @@ def without_section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {**config, first: without_section(config[first], rest)}
 
 
+def with_section(config: Mapping[str, Any], key: str, section: Any) -> dict[str, Any]:
+    """The config with what is under the dotted ``key``."""
+    first, _, rest = key.partition(".")
+    return {
+        **config,
+        first: with_section(config.get(first, {}), rest, section) if rest else section,
+    }
+
+
 class _ContradictionError(Exception):
     """What a tensor is, where the config says another thing."""
 
@@ -111,6 +121,10 @@ def _written(config: Mapping[str, Any]) -> DType:
             if found is not None and found.mergeable:
                 return found
     return BF16
+
+
+def _is_static(name: str) -> bool:
+    return name.endswith("_scale") and _STATIC.fullmatch(name) is not None
 
 
 # ---------------------------------------------------------------- fp8
@@ -170,9 +184,10 @@ def _scaled(
     """Every tensor of 8-bit floats with its scales, which lie as one of ``allowed`` says."""
     found: dict[str, Coded] = {}
     scales: set[str] = set()
+    known: dict[Any, Coding] = {}
     for name, tensor in tensors.items():
         code = _FP8.get(tensor.dtype.name)
-        if code is None or _STATIC.fullmatch(name):
+        if code is None:
             continue
         if isinstance(fmt, str) and fmt in _FP8.values() and fmt != code:
             raise _ContradictionError(f"'{name}' is {tensor.dtype.name}, where fmt says {fmt}")
@@ -182,11 +197,15 @@ def _scaled(
             raise _ContradictionError(
                 f"'{name}' is {tensor.dtype.name} without its scales, {either}"
             )
-        coding = _coding(code, name, tensor.shape, scale, tensors[scale], allowed)
+        kind = (code, tensor.shape, tensors[scale].dtype, tensors[scale].shape)
+        coding = known.get(kind)  # of 45 000 tensors most are of a few kinds
+        if coding is None:
+            coding = _coding(code, name, tensor.shape, scale, tensors[scale], allowed)
+            known[kind] = coding
         scales.add(scale)
         found[name] = Coded(name, scale, coding, tensor.shape)
     for name in tensors if found else ():
-        if name in scales or not name.endswith(endings) or _STATIC.fullmatch(name):
+        if not name.endswith(endings) or name in scales or _is_static(name):
             continue
         of = next(name.removesuffix(end) for end in endings if name.endswith(end))
         if of in tensors:

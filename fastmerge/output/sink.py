@@ -36,7 +36,9 @@ class Sink(Protocol):
         ...
 
     def slot(self, item: TensorPlan) -> _C.Sink:
-        """Where the kernels write the tensor: elements, or RAW bytes of a type without kernels."""
+        """Where the kernels write the tensor: elements, or RAW bytes of a type without kernels. Of
+        one with an encoding, codes and scales are asked for apart (`TensorPlan.written`).
+        """
         ...
 
     def parts(self, item: TensorPlan) -> Callable[[int, int], _C.Sink]:
@@ -113,7 +115,7 @@ class ModelFolder:
         """``side_files``: content, or files to copy, to be written beside the weights."""
         self._side_files = side_files or {}
         layout = Layout.plan(
-            [(item.name, item.dtype, item.shape) for item in plan.tensors],
+            [(part.name, part.dtype, part.shape) for t in plan.tensors for part in t.written],
             max_shard_bytes=max_shard_bytes,
             metadata=metadata(plan),
         )
@@ -161,17 +163,26 @@ class ModelFolder:
         return self._writer.direct
 
     def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
-        by_name = {item.name: item for item in items}
-        return [by_name[name] for name in self._writer.pending()]
+        of = {part.name: item for item in items for part in item.written}
+        # Codes and scales are one item, which is computed again where either is lost.
+        return list(
+            {id(item): item for item in map(of.__getitem__, self._writer.pending())}.values()
+        )
 
     def slot(self, item: TensorPlan) -> _C.Sink:
+        if item.name in self._writer.resumed:  # the other part is lost: these bytes are there
+            return array_sink(item)[1]
         return self._writer.sink(item.name)
 
     def parts(self, item: TensorPlan) -> Callable[[int, int], _C.Sink]:
         return self._writer.parts(item.name)
 
     def computed(self, item: TensorPlan, outcome: Outcome) -> None:
-        self._writer.computed(item.name, tensor_lineage(outcome, self._names))
+        first, *others = item.written
+        self._writer.computed(first.name, tensor_lineage(outcome, self._names))
+        for part in others:
+            if part.name not in self._writer.resumed:
+                self._writer.computed(part.name, {})
 
     def discard(self) -> None:
         """Leaves nothing for a later run to continue, unless this one is finished."""

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
+from fastmerge.codings import Coding
 from fastmerge.dtypes import DType
 from fastmerge.errors import UnsupportedError
 from fastmerge.methods import Method
@@ -28,14 +29,43 @@ from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 
+class Written(NamedTuple):
+    """A tensor of the output's files."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How numbers are written as codes with scales. ``power_of_two``: the scales are, whatever type
+    they are stored in.
+    """
+
+    coding: Coding
+    codes: Written
+    scales: Written
+    power_of_two: bool
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """One output tensor. A bare Stored as root, of the same dtype, is copied byte for byte."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: DType  # as written
+    dtype: DType  # as written, where there is no encoding
     root: Node
+    encoding: Encoding | None = None
+
+    @property
+    def written(self) -> tuple[TensorPlan, ...]:
+        """What it fills in the output: itself, or codes and scales."""
+        if self.encoding is None:
+            return (self,)
+        parts = (self.encoding.codes, self.encoding.scales)
+        return tuple(TensorPlan(part.name, part.shape, part.dtype, self.root) for part in parts)
 
     @property
     def count(self) -> int:
@@ -45,7 +75,9 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """Bytes written."""
-        return self.dtype.bytes_for(self.count)
+        if self.encoding is None:
+            return self.dtype.bytes_for(self.count)
+        return sum(part.nbytes for part in self.written)
 
     @cached_property  # a walk's tree has a hundred nodes, and four readers
     def sources(self) -> tuple[Stored, ...]:
@@ -55,9 +87,11 @@ class TensorPlan:
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
         """The merges of its tree, each once, inputs before what uses them."""
+        if isinstance(self.root, Merge) and not any(node.inputs for node in self.root.inputs):
+            return (self.root,)
         return tuple(node for node in walk(self.root) if isinstance(node, Merge))
 
-    @property
+    @cached_property
     def bytes_in(self) -> int:
         """Bytes of ``sources``."""
         return sum(stored.nbytes for stored in self.sources)

@@ -32,6 +32,7 @@ class Opened:
         """
         self.models: list[Model] = []
         self.references: list[str] = []
+        self.views: list[View] = []  # parallel to models
         self.notes: list[str] = []
         self._given, self._base_folder, self._resolve = given, base_folder, resolve
         self._by_reference: dict[str, View] = {}
@@ -147,6 +148,7 @@ class Opened:
         if len(tensors) < len(model.tensors):
             self.notes.append(f"{COMPUTED[1:]} is not written: transformers computes it")
         view = View(reference, dict(model.config), tensors, model)
+        self.views.append(view)
         self._by_identity[identity] = view
         return view
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,13 @@ class Plan:
     # that what is prepared for one serves them all.
     template: Plan | None = None
     keep_paths: bool = False  # whether what is written may name folders of this machine
+
+    @property
+    def as_numbers(self) -> Plan:
+        """The plan with no tensor rounded to codes: what memory holds."""
+        if all(tensor.encoding is None for tensor in self.tensors):
+            return self
+        return replace(self, tensors=tuple(replace(t, encoding=None) for t in self.tensors))
 
     @property
     def donor(self) -> Path:
@@ -94,6 +101,8 @@ class Plan:
         for tensor in self.tensors:
             tree = tree_digest(tensor.root, seen)
             digest.update(f"\n{tensor.name!r} {tensor.shape} {tensor.dtype.code} {tree}".encode())
+            if tensor.encoding is not None:
+                digest.update(repr(tensor.encoding).encode())
         return digest.hexdigest()
 
     @property
@@ -119,7 +128,7 @@ class Plan:
             "bytes_out": self.bytes_out,
             "passes": max((passes(tensor) for tensor in self.tensors), default=0),
             "methods": self.methods,
-            "dtypes": dict(Counter(tensor.dtype.name for tensor in self.tensors)),
+            "dtypes": dict(Counter(part.dtype.name for t in self.tensors for part in t.written)),
             "largest_tensor_bytes": max((tensor.nbytes for tensor in self.tensors), default=0),
             "models": [
                 {

@@ -50,7 +50,7 @@ from fastmerge.plan.layers import check_layers, settle_layers
 from fastmerge.plan.modules import by_part, find_parts
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.precision import settle_precision
+from fastmerge.plan.precision import as_stored, settle_precision
 from fastmerge.plan.spanning import check_whole
 from fastmerge.plan.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.plan.truncate import truncate
@@ -230,6 +230,7 @@ class Planner:
         ``names``, of those parts of whole models (plan/modules.py). ``lead`` gives config and side
         files.
         """
+        stored = lead
         parts, lead = settle_precision(parts, lead, dtype, self.note)
         for part in parts:
             for item in part.inputs:
@@ -281,6 +282,9 @@ class Planner:
             if document is not None:
                 self.template = self._template(document, parts, lead)
         check_result(result, parts, lead, self.note, truncated=truncates)
+        if is_output and document is not None and document.as_base:
+            where = document.at("out_dtype")
+            return as_stored(result, stored, self.opened.views, where, self.note)
         return result
 
     def plan(self, result: View, *, sparing: bool = False) -> Plan:
@@ -411,9 +415,9 @@ class Planner:
         return self.part(method, inputs, base, levels, where=where, of=document.where)
 
     def _whole_range(self, entry: ModelEntry, view: View) -> None:
-        stack = view.stack
         if entry.layer_range is None:
             return
+        stack = view.stack
         count = 0 if stack is None else view.count(stack.layers)
         if entry.layer_range != (0, count):
             start, end = entry.layer_range

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.dtypes import DType
-from fastmerge.models.low_precision import LowPrecision, without_section
-from fastmerge.plan.inputs import Part, TensorPlan, View, with_views
-from fastmerge.tree.nodes import Dequantised, Stored
+from fastmerge.errors import ModelError
+from fastmerge.models.architecture import layer_of
+from fastmerge.models.low_precision import LowPrecision, with_section, without_section
+from fastmerge.plan.inputs import Encoding, Part, TensorPlan, View, Written, with_views
+from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Stored, walk
 
 
 def settle_precision(
@@ -74,3 +76,95 @@ def _said(view: View, found: LowPrecision) -> str:
         f"model '{view.label}' is {found.kind} ({'; '.join(list(codings)[:2])}{several}): its "
         f"{len(found.tensors)} coded tensors are merged as the numbers they stand for{static}"
     )
+
+
+# ---------------------------------------------------------------- written as the base is
+
+
+def as_stored(
+    result: View,
+    lead: View,
+    models: Sequence[View],
+    where: str,
+    note: Callable[[str], None],
+) -> View:
+    """The result with each tensor written as the one of the lead (before its codes were numbers)
+    is stored, or of the model that leads its layers; the lead's section says so in the config.
+
+    models: as they are stored, by their number. Raises ModelError where the formats of several
+    would be needed.
+    """
+    format_of_lead = lead.low_precision
+    own = {root.model for t in lead.tensors.values() if isinstance(root := t.root, Stored)}
+    tensors: dict[str, TensorPlan] = {}
+    static: dict[str, TensorPlan] = {}
+    coded = 0
+    for name, tensor in result.tensors.items():
+        leaf = _lead_of(tensor.root, own)
+        if isinstance(leaf, Dequantised):
+            model = models[leaf.codes.model]
+            found = model.low_precision
+            if found is None or format_of_lead is None or found.section != format_of_lead.section:
+                raise ModelError(
+                    f"{where}: as_base: tensor '{name}' comes from '{model.label}', whose format "
+                    f"is not that of '{lead.label}'; a model has one: give a type instead"
+                )
+            tensors[name] = replace(tensor, encoding=_encoding(tensor, leaf, found))
+            static |= _static(name, leaf, model, found)
+            coded += 1
+        elif isinstance(leaf, Stored) and leaf.dtype.mergeable and tensor.dtype.mergeable:
+            tensors[name] = replace(tensor, dtype=leaf.dtype)
+        else:
+            tensors[name] = tensor
+    if not coded or format_of_lead is None:
+        return replace(result, tensors=tensors)
+    note(f"{coded} tensors are rounded to the codes of '{lead.label}' ({format_of_lead.kind})")
+    if static:
+        note(f"{len(static)} scales of activations are those of the model that leads: check them")
+    config = with_section(result.config, format_of_lead.key, format_of_lead.section)
+    return replace(result, tensors={**tensors, **static}, config=config)
+
+
+def _lead_of(root: Node, models: set[int]) -> Leaf | None:
+    """The leaf of one of the lead's models, else the one that leads the tree."""
+    for node in walk(root):
+        if isinstance(node, Leaf) and node.own is not None and node.own.model in models:
+            return node
+    while isinstance(root, Merge):
+        root = root.base if root.base is not None else root.operands[0]
+    return root
+
+
+def _encoding(tensor: TensorPlan, leaf: Dequantised, found: LowPrecision) -> Encoding:
+    codes = scales = tensor.name
+    shape = tensor.shape
+    if leaf.coding.code == "mxfp4":
+        codes, scales = f"{codes}_blocks", f"{scales}_scales"
+        shape = leaf.codes.shape
+    else:
+        scales += leaf.scales.name.removeprefix(leaf.codes.name)
+    powers = isinstance(found.section, dict) and found.section.get("scale_fmt") == "ue8m0"
+    return Encoding(
+        leaf.coding,
+        Written(codes, leaf.codes.dtype, shape),
+        Written(scales, leaf.scales.dtype, leaf.scales.shape),
+        powers,
+    )
+
+
+def _static(
+    name: str, leaf: Dequantised, model: View, found: LowPrecision
+) -> dict[str, TensorPlan]:
+    """The scales of activations that belong to a tensor's layer, or module outside the layers,
+    under the output's names.
+    """
+    theirs, ours = layer_of(leaf.codes.name), layer_of(name)
+    if theirs is None or ours is None:
+        old, new = leaf.codes.name.rpartition(".")[0], name.rpartition(".")[0]
+    else:
+        old, new = f"{theirs.stack}.{theirs.number}", f"{ours.stack}.{ours.number}"
+    return {
+        (made := f"{new}.{each.removeprefix(f'{old}.')}"): replace(model.tensors[each], name=made)
+        for each in found.static
+        if each.startswith(f"{old}.")
+    }

@@ -142,6 +142,7 @@ def _modules(value: Any) -> Mapping[str, Module]:
     return {name: Module(section) for name, section in value.items()}
 
 
+AS_BASE = "as_base"  # under out_dtype
 _WHOLE = "default"  # what mergekit calls the one module of a model that has no others
 
 _MOE = "it is a mixture's; list its models under 'experts:' and remove 'merge_method:'"
@@ -177,10 +178,17 @@ class Document(_Parametrised):
     @property
     def output_dtype(self) -> DType | None:
         """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever it says)."""
+        if self.as_base:
+            return None
         for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
             if name is not None:
                 return parse_dtype(name, f"{self.at(key)}: {key}")
         return None
+
+    @property
+    def as_base(self) -> bool:
+        """Whether every tensor is written as the lead stores its own: type, codes, scales."""
+        return self.out_dtype == AS_BASE
 
     @property
     def own_seed(self) -> int | None:
@@ -233,7 +241,7 @@ class Document(_Parametrised):
         for section in self.sections():
             settings_for(method, section)
         for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
-            if name is not None:
+            if name is not None and not (key == "out_dtype" and self.as_base):
                 parse_dtype(name, f"{self.at(key)}: {key}")
         if self.seed is not None and self.random_seed is not None:
             raise RecipeError(

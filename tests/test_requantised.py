@@ -1,0 +1,352 @@
+"""Merges written in the base's own format: codes and scales again, and what that costs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fastmerge import _C, api
+from fastmerge.compute.reference import CODES, dequantised
+from fastmerge.errors import FastmergeError
+from fastmerge.output.sink import ModelFolder
+from tests.test_low_precision import (
+    FP8,
+    Formats,
+    copy,
+    gpt_oss,
+    linear,
+    raw,
+)
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file  # noqa: E402
+
+
+@pytest.fixture
+def formats(zoo) -> Formats:
+    return Formats(zoo)
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def quantise(x, code, block, *, power=False, scales="float32", threads=2):
+    """`_C.quantise` of a matrix or a stack of them: codes, scales and its sums."""
+    x = np.ascontiguousarray(x, np.float32)
+    rows, cols = x.shape[-2:]
+    down, across = -(-rows // block[0]), -(-cols // block[1])
+    lead = x.shape[:-2]
+    if code == "mxfp4":
+        codes = np.empty((*lead, cols, rows // 32, 16), np.uint8)
+        made = np.empty((*lead, cols, rows // 32), np.uint8)
+    else:
+        codes = np.empty(x.shape, np.uint8)
+        made = np.empty((*lead, down, across), scales)
+    sums = _C.quantise(
+        _C.Pool(threads), raw(x), code, _C.MemorySink(raw(codes)), _C.MemorySink(raw(made)),
+        rows=rows, cols=cols, block_rows=block[0], block_cols=block[1], power_of_two=power,
+    )  # fmt: skip
+    return codes, made, sums
+
+
+@pytest.mark.parametrize("code", FP8)
+def test_codes_are_rounded_as_torch_rounds(code):
+    """Every code, every middle between two, and its neighbours; beyond the largest they saturate.
+    The first number fixes the scale at 1.
+    """
+    most = torch.finfo(FP8[code]).max
+    values = np.unique(CODES[code][np.isfinite(CODES[code])]).astype(np.float64)
+    middles = (values[1:] + values[:-1]) / 2
+    points = np.concatenate([values, middles, values * 1.0001]).astype(np.float32)
+    near = [points, np.nextafter(points, np.float32(9e9)), np.nextafter(points, np.float32(-9e9))]
+    x = np.concatenate([[most], *near]).astype(np.float32)[None]
+    x = np.clip(x, -most, most)
+    codes, scales, (bad, error, size) = quantise(x, code, (1, x.shape[1]))
+    assert scales.tolist() == [[1.0]] and bad == 0
+    expected = torch.from_numpy(x).to(FP8[code]).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(codes, expected)
+    wide = CODES[code][codes].astype(np.float64)
+    np.testing.assert_allclose(error, ((wide - x) ** 2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(size, (x.astype(np.float64) ** 2).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (130, 257), (2, 300, 200)])
+@pytest.mark.parametrize("power", [False, True])
+def test_scales_of_blocks(shape, power):
+    x = np.random.default_rng(1).normal(0, 0.02, shape).astype(np.float32)
+    x[..., :1, :1] = 0
+    codes, scales, _ = quantise(x, "e4m3", (128, 128), power=power)
+    for place in np.ndindex(scales.shape):
+        *lead, i, j = place
+        block = x[(*lead, slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))]
+        wanted = np.abs(block).max() / np.float32(448)
+        if power and wanted:
+            wanted = 2.0 ** np.ceil(np.log2(wanted))
+        assert scales[place] == (wanted or 1)
+    wide = dequantised(codes, scales, "e4m3", (128, 128))
+    step = 2.0**-4 * np.abs(x) + 2.0**-10 * scales.max()
+    assert (np.abs(wide - x) <= step).all()
+    one = quantise(x, "e4m3", (128, 128), power=power, threads=1)
+    np.testing.assert_array_equal(codes, one[0])
+
+
+def test_whole_tensors_rows_and_what_is_not_finite():
+    x = np.random.default_rng(2).normal(size=(3000, 50)).astype(np.float32)
+    x[1, 1], x[2, 2], x[3, 3], x[7] = np.nan, np.inf, -np.inf, 0
+    finite = np.where(np.isfinite(x), x, 0)
+    codes, scales, (bad, _, _) = quantise(x, "e4m3", x.shape)
+    assert bad == 3 and scales[0, 0] == np.abs(finite).max() / np.float32(448)
+    assert [codes[1, 1], codes[2, 2], codes[3, 3]] == [0x7F, 0x7E, 0xFE]
+    _, scales, _ = quantise(x, "e5m2", (1, 50))
+    most = np.abs(finite).max(1) / np.float32(57344)
+    np.testing.assert_array_equal(scales[:, 0], np.where(most > 0, most, 1))
+
+
+def test_scales_of_other_types_are_what_the_numbers_are_divided_by():
+    x = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32)
+    codes, scales, _ = quantise(x, "e4m3", (64, 64), scales="float16")
+    assert scales.dtype == np.float16
+    wide = np.float32(scales[0, 0])
+    clipped = torch.from_numpy(np.clip(x / wide, -448, 448))
+    np.testing.assert_array_equal(codes, clipped.to(FP8["e4m3"]).view(torch.uint8).numpy())
+    codes, scales, _ = quantise(x, "e4m3", (64, 64), scales="uint8")
+    power = 2.0 ** (int(scales[0, 0]) - 127)
+    assert power / 2 < np.abs(x).max() / 448 <= power
+
+
+def test_mxfp4_by_the_specification():
+    x = np.random.default_rng(4).normal(0, 0.1, (2, 64, 9)).astype(np.float32)
+    x[0, :32, 0] = 0
+    x[0, 32:, 1] *= 1e-30
+    codes, scales, _ = quantise(x, "mxfp4", (32, 1))
+    groups = np.swapaxes(x, 1, 2).reshape(2, 9, 2, 32)
+    most = np.abs(groups).max(-1)
+    with np.errstate(divide="ignore"):
+        exponent = np.where(most > 0, np.floor(np.log2(most)) - 2, 0)
+    np.testing.assert_array_equal(scales, np.clip(exponent + 127, 0, 254).astype(np.uint8))
+    table = CODES["mxfp4"].astype(np.float64)
+    scaled = groups.astype(np.float64) / np.ldexp(1.0, scales.astype(int) - 127)[..., None]
+    found = table[np.stack([codes & 15, codes >> 4], -1).reshape(groups.shape)]
+    nearest = np.abs(np.clip(scaled, -6, 6)[..., None] - table).min(-1)
+    np.testing.assert_array_equal(np.abs(found - np.clip(scaled, -6, 6)), nearest)
+    tie = np.zeros((1, 32, 1), np.float32)
+    tie[0, :8, 0] = [4, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]
+    codes, scales, _ = quantise(tie, "mxfp4", (32, 1))
+    even = [4, 0, 1, 1, 2, 2, 4, 4]
+    assert scales.tolist() == [[[127]]]
+    assert table[np.stack([codes & 15, codes >> 4], -1).ravel()[:8]].tolist() == even
+
+
+@pytest.mark.parametrize("code", ["e4m3", "e5m2", "mxfp4"])
+def test_codes_of_codes_are_the_codes(code):
+    """Of blocks whose largest number is the coding's, rounding is undone by nothing."""
+    rng = np.random.default_rng(5)
+    if code == "mxfp4":
+        blocks = rng.integers(0, 256, (3, 4, 2, 16), np.uint8) & 0x77
+        blocks[..., 0] = 0x67
+        exponents = rng.integers(100, 140, (3, 4, 2), np.uint8)
+        wide = dequantised(blocks, exponents, code, (32, 1))
+        codes, scales, (_, error, _) = quantise(wide, code, (32, 1))
+        np.testing.assert_array_equal(codes, blocks)
+        np.testing.assert_array_equal(scales, exponents)
+    else:
+        start = rng.integers(0, 0x70, (64, 64), np.uint8)
+        start[::16, ::16] = 0x7E if code == "e4m3" else 0x7B
+        given = (2.0 ** rng.integers(-9, 3, (4, 4))).astype(np.float32)
+        wide = dequantised(start, given, code, (16, 16))
+        codes, scales, (_, error, _) = quantise(wide, code, (16, 16))
+        np.testing.assert_array_equal(codes, start)
+        np.testing.assert_array_equal(scales, given)
+    assert error == 0
+
+
+# ---------------------------------------------------------------- models
+
+
+def stored(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+KINDS = {
+    "blocks": lambda f, n, of: f.fp8(n, of),
+    "partial blocks": lambda f, n, of: f.fp8(n, of, block=(32, 32)),
+    "tensor": lambda f, n, of: f.fp8(n, of, block=None, ends="_scale", more=["input_scale"]),
+    "e5m2 rows": lambda f, n, of: f.fp8(n, of, block="rows", code="e5m2"),
+    "compressed channel": lambda f, n, of: f.compressed(n, of, "channel"),
+    "compressed block": lambda f, n, of: f.compressed(n, of, "block"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_as_the_base_is_stored(formats, zoo, kind):
+    a = zoo.base()
+    x = KINDS[kind](formats, "x", a)
+    y = KINDS[kind](formats, "y", zoo.tune(a, "tuned"))
+    out = zoo.root / "out"
+    report = api.merge(linear(x, y, out_dtype="as_base"), out, threads=2)
+    made, own = stored(out), stored(x)
+    assert {n: (t.dtype, t.shape) for n, t in made.items()} == {
+        n: (t.dtype, t.shape) for n, t in own.items()
+    }
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (x / "config.json").read_text()
+    )
+    numbers = dict(api.materialise(copy(out, dtype="float32")))
+    total = error = 0.0
+    for name, first in formats.numbers["x"].items():
+        merged = (first.astype(np.float64) + formats.numbers["y"][name]) / 2
+        off = numbers[name].astype(np.float64) - merged
+        if "_proj" in name:
+            error, total = error + (off**2).sum(), total + (merged**2).sum()
+    said = next(note for note in report.notes if note.startswith("rounding to codes: "))
+    share = float(said.removeprefix("rounding to codes: ").partition("%")[0]) / 100
+    np.testing.assert_allclose(share, np.sqrt(error / total), atol=6e-5)
+    bound = 2**-3 if "e5m2" in kind else 2**-4
+    assert 0 < np.sqrt(error / total) < bound
+    lineage = json.loads((out / "fastmerge.json").read_text())["tensors"]
+    rounded = lineage["model.layers.0.self_attn.q_proj.weight"]
+    assert 0 < rounded["rounding"] < bound
+    if kind == "tensor":
+        assert sum(name.endswith("input_scale") for name in made) == 14
+        assert any(
+            "scales of activations are those of the model that leads" in n for n in report.notes
+        )
+
+
+def test_what_is_equal_keeps_its_codes_and_a_copy_is_one(formats, zoo):
+    a = formats.fp8("a", zoo.base(), block=(32, 32))
+    b = formats.fp8("b", zoo.base("again"), block=(32, 32))
+    out = zoo.root / "out"
+    api.merge(linear(a, b, out_dtype="as_base"), out)
+    own, made = stored(a), stored(out)
+    for name, tensor in own.items():
+        assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("block", [(16, 16), None])
+def test_the_result_loads_and_generates(formats, zoo, block):
+    from transformers import AutoModelForCausalLM
+
+    a = zoo.base()
+    x, y = formats.fp8("x", a, block=block), formats.fp8("y", zoo.tune(a, "t"), block=block)
+    out = zoo.root / "out"
+    api.merge(linear(x, y, out_dtype="as_base"), out)
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    made = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 7)
+
+
+def test_mxfp4_again(zoo):
+    from transformers import AutoModelForCausalLM
+
+    a, b = gpt_oss(zoo, "a", 0), gpt_oss(zoo, "b", 1)
+    out = zoo.root / "out"
+    api.merge(linear(a, b, out_dtype="as_base"), out)
+    made, own = stored(out), stored(a)
+    assert {n: (t.dtype, t.shape) for n, t in made.items()} == {
+        n: (t.dtype, t.shape) for n, t in own.items()
+    }
+    merged = dict(api.materialise(linear(a, b, dtype="float32")))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = model.state_dict()
+    for name in (n for n in state if n.endswith("down_proj")):
+        x, y = merged[name], state[name].numpy()
+        # No further than half the largest step of a group, or a sixth beyond the largest code.
+        assert np.abs(x - y).max() <= np.abs(x).max() * 0.34
+        assert np.linalg.norm(x - y) < 0.2 * np.linalg.norm(x)
+    made = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 7)
+
+
+def test_layers_stacked_take_their_codes_along(formats, zoo):
+    a = zoo.base()
+    x = formats.fp8("x", a, block=None, more=["input_scale"])
+    y = formats.fp8("y", zoo.tune(a, "t"), block=None, more=["input_scale"])
+    pairs = [(x, y), (y, x), (x, y)]
+    slices = [
+        {"sources": [{"model": str(m), "layer_range": [0, 2]} for m in pair]} for pair in pairs
+    ]
+    recipe = {
+        "merge_method": "slerp", "slices": slices, "base_model": str(x), "parameters": {"t": 0.4},
+        "out_dtype": "as_base",
+    }  # fmt: skip
+    plan = api.plan(recipe)
+    names = [part.name for tensor in plan.tensors for part in tensor.written]
+    assert "model.layers.5.mlp.up_proj.weight_scale_inv" in names
+    assert "model.layers.5.mlp.up_proj.input_scale" in names
+    assert plan.config["quantization_config"] and plan.config["num_hidden_layers"] == 6
+
+
+def test_a_base_without_codes_is_written_as_it_is(formats, zoo):
+    a = zoo.base(dtype="F16")
+    x = formats.fp8("x", zoo.base("b", seed=4))
+    recipe = linear(a, x, out_dtype="as_base")
+    plan = api.plan(recipe)
+    assert {tensor.dtype.code for tensor in plan.tensors} == {"F16"}
+    assert "quantization_config" not in plan.config
+
+
+def test_two_formats_have_no_one_base(formats, zoo):
+    x = formats.fp8("x", zoo.base())
+    y = formats.fp8("y", zoo.base("b", seed=4), block=(32, 32))
+    slices = [{"sources": [{"model": str(m), "layer_range": [0, 2]}]} for m in (x, y)]
+    recipe = {
+        "merge_method": "passthrough", "slices": slices, "out_dtype": "as_base",
+        "parameters": {"scale": 1.5},
+    }  # fmt: skip
+    with pytest.raises(FastmergeError, match=r"as_base: tensor 'model.layers.2.*whose format"):
+        api.plan(recipe)
+
+
+def test_a_killed_merge_ends_with_the_same_codes(formats, zoo, monkeypatch):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "t"))
+    recipe = linear(x, y, out_dtype="as_base")
+    whole, cut = zoo.root / "whole", zoo.root / "cut"
+    api.merge(recipe, whole, threads=1)
+    computed, calls = ModelFolder.computed, []
+
+    def dies(self, item, outcome) -> None:
+        calls.append(item.name)
+        if len(calls) > 9:
+            raise KeyboardInterrupt
+        computed(self, item, outcome)
+
+    monkeypatch.setattr(ModelFolder, "computed", dies)
+    with pytest.raises(KeyboardInterrupt):
+        api.merge(recipe, cut, threads=1)
+    monkeypatch.undo()
+    api.merge(recipe, cut, threads=1)
+    for file in ("model.safetensors", "fastmerge.json"):
+        assert (whole / file).read_bytes() == (cut / file).read_bytes()
+
+
+def test_every_instruction_set_writes_the_same(formats, zoo):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "t"))
+    recipe = linear(x, y, out_dtype="as_base")
+    made = []
+    before = _C.isa()
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        api.merge(recipe, zoo.root / isa, threads=2)
+        made.append((zoo.root / isa / "model.safetensors").read_bytes())
+    _C.set_isa(before)
+    assert len(set(made)) == 1
+
+
+def test_memory_holds_numbers(formats, zoo):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "t"))
+    found = dict(api.materialise(linear(x, y, out_dtype="as_base")))
+    assert found["model.layers.0.mlp.up_proj.weight"].dtype == np.uint16
+    assert found.keys() == zoo.read(a).keys()
