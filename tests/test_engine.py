@@ -424,7 +424,7 @@ def test_a_chain_of_a_thousand_documents_is_no_deeper_than_one(models):
     item = min(plan.tensors, key=lambda tensor: tensor.count)
     array, sink = array_sink(item)
     backend = cpu(1)
-    write_tensor(backend, Inputs(plan.models), item, sink)
+    write_tensor(backend, Inputs(plan.models), item, [sink])
     assert array.any()
 
 

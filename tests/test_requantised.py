@@ -344,6 +344,15 @@ def test_every_instruction_set_writes_the_same(formats, zoo):
     assert len(set(made)) == 1
 
 
+def test_what_was_written_is_verified(formats, zoo):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "t"))
+    recipe, out = linear(x, y, out_dtype="as_base"), zoo.root / "out"
+    api.merge(recipe, out)
+    found = api.verify(out, recipe)
+    assert found.whole and not found.unchecked and found.tensors == len(stored(x))
+
+
 def test_memory_holds_numbers(formats, zoo):
     a = zoo.base()
     x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "t"))

@@ -178,12 +178,13 @@ class _Comparison:
 
     def _tensors(self, model: Checkpoint) -> list[TensorPlan]:
         """The plan's tensors that the folder has in the same type and shape."""
-        alike: list[TensorPlan] = []
-        wanted = {item.name: item for item in self._plan.tensors}
+        other: set[str] = set()
+        wanted = {part.name: part for item in self._plan.tensors for part in item.written}
         for name, item in wanted.items():
             info = model.tensors.get(name)
             if info is None:
                 self._found.differ(".", "is missing; the recipe makes it", name)
+                other.add(name)
             elif (info.dtype, info.shape) != (item.dtype, item.shape):
                 self._found.differ(
                     model.files[info.file].name,
@@ -191,11 +192,11 @@ class _Comparison:
                     f"{list(item.shape)}",
                     name,
                 )
-            else:
-                alike.append(item)
+                other.add(name)
         for name in model.tensors.keys() - wanted.keys():
             self._found.differ(".", "is not in what the recipe makes", name)
-        return alike
+        items = self._plan.tensors
+        return [item for item in items if all(part.name not in other for part in item.written)]
 
     def _recompute(
         self,
@@ -208,13 +209,15 @@ class _Comparison:
         total, done = sum(item.bytes_in + item.nbytes for item in items), 0
         with closing(Local(self._plan, threads=threads).run(sink)) as finished:
             for item, _ in finished:
-                array = np.ascontiguousarray(sink.take(item)).reshape(-1).view(np.uint8)
-                view = model.view(item.name, raw=True)
-                if not _C.equal(pool, _C.View(array.ctypes.data, array.size, "RAW", array), view):
-                    file = model.files[model.info(item.name).file]
-                    what = "has other bytes than the recipe makes"
-                    self._found.differ(file.relative_to(self._folder).as_posix(), what, item.name)
-                model.drop(item.name)
+                for part in item.written:
+                    array = np.ascontiguousarray(sink.take(part)).reshape(-1).view(np.uint8)
+                    made = _C.View(array.ctypes.data, array.size, "RAW", array)
+                    if not _C.equal(pool, made, model.view(part.name, raw=True)):
+                        file = model.files[model.info(part.name).file]
+                        what = "has other bytes than the recipe makes"
+                        where = file.relative_to(self._folder).as_posix()
+                        self._found.differ(where, what, part.name)
+                    model.drop(part.name)
                 done += item.bytes_in + item.nbytes
                 if progress is not None:
                     progress(done, total, item.name)
