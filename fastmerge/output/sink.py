@@ -178,11 +178,11 @@ class ModelFolder:
         return self._writer.parts(item.name)
 
     def computed(self, item: TensorPlan, outcome: Outcome) -> None:
-        first, *others = item.written
-        self._writer.computed(first.name, tensor_lineage(outcome, self._names))
-        for part in others:
+        said = tensor_lineage(outcome, self._names)
+        for part in item.written:
             if part.name not in self._writer.resumed:
-                self._writer.computed(part.name, {})
+                self._writer.computed(part.name, said)
+            said = {}
 
     def discard(self) -> None:
         """Leaves nothing for a later run to continue, unless this one is finished."""
