@@ -206,3 +206,22 @@ def test_a_name_of_megabytes_is_shown_in_part(tmp_path: Path, capsys) -> None:
     assert len(lines) == 3
     assert max(map(len, lines)) < 1700
     assert lines[0].endswith("only in A")
+
+
+@pytest.mark.parametrize(
+    "option", [("--memory-limit", "9" * 5000), ("--max-shard-size", "9" * 400 + "G")]
+)
+def test_a_size_beyond_all_numbers(folder: Path, option: tuple[str, str], capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(folder / "recipe.yml"), *option])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "more bytes than any file can have" in said
+    assert len(said) < 1800
+
+
+def test_a_long_word_is_shown_in_part(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", "r.yml", "out", "--seed", "9" * 100_000])
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err) < 4000

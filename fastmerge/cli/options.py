@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any, get_args, get_type_hints
 
+from fastmerge.errors import shortened
+
 
 class Argument:
     """What goes by its place: its ``help``, and its name there."""
@@ -131,7 +133,7 @@ def _reader(kind: type, least: int | None) -> Callable[[str], Any]:
             wanted = "a number" if kind is float else "a whole number"
             if issubclass(kind, Enum):
                 wanted = f"one of {', '.join(item.value for item in kind)}"
-            raise argparse.ArgumentTypeError(f"'{word}' is not {wanted}") from None
+            raise argparse.ArgumentTypeError(f"'{shortened(word)}' is not {wanted}") from None
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"{word} is less than {least}")
         return value

@@ -28,17 +28,26 @@ def parse_size(text: str, where: str = "size") -> int:
             f"{where}: '{text}' is not a size; write it like 512MiB: a number with B, KB, MB, "
             "GB or TB (powers of 1000), or KiB, MiB, GiB or TiB (powers of 1024)"
         )
-    size = int(float(found[1]) * unit)
+    size = _whole(float(found[1]) * unit, text, where)
     if size <= 0:
         raise FastmergeError(f"{where}: '{text}' must be more than 0 bytes")
     return size
+
+
+def _whole(size: float, text: str, where: str) -> int:
+    if size >= 2**63:  # infinity too, which 400 digits make
+        raise FastmergeError(f"{where}: '{text}' is more bytes than any file can have")
+    return int(size)
 
 
 def parse_shard_size(text: str, where: str) -> int:
     """`parse_size`, and mergekit's way of writing it, where 5B is five billion; at least 1 MB."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMBGT]?)\s*", text, re.IGNORECASE)
     unit = found[2].upper() if found else ""
-    size = int(float(found[1]) * _MERGEKIT[unit]) if found and unit else parse_size(text, where)
+    if found and unit:
+        size = _whole(float(found[1]) * _MERGEKIT[unit], text, where)
+    else:
+        size = parse_size(text, where)
     if size >= _LEAST_SHARD_BYTES:
         return size
     number = (re.match(r"\s*([0-9.]+)", text) or [text])[0].strip()
