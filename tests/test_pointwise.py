@@ -123,6 +123,8 @@ def test_divergences_of_extremes(memory: Any) -> None:
     x, base = (memory.put(a, "F32") for a in (rows, np.zeros_like(rows)))
     found = _C.divergences(_C.Pool(1), x, base, 2)
     assert np.isfinite(found[[0, 3]]).all() and np.isnan(found[[1, 2]]).all()
+    back = _C.divergences(_C.Pool(1), base, x, 2)  # a NaN of the base is no smaller fault
+    assert np.isfinite(back[[0, 3]]).all() and np.isnan(back[[1, 2]]).all()
 
 
 @pytest.mark.parametrize(

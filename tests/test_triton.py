@@ -36,7 +36,9 @@ def test_kernels_equal_the_cpu_kernels(part: str) -> None:
     assert " passed" in output and "failed" not in output
 
 
-@pytest.mark.parametrize("file", ["triton_resident_cases.py", "triton_stream_cases.py"])
+@pytest.mark.parametrize(
+    "file", ["triton_pointwise_cases.py", "triton_resident_cases.py", "triton_stream_cases.py"]
+)
 def test_models_equal_the_cpu_engine(file: str) -> None:
     output = _run(file, interpret=True)
     assert " passed" in output and "failed" not in output

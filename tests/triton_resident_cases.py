@@ -112,6 +112,15 @@ CASES = {
         for a in merge(LARGEST, 2, False, {"floor": -0.01}, [{"scale": 1.0}, {"scale": 0.5}])
     ],
     "function": merge(LARGEST, 2, True, {"floor": 0.0}, [{"scale": 1.0}, {"scale": 2.0}]),
+    "nearswap": merge("nearswap", 1, True, {"t": 0.002}),
+    "ram": merge("ram", 3, True, {"epsilon": 0.005}),
+    "ramplus_tl": merge("ramplus_tl", 2, True, {"epsilon": 0.005, "r": 0.1, "alpha": 0.2}),
+    "sce": merge("sce", 3, True, {"select_topk": 0.3}),
+    "magmax": merge("magmax", 3, True, {"lambda": 0.5}),
+    "consensus_ta": merge(
+        "consensus_ta", 2, True, {"agree": 1, "lambda": 0.9}, weighted(1.0, 0.5, mask_lambda=0.4)
+    ),
+    "arcee_fusion": merge("arcee_fusion", 1, True, {}),
     "copies": [Source(1, str(t)) for t in range(len(SHAPES))],
 }  # fmt: skip
 
@@ -176,6 +185,7 @@ OTHERS = {
     ],
     "karcher": [merge("karcher", 3, False, {"max_iter": 2, "tol": 1e-5})],
     "ties": [trimmed(0.7), trimmed(1.0)],
+    "magmax": [merge("magmax", 3, True, {"lambda": 2.0})],
 }
 
 

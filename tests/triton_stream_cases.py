@@ -34,12 +34,23 @@ def device(monkeypatch):
     monkeypatch.setattr(lane_module, "PIECE_BYTES", 2000)  # several pieces, the last one short
 
 
+POINTWISE: dict[str, dict] = {
+    "nearswap": {"t": 0.001}, "ram": {"epsilon": 0.001}, "ramplus_tl": {"epsilon": 0.001},
+    "sce": {"select_topk": 0.4}, "magmax": {"lambda": 0.8}, "consensus_ta": {"agree": 1},
+    "arcee_fusion": {},
+}  # fmt: skip
+
+
 def recipe(zoo, method: str) -> dict:
     base = zoo.base(layers=1)
     a, b = zoo.tune(base, "a", seed=1), zoo.tune(base, "b", seed=2, dtype="F32")
     head = {"merge_method": method, "base_model": str(base), "dtype": "bfloat16"}
     if method == "slerp":
         return head | {"parameters": {"t": 0.3}, "models": [{"model": str(m)} for m in (base, a)]}
+    if method in POINTWISE:
+        used = (a,) if method in ("nearswap", "arcee_fusion") else (a, b)
+        models = [{"model": str(m)} for m in used]
+        return head | {"parameters": POINTWISE[method], "models": models}
     own = {"weight": 0.6, "density": 0.5}
     return head | {"models": [{"model": str(m), "parameters": own} for m in (a, b)], "seed": 3}
 
@@ -48,7 +59,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties"])
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", *POINTWISE])
 @pytest.mark.usefixtures("device")
 def test_the_same_bytes_as_on_the_cpu(method, zoo, tmp_path):
     given = recipe(zoo, method)
@@ -122,9 +133,10 @@ def of_wide(wide, method: str, parameters: dict | None = None) -> dict:
     head = {"merge_method": method, "base_model": str(base), "dtype": "bfloat16"}
     models = tunes
     own = {"weight": 0.6, **({"density": 0.5} if method in ("ties", "dare_ties") else {})}
-    if method in ("slerp", "model_stock"):
+    if method in ("slerp", "model_stock", *POINTWISE):
         own = {}
         models = wide[:2] if method == "slerp" else tunes
+        models = tunes[:1] if method == "arcee_fusion" else models
     listed = [{"model": str(m), "parameters": own} for m in models]
     return head | {"models": listed, "parameters": parameters or {}}
 
@@ -140,6 +152,9 @@ SPLIT = {
     "nuslerp": ({"nuslerp_flatten": False}, ROWS),
     "nuslerp by columns": ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, ROWS),
     "model_stock": ({"filter_wise": True}, ROWS),
+    "sce": (POINTWISE["sce"], CHUNKS),
+    "consensus_ta": (POINTWISE["consensus_ta"], CHUNKS),
+    "arcee_fusion": ({}, CHUNKS),
 }
 
 

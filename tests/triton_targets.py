@@ -15,7 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmerge.kernels import combine, common, consensus, gram, ranking, select
+from fastmerge.kernels import (
+    combine,
+    common,
+    consensus,
+    divergence,
+    gram,
+    pointwise,
+    ranking,
+    select,
+)
 
 TARGETS = {
     "cuda80": GPUTarget("cuda", 80, 32),
@@ -114,6 +123,25 @@ def _nth():
     return ranking.nth_kernel, arguments, {"QUERY": select.QUERY, "STEP": 2048}
 
 
+def _pointwise(formula, k, mode=0):
+    shape = pointwise.FORMULAS[formula]
+    arguments = {**SEGMENTS, "numbers": "*fp32", "rules": "*i64", "factors": "*fp32"}
+    arguments |= {"origins": "*i64", "bad_counts": "*i64", "cols": "i32"}
+    constants = {**SHARED, "CODES": (BF16,) * (k + 1), "OUT": BF16, "MODE": mode, "WIDE": False}
+    constants |= {"FORMULA": shape.code, "NUMBERS": shape.numbers + k * shape.per_input + 1}
+    constants |= {"BLOCK": partial(pointwise.block, k), "RULE": consensus.RULE}
+    return pointwise.pointwise_kernel, arguments, constants
+
+
+def _divergence(what):
+    arguments = {"table": "*i64", "largest": "*fp32", "factors": "*fp64"}
+    arguments |= {"found": "*fp32" if what == divergence.LARGEST else "*fp64"}
+    arguments |= {"rows": "i32", "cols": "i32", "tiles": "i32"}
+    constants = {"CODES": (BF16,) * 2, "WHAT": what, "TILE": divergence.TILE}
+    constants |= {"UNITS": divergence.units, "SUM_LANES": divergence.SUM_LANES}
+    return divergence.divergence_kernel, arguments, constants
+
+
 # name -> (kernel, arguments, constants), vector loads and stores expected
 CASES = {
     "combine_1": (_combine((BF16,)), True),
@@ -146,6 +174,15 @@ CASES = {
     "rank_sample": (_rank((1, 1), True), False),
     "nth": (_nth(), False),
     "measure": (_measure(), True),
+    "pointwise_near_swap": (_pointwise("near_swap", 1), True),
+    "pointwise_reinforced": (_pointwise("reinforced", 3), True),
+    "pointwise_sce": (_pointwise("select_and_erase", 3, 2), True),
+    "pointwise_fuse": (_pointwise("fuse", 1), True),
+    "pointwise_agreed": (_pointwise("agreed", 3), True),
+    "pointwise_16": (_pointwise("reinforced", 16), False),
+    "divergence_largest": (_divergence(divergence.LARGEST), False),
+    "divergence_sum": (_divergence(divergence.SUM), False),
+    "divergence": (_divergence(divergence.DIVERGENCE), False),
 }
 
 
@@ -155,6 +192,8 @@ def _registers(case, constants):
         return common.MOST_REGISTERS
     if case.startswith("consensus"):
         return common.register_limit(2 * len(constants["MODES"]))
+    if case.startswith("pointwise"):
+        return common.register_limit(2 * len(constants["CODES"]))
     if case.startswith("gram") and case not in ("gram_rows", "gram_columns"):
         return common.register_limit(2 * len(constants["CODES"]))
     return common.register_limit(len(constants["CODES"])) if case.startswith("combine") else None
@@ -213,14 +252,16 @@ def test_compiles(target, case, tmp_path):
             assert len(loads) >= inputs
         # One term's sum starts from -0.0, which is the product itself, and not from 0.0.
         assert case != "combine_1" or not re.search(r"fma\S*f32[^;]*, 0f00000000;", code)
-        if wide and case.startswith(("combine", "consensus")):
+        if wide and case.startswith(("combine", "consensus", "pointwise")):
             assert re.search(r"st\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", code)
             # By the GPU's own rounding; a rounding by hand is eight instructions an element.
             assert constants.get("OUT") != BF16 or "cvt.rn.bf16" in code
         assert ".ftz" not in code
         fused = re.findall(r"\bfma\.rn\S*f32\S*", code)
     # combine is written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
-    divides = target == "gfx942" and case.startswith(("consensus", "rank_sample"))
+    divides = target == "gfx942" and case.startswith(
+        ("consensus", "rank_sample", "pointwise", "divergence")
+    )
     assert bool(fused) == (case.startswith("combine") and case != "combine_1") or divides
 
 

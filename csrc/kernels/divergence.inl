@@ -87,7 +87,8 @@ void divergence(const DivergenceArgs& args, double* lanes) {
         for (int64_t i = 0; i < part; ++i) {
             const double p = args.x[at + i] * args.x_factor + 1e-8;
             const double q = args.base[at + i] * args.base_factor + 1e-8;
-            values[i] = p * logarithm(p / q);
+            // A NaN's logarithm is by its bits a number.
+            values[i] = p * logarithm(p / q) + (q - q);
         }
         add_to_lanes(values, part, lanes);
     }

@@ -27,7 +27,7 @@ from fastmerge.compute.tensor import (
     requests,
 )
 from fastmerge.errors import FastmergeError, UnsupportedError
-from fastmerge.methods import Combination, Consensus, find
+from fastmerge.methods import Combination, Consensus, Pointwise, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.collapse import Collapsed, collapse
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastmerge.kernels.consensus import ConsensusBatch
+    from fastmerge.kernels.pointwise import PointwiseBatch
     from fastmerge.kernels.select import SelectBatch
 
 
@@ -76,6 +77,7 @@ class _Work:
     tree: Collapsed | None = None  # of a combination of sources, one coefficient per tensor
     factors: tuple[Float64, float | None] | None = None  # and divisor, where no Gram matrix is read
     alike: Any = None  # where one is: equal for trees whose coefficients one call gives
+    numbers: tuple[float, ...] = ()  # of a formula
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Batch:
         try:
             self._prepare_combinations()
             self._consensus = self._prepare_consensuses()
+            self._pointwise = self._prepare_pointwise()
         except FastmergeError as error:
             raise self._named(error) from error
 
@@ -142,6 +145,22 @@ class Batch:
             made.append(_Consensuses(places, SelectBatch(inputs, bases), merge))
         return made
 
+    def _prepare_pointwise(self) -> list[tuple[list[int], PointwiseBatch]]:
+        """The places of the jobs of each formula, and their merge."""
+        from fastmerge.kernels.pointwise import PointwiseBatch
+
+        alike: dict[str, list[int]] = {}
+        for i, form in enumerate(self._forms):
+            if form.kind[0] == "pointwise":
+                alike.setdefault(form.kind[1], []).append(i)
+        made = []
+        for formula, places in alike.items():
+            rows = [[self._fetch(s) for s in self._forms[i].sources] for i in places]
+            outs = [self._jobs[i].out for i in places]
+            inputs, bases = [row[1:] for row in rows], [row[0] for row in rows]
+            made.append((places, PointwiseBatch(formula, inputs, bases, outs)))
+        return made
+
     def _named(self, error: FastmergeError) -> FastmergeError:
         """The error of the first job whose tensors do not fit, by its name."""
         from fastmerge.kernels.common import check
@@ -169,6 +188,7 @@ class Batch:
         outcomes = [Outcome()] * len(self._jobs)
         self._run_combinations(outcomes)
         self._run_consensuses(outcomes)
+        self._run_pointwise(outcomes)
         for place, form in enumerate(self._forms):
             if form.kind == _ALONE:
                 outcomes[place] = self._alone(place)
@@ -236,6 +256,12 @@ class Batch:
                 kept = tuple(s.kept for s in found) if own.is_counted else None
                 outcomes[place] = Outcome(bad, kept=kept)
 
+    def _run_pointwise(self, outcomes: list[Outcome]) -> None:
+        for places, merge in self._pointwise:
+            numbers = [self._works[place].numbers for place in places]
+            for place, bad in zip(places, merge.run(numbers).tolist(), strict=True):
+                outcomes[place] = Outcome(bad)
+
 
 def form_of(name: str, root: Node) -> Form:
     """How the merge of the tensor ``name`` is prepared; FastmergeError where it cannot be."""
@@ -266,6 +292,12 @@ def _work(name: str, root: Node) -> _Work:
             asked = consensus_terms(root).agreement
             how = (asked.elect, asked.normalize, asked.votes, asked.counted)
             return _Work(root, Form(("consensus", *how), sources))
+    elif isinstance(root.method, Pointwise):
+        made = root.method.asked(root.values, root.operand_values)
+        sources = _all_stored(root.inputs)
+        if made is not None and sources is not None:
+            formula, numbers = made
+            return _Work(root, Form(("pointwise", formula), sources), numbers=numbers)
     return _Work(root, Form(_ALONE, tuple(leaves([root]))))
 
 

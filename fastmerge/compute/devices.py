@@ -13,7 +13,7 @@ from fastmerge.arguments import one_of
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.methods import Consensus, Function
+from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
@@ -59,6 +59,12 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
         if node.axis is not None:
             vectors = Vectors.of(shape, node.axis).count
             products = max(products, 8 * vectors * (len(node.inputs) + 1) ** 2)
+    for node in merges:
+        method = node.method
+        if isinstance(method, Pointwise) and method.passes(node.values) > 1:
+            # What a formula makes of each model, of all of them and of none; what it searches in.
+            made = 4 * count * (len(node.operands) + 2)
+            gathered = max(gathered, made + 3 * int(gathered_bytes(count)))
     if any(isinstance(node.method, Function) for node in merges):
         intermediates += 4 * count  # what it returns, until that is rounded
     sources = sum(stored.nbytes for stored in leaves([root]))

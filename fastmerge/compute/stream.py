@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -160,12 +160,29 @@ def _some(names: dict[str, None]) -> str:
     return first if len(names) == 1 else f"{len(names)} tensors (the first: {first})"
 
 
+class _Computed(NamedTuple):
+    """What `pointwise` gives: to the CPU's primitives a view, to the GPU what it follows from."""
+
+    view: _C.View
+    formula: str
+    inputs: Sequence[_C.View]
+    base: _C.View
+    numbers: Sequence[float]
+    selection: Selection | None
+    factors: Float64 | None
+
+
+def _viewed(tensor: _C.View | _Computed) -> _C.View:
+    return tensor.view if isinstance(tensor, _Computed) else tensor
+
+
 class _Pieces:
     """The back end of one tensor too large for the device: inputs stay where they are mapped, and
     every primitive takes them through the lanes piece by piece. The bits are those of the whole.
 
-    `select` stays on the CPU: a threshold is found in two or three readings of every entry, and the
-    host's memory is nearer to the host's cores than to the device.
+    `select` stays on the CPU, as do all passes before the last of a `Pointwise` merge: a threshold
+    is found in two or three readings of every entry, and the host's memory is nearer to the host's
+    cores than to the device.
     """
 
     name = "triton"
@@ -183,10 +200,15 @@ class _Pieces:
 
     def gram(
         self,
-        inputs: Sequence[_C.View],
+        inputs: Sequence[_C.View | _Computed],
         base: _C.View | None = None,
         vectors: Vectors = WHOLE,
     ) -> Float64:
+        if any(isinstance(x, _Computed) for x in inputs):
+            return self._cpu.gram([_viewed(x) for x in inputs], base, vectors)
+        return self._gram(cast(Sequence[_C.View], inputs), base, vectors)
+
+    def _gram(self, inputs: Sequence[_C.View], base: _C.View | None, vectors: Vectors) -> Float64:
         from fastmerge.kernels.gram import gram_partials, gram_total
 
         if vectors.axis == 0:  # the sum of a column runs through all pieces, one after another
@@ -205,13 +227,15 @@ class _Pieces:
 
     def combine(
         self,
-        inputs: Sequence[_C.View],
+        inputs: Sequence[_C.View | _Computed],
         coefficients: Float64,
         out: Place,
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
     ) -> int:
+        if isinstance(inputs[0], _Computed):
+            return self._compute(inputs[0], out)
         width = 1 if vectors.axis is None else vectors.cols
 
         def sum_up(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
@@ -222,12 +246,16 @@ class _Pieces:
             lane.download(made, out, out.dtype.bytes_for(begin * width))
             return bad
 
-        return sum(self._each(inputs, vectors, out.dtype.bytes_for(width), sum_up))
+        views = cast(Sequence[_C.View], inputs)
+        return sum(self._each(views, vectors, out.dtype.bytes_for(width), sum_up))
 
     def select(
-        self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
+        self,
+        inputs: Sequence[_C.View | _Computed],
+        base: _C.View | _Computed,
+        specs: Sequence[Sparsify],
     ) -> list[Selection]:
-        return self._cpu.select(inputs, base, specs)
+        return self._cpu.select([_viewed(x) for x in inputs], _viewed(base), specs)
 
     def consensus(
         self,
@@ -248,6 +276,41 @@ class _Pieces:
             return bad
 
         return sum(self._each([*inputs, base], WHOLE, out.dtype.bytes_for(1), agree))
+
+    def pointwise(
+        self,
+        formula: str,
+        inputs: Sequence[_C.View],
+        base: _C.View,
+        numbers: Sequence[float] = (),
+        *,
+        selection: Selection | None = None,
+        factors: Float64 | None = None,
+    ) -> _Computed:
+        given = (formula, inputs, base, numbers, selection, factors)
+        view = self._cpu.pointwise(
+            formula, inputs, base, numbers, selection=selection, factors=factors
+        )
+        return _Computed(view, *given)
+
+    def divergences(self, x: _C.View, base: _C.View, cols: int) -> Float64:
+        return self._cpu.divergences(x, base, cols)
+
+    def _compute(self, made: _Computed, out: Place) -> int:
+        factors = made.factors
+        cols = 0 if factors is None else made.base.count // max(1, len(factors))
+
+        def compute(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
+            to = lane.empty(end - begin, out.dtype)
+            part = lane.backend.pointwise(
+                made.formula, tensors[:-1], tensors[-1], made.numbers, selection=made.selection,
+                factors=factors, origin=begin, cols=cols,
+            )  # fmt: skip
+            bad: int = part.into(to)
+            lane.download(to, out, out.dtype.bytes_for(begin))
+            return bad
+
+        return sum(self._each([*made.inputs, made.base], WHOLE, out.dtype.bytes_for(1), compute))
 
     def scratch(self, count: int) -> tuple[_C.View, Place]:
         view, _ = self._cpu.scratch(count)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,11 +249,32 @@ def called(method: Method, function: Callable[[], R]) -> R:
 class Pointwise(Method):
     """Entry by entry, by a formula of kernels, from numbers that passes before it found."""
 
-    on_gpu: ClassVar[bool] = False
-
     formula: Formula
     passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read
     of_deltas: bool = False
+    beside: int = 0
+
+    def asked(
+        self, values: Values, operands: Sequence[Values]
+    ) -> tuple[str, tuple[float, ...]] | None:
+        """The kernels' formula and its numbers, where they follow from the parameters alone: no
+        pass over the weights comes before.
+        """
+        if self.passes(values) != 1:
+            return None
+        given = Given(None, [None] * len(operands), values, operands, ())
+        formula, numbers = self.formula(cast(Primitives, _Asked()), given)
+        return formula, tuple(float(number) for number in numbers)
+
+
+class _Asked:
+    """`Primitives` that note what is asked of them, for a formula that asks once."""
+
+    @staticmethod
+    def pointwise(
+        formula: str, _inputs: Any, _base: Any, numbers: Sequence[float]
+    ) -> tuple[str, Sequence[float]]:
+        return formula, numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -233,7 +233,7 @@ _ROWS: tuple[Method, ...] = (
             _ACTIVE,
         ),
         base="required", min_operands=1, max_operands=None, formula=pointwise.ramplus_tl,
-        passes=lambda values: 2, of_deltas=True,
+        passes=lambda values: 2, of_deltas=True, beside=1,
     ),
     Pointwise(
         "nearswap", "interpolate toward the other model where it is near", "-; as mergekit 0.1.5",

@@ -119,6 +119,11 @@ class Method:
         """
         return False
 
+    @property
+    def beside(self) -> int:
+        """How many tensors some kernel takes together with one for each operand."""
+        return 0
+
     def ranks(self, _values: Values, _operands: Sequence[Values], /) -> bool:
         """Whether it draws by the entries' ranks, which not every back end has."""
         return False
