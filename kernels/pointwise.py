@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastmerge.kernels.common import (
     CHUNK,
     HEAD,
+    MOST_REGISTERS,
     Groups,
     aligned,
     check,
@@ -28,7 +29,6 @@ from fastmerge.kernels.common import (
     partition,
     per_lane,
     put,
-    register_limit,
     tally,
     upload,
 )
@@ -274,8 +274,8 @@ def pointwise_kernel(
 
 
 def block(inputs: int, lanes: int) -> int:
-    """Elements of one step: all deltas of an entry are held at a time, as in consensus."""
-    return per_lane(inputs) // 2 * lanes
+    """Elements of one step: all deltas of an entry are held at a time, in sce beside fp64 numbers."""
+    return (per_lane(inputs) // 2 if inputs <= 4 else 2) * lanes
 
 
 class PointwiseBatch:
@@ -365,7 +365,7 @@ class PointwiseBatch:
                 BLOCK=block(len(kinds) - 1, lanes()),
                 HEAD=HEAD,
                 RULE=RULE,
-                registers=register_limit(2 * len(kinds)),
+                registers=MOST_REGISTERS,
             )
             bad.index_copy_(0, batch.members, counts)
         return bad

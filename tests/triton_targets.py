@@ -180,6 +180,9 @@ CASES = {
     "pointwise_fuse": (_pointwise("fuse", 1), True),
     "pointwise_agreed": (_pointwise("agreed", 3), True),
     "pointwise_16": (_pointwise("reinforced", 16), False),
+    "pointwise_sce_4": (_pointwise("select_and_erase", 4, 2), True),
+    "pointwise_sce_8": (_pointwise("select_and_erase", 8, 2), False),
+    "pointwise_sce_16": (_pointwise("select_and_erase", 16, 2), False),
     "divergence_largest": (_divergence(divergence.LARGEST), False),
     "divergence_sum": (_divergence(divergence.SUM), False),
     "divergence": (_divergence(divergence.DIVERGENCE), False),
@@ -188,12 +191,10 @@ CASES = {
 
 def _registers(case, constants):
     """The limit that the launch of this case sets; None where it sets none."""
-    if case.startswith(("rank", "nth", "measure")):
+    if case.startswith(("rank", "nth", "measure", "pointwise")):
         return common.MOST_REGISTERS
     if case.startswith("consensus"):
         return common.register_limit(2 * len(constants["MODES"]))
-    if case.startswith("pointwise"):
-        return common.register_limit(2 * len(constants["CODES"]))
     if case.startswith("gram") and case not in ("gram_rows", "gram_columns"):
         return common.register_limit(2 * len(constants["CODES"]))
     return common.register_limit(len(constants["CODES"])) if case.startswith("combine") else None
