@@ -274,7 +274,7 @@ def pointwise_kernel(
 
 
 def block(inputs: int, lanes: int) -> int:
-    """Elements of one step: all deltas of an entry are held at a time, in sce beside fp64 numbers."""
+    """Elements of one step: all deltas of an entry are held at a time, sce with fp64 numbers."""
     return (per_lane(inputs) // 2 if inputs <= 4 else 2) * lanes
 
 
