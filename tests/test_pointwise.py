@@ -325,8 +325,12 @@ def test_the_gpu_refuses_by_name() -> None:
     from fastmerge.methods import find
     from fastmerge.tree.nodes import Merge, Stored
 
-    for name in ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "magmax", "consensus_ta"):
-        leaf = Stored(0, "x", (4,), "BF16")
-        node = Merge(find(name), (leaf,), leaf, {}, ({},))
-        said = backend.TritonBackend.takes(node, node.operands)
-        assert said == f"is merged by {name}, which has no GPU kernel"
+    # ramplus_tl takes the entries that one model alone moved beside those of each.
+    for name, most in (("sce", 16), ("ram", 16), ("ramplus_tl", 15)):
+        leaves = tuple(Stored(i, "x", (4,), "BF16") for i in range(most + 1))
+        for count, said in (
+            (most, None),
+            (most + 1, f"has {most + 1} inputs and the GPU kernels take {most}"),
+        ):
+            node = Merge(find(name), leaves[:count], leaves[0], {}, ({},) * count)
+            assert backend.TritonBackend.takes(node, node.operands) == said
