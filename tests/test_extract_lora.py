@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import fastmerge
 from fastmerge import _C, extract_lora
 from fastmerge.cli import main
 from fastmerge.compute.factors import Difference, nearest_of_rank
@@ -317,6 +318,15 @@ def test_gpt2_stores_its_matrices_the_other_way_round(tmp_path: Path) -> None:
     assert config["fan_in_fan_out"] and config["bias"] == "lora_only" and found.error < 1e-5
     mine = torch_state(tmp_path / "base", tmp_path / "out")
     assert largest_difference(mine, torch_state(tmp_path / "tuned")) < 2e-6
+
+
+def test_folded_into_the_base_it_is_the_tuned_model(zoo, tmp_path: Path) -> None:
+    base = zoo.base(dtype="F32")
+    tuned = zoo.tune(base, "tuned", dtype="F32")
+    extract_lora(tuned, base, tmp_path / "out", max_rank=99)
+    fastmerge.api.fold(base, tmp_path / "out", tmp_path / "folded")
+    mine, wanted = zoo.read(tmp_path / "folded"), zoo.read(tuned)
+    assert largest_difference(mine, wanted) < 1e-6
 
 
 # --- the command lines ---
