@@ -271,6 +271,7 @@ def primitives(bench: Bench) -> None:
     from fastmerge.kernels.combine import CombineBatch, combine
     from fastmerge.kernels.consensus import consensus_many
     from fastmerge.kernels.gram import GramBatch, gram
+    from fastmerge.kernels.pointwise import PointwiseBatch
     from fastmerge.kernels.select import select_many
     from fastmerge.selection import MAGNITUDE, RANDOM, Sparsify
 
@@ -305,6 +306,9 @@ def primitives(bench: Bench) -> None:
     bench.record("gram 2", 4 * count * BATCH, pair.run, **peers(products, *xs[:2]))
     triple = GramBatch([xs[:2]] * BATCH, [base] * BATCH)
     bench.record("gram base+2", 6 * count * BATCH, triple.run)
+
+    ram = PointwiseBatch("reinforced", [xs[:2]] * BATCH, [base] * BATCH, [out] * BATCH)
+    bench.record("pointwise ram", 8 * count * BATCH, lambda: ram.run([[1e-5, 1.0, 1.0]] * BATCH))
 
     few = [x[:8] for x in xs[:2]]
     bench.record("call of combine", 0, lambda: combine(few, np.full(2, 0.3), out[:8]))
