@@ -276,6 +276,9 @@ MOST_INSTRUCTIONS = {
     "rank": 88,
     "consensus_ties": 76,
     "consensus_exact": 60,
+    "pointwise_near_swap": 40,
+    "pointwise_reinforced": 98,
+    "pointwise_agreed": 44,
 }
 
 
