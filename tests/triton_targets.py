@@ -82,7 +82,7 @@ def _reduce():
     return gram.reduce_kernel, arguments, {"PAIRS": 3, "WIDTH": 4, "STEP": 256}
 
 
-def _consensus(modes, rescaled=False, elect=True, exact=False):
+def _consensus(modes, rescaled=False, elect=True, exact=False, votes=0):
     k = len(modes)
     arguments = {**SEGMENTS, "rules": "*i64", "numbers": "*fp32", "origins": "*i64"}
     arguments["bad_counts"] = "*i64"
@@ -93,7 +93,7 @@ def _consensus(modes, rescaled=False, elect=True, exact=False):
         "NORMALIZE": True,
         "SCALED": not exact,
     }
-    constants["EXACT"] = exact
+    constants |= {"EXACT": exact, "VOTES": votes, "COUNTED": bool(votes)}
     constants |= {"BLOCK": partial(consensus.block, k), "RULE": consensus.RULE}
     return consensus.consensus_kernel, arguments, constants
 
@@ -163,6 +163,7 @@ CASES = {
     "consensus_ties": (_consensus((2, 2)), True),
     "consensus_band": (_consensus((4, 5)), True),
     "consensus_exact": (_consensus((2, 2), exact=True), True),
+    "consensus_votes": (_consensus((2, 2), votes=2), True),
     "consensus_task": (_consensus((0, 0), elect=False), True),
     "consensus_dare": (_consensus((1, 1), rescaled=True), True),
     "consensus_8": (_consensus((2,) * 8), True),
