@@ -19,6 +19,8 @@ struct Elements {
     // `count` of them from `first` on as `dtype`: where they lie, or copied to `buffer`, which has
     // room for them.
     virtual const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const = 0;
+    // How many are best read at once, where that is more than a tile.
+    virtual int64_t together() const { return 0; }
 };
 
 // Nothing but zeros, in any number.

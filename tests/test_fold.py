@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge
 from fastmerge import _C, api
+from fastmerge.cli import main
 from fastmerge.compute.cpu import cpu
 from fastmerge.errors import FastmergeError, ModelError
 
@@ -300,3 +301,50 @@ def test_tokenizer_union_reads_adapted_embeddings(tmp_path):
     one, two = merged(f"{base}+{adapter}"), merged(str(tmp_path / "folded"))
     for name, array in one.items():
         assert np.array_equal(array, two[name]), name
+
+
+def test_the_commands_fold_and_info(tmp_path, capsys):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_alpha=6, use_rslora=True)
+    base, adapter = make(tmp_path, llama(), config)
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in arguments])
+        return ended.value.code or 0, capsys.readouterr()
+
+    code, said = run("fold", base, adapter, tmp_path / "out", "--threads", 2, "--json")
+    assert (code, json.loads(said.out)["tensors"]) == (0, 21)
+    fastmerge.fold(base, adapter, tmp_path / "same")
+    weights = "model.safetensors"
+    one, other = (stored(tmp_path / name) for name in ("out", "same"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "out" / weights).stat().st_size == (
+        tmp_path / "same" / weights
+    ).stat().st_size
+    code, said = run("fold", base, adapter, tmp_path / "half", "--dtype", "float16", "--quiet")
+    assert code == 0 and stored(tmp_path / "half")["lm_head.weight"].dtype == torch.float16
+    code, said = run("fold", base, base, tmp_path / "none")
+    assert code == 2 and said.err.count("\n") == 1 and "no adapter of PEFT's" in said.err
+    code, said = run("info", adapter, "--json")
+    found = json.loads(said.out)
+    assert (found["ranks"], found["scales"], found["kinds"]) == ([4], [3.0], ["rsLoRA"])
+    assert found["modules"] == {"q_proj": 2} and found["parameters"] == 2 * 4 * (24 + 24)
+    code, said = run("info", adapter)
+    assert code == 0 and "2 q_proj" in said.out and "rsLoRA" in said.out
+
+
+def test_live_models_take_adapters_as_sources(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=EVERY, lora_alpha=6)
+    base, adapter = make(tmp_path, llama(), config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    fastmerge.llama.merge_into(model, {str(base): 0.75, f"{base}+{adapter}": 0.25})
+    linear = {"merge_method": "linear", "parameters": {"normalize": False}}
+    models = [{"model": str(base), "parameters": {"weight": 0.75}}]
+    models += [{"model": f"{base}+{adapter}", "parameters": {"weight": 0.25}}]
+    fastmerge.merge(linear | {"models": models}, tmp_path / "out")
+    wanted = stored(tmp_path / "out")
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, wanted[name]), name
+    assert not torch.equal(wanted["model.layers.0.mlp.up_proj.weight"],
+                           stored(base)["model.layers.0.mlp.up_proj.weight"])  # fmt: skip

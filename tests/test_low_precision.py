@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastmerge import _C, api
 from fastmerge.compute.cpu import cpu
@@ -523,3 +524,32 @@ def test_other_formats_are_refused_as_before(zoo):
         line = refusal(a, zoo.base())
         assert f"is quantised ({said['quant_method']} in config.json)" in line
         assert "does not dequantise; merge the original weights" in line
+
+
+def test_an_adapter_on_codes_is_one_on_their_numbers(formats, zoo):
+    base = zoo.base()
+    coded = formats.fp8("coded", base)
+    plain = zoo.write(
+        "plain",
+        formats.numbers["coded"],
+        json.loads((base / "config.json").read_text()),
+        dtype="F32",
+    )
+    rng = np.random.default_rng(0)
+    folder = zoo.root / "adapter"
+    folder.mkdir()
+    tensors = {}
+    for name, values in formats.numbers["coded"].items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            rows, cols = values.shape
+            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((2, cols)).astype(np.float32)
+            tensors[f"{module}.lora_B.weight"] = rng.standard_normal((rows, 2)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    one = dict(api.materialise(api.fold_recipe(str(coded), str(folder), dtype="float32")))
+    two = dict(api.materialise(api.fold_recipe(str(plain), str(folder), dtype="float32")))
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        assert np.array_equal(array, two[name]), name

@@ -40,7 +40,7 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
     const int64_t row_length =
         vectors.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : vectors.cols;
 
-    return fill_sink(pool, inputs, nullptr, out, [&] {
+    const auto make = [&] {
         return [&, used = std::vector<const void*>(k), factors = std::vector<const float*>(k)](
                    TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
             const auto item = static_cast<int64_t>(item_bytes(reader.dtype()));
@@ -73,7 +73,8 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 at += count;
             }
         };
-    });
+    };
+    return fill_sink(pool, inputs, nullptr, out, make, tile_for(inputs));
 }
 
 void copy(Pool& pool, const Span& source, Sink& out) {

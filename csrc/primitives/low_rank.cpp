@@ -12,7 +12,6 @@ LowRank::LowRank(const Span& base, const Span& left, const Span& right, int64_t 
                  std::vector<float> factors, bool by_column)
     : base_(base),
       left_(left),
-      right_(right),
       rank_(rank),
       cols_(rank > 0 ? right.count / rank : 0),
       scale_(scale),
@@ -29,28 +28,45 @@ LowRank::LowRank(const Span& base, const Span& left, const Span& right, int64_t 
     const int64_t wanted = by_column ? cols_ : rows;
     if (!factors_.empty() && static_cast<int64_t>(factors_.size()) != wanted)
         throw std::invalid_argument("one factor for each row or column is needed");
+    right_.reserve(static_cast<size_t>(right.count));
+    const float* const whole = reinterpret_cast<const float*>(right.at(0));
+    for (int64_t block = 0; block < cols_; block += width())
+        for (int64_t k = 0; k < rank_; ++k)
+            right_.insert(right_.end(), whole + k * cols_ + block,
+                          whole + k * cols_ + std::min(cols_, block + width()));
 }
 
 const void* LowRank::read(int64_t first, int64_t count, DType, void* buffer) const {
     alignas(64) float stored[kTile];
     LowRankArgs args = {};
     args.rank = rank_;
-    args.cols = cols_;
     args.scale = scale_;
     args.per_element = by_column_;
     const float* const left = reinterpret_cast<const float*>(left_.at(0));
-    const float* const right = reinterpret_cast<const float*>(right_.at(0));
-    for (int64_t at = first, end = first + count; at < end; at += args.count) {
-        const int64_t row = at / cols_, column = at % cols_;
-        args.count = std::min({end - at, cols_ - column, kTile});
-        args.base = base_.read(at, args.count, stored);
-        args.left = left + row * rank_;
-        args.right = right + column;
-        if (!factors_.empty()) args.factors = factors_.data() + (by_column_ ? column : row);
-        args.out = static_cast<float*>(buffer) + (at - first);
-        kernels().low_rank[static_cast<size_t>(base_.dtype)](args);
+    const int64_t last = first + count;
+    for (int64_t block = 0; count > 0 && block < cols_; block += width()) {
+        const int64_t block_end = std::min(cols_, block + width());
+        args.cols = block_end - block;
+        for (int64_t row = first / cols_; row * cols_ + block < last; ++row) {
+            const int64_t begin = std::max(first, row * cols_ + block);
+            const int64_t end = std::min(last, row * cols_ + block_end);
+            if (begin >= end) continue;
+            const int64_t column = begin - row * cols_;
+            args.count = end - begin;
+            args.base = base_.read(begin, args.count, stored);
+            args.left = left + row * rank_;
+            args.right = right_.data() + block * rank_ + (column - block);
+            if (!factors_.empty()) args.factors = factors_.data() + (by_column_ ? column : row);
+            args.out = static_cast<float*>(buffer) + (begin - first);
+            kernels().low_rank[static_cast<size_t>(base_.dtype)](args);
+        }
     }
     return buffer;
 }
+
+// 16 KiB of a block; full vectors of every instruction set, and a tile at most.
+int64_t LowRank::width() const { return std::clamp<int64_t>(4096 / rank_ / 128 * 128, 128, kTile); }
+
+int64_t LowRank::together() const { return 8 * kTile; }
 
 }  // namespace fastmerge

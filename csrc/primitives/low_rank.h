@@ -14,11 +14,18 @@ class LowRank : public Elements {
             std::vector<float> factors, bool by_column);
 
     const void* read(int64_t first, int64_t count, DType dtype, void* buffer) const override;
+    int64_t together() const override;
     int64_t count() const { return base_.count; }
 
    private:
-    Span base_, left_, right_;
+    int64_t width() const;  // columns that are worked on together
+
+    Span base_, left_;
     int64_t rank_, cols_;
+    // right, cut into blocks of that many columns, each of which is rank rows: a block stays in
+    // the first-level cache for all rows of a read. In place, rows of 8 KiB lie in the same sets of
+    // that cache: 1.4 times the CPU time at rank 16, 1.7 at 64 (loaded machine, 5632 x 2048).
+    std::vector<float> right_;
     float scale_;
     std::vector<float> factors_;
     bool by_column_;

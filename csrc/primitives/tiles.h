@@ -33,19 +33,21 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
 
 // One task's view of the inputs, a tile at a time: pointers into the tensors where every element
 // type is the wanted one, else into fp32 copies of the tile; gathered rows and what is computed are
-// copied. Tiles have at most kTile elements.
+// copied.
 class TileReader {
    public:
-    TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted)
-        : inputs_(inputs), base_(base), table_(kernels()) {
+    TileReader(const std::vector<Span>& inputs, const Span* base, DType wanted,
+               int64_t tile = kTile)
+        : inputs_(inputs), base_(base), table_(kernels()), tile_(tile) {
         bool uniform = !base || base->dtype == wanted;
         for (const Span& span : inputs) uniform = uniform && span.dtype == wanted;
         dtype_ = uniform ? wanted : DType::kF32;
         pointers_.resize(inputs.size());
         bool gathers = base && base->elements;
         for (const Span& span : inputs) gathers = gathers || span.elements;
-        if (!uniform || gathers) scratch_.reset(new float[(inputs.size() + 1) * kTile]);
-        if (!uniform && gathers) stored_.reset(new float[kTile]);
+        if (!uniform || gathers)
+            scratch_.reset(new float[(inputs.size() + 1) * static_cast<size_t>(tile)]);
+        if (!uniform && gathers) stored_.reset(new float[static_cast<size_t>(tile)]);
         for (size_t j = 0; j < inputs.size(); ++j) {
             first_.push_back(j);
             for (size_t i = 0; i < j && first_[j] == j; ++i)
@@ -72,7 +74,7 @@ class TileReader {
     }
 
     const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
-        float* tile = scratch_ ? scratch_.get() + slot * kTile : nullptr;
+        float* tile = scratch_ ? scratch_.get() + slot * tile_ : nullptr;
         if (span.dtype == dtype_) return span.read(begin, count, tile);
         const void* from = span.read(begin, count, stored_.get());
         table_.widen[static_cast<size_t>(span.dtype)](from, tile, count);
@@ -82,6 +84,7 @@ class TileReader {
     const std::vector<Span>& inputs_;
     const Span* base_;
     const Kernels& table_;
+    const int64_t tile_;  // elements at most
     DType dtype_;
     std::vector<const void*> pointers_;
     std::vector<size_t> first_;  // the first input that is the same as this one
@@ -90,14 +93,22 @@ class TileReader {
     std::unique_ptr<float[]> stored_;   // a tile of gathered rows, before it is widened
 };
 
-// Calls body(begin, end) for the parts of [begin, end) between multiples of kTile.
+// Calls body(begin, end) for the parts of [begin, end) between multiples of the tile.
 template <class Body>
-void for_each_tile(int64_t begin, int64_t end, const Body& body) {
+void for_each_tile(int64_t begin, int64_t end, const Body& body, int64_t tile = kTile) {
     for (int64_t at = begin; at < end;) {
-        const int64_t next = std::min(end, (at / kTile + 1) * kTile);
+        const int64_t next = std::min(end, (at / tile + 1) * tile);
         body(at, next);
         at = next;
     }
+}
+
+// The tile for kernels that take any number of elements: what the inputs are best read by.
+inline int64_t tile_for(const std::vector<Span>& inputs) {
+    int64_t tile = kTile;
+    for (const Span& span : inputs)
+        if (span.elements) tile = std::max(tile, span.elements->together());
+    return tile;
 }
 
 // Fills a sink piece by piece on the pool: make() gives a piece its fill(reader, begin, end, to),
@@ -105,7 +116,7 @@ void for_each_tile(int64_t begin, int64_t end, const Body& body) {
 // the elements stored are NaN or Inf.
 template <class Make>
 int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base, Sink& out,
-                  const Make& make) {
+                  const Make& make, int64_t tile = kTile) {
     const Kernels& table = kernels();
     const auto type = static_cast<size_t>(out.dtype());
     const auto item = static_cast<int64_t>(item_bytes(out.dtype()));
@@ -114,10 +125,11 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
         int64_t begin = 0, end = 0, found = 0;
         out.range(piece, begin, end);
         char* to = static_cast<char*>(out.open(piece));
-        TileReader reader(inputs, base, out.dtype());
+        TileReader reader(inputs, base, out.dtype(), tile);
         auto fill = make();
-        std::vector<float> wide(reader.dtype() == out.dtype() ? 0 : kTile);
-        for_each_tile(begin, end, [&](int64_t tile_begin, int64_t tile_end) {
+        const bool narrows = reader.dtype() != out.dtype();
+        std::vector<float> wide(narrows ? static_cast<size_t>(tile) : 0);
+        const auto body = [&](int64_t tile_begin, int64_t tile_end) {
             char* target = to + (tile_begin - begin) * item;
             if (wide.empty()) {
                 fill(reader, tile_begin, tile_end, target);
@@ -126,7 +138,8 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
                 table.narrow[type](wide.data(), target, tile_end - tile_begin);
             }
             found += table.nonfinite[type](target, tile_end - tile_begin);
-        });
+        };
+        for_each_tile(begin, end, body, tile);
         out.close(piece);
         nonfinite[static_cast<size_t>(piece)] = found;
     });
