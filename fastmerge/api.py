@@ -15,7 +15,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
-from fastmerge.errors import FastmergeError, UnsupportedError, brief, is_whole
+from fastmerge.errors import FastmergeError, UnsupportedError, brief, enough_memory, is_whole
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
@@ -36,6 +36,7 @@ SAMPLE = 16  # tensors that `verify` makes again
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
 
+@enough_memory("plan")
 def plan(
     recipe: Source,
     *,
@@ -93,6 +94,7 @@ def decide(
     )
 
 
+@enough_memory("merge")
 def merge(
     recipe: Source | AdapterMerge,
     out: str | Path,
@@ -155,6 +157,7 @@ def merge(
     )
 
 
+@enough_memory("fold")
 def fold(
     base: str | Path,
     adapter: str | Path,
@@ -183,6 +186,7 @@ def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[st
     return recipe
 
 
+@enough_memory("verify")
 def verify(
     folder: str | Path,
     against: Source | None = None,
@@ -225,6 +229,7 @@ def verify(
     )
 
 
+@enough_memory("check")
 def check(recipe: Source, *, seed: int | None = None) -> Plan:
     """The plan, where transformers' own class loads what it would write: no tensor missing, of
     another shape or without a place. Reads no weights; nothing of the models' own code is run.
@@ -249,8 +254,10 @@ def materialise(
     Arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are only copied,
     raw bytes (uint8, one axis). A few tensors are computed ahead. Raises FastmergeError.
     """
-    for item, array in materialise_plan(plan(recipe, seed=seed, models=models), threads=threads):
-        yield item.name, array
+    decided = plan(recipe, seed=seed, models=models)
+    with enough_memory("materialise"):
+        for item, array in materialise_plan(decided, threads=threads):
+            yield item.name, array
 
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:

@@ -16,7 +16,8 @@ classes; no message is promised to stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from reprlib import Repr
 from typing import Any
@@ -58,6 +59,20 @@ class OutputError(FastmergeError):
 
 class ResourceError(FastmergeError):
     """The machine lacks memory, disk space, threads, a GPU or an installed package."""
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Says a MemoryError, Python's or a std::bad_alloc of the kernels, as a ResourceError. For
+    ``with`` and as a decorator of public functions.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ResourceError(
+            f"{what}: the system has no more memory; give a lower memory limit and fewer threads, "
+            "or end other programs"
+        ) from error
 
 
 def printable(text: str) -> str:

@@ -32,11 +32,17 @@ Mapping::Mapping(const std::string& path) {
             failed = errno;
         } else {
             data_ = static_cast<char*>(data);
-            watch_ = std::make_unique<Watch>(data, static_cast<size_t>(size_));
         }
     }
     ::close(fd);
     if (failed) throw IoError(failed, path);
+    if (!data_) return;
+    try {
+        watch_ = std::make_unique<Watch>(data_, static_cast<size_t>(size_));
+    } catch (...) {
+        ::munmap(data_, static_cast<size_t>(size_));
+        throw;
+    }
 }
 
 Mapping::~Mapping() {

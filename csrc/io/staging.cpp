@@ -92,6 +92,9 @@ Staging::Staging(int64_t buffer_bytes, int buffers, int threads) : buffer_bytes_
         throw std::invalid_argument("buffer_bytes must be a power of two, at least 4096");
     if (buffers < 1 || threads < 1)
         throw std::invalid_argument("buffers and threads must be at least 1");
+    buffers_.resize(static_cast<size_t>(buffers));
+    free_.reserve(buffers_.size());
+    queue_.reserve(buffers_.size());  // no memory is asked for once a chunk's state has changed
     mapped_bytes_ = static_cast<size_t>(buffer_bytes * buffers + kHugePage);
     void* mapped =
         ::mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -101,7 +104,6 @@ Staging::Staging(int64_t buffer_bytes, int buffers, int threads) : buffer_bytes_
     // Direct I/O pins every page of a buffer for every write: 2 huge pages instead of 1024 small
     // ones.
     ::madvise(data, static_cast<size_t>(buffer_bytes * buffers), MADV_HUGEPAGE);
-    buffers_.resize(static_cast<size_t>(buffers));
     for (int i = buffers - 1; i >= 0; --i) {
         buffers_[static_cast<size_t>(i)].data = data + i * buffer_bytes;
         free_.push_back(i);
@@ -167,7 +169,7 @@ void Staging::serve() {
         work_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
         if (queue_.empty()) return;
         const int index = queue_.front();
-        queue_.pop_front();
+        queue_.erase(queue_.begin());
         Buffer& buffer = buffers_[static_cast<size_t>(index)];
         StagedFile& file = *buffer.file;  // alive: its destructor waits until writing_ is 0
         const int64_t number = buffer.chunk;

@@ -12,7 +12,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -60,9 +59,9 @@ class Staging {
     size_t mapped_bytes_ = 0;
     char* mapped_ = nullptr;
     std::vector<Buffer> buffers_;
-    std::vector<int> free_;  // last in, first out, so that memory never needed is never touched
-    std::deque<int> queue_;  // buffers whose chunk is to be written
-    int busy_ = 0;           // buffers queued or being written
+    std::vector<int> free_;   // last in, first out, so that memory never needed is never touched
+    std::vector<int> queue_;  // buffers whose chunk is to be written; room for all
+    int busy_ = 0;            // buffers queued or being written
     bool stopping_ = false;
     uint64_t clock_ = 0;
     std::atomic<int64_t> bytes_written_{0};

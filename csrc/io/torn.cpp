@@ -117,12 +117,13 @@ Range* take() {
 
 }  // namespace
 
-Watch::Watch(void* data, size_t nbytes) : range_(take()) {
+Watch::Watch(void* data, size_t nbytes) {
+    install();  // first: it may find no memory
+    range_ = take();
     const auto begin = reinterpret_cast<uintptr_t>(data);
     range_->torn = false;
     range_->begin = begin;
     range_->end = (begin + nbytes + kPage - 1) & ~(kPage - 1);
-    install();
 }
 
 Watch::~Watch() {

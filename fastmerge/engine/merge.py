@@ -15,7 +15,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
 from fastmerge.engine.window import window_size
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, enough_memory
 from fastmerge.output.lineage import LINEAGE_FILE, lineage_file
 from fastmerge.output.place import real_target
 from fastmerge.output.sink import ModelFolder
@@ -30,6 +30,7 @@ _SAMPLE_SECONDS = 0.02  # between looks at the memory in use: each reads a file 
 _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
 
+@enough_memory("merge")
 def merge_plan(
     plan: Plan,
     out: Path,

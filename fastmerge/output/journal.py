@@ -128,11 +128,14 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self, *, remove: bool) -> None:
-        if self._descriptor >= 0:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
             if remove:
                 self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        finally:
+            os.close(descriptor)
 
 
 def _boot() -> str:

@@ -76,15 +76,21 @@ def check_place(target: Path, inputs: Iterable[Path]) -> None:
         # The finished folder takes this name by a rename, which cannot replace a mount.
         raise OutputError(f"{target}: is where a disk is mounted; give a new folder inside it")
     for given in inputs:
-        path = Path(os.path.realpath(given))
-        # A folder of links into the target reads from the target all the same.
-        entries = path.iterdir() if path.is_dir() else ()
-        reads = [Path(os.path.realpath(file)) for file in entries if file.is_symlink()]
-        if path.is_relative_to(target) or any(file.is_relative_to(target) for file in reads):
+        try:
+            touched = _reads_from(target, Path(os.path.realpath(given)))
+        except OSError as error:
+            raise ModelError(f"{given}: cannot be read ({error.strerror or error})") from error
+        if touched:
             raise OutputError(f"{target}: the output would replace the input {given}")
-        folder = path if path.is_dir() else path.parent
-        if target.exists() and target.samefile(folder):
-            raise OutputError(f"{target}: the output would replace the input {given}")
+
+
+def _reads_from(target: Path, path: Path) -> bool:
+    """Whether the input at ``path`` is, lies in or has a link into ``target``."""
+    entries = path.iterdir() if path.is_dir() else ()
+    reads = [Path(os.path.realpath(file)) for file in entries if file.is_symlink()]
+    if path.is_relative_to(target) or any(file.is_relative_to(target) for file in reads):
+        return True
+    return target.exists() and target.samefile(path if path.is_dir() else path.parent)
 
 
 def _holds_us(folder: Path) -> bool:

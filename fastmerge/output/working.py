@@ -77,9 +77,9 @@ class WorkingFolder:
             shutil.rmtree(self.path)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def inode(path: Path) -> int:

@@ -328,11 +328,11 @@ class ModelWriter:
                 _sync(folder)
             check_target(self.target, self._overwrite)
             self._publish()
+            self._finished = True
+            self._close_folder()
+            self._journal.close(remove=True)
         except OSError as error:
             raise explain(self._named(error), self.target) from error
-        self._finished = True
-        self._close_folder()
-        self._journal.close(remove=True)
 
     def discard(self) -> None:
         """Leaves nothing for a later run to continue, unless this one is finished."""
@@ -358,8 +358,14 @@ class ModelWriter:
                 shutil.rmtree(self.partial)  # the old model
         else:
             self._journal.set_aside(old)
-            self.target.rename(self._old)
-            self.partial.rename(self.target)
+            try:
+                self.target.rename(self._old)
+                self.partial.rename(self.target)
+            except BaseException:
+                with suppress(OSError):  # else the next run does it
+                    if inode(self._old) == old and not os.path.lexists(self.target):
+                        self._old.rename(self.target)
+                raise
             _sync(self.target.parent)
             self._check_shown()
             if inode(self._old) == old:
@@ -417,9 +423,15 @@ class ModelWriter:
         if worthless and self._folder is not None:
             with suppress(OSError):
                 self._folder.remove()
-        self._close_folder()
-        told = os.path.lexists(self.partial) and self._journal.folder()
-        self._journal.close(remove=not told)
+        # A disk that fails goes on failing: what is told is the first of its errors.
+        with suppress(OSError):
+            self._close_folder()
+        told = True
+        with suppress(OSError):
+            left = os.path.lexists(self.partial) or os.path.lexists(self._old)
+            told = left and bool(self._journal.folder())
+        with suppress(OSError):
+            self._journal.close(remove=not told)
 
 
 # --- system calls ---

@@ -20,7 +20,7 @@ from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer, Progress
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, enough_memory
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
@@ -52,6 +52,7 @@ JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
 )
 
 
+@enough_memory("retrograde")
 def run(
     source: Any,
     out: str | Path,
