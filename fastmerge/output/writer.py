@@ -167,7 +167,10 @@ class ModelWriter:
         """
         found: dict[str, dict[str, Any]] = {}
         if kept and self._folder is not None:
-            pool = _C.Pool(threads)
+            try:
+                pool = _C.Pool(threads)
+            except RuntimeError as error:
+                raise _no_threads(self.target, threads, error) from error
             for number, shard in enumerate(self.layout.shards):
                 slots = [self.layout.slots[name] for name in kept]
                 places = {s.name: (s.begin, s.nbytes) for s in slots if s.shard == number}
@@ -196,9 +199,7 @@ class ModelWriter:
         try:
             staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
         except RuntimeError as error:
-            raise ResourceError(
-                f"{self.target}: the system refuses {io_threads} threads to write it ({error})"
-            ) from error
+            raise _no_threads(self.target, io_threads, error) from error
         for shard in self.layout.shards:
             path = folder.inside / shard.name
             resume = bool(kept) and path.exists()
@@ -435,6 +436,10 @@ class ModelWriter:
 
 
 # --- system calls ---
+
+
+def _no_threads(target: Path, threads: int, error: RuntimeError) -> ResourceError:
+    return ResourceError(f"{target}: the system refuses {threads} threads to write it ({error})")
 
 
 def _write_file(path: Path, content: bytes | Path) -> dict[str, Any]:
