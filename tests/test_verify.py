@@ -163,6 +163,13 @@ def test_each_kind_of_damage_names_its_place(copy: Path, capsys) -> None:
     assert said[-1].startswith(f"{copy}: 5 differences")
 
 
+def test_a_pipe_in_place_of_a_shard_is_not_waited_for(copy: Path) -> None:
+    shard = next(copy.glob("*.safetensors"))
+    shard.unlink()
+    os.mkfifo(shard)
+    assert command("verify", copy) == 1
+
+
 def test_a_cut_a_missing_and_a_foreign_shard(copy: Path) -> None:
     shards = sorted(copy.glob("*.safetensors"))
     os.truncate(shards[0], shards[0].stat().st_size - 1)

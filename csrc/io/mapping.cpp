@@ -21,7 +21,8 @@ const int64_t kPage = sysconf(_SC_PAGESIZE);
 }
 
 Mapping::Mapping(const std::string& path) {
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) throw IoError(errno, path);
     struct stat info;
     int failed = ::fstat(fd, &info) ? errno : S_ISREG(info.st_mode) ? 0 : EINVAL;

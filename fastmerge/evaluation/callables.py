@@ -161,9 +161,10 @@ class CallableScorer:
         self._takes = {"split", "limit"} & set(signature.parameters)
         folder = {"folder": None} if _asks_for_folder(signature) else {}
         self._takes |= folder.keys()
-        self._takes_model = not (folder and _binds(signature, **folder))
+        named = dict.fromkeys(self._takes)
+        self._takes_model = not (folder and _binds(signature, **named))
         try:
-            signature.bind(*[None][: self._takes_model], **folder)
+            signature.bind(*[None][: self._takes_model], **named)
         except TypeError as error:
             raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
         self._limit = settings.limit

@@ -8,8 +8,9 @@
     peft.install()  # until peft.uninstall(); or: with peft.installed(): ...
     model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="ties", density=0.5)
 
-Same arguments, same values to rounding, in fp32 whatever the tensors' type. What is dropped at
-random follows from torch's generator, as in PEFT, and is another draw than PEFT's.
+Same arguments, same values to rounding, in fp32 whatever the tensors' type; but a tensor of weight
+0 is not read, and has no vote and no share in `ties` and `dare_ties`, as it has in PEFT. What is
+dropped at random follows from torch's generator, as in PEFT, and is another draw than PEFT's.
 """
 
 from __future__ import annotations
@@ -142,8 +143,9 @@ def _merged(
     density = given.get("density")
     if density is not None and density >= 1:
         given["density"] = 1.0
-    if density == 0:  # nothing stays, which a recipe may not ask for
-        return torch.zeros_like(tensors[0])
+    trims = method in ("ties", "breadcrumbs")
+    if density == 0 or (trims and 0 < (density or 0) < 1 / max(1, tensors[0].numel())):
+        return torch.zeros_like(tensors[0])  # nothing stays, which a recipe may not ask for
     seed = None
     if method.startswith("dare"):
         seed = int(torch.randint(1 << 62, (1,)).item())

@@ -267,4 +267,5 @@ def _weight(module: str) -> str:
 def _is_causal(view: View) -> bool:
     named = view.config.get("architectures")
     classes = named if isinstance(named, list) else []
-    return any(isinstance(each, str) and each.endswith("ForCausalLM") for each in classes)
+    ends = ("ForCausalLM", "LMHeadModel")  # GPT2LMHeadModel
+    return any(isinstance(each, str) and each.endswith(ends) for each in classes)
