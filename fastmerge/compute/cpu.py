@@ -172,16 +172,16 @@ class CpuBackend:
             if self._scratch_folder is not None:
                 weakref.finalize(array, self._take_scratch, -nbytes)
         else:
-            with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
-                try:
+            try:
+                with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
                     # A page that the disk has no room for would end the process with SIGBUS.
                     os.posix_fallocate(file.fileno(), 0, nbytes)
-                except OSError as error:
-                    raise ResourceError(
-                        f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
-                        f"bytes ({error.strerror}); free some, or raise --memory-limit"
-                    ) from error
-                array = np.memmap(file, dtype=np.float32, mode="r+", shape=(count,))
+                    array = np.memmap(file, dtype=np.float32, mode="r+", shape=(count,))
+            except OSError as error:
+                raise ResourceError(
+                    f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
+                    f"bytes ({error.strerror}); free some, or raise --memory-limit"
+                ) from error
         view = _C.View(array.ctypes.data, count, "F32", array)
         return view, _C.MemorySink(view)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import RecipeError, brief
+from fastmerge.once import cached_property
 
 _LARGEST = float(np.finfo(np.float64).max)  # an int may be larger than any float
 _LARGEST_F32 = float(np.finfo(np.float32).max)  # what tensors are computed in

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fastmerge.models.header import (
 )
 from fastmerge.models.links import Home
 from fastmerge.models.side_files import SideFiles, side_files
+from fastmerge.once import cached_property
 
 _SAMPLE_BYTES = 4096
 _FEW_PAGES_BYTES = 16 << 10  # to ask for them takes longer than to read them

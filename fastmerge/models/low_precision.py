@@ -16,13 +16,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from fastmerge.codings import Coding
 from fastmerge.dtypes import BF16, BY_NAME, DType
 from fastmerge.errors import ModelError
 from fastmerge.models.quantised import Typed, kind_of, packed_in, sections
+from fastmerge.once import cached_property
 
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")

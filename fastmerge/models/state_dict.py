@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Hashable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastmerge.errors import FastmergeError, UnsupportedError, brief
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.memory import check_torch, dtype_of, is_torch, view_of
 from fastmerge.models.model import Model, TensorInfo, stored_bytes
+from fastmerge.once import cached_property
 
 _numbers = itertools.count()
 

@@ -12,7 +12,6 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.limits import MAX_FILE_BYTES
 from fastmerge.models.header import open_regular
 from fastmerge.models.side_files import is_tokenizer
+from fastmerge.once import cached_property
 
 Files = Mapping[str, "bytes | Path"]
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import OutputError
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import show
+from fastmerge.once import cached_property
 
 _ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
 

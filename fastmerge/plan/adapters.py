@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fastmerge.models import hub
 from fastmerge.models.adapter import PREFIX, Adapter, Factors
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.header import show
+from fastmerge.once import cached_property
 from fastmerge.plan.adapter_plan import AdapterPlan
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.adapters import AdapterRecipe

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from fastmerge.dtypes import DType
@@ -19,6 +18,7 @@ from fastmerge.models.header import show
 from fastmerge.models.model import Model, TensorInfo, same_bytes, same_numbers
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
+from fastmerge.once import cached_property
 from fastmerge.plan.adapter_plan import AdapterPlan, short_names
 
 # Whose projections are transformers' Conv1D, which stores (in, out); as of 5.23.

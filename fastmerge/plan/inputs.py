@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from fastmerge.codings import Coding
@@ -24,6 +23,7 @@ from fastmerge.models.low_precision import LowPrecision, find_low_precision
 from fastmerge.models.model import Model
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.vocabulary import Vocabulary
+from fastmerge.once import cached_property
 from fastmerge.plan.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk

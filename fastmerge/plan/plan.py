@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastmerge.methods import Combination, Consensus, Pointwise
 from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
+from fastmerge.once import cached_property
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.spanning import spanning
 from fastmerge.tree.collapse import collapse

@@ -7,7 +7,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from fastmerge.codings import Coding
 from fastmerge.dtypes import F32, DType
 from fastmerge.methods import Combination, Method
+from fastmerge.once import cached_property
 
 
 class Leaf:
