@@ -39,12 +39,14 @@ def recipe_of(base: Path, *tunes: Path, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def merged(shared_zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """A recipe, and what it makes: several shards, side files in folders."""
-    base = shared_zoo.base("verify-base", layers=3)
+    # A folder of its own: a worker may begin this file twice.
+    zoo = type(shared_zoo)(tmp_path_factory.mktemp("verify"))
+    base = zoo.base("base", layers=3)
     (base / "tokenizer.json").write_text('{"version": "1.0"}')
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
-    recipe = recipe_of(base, shared_zoo.tune(base, "verify-tune", seed=1, shards=2))
-    out = tmp_path_factory.mktemp("verify") / "out"
+    recipe = recipe_of(base, zoo.tune(base, "tune", seed=1, shards=2))
+    out = zoo.root / "out"
     fastmerge.merge(recipe, out, max_shard_bytes=SHARD_BYTES)
     assert (out / INDEX).exists()
     return recipe, out
