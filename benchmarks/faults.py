@@ -58,13 +58,17 @@ class BrokenError(Exception):
     """A promise that a fault breaks."""
 
 
+def nothing(out: Path) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Scenario:
     """``run(out)`` makes ``out``; ``prepare(out)`` puts there what it meets."""
 
     name: str
     run: Callable[[Path], None]
-    prepare: Callable[[Path], None] = lambda out: None
+    prepare: Callable[[Path], None] = nothing
     again: Callable[[Path], None] | None = None  # the run after a fault; None: the same
     exchange: bool = True  # whether the file system exchanges two names in one step
 
@@ -247,7 +251,7 @@ class Bench:
         again = self.scenario.again or self.scenario.run
         if found == self.wanted and self._before is None:
             # The name was given before the fault: there is nothing to do again.
-            again = lambda out: None  # noqa: E731
+            again = nothing
         mended = forked(lambda: again(self._out), self.shim, (0, 0, 0, False, True))
         if mended.error is not None:
             raise BrokenError(f"the next run fails: {mended.error}: {mended.message}{mended.trace}")

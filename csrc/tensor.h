@@ -13,6 +13,9 @@ enum class DType : uint8_t { kF32 = 0, kF16 = 1, kBF16 = 2, kRaw = 3 };  // kRaw
 constexpr int kDTypes = 3;  // types with kernels: F32, F16, BF16
 constexpr size_t item_bytes(DType t) { return t == DType::kF32 ? 4 : t == DType::kRaw ? 1 : 2; }
 
+// How many blocks cover a length, the last cut short.
+constexpr int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+
 // Elements that are in no one place.
 struct Elements {
     virtual ~Elements() = default;

@@ -156,8 +156,12 @@ def task_arithmetic(
     threads: int | None = None,
 ) -> Any:
     """base + lambda * sum_i w_i (x_i - base) (Ilharco et al. 2022)."""
-    given: Given = {"weight": weights, "normalize": normalize, "lambda": lambda_}
-    given |= {"divisor": divisor}
+    given: Given = {
+        "weight": weights,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "divisor": divisor,
+    }
     return merge("task_arithmetic", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -182,9 +186,11 @@ def ties(
         "density": density,
         "normalize": normalize,
         "lambda": lambda_,
+        "rescale": rescale,
+        "divisor": divisor,
+        "votes": votes,
+        "ties": ties,
     }
-    given["rescale"] = rescale
-    given |= {"divisor": divisor, "votes": votes, "ties": ties}
     return merge("ties", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -213,9 +219,9 @@ def dare_linear(
         "density": density,
         "normalize": normalize,
         "lambda": lambda_,
+        "rescale": rescale,
+        "divisor": divisor,
     }
-    given["rescale"] = rescale
-    given |= {"divisor": divisor}
     return merge(
         "dare_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
@@ -243,9 +249,10 @@ def dare_ties(
         "density": density,
         "normalize": normalize,
         "lambda": lambda_,
+        "rescale": rescale,
+        "divisor": divisor,
+        "votes": votes,
     }
-    given["rescale"] = rescale
-    given |= {"divisor": divisor, "votes": votes}
     return merge(
         "dare_ties", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
@@ -273,9 +280,10 @@ def breadcrumbs(
         "density": density,
         "gamma": gamma,
         "rescale": rescale,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "divisor": divisor,
     }
-    given |= {"normalize": normalize, "lambda": lambda_}
-    given |= {"divisor": divisor}
     return merge("breadcrumbs", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -300,9 +308,11 @@ def breadcrumbs_ties(
         "density": density,
         "gamma": gamma,
         "rescale": rescale,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "divisor": divisor,
+        "votes": votes,
     }
-    given |= {"normalize": normalize, "lambda": lambda_}
-    given |= {"divisor": divisor, "votes": votes}
     return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
 
 
@@ -329,9 +339,11 @@ def della(
         "density": density,
         "epsilon": epsilon,
         "rescale": rescale,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "divisor": divisor,
+        "votes": votes,
     }
-    given |= {"normalize": normalize, "lambda": lambda_}
-    given |= {"divisor": divisor, "votes": votes}
     return merge("della", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads)
 
 
@@ -361,9 +373,10 @@ def della_linear(
         "density": density,
         "epsilon": epsilon,
         "rescale": rescale,
+        "normalize": normalize,
+        "lambda": lambda_,
+        "divisor": divisor,
     }
-    given |= {"normalize": normalize, "lambda": lambda_}
-    given |= {"divisor": divisor}
     return merge(
         "della_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )

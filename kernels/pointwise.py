@@ -47,20 +47,6 @@ class Formula(NamedTuple):
     is_mask: bool = False  # whether it is 0 or 1, which bf16 holds
 
 
-FORMULAS = {
-    "zero": Formula(0, is_mask=True),
-    "near_swap": Formula(1, 1, inputs=1),
-    "active": Formula(2, 2, is_mask=True),
-    "reinforced": Formula(3, 1, 1),
-    "variance": Formula(4),
-    "varied": Formula(5, is_mask=True),
-    "varied_delta": Formula(6, 1),
-    "select_and_erase": Formula(7, 0, 1),
-    "importance": Formula(8, inputs=1, by_row=True),
-    "fuse": Formula(9, 1, inputs=1, by_row=True),
-    "largest": Formula(10, 1),
-    "agreed": Formula(11, 2, 2),
-}
 ZERO: tl.constexpr = tl.constexpr(0)
 NEAR_SWAP: tl.constexpr = tl.constexpr(1)
 ACTIVE: tl.constexpr = tl.constexpr(2)
@@ -73,6 +59,20 @@ IMPORTANCE: tl.constexpr = tl.constexpr(8)
 FUSE: tl.constexpr = tl.constexpr(9)
 LARGEST: tl.constexpr = tl.constexpr(10)
 AGREED: tl.constexpr = tl.constexpr(11)
+FORMULAS = {
+    "zero": Formula(ZERO.value, is_mask=True),
+    "near_swap": Formula(NEAR_SWAP.value, 1, inputs=1),
+    "active": Formula(ACTIVE.value, 2, is_mask=True),
+    "reinforced": Formula(REINFORCED.value, 1, 1),
+    "variance": Formula(VARIANCE.value),
+    "varied": Formula(VARIED.value, is_mask=True),
+    "varied_delta": Formula(VARIED_DELTA.value, 1),
+    "select_and_erase": Formula(SELECT_AND_ERASE.value, 0, 1),
+    "importance": Formula(IMPORTANCE.value, inputs=1, by_row=True),
+    "fuse": Formula(FUSE.value, 1, inputs=1, by_row=True),
+    "largest": Formula(LARGEST.value, 1),
+    "agreed": Formula(AGREED.value, 2, 2),
+}
 
 
 # --- on the device ------------------------------------------------------------------------------

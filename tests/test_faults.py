@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ if __name__ == "__main__":
 """
 
 
-def test_threads_and_workers_at_once(zoo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_threads_and_workers_at_once(zoo: Any, tmp_path: Path) -> None:
     """32 threads in operations and merges, and processes forked and spawned meanwhile."""
     base = zoo.base("base", layers=2)
     for seed, name in enumerate(("one", "two")):
@@ -122,7 +123,7 @@ def test_threads_and_workers_at_once(zoo, tmp_path: Path) -> None:  # type: igno
     assert ran.returncode == 0, ran.stderr
 
 
-def test_two_merges_to_one_place_are_told(zoo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_two_merges_to_one_place_are_told(zoo: Any, tmp_path: Path) -> None:
     """Eight threads with one output: one writes it, the others are refused, in one line."""
     base = zoo.base("place-base", layers=2)
     tune = zoo.tune(base, "place-tune", seed=1)

@@ -14,7 +14,6 @@ namespace fastmerge {
 namespace {
 
 constexpr uint8_t kNotANumber = 0xFF;  // in E8M0
-constexpr int64_t kGroup = 32;         // MXFP4's numbers to a scale
 
 // Sign, two bits of exponent, one of mantissa.
 constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
@@ -31,8 +30,6 @@ const std::array<float, 256>& e8m0() {
     }();
     return table;
 }
-
-int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
 const uint8_t* bytes_of(const Span& span) { return reinterpret_cast<const uint8_t*>(span.at(0)); }
 
@@ -84,14 +81,14 @@ Dequantised::Dequantised(Coding coding, const Span& codes, const Span& scales, i
     if (rows < 1 || cols < 1 || block_rows < 1 || block_cols < 1 || count_ % rows != 0 ||
         count_ / rows % cols != 0)
         throw std::invalid_argument("the codes make no whole number of matrices");
-    const int64_t each = blocks(rows, block_rows) * blocks(cols, block_cols);
+    const int64_t each = blocks_of(rows, block_rows) * blocks_of(cols, block_cols);
     if (scales.count != count_ / rows / cols * each)
         throw std::invalid_argument("one scale for each block is needed");
     if (coding != Coding::kMxfp4) {
         scales_ = widened(scales);
         return;
     }
-    if (scales.dtype != DType::kRaw || rows % kGroup != 0 || block_rows != kGroup ||
+    if (scales.dtype != DType::kRaw || rows % kMxfp4Group != 0 || block_rows != kMxfp4Group ||
         block_cols != 1)
         throw std::invalid_argument("mxfp4 has an E8M0 scale for every 32 numbers of a column");
     exponents_ = bytes_of(scales);
@@ -115,8 +112,8 @@ const void* Dequantised::read(int64_t first, int64_t count, DType dtype, void* b
 
 // Part of a row; rows are numbered through all matrices.
 void Dequantised::read_row(int64_t row, int64_t col, int64_t count, float* out) const {
-    const int64_t matrix = row / rows_, across = blocks(cols_, block_cols_);
-    const int64_t band = matrix * blocks(rows_, block_rows_) + row % rows_ / block_rows_;
+    const int64_t matrix = row / rows_, across = blocks_of(cols_, block_cols_);
+    const int64_t band = matrix * blocks_of(rows_, block_rows_) + row % rows_ / block_rows_;
     const float* scales = scales_.data() + band * across;
     const uint8_t* codes = codes_ + row * cols_;
     const auto dequantise = kernels().dequantise[static_cast<size_t>(coding_)];
@@ -134,12 +131,12 @@ void Dequantised::read_row(int64_t row, int64_t col, int64_t count, float* out) 
 void Dequantised::read_column(int64_t row, int64_t col, int64_t count, float* out) const {
     const int64_t stored = row / rows_ * cols_ + col, place = row % rows_;
     const uint8_t* codes = codes_ + stored * (rows_ / 2) + place / 2;
-    const uint8_t* exponents = exponents_ + stored * (rows_ / kGroup) + place / kGroup;
+    const uint8_t* exponents = exponents_ + stored * (rows_ / kMxfp4Group) + place / kMxfp4Group;
     const int shift = place % 2 ? 4 : 0;
     const float* const powers = e8m0().data();
     for (int64_t i = 0; i < count; ++i) {
         const int code = codes[i * (rows_ / 2)] >> shift & 15;
-        out[i] = kE2M1[code] * powers[exponents[i * (rows_ / kGroup)]];
+        out[i] = kE2M1[code] * powers[exponents[i * (rows_ / kMxfp4Group)]];
     }
 }
 

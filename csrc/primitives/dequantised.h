@@ -12,6 +12,8 @@ namespace fastmerge {
 // Formats v1.0), each matrix stored as its transpose.
 enum class Coding : uint8_t { kE4M3, kE5M2, kMxfp4 };
 
+constexpr int64_t kMxfp4Group = 32;  // numbers to a scale
+
 Coding coding_named(const std::string& name);  // throws std::invalid_argument
 
 // The first scale that is no finite number above 0; raw ones are E8M0, whose one such is NaN.

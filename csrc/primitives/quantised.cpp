@@ -57,8 +57,6 @@ float number_of(const Format& format, uint32_t code) {
     return code >> (format.exponent_bits + format.mantissa_bits) ? -size : size;
 }
 
-int64_t blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
-
 // Where things lie: which block an element is in, which scale is the block's.
 struct Layout {
     int64_t rows, cols, block_rows, block_cols, down, across;
@@ -69,8 +67,8 @@ struct Layout {
           cols(c),
           block_rows(br),
           block_cols(bc),
-          down(blocks(r, br)),
-          across(blocks(c, bc)),
+          down(blocks_of(r, br)),
+          across(blocks_of(c, bc)),
           transposed(t) {}
     int64_t scale(int64_t matrix, int64_t band, int64_t block) const {
         return transposed ? (matrix * across + block) * down + band
@@ -84,7 +82,7 @@ std::vector<float> largest(Pool& pool, const float* x, int64_t matrices, const L
     // Sizes order as their bits do, so that the tasks' order decides nothing.
     const std::unique_ptr<std::atomic<uint32_t>[]> found(new std::atomic<uint32_t>[count]());
     const int64_t height = std::min(at.block_rows, std::max<int64_t>(1, kTask / at.cols));
-    const int64_t tasks_down = blocks(std::min(at.block_rows, at.rows), height);
+    const int64_t tasks_down = blocks_of(std::min(at.block_rows, at.rows), height);
     pool.run(matrices * at.down * tasks_down, [&](int64_t task) {
         const int64_t matrix = task / (at.down * tasks_down);
         const int64_t band = task / tasks_down % at.down;
@@ -201,8 +199,8 @@ Rounding quantise(Pool& pool, const Span& source, Coding coding, int64_t rows, i
     if (rows < 1 || cols < 1 || block_rows < 1 || block_cols < 1 || source.count % rows != 0 ||
         source.count / rows % cols != 0)
         throw std::invalid_argument("the codes make no whole number of matrices");
-    if (pairs &&
-        (rows % 32 != 0 || block_rows != 32 || block_cols != 1 || scales.dtype() != DType::kRaw))
+    if (pairs && (rows % kMxfp4Group != 0 || block_rows != kMxfp4Group || block_cols != 1 ||
+                  scales.dtype() != DType::kRaw))
         throw std::invalid_argument("mxfp4 has an E8M0 scale for every 32 numbers of a column");
     const auto* x = reinterpret_cast<const float*>(source.at(0));
     const Layout at(rows, cols, block_rows, block_cols, pairs);

@@ -47,8 +47,6 @@ struct TieBound {
 void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<TieBound>& bounds);
 
-inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
-
 // Runs body(reader, begin, end) over the tiles of each of the blocks on the pool, only the deltas
 // in `which` being read, and done(task) at the end of each block with the same task object.
 template <class Task, class Make, class Body, class Done>

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 from fastmerge.cli.app import Json, Quiet, Threads, command
 from fastmerge.cli.console import Progress, print_json, put
 from fastmerge.cli.merge import interrupted, tell
 from fastmerge.cli.options import Argument, Option
-
-if TYPE_CHECKING:
-    from fastmerge.engine.extract import Found
 
 _WORST = 5  # matrices named
 
@@ -76,44 +74,53 @@ def extract_lora(
     json: Json = False,
 ) -> None:
     """Write the LoRA adapter that brings BASE nearest to TUNED."""
+    options: dict[str, Any] = {
+        "rank": rank,
+        "max_rank": max_rank,
+        "dtype": None if dtype is FactorType.model else dtype.value,
+        "include": include_regex or (),
+        "exclude": exclude_regex or (),
+        "save_modules": save_module or (),
+        "embed_lora": embed_lora,
+        "skip_undecomposable": skip_undecomposable,
+        "distribute_scale": distribute_scale,
+        "sv_epsilon": sv_epsilon,
+        "power_iterations": power_iterations,
+        "seed": seed,
+        "threads": threads,
+        "overwrite": overwrite,
+        "fresh": fresh,
+        "keep_paths": keep_paths,
+    }
+    run_extraction(tuned, base, out, options, quiet=quiet, json=json)
+
+
+def run_extraction(
+    tuned: str,
+    base: str,
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    quiet: bool,
+    json: bool = False,
+) -> None:
+    """`adapters.extract_lora` with these ``options``, under a progress bar; then what it came to,
+    with the relative error of all matrices and of the worst.
+    """
     from fastmerge import adapters
 
     try:
         with Progress(f"extracting to {out.name or out}", quiet=quiet or json) as progress:
-            found = adapters.extract_lora(
-                tuned,
-                base,
-                out,
-                rank=rank,
-                max_rank=max_rank,
-                dtype=None if dtype is FactorType.model else dtype.value,
-                include=include_regex or (),
-                exclude=exclude_regex or (),
-                save_modules=save_module or (),
-                embed_lora=embed_lora,
-                skip_undecomposable=skip_undecomposable,
-                distribute_scale=distribute_scale,
-                sv_epsilon=sv_epsilon,
-                power_iterations=power_iterations,
-                seed=seed,
-                threads=threads,
-                overwrite=overwrite,
-                fresh=fresh,
-                keep_paths=keep_paths,
-                progress=progress,
-            )
+            found = adapters.extract_lora(tuned, base, out, progress=progress, **options)
     except KeyboardInterrupt:
         interrupted(out)
     if json:
         modules = {name: dict(own) for name, own in found.modules.items()}
         print_json(found.report.as_dict() | {"error": found.error, "modules": modules})
-    elif not quiet:
-        tell(found.report)
-        tell_errors(found)
-
-
-def tell_errors(found: Found) -> None:
-    """The relative error of all matrices, and of the worst."""
+        return
+    if quiet:
+        return
+    tell(found.report)
     matrices = sorted(found.modules.items(), key=lambda item: -item[1]["error"])
     put(f"relative error {found.error:.4f} (Frobenius) over {len(matrices)} matrices; largest:")
     for name, own in matrices[:_WORST]:

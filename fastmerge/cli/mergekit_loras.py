@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastmerge.cli.app import command
-from fastmerge.cli.console import Progress
 from fastmerge.cli.loras import (
     DistributeScale,
     EmbedLora,
@@ -15,9 +14,8 @@ from fastmerge.cli.loras import (
     SaveModule,
     SkipUndecomposable,
     SvEpsilon,
-    tell_errors,
+    run_extraction,
 )
-from fastmerge.cli.merge import interrupted, tell
 from fastmerge.cli.mergekit import Options, given_options
 from fastmerge.cli.options import Option
 from fastmerge.errors import FastmergeError
@@ -39,7 +37,6 @@ def mergekit_extract_lora(
     **options: Annotated[Any, Options],
 ) -> None:
     """Do what mergekit-extract-lora does, by its options."""
-    from fastmerge import adapters
     from fastmerge.integrations.mergekit import NO_EFFECT
 
     followed = {"num_threads", "quiet", "random_seed", "safe_serialization", "transformers_cache"}
@@ -47,30 +44,19 @@ def mergekit_extract_lora(
     given = given_options(options, idle)
     if not given.get("safe_serialization", True):
         raise FastmergeError("--no-safe-serialization: fastmerge writes safetensors only")
-    quiet = bool(given.get("quiet"))
-    try:
-        with Progress(f"extracting to {out_path.name or out_path}", quiet=quiet) as progress:
-            found = adapters.extract_lora(
-                model,
-                base_model,
-                out_path,
-                max_rank=max_rank,
-                dtype=None,
-                include=include_regex or (),
-                exclude=exclude_regex or (),
-                save_modules=save_module or (),
-                embed_lora=embed_lora,
-                skip_undecomposable=skip_undecomposable,
-                distribute_scale=distribute_scale,
-                sv_epsilon=sv_epsilon,
-                seed=given.get("random_seed", 0),
-                threads=given.get("num_threads"),
-                overwrite=True,
-                cache=given.get("transformers_cache"),
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        interrupted(out_path)
-    if not quiet:
-        tell(found.report)
-        tell_errors(found)
+    extraction: dict[str, Any] = {
+        "max_rank": max_rank,
+        "dtype": None,
+        "include": include_regex or (),
+        "exclude": exclude_regex or (),
+        "save_modules": save_module or (),
+        "embed_lora": embed_lora,
+        "skip_undecomposable": skip_undecomposable,
+        "distribute_scale": distribute_scale,
+        "sv_epsilon": sv_epsilon,
+        "seed": given.get("random_seed", 0),
+        "threads": given.get("num_threads"),
+        "overwrite": True,
+        "cache": given.get("transformers_cache"),
+    }
+    run_extraction(model, base_model, out_path, extraction, quiet=bool(given.get("quiet")))

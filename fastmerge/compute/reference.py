@@ -1,4 +1,4 @@
-"""The four primitives and the checksum of ``_C.pyi`` in plain NumPy, readable and slow.
+"""The primitives, the numbers of codes and the checksum of ``_C.pyi`` in NumPy, readable, slow.
 
 Names and arguments follow fastmerge._C without the pool and the sink. Tensors are NumPy arrays:
 float32, float16, or uint16 for the bits of bfloat16. What decides bits (deltas, masks, thresholds,

@@ -23,6 +23,7 @@ from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.side_files import LINEAGE_FILE
+from fastmerge.output.checksum import sha256_of
 from fastmerge.output.provenance import names
 from fastmerge.output.sink import Arrays
 from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
@@ -236,11 +237,8 @@ class _Some(Arrays):
         return [item for item in items if item.name in self._wanted]
 
 
-def _sha256(content: bytes | Path) -> bytes:
+def _sha256(content: bytes | Path) -> str:
     if isinstance(content, bytes):
-        return hashlib.sha256(content).digest()
-    digest = hashlib.sha256()
+        return hashlib.sha256(content).hexdigest()
     with open_regular(content) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.digest()
+        return sha256_of(file)

@@ -15,57 +15,51 @@ follows from torch's generator, and is another draw than mergekit's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
 from fastmerge.integrations.mergekit import as_value_error
+from fastmerge.integrations.replacement import Places, Replacement
 from fastmerge.methods import METHODS, Method
 
 if TYPE_CHECKING:
     import torch
 
-_before: list[Any] = []  # mergekit's own function, while ours stands in its place
+_NAME = "_execute_resolved"
+
+
+def _places() -> Places:
+    """mergekit's own function, by which all its methods run, and ours."""
+    try:
+        from mergekit.merge_methods.base import MergeMethod
+    except ImportError as error:
+        raise ResourceError(f"mergekit cannot be imported ({error}); install it") from error
+    if not callable(getattr(MergeMethod, _NAME, None)):
+        raise UnsupportedError("this mergekit's methods are not those of 0.1.5; install that")
+    return {(MergeMethod, _NAME): _executed}
+
+
+_replacement = Replacement(_places)
 
 
 def install() -> None:
     """Puts fastmerge's kernels under mergekit's methods; again is no error. Raises ResourceError
     where mergekit is not installed, UnsupportedError where it is not built as 0.1.5 is.
     """
-    if _before:
-        return
-    try:
-        from mergekit.merge_methods.base import MergeMethod
-    except ImportError as error:
-        raise ResourceError(f"mergekit cannot be imported ({error}); install it") from error
-    theirs = getattr(MergeMethod, "_execute_resolved", None)
-    if not callable(theirs):
-        raise UnsupportedError("this mergekit's methods are not those of 0.1.5; install that")
-    _before.append(theirs)
-    MergeMethod._execute_resolved = _executed  # noqa: SLF001
+    _replacement.install()
 
 
 def uninstall() -> None:
     """Puts mergekit's own function back; without `install` it does nothing."""
-    if not _before:
-        return
-    from mergekit.merge_methods.base import MergeMethod
-
-    MergeMethod._execute_resolved = _before.pop()  # noqa: SLF001
+    _replacement.uninstall()
 
 
-@contextmanager
-def installed() -> Iterator[None]:
+def installed() -> AbstractContextManager[None]:
     """`install` for the time of a ``with``; where it was installed before, it stays so."""
-    was = bool(_before)
-    install()
-    try:
-        yield
-    finally:
-        if not was:
-            uninstall()
+    return _replacement.installed()
 
 
 def _executed(
@@ -85,7 +79,8 @@ def _executed(
             results[index] = _merged(row, group, given, dtype, out_dtype)
     left = [index for index, result in enumerate(results) if result is None]
     if left:
-        made = _before[0](
+        (theirs,) = _replacement.theirs.values()
+        made = theirs(
             method, [groups[i] for i in left], [parameters[i] for i in left],
             dtype=dtype, out_dtype=out_dtype, batch_options=batch_options,
         )  # fmt: skip

@@ -15,20 +15,19 @@ dropped at random follows from torch's generator, as in PEFT, and is another dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.integrations.replacement import Places, Replacement
 
 if TYPE_CHECKING:
     import torch
 
-_PLACES = ("peft.utils.merge_utils", "peft.tuners.lora.model")  # that hold the functions by name
+_MODULES = ("peft.utils.merge_utils", "peft.tuners.lora.model")  # that hold the functions by name
 _VOTES = {"total": "plain", "frequency": "frequency"}
-
-_before: dict[tuple[str, str], Any] = {}  # what stood where, while ours stand there
 
 
 def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -81,50 +80,41 @@ _OURS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _places() -> Places:
+    """What holds the functions of PEFT, and these."""
+    import importlib
+
+    try:
+        modules = [importlib.import_module(name) for name in _MODULES]
+    except ImportError as error:
+        raise ResourceError(f"peft cannot be imported ({error}); pip install peft") from error
+    for module in modules:
+        for name in _OURS:
+            if not callable(getattr(module, name, None)):
+                raise UnsupportedError(
+                    f"this peft has no {module.__name__}.{name}; use peft 0.10 to 0.21"
+                )
+    return {(module, name): ours for module in modules for name, ours in _OURS.items()}
+
+
+_replacement = Replacement(_places)
+
+
 def install() -> None:
     """Puts these functions in the place of PEFT's; again is no error. Raises ResourceError where
     peft is not installed, UnsupportedError where it has not the functions of 0.10 to 0.21.
     """
-    import importlib
-
-    if _before:
-        return
-    try:
-        modules = {name: importlib.import_module(name) for name in _PLACES}
-    except ImportError as error:
-        raise ResourceError(f"peft cannot be imported ({error}); pip install peft") from error
-    found = {
-        (place, name): getattr(module, name, None)
-        for place, module in modules.items()
-        for name in _OURS
-    }
-    for (place, name), theirs in found.items():
-        if not callable(theirs):
-            raise UnsupportedError(f"this peft has no {place}.{name}; use peft 0.10 to 0.21")
-    for (place, name), theirs in found.items():
-        _before[place, name] = theirs
-        setattr(modules[place], name, _OURS[name])
+    _replacement.install()
 
 
 def uninstall() -> None:
     """Puts PEFT's own functions back; without `install` it does nothing."""
-    import sys
-
-    for (place, name), theirs in _before.items():
-        setattr(sys.modules[place], name, theirs)
-    _before.clear()
+    _replacement.uninstall()
 
 
-@contextmanager
-def installed() -> Iterator[None]:
+def installed() -> AbstractContextManager[None]:
     """`install` for the time of a ``with``; where it was installed before, it stays so."""
-    was = bool(_before)
-    install()
-    try:
-        yield
-    finally:
-        if not was:
-            uninstall()
+    return _replacement.installed()
 
 
 def _elected(method: str) -> dict[str, Any]:

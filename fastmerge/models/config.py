@@ -87,6 +87,15 @@ def says_tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how classes with a head end: GPT2LMHeadModel
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of transformers' classes that it gives."""
+    named = config.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """`says_tied`, with False for what is not known: a model without a head then stays without."""
     return says_tied(config) is True

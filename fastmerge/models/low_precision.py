@@ -149,9 +149,10 @@ def _compressed(section: Mapping[str, Any], tensors: Mapping[str, Typed]) -> dic
     ]
     allowed: Blocks = []
     for each in weights:
-        if not isinstance(each, Mapping) or (each.get("num_bits"), each.get("type")) != (
-            8,
-            "float",
+        if (
+            not isinstance(each, Mapping)
+            or each.get("num_bits") != 8
+            or each.get("type") != "float"
         ):
             return {}
         strategy = each.get("strategy")

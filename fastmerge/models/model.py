@@ -126,7 +126,7 @@ def same_numbers(a: Model, of_a: str, b: Model, of_b: str) -> bool:
     step = _BLOCK_BYTES // 4
     try:
         return all(
-            np.array_equal(_numbers(x, at, at + step), _numbers(y, at, at + step))
+            np.array_equal(numbers_of(x, at, at + step), numbers_of(y, at, at + step))
             for at in range(0, x.count, step)
         )
     finally:
@@ -143,7 +143,8 @@ def as_numbers(stored: NDArray[Any], dtype: DType) -> NDArray[Any]:
     return stored.astype(np.float32 if dtype.mergeable else np.float64)
 
 
-def _numbers(view: _C.View, begin: int, end: int) -> NDArray[Any]:
+def numbers_of(view: _C.View, begin: int, end: int) -> NDArray[Any]:
+    """Elements [begin, end) of a view, up to its last, as `as_numbers` has them."""
     dtype = BY_CODE[view.dtype]
     stored = stored_bytes(view.slice(begin, min(end, view.count)))
     return as_numbers(stored.view(dtype.numpy or "u1"), dtype)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import printable
 from fastmerge.methods import Method
+from fastmerge.models.config import classes_of
 from fastmerge.output.provenance import (
     Provenance,
     as_list,
@@ -89,9 +90,7 @@ def union(values: Iterable[Any]) -> list[str]:
 
 def _class_of(plan: Plan) -> str:
     """The name of transformers' class for the output, "" where the config has none."""
-    classes = plan.config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes else ""
-    return first if isinstance(first, str) else ""
+    return next(iter(classes_of(plan.config)), "")
 
 
 def _use(plan: Plan, title: str) -> str:

@@ -13,12 +13,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastmerge import _C
 
 ALGORITHM = "blocksum-blake2b-1"
+_PIECE_BYTES = 1 << 20
 Written = dict[str, dict[str, Any]]  # by file: its bytes, and the sha256 of all or of its header
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The digest of a file's rest, in hex."""
+    digest = hashlib.sha256()
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def checksum_of(sums: _C.Checksum) -> str:

@@ -6,7 +6,6 @@ proof of where a folder is from: whoever can rewrite the weights can rewrite fas
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,9 +21,8 @@ from fastmerge.models.folder import INDEX, check_index, find_files
 from fastmerge.models.header import FileTensor, Header, open_regular, read_header, read_object, show
 from fastmerge.models.links import Home
 from fastmerge.models.side_files import LINEAGE_FILE, is_silent
-from fastmerge.output.checksum import ALGORITHM, checksums_in_file
+from fastmerge.output.checksum import ALGORITHM, checksums_in_file, sha256_of
 
-_PIECE_BYTES = 1 << 20
 _NEVER = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # in the name of a file that a merge wrote
 Watch = Callable[[int, int, str], None]  # bytes done, bytes in all, tensor name
 
@@ -161,10 +159,7 @@ def _fault(folder: Path, name: str, wanted: Mapping[str, Any]) -> str | None:
             return None if read_header(path, 0)[0].digest.hex() == header else "has another header"
         if size > MAX_FILE_BYTES:
             return f"is larger than any file that a merge writes beside weights ({size} bytes)"
-        digest = hashlib.sha256()
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    same = digest.hexdigest() == wanted.get("sha256")
+        same = sha256_of(file) == wanted.get("sha256")
     return None if same else "has other bytes than were written"
 
 

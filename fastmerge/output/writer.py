@@ -171,14 +171,14 @@ class ModelWriter:
                 pool = _C.Pool(threads)
             except RuntimeError as error:
                 raise _no_threads(self.target, threads, error) from error
-            for number, shard in enumerate(self.layout.shards):
-                slots = [self.layout.slots[name] for name in kept]
-                places = {s.name: (s.begin, s.nbytes) for s in slots if s.shard == number}
-                if places:
-                    path = self._folder.inside / shard.name
-                    for name, checksum in checksums_in_file(pool, path, places):
-                        if checksum is not None and checksum == kept[name]["checksum"]:
-                            found[name] = kept[name]
+            places: dict[str, dict[str, tuple[int, int]]] = {}  # by shard
+            for slot in map(self.layout.slots.__getitem__, kept):
+                own = places.setdefault(self.layout.shards[slot.shard].name, {})
+                own[slot.name] = (slot.begin, slot.nbytes)
+            for shard, own in places.items():
+                for name, checksum in checksums_in_file(pool, self._folder.inside / shard, own):
+                    if checksum is not None and checksum == kept[name]["checksum"]:
+                        found[name] = kept[name]
         self.damaged = tuple(name for name in kept if name not in found)
         return found
 

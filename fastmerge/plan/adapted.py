@@ -18,7 +18,7 @@ from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.adapter import Adapter, Factors
 from fastmerge.models.architecture import ends, layer_of
-from fastmerge.models.config import is_tied
+from fastmerge.models.config import CAUSAL, classes_of, is_tied
 from fastmerge.models.header import show
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
@@ -265,7 +265,4 @@ def _weight(module: str) -> str:
 
 
 def _is_causal(view: View) -> bool:
-    named = view.config.get("architectures")
-    classes = named if isinstance(named, list) else []
-    ends = ("ForCausalLM", "LMHeadModel")  # GPT2LMHeadModel
-    return any(isinstance(each, str) and each.endswith(ends) for each in classes)
+    return any(name.endswith(CAUSAL) for name in classes_of(view.config))

@@ -180,7 +180,7 @@ class _Merging:
         """The name of the model that they adapt."""
         said = [adapter.base_name for adapter in self.adapters]
         named = [(own, name) for own, name in zip(said, self.names, strict=True) if own]
-        last = {str(own).rstrip("/").rpartition("/")[2].lower() for own, _ in named}
+        last = {_last_part(own) for own, _ in named}
         if self.recipe.base_model is not None:
             if len(last) > 1:
                 self.notes.append(
@@ -189,11 +189,8 @@ class _Merging:
                 )
             return self.recipe.base_model
         if len(last) > 1:
-            (a, of_a), (b, of_b) = named[0], next(
-                item for item in named
-                if str(item[0]).rstrip("/").rpartition("/")[2].lower()
-                != str(named[0][0]).rstrip("/").rpartition("/")[2].lower()
-            )  # fmt: skip
+            a, of_a = named[0]
+            b, of_b = next(item for item in named if _last_part(item[0]) != _last_part(a))
             raise ModelError(
                 f"{self.recipe.at('models')}: '{of_a}' adapts '{a}', '{of_b}' adapts '{b}'; merge "
                 "adapters of one base, or give 'base_model:' where these are one"
@@ -342,6 +339,11 @@ class _Merging:
         }
         revisions = {own.config.get("revision") for own in self.adapters}
         return {**config, "revision": revisions.pop()} if len(revisions) == 1 else config
+
+
+def _last_part(name: str) -> str:
+    """A base's name without its owner, or the folders that it lies in."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _shape(factors: Factors) -> tuple[int, int]:

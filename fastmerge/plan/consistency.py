@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmerge.errors import ModelError
 from fastmerge.models.architecture import layer_of
-from fastmerge.models.config import is_known, model_type, says_tied, text_config, whole
+from fastmerge.models.config import classes_of, is_known, model_type, says_tied, text_config, whole
 from fastmerge.models.names import WRITERS, common_prefix
 from fastmerge.plan.inputs import Input, Part, TensorPlan, View
 
@@ -88,8 +88,7 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
     Both may be meant (a model without a head; the first layer of modernbert has one norm less), so
     they are no refusal.
     """
-    named = result.config.get("architectures")
-    causal = isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
+    causal = any(name.endswith("ForCausalLM") for name in classes_of(result.config))
     if causal and result.embedding and not result.head and says_tied(result.config) is False:
         note(
             f"'{lead.label}' has no head, and its config does not tie it to the embeddings: "

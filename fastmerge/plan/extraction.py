@@ -13,7 +13,7 @@ from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, nearest
 from fastmerge.models.adapter import PREFIX
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
-from fastmerge.models.config import is_tied, model_type
+from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type
 from fastmerge.models.header import show
 from fastmerge.models.model import Model, TensorInfo, same_bytes, same_numbers
 from fastmerge.models.names import prefix_hint, renamed
@@ -25,8 +25,7 @@ from fastmerge.plan.adapter_plan import AdapterPlan, short_names
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _EMBEDDING_LEAF = re.compile(r".*embed.*|wte|wpe")
 _TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
+    **dict.fromkeys(CAUSAL, "CAUSAL_LM"),
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -203,12 +202,14 @@ class _Extractor:
     def _head(self) -> str | None:
         return find_head(self._shapes)
 
+    @property
+    def _class(self) -> str:
+        return next(iter(classes_of(self.tuned.config)), "")
+
     @cached_property
     def _tied_head(self) -> str | None:
         """The module whose weight is the embeddings', where it is not stored."""
-        classes = self.tuned.config.get("architectures")
-        first = str(classes[0]) if isinstance(classes, list) and classes else ""
-        has = first.endswith(("ForCausalLM", "LMHeadModel"))
+        has = self._class.endswith(CAUSAL)
         tied = self._head is None and self._embedding is not None and is_tied(self.tuned.config)
         return "lm_head" if has and tied else None
 
@@ -381,9 +382,7 @@ class _Extractor:
             )
 
     def _config(self) -> Mapping[str, Any]:
-        classes = self.tuned.config.get("architectures")
-        first = str(classes[0]) if isinstance(classes, list) and classes else ""
-        task = next((task for end, task in _TASKS.items() if first.endswith(end)), None)
+        task = next((task for end, task in _TASKS.items() if self._class.endswith(end)), None)
         has_bias = any(saved.name.endswith(".base_layer.bias") for saved in self.saved)
         saved: Sequence[str] = short_names(self.whole, self._modules, dotted=False)
         return {

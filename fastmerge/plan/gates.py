@@ -7,7 +7,6 @@ plan reads no weight for them, and runs no model.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.methods.noise import normal, uniform, words
 from fastmerge.methods.types import Float64
-from fastmerge.models.model import Model, as_numbers
+from fastmerge.models.model import Model, numbers_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import identity
 from fastmerge.plan.inputs import View
@@ -198,12 +196,7 @@ def _rows_of(model: Model, stored: Stored, ids: Sequence[int]) -> Float64:
             "rows; mend the tokenizer or write `gate_mode: random`"
         )
     view = model.view(stored.name)
-    dtype = BY_CODE[view.dtype]
-    found = []
-    for token in ids:
-        part = view.slice(token * width, (token + 1) * width)
-        memory = (ctypes.c_ubyte * part.nbytes).from_address(part.address)
-        found.append(as_numbers(np.ctypeslib.as_array(memory).view(dtype.numpy or "u1"), dtype))
+    found = [numbers_of(view, token * width, (token + 1) * width) for token in ids]
     return np.array(found, np.float64)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.models.architecture import layer_of
-from fastmerge.models.config import layer_count
+from fastmerge.models.config import classes_of, layer_count
 from fastmerge.plan.plan import Plan
 
 
@@ -114,8 +114,7 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
             f"transformers {transformers.__version__} does not take the merged config.json: "
             f"{one_line(error)}"
         ) from error
-    named = config.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    names = classes_of(config)
     mappings = [
         mapping
         for name, mapping in vars(modeling_auto).items()
