@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import statistics as stats
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fastmerge.evaluation.journal import write_atomically
 from fastmerge.evaluation.leaderboard import leaderboard_table
@@ -152,10 +153,10 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     for line in lines:
         value = _with_interval(line)
         if line.row.repeats:
-            spread = stats.stdev(line.row.repeats)
+            spread = np.std(line.row.repeats, ddof=1)
             value += (
                 f"; {len(line.row.repeats)} masks: "
-                f"{stats.fmean(line.row.repeats):.2f} ± {spread:.2f}"
+                f"{np.mean(line.row.repeats):.2f} ± {spread:.2f}"
             )
         lead = "-"
         if line.lead is not None:

@@ -136,9 +136,8 @@ def _run_unmeasured(
             known[item.name] = outcome.gram
 
     written = _write_model(bare, out / MODEL_FOLDER, trajectory, threads, progress, observe)
-    cache = out / GRAM_FILE
-    space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
-    keep_grams(cache, template, dict(zip(space.names, space.grams, strict=True)))
+    space = space_of(schedule, template, known, threads=threads, progress=progress)
+    keep_grams(out / GRAM_FILE, template, dict(zip(space.names, space.grams, strict=True)))
     geometry = tuple(geometry_of(space, None, state) for state in trajectory.states)
     result = Result(out, replace(trajectory, geometry=geometry), (), space, written)
     from fastmerge.retrograde.report import write  # after the merge, whose memory it would add to
