@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py                 60 seconds
     python benchmarks/fuzz.py --seconds 3600 --seed 7
-    python benchmarks/fuzz.py --headers 1000000
+    python benchmarks/fuzz.py --headers 1000000 --save      and the figures to results/
 
 Of every input: it is taken, or refused with a FastmergeError of one printable line; nothing else is
 raised, and time and memory stay under a bound. Of every header, beside that: the verdict is the
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import resource
@@ -58,6 +59,11 @@ HEADER: dict[str, object] = {
     "bytes": {"dtype": "U8", "shape": [3], "data_offsets": [40, 43]},
 }
 HEADER_DATA_BYTES = 43
+BITS = {  # of one item; those of fewer than 8 must fill whole bytes
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
+    "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
 
 MODEL = {
     "model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -135,6 +141,31 @@ def mutated(text: bytes, rng: random.Random) -> bytes:
                 text[:at] + text[at : at + rng.randrange(1, 20)] * rng.randrange(2, 50) + text[at:]
             )
     return text
+
+
+def drawn_header(rng: random.Random) -> bytes:
+    """A header that is valid but for what is drawn seldom: of mutations 19 in 20 are refused."""
+    tensors: dict[str, dict[str, object]] = {}
+    at = 0
+    while at < HEADER_DATA_BYTES:
+        dtype, bits = rng.choice(list(BITS.items()))
+        shape = [rng.choice((0, 1, 1, 2, 3)) for _ in range(rng.randrange(5))]
+        end = at + math.prod(shape) * bits // 8
+        if end > HEADER_DATA_BYTES or len(tensors) > 8:
+            dtype, end = "U8", HEADER_DATA_BYTES
+            shape = [end - at]
+        name = rng.choice(("a", "b.weight", "é", "\U0001f600", "", "x" * 300, "\x00")) + str(at)
+        fields = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        if rng.random() < 0.02:
+            fields[rng.choice(list(fields))] = rng.choice((None, [], [0, 0], "F32", 2**63, [1, -1]))
+        tensors[name] = dict(rng.sample(list(fields.items()), 3))
+        at = end
+    order: list[tuple[str, object]] = rng.sample(list(tensors.items()), len(tensors))
+    if rng.random() < 0.3:
+        metadata = rng.choice(({}, {"format": "pt"}, {"a": "\x00é"}, None, {"a": 1}, []))
+        order.insert(rng.randrange(len(order) + 1), ("__metadata__", metadata))
+    text = json.dumps(dict(order), ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1)))
+    return text.encode() + rng.choice((b"", b" ", b"  \n\t", b"\x00")) * rng.randrange(3)
 
 
 class BrokenError(Exception):
@@ -261,7 +292,10 @@ def fuzz(seconds: float, seed: int, *, headers: int = 0, keep: Path | None = Non
             # A header takes 50 us, a plan 5 ms.
             kind = "header" if rng.random() < 0.9 else rng.choice(list(target.seeds))
             tried += kind == "header"
-            text = mutated(target.seeds[kind], rng)
+            if kind == "header" and rng.random() < 0.4:
+                text = drawn_header(rng)
+            else:
+                text = mutated(target.seeds[kind], rng)
             try:
                 signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
                 try:
@@ -284,6 +318,7 @@ def main() -> None:
     parser.add_argument("--headers", type=int, default=0, help="at least this many of them")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-broken"))
+    parser.add_argument("--save", action="store_true", help="the figures to results/fuzz")
     words = parser.parse_args()
     begun = time.monotonic()
     try:
@@ -293,8 +328,18 @@ def main() -> None:
         sys.exit(1)
     for verdict, count in sorted(verdicts.items()):
         print(f"{count:10}  {verdict}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"seed {words.seed}, {time.monotonic() - begun:.0f} s, peak {peak} MiB: nothing broken")
+    about = {
+        "inputs": sum(count for verdict, count in verdicts.items() if "alone" not in verdict),
+        "seed": words.seed,
+        "seconds": round(time.monotonic() - begun),
+        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "broken": 0,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if words.save:
+        from record import record
+
+        record("fuzz", "Mutated inputs", "| verdict | inputs |", sorted(verdicts.items()), about)
 
 
 if __name__ == "__main__":
