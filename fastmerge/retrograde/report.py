@@ -155,8 +155,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         if line.row.repeats:
             spread = np.std(line.row.repeats, ddof=1)
             value += (
-                f"; {len(line.row.repeats)} masks: "
-                f"{np.mean(line.row.repeats):.2f} ± {spread:.2f}"
+                f"; {len(line.row.repeats)} masks: {np.mean(line.row.repeats):.2f} ± {spread:.2f}"
             )
         lead = "-"
         if line.lead is not None:
