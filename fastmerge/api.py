@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from fastmerge.arguments import a_flag, a_function, a_path, a_text
+from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
@@ -95,6 +96,7 @@ def decide(
 
 
 @enough_memory("merge")
+@rarely_collected(MERGING)
 def merge(
     recipe: Source | AdapterMerge,
     out: str | Path,

@@ -101,10 +101,15 @@ class Local:
             return outcome
 
         pending = sink.pending(self._plan.tensors)
-        with closing(in_order(compute, pending, window_size(self.threads))) as finished:
+        window = window_size(self.threads)
+        with closing(in_order(compute, pending, window, _moved)) as finished:
             yield from finished
         if streamer is not None:
             self.notes += streamer.notes
+
+
+def _moved(item: TensorPlan) -> int:
+    return item.bytes_in + item.nbytes
 
 
 def _kept_here(plan: Plan) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.arguments import a_flag, a_function, a_path, a_size, one_of
+from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.cpu import isa
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.executor import Local
@@ -31,6 +32,7 @@ _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files
 
 
 @enough_memory("merge")
+@rarely_collected(MERGING)
 def merge_plan(
     plan: Plan,
     out: Path,

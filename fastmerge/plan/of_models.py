@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.dtypes import DType
 from fastmerge.methods import METHODS
 from fastmerge.models import hub
 from fastmerge.plan.inputs import Input
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import Planner, collector_paused
+from fastmerge.plan.planner import Planner
 from fastmerge.recipe.settings import constant
 from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.collapse import AS_THEY_ARE
@@ -41,7 +42,7 @@ def of_models(
     weight = linear.parameter("weight")
     assert weight is not None
     planner = Planner(Opened({}, base_folder, hub.resolve), text, None)
-    with collector_paused():
+    with rarely_collected(PLANNING):
         inputs = [
             Input(
                 planner.view(reference, place),

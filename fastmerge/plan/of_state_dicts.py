@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.models import hub
 from fastmerge.models.model import Model
 from fastmerge.plan.build import Builder
 from fastmerge.plan.inputs import View
 from fastmerge.plan.opened import Opened
 from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import Planner, collector_paused, whole_seed
+from fastmerge.plan.planner import Planner, whole_seed
 from fastmerge.recipe.document import Document, Recipe
 from fastmerge.recipe.meaning import meaning
 
@@ -30,7 +31,7 @@ def of_state_dicts(
     seed = None if seed is None else whole_seed(seed)
     opened = Opened(models, None, hub.resolve)
     planner = Planner(opened, loaded.text, seed, meaning(loaded.documents))
-    with collector_paused():
+    with rarely_collected(PLANNING):
         part, stage_seed = planner.whole(document)
         build = Builder(document.output_dtype, stage_seed, opened.models)
         result = View("output", {}, build.whole(part), part.lead.view.donor)

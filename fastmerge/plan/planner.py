@@ -8,16 +8,15 @@ once and rounded once.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastmerge.arguments import a_flag
+from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.dtypes import DType
 from fastmerge.errors import (
     FastmergeError,
@@ -105,12 +104,12 @@ def make_plan(
     seed = recipe.output.own_seed if seed is None else seed
     planner = Planner(opened, recipe.text, seed, meaning(recipe.documents))
     planner.truncates = a_flag(truncate_embeddings, "truncate_embeddings")
-    with collector_paused():
+    with rarely_collected(PLANNING):
         for document in recipe.documents:
             planner.run(document, is_output=document is recipe.output)
-    plan = planner.plan(planner.views[recipe.output.name], sparing=sparing)
-    for view in planner.views.values():
-        check_whole((item.root for item in view.tensors.values()), plan.spanning)
+        plan = planner.plan(planner.views[recipe.output.name], sparing=sparing)
+        for view in planner.views.values():
+            check_whole((item.root for item in view.tensors.values()), plan.spanning)
     return plan
 
 
@@ -119,18 +118,6 @@ def whole_seed(seed: Any) -> int:
     if not is_whole(seed) or not 0 <= seed < 1 << 64:
         raise FastmergeError(f"seed must be a whole number in [0, 2^64), not {brief(seed)}")
     return int(seed)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Looking for cycles among the million objects of 36 000 trees took half the planning time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 # ---------------------------------------------------------------- the planner
