@@ -47,11 +47,13 @@ def test_what_raises_ends_its_turn_and_all_later_ones() -> None:
 
 def test_the_collectors_thresholds_come_back() -> None:
     before = gc.get_threshold()
-    with pytest.raises(KeyError), rarely_collected(5000):
+    with rarely_collected(5000):
         assert gc.get_threshold()[0] == 5000
         with rarely_collected(70):
             assert gc.get_threshold()[0] == 70
         assert gc.get_threshold()[0] == 5000
+    assert gc.get_threshold() == before
+    with pytest.raises(KeyError), rarely_collected(5000):
         raise KeyError
     assert gc.get_threshold() == before
 
