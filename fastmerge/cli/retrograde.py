@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory
 
 SchedulePath = Annotated[Path, Argument(metavar="SCHEDULE", help="Schedule in YAML.")]
+Data = Annotated[
+    Path | None,
+    Option(
+        metavar="FOLDER",
+        help="JSON lines for the harness's own tasks, instead of evaluate.data or FASTMERGE_DATA.",
+    ),
+]
 Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
 
 
@@ -27,6 +34,7 @@ def retrograde(
     no_evaluate: Annotated[
         bool, Option("--no-evaluate", help="Walk and write the model; measure nothing.")
     ] = False,
+    data: Data = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run that OUT holds.")] = False,
     seed: Seed = None,
     threads: Threads = None,
@@ -37,7 +45,7 @@ def retrograde(
     from fastmerge.retrograde.runner import describe, run
 
     if dry_run:
-        described = describe(schedule, evaluate=not no_evaluate)
+        described = describe(schedule, evaluate=not no_evaluate, data=data)
         if json:
             print_json(described)
             return
@@ -54,6 +62,7 @@ def retrograde(
                 resume=resume,
                 seed=seed,
                 threads=threads,
+                data=data,
                 progress=progress,
                 on_step=steps,
                 on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
@@ -155,6 +164,7 @@ def sweep(
         Path | None,
         Option(help="File with a schedule's evaluate keys: write scores, not models."),
     ] = None,
+    data: Data = None,
     resume: Annotated[bool, Option("--resume", help="Continue the sweep that OUT holds.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -176,6 +186,7 @@ def sweep(
                 out,
                 values,
                 evaluate=evaluate,
+                data=data,
                 resume=resume,
                 threads=threads,
                 progress=progress,

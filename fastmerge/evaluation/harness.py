@@ -24,6 +24,7 @@ import yaml
 from fastmerge.errors import RecipeError, ResourceError, nearest
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
+from fastmerge.evaluation.local_data import LocalData, local_data
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.weights import model_of
@@ -64,7 +65,10 @@ class Harness:
         self._lm: Any = None
         self._model: Any = None
         manager = sources.manager()
-        if self._preset:
+        if self._preset and sources.local is not None:
+            six = [(name, shots) for _, name, shots, _ in LEADERBOARD_V1]
+            sources.local.check(six, settings.at("preset"))
+        elif self._preset:
             check_leaderboard_data(manager)
         self._units = {
             "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
@@ -74,9 +78,10 @@ class Harness:
             self._check_shared(entries, self._units[split])
         self._check_holdout(sources.holdout)
         for units in self._units.values():
-            _samples(units, settings.limit)  # refuses ranges without documents
+            with quiet():
+                _samples(units, settings.limit)  # refuses ranges without documents
         self._tokenizer = load_tokenizer(tokenizer_folder)
-        self._texts = sources.texts
+        self._texts = sources.texts | (sources.local.digests if sources.local else {})
 
     @property
     def version(self) -> str:
@@ -90,7 +95,8 @@ class Harness:
         """A digest of all settings that decide a score, the task files' texts included."""
         from importlib.metadata import version
 
-        beside = {"every", "stages", "bootstrap", "registered"}
+        # Not the data's place but its content, which `_texts` has, decides a score.
+        beside = {"every", "stages", "bootstrap", "registered", "data"}
         values = self._settings.plain(without=beside)
         return digest([values, self._texts, version("lm_eval")])
 
@@ -105,7 +111,8 @@ class Harness:
         units = self._units[split]
         limits = [n for n in (limit, self._settings.limit) if n is not None]
         tasks = {name: task for unit in units for name, task in unit.parts.items()}
-        samples = _samples(units, min(limits) if limits else None)
+        with quiet():
+            samples = _samples(units, min(limits) if limits else None)
         lm = self._wrapped(model_of(weights))
         for task in tasks.values():
             # The sampler's generator runs on from call to call: the same examples need a new start.
@@ -161,18 +168,23 @@ class Harness:
 
     def _unit(self, manager: Any, sources: _Sources, entry: Task) -> _Unit:
         name = sources.names[entry.name]
-        if name not in manager.all_tasks:
+        local = sources.local_of(name)
+        if local is None and name not in manager.all_tasks:
             hint = nearest(name, manager.all_tasks, limit=6)
             raise RecipeError(f"{entry.where}: unknown task '{name}'; {hint}")
         try:
             with quiet():
-                loaded = manager.load([name])
+                tasks = (
+                    manager.load([name])["tasks"]
+                    if local is None
+                    else local.load(manager, name, entry.where)
+                )
         except _load_errors() as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise RecipeError(
                 f"{entry.where}: task '{name}' cannot be loaded ({type(error).__name__}: {reason})"
             ) from error
-        parts = dict(sorted(loaded["tasks"].items()))
+        parts = dict(sorted(tasks.items()))
         if self._preset and name == "mmlu" and len(parts) != _MMLU_SUBJECTS:
             raise RecipeError(f"mmlu: {len(parts)} subjects, not {_MMLU_SUBJECTS}")
         shots = entry.num_fewshot if entry.num_fewshot is not None else self._settings.num_fewshot
@@ -182,6 +194,8 @@ class Harness:
                 part.set_config(key="num_fewshot", value=shots)
             elif own is None:
                 part.set_config(key="num_fewshot", value=0)
+            if local is not None:
+                local.require_examples(name, part.get_config("num_fewshot"), entry.where)
             _check_metric(entry, part)
             _check_shots(entry, part)
         return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
@@ -211,7 +225,7 @@ class _Sources:
         for path in self._folders:
             for file in sorted(Path(path).glob("**/*.y*ml")):
                 self.texts[file.name] = file.read_text()
-        known = {_task_name(text) for text in self.texts.values()}
+        self._known = known = {_task_name(text) for text in self.texts.values()}
         for entry in (*self.steering, *self.holdout):
             name = entry.name
             if name.endswith((".yaml", ".yml")):
@@ -229,16 +243,32 @@ class _Sources:
         for file_name, text in dict(self.texts).items():
             for data in _data_files(file_name, text):
                 self.texts[str(data)] = hashlib.sha256(data.read_bytes()).hexdigest()
-        self.local_only = all(name in known for name in self.names.values())
+        self.local = local_data(
+            settings.data, lambda path: _find(folder, path), settings.at("data")
+        )
+        layouts = [
+            self.local.layout(name, entry.where)
+            for entry in (*self.steering, *self.holdout)
+            if self.local is not None and (name := self.names[entry.name]) not in known
+        ]
+        self._harness_folders = sorted({layout.tasks for layout in layouts})
+        self.local_only = bool(self.local) or all(name in known for name in self.names.values())
+
+    def local_of(self, name: str) -> LocalData | None:
+        """The local data, where the task ``name`` takes its rows from there."""
+        return None if name in self._known else self.local
 
     def manager(self) -> Any:
         """The task index; without the 13 000 built-in tasks (12.8 s) when none is used."""
         _import_harness()
+        import lm_eval.tasks
         from lm_eval.tasks import TaskManager
 
+        own = Path(lm_eval.tasks.__file__).parent
+        folders = [*self._folders, *(str(own / name) for name in self._harness_folders)]
         with quiet():
             return TaskManager(
-                include_path=list(dict.fromkeys(self._folders)) or None,
+                include_path=list(dict.fromkeys(folders)) or None,
                 include_defaults=BUILT_IN and not self.local_only,
             )
 
@@ -401,6 +431,8 @@ def _metric_key(unit: _Unit, name: str, row: Mapping[str, Any]) -> str:
 def _item(metric: str, value: Any) -> float | None:
     """One document's score in percent; None for what is not a number."""
     if metric in _PERPLEXITIES:
+        if isinstance(value, float):  # of a last word: one log-likelihood, no weight
+            value = value, 1.0
         if not isinstance(value, (tuple, list)) or len(value) != 2 or not value[1]:
             return None
         return 100.0 * math.exp(min(float(value[0]) / float(value[1]), 0.0))

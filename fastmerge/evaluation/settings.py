@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastmerge.arguments import a_path
 from fastmerge.errors import RecipeError
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, mapping, one_of, string, whole
@@ -60,6 +61,7 @@ class Evaluate(Section):
     preset: str | None = field(one_of("open_llm_leaderboard_v1"), None)
     callable: str | None = field(string, None)  # "module:function"
     perplexity: str | None = field(string, None)  # a text file
+    data: str | None = field(string, None)  # a folder of JSON lines for the harness's own tasks
     include_path: tuple[str, ...] = field(listed(string), ())  # folders with task files
     num_fewshot: int | None = field(whole(0), None)
     limit: int | None = field(whole(1), None)
@@ -96,6 +98,8 @@ class Evaluate(Section):
                 f"{self.at('holdout')}: 'holdout' tasks go with 'tasks' or a 'preset'; a callable "
                 "that takes 'split' scores its own hold-out"
             )
+        if self.data is not None and not (self.tasks or self.preset):
+            raise RecipeError(f"{self.at('data')}: 'data' goes with 'tasks' or a 'preset'")
         for held in self.holdout:
             for steering in self.tasks:
                 if steering.name == held.name and overlap(steering.span, held.span):
@@ -107,6 +111,14 @@ class Evaluate(Section):
         for task in (*self.tasks, *self.holdout):
             if keys.count(task.key) > 1:
                 raise RecipeError(f"{task.where}: task '{task.key}' is listed twice")
+
+    def with_data(self, folder: str | Path) -> Evaluate:
+        """The same with the rows of the harness's own tasks from ``folder``, as the working
+        directory has it; raises FastmergeError where nothing reads it.
+        """
+        if not (self.tasks or self.preset):
+            raise RecipeError(f"data: {self.way} reads none; it goes with 'tasks' or a 'preset'")
+        return self.replace(data=str(a_path(folder, "data").expanduser().resolve()))
 
     @property
     def way(self) -> str:

@@ -20,7 +20,7 @@ from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer, Progress
-from fastmerge.errors import OutputError, enough_memory
+from fastmerge.errors import OutputError, RecipeError, enough_memory
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
@@ -62,19 +62,19 @@ def run(
     seed: int | None = None,
     threads: int | None = None,
     score: ScoreFunction | None = None,
+    data: str | Path | None = None,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
 ) -> Result:
     """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
 
-    ``score`` stands in for the schedule's ``callable``. ``evaluate`` False walks without measuring.
+    ``score`` stands in for the schedule's ``callable``, ``data`` for its ``evaluate.data``.
+    ``evaluate`` False walks without measuring.
     ``resume`` continues a run that was interrupted. Raises FastmergeError, before anything is
     written, for what the schedule or its models get wrong.
     """
-    schedule = source if isinstance(source, Schedule) else load(source)
-    if not a_flag(evaluate, "evaluate"):
-        schedule = schedule.without_evaluation()
+    schedule = _given(source, a_flag(evaluate, "evaluate"), data)
     out = a_path(out, "out")
     resume = a_flag(resume, "resume")
     for where, called in (("score", score), ("progress", progress), ("on_step", on_step)):
@@ -150,14 +150,25 @@ def _needs_distances(schedule: Schedule) -> bool:
     return any(step.partner in ("nearest", "farthest") for step in schedule.steps)
 
 
-def describe(source: Any, *, evaluate: bool = True) -> dict[str, Any]:
+def _given(source: Any, evaluate: bool, data: str | Path | None) -> Schedule:
+    schedule = source if isinstance(source, Schedule) else load(source)
+    if not evaluate:
+        return schedule.without_evaluation()
+    if data is None:
+        return schedule
+    if schedule.evaluate is None:
+        raise RecipeError(f"{schedule.where}: 'data' is for an 'evaluate' section: add one")
+    return schedule.replace(evaluate=schedule.evaluate.with_data(data))
+
+
+def describe(
+    source: Any, *, evaluate: bool = True, data: str | Path | None = None
+) -> dict[str, Any]:
     """What a run would do, in plain values: models, steps and costs. Reads headers, writes nothing.
 
     Raises FastmergeError for whatever `run` would refuse, missing tasks and data included.
     """
-    schedule = source if isinstance(source, Schedule) else load(source)
-    if not evaluate:
-        schedule = schedule.without_evaluation()
+    schedule = _given(source, evaluate, data)
     template = open_template(schedule)
     check_steps(schedule, template)
     _scorer(schedule, template)

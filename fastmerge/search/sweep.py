@@ -19,9 +19,9 @@ from fastmerge.errors import FastmergeError, OutputError, RecipeError, Unsupport
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
-from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.evaluation.scorers import Scorer, make_scorer
 from fastmerge.evaluation.scores import Scores, none
-from fastmerge.evaluation.settings import load_evaluate
+from fastmerge.evaluation.settings import Evaluate, load_evaluate
 from fastmerge.evaluation.weights import Merged
 from fastmerge.llama import beside
 from fastmerge.methods.table import T
@@ -154,6 +154,7 @@ def sweep(
     values: Sequence[float],
     *,
     evaluate: Any = None,
+    data: str | Path | None = None,
     resume: bool = False,
     threads: int | None = None,
     score: ScoreFunction | None = None,
@@ -169,31 +170,45 @@ def sweep(
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
     with ExitStack() as kept:
-        return _swept(plan, out, values, evaluate, resume, threads, score, progress, on_point, kept)
+        scoring = _scoring(plan, evaluate, data, score, kept)
+        return _swept(plan, out, values, scoring, resume, threads, progress, on_point)
+
+
+def _scoring(
+    plan: Plan,
+    evaluate: Any,
+    data: str | Path | None,
+    score: ScoreFunction | None,
+    kept: ExitStack,
+) -> tuple[Scorer, Evaluate] | None:
+    """What scores, and its settings; None where nothing is to be scored."""
+    if evaluate is None:
+        if data is not None:
+            raise FastmergeError("data: is for 'evaluate', which is not given")
+        return None
+    require()
+    settings = load_evaluate(evaluate)
+    if data is not None:
+        settings = settings.with_data(data)
+    is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
+    folder = Path(evaluate).parent if is_file else Path()
+    tokenizer = folder_of(plan.models[0])
+    if plan.vocabulary is not None or plan.chat_template is not None:
+        tokenizer = kept.enter_context(beside(plan, is_tokenizer))
+    return make_scorer(settings, folder, tokenizer, score), settings
 
 
 def _swept(
     plan: Plan,
     out: Path,
     values: Sequence[float],
-    evaluate: Any,
+    scoring: tuple[Scorer, Evaluate] | None,
     resume: bool,
     threads: int | None,
-    score: ScoreFunction | None,
     progress: Progress | None,
     on_point: Callable[[Point], None] | None,
-    kept: ExitStack,
 ) -> list[Point]:
-    scorer = settings = None
-    if evaluate is not None:
-        require()
-        settings = load_evaluate(evaluate)
-        is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
-        folder = Path(evaluate).parent if is_file else Path()
-        tokenizer = folder_of(plan.models[0])
-        if plan.vocabulary is not None or plan.chat_template is not None:
-            tokenizer = kept.enter_context(beside(plan, is_tokenizer))
-        scorer = make_scorer(settings, folder, tokenizer, score)
+    scorer, settings = scoring or (None, None)
     key = digest([plan.key, None if scorer is None else scorer.key])
     known = _known(out, key, resume)
     swept = Sweep(plan, threads=threads, progress=progress)
