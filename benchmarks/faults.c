@@ -1,10 +1,9 @@
 /* Preloaded before libc: counts the calls that can fail in a process, and fails one of them.
  *
  * A point is a call that changes or opens a file under a folder, maps or reads one, asks for memory
- * or starts a thread, while `faults_arm` is in force. Of memory: what C++ asks for (operator new,
- * called from the extension or from libstdc++), 32 bytes or more, and from anybody else 64 KiB or
- * more: a smaller piece is the interpreter's own, and it has no way on without it. So it is with the
- * 24 bytes by which pybind11 enters an object in its table.
+ * or starts a thread, while `faults_arm` is in force. Of memory: whatever C++ asks for (operator
+ * new, called from the extension or from libstdc++), and from anybody else 64 KiB or more: a smaller
+ * piece is the interpreter's own, and it has no way on without it.
  *
  * benchmarks/faults.py compiles and drives it; docs/security.md says what is proved with it.
  */
@@ -26,7 +25,7 @@
 #include <unistd.h>
 
 enum { CHANGES = 1, OPENS = 2, MEMORY = 4, THREADS = 8 };
-enum { LEAST = 32, LARGE = 64 << 10, LOG_BYTES = 8 << 20, RANGES = 8 };
+enum { LARGE = 64 << 10, LOG_BYTES = 8 << 20, RANGES = 8 };
 
 static atomic_int armed;
 static atomic_long counted;
@@ -279,7 +278,7 @@ void* realloc(void* data, size_t size) {
 }
 
 static int new_fails(size_t size, const void* caller) {
-    FAIL_IF(of_memory("new", size, size >= LARGE || (size >= LEAST && from_cplusplus(caller))), 0, 1);
+    FAIL_IF(of_memory("new", size, size >= LARGE || from_cplusplus(caller)), 0, 1);
     return 0;
 }
 static void* new_(size_t size, size_t alignment, const void* caller) {

@@ -6,13 +6,15 @@
 
 `faults.c`, compiled here and preloaded, counts the points and fails the chosen one: each open,
 read, write, fsync, rename, unlink, mkdir, ftruncate, fallocate, flock, fchmod, close and mmap under
-the folder of models and outputs; each piece of memory of 32 bytes or more that the extension asks
-for, and what anybody else asks for from 64 KiB on; each thread. After a fault:
+the folder of models and outputs; each piece of memory that the extension asks for, and what anybody
+else asks for from 64 KiB on; each thread. After a fault:
 
 - what was raised is a FastmergeError of one printable line (or nothing, where the call is advice);
 - the target is absent, or what it was before, or the whole merge, byte for byte;
 - the same command, without a fault, succeeds, and its bytes are those of a merge without faults;
 - nothing else is left beside the target.
+
+"objects" makes one of each of the extension's classes, and gets a MemoryError at most.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ class Outcome:
     log: tuple[str, ...] = ()
     trace: str = ""
 
+
+Fault = tuple[str, str, str, Outcome]  # scenario, way, where, what happened
 
 # --- processes ---
 
@@ -355,10 +359,48 @@ def chosen(points: int, sample: int, rng: random.Random) -> list[int]:
     return sorted({1, points, *rng.sample(every, max(sample - 2, 0))})
 
 
-def run_all(words: argparse.Namespace, root: Path) -> Iterator[tuple[str, str, str, Outcome]]:
-    """(scenario, way, where, what happened) of each fault."""
+def objects(root: Path, np: Any, _C: Any) -> None:
+    """One of each class of the extension, and of what they return."""
+    pool, array = _C.Pool(1), np.zeros(64, np.float32)
+    view = _C.View(array.ctypes.data, array.size, "F32", array)
+    _C.copy(pool, _C.zeros(8, "F32"), _C.MemorySink(view.slice(8, 16)))
+    mapping = _C.Mapping(str(root / "a" / "model.safetensors"))
+    staged = _C.StagedFile(_C.Staging(1 << 20, 2, 1), str(root / "staged"), 256)
+    sink = staged.sink(0, 64, "F32", checksum=_C.Checksum(256))
+    _C.copy(pool, mapping.view(0, 64, "F32"), sink)
+    staged.finish()
+
+
+def run_objects(root: Path, shim: Shim, words: argparse.Namespace) -> Iterator[Fault]:
+    import numpy as np
+
+    from fastmerge import _C  # imported before a fork: what it makes then is made once
+
+    def work() -> None:
+        objects(root, np, _C)
+
+    for way in ("no memory", "no memory from then on"):
+        if words.ways and way not in words.ways:
+            continue
+        kinds, with_, on = WAYS[way]
+        points = forked(work, shim, (kinds, 0, 0, False, True)).log
+        for at, where in enumerate(points, 1):
+            outcome = forked(work, shim, (kinds, at, with_, on, True))
+            if outcome.error not in (None, "MemoryError"):
+                text = f"objects: {way} at point {at} ({where}): {outcome.error}\n{outcome.trace}"
+                if not words.go_on:
+                    raise BrokenError(text)
+                outcome = Outcome("BROKEN", text)
+            yield "objects", way, where, outcome
+
+
+def run_all(words: argparse.Namespace, root: Path) -> Iterator[Fault]:
     shim = Shim(root)
     rng = random.Random(words.seed)
+    if not words.only or "objects" in words.only:
+        write_model(root / "a", 0)
+        yield from run_objects(root, shim, words)
+        shutil.rmtree(root / "a")
     for name, scenario in scenarios(root, shim).items():
         if words.only and name not in words.only:
             continue

@@ -39,6 +39,13 @@ def test_no_fault_leaves_half_a_model_or_blocks_the_next_run(scenario: str) -> N
     assert int(ran.stdout.split()[-7]) > 25, ran.stdout
 
 
+def test_no_object_of_the_extension_needs_memory_to_fail() -> None:
+    """pybind11's own py::init, return values and keep_alive ended the process (SIGABRT)."""
+    ran = faults("--only", "objects")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "objects: no memory from then on: MemoryError" in ran.stdout
+
+
 # --- many at once ---
 
 STRESS = """

@@ -17,6 +17,14 @@ namespace {
 template <class T>
 using Column = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
+// Not py::keep_alive: where its table finds no memory, the process ends.
+struct HeldSink {
+    explicit HeldSink(const View& out)
+        : held(out), sink(const_cast<void*>(out.span.data), out.span.count, out.span.dtype) {}
+    View held;
+    MemorySink sink;
+};
+
 View gathered(const Column<uint64_t>& rows, const std::vector<std::string>& types,
               const Column<uint8_t>& kinds, int64_t cols, const std::string& dtype,
               py::object owner) {
@@ -43,14 +51,14 @@ View gathered(const Column<uint64_t>& rows, const std::vector<std::string>& type
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-    py::class_<View>(m, "View")
-        .def(py::init([](uintptr_t address, int64_t count, const std::string& dtype,
-                         py::object owner) {
-                 if (count < 0) throw std::invalid_argument("count must not be negative");
-                 return View{{reinterpret_cast<const void*>(address), count, parse_dtype(dtype)},
-                             std::move(owner)};
-             }),
-             py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner"))
+    def_init(
+        py::class_<View>(m, "View"),
+        +[](uintptr_t address, int64_t count, const std::string& dtype, py::object owner) {
+            if (count < 0) throw std::invalid_argument("count must not be negative");
+            const Span span{reinterpret_cast<const void*>(address), count, parse_dtype(dtype)};
+            return std::unique_ptr<View>(new View{span, std::move(owner)});
+        },
+        py::arg("address"), py::arg("count"), py::arg("dtype"), py::arg("owner"))
         .def_property_readonly("is_gathered", [](const View& v) { return v.elements != nullptr; })
         .def_property_readonly(
             "address", [](const View& v) { return reinterpret_cast<uintptr_t>(v.span.at(0)); })
@@ -79,12 +87,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::class_<Sink, std::shared_ptr<Sink>>(m, "Sink")
         .def_property_readonly("count", [](const Sink& s) { return s.count(); })
         .def_property_readonly("dtype", [](const Sink& s) { return dtype_code(s.dtype()); });
-    py::class_<MemorySink, Sink, std::shared_ptr<MemorySink>>(m, "MemorySink")
-        .def(py::init([](const View& out) {
-                 return std::make_shared<MemorySink>(const_cast<void*>(out.span.data),
-                                                     out.span.count, out.span.dtype);
-             }),
-             py::arg("out"), py::keep_alive<1, 2>());
+    def_init(
+        py::class_<MemorySink, Sink, std::shared_ptr<MemorySink>>(m, "MemorySink"),
+        +[](const View& out) {
+            auto made = std::make_shared<HeldSink>(out);
+            return std::shared_ptr<MemorySink>(made, &made->sink);
+        },
+        py::arg("out"));
 
     m.def(
         "zeros",

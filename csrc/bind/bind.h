@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "tensor.h"
 
@@ -29,6 +30,41 @@ inline DType parse_dtype(const std::string& code) {
 inline const char* dtype_code(DType dtype) {
     static const char* const kCodes[] = {"F32", "F16", "BF16", "RAW"};
     return kCodes[static_cast<int>(dtype)];
+}
+
+// Gives a new Python object what it holds. pybind11 enters it in a table then; where that finds no
+// memory, py::init and return values end the process: what was made throws past the last handler,
+// and a holder is freed by both sides. Here neither has it yet, and Python gets a MemoryError.
+template <class Holder>
+void give(pybind11::detail::value_and_holder self, Holder made) {
+    self.value_ptr() = made.get();
+    try {
+        self.type->init_instance(self.inst, &made);
+    } catch (...) {
+        self.value_ptr() = nullptr;
+        throw;
+    }
+}
+
+// py::init of a function that makes the class's holder, with the GIL; `bound` again.
+template <class Class, class... Args, class... Extra>
+Class def_init(Class bound, typename Class::holder_type (*make)(Args...), const Extra&... extra) {
+    const auto init = [make](pybind11::detail::value_and_holder& self, Args... args) {
+        give(self, make(std::forward<Args>(args)...));
+    };
+    bound.def("__init__", init, pybind11::detail::is_new_style_constructor(), extra...);
+    return bound;
+}
+
+// A return value that Python shares; T is bound with std::shared_ptr<T>.
+template <class T>
+pybind11::object shared(std::shared_ptr<T> made) {
+    const auto* type = pybind11::detail::get_type_info(typeid(T));
+    auto self = pybind11::reinterpret_steal<pybind11::object>(
+        pybind11::detail::make_new_instance(type->type));
+    auto* instance = reinterpret_cast<pybind11::detail::instance*>(self.ptr());
+    give(instance->get_value_and_holder(type), std::move(made));
+    return self;
 }
 
 }  // namespace fastmerge

@@ -38,8 +38,13 @@ StagedFile::Io parse_io(const std::string& name) {
 void bind_io(py::module_& m) {
     py::register_local_exception_translator(raise_io_errors);
 
-    py::class_<Mapping>(m, "Mapping")
-        .def(py::init<const std::string&>(), py::arg("path"), NoGil())
+    def_init(
+        py::class_<Mapping>(m, "Mapping"),
+        +[](const std::string& path) {
+            py::gil_scoped_release release;
+            return std::make_unique<Mapping>(path);
+        },
+        py::arg("path"))
         .def_property_readonly("size", &Mapping::size)
         .def_property_readonly("torn", &Mapping::torn)
         .def(
@@ -56,8 +61,9 @@ void bind_io(py::module_& m) {
         .def("prefetch", &Mapping::prefetch, py::arg("offset"), py::arg("nbytes"), NoGil())
         .def("drop", &Mapping::drop, py::arg("offset"), py::arg("nbytes"), NoGil());
 
-    py::class_<Checksum, std::shared_ptr<Checksum>>(m, "Checksum")
-        .def(py::init<int64_t>(), py::arg("nbytes"))
+    def_init(
+        py::class_<Checksum, std::shared_ptr<Checksum>>(m, "Checksum"),
+        +[](int64_t nbytes) { return std::make_shared<Checksum>(nbytes); }, py::arg("nbytes"))
         .def_property_readonly("nbytes", &Checksum::nbytes)
         .def(
             "add_all",
@@ -70,37 +76,39 @@ void bind_io(py::module_& m) {
             return py::array_t<uint64_t>(static_cast<py::ssize_t>(found.size()), found.data());
         });
 
-    py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging")
-        .def(py::init([](int64_t buffer_bytes, int buffers, int threads) {
-                 return std::shared_ptr<Staging>(new Staging(buffer_bytes, buffers, threads),
-                                                 [](Staging* staging) {
-                                                     if (!staging->inherited()) delete staging;
-                                                 });
-             }),
-             py::arg("buffer_bytes"), py::arg("buffers"), py::arg("threads"))
+    def_init(
+        py::class_<Staging, std::shared_ptr<Staging>>(m, "Staging"),
+        +[](int64_t buffer_bytes, int buffers, int threads) {
+            return std::shared_ptr<Staging>(new Staging(buffer_bytes, buffers, threads),
+                                            [](Staging* staging) {
+                                                if (!staging->inherited()) delete staging;
+                                            });
+        },
+        py::arg("buffer_bytes"), py::arg("buffers"), py::arg("threads"))
         .def_property_readonly("bytes_written", &Staging::bytes_written)
         .def_property_readonly("spills", &Staging::spills)
         .def("close", &Staging::close, NoGil());
 
-    py::class_<StagedFile, std::shared_ptr<StagedFile>>(m, "StagedFile")
-        .def(py::init([](std::shared_ptr<Staging> staging, const std::string& path, int64_t size,
-                         const std::string& io, bool resume) {
-                 const auto mode = parse_io(io);
-                 py::gil_scoped_release release;
-                 return std::shared_ptr<StagedFile>(
-                     new StagedFile(std::move(staging), path, size, mode, resume),
-                     [](StagedFile* file) {
-                         if (!file->staging().inherited()) delete file;
-                     });
-             }),
-             py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(),
-             py::arg("io") = "auto", py::arg("resume") = false)
+    def_init(
+        py::class_<StagedFile, std::shared_ptr<StagedFile>>(m, "StagedFile"),
+        +[](std::shared_ptr<Staging> staging, const std::string& path, int64_t size,
+            const std::string& io, bool resume) {
+            const auto mode = parse_io(io);
+            py::gil_scoped_release release;
+            return std::shared_ptr<StagedFile>(
+                new StagedFile(std::move(staging), path, size, mode, resume), [](StagedFile* file) {
+                    if (!file->staging().inherited()) delete file;
+                });
+        },
+        py::arg("staging"), py::arg("path"), py::arg("size"), py::kw_only(), py::arg("io") = "auto",
+        py::arg("resume") = false)
         .def_property_readonly("direct", &StagedFile::direct)
         .def(
             "sink",
             [](StagedFile& file, int64_t offset, int64_t count, const std::string& dtype,
                std::shared_ptr<Checksum> checksum, int64_t first) {
-                return file.sink(offset, count, parse_dtype(dtype), std::move(checksum), first);
+                return shared<Sink>(
+                    file.sink(offset, count, parse_dtype(dtype), std::move(checksum), first));
             },
             py::arg("offset"), py::arg("count"), py::arg("dtype"), py::kw_only(),
             py::arg("checksum") = nullptr, py::arg("first") = 0)

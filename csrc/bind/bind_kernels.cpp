@@ -188,8 +188,9 @@ void bind_kernels(py::module_& m) {
     m.def("set_isa", &set_isa, "name"_a);
     m.def("tile_entries", [] { return kTile; });
 
-    py::class_<Pool>(m, "Pool")
-        .def(py::init<int>(), "threads"_a)
+    def_init(
+        py::class_<Pool>(m, "Pool"), +[](int threads) { return std::make_unique<Pool>(threads); },
+        "threads"_a)
         .def_property_readonly("threads", &Pool::threads);
 
     m.def("gram", &bound_gram, "pool"_a, "inputs"_a, "base"_a = py::none(), py::kw_only(),
