@@ -1,5 +1,5 @@
-// Ranks by a stable radix sort of each vector's keys, which lie in the first or second cache level;
-// integers only, so nothing here depends on the instruction set or on who ranks which vector.
+// A draw by rank in each vector, whose keys lie in the first or second cache level; integers only,
+// so nothing here depends on the instruction set or on who ranks which vector.
 #include "primitives/draw.h"
 
 #include <algorithm>
@@ -11,10 +11,9 @@ namespace fastmerge {
 
 namespace {
 
-constexpr int32_t kNaN = 0x7FC00000;  // every NaN is one key
-constexpr int64_t kStrip = 32;        // neighbouring vectors whose elements are read together
+constexpr uint32_t kNaN = 0x7FC00000;  // every NaN is one key
+constexpr int64_t kStrip = 32;         // neighbouring vectors whose elements are read together
 constexpr int64_t kTaskElements = 1 << 16;
-constexpr int kDigits = 4;
 
 // murmur3's 32-bit finaliser (Appleby), which spreads the positions in a vector.
 uint32_t mixed(uint32_t h) {
@@ -46,37 +45,130 @@ std::vector<uint64_t> bounds_of(const Sparsify& spec) {
     return bounds;
 }
 
+// Which entries of a vector their words keep. The bound rises with the rank, so a rank that is
+// known to lie in a bucket of keys decides nearly every entry: only where a word lies between its
+// bucket's first bound and its last are the bucket's members put in order.
 class Ranker {
    public:
-    explicit Ranker(const std::vector<uint32_t>& order)
-        : order_(order), from_(order.size()), to_(order.size()) {}
+    Ranker(const std::vector<uint32_t>& order, const std::vector<uint64_t>& bounds)
+        : order_(order), bounds_(bounds), keys_(order.size()) {
+        while (bits_ < kMostBits && size_t{64} << bits_ < order.size()) ++bits_;
+        buckets_.resize((kBinades << bits_) + 1);
+        counts_.resize(2 * buckets_.size());
+    }
 
-    // The positions (the low words) from the smallest magnitude up; deltas lie `step` apart.
-    const std::vector<uint64_t>& sort(const float* deltas, int64_t step) {
-        std::memset(counts_, 0, sizeof counts_);
-        for (size_t i = 0; i < order_.size(); ++i) {
-            int32_t key;
-            std::memcpy(&key, deltas + order_[i] * step, sizeof key);
-            key = std::min(key & 0x7FFFFFFF, kNaN);
-            from_[i] = static_cast<uint64_t>(key) << 32 | order_[i];
-            for (int digit = 0; digit < kDigits; ++digit) ++counts_[digit][key >> 8 * digit & 255];
+    // Writes 0 or 1 for each position; deltas and words lie `step` apart.
+    void draw(const float* deltas, const uint32_t* words, int64_t step, uint8_t* kept) {
+        count(deltas, step);
+        bound();
+        crossed_.clear();
+        for (size_t at = 0; at < keys_.size(); ++at) {
+            Bucket& own = buckets_[bucket_of(keys_[at])];
+            const uint64_t word = words[static_cast<int64_t>(at) * step];
+            kept[at] = word < own.low;
+            if (word - own.low < own.width) {
+                own.width = 0;
+                own.grow = 1;
+                crossed_.push_back(&own);
+            }
         }
-        for (int digit = 0; digit < kDigits; ++digit) {
-            const int shift = 32 + 8 * digit;
-            uint32_t* places = counts_[digit];
-            if (places[from_[0] >> shift & 255] == order_.size()) continue;  // all the same
-            uint32_t next = 0;
-            for (int value = 0; value < 256; ++value) next += std::exchange(places[value], next);
-            for (const uint64_t entry : from_) to_[places[entry >> shift & 255]++] = entry;
-            from_.swap(to_);
-        }
-        return from_;
+        if (!crossed_.empty()) order(words, step, kept);
     }
 
    private:
-    const std::vector<uint32_t>& order_;
-    std::vector<uint64_t> from_, to_;
-    uint32_t counts_[kDigits][256];
+    struct Bucket {
+        uint64_t low, width;    // the bound of its first rank, and from there to that of its last
+        uint32_t first, count;  // rank, members
+        uint32_t next, grow;    // where its next member goes, and 1 where its members are gathered
+    };
+    // A bucket is a part of a binade, of which there are as many as leave it some 30 members; the
+    // lowest has all that is below 2^-16 of the largest.
+    static constexpr size_t kBinades = 16;
+    static constexpr int kMostBits = 9;
+    static constexpr size_t kFew = 256;  // fewer are sorted by comparison
+
+    size_t bucket_of(uint32_t key) const {
+        const int32_t over = static_cast<int32_t>(key >> (23 - bits_)) - lowest_;
+        return over > 0 ? static_cast<size_t>(over) : 0;
+    }
+
+    void count(const float* deltas, int64_t step) {
+        uint32_t most = 0;
+        for (size_t at = 0; at < keys_.size(); ++at) {
+            uint32_t key;
+            std::memcpy(&key, deltas + static_cast<int64_t>(at) * step, sizeof key);
+            keys_[at] = std::min(key & 0x7FFFFFFF, kNaN);
+            most = std::max(most, keys_[at]);
+        }
+        lowest_ =
+            static_cast<int32_t>(most >> (23 - bits_)) - static_cast<int32_t>(kBinades << bits_);
+        std::fill(counts_.begin(), counts_.end(), 0u);
+        // Two tables in turn: neighbours in one bucket do not wait for each other's count.
+        for (size_t at = 0; at < keys_.size(); ++at) ++counts_[2 * bucket_of(keys_[at]) + (at & 1)];
+    }
+
+    void bound() {
+        uint32_t rank = 0;
+        for (size_t b = 0; b < buckets_.size(); ++b) {
+            const uint32_t count = counts_[2 * b] + counts_[2 * b + 1];
+            if (count == 0) continue;
+            const uint64_t low = bounds_[rank];
+            buckets_[b] = {low, bounds_[rank + count - 1] - low, rank, count, 0, 0};
+            rank += count;
+        }
+    }
+
+    void order(const uint32_t* words, int64_t step, uint8_t* kept) {
+        uint32_t room = 1;  // the first place takes what is not gathered: no branch for each entry
+        for (Bucket* own : crossed_) {
+            own->next = room;
+            room += own->count;
+        }
+        entries_.resize(room);
+        for (size_t tie = 0; tie < order_.size(); ++tie) {
+            const uint32_t key = keys_[order_[tie]];
+            Bucket& own = buckets_[bucket_of(key)];
+            entries_[own.next] = static_cast<uint64_t>(key) << 32 | tie;
+            own.next += own.grow;
+        }
+        for (const Bucket* own : crossed_) {
+            uint64_t* const end = entries_.data() + own->next;
+            uint64_t* const begin = end - own->count;
+            sort(begin, end);
+            for (uint32_t i = 0; i < own->count; ++i) {
+                const uint32_t position = order_[begin[i] & UINT32_MAX];
+                kept[position] = words[position * step] < bounds_[own->first + i];
+            }
+        }
+    }
+
+    // Equal keys lie in their ties' order, so a long run's keys are all that is looked at.
+    void sort(uint64_t* begin, uint64_t* end) {
+        const auto size = static_cast<size_t>(end - begin);
+        if (std::is_sorted(begin, end)) return;
+        if (size <= kFew) return std::sort(begin, end);
+        spare_.resize(size);
+        uint64_t *from = begin, *to = spare_.data();
+        for (int shift = 32; shift < 64; shift += 8) {
+            uint32_t places[256] = {};
+            for (size_t i = 0; i < size; ++i) ++places[from[i] >> shift & 255];
+            if (places[from[0] >> shift & 255] == size) continue;  // all the same
+            uint32_t next = 0;
+            for (uint32_t& place : places) next += std::exchange(place, next);
+            for (size_t i = 0; i < size; ++i) to[places[from[i] >> shift & 255]++] = from[i];
+            std::swap(from, to);
+        }
+        if (from != begin) std::copy(from, from + size, begin);
+    }
+
+    const std::vector<uint32_t>& order_;   // positions as entries of one magnitude rank
+    const std::vector<uint64_t>& bounds_;  // by rank
+    int bits_ = 1;                         // of the mantissa that tell buckets apart
+    int32_t lowest_ = 0;                   // the lowest bucket's exponent and bits
+    std::vector<uint32_t> keys_, counts_;
+    std::vector<Bucket> buckets_;
+    std::vector<Bucket*> crossed_;  // by a word
+    std::vector<uint64_t> entries_, spare_;
 };
 
 // What one delta's draw needs, whoever draws.
@@ -93,13 +185,13 @@ class Worker {
    public:
     Worker(const Draw& draw, const std::vector<uint32_t>& order)
         : draw_(draw),
-          ranker_(order),
+          ranker_(order, draw.bounds),
           length_(draw.spec.length),
           stride_(draw.spec.stride),
           width_(std::min(stride_, kStrip)),
           deltas_(static_cast<size_t>(length_ * width_)),
           words_(deltas_.size()),
-          kept_(stride_ == 1 ? static_cast<size_t>(length_) + 32 : 0) {}
+          kept_(static_cast<size_t>(length_) + 32) {}
 
     // The vectors of the `length` times `stride` elements from `first` on.
     void slice(int64_t first) {
@@ -135,21 +227,11 @@ class Worker {
     }
 
     void draw(int64_t first, int64_t column, int64_t width) {
-        const std::vector<uint64_t>& sorted = ranker_.sort(deltas_.data() + column, width);
-        const uint32_t* words = words_.data() + column;
-        const uint64_t* bounds = draw_.bounds.data();
-        if (stride_ == 1) {
-            for (size_t rank = 0; rank < sorted.size(); ++rank) {
-                const auto position = static_cast<uint32_t>(sorted[rank]);
-                kept_[position] = words[position] < bounds[rank];
-            }
-            return pack(first);
-        }
-        for (size_t rank = 0; rank < sorted.size(); ++rank) {
-            const auto position = static_cast<uint32_t>(sorted[rank]);
+        ranker_.draw(deltas_.data() + column, words_.data() + column, width, kept_.data());
+        if (stride_ == 1) return pack(first);
+        for (int64_t position = 0; position < length_; ++position) {
             const int64_t at = first + position * stride_;
-            const uint32_t bit = words[position * width] < bounds[rank];
-            draw_.mask[at / 32] |= bit << at % 32;
+            draw_.mask[at / 32] |= uint32_t{kept_[static_cast<size_t>(position)]} << at % 32;
         }
     }
 
