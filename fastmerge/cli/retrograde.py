@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
+from fastmerge.cli.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory
+    from fastmerge.search.lab import Measurement
 
 SchedulePath = Annotated[Path, Argument(metavar="SCHEDULE", help="Schedule in YAML.")]
 Data = Annotated[
@@ -66,12 +71,14 @@ def retrograde(
                 progress=progress,
                 on_step=steps,
                 on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
+                on_score=_Measured(quiet=quiet or json, begin=steps.begin),
             )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", INTERRUPTED)
     from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
     from fastmerge.retrograde.record import as_json
     from fastmerge.retrograde.report import leaderboard
+    from fastmerge.retrograde.words import copy_text
 
     lines = compare_lines(result)
     if json:
@@ -84,6 +91,8 @@ def retrograde(
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
         put(*leaderboard(lines, settings.limit).split("\n"))
+    if copy_text(trajectory):
+        put(copy_text(trajectory))
     if verdict_on_path(lines):
         put(verdict_on_path(lines))
     for sentence in finding(lines):
@@ -97,7 +106,7 @@ class _Steps:
 
     def __init__(self, *, quiet: bool, begin: Callable[[], None]) -> None:
         self._quiet = quiet
-        self._begin = begin
+        self.begin = begin
         self._began = False
 
     def __call__(self, trajectory: Trajectory) -> None:
@@ -106,12 +115,13 @@ class _Steps:
 
         if self._quiet:
             return
-        columns = f"{'step':>4}  {'kind':8}  {'with':16}  {'method':34}  {'score':>7}  verdict"
+        title = words.score_title(trajectory).removesuffix(", %")
+        columns = f"{'step':>4}  {'kind':8}  {'with':16}  {'method':34}  {title:>7}  verdict"
         if not self._began:
             self._began = True
-            self._begin()
+            self.begin()
             say(columns)
-            score = trajectory.state.baseline_score
+            score = words.measured(trajectory.scores[0], trajectory.state.baseline_score)
             say(_line(0, "baseline", trajectory.schedule.labels[0], "", score, ""))
             return
         record = trajectory.state.records[-1]
@@ -121,17 +131,43 @@ class _Steps:
                 record.move.step.kind,
                 other_label(trajectory, record),
                 step_text(record.move.step),
-                record.score,
+                words.measured(trajectory.scores[record.move.number], record.score),
                 words.verdict(record),
             )
         )
 
 
-def _line(
-    number: int, kind: str, other: str, method: str, score: float | None, verdict: str
-) -> str:
-    value = "-" if score is None else f"{score:.2f}"
-    return f"{number:>4}  {kind:8}  {other:16.16}  {method:34.34}  {value:>7}  {verdict}".rstrip()
+def _line(number: int, kind: str, other: str, method: str, score: str, verdict: str) -> str:
+    return f"{number:>4}  {kind:8}  {other:16.16}  {method:34.34}  {score:>7}  {verdict}".rstrip()
+
+
+class _Measured:
+    """A line on stderr for what is being measured, what is left and how long that takes; at most
+    one a second.
+    """
+
+    def __init__(self, *, quiet: bool, begin: Callable[[], None]) -> None:
+        self._quiet, self._begin = quiet, begin
+        self._seconds: list[float] = []
+        self._said = -math.inf
+
+    def __call__(self, told: Measurement) -> None:
+        if told.seconds is not None:
+            self._seconds.append(told.seconds)
+            return
+        now = time.monotonic()
+        if self._quiet or now - self._said < 1:
+            return
+        self._begin()
+        self._said = now
+        where = " on the hold-out" if told.split == "holdout" else ""
+        text = f"measuring {told.what}{where}: {told.number}"
+        if told.most is not None and told.most >= told.number:
+            text += f" of at most {told.most}"
+            if self._seconds:
+                each = sum(self._seconds) / len(self._seconds)
+                text += f", at most {format_seconds(each * (1 + told.most - told.number))} left"
+        say(text)
 
 
 def _show_dry_run(described: dict[str, Any]) -> None:
@@ -155,6 +191,12 @@ def _show_dry_run(described: dict[str, Any]) -> None:
     pairs(("note", note) for note in described["notes"])
 
 
+class Written(Enum):
+    """Which of a sweep's models become folders."""
+
+    ALL, BEST, NONE = "all", "best", "none"
+
+
 @command
 def sweep(
     recipe: RecipePath,
@@ -162,21 +204,37 @@ def sweep(
     t: Annotated[str, Option("--t", help="first:last:step, or a list: 0.2,0.5")] = "0:1:0.1",
     evaluate: Annotated[
         Path | None,
-        Option(help="File with a schedule's evaluate keys: write scores, not models."),
+        Option(help="File with a schedule's evaluate keys: scores, and the best model."),
     ] = None,
     data: Data = None,
+    write: Annotated[
+        Written | None,
+        Option(help="Which models become folders; without it the best, or all if none is scored."),
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the sweep that OUT holds.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge RECIPE at many t from one reading of the inner products; models or scores in OUT."""
-    from fastmerge.search.sweep import Point, parse_range
+    from fastmerge.search.sweep import BEST, Outlook, Point, best_of, parse_range
     from fastmerge.search.sweep import sweep as run
 
+    def begin(outlook: Outlook) -> None:
+        scored = f"scores {outlook.scored} values of t; " if evaluate is not None else ""
+        models = "1 model" if outlook.written == 1 else f"{outlook.written} models"
+        say(f"{scored}writes {models}, {format_bytes(outlook.nbytes)}, in {out}", quiet=quiet)
+
+    def shown(point: Point) -> str:
+        if point.scores is None:
+            return str(point.out)
+        perplexity = point.scores.perplexity
+        if perplexity is not None:
+            return f"perplexity {perplexity:.2f}"
+        return f"{point.scores.value:.2f} %"
+
     def show(point: Point) -> None:
-        what = str(point.out) if point.scores is None else f"{point.scores.value:.2f} %"
         if not quiet:
-            put(f"t = {point.t:<8g} {what}")
+            put(f"t = {point.t:<8g} {shown(point)}")
 
     values = parse_range(t)
     try:
@@ -187,14 +245,17 @@ def sweep(
                 values,
                 evaluate=evaluate,
                 data=data,
+                write=None if write is None else write.value,
                 resume=resume,
                 threads=threads,
                 progress=progress,
+                on_start=begin,
                 on_point=show,
             )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", INTERRUPTED)
-    scored = [(point.scores.value, -point.t) for point in points if point.scores is not None]
-    if scored and not quiet:
-        best, t_best = max(scored, key=lambda pair: (pair[0] == pair[0], *pair))
-        put(f"best: t = {-t_best:g}, {best:.2f} %; plot: {out / 'sweep.png'}")
+    best = best_of(points)
+    if best is not None and not quiet:
+        put(f"best: t = {best.t:g}, {shown(best)}; plot: {out / 'sweep.png'}")
+        if write in (None, Written.BEST):
+            put(f"the model at t = {best.t:g}: {out / BEST}")

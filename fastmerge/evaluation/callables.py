@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError
+from fastmerge.errors import FastmergeError, RecipeError, brief
 from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
@@ -24,7 +24,7 @@ from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import model_of
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
-ScoreFunction = Callable[..., Mapping[str, Any]]
+ScoreFunction = Callable[..., Any]  # of a number, or of numbers by task
 
 
 def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRead]:
@@ -145,8 +145,8 @@ def _binds(signature: inspect.Signature, **given: Any) -> bool:
 class CallableScorer:
     """A function of the model, or of a ``folder``; it may also take ``split`` and ``limit``.
 
-    It returns a number, or the list of its items' numbers, for each task. They are taken as they
-    are: return percent where they meet accuracies given in the schedule.
+    It returns a number; or, by task, numbers or the lists of their items' numbers. They are taken
+    as they are: return percent where they meet accuracies given in the schedule.
     """
 
     def __init__(
@@ -155,7 +155,8 @@ class CallableScorer:
         """``own``: the modules that ``function`` was imported with."""
         self._own = own
         self._function = function
-        self._name = settings.callable or getattr(function, "__qualname__", "callable")
+        self._name = str(settings.callable or getattr(function, "__qualname__", "callable"))
+        self._task_name = self._name.rpartition(":")[2].rpartition(".")[2]
         signature = inspect.signature(function)
         # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
         self._takes = {"split", "limit"} & set(signature.parameters)
@@ -209,10 +210,12 @@ class CallableScorer:
                 answer = self._function(*models, **options)
         except Exception as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
+        if isinstance(answer, (int, float)) or getattr(answer, "ndim", None) == 0:
+            answer = {self._task_name: answer}
         if not isinstance(answer, Mapping) or not answer:
             raise FastmergeError(
-                f"{self._name}: must return a dict of task names and numbers, "
-                f"not {type(answer).__name__}"
+                f"{self._name}: must return a dict of task names and numbers, or one number, "
+                f"not {brief(answer)}"
             )
         return Scores({str(name): self._task(name, value) for name, value in answer.items()})
 

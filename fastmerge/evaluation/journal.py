@@ -48,6 +48,10 @@ class Journal:
         """The value recorded under ``key``, or None."""
         return self._known.get(key)
 
+    def holds(self, prefix: str) -> bool:
+        """Whether any key begins so."""
+        return any(key.startswith(prefix) for key in self._known)
+
     def put(self, key: str, value: Any) -> None:
         """Records a JSON-able value."""
         self._known[key] = value

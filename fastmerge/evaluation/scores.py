@@ -33,6 +33,17 @@ class Scores:
         values = [task.value for task in self.tasks.values()]
         return float(np.mean(values)) if values else math.nan
 
+    @property
+    def perplexity(self) -> float | None:
+        """The perplexity behind the one task's score (lower is better); None where there is none,
+        or more than one task.
+        """
+        if len(self.tasks) != 1:
+            return None
+        (task,) = self.tasks.values()
+        found = (v for k, v in (task.detail or {}).items() if "perplexity" in k.partition(",")[0])
+        return next(found, None)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; NaN as null."""
         return {

@@ -12,7 +12,7 @@ from fastmerge import api, live
 from fastmerge.engine.merge import merge_plan
 from fastmerge.plan.plan import Plan
 
-_FOLDER = ".scored"  # in a run's folder, while a scorer reads the model in it
+SCORED = ".scored"  # in a run's folder, while a scorer reads the model in it
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class Merged:
         """See `Weights`; raises FastmergeError where the disk has no room for it."""
         if self._root is None:
             near = self._near
-            root = Path(tempfile.mkdtemp()) if near is None else near / _FOLDER
+            root = Path(tempfile.mkdtemp()) if near is None else near / SCORED
             root.mkdir(exist_ok=True)
             self._root = root
             files = api.model_files(self._plan, "model")
@@ -73,8 +73,8 @@ class Merged:
         return {item.name: tensor for item, tensor in made}
 
     def __enter__(self) -> Merged:
-        if self._near is not None and (self._near / _FOLDER).exists():
-            shutil.rmtree(self._near / _FOLDER)  # of a run that was killed
+        if self._near is not None and (self._near / SCORED).exists():
+            shutil.rmtree(self._near / SCORED)  # of a run that was killed
         return self
 
     def __exit__(self, *error: object) -> None:

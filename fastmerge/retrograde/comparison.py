@@ -46,12 +46,14 @@ def compare(
     measured = [s for s in trajectory.scores[1:] if s is not None]
     budget = settings.budget if settings and settings.budget else max(1, len(measured))
     repeats = settings.seeds if settings else 1
+    lab.stage = "the walk's final state"
     found = [
         Contender("schedule", final, lab.score(final), len(measured), "the walk's final state")
     ]
     place = geometry_of(space, lab, final)
     if place is not None and not isinstance(final, Model):
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
+        lab.stage = "the walk's one-shot equivalent"
         how = f"the one linear merge nearest to the walk ({place.residual:.1%} off it)"
         found.append(Contender("one_shot", one, lab.score(one), 0, how))
     found.append(Contender("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label))
@@ -59,6 +61,7 @@ def compare(
     own = [trajectory.models[i].value for i in sorted(trajectory.models)]
     stages = schedule.evaluate.stages if schedule.evaluate else ()
     for name in settings.methods if settings else ():
+        lab.stage = name
         if on_row is not None:
             on_row(name)
         entry = search(name, pool, lab, own, budget=budget, seed=trajectory.seed, stages=stages)
@@ -70,6 +73,7 @@ def compare(
 def _row(entry: Contender, lab: Lab, repeats: int) -> Row:
     assert lab.scorer is not None
     split = "holdout" if lab.scorer.has("holdout") else "steer"
+    lab.stage = entry.name
     held = lab.score(entry.state, "holdout") if split == "holdout" else None
     again: tuple[float, ...] = ()
     if repeats > 1 and is_random(entry.state):
@@ -83,4 +87,5 @@ def pool_of(schedule: Schedule, used: Sequence[int]) -> Pool:
     """The models of a schedule; ``used`` are the pool models that its walk has merged in."""
     models = tuple(range(len(schedule.pool) + 1))
     base = 0 if schedule.base_model is None else schedule.model_index("base_model")
-    return Pool(models, base or 0, tuple(dict.fromkeys(used)) or models[1:])
+    partners = tuple(dict.fromkeys(used)) or models[1:]
+    return Pool(models, base or 0, partners, tuple(schedule.labels))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.statistics import Interval, difference, holm, interval, untested
+from fastmerge.retrograde.words import figure
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.comparison import Row
@@ -82,15 +83,18 @@ def finding(lines: Sequence[Line]) -> list[str]:
         if line.lead is None:
             gap = lines[0].value - line.value
             sentences.append(
-                f"- against {title}: {gap:+.2f} points "
+                f"- against {title}: {figure(gap, sign='+')} points "
                 f"(not tested: {untested(lines[0].scores, line.scores)})"
             )
             continue
-        sentences.append(
-            f"- against {title}: {line.lead.value:+.2f} points "
-            f"[{line.lead.low:+.2f}, {line.lead.high:+.2f}], {_outcome(line)}"
-        )
+        sentences.append(f"- against {title}: {in_points(line.lead, ' points')}, {_outcome(line)}")
     return sentences
+
+
+def in_points(lead: Interval, unit: str = "") -> str:
+    """A difference with its interval: '+1.20 [+0.30, +2.10]'."""
+    value, low, high = (figure(x, sign="+") for x in lead[:3])
+    return f"{value}{unit} [{low}, {high}]"
 
 
 def _outcome(line: Line) -> str:

@@ -17,12 +17,13 @@ from fastmerge.retrograde.findings import (
     Line,
     compare_lines,
     finding,
+    in_points,
     split_name,
     verdict_on_path,
 )
 from fastmerge.retrograde.plots import comparison_png, trajectory_png
 from fastmerge.retrograde.record import as_json
-from fastmerge.retrograde.words import figure, step_table
+from fastmerge.retrograde.words import copy_text, figure, measured, score_title, step_table
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.result import Result
@@ -62,8 +63,8 @@ def _effective_table(trajectory: Trajectory, numbers: Sequence[int]) -> list[str
         f"|---:|{'---:|' * (len(labels) + 1)}",
     ]
     for number, place in places:
-        weights = " | ".join(f"{weight:.4f}" for weight in place.one_shot)
-        lines.append(f"| {number} | {weights} | {100 * place.residual:.2f} % |")
+        weights = " | ".join(figure(weight, 4) for weight in place.one_shot)
+        lines.append(f"| {number} | {weights} | {figure(100 * place.residual)} % |")
     return lines
 
 
@@ -84,11 +85,14 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
         ),
     ]
+    if copy_text(trajectory):
+        parts.append(f"**{escaped(copy_text(trajectory))}**")
     if lines:
         parts.append(
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
             f"**{_with_interval(lines[0])} %**"
-            f"{' (95 % interval over items)' if lines[0].interval else ''}. "
+            f"{' (95 % interval over items)' if lines[0].interval else ''}"
+            f"{_as_perplexity(lines[0])}. "
             + " ".join(filter(None, [verdict_on_path(lines), _how_tested(lines)]))
         )
         parts.append("\n".join(finding(lines)))
@@ -122,6 +126,11 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
     return "\n\n".join(parts) + "\n"
 
 
+def _as_perplexity(line: Line) -> str:
+    found = line.scores.perplexity
+    return "" if found is None else f", a perplexity of {figure(found)}"
+
+
 def _how_tested(lines: Sequence[Line]) -> str:
     text = "The schedule less each rival, in percent points, the same items for both"
     if any(line.lead is not None for line in lines):
@@ -137,8 +146,8 @@ def _count(number: int, thing: str) -> str:
 
 def _with_interval(line: Line) -> str:
     if line.interval is None:
-        return f"{line.value:.2f}"
-    return f"{line.value:.2f} [{line.interval.low:.2f}, {line.interval.high:.2f}]"
+        return figure(line.value)
+    return f"{figure(line.value)} [{figure(line.interval.low)}, {figure(line.interval.high)}]"
 
 
 def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> list[str]:
@@ -150,21 +159,25 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         ),
         "|---|---|---:|---:|---:|---:|---:|",
     ]
+    perplexity = any(line.scores.perplexity is not None for line in lines)
+    if perplexity:
+        table = [f"{table[0]} perplexity |", f"{table[1]}---:|"]
     for line in lines:
         value = _with_interval(line)
-        if line.row.repeats:
-            spread = np.std(line.row.repeats, ddof=1)
-            value += (
-                f"; {len(line.row.repeats)} masks: {np.mean(line.row.repeats):.2f} ± {spread:.2f}"
-            )
+        again = line.row.repeats
+        if again:
+            mean, spread = (float(x) for x in (np.mean(again), np.std(again, ddof=1)))
+            value += f"; {len(again)} masks: {figure(mean)} ± {figure(spread)}"
         lead = "-"
         if line.lead is not None:
-            lead = f"{line.lead.value:+.2f} [{line.lead.low:+.2f}, {line.lead.high:+.2f}]"
+            lead = in_points(line.lead)
         p = "-" if line.p is None else f"{line.p:.3f}"
         table.append(
             f"| {escaped(line.row.name)} | {escaped(line.row.how)} | {line.row.evaluations} | "
-            f"{line.row.steer.value:.2f} | {value} | {lead} | {p} |"
+            f"{figure(line.row.steer.value)} | {value} | {lead} | {p} |"
         )
+        if perplexity:
+            table[-1] += f" {figure(line.scores.perplexity)} |"
     parts = ["## Comparison\n"]
     if "comparison.png" in pictures:
         parts.append("![comparison](comparison.png)")
@@ -186,7 +199,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         rows = [f"| merge | {titles} |", f"|---|{'---:|' * len(tasks)}"]
         for line in lines:
             cells = (line.scores.tasks.get(task) for task in tasks)
-            values = " | ".join("-" if cell is None else f"{cell.value:.2f}" for cell in cells)
+            values = " | ".join(figure(None if cell is None else cell.value) for cell in cells)
             rows.append(f"| {escaped(line.row.name)} | {values} |")
         parts += [f"By {split} task, %:", "\n".join(rows)]
     return parts
@@ -202,13 +215,14 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
 
     trajectory = result.trajectory
     schedule = trajectory.schedule
-    rows = ["| model | given, % | measured, % | fingerprint |", "|---|---:|---:|---|"]
+    title = score_title(trajectory).replace("score", "measured")
+    rows = [f"| model | given, % | {title} | fingerprint |", "|---|---:|---:|---|"]
     given = [schedule.baseline.accuracy, *(entry.accuracy for entry in schedule.pool), None]
     for number, label in enumerate(schedule.labels):
         own = trajectory.models.get(number)
         digest = result.space.template.models[number].fingerprint[:16]
-        measured = figure(None if own is None else own.value)
-        rows.append(f"| {escaped(label)} | {figure(given[number])} | {measured} | `{digest}` |")
+        found = measured(own, None if own is None else own.value)
+        rows.append(f"| {escaped(label)} | {figure(given[number])} | {found} | `{digest}` |")
     parts = ["## Setup", "\n".join(rows)]
     if lines:
         steer = escaped(", ".join(lines[0].row.steer.tasks))

@@ -22,6 +22,7 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer, Progress
 from fastmerge.errors import OutputError, RecipeError, enough_memory
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
+from fastmerge.evaluation.weights import SCORED
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
@@ -43,6 +44,7 @@ from fastmerge.tree.nodes import Merge
 if TYPE_CHECKING:
     from fastmerge.evaluation.callables import ScoreFunction
     from fastmerge.evaluation.scorers import Scorer
+    from fastmerge.search.lab import Measurement
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "journal.jsonl",
@@ -66,6 +68,7 @@ def run(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
+    on_score: Callable[[Measurement], None] | None = None,
 ) -> Result:
     """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
 
@@ -80,6 +83,7 @@ def run(
     for where, called in (("score", score), ("progress", progress), ("on_step", on_step)):
         a_function(called, where)
     a_function(on_row, "on_row")
+    a_function(on_score, "on_score")
     thread_count(threads)
     seed = None if seed is None else whole_seed(seed)
     template = open_template(schedule)
@@ -99,7 +103,16 @@ def run(
 
     space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
     journal = Journal(out / JOURNAL_FILE)
-    lab = Lab(space, schedule.evaluate, scorer, journal, threads=threads, folder=out)
+    lab = Lab(
+        space,
+        schedule.evaluate,
+        scorer,
+        journal,
+        threads=threads,
+        folder=out,
+        observe=on_score,
+        most=None if scorer is None else _most_measurements(schedule, scorer),
+    )
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
     rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
     written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)
@@ -171,7 +184,7 @@ def describe(
     schedule = _given(source, evaluate, data)
     template = open_template(schedule)
     check_steps(schedule, template)
-    _scorer(schedule, template)
+    scorer = _scorer(schedule, template)
     measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
     families = schedule.compare.methods if schedule.compare else ()
     budget = (schedule.compare and schedule.compare.budget) or max(1, sum(measured))
@@ -200,9 +213,28 @@ def describe(
             "evaluations of the models": len(entries) if schedule.evaluate else 0,
             "families compared": len(families),
             "evaluations of each": budget if families else 0,
+            "measurements in all, at most": (
+                0 if scorer is None else _most_measurements(schedule, scorer)
+            ),
         },
         "notes": list(template.notes),
     }
+
+
+def _most_measurements(schedule: Schedule, scorer: Scorer) -> int:
+    """How many scores a run measures at most: the models, the walk, what it is compared with, and
+    of the rows of the report the hold-out and other masks.
+    """
+    numbers = range(1, len(schedule.steps) + 1)
+    walked = sum(driver.measured(schedule, number) for number in numbers)
+    settings = schedule.compare
+    families = [name for name in settings.methods if name != "best_single"] if settings else []
+    budget = (settings and settings.budget) or max(1, walked)
+    stages = 1 + len(schedule.evaluate.stages if schedule.evaluate else ())
+    rows = 3 + (len(settings.methods) if settings else 0)
+    again = (settings.seeds if settings else 1) - 1
+    reported = rows * (scorer.has("holdout") + again)
+    return 1 + len(schedule.pool) + walked + 1 + len(families) * budget * stages + reported
 
 
 def _scorer(
@@ -229,9 +261,15 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
         "inputs": [model.fingerprint for model in template.models],
     }
     path = out / HEADER_FILE
-    if path.is_file():
-        if not resume:
-            raise OutputError(f"{out}: holds a run already; use --resume, or another folder")
+    if not resume and _holds_no_result(out):
+        # It failed before its first result: who repeats it, mended or not, wants it to run. With
+        # its seed where it is the same run, which may be at work.
+        resume = seed is None and _recorded(path) == header
+    elif path.is_file() and not resume:
+        raise OutputError(f"{out}: holds a run already; use --resume, or another folder")
+    elif out.exists() and any(out.iterdir()) and not path.is_file():
+        raise OutputError(f"{out}: is not empty; give a new folder")
+    if path.is_file() and resume:
         try:
             found = json.loads(path.read_text())
             recorded = int(found.pop("seed"))
@@ -246,13 +284,28 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
         if seed is not None and seed != recorded:
             raise OutputError(f"{out}: was begun with seed {recorded}, not {seed}")
         return recorded
-    if out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out}: is not empty; give a new folder")
     if seed is None:
         seed = schedule.seed if schedule.seed is not None else driver.draw_seed()
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
     return seed
+
+
+def _holds_no_result(out: Path) -> bool:
+    """Whether the folder holds the beginning of a run and nothing that one has measured."""
+    if not (out / HEADER_FILE).is_file():
+        return False
+    journal = out / JOURNAL_FILE
+    known = {HEADER_FILE, GRAM_FILE, JOURNAL_FILE, SCORED}
+    return {entry.name for entry in out.iterdir()} <= known and not Journal(journal).holds("score:")
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """A run's header without its seed; None where it is damaged."""
+    try:
+        return {key: value for key, value in json.loads(path.read_text()).items() if key != "seed"}
+    except (ValueError, AttributeError):
+        return None
 
 
 def _write_model(

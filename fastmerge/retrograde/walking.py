@@ -77,6 +77,7 @@ def _walk(
     }
     evaluates = lab is not None and lab.scorer is not None
     for i in range(len(schedule.pool) + 1) if evaluates else ():
+        _say(lab, schedule.labels[i])
         models[i] = yield Model(i), None
     accuracies = {**given, **{i: scores.value for i, scores in models.items()}}
     states: list[Expr] = [Model(0)]
@@ -102,12 +103,18 @@ def _walk(
         states.append(make(schedule, move, states))
         score = None
         if evaluates and driver.measured(schedule, move.number):
+            _say(lab, f"step {move.number}")
             score = yield states[-1], None
         scores.append(score)
         geometry.append(geometry_of(space, lab, states[-1]))
         state = driver.judge(schedule, state, move, None if score is None else score.value)
         if on_step is not None:
             on_step(so_far())
+
+
+def _say(lab: Lab | None, stage: str) -> None:
+    if lab is not None:
+        lab.stage = stage
 
 
 def geometry_of(space: Space, lab: Lab | None, state: Expr) -> Geometry | None:

@@ -8,8 +8,10 @@ from fastmerge.output.card import escaped
 from fastmerge.recipe.settings import Setting
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.schedule import Step
+from fastmerge.search.expressions import Model
 
 if TYPE_CHECKING:
+    from fastmerge.evaluation.scores import Scores
     from fastmerge.retrograde.walking import Trajectory
 
 
@@ -66,16 +68,52 @@ def lineage_section(trajectory: Trajectory) -> str:
     return "\n".join(["\n## Lineage\n", *step_table(trajectory, geometry=False)]) + "\n"
 
 
-def figure(value: float | None, digits: int = 2) -> str:
-    """A number for a table; "-" for None and NaN."""
-    return "-" if value is None or value != value else f"{value:.{digits}f}"
+def figure(value: float | None, digits: int = 2, sign: str = "") -> str:
+    """A number for a table, with its sign for ``sign`` "+"; "-" for None and NaN. No zero has a
+    minus.
+    """
+    if value is None or value != value:
+        return "-"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def measured(scores: Scores | None, value: float | None) -> str:
+    """A score for a table: the perplexity where it steers, else percent."""
+    return figure(value if scores is None or scores.perplexity is None else scores.perplexity)
+
+
+def score_title(trajectory: Trajectory) -> str:
+    """What `measured` gives, as the title of a column."""
+    return "score, %" if perplexity_of_run(trajectory) is None else "perplexity"
+
+
+def perplexity_of_run(trajectory: Trajectory) -> float | None:
+    """The baseline's perplexity where one steers; None elsewhere."""
+    first = trajectory.models.get(0)
+    return None if first is None else first.perplexity
+
+
+def is_copy(trajectory: Trajectory) -> bool:
+    """Whether the final model is the baseline itself."""
+    place = trajectory.geometry[trajectory.final]
+    same = place is not None and place.norm == 0.0
+    return same or trajectory.states[trajectory.final] == Model(0)
+
+
+def copy_text(trajectory: Trajectory) -> str:
+    """The plain words for a walk that came to nothing; "" for one that did not."""
+    if not is_copy(trajectory):
+        return ""
+    label = trajectory.schedule.labels[0]
+    why = "Nothing beat the baseline" if trajectory.models else "The walk ended where it began"
+    return f"{why}: the model written is a copy of {label}."
 
 
 def step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
     """Every step as a row of a Markdown table; with how far its candidate lies, if ``geometry``."""
-    titles = ["step", "kind", "from", "with", "method", "score, %", "verdict"]
+    titles = ["step", "kind", "from", "with", "method", score_title(trajectory), "verdict"]
     label, score = trajectory.schedule.labels[0], trajectory.state.baseline_score
-    rows = [["0", "baseline", "", label, "", figure(score), ""]]
+    rows = [["0", "baseline", "", label, "", measured(trajectory.scores[0], score), ""]]
     for record in trajectory.state.records:
         move = record.move
         rows.append(
@@ -85,14 +123,14 @@ def step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
                 str(move.origin),
                 f"{other_label(trajectory, record)} ({move.why})",
                 step_text(move.step),
-                figure(record.score),
+                measured(trajectory.scores[move.number], record.score),
                 verdict(record),
             ]
         )
     if geometry:
         titles += ["angle", "distance"]
         for row, place in zip(rows, trajectory.geometry, strict=True):
-            row.append("-" if place is None else f"{place.angle:.3f}°")
-            row.append("-" if place is None else f"{100 * place.relative_norm:.2f} %")
+            row.append("-" if place is None else f"{figure(place.angle, 3)}°")
+            row.append("-" if place is None else f"{figure(100 * place.relative_norm)} %")
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     return lines + [f"| {' | '.join(map(escaped, row))} |" for row in rows]

@@ -7,7 +7,7 @@ score is the family's entry. Hold-out items are looked at once, by the entries o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, cast
@@ -43,11 +43,25 @@ class Pool:
     models: tuple[int, ...]  # the baseline and the pool
     base: int  # base_model, else the baseline
     partners: tuple[int, ...]  # the pool models the walk used, else the whole pool
+    labels: tuple[str, ...] = ()  # the models' names, by number
 
     @property
     def tuned(self) -> tuple[int, ...]:
         """The models that have a delta to the base."""
         return tuple(i for i in self.models if i != self.base)
+
+    def name(self, number: int) -> str:
+        """What a model is called in the descriptions of candidates."""
+        return self.labels[number] if self.labels else f"model {number}"
+
+    def names(self, numbers: Sequence[int]) -> str:
+        """The models' names in a row."""
+        return ", ".join(map(self.name, numbers))
+
+    def weighted(self, numbers: Sequence[int], weights: Iterable[float]) -> str:
+        """The models with their weights: 'blur 0.300, dolphin 0.700'."""
+        pairs = zip(numbers, weights, strict=True)
+        return ", ".join(f"{self.name(i)} {round(weight, 3) + 0.0:.3f}" for i, weight in pairs)
 
 
 def candidates(
@@ -60,18 +74,19 @@ def candidates(
     rng = np.random.default_rng([seed, BASELINES.index(name)])
     if name == "best_single":
         best = max(pool.models, key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
-        yield Model(best), "the best model as it is"
+        yield Model(best), f"{pool.name(best)} as it is"
     elif name == "model_stock":
         yield from _stocks(pool, budget)
     elif name == "line_search":
         middle = average(
             [Model(i) for i in pool.partners], [1.0 / len(pool.partners)] * len(pool.partners)
         )
+        mean_of = "the mean of " if len(pool.partners) > 1 else ""
         for number in range(1, budget + 1):
             t = number / (budget + 1)
             yield (
                 average([Model(0), middle], [1.0 - t, t]),
-                f"t = {t:.4g} toward the partners' mean",
+                f"t = {t:.4g} toward {mean_of}{pool.names(pool.partners)}",
             )
     elif name in _DRAWN:
         for _ in range(budget):
@@ -80,21 +95,22 @@ def candidates(
 
 def _draw_linear(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
     weights = rng.dirichlet(np.ones(len(pool.models)))
-    return average([Model(i) for i in pool.models], list(weights)), f"weights {_round(weights)}"
+    state = average([Model(i) for i in pool.models], list(weights))
+    return state, pool.weighted(pool.models, weights)
 
 
 def _draw_slerp(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
     a, b = (int(i) for i in rng.choice(pool.models, 2, replace=False))
     t = float(rng.random())
     state = blend("slerp", [Model(a), Model(b)], parameters={"t": constant(t)})
-    return state, f"models {a} and {b}, t = {t:.3f}"
+    return state, f"{pool.name(a)} to {pool.name(b)}, t = {t:.3f}"
 
 
 def _draw_task_arithmetic(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
     weights = rng.uniform(0.0, 1.2, len(pool.tuned))
     operands = [Model(pool.base), *(Model(i) for i in pool.tuned)]
     state = average(operands, [1.0 - float(weights.sum()), *weights])
-    return state, f"weights {_round(weights)}"
+    return state, pool.weighted(pool.tuned, weights)
 
 
 def _draw_ties(pool: Pool, rng: np.random.Generator) -> tuple[Expr, str]:
@@ -122,7 +138,8 @@ def _draw_consensus(
         parameters={"density": constant(density), "lambda": constant(factor)},
         seed=int(rng.integers(2**31)),
     )
-    return state, f"weights {_round(weights)}, density {density:.3f}, lambda {factor:.3f}"
+    how = pool.weighted(pool.tuned, weights)
+    return state, f"{how}; density {density:.3f}, lambda {factor:.3f}"
 
 
 def _stocks(pool: Pool, budget: int) -> Iterator[tuple[Expr, str]]:
@@ -134,7 +151,7 @@ def _stocks(pool: Pool, budget: int) -> Iterator[tuple[Expr, str]]:
     ]
     for subset in subsets[:budget]:
         state = blend("model_stock", [Model(i) for i in subset], base=Model(pool.base))
-        yield state, f"models {', '.join(map(str, subset))}"
+        yield state, pool.names(subset)
 
 
 _DRAWN: dict[str, Callable[[Pool, np.random.Generator], tuple[Expr, str]]] = {
@@ -199,11 +216,7 @@ def _greedy_soup(pool: Pool, scores: Sequence[float], budget: int) -> Script[Con
         if found.value > best.value:
             members, chosen, best = trial, candidate, found
     tried = len(others[:budget])
-    return Contender("greedy_soup", chosen, best, tried, f"models {', '.join(map(str, members))}")
-
-
-def _round(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
+    return Contender("greedy_soup", chosen, best, tried, pool.names(members))
 
 
 BASELINES = (

@@ -38,6 +38,8 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    # Numbers as they are: "+7.21e1" above an axis is read by nobody.
+    axes.ticklabel_format(style="plain", useOffset=False)
     return figure, axes
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,17 @@ from fastmerge.search.geometry import Geometry
 from fastmerge.search.space import Space
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement of a run, told before it begins and, with ``seconds``, when it is over."""
+
+    what: str
+    split: str
+    number: int  # of those made by this lab, from 1: what the journal knew is not measured
+    most: int | None  # how many the run will make at most
+    seconds: float | None = None
+
+
 class Lab:
     """Measures states: makes their weights, loads them into one model, scores it, remembers."""
 
@@ -35,8 +49,16 @@ class Lab:
         *,
         threads: int | None = None,
         folder: Path | None = None,
+        observe: Callable[[Measurement], None] | None = None,
+        most: int | None = None,
     ) -> None:
-        """``folder``: where a scorer's model folder is made; None is the system's temporary one."""
+        """``folder``: where a scorer's model folder is made; None is the system's temporary one.
+        ``observe`` is told of every measurement, of which there will be ``most`` at most.
+        """
+        self._most = most
+        self.stage = ""  # what is being measured, in words; who asks for scores says it
+        self._observe = observe
+        self._measured = 0
         self.space = space
         self.scorer = scorer
         self._journal = journal
@@ -52,10 +74,22 @@ class Lab:
         key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
         known = self._journal.get(f"score:{key}")
         if known is None:
-            with self.weights(state) as weights:
-                known = self.scorer.score(weights, split, limit).as_json()
+            known = self._measure(state, split, limit).as_json()
             self._journal.put(f"score:{key}", known)
         return Scores.from_json(known)  # also when new: a resumed run must see the same digits
+
+    def _measure(self, state: Expr, split: str, limit: int | None) -> Scores:
+        assert self.scorer is not None
+        self._measured += 1
+        told = Measurement(self.stage, split, self._measured, self._most)
+        if self._observe is not None:
+            self._observe(told)
+        begun = time.perf_counter()
+        with self.weights(state) as weights:
+            scores = self.scorer.score(weights, split, limit)
+        if self._observe is not None:
+            self._observe(replace(told, seconds=time.perf_counter() - begun))
+        return scores
 
     def weights(self, state: Expr) -> Merged:
         """The weights of ``state``, for a scorer; a context, at whose end its folder is gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import api
+from fastmerge.arguments import one_of
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
 from fastmerge.engine.report import Progress
@@ -22,12 +24,13 @@ from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import Scorer, make_scorer
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
-from fastmerge.evaluation.weights import Merged
+from fastmerge.evaluation.weights import SCORED, Merged
 from fastmerge.llama import beside
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import is_tokenizer
+from fastmerge.output.place import check_space
 from fastmerge.plan.plan import Plan
 from fastmerge.plan.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
@@ -36,13 +39,14 @@ from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 from fastmerge.tree.rewrite import rewrite
 from fastmerge.tree.unread import without_unread
 
-FILE = "sweep.json"
+FILE, BEST = "sweep.json", "best"
+WRITTEN = ("all", "best", "none")  # which of a sweep's models become folders
 MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of t: its scores, or the folder it was written to."""
+    """One value of t: its scores, the folder it was written to, or both."""
 
     t: float
     scores: Scores | None
@@ -70,6 +74,22 @@ def parse_range(text: str) -> list[float]:
             f"--t: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
             "nor a list, as in 0.2,0.5"
         ) from None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a sweep is going to do."""
+
+    scored: int  # values of t to score
+    written: int  # models to write
+    nbytes: int  # of all of them
+
+
+def best_of(points: Sequence[Point]) -> Point | None:
+    """The point with the highest score, the smallest t of equals; None where none has a number."""
+    scored = [point for point in points if point.scores is not None]
+    known = [point for point in scored if point.scores and not math.isnan(point.scores.value)]
+    return max(known, key=lambda p: (p.scores.value if p.scores else 0.0, -p.t), default=None)
 
 
 class Sweep:
@@ -155,23 +175,34 @@ def sweep(
     *,
     evaluate: Any = None,
     data: str | Path | None = None,
+    write: str | None = None,
     resume: bool = False,
     threads: int | None = None,
     score: ScoreFunction | None = None,
     progress: Progress | None = None,
+    on_start: Callable[[Outlook], None] | None = None,
     on_point: Callable[[Point], None] | None = None,
 ) -> list[Point]:
-    """Scores ``recipe`` at each t into out/sweep.json and sweep.png, or, without ``evaluate``,
-    writes the models.
+    """Scores ``recipe`` at each t into out/sweep.json and sweep.png and writes the best model, or,
+    without ``evaluate``, writes every model.
 
-    ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict.
+    ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict;
+    ``data`` stands in for its own. ``write``: 'all', 'best' or 'none' of the models instead.
+    Raises FastmergeError, before a weight is read, where the disk has no room for all of them.
     ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
     """
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
     with ExitStack() as kept:
         scoring = _scoring(plan, evaluate, data, score, kept)
-        return _swept(plan, out, values, scoring, resume, threads, progress, on_point)
+        if write is not None:
+            one_of(write, WRITTEN, "write")
+        if scoring is None and write not in (None, "all"):
+            raise FastmergeError(f"write: '{write}' needs scores: give 'evaluate'")
+        write = write or ("all" if scoring is None else "best")
+        return _swept(
+            plan, out, values, scoring, write, resume, threads, progress, on_start, on_point
+        )
 
 
 def _scoring(
@@ -203,44 +234,74 @@ def _swept(
     out: Path,
     values: Sequence[float],
     scoring: tuple[Scorer, Evaluate] | None,
+    write: str,
     resume: bool,
     threads: int | None,
     progress: Progress | None,
+    on_start: Callable[[Outlook], None] | None,
     on_point: Callable[[Point], None] | None,
 ) -> list[Point]:
     scorer, settings = scoring or (None, None)
     key = digest([plan.key, None if scorer is None else scorer.key])
     known = _known(out, key, resume)
+    outlook = _outlook(plan, values, known, write, scored=scorer is not None)
+    check_space(_existing(out), outlook.nbytes)
+    if on_start is not None:
+        on_start(outlook)
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
     loaded = None if settings is None else Loaded(settings, threads)
     points = []
     for t in values:
-        if t in known:
-            point = known[t]
-        elif loaded is not None and scorer is not None:
+        point = known.get(t, Point(t, None, None))
+        if point.scores is None and loaded is not None and scorer is not None:
             with Merged(swept.plan(t), loaded.load, near=out, threads=threads) as weights:
-                point = Point(t, scorer.score(weights, "steer"), None)
-        else:
-            here, folder = swept.plan(t), out / f"t={repr(t).removesuffix('.0')}"
-            files = api.model_files(here, folder.name)
-            # A kill between the folder's last rename and sweep.json leaves it whole, not noted.
-            merge_plan(here, folder, threads=threads, overwrite=resume, side_files=files)
-            point = Point(t, None, folder)
+                point = replace(point, scores=scorer.score(weights, "steer"))
+        if point.out is None and write == "all":
+            folder = out / f"t={repr(t).removesuffix('.0')}"
+            _write(swept.plan(t), folder, threads, overwrite=resume)
+            point = replace(point, out=folder)
         points.append(point)
         known[t] = point  # with those of an earlier, finer sweep that are still to come
         _save(out, key, known)
         if on_point is not None:
             on_point(point)
+    best = best_of(points)
+    if write == "best" and best is not None:
+        _write(swept.plan(best.t), out / BEST, threads, overwrite=True)
+        _save(out, key, known, best.t)
     if scorer is not None:
         pairs = [(point.t, point.scores.value) for point in points if point.scores is not None]
         write_atomically(out / "sweep.png", sweep_png(pairs))
     return points
 
 
-def _save(out: Path, key: str, known: Mapping[float, Point]) -> None:
-    table = {"key": key, "points": [_json(known[t]) for t in sorted(known)]}
+def _outlook(
+    plan: Plan, values: Sequence[float], known: Mapping[float, Point], write: str, *, scored: bool
+) -> Outlook:
+    points = [known.get(t, Point(t, None, None)) for t in values]
+    missing = sum(point.out is None for point in points)
+    written = {"all": missing, "best": 1, "none": 0}[write]
+    measured = sum(point.scores is None for point in points) if scored else 0
+    return Outlook(measured, written, written * plan.bytes_out)
+
+
+def _existing(out: Path) -> Path:
+    """The folder itself or the nearest above it that exists."""
+    return next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+
+
+def _write(plan: Plan, folder: Path, threads: int | None, *, overwrite: bool) -> None:
+    files = api.model_files(plan, folder.name)
+    # A kill between the folder's last rename and sweep.json leaves it whole, not noted.
+    merge_plan(plan, folder, threads=threads, overwrite=overwrite, side_files=files)
+
+
+def _save(out: Path, key: str, known: Mapping[float, Point], best: float | None = None) -> None:
+    table: dict[str, Any] = {"key": key, "points": [_json(known[t]) for t in sorted(known)]}
+    if best is not None:
+        table["best"] = {"t": best, "model": BEST}
     write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
 
 
@@ -248,29 +309,42 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
     if not out.exists() or not any(out.iterdir()):
         return {}
-    if not resume:
-        raise OutputError(f"{out}: is not empty; give a new folder, or --resume a sweep")
-    if not (out / FILE).is_file():
+    begun = (out / FILE).is_file()
+    if not begun and resume:
         raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
-    try:
-        table = json.loads((out / FILE).read_text())
-        points = {entry["t"]: _point(entry, out) for entry in table["points"]}
-    except (ValueError, KeyError, TypeError):
-        raise OutputError(f"{out / FILE}: is damaged; use another folder") from None
-    if table["key"] != key:
+    table = _table(out / FILE, out) if begun else None
+    if table is not None and not table[1] and {p.name for p in out.iterdir()} <= {FILE, SCORED}:
+        return {}  # it failed before its first result: nothing stands in the way of the same again
+    if table is None or not resume:
+        raise OutputError(f"{out}: is not empty; give a new folder, or --resume a sweep")
+    if table[0] != key:
         raise OutputError(
             f"{out}: was begun with another recipe, other models or another evaluation"
         )
-    return {t: point for t, point in points.items() if point.out is None or point.out.is_dir()}
+    return table[1]
+
+
+def _table(file: Path, out: Path) -> tuple[str, dict[float, Point]]:
+    """A sweep's key and its points, without the folders that are gone."""
+    try:
+        table = json.loads(file.read_text())
+        points = {entry["t"]: _point(entry, out) for entry in table["points"]}
+        key = table["key"]
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{file}: is damaged; use another folder") from None
+    gone = {t: replace(p, out=None) for t, p in points.items() if p.out and not p.out.is_dir()}
+    return key, {t: p for t, p in {**points, **gone}.items() if p.scores or p.out}
 
 
 def _json(point: Point) -> dict[str, Any]:
-    if point.scores is None:
-        return {"t": point.t, "model": None if point.out is None else point.out.name}
-    return {"t": point.t, "score": none(point.scores.value), "tasks": point.scores.as_json()}
+    found: dict[str, Any] = {"t": point.t}
+    if point.scores is not None:
+        found |= {"score": none(point.scores.value), "tasks": point.scores.as_json()}
+    if point.out is not None:
+        found["model"] = point.out.name
+    return found
 
 
 def _point(entry: Mapping[str, Any], out: Path) -> Point:
-    if "model" in entry:
-        return Point(entry["t"], None, out / entry["model"])
-    return Point(entry["t"], Scores.from_json(entry["tasks"]), None)
+    scores = Scores.from_json(entry["tasks"]) if "tasks" in entry else None
+    return Point(entry["t"], scores, out / entry["model"] if "model" in entry else None)
