@@ -1,9 +1,10 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
-``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``verify``
-says what of a written folder has changed; ``ops`` merges tensors in memory; ``adapters`` has LoRAs;
-``llama`` loads results through transformers; ``retrograde`` runs schedules; ``api`` has plans,
-``live`` what is kept for live models. Submodules load when first used.
+``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``average``
+averages checkpoints; ``verify`` says what of a written folder has changed; ``ops`` merges tensors
+in memory; ``adapters`` has LoRAs; ``llama`` loads results through transformers; ``retrograde`` runs
+schedules; ``api`` has plans, ``live`` what is kept for live models. Submodules load when first
+used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
     from fastmerge.adapters import extract_lora, merge_adapters
     from fastmerge.api import fold, materialise, merge, verify
+    from fastmerge.averages import average
     from fastmerge.engine.report import MergeReport
     from fastmerge.engine.verify import Verification
     from fastmerge.errors import (
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "adapters",
     "api",
+    "average",
     "extract_lora",
     "fold",
     "live",
@@ -57,6 +60,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "average": "fastmerge.averages",
     "extract_lora": "fastmerge.adapters",
     "fold": "fastmerge.api",
     "merge_adapters": "fastmerge.adapters",

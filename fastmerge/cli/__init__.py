@@ -1,6 +1,6 @@
-"""The command line: ``fastmerge merge | plan | verify | fold | moe | extract-lora | info | diff |
-methods | retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe |
-mergekit-extract-lora``.
+"""The command line: ``fastmerge merge | plan | verify | average | fold | moe | extract-lora | info
+| diff | methods | retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi |
+mergekit-moe | mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A
@@ -23,8 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, verify, fold, moe, loras, models, methods  # noqa: F401, I001
-    from fastmerge.cli import retrograde, mergekit, mergekit_moe, mergekit_loras  # noqa: F401
+    from fastmerge.cli import merge, verify, average, fold, moe, loras  # noqa: F401, I001
+    from fastmerge.cli import models, methods, retrograde  # noqa: F401
+    from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
     from fastmerge.cli.app import run
     from fastmerge.cli.streams import prepare
 

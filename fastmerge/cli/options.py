@@ -2,7 +2,8 @@
 
 ``name: Annotated[type, Option(...)] = default`` is ``--name``, required without a default, a bool a
 switch, an Enum a choice; ``Argument(...)`` goes by its place, and may be left out where it has a
-default; ``**rest: Annotated[Any, T]`` has the annotations of the class ``T`` as options. Only the
+default; one of a list's type takes one word or more; ``**rest: Annotated[Any, T]`` has the
+annotations of the class ``T`` as options. Only the
 parser of the command that runs is made. typer, which reads such signatures too, takes as long to
 start as a small merge: from 0.29 on it imports pydantic for every command.
 """
@@ -13,7 +14,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastmerge.errors import shortened
 
@@ -85,6 +86,12 @@ def parse(
 def _add(
     parser: argparse.ArgumentParser, name: str, kind: Any, form: Argument | Option, default: Any
 ) -> None:
+    if isinstance(form, Argument) and get_origin(kind) is list:
+        (kind,) = get_args(kind)
+        parser.add_argument(
+            name, type=kind, metavar=form.metavar or name.upper(), help=form.help, nargs="+"
+        )
+        return
     (kind,) = [part for part in get_args(kind) if part is not type(None)] or [kind]
     shown = default.value if isinstance(default, Enum) else default
     about = form.help.replace("%", "%%")

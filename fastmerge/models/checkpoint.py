@@ -13,7 +13,7 @@ from typing import Any
 
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ModelError, nearest
-from fastmerge.models.folder import INDEX, check_index, find_files
+from fastmerge.models.folder import INDEX, check_index, find_distributed, find_files
 from fastmerge.models.header import (
     FileTensor,
     Header,
@@ -26,6 +26,7 @@ from fastmerge.models.header import (
     unreadable,
 )
 from fastmerge.models.links import Home
+from fastmerge.models.model import Model
 from fastmerge.models.side_files import SideFiles, side_files
 from fastmerge.once import cached_property
 
@@ -217,6 +218,18 @@ class Checkpoint:
                     raise _changed(path)
                 self._mappings[index] = mapping
             return self._mappings[index]
+
+
+def open_model(path: Path) -> Model:
+    """The model at ``path``: a `Checkpoint`, or a `Distributed` where PyTorch's distributed
+    checkpoint lies there. Raises FastmergeError.
+    """
+    folder = find_distributed(path)
+    if folder is None:
+        return Checkpoint.open(path)
+    from fastmerge.models.distributed import Distributed
+
+    return Distributed(path, folder)
 
 
 def _changed(path: Path) -> FastmergeError:

@@ -11,9 +11,11 @@ from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import Header, read_object, show
 from fastmerge.models.links import Home
+from fastmerge.models.names import is_of_optimizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DISTRIBUTED_INDEX = ".metadata"  # of PyTorch's distributed checkpoints
 
 
 # --- finding the files ---
@@ -74,6 +76,20 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     within = sorted(file.parent for at in inner for file in at.glob(f"*/{SINGLE[:5]}*.safetensors"))
     hint = f"; the model is in {within[0]}: give that" if within else ""
     raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
+
+
+def find_distributed(path: Path) -> Path | None:
+    """The folder of a PyTorch distributed checkpoint: ``path``, or, as accelerate writes it, the
+    one folder in it with an index that is not the optimizer's. None where there is none, or where
+    safetensors lie beside it.
+    """
+    if not path.is_dir() or (path / SINGLE).exists() or (path / INDEX).exists():
+        return None
+    if (path / DISTRIBUTED_INDEX).is_file():
+        return path
+    within = sorted(file.parent for file in path.glob(f"*/{DISTRIBUTED_INDEX}"))
+    weights = [folder for folder in within if not is_of_optimizer(folder.name)]
+    return weights[0] if len(weights) == 1 else None
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

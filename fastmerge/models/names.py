@@ -15,6 +15,9 @@ WRITERS = {
     "base_model.model.": "peft's wrapper",
 }
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
+# What training loops and torch's optimizers call what they keep beside the weights.
+_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?)?(_\d+)?")
+_MOMENTS = (".exp_avg", ".exp_avg_sq", ".max_exp_avg_sq", ".momentum_buffer")
 _MOST_TRIED = 8  # pairs of names that could be the same tensor, for each way to cut one
 
 
@@ -29,6 +32,13 @@ def common_prefix(names: Collection[str]) -> str:
             break
         same = i + 1 if letter == "." else same
     return first[:same]
+
+
+def is_of_optimizer(name: str) -> bool:
+    """Whether a tensor so named, or a folder, is an optimizer's state and no model's."""
+    if name.startswith("optim"):
+        return _OPTIMIZER.fullmatch(name.partition(".")[0]) is not None
+    return name.endswith(_MOMENTS) or (name.startswith("state.") and name.endswith(".step"))
 
 
 def layer_stacks(names: Collection[str]) -> list[str]:

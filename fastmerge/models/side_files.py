@@ -68,7 +68,7 @@ SIDE_PATTERNS = (
 
 WEIGHT_SUFFIXES = (
     "safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx",
-    "onnx_data", "npz", "tflite", "pkl", "pickle", "mlmodel", "ot",
+    "onnx_data", "npz", "tflite", "pkl", "pickle", "mlmodel", "ot", "distcp",
 )  # fmt: skip
 # An adapter's config without its weights sends loaders in search of them.
 _WEIGHTS = re.compile(
@@ -78,7 +78,7 @@ _WEIGHTS = re.compile(
 OTHER_FORMATS = ("original", "onnx", "openvino", "coreml", "metal", "mlx")
 _SILENT = re.compile(
     r"__pycache__|.+\.pyc|\.git.*|\.hg|\.svn|\.cache|\.huggingface|\.locks|\.ipynb_checkpoints"
-    r"|\.DS_Store|\..+\.fastmerge-\w+"
+    r"|\.DS_Store|\.metadata|\..+\.fastmerge-\w+"
 )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import FastmergeError, UnsupportedError, brief
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.checkpoint import open_model
 from fastmerge.models.memory import check_torch, dtype_of, is_torch, view_of
 from fastmerge.models.model import Model, TensorInfo, stored_bytes
 from fastmerge.once import cached_property
@@ -88,7 +88,7 @@ def as_model(source: Any, label: str) -> Model:
     Raises FastmergeError for anything else.
     """
     if isinstance(source, (str, os.PathLike)):
-        return Checkpoint.open(Path(source))
+        return open_model(Path(source))
     if isinstance(source, Mapping):
         return StateDict(label, source, {})
     if callable(getattr(source, "state_dict", None)):

@@ -9,8 +9,9 @@ from fastmerge.errors import FastmergeError, ModelError, RecipeError
 from fastmerge.models import hub
 from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import COMPUTED
-from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.checkpoint import open_model
 from fastmerge.models.model import Model, same_bytes, same_numbers
+from fastmerge.models.names import is_of_optimizer
 from fastmerge.models.side_files import side_files
 from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
 from fastmerge.plan.adapted import adapted
@@ -68,7 +69,7 @@ class Opened:
         if pair is not None:
             return self._adapted(reference, *pair, where)
         path = self._find(reference, where)
-        return self._numbered(path.resolve(), reference, lambda: Checkpoint.open(path))
+        return self._numbered(path.resolve(), reference, lambda: open_model(path))
 
     def _split(self, reference: str, where: str) -> tuple[str, str] | None:
         """The model and the adapter that ``model+adapter`` names; None for a model alone."""
@@ -138,14 +139,20 @@ class Opened:
         index = len(self.models)
         self.models.append(model)
         self.references.append(reference)
+        others = {name for name in model.tensors if is_of_optimizer(name)}
         tensors = {
             name: TensorPlan(
                 name, info.shape, info.dtype, Stored(index, name, info.shape, info.dtype)
             )
             for name, info in model.tensors.items()
-            if not name.endswith(COMPUTED)
+            if not name.endswith(COMPUTED) and name not in others
         }
-        if len(tensors) < len(model.tensors):
+        if others:
+            self.notes.append(
+                f"'{reference}': {len(others)} tensors are an optimizer's by their names, and are "
+                "left out"
+            )
+        if len(tensors) + len(others) < len(model.tensors):
             self.notes.append(f"{COMPUTED[1:]} is not written: transformers computes it")
         view = View(reference, dict(model.config), tensors, model)
         self.views.append(view)

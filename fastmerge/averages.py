@@ -1,0 +1,129 @@
+"""Averages of any number of checkpoints: a linear merge with a weight each, in one pass.
+
+Sums are fp32 in the order of the models (fused multiply-adds, divided once), the result is rounded
+once: against the exact average the error is below n 2^-24 of the mean magnitude for n models, a
+thousandth of bfloat16's own rounding for 64. There is no limit on n.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmerge import api
+from fastmerge.arguments import a_list, a_path, a_text
+from fastmerge.engine.report import MergeReport
+from fastmerge.errors import FastmergeError, brief, enough_memory, is_whole
+from fastmerge.models.series import check_order, ema_weights, find_series
+
+Models = str | Path | Sequence[str | Path]
+
+
+@enough_memory("average")
+def average(
+    models: Models,
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    last: int | None = None,
+    ema: float | None = None,
+    pattern: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Writes the average of ``models`` to the new folder ``out``: sum w_i x_i / sum w_i, in fp32
+    and rounded once.
+
+    models: folders, .safetensors files, PyTorch distributed checkpoints (``.distcp``) or Hub ids;
+    with ``pattern``, folders of such, of which those whose names fit take part, in natural order
+    (``checkpoint-*``). last: only the last so many. weights: one each, default 1. ema: a decay d
+    between 0 and 1 instead, m_i = d m_{i-1} + (1 - d) x_i from m_0 = x_0 on. dtype: of the output,
+    default the models' own. options: those of `merge`, which it is, of the recipe that
+    `average_recipe` makes. Config and tokenizer are the first model's. Raises FastmergeError.
+    """
+    recipe = average_recipe(
+        models, weights=weights, last=last, ema=ema, pattern=pattern, dtype=dtype
+    )
+    return api.merge(recipe, out, **options)
+
+
+def average_recipe(
+    models: Models,
+    *,
+    weights: Sequence[float] | None = None,
+    last: int | None = None,
+    ema: float | None = None,
+    pattern: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The recipe of `average`, whose arguments it takes; reads no more than names of files."""
+    chosen = _chosen(models, pattern)
+    if pattern is None and (last is not None or ema is not None):
+        check_order(chosen)
+    if last is not None:
+        if not is_whole(last) or last < 1:
+            raise FastmergeError(f"last: {brief(last)} is not a number of models of 1 or more")
+        if last > len(chosen):
+            raise FastmergeError(f"last: {last} of {len(chosen)} models; give fewer")
+        chosen = chosen[-int(last) :]
+    _check_once(chosen)
+    each = _weights(weights, ema, len(chosen))
+    recipe: dict[str, Any] = {
+        "merge_method": "linear",
+        "models": [
+            {"model": name, "parameters": {"weight": weight}}
+            for name, weight in zip(chosen, each, strict=True)
+        ],
+        "parameters": {"normalize": True},
+    }
+    if dtype is not None:
+        recipe["dtype"] = a_text(dtype, "dtype")
+    return recipe
+
+
+def _chosen(models: Models, pattern: str | None) -> list[str]:
+    given = [models] if isinstance(models, (str, os.PathLike)) else a_list(models, "models")
+    names = [str(a_path(name, f"models[{at}]")) for at, name in enumerate(given)]
+    if pattern is not None:
+        text = a_text(pattern, "pattern")
+        names = [str(found) for name in names for found in find_series(Path(name), text)]
+    if not names:
+        raise FastmergeError("models: none; give one or more")
+    return names
+
+
+def _check_once(names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        place = os.path.realpath(name)
+        if place in seen and os.path.exists(place):
+            raise FastmergeError(f"{name}: is there twice; keep one, and give it a larger weight")
+        seen[place] = name
+
+
+def _weights(weights: Sequence[float] | None, ema: float | None, count: int) -> list[float]:
+    if ema is not None:
+        if weights is not None:
+            raise FastmergeError("ema and weights: both say how the models count; give one")
+        if not _is_number(ema) or not 0 < ema < 1:
+            raise FastmergeError(f"ema: {brief(ema)} is not a decay between 0 and 1")
+        return ema_weights(float(ema), count)
+    if weights is None:
+        return [1.0] * count
+    given = a_list(weights, "weights")
+    for value in given:
+        if not _is_number(value) or not math.isfinite(value):
+            raise FastmergeError(f"weights: {brief(value)} is not a finite number")
+    if len(given) != count:
+        raise FastmergeError(f"weights: {len(given)} for {count} models; give one each")
+    return [float(value) for value in given]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, (bool, str, bytes)) and float(value) == float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
