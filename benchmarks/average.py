@@ -74,7 +74,11 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "models": options.models,
         "bytes": sum(map(bytes_of, models)) + bytes_of(models[0]),
-        "seconds": {n: statistics.median(r.seconds for r in done) for n, done in runs.items() if done},
+        "seconds": {
+            name: statistics.median(run.seconds for run in done)
+            for name, done in runs.items()
+            if done
+        },
         "cpu_seconds": statistics.median(run.cpu_seconds for run in runs["fastmerge"]),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs["fastmerge"]),
         "times_floor": statistics.median(ratios),
