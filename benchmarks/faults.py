@@ -1,6 +1,6 @@
 """Fails every call of a merge that can fail, one at a time, and looks at what is left.
 
-    python benchmarks/faults.py                      every point, every way: minutes
+    python benchmarks/faults.py                      every point, every way: an hour
     python benchmarks/faults.py --sample 12          some of each, as the tests do
     python benchmarks/faults.py --only merge --ways kill
 
@@ -444,6 +444,12 @@ def inside(words: argparse.Namespace) -> int:
         print(f"{count:6}  {name}: {way}: {error}")
     seconds = time.monotonic() - begun
     print(f"{sum(counts.values())} faults in {seconds:.0f} s, {broken} broken")
+    if words.save:
+        from record import record
+
+        rows = [(*key, count) for key, count in sorted(counts.items())]
+        about = {"faults": sum(counts.values()), "broken": broken, "seconds": round(seconds)}
+        record("faults", "Faults", "| what runs | fault | ends with | faults |", rows, about)
     return broken > 0
 
 
@@ -454,6 +460,7 @@ def main() -> int:
     parser.add_argument("--interrupts", type=int, default=40, help="at random moments, of each")
     parser.add_argument("--only", action="append", help="a scenario")
     parser.add_argument("--ways", action="append", choices=WAYS)
+    parser.add_argument("--save", action="store_true", help="the figures to results/faults")
     parser.add_argument("--go-on", action="store_true", help="past what is broken")
     parser.add_argument("--verbose", action="store_true")
     words = parser.parse_args()

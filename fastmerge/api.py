@@ -198,9 +198,9 @@ def verify(
     progress: Progress | None = None,
     models: Mapping[str, Any] | None = None,
 ) -> Verification:
-    """Whether ``folder``, which a merge wrote, is as it was written: the sizes and sha256 of its
-    files, its headers, index and config, and the checksum of every tensor, as fastmerge.json has
-    them. Of a version that kept none of these, what could not be checked is said.
+    """Whether ``folder``, a model or an adapter, is as a merge wrote it: the sizes and sha256 of
+    its files, its headers, index and config, and the checksum of every tensor, as fastmerge.json
+    has them. Of a version that kept none of these, what could not be checked is said.
 
     ``against``: a recipe or plan that it is compared with too: names, types and shapes, config and
     side files, and ``sample`` tensors drawn at random (None: all) made again and compared bit for

@@ -19,7 +19,8 @@ from fastmerge.dtypes import DType
 from fastmerge.engine.report import MergeReport, Progress, anonymous_bytes
 from fastmerge.engine.window import in_order
 from fastmerge.errors import FastmergeError
-from fastmerge.output.adapter import adapter_files, adapter_layout
+from fastmerge.models.side_files import LINEAGE_FILE
+from fastmerge.output.adapter import adapter_files, adapter_layout, adapter_lineage, by_module
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.adapter_plan import AdapterPlan
 
@@ -111,8 +112,10 @@ def write_adapter(
         except FastmergeError:
             writer.discard()
             raise
-        told = _by_module(writer.results)
-        writer.finish(adapter_files(plan, config, told, writer.target.name, method))
+        writer.finish(
+            adapter_files(plan, config, writer.target.name, method),
+            lambda written: {LINEAGE_FILE: adapter_lineage(plan, writer.results, written)},
+        )
     tensors = sum(len(piece.tensors) for piece in pieces)
     report = MergeReport(
         out=out,
@@ -129,7 +132,7 @@ def write_adapter(
         peak_anonymous_bytes=peak_bytes,
         notes=tuple(plan.notes),
     )
-    return report, told
+    return report, by_module(writer.results)
 
 
 def _put(pool: _C.Pool, content: Content, sink: _C.Sink) -> None:
@@ -140,12 +143,3 @@ def _put(pool: _C.Pool, content: Content, sink: _C.Sink) -> None:
     array = np.ascontiguousarray(content)
     view = _C.View(array.ctypes.data, array.size, "F32", array)
     _C.combine(pool, [view], np.ones(1), sink)
-
-
-def _by_module(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, Mapping[str, Any]] = {}
-    for result in results.values():
-        told = {key: value for key, value in result.items() if key not in ("module", "checksum")}
-        if told:
-            found[result["module"]] = told
-    return found

@@ -19,7 +19,6 @@ from fastmerge.compute.cpu import cpu, isa, thread_count
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import Progress
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
-from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.side_files import LINEAGE_FILE
@@ -67,8 +66,9 @@ def verify_folder(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """``folder`` against its own lineage and, with a ``planner``, against the recipe's plan:
-    ``sample`` tensors, or all where it is None, are made again and compared bit for bit.
+    """``folder``, a model or an adapter, against its own lineage and, with a ``planner``, a model
+    against the recipe's plan: ``sample`` tensors, or all where it is None, are made again and
+    compared bit for bit.
     """
     isa()
     count = thread_count(threads)
@@ -83,8 +83,11 @@ def verify_folder(
                 f"{folder}: has no {LINEAGE_FILE}, so fastmerge did not write it, or it was "
                 "removed; give the recipe (--against) to compare with"
             )
-        if lineage is not None and ADAPTER_CONFIG in lineage.files:
-            raise UnsupportedError(f"{folder}: an adapter; only models are verified")
+        if lineage is not None and lineage.is_of_adapter and planner is not None:
+            raise UnsupportedError(
+                f"{folder}: an adapter, whose last bits follow from NumPy's BLAS; only models are "
+                "compared with recipes (--against)"
+            )
         if lineage is not None:
             found = check_folder(folder, lineage, cpu(count).pool, progress)
         else:

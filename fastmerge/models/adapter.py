@@ -107,7 +107,7 @@ class Adapter(Checkpoint):
         if not path.is_dir():
             raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
         weights = _weights(path)
-        config_file = _inside(path, CONFIG)
+        config_file = inside(path, CONFIG)
         config = read_object(config_file)
         _check_kind(config, config_file)
         header, stamp = read_header(weights, 0)
@@ -170,7 +170,8 @@ def is_adapter(path: Path) -> bool:
 # --- the files ---
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
+    """A file of the adapter in ``folder``. Raises ModelError if it is not there, or a link out."""
     file = folder / name
     if not file.exists():
         link = f"; it is a link to nothing ({os.readlink(file)})" if file.is_symlink() else ""
@@ -188,7 +189,7 @@ def _weights(folder: Path) -> Path:
             f"{pickled}: a pickle, which can run code when it is read; load the adapter where you "
             f"trust it and save it again (save_pretrained writes {WEIGHTS})"
         )
-    return _inside(folder, WEIGHTS)
+    return inside(folder, WEIGHTS)
 
 
 def _check_kind(config: Mapping[str, Any], where: Path) -> None:

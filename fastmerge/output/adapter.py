@@ -11,6 +11,7 @@ from fastmerge.errors import printable
 from fastmerge.models.adapter import CONFIG, WEIGHTS
 from fastmerge.models.side_files import CARD_FILE, LINEAGE_FILE
 from fastmerge.output.card import bullets, escaped, fenced, front_matter_text, union
+from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.layout import Layout
 from fastmerge.output.provenance import is_hub_id, licence, names, provenance
 from fastmerge.plan.adapter_plan import AdapterPlan
@@ -46,27 +47,45 @@ def _inputs(plan: AdapterPlan) -> dict[str, str]:
 
 
 def adapter_files(
-    plan: AdapterPlan,
-    config: Mapping[str, Any],
-    modules: Mapping[str, Mapping[str, Any]],
-    title: str,
-    method: Sequence[str],
-) -> dict[str, bytes | Any]:
-    """What is written beside the weights, by name. ``config``: adapter_config.json; ``modules``:
-    what each came to; ``method``: how, a line each, for the card.
+    plan: AdapterPlan, config: Mapping[str, Any], title: str, method: Sequence[str]
+) -> dict[str, bytes]:
+    """What is written beside the weights, by name. ``config``: adapter_config.json; ``method``: how
+    it was made, a line each, for the card.
     """
+    return {
+        CONFIG: (json.dumps(dict(config), indent=2) + "\n").encode(),
+        CARD_FILE: adapter_card(plan, config, title, method).encode(errors="backslashreplace"),
+    }
+
+
+def adapter_lineage(
+    plan: AdapterPlan, results: Mapping[str, Mapping[str, Any]], written: Written
+) -> bytes:
+    """fastmerge.json: what each module came to, from the ``results`` of its tensors, and what
+    `fastmerge verify` compares the folder with.
+    """
+    told = by_module(results)
     lineage = {
         **metadata(plan),
         "fastmerge_inputs": _inputs(plan),
         "settings": dict(plan.settings),
-        "files": sorted([CONFIG, WEIGHTS, CARD_FILE, LINEAGE_FILE]),
-        "modules": {name: dict(modules[name]) for name in sorted(modules)},
+        "files": sorted([*written, LINEAGE_FILE]),
+        "written": {name: written[name] for name in sorted(written)},
+        "checksum": ALGORITHM,
+        "modules": {name: dict(told[name]) for name in sorted(told)},
+        "tensors": {name: {"checksum": results[name]["checksum"]} for name in sorted(results)},
     }
-    return {
-        CONFIG: (json.dumps(dict(config), indent=2) + "\n").encode(),
-        LINEAGE_FILE: (json.dumps(lineage, indent=1) + "\n").encode(),
-        CARD_FILE: adapter_card(plan, config, title, method).encode(errors="backslashreplace"),
-    }
+    return (json.dumps(lineage, indent=1) + "\n").encode()
+
+
+def by_module(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What was told of each module by the first of its tensors."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for result in results.values():
+        told = {key: value for key, value in result.items() if key not in ("module", "checksum")}
+        if told:
+            found[result["module"]] = told
+    return found
 
 
 def adapter_card(

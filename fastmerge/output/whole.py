@@ -17,6 +17,8 @@ from typing import Any
 from fastmerge import _C
 from fastmerge.errors import ModelError, UnsupportedError, brief, printable, shortened
 from fastmerge.limits import MAX_DIFFERENCES, MAX_ENTRIES, MAX_FILE_BYTES, MAX_HEADER_BYTES
+from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
+from fastmerge.models.adapter import WEIGHTS, inside
 from fastmerge.models.folder import INDEX, check_index, find_files
 from fastmerge.models.header import FileTensor, Header, open_regular, read_header, read_object, show
 from fastmerge.models.links import Home
@@ -95,6 +97,10 @@ class Lineage:
             None if kind is None else brief(kind) if not isinstance(kind, str) else kind,
         )
 
+    @property
+    def is_of_adapter(self) -> bool:
+        return WEIGHTS in self.files
+
 
 def _values(mapping: Any) -> list[Any]:
     return list(mapping.values()) if isinstance(mapping, dict) else []
@@ -109,7 +115,7 @@ def check_folder(folder: Path, lineage: Lineage, pool: _C.Pool, watch: Watch | N
     found = Findings()
     _check_written(folder, lineage, found)
     _check_unlisted(folder, lineage, found)
-    files, headers = read_headers(folder, found)
+    files, headers = read_headers(folder, found, adapter=lineage.is_of_adapter)
     _check_metadata(files, headers, lineage, found)
     tensors = {info.name: info for header in headers.values() for info in header.tensors}
     found.tensors = len(tensors)
@@ -187,12 +193,15 @@ def _names(folder: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(place, name), folder)
 
 
-def read_headers(folder: Path, found: Findings) -> tuple[tuple[Path, ...], dict[Path, Header]]:
-    """The weight files, and the headers of those that are in order."""
+def read_headers(
+    folder: Path, found: Findings, *, adapter: bool = False
+) -> tuple[tuple[Path, ...], dict[Path, Header]]:
+    """The weight files, of a model or of an ``adapter``, and the headers of those in order."""
+    config = folder / (ADAPTER_CONFIG if adapter else "config.json")
     try:
-        files, weight_map = find_files(folder)
-        if (folder / "config.json").exists():
-            read_object(Home(folder).inside(folder / "config.json"))
+        files, weight_map = ((inside(folder, WEIGHTS),), None) if adapter else find_files(folder)
+        if adapter or config.exists():
+            read_object(inside(folder, config.name))
     except (ModelError, UnsupportedError, OSError) as error:
         _tell(error, folder, found)
         return (), {}
