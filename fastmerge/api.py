@@ -268,6 +268,6 @@ def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:
     if plan.config:
         files["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     # Whatever the name: the writer refuses one that is no UTF-8.
-    files[CARD_FILE] = model_card(plan, title).encode(errors="backslashreplace")
+    files[CARD_FILE] = model_card(plan, title, files).encode(errors="backslashreplace")
     files[RECIPE_FILE] = provenance(plan).recipe_text.encode()
     return files

@@ -127,3 +127,11 @@ def test_a_relative_folder_is_no_hub_id(reference, found, name):
 
 def test_path_without_name():
     assert display_name("/", Path("/")) == "/"
+
+
+def test_a_tokenizer_is_loaded_where_there_is_one(plan: Plan) -> None:
+    with_one = model_card(plan, "mine", ["config.json", "tokenizer.json"])
+    assert "tokenizer = AutoTokenizer.from_pretrained(folder)" in with_one
+    assert "import AutoModelForCausalLM, AutoTokenizer\n" in with_one
+    without = model_card(plan, "mine", ["config.json", "processor_config.json"])
+    assert "okenizer" not in without and "import AutoModelForCausalLM\n" in without

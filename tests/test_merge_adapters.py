@@ -219,7 +219,8 @@ def test_ranks_alphas_and_rslora_count(tmp_path: Path) -> None:
     )  # fmt: skip
     fastmerge.merge_adapters([one, two], tmp_path / "cut", weights=[1, 1])
     config = json.loads((tmp_path / "cut" / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"]) == (3, {module: 6})
+    # The largest rank of any module, as in PEFT; the others have no more than 3 + 2 together.
+    assert (config["r"], config["rank_pattern"]) == (5, {module: 6})
 
 
 def test_equal_magnitudes_and_densities() -> None:
@@ -493,3 +494,26 @@ def test_recipes_that_cannot_be(two: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="merges adapters alone"):
         fastmerge.api.plan({"merge_method": "cat", "models": models})
     assert other.exists() and not (tmp_path / "out").exists()
+
+
+def test_without_a_rank_every_module_has_the_largest_of_any_as_peft_gives_it(
+    tmp_path: Path,
+) -> None:
+    module = next(iter(MODULES))
+    one = write_adapter(tmp_path / "one", r=2, rank_pattern={module: 6}, alpha_pattern={module: 6})
+    other = write_adapter(tmp_path / "other", r=3, seed=1)
+    fastmerge.merge_adapters(
+        [one, other], tmp_path / "out", weights=[1, 0.5], method="dare_ties_svd", density=0.9
+    )
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in tensors.items() if name.endswith("lora_A.weight")} == {6}
+
+
+def test_a_rank_above_what_there_is_is_noted(tmp_path: Path) -> None:
+    one = write_adapter(tmp_path / "one", r=2)
+    other = write_adapter(tmp_path / "other", r=3, seed=1)
+    report = fastmerge.merge_adapters(
+        [one, other], tmp_path / "out", weights=[1, 1], method="svd", rank=9
+    )
+    notes = [note for note in report.notes if "all that its adapters have together" in note]
+    assert len(notes) == 6 and "has rank 5" in notes[0] and notes[-1].startswith("1 more")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastmerge.errors import printable
 from fastmerge.methods import Method
 from fastmerge.models.config import classes_of
+from fastmerge.models.side_files import is_tokenizer
 from fastmerge.output.provenance import (
     Provenance,
     as_list,
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 _MOST_TAGS = 50
 
 
-def model_card(plan: Plan, title: str) -> str:
+def model_card(plan: Plan, title: str, beside: Iterable[str] = ()) -> str:
     """The Markdown of README.md, with the front matter that the Hugging Face Hub reads.
 
-    ``title`` is usually the output folder's name. The text depends on the plan, the models' content
-    and fastmerge's version only, so that a merge done again writes the same file.
+    ``title`` is usually the output folder's name; ``beside``, the files beside the weights. The
+    text depends on these, the models' content and fastmerge's version only, so that a merge done
+    again writes the same file.
     """
     from fastmerge.version import __version__
 
@@ -42,7 +44,7 @@ def model_card(plan: Plan, title: str) -> str:
         f"A merge of {len(said.names)} language models, made with fastmerge {__version__}.",
         "## Models\n\n" + _models_table(plan, said.names),
         "## Method\n\n" + _methods(plan),
-        "## Use\n\n" + _use(plan, title),
+        "## Use\n\n" + _use(plan, title, any(map(is_tokenizer, beside))),
         *_licences(said),
         *(["## Notes\n\n" + bullets(escaped(said.told(n)) for n in plan.notes)] * bool(plan.notes)),
         "## Recipe\n\n" + fenced(said.recipe_text, "yaml"),
@@ -93,17 +95,18 @@ def _class_of(plan: Plan) -> str:
     return next(iter(classes_of(plan.config)), "")
 
 
-def _use(plan: Plan, title: str) -> str:
+def _use(plan: Plan, title: str, has_tokenizer: bool) -> str:
     auto = "AutoModelForCausalLM" if _class_of(plan).endswith("ForCausalLM") else "AutoModel"
     trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
     folder = json.dumps(f"path/to/{printable(title)}", ensure_ascii=False)
-    return fenced(
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f"folder = {folder}\n"
-        f'model = {auto}.from_pretrained(folder, dtype="auto"{trust})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
-        "python",
-    )
+    lines = [
+        f"from transformers import {auto}{', AutoTokenizer' if has_tokenizer else ''}\n",
+        f"folder = {folder}",
+        f'model = {auto}.from_pretrained(folder, dtype="auto"{trust})',
+    ]
+    if has_tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})")
+    return fenced("\n".join(lines), "python")
 
 
 def _licences(said: Provenance) -> list[str]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
+from fastmerge.errors import (
+    FastmergeError,
+    ModelError,
+    RecipeError,
+    UnsupportedError,
+    few_of_a_kind,
+)
 from fastmerge.methods.adapters import AdapterMethod
 from fastmerge.methods.types import Values
 from fastmerge.models import hub
@@ -163,7 +169,7 @@ class _Merging:
             seed=(derived if given is None else given) if self.method.random else None,
             seed_derived=self.method.random and given is None,
             recipe_text=self.recipe.text,
-            notes=tuple(self.notes),
+            notes=few_of_a_kind(self.notes),
             method=self.method,
             joined=joined,
             target_names=tuple(self._target_names()),
@@ -270,15 +276,26 @@ class _Merging:
             return ranks[0]
         if not method.cuts(asked):
             return sum(ranks)
+        given = asked is not None
         if asked is None:
-            asked = max(ranks)
+            asked = self._largest_rank
         elif asked > min(shape):
             raise RecipeError(
                 f"{self.recipe.at('parameters')}: rank {asked} is more than {show(module)}, "
                 f"{list(shape)}, can have; give at most {min(shape)}"
             )
         # A sum has no more than its parts have together; what is merged by entries has all.
-        return min(asked, *shape, sum(ranks)) if method.over == "sum" else min(asked, *shape)
+        most = min(*shape, sum(ranks)) if method.over == "sum" else min(shape)
+        if given and asked > most:
+            self.notes.append(
+                f"{show(module)} has rank {most}, all that its adapters have together"
+            )
+        return min(asked, most)
+
+    @cached_property
+    def _largest_rank(self) -> int:
+        """Of any module of any adapter: what PEFT gives all of them where none is asked for."""
+        return max(own.rank for adapter in self.adapters for own in adapter.factors.values())
 
     def _position(self, module: str) -> float:
         """Where the module's layer lies in its stack: 0 to 1, as far as adapters know of it."""
