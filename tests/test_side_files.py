@@ -194,12 +194,12 @@ def test_a_folder_of_everything_is_no_model(zoo, monkeypatch: pytest.MonkeyPatch
 def test_a_file_that_grows_is_not_copied_without_end(
     zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmerge.output import writer
+    from fastmerge.output import disk
 
     base = zoo.base()
     (base / "tokenizer.json").write_text("{}")
     plan = fastmerge.api.plan(recipe(base, zoo.tune(base, "tune")))
-    monkeypatch.setattr(writer, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(disk, "MAX_FILE_BYTES", 1000)
     (base / "tokenizer.json").write_bytes(bytes(2000))
     with pytest.raises(FastmergeError, match=r"tokenizer\.json: grew to more than"):
         fastmerge.merge(plan, tmp_path / "out")

@@ -25,8 +25,7 @@ from fastmerge.compute import reference
 from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
 from fastmerge.models.folder import INDEX
-from fastmerge.output import journal
-from fastmerge.output import writer as writer_module
+from fastmerge.output import journal, publish
 from fastmerge.output.layout import Layout
 from fastmerge.output.writer import ModelWriter
 
@@ -321,7 +320,7 @@ def old_model(target: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(writer_module, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
     target = tmp_path / "out"
     old = old_model(target)
     with ModelWriter(target, layout(), key="k", overwrite=True) as writer:
@@ -351,11 +350,11 @@ def test_killed_between_the_renames(
 
     target = tmp_path / "out"
     old = old_model(target)
-    monkeypatch.setattr(writer_module.ModelWriter, "_give_up", lambda _: None)
+    monkeypatch.setattr(ModelWriter, "_give_up", lambda _: None)
     real_rename, real_exchange, real_remove = (
         Path.rename,
-        writer_module._exchange,
-        writer_module.shutil.rmtree,
+        publish._exchange,
+        shutil.rmtree,
     )
 
     def rename(self: Path, to: Path) -> Path:
@@ -376,8 +375,8 @@ def test_killed_between_the_renames(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        patch.setattr(writer_module, "_exchange", exchange)
-        patch.setattr(writer_module.shutil, "rmtree", remove)
+        patch.setattr(publish, "_exchange", exchange)
+        patch.setattr(shutil, "rmtree", remove)
         writer = ModelWriter(target, layout(), key="k", overwrite=True)
         fill(writer, writer.pending())
         with pytest.raises(Killed):
@@ -451,7 +450,7 @@ def test_refuses_where_it_cannot_write(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(FastmergeError, match=re.escape(f"{tmp_path / 'no'} does not exist")):
         ModelWriter(tmp_path / "no" / "out", layout(), key="k")
     # Root may write anywhere, so the answer of access() is what is tested.
-    monkeypatch.setattr(writer_module.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert "is not writable" in refusal(tmp_path / "out")
 
 
@@ -469,13 +468,13 @@ def test_refuses_a_second_writer(tmp_path: Path) -> None:
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = namedtuple("status", "f_bavail f_frsize")
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module.os, "statvfs", lambda _: status(1, 4096))
+        patch.setattr(os, "statvfs", lambda _: status(1, 4096))
         assert refusal(tmp_path / "out").startswith(f"{tmp_path}: no space left: needs 0.00 GB")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard"))
 
-    monkeypatch.setattr(writer_module._C, "StagedFile", full)
+    monkeypatch.setattr(_C, "StagedFile", full)
     assert refusal(tmp_path / "out") == (
         f"{tmp_path / 'shard'}: no space left on the device; free some and run again"
     )
@@ -494,7 +493,7 @@ def test_no_direct_io_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert io == "direct"
         raise OSError(errno.EINVAL, "Invalid argument", path)
 
-    monkeypatch.setattr(writer_module._C, "StagedFile", refuses)
+    monkeypatch.setattr(_C, "StagedFile", refuses)
     message = refusal(tmp_path / "out", io="direct")
     assert message.endswith("no direct I/O on this file system; use io: auto")
     assert siblings(tmp_path / "out") == []
@@ -577,7 +576,7 @@ def test_a_journal_that_the_disk_has_no_room_for_is_one_line(
 
     def filled() -> None:
         with ModelWriter(tmp_path / "out", layout(), key="job") as writer:
-            monkeypatch.setattr(writer_module.os, "write", full)
+            monkeypatch.setattr(os, "write", full)
             writer._journal.add({"large": {}})
 
     with pytest.raises(FastmergeError, match="no space left"):

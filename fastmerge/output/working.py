@@ -82,6 +82,11 @@ class WorkingFolder:
             os.close(descriptor)
 
 
+def beside(target: Path, what: str) -> Path:
+    """What a merge keeps beside its target, hidden: its "partial" folder, "journal", ..."""
+    return target.with_name(f".{target.name}.fastmerge-{what}")
+
+
 def inode(path: Path) -> int:
     """Of a folder; 0 where there is none, or a link to one."""
     try:
