@@ -17,8 +17,9 @@ from fastmerge.version import __version__
 if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
     from fastmerge.adapters import extract_lora, merge_adapters
-    from fastmerge.api import fold, materialise, merge, verify
+    from fastmerge.api import finish, fold, materialise, merge, verify
     from fastmerge.averages import average
+    from fastmerge.engine.join import FinishReport
     from fastmerge.engine.report import MergeReport
     from fastmerge.engine.verify import Verification
     from fastmerge.errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FastmergeError",
+    "FinishReport",
     "MergeReport",
     "ModelError",
     "OutputError",
@@ -46,6 +48,7 @@ __all__ = [
     "api",
     "average",
     "extract_lora",
+    "finish",
     "fold",
     "live",
     "llama",
@@ -62,12 +65,14 @@ __all__ = [
 _HOMES = {
     "average": "fastmerge.averages",
     "extract_lora": "fastmerge.adapters",
+    "finish": "fastmerge.api",
     "fold": "fastmerge.api",
     "merge_adapters": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
     "merge_state_dicts": "fastmerge.state_dicts",
     "verify": "fastmerge.api",
+    "FinishReport": "fastmerge.engine.join",
     "MergeReport": "fastmerge.engine.report",
     "Verification": "fastmerge.engine.verify",
     "method": "fastmerge.methods",

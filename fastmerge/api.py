@@ -21,6 +21,7 @@ from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
 from fastmerge.output.provenance import provenance
+from fastmerge.output.share import a_part
 from fastmerge.plan.adapter_plan import AdapterPlan, is_of_adapters
 from fastmerge.plan.loading import check_loading
 from fastmerge.plan.plan import Plan
@@ -29,6 +30,7 @@ from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
+    from fastmerge.engine.join import FinishReport
     from fastmerge.engine.verify import Verification
     from fastmerge.plan.adapters import AdapterMerge
 
@@ -114,6 +116,7 @@ def merge(
     models: Mapping[str, Any] | None = None,
     check: bool = False,
     keep_paths: bool = False,
+    part: tuple[int, int] | str | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
@@ -124,13 +127,17 @@ def merge(
     same call continues. ``device``: "cpu", "cuda" or "auto", with the same bits;
     ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
     ``check``: first as `check` does, of models. ``keep_paths``: card, recipe and lineage name the
-    local folders as the recipe does, and not only what these are called. Raises FastmergeError.
+    local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
+    "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
+    `finish` joins them, to the bytes of a merge without parts. Raises FastmergeError.
     """
     folder = a_path(out, "out")
+    chosen, choice = (None, "") if part is None else a_part(part)
     decided = decide(recipe, seed=seed, models=models)
     if a_flag(keep_paths, "keep_paths"):
         decided = replace(decided, keep_paths=True)
     if not isinstance(decided, Plan):
+        check_part(decided, chosen)
         if a_device(device, "device") not in ("cpu", "auto"):
             raise UnsupportedError(
                 f"device: adapters alone are merged on the CPU, not '{device}'; leave it out"
@@ -143,7 +150,7 @@ def merge(
         )  # fmt: skip
     if a_flag(check, "check"):
         check_loading(decided)
-    return merge_plan(
+    report = merge_plan(
         decided,
         folder,
         threads=threads,
@@ -156,7 +163,29 @@ def merge(
         device=device,
         gpu_memory=gpu_memory,
         side_files=model_files(decided, folder.name),
+        part=chosen,
     )
+    return replace(report, notes=(choice, *report.notes)) if choice else report
+
+
+def check_part(decided: Plan | AdapterMerge, part: object) -> None:
+    """Raises UnsupportedError where ``part`` is asked for of a merge that has none."""
+    if part is not None and not isinstance(decided, Plan):
+        raise UnsupportedError(
+            "part: adapters alone make one small file, which has no parts; leave it out"
+        )
+
+
+@enough_memory("finish")
+def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
+    """Joins the parts that `merge` wrote for the folder ``out``: checks that all are there, done,
+    and of one plan, writes index, config, card and lineage, and shows the folder, whole. It needs
+    no recipe and no model, may be run again after a kill, and reads no weights (`verify` does).
+    Raises FastmergeError, which names the parts that are missing.
+    """
+    from fastmerge.engine.join import finish as join
+
+    return join(a_path(out, "out"), overwrite=overwrite)
 
 
 @enough_memory("fold")

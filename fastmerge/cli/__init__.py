@@ -1,6 +1,6 @@
-"""The command line: ``fastmerge merge | plan | verify | average | fold | moe | extract-lora | info
-| diff | methods | retrograde | sweep``, and mergekit's ``mergekit-yaml | mergekit-multi |
-mergekit-moe | mergekit-extract-lora``.
+"""The command line: ``fastmerge merge | finish | plan | verify | average | fold | moe |
+extract-lora | info | diff | methods | retrograde | sweep``, and mergekit's ``mergekit-yaml |
+mergekit-multi | mergekit-moe | mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A

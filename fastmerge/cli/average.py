@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 from fastmerge.cli.app import Json, Quiet, Threads, command
 from fastmerge.cli.fold import Dtype
-from fastmerge.cli.merge import Check, Device, Io, MaxShardSize, MemoryLimit, limits_of, run_merge
+from fastmerge.cli.merge import (
+    Check,
+    Device,
+    Io,
+    MaxShardSize,
+    MemoryLimit,
+    PartOf,
+    chosen_part,
+    limits_of,
+    run_merge,
+)
 from fastmerge.cli.options import Argument, Option
 from fastmerge.errors import FastmergeError, brief
 
@@ -38,6 +48,7 @@ def average(
     max_shard_size: MaxShardSize = "5GB",
     keep_paths: Annotated[bool, Option("--keep-paths", help="Write local paths.")] = False,
     check: Check = False,
+    part: PartOf = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -45,6 +56,7 @@ def average(
     from fastmerge import api
     from fastmerge.averages import average_recipe
 
+    chosen = None if part is None else chosen_part(part, quiet=quiet)
     limits = limits_of(memory_limit, max_shard_size)
     recipe = average_recipe(
         models, weights=_numbers(weights), last=last, ema=ema, pattern=pattern,
@@ -53,6 +65,7 @@ def average(
     decided = (api.check if check else api.plan)(recipe)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
+    options["part"] = chosen
     title = f"averaging {len(recipe['models'])} models to {out.name or out}"
     run_merge(decided, out, title, options, quiet=quiet, json=json)
 

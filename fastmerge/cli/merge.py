@@ -21,6 +21,7 @@ from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
     from fastmerge.engine.report import MergeReport
+    from fastmerge.output.share import Part
     from fastmerge.plan.adapters import AdapterMerge
     from fastmerge.plan.plan import Plan
 
@@ -43,6 +44,9 @@ class Io(str, Enum):
 
 MemoryLimit = Annotated[str, Option(metavar="SIZE", help="Bound on anonymous memory.")]
 MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file.")]
+PartOf = Annotated[
+    str | None, Option(metavar="I/N", help="Only part I of N; auto: by SLURM's array or RANK.")
+]
 Check = Annotated[bool, Option("--check", help="First ask transformers whether it would load.")]
 
 MOST_WARNINGS = 5  # tensors named, before a count
@@ -67,18 +71,32 @@ def merge(
         bool, Option("--keep-paths", help="Write local paths into card, recipe and lineage.")
     ] = False,
     check: Check = False,
+    part: PartOf = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Merge models as RECIPE says and write the result to OUT."""
     from fastmerge import api
 
+    chosen = None if part is None else chosen_part(part, quiet=quiet)
     limits = limits_of(memory_limit, max_shard_size)
     decided = (api.check if check else api.decide)(recipe, seed=seed)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
     options["gpu_memory"] = parse_size(gpu_memory, "--gpu-memory")
-    run_merge(decided, out, f"merging to {out.name or out}", options, quiet=quiet, json=json)
+    options["part"] = chosen
+    title = f"merging {f'part {chosen} ' if chosen else ''}to {out.name or out}"
+    run_merge(decided, out, title, options, quiet=quiet, json=json)
+
+
+def chosen_part(text: str, *, quiet: bool = False) -> Part:
+    """The part that ``--part`` asks for; what ``auto`` came to is said."""
+    from fastmerge.output.share import a_part
+
+    found, choice = a_part(text, "--part")
+    if choice:
+        say(f"note: {choice}", quiet=quiet)
+    return found
 
 
 def run_merge(
@@ -114,12 +132,7 @@ def tell(report: MergeReport) -> None:
     """What a merge came to, in words."""
     for note in report.notes:
         say(f"note: {note}")
-    bad = list(report.nonfinite.items())
-    for name, count in bad[:MOST_WARNINGS]:
-        say(f"warning: {name}: {count} NaN or infinite values")
-    if len(bad) > MOST_WARNINGS:
-        rest = sum(count for _, count in bad[MOST_WARNINGS:])
-        say(f"warning: {len(bad) - MOST_WARNINGS} more tensors: {rest} NaN or infinite values")
+    tell_nonfinite(list(report.nonfinite.items()))
     resumed = f", {report.resumed} of them done before" if report.resumed else ""
     put(
         f"{report.out}: {report.tensors} tensors{resumed}, {format_bytes(report.bytes_written)} "
@@ -132,6 +145,43 @@ def tell(report: MergeReport) -> None:
     )
     if report.seed is not None:
         put(f"seed {report.seed}")
+    if report.part:
+        put(f"part {report.part} is done; `fastmerge finish {report.out}` joins all parts")
+
+
+def tell_nonfinite(bad: list[tuple[str, int]]) -> None:
+    """Which tensors have numbers that are NaN or infinite, if any."""
+    for name, count in bad[:MOST_WARNINGS]:
+        say(f"warning: {name}: {count} NaN or infinite values")
+    if len(bad) > MOST_WARNINGS:
+        rest = sum(count for _, count in bad[MOST_WARNINGS:])
+        say(f"warning: {len(bad) - MOST_WARNINGS} more tensors: {rest} NaN or infinite values")
+
+
+@command
+def finish(
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder that merge --part was given.")],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Join the parts of a merge to the folder OUT; needs no recipe and no model."""
+    from fastmerge import api
+
+    report = api.finish(out, overwrite=overwrite)
+    if json:
+        print_json(report.as_dict())
+    if quiet or json:
+        return
+    for note in report.notes:
+        say(f"note: {note}")
+    tell_nonfinite(list(report.nonfinite.items()))
+    files = f"{report.files} file{'s'[: report.files != 1]}"
+    put(
+        f"{out}: {report.tensors} tensors of {report.parts} part{'s'[: report.parts != 1]}, "
+        f"{format_bytes(report.bytes_written)} in {files}, joined in "
+        f"{format_seconds(report.seconds)}"
+    )
 
 
 @command
@@ -143,6 +193,7 @@ def plan(
     memory_limit: MemoryLimit = "512MiB",
     max_shard_size: MaxShardSize = "5GB",
     check: Check = False,
+    part: PartOf = None,
     json: Json = False,
 ) -> None:
     """Say what merge would do. Reads recipe and headers, no weights; writes nothing."""
@@ -150,25 +201,33 @@ def plan(
     from fastmerge.models.side_files import bytes_of
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
+    from fastmerge.output.sink import share_of
     from fastmerge.plan.plan import Plan
 
+    chosen = None if part is None else chosen_part(part)
     limits = limits_of(memory_limit, max_shard_size)
     decided = (api.check if check else api.decide)(recipe, seed=seed)
     if not isinstance(decided, Plan):
         from fastmerge.cli.adapter_plan import show_adapter_plan
 
+        api.check_part(decided, chosen)
         show_adapter_plan(decided, out, overwrite=overwrite, json=json)
         return
     side = decided.side_files()
     layout = Layout.plan(
-        [(tensor.name, tensor.dtype, tensor.shape) for tensor in decided.tensors],
+        [(part.name, part.dtype, part.shape) for t in decided.tensors for part in t.written],
         max_shard_bytes=limits["max_shard_bytes"],
     )
     if out is not None:
         inputs = [place for model in decided.models for place in model.places]
-        check_output(out, inputs, layout.file_bytes + bytes_of(side), overwrite=overwrite)
+        needed = layout.file_bytes + bytes_of(side)
+        if chosen:
+            needed = share_of(decided, layout, chosen)["file_bytes"]
+        check_output(out, inputs, needed, overwrite=overwrite)
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
+    if chosen:
+        found["part"] = share_of(decided, layout, chosen)
     if json:
         print_json(found)
         return
@@ -194,6 +253,12 @@ def plan(
             f"{len(side)} from {found['donor']}, {format_bytes(bytes_of(side))}",
         ),
     ]
+    if chosen:
+        own = found["part"]
+        names = " to ".join(dict.fromkeys([*own["files"][:1], *own["files"][-1:]])) or "none"
+        share = f"{len(own['files'])} of {files} files ({names}): {own['tensors']} tensors, "
+        share += f"read {format_bytes(own['bytes_in'])}, write {format_bytes(own['bytes_out'])}"
+        rows.append((f"part {chosen}", share))
     if found["seed"] is not None:
         rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
     rows += [("note", note) for note in found["notes"]]

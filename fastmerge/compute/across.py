@@ -4,22 +4,41 @@ the merge, exactly, with nothing of a tensor's size in memory.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
+from fastmerge.selection import Selection
 from fastmerge.tree.nodes import Leaf, Merge, Node
 
+_SHARED = "trims"
 TILE_ENTRIES = _C.tile_entries()  # no two tensors may share a tile
 
 
+class Shared(Protocol):
+    """What the parts of a merge find out for one another, by name; equal whoever does."""
+
+    def get(self, name: str) -> bytes | None:
+        """None where no part has put it there yet."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None: ...
+
+
 def find_trims(
-    nodes: Mapping[Merge, int], backend: CpuBackend, fetch: Callable[[Leaf], _C.View]
+    nodes: Mapping[Merge, int],
+    backend: CpuBackend,
+    fetch: Callable[[Leaf], _C.View],
+    shared: Shared | None = None,
 ) -> Mapping[Node, Trim]:
-    """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights."""
+    """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights.
+    With ``shared``, one part finds them for all that come after it.
+    """
     if not nodes:
         return {}
     origins, end = [], 0
@@ -28,12 +47,18 @@ def find_trims(
         end += -(-count // TILE_ENTRIES) * TILE_ENTRIES
     terms = consensus_terms(next(iter(nodes)))  # what they keep is alike for all
     total = sum(nodes.values())
-    chosen = backend.select_across(
-        [[fetch(part) for part in node.operands if isinstance(part, Leaf)] for node in nodes],
-        [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
-        origins,
-        [keep.of((total,), 0) for keep in terms.keep],
-    )
+    known = shared.get(_SHARED) if shared else None
+    if known is not None:
+        chosen = [Selection(*fields) for fields in json.loads(known)]
+    else:
+        chosen = backend.select_across(
+            [[fetch(part) for part in node.operands if isinstance(part, Leaf)] for node in nodes],
+            [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
+            origins,
+            [keep.of((total,), 0) for keep in terms.keep],
+        )
+        if shared:
+            shared.put(_SHARED, json.dumps(chosen).encode())
     chosen = list(terms.settled(chosen))
     if not all(math.isfinite(selection.rescale) for selection in chosen):
         raise ModelError(

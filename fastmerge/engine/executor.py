@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Protocol
 
+from fastmerge.compute.across import Shared
 from fastmerge.compute.cpu import CpuBackend, cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
 from fastmerge.compute.lane import Place
@@ -63,6 +64,7 @@ class Local:
         self.notes: tuple[str, ...] = (note,) if note else ()
         if self._devices:
             self.notes += _kept_here(plan)
+        self.shared: Shared | None = None  # what parts of the merge find out for one another
         self.trims: Mapping[Node, Trim] = {}  # those that span all tensors, once `run` has begun
 
     @property
@@ -77,7 +79,7 @@ class Local:
             backend = CpuBackend(
                 self.threads, scratch_folder=folder, scratch_bytes=self._scratch_bytes
             )
-        self.trims = trims_of(self._plan, backend, self._inputs)
+        self.trims = trims_of(self._plan, backend, self._inputs, self.shared)
         streamer = None
         if self._devices:
             streamer = Streamer(

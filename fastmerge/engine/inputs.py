@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from fastmerge import _C
-from fastmerge.compute.across import find_trims
+from fastmerge.compute.across import Shared, find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.leaves import dequantised, gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
@@ -97,9 +97,11 @@ class Inputs:
         return replace(item, root=Merge(find("passthrough"), (first,), None, {}, ({},)))
 
 
-def trims_of(plan: Plan, backend: CpuBackend, inputs: Inputs) -> Mapping[Node, Trim]:
+def trims_of(
+    plan: Plan, backend: CpuBackend, inputs: Inputs, shared: Shared | None = None
+) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
-    return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend))
+    return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend), shared)
 
 
 def on_host(root: Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from fastmerge.engine.executor import Local
 from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
 from fastmerge.engine.window import window_size
 from fastmerge.errors import FastmergeError, enough_memory
-from fastmerge.output.lineage import LINEAGE_FILE, lineage_file
+from fastmerge.output.lineage import LINEAGE_FILE, kept_of, lineage_file, lineage_head
 from fastmerge.output.place import real_target
+from fastmerge.output.share import Part
 from fastmerge.output.sink import ModelFolder
 from fastmerge.plan.plan import Plan
 
@@ -48,6 +49,7 @@ def merge_plan(
     observe: Observer | None = None,
     device: str = "cpu",
     gpu_memory: int = GPU_MEMORY_BYTES,
+    part: Part | None = None,
 ) -> MergeReport:
     """Merges ``plan`` into the folder ``out`` and returns what was done.
 
@@ -57,6 +59,7 @@ def merge_plan(
     each tensor came to, except those that an interrupted run had finished. Raises FastmergeError
     for anything a user can mend. ``device``: "cpu", "cuda" (every GPU of the machine, with
     ``gpu_memory`` bytes of tensors in flight on each), "cuda:N" or "auto"; the bits are the same.
+    ``part``: only that part's share, to be joined with the others' by `fastmerge.engine.join`.
     """
     started = time.perf_counter()
     out = a_path(out, "out")
@@ -84,15 +87,18 @@ def merge_plan(
         fresh=fresh,
         io=io,
         side_files=files,
+        part=part,
     )
     with folder:
-        pending = folder.pending(plan.tensors)
-        resumed = len(plan.tensors) - len(pending)
-        total = plan.bytes_in + plan.bytes_out
+        own, pending = folder.own(plan.tensors), folder.pending(plan.tensors)
+        resumed = len(own) - len(pending)
+        total = sum(item.bytes_in + item.nbytes for item in own)
         done = total - sum(item.bytes_in + item.nbytes for item in pending)
         bytes_read = peak_bytes = 0
         sampled = 0.0
-        with closing(executor.run(folder)) as finished:
+        executor.shared = folder.shared
+        running = executor.run(folder) if folder.works else None
+        with closing(running) if running else nullcontext(()) as finished:
             for item, outcome in finished:
                 if observe is not None:
                     observe(item, outcome)
@@ -108,18 +114,23 @@ def merge_plan(
         except FastmergeError:
             folder.discard()
             raise
-        names = (*files, LINEAGE_FILE, *folder.files)
-        folder.finish(
-            lambda written: {
-                LINEAGE_FILE: lineage_file(plan, folder.results, executor.trims, names, written)
-            }
-        )
+        kept = kept_of(plan, executor.trims)
+        if part is not None:
+            folder.finish_part(kept=kept)
+        else:
+            names = (*files, LINEAGE_FILE, *folder.files)
+            head = lineage_head(plan)
+            folder.finish(
+                lambda written: {
+                    LINEAGE_FILE: lineage_file(head, folder.results, kept, names, written)
+                }
+            )
     return MergeReport(
         out=out,
         seconds=time.perf_counter() - started,
         bytes_read=bytes_read,
         bytes_written=folder.bytes_written,
-        tensors=len(plan.tensors),
+        tensors=len(own),
         resumed=resumed,
         threads=executor.threads,
         isa=isa(),
@@ -127,16 +138,18 @@ def merge_plan(
         io="direct" if folder.direct else "buffered",
         seed=plan.seed,
         peak_anonymous_bytes=peak_bytes,
-        nonfinite={
-            name: int(result["nonfinite"])
-            for name, result in folder.results.items()
-            if "nonfinite" in result
-        },
-        notes=(*plan.notes, *executor.notes, *folder.notes, *_rounding(folder.results)),
+        nonfinite=nonfinite_of(folder.results),
+        notes=(*plan.notes, *executor.notes, *folder.notes, *rounding_note(folder.results)),
+        part=str(part or ""),
     )
 
 
-def _rounding(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+def nonfinite_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many numbers of each tensor are NaN or infinite, where any are."""
+    return {name: int(r["nonfinite"]) for name, r in results.items() if "nonfinite" in r}
+
+
+def rounding_note(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     """What rounding to codes came to, where any was: of the whole, and of the worst tensor."""
     coded = {name: (r["rounding"], r["size"]) for name, r in results.items() if "rounding" in r}
     size = math.fsum(own**2 for _, own in coded.values())

@@ -34,6 +34,7 @@ class MergeReport:
     peak_anonymous_bytes: int
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    part: str = ""  # which one of how many, as 2/7; "" for all
 
     @property
     def gigabytes_per_second(self) -> float:

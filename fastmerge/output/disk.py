@@ -30,6 +30,15 @@ def write_files(folder: Path, files: Mapping[str, bytes | Path]) -> dict[str, di
     return written
 
 
+def facts_of(content: bytes | Path) -> dict[str, Any]:
+    """What `write_file` would return."""
+    digest, size = hashlib.sha256(), 0
+    for piece in [content] if isinstance(content, bytes) else _pieces(content):
+        digest.update(piece)
+        size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def write_file(path: Path, content: bytes | Path) -> dict[str, Any]:
     """Writes a new file; returns its bytes' number and sha256."""
     digest = hashlib.sha256()

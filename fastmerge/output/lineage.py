@@ -57,34 +57,47 @@ def tensor_lineage(outcome: Outcome, called: Sequence[str]) -> dict[str, Any]:
     return lines
 
 
-def lineage_file(
-    plan: Plan,
-    results: Mapping[str, Mapping[str, Any]],
-    spanning: Mapping[Node, Trim],
-    files: Iterable[str],
-    written: Written,
-) -> bytes:
-    """The lineage that is known after it: effective coefficients, kept counts and checksums by
-    tensor, or for whole models. ``files``: what is written, which a later merge may replace;
-    ``written``: what `fastmerge verify` compares it with.
-    """
-    lineage = {
+def lineage_head(plan: Plan) -> dict[str, Any]:
+    """What fastmerge.json has that is known before the merge."""
+    inputs = zip(names(plan), plan.models, strict=True)
+    return {
         **metadata(plan),
-        "fastmerge_inputs": {
-            ref: model.fingerprint for ref, model in zip(names(plan), plan.models, strict=True)
-        },
-        "files": sorted(files),
-        "written": {name: written[name] for name in sorted(written)},
-        "checksum": ALGORITHM,
+        "fastmerge_inputs": {name: model.fingerprint for name, model in inputs},
     }
-    for node, trim in list(spanning.items())[:1]:  # the counts are the same for all
+
+
+def kept_of(plan: Plan, spanning: Mapping[Node, Trim]) -> dict[str, int]:
+    """How many entries of each model are kept, where one threshold spans all tensors."""
+    for node, trim in spanning.items():  # the counts are the same for all
         assert isinstance(node, Merge)
-        lineage["kept"] = {
+        return {
             names(plan)[part.own.model]: selection.kept
             for part, selection in zip(node.operands, trim.selections, strict=True)
             if isinstance(part, Leaf) and part.own is not None
         }
+    return {}
+
+
+def lineage_file(
+    head: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, int],
+    files: Iterable[str],
+    written: Written,
+) -> bytes:
+    """The lineage that is known after it: effective coefficients, kept counts and checksums by
+    tensor, or for whole models. ``head`` and ``kept``: as above. ``files``: what is written, which
+    a later merge may replace; ``written``: what `fastmerge verify` compares it with.
+    """
+    lineage = {
+        **head,
+        "files": sorted(files),
+        "written": {name: written[name] for name in sorted(written)},
+        "checksum": ALGORITHM,
+    }
+    if kept:
+        lineage["kept"] = dict(kept)
     # A line a tensor: with an indent Python's own encoder writes JSON, a tenth as fast.
     lines = (f"  {json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
-    head = json.dumps(lineage, indent=1).removesuffix("\n}")
-    return (f'{head},\n "tensors": {{\n' + ",\n".join(lines) + "\n }\n}\n").encode()
+    text = json.dumps(lineage, indent=1).removesuffix("\n}")
+    return (f'{text},\n "tensors": {{\n' + ",\n".join(lines) + "\n }\n}\n").encode()

@@ -35,6 +35,7 @@ class Shards(ABC):
         self.results: dict[str, dict[str, Any]] = {}
         self.damaged: tuple[str, ...] = ()
         self._files: dict[int, _C.StagedFile] = {}  # by number of the shard
+        self._staging: _C.Staging | None = None
         self._begun: set[int] = set()
         self._open: deque[Slot] = deque()
         self._sums: dict[str, _C.Checksum] = {}
@@ -44,7 +45,7 @@ class Shards(ABC):
     def _note(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Keeps note of tensors that are in their files for good."""
 
-    def _is_own(self, name: str) -> bool:
+    def is_own(self, name: str) -> bool:
         """Whether the tensor goes to one of these files."""
         slot = self.layout.slots.get(name)
         return slot is not None and slot.shard in self._own
@@ -84,14 +85,15 @@ class Shards(ABC):
         while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
             chunk //= 2
         try:
-            self._staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
+            staging = _C.Staging(chunk, max(24, staging_bytes // chunk), io_threads)
         except RuntimeError as error:
             raise self._no_threads(io_threads, error) from error
+        self._staging = staging
         for number in sorted(self._own):
             shard = self.layout.shards[number]
             path = folder / shard.name
             self._files[number] = _C.StagedFile(
-                self._staging, str(path), shard.size, io=io, resume=resume and path.exists()
+                staging, str(path), shard.size, io=io, resume=resume and path.exists()
             )
         for name in self.resumed:
             slot = self.layout.slots[name]
@@ -116,12 +118,16 @@ class Shards(ABC):
 
     @property
     def bytes_written(self) -> int:
-        return self._staging.bytes_written
+        return self._staging.bytes_written if self._staging else 0
 
     def pending(self) -> list[str]:
         """The tensors still to be written, in file order."""
         slots = self.layout.slots.values()
         return [s.name for s in slots if s.shard in self._own and s.name not in self.resumed]
+
+    def wants(self, name: str) -> bool:
+        """Whether the tensor is still to be written here."""
+        return name not in self.resumed and self.is_own(name)
 
     def sink(self, name: str) -> _C.Sink:
         """Where the tensor goes, once; as ``RAW`` bytes if its type has no kernels."""
@@ -190,7 +196,8 @@ class Shards(ABC):
         for file in self._files.values():
             file.finish()
             self.mark()
-        self._staging.close()
+        if self._staging:
+            self._staging.close()
 
 
 def file_facts(shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:

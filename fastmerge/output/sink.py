@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
+from fastmerge.compute.across import Shared
 from fastmerge.compute.tensor import Outcome
-from fastmerge.models.header import show
+from fastmerge.models.header import Stamp, show
 from fastmerge.models.side_files import bytes_of
 from fastmerge.output.checksum import Written
 from fastmerge.output.layout import Layout
-from fastmerge.output.lineage import metadata, tensor_lineage
+from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
+from fastmerge.output.part import PartWriter
 from fastmerge.output.provenance import names
+from fastmerge.output.share import Part, shares
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -111,8 +115,11 @@ class ModelFolder:
         fresh: bool = False,
         io: str = "auto",
         side_files: Mapping[str, bytes | Path] | None = None,
+        part: Part | None = None,
     ) -> None:
-        """``side_files``: content, or files to copy, to be written beside the weights."""
+        """``side_files``: content, or files to copy, to be written beside the weights. ``part``:
+        only that part's share of the weight files, in the folder where parts meet.
+        """
         self._side_files = side_files or {}
         layout = Layout.plan(
             [(part.name, part.dtype, part.shape) for t in plan.tensors for part in t.written],
@@ -120,22 +127,52 @@ class ModelFolder:
             metadata=metadata(plan),
         )
         self._names = names(plan)
-        self._writer = ModelWriter(
-            out,
-            layout,
-            key=f"{plan.key} {_stamps(plan)}",
-            inputs=[place for model in plan.models for place in model.places],
-            overwrite=overwrite,
-            fresh=fresh,
-            io=io,
-            side_bytes=bytes_of(self._side_files),
-            staging_bytes=staging_bytes,
-        )
+        self._writer: ModelWriter | PartWriter
+        inputs = [place for model in plan.models for place in model.places]
+        if part is None:
+            self._writer = ModelWriter(
+                out,
+                layout,
+                key=f"{plan.key} {_stamps(plan)}",
+                inputs=inputs,
+                overwrite=overwrite,
+                fresh=fresh,
+                io=io,
+                side_bytes=bytes_of(self._side_files),
+                staging_bytes=staging_bytes,
+            )
+        else:
+            self._writer = PartWriter(
+                out,
+                layout,
+                part,
+                costs=costs(plan, layout),
+                key=plan.key,
+                inputs_key=_inputs_key(plan),
+                files=self._side_files,
+                lineage=lineage_head(plan),
+                inputs=inputs,
+                overwrite=overwrite,
+                fresh=fresh,
+                io=io,
+                staging_bytes=staging_bytes,
+            )
+        self.layout = layout
         self.files = layout.files
 
     @property
     def scratch_folder(self) -> Path:
-        return self._writer.partial
+        return self._writer.scratch_folder
+
+    @property
+    def works(self) -> bool:
+        """Whether there is anything to compute: a part may have no file, or be done already."""
+        return not isinstance(self._writer, PartWriter) or self._writer.works
+
+    @property
+    def shared(self) -> Shared | None:
+        """Where parts leave what others need not compute again."""
+        return self._writer.shared if isinstance(self._writer, PartWriter) else None
 
     @property
     def results(self) -> Mapping[str, Mapping[str, Any]]:
@@ -162,6 +199,10 @@ class ModelFolder:
         """Whether the output bypasses the page cache."""
         return self._writer.direct
 
+    def own(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
+        """Those of ``items`` of which it writes anything."""
+        return [t for t in items if any(self._writer.is_own(part.name) for part in t.written)]
+
     def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
         of = {part.name: item for item in items for part in item.written}
         # Codes and scales are one item, which is computed again where either is lost.
@@ -170,7 +211,7 @@ class ModelFolder:
         )
 
     def slot(self, item: TensorPlan) -> _C.Sink:
-        if item.name in self._writer.resumed:  # the other part is lost: these bytes are there
+        if not self._writer.wants(item.name):  # the other of codes and scales is: this is there
             return array_sink(item)[1]
         return self._writer.sink(item.name)
 
@@ -180,7 +221,7 @@ class ModelFolder:
     def computed(self, item: TensorPlan, outcome: Outcome) -> None:
         said = tensor_lineage(outcome, self._names)
         for part in item.written:
-            if part.name not in self._writer.resumed:
+            if self._writer.wants(part.name):
                 self._writer.computed(part.name, said)
             said = {}
 
@@ -192,7 +233,13 @@ class ModelFolder:
         """Waits for the weights, adds the side files and what ``last`` makes of all that was
         written, shows the folder.
         """
+        assert isinstance(self._writer, ModelWriter)
         self._writer.finish(self._side_files, last)
+
+    def finish_part(self, **facts: Any) -> None:
+        """Waits for the part's weights; notes that it is done, and ``facts``."""
+        assert isinstance(self._writer, PartWriter)
+        self._writer.finish(**facts)
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -204,6 +251,44 @@ class ModelFolder:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
+
+
+def costs(plan: Plan, layout: Layout) -> list[int]:
+    """The bytes that each of the layout's files takes, read and written."""
+    found = [0] * len(layout.shards)
+    for item in plan.tensors:
+        first, *_ = written = item.written
+        found[layout.slots[first.name].shard] += item.bytes_in
+        for part in written:
+            slot = layout.slots[part.name]
+            found[slot.shard] += slot.nbytes
+    return found
+
+
+def share_of(plan: Plan, layout: Layout, part: Part) -> dict[str, Any]:
+    """What one part would do, in plain values: its files, tensors, and bytes."""
+    own = shares(costs(plan, layout), part.of)[part.number - 1]
+    shards = [layout.shards[number] for number in own]
+    slots = layout.slots
+    items = [t for t in plan.tensors if any(slots[p.name].shard in own for p in t.written)]
+    return {
+        "number": part.number,
+        "of": part.of,
+        "files": [shard.name for shard in shards],
+        "tensors": len(items),
+        "bytes_in": sum(item.bytes_in for item in items),
+        "bytes_out": sum(slot.nbytes for slot in slots.values() if slot.shard in own),
+        "file_bytes": sum(shard.size for shard in shards),
+    }
+
+
+def _inputs_key(plan: Plan) -> str:
+    """What is read, as every machine sees it that reads the same files: of a file's stamp, its
+    size and time; its path and inode may be each machine's own.
+    """
+    stamps = [(stamp.size, stamp.mtime_ns) for stamp in _stamps(plan) if isinstance(stamp, Stamp)]
+    text = repr([[model.fingerprint for model in plan.models], stamps])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stamps(plan: Plan) -> list[Any]:

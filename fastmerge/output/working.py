@@ -25,13 +25,15 @@ class WorkingFolder:
     that others may write to.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens what is there. Raises OutputError for what is no folder of ours, OSError."""
-        found = os.lstat(path)
+    def __init__(self, path: Path, through: Path | None = None) -> None:
+        """Opens what is there: at ``path``, or ``through`` the open folder that it lies in. Raises
+        OutputError for what is no folder of ours, OSError.
+        """
+        found = os.lstat(through or path)
         check_ours(path, found, folder=True)
         self.path = path
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags)
+        self._descriptor = os.open(through or path, flags)
         status = os.fstat(self._descriptor)
         self.inode = status.st_ino
         self.loose = is_loose(status)

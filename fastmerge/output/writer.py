@@ -157,6 +157,11 @@ class ModelWriter(Shards):
         self._folder = WorkingFolder.make(self.partial)
         self._journal.begin(job, self._folder.inode)
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Where intermediates may lie."""
+        return self.partial
+
     def _note(self, results: Mapping[str, dict[str, Any]]) -> None:
         self._journal.add(results)
 

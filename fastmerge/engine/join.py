@@ -1,0 +1,50 @@
+"""Joins the parts of a merge, and what that came to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastmerge.arguments import a_flag, a_path
+from fastmerge.engine.merge import nonfinite_of, rounding_note
+from fastmerge.output.join import join
+
+
+@dataclass(frozen=True)
+class FinishReport:
+    """What `finish` did. ``bytes_written``: of weight files, by the parts; ``nonfinite`` counts NaN
+    and Inf by output tensor.
+    """
+
+    out: Path
+    seconds: float
+    parts: int
+    files: int  # of weights
+    bytes_written: int
+    tensors: int
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def finish(out: Path, *, overwrite: bool = False) -> FinishReport:
+    """Joins the parts that `merge_plan` wrote for ``out``; raises FastmergeError."""
+    started = time.perf_counter()
+    place = a_path(out, "out")
+    joined = join(place, overwrite=a_flag(overwrite, "overwrite"))
+    return FinishReport(
+        out=place,
+        seconds=time.perf_counter() - started,
+        parts=joined.parts,
+        files=joined.files,
+        bytes_written=joined.nbytes,
+        tensors=joined.tensors,
+        nonfinite=nonfinite_of(joined.results),
+        notes=rounding_note(joined.results),
+    )

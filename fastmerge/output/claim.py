@@ -1,0 +1,228 @@
+"""Who works on a part: a file that one process alone can have made, and what it has finished.
+
+Parts run on several machines in a folder that they share, where locks may be missing or each
+machine's own. So a claim is a file made with O_EXCL, which one process wins wherever it runs. The
+runs of one part are numbered, and the last one counts: to take over is to make the next file, which
+again one process wins. A run that is over says so in its file; of one that was killed, this machine
+knows by its process's id and start; of one elsewhere, only that its file no longer grows. Each
+machine measures that with its own clock, and no two clocks are ever compared.
+
+A run that was taken for dead and is not finds the next file, and stops. It may be in the middle of
+a write then, which is why no two runs write into the same folder (`fastmerge.output.part`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import OutputError
+from fastmerge.output.working import WorkingFolder
+
+BEAT_SECONDS = 5.0  # between the signs of life of a run
+WATCH_SECONDS = 60.0  # without one, a run on another machine counts as dead
+_LOOK_SECONDS = 0.5
+_SUFFIX = ".run"
+
+
+@dataclass
+class Record:
+    """What the file of one run says."""
+
+    number: int
+    head: Mapping[str, Any] = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # finished tensors
+    facts: dict[str, Any] = field(default_factory=dict)  # the last word on anything else
+
+    @property
+    def over(self) -> bool:
+        """Whether the run itself said that it writes no more."""
+        return "done" in self.facts or "ended" in self.facts
+
+    @property
+    def who(self) -> str:
+        return f"process {self.head.get('pid', '?')} on {self.head.get('host', '?')}"
+
+
+def records(folder: WorkingFolder, name: str) -> list[Record]:
+    """The runs of ``name``, the first one first. Raises OutputError, OSError."""
+    pattern = re.compile(re.escape(name) + r"\.(\d{4,9})" + re.escape(_SUFFIX))
+    numbers = [
+        int(found[1]) for found in map(pattern.fullmatch, os.listdir(folder.inside)) if found
+    ]
+    return [_read(folder, name, number) for number in sorted(numbers)]
+
+
+def file_of(name: str, number: int) -> str:
+    return f"{name}.{number:04d}{_SUFFIX}"
+
+
+def _read(folder: WorkingFolder, name: str, number: int) -> Record:
+    """What can be read of a file to which another machine may be writing: whole lines."""
+    file = file_of(name, number)
+    folder.check(file)
+    found = Record(number)
+    for line in (folder.inside / file).read_bytes().split(b"\n")[:-1]:
+        try:
+            said = json.loads(line)
+        except ValueError:  # blocks that were never written, after a power cut
+            break
+        if isinstance(said, list) and len(said) == 2:
+            name_, result = said
+            if isinstance(name_, str) and isinstance(result, dict):
+                found.entries[name_] = result
+        elif isinstance(said, dict):
+            if not found.head:
+                found.head = said
+            else:
+                found.facts |= said
+    return found
+
+
+def is_dead_here(record: Record) -> bool | None:
+    """Whether a run is over, if that can be known at once: it said so, or was on this machine."""
+    if record.over:
+        return True
+    here = _identity()
+    if any(record.head.get(key) != here[key] for key in ("boot", "pids")):
+        return None
+    return _start_of(record.head.get("pid")) != record.head.get("since")
+
+
+def is_dead(folder: WorkingFolder, name: str, record: Record) -> bool | None:
+    """Whether a run is over for certain; None where it only has shown no sign of life, for
+    `WATCH_SECONDS`. False: it is at work.
+    """
+    known = is_dead_here(record)
+    if known is not None:
+        return known
+    path = folder.inside / file_of(name, record.number)
+    size, until = _size(path), time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
+        if _size(path) != size:
+            return _read(folder, name, record.number).over
+    return None
+
+
+def _size(path: Path) -> int:
+    # An open asks the server of a network file system, where a stat may give what is remembered.
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "pids": os.readlink("/proc/self/ns/pid"),  # a container's ids are its own
+        "pid": os.getpid(),
+        "since": _start_of(os.getpid()),
+    }
+
+
+def _start_of(pid: Any) -> str | None:
+    """When the process began, in ticks of this boot; None where there is none, or a zombie."""
+    try:
+        text = Path(f"/proc/{int(pid)}/stat").read_text()
+    except (OSError, ValueError, TypeError):
+        return None
+    words = text.rpartition(")")[2].split()  # its name may hold spaces: from the state on
+    return None if words[0] in "ZX" else words[19]
+
+
+class Claim:
+    """A run of ``name`` in ``folder``, this process's. Raises OutputError where another is at work;
+    ``what`` it is, for messages. ``previous``: the runs before it.
+    """
+
+    def __init__(self, folder: WorkingFolder, name: str, what: str) -> None:
+        self._folder, self._name, self._what = folder, name, what
+        self.previous = records(folder, name)
+        while True:
+            number = 1
+            if self.previous:
+                last = self.previous[-1]
+                if is_dead(folder, name, last) is False:
+                    raise OutputError(f"{what}: is at work already ({last.who})")
+                number = last.number + 1
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+            flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+            try:
+                path = folder.inside / file_of(name, number)
+                self._descriptor = os.open(path, flags, 0o600)
+                break
+            except FileExistsError:  # made since: look at it
+                self.previous.append(_read(folder, name, number))
+        self.number = number
+        self._next = folder.inside / file_of(name, number + 1)
+        self._lock = threading.Lock()
+        self._fault: OSError | OutputError | None = None
+        self._stopping = threading.Event()
+        self._append([json.dumps({"run": number, **_identity()})], sync=True)
+        self._thread = threading.Thread(target=self._beat, name="fastmerge-beat", daemon=True)
+        self._thread.start()
+
+    def add(self, results: Mapping[str, dict[str, Any]]) -> None:
+        """Notes tensors that are in their files. Raises OutputError where another run took over."""
+        if self._fault is not None:
+            raise self._fault
+        self._append([json.dumps(item) for item in results.items()])
+
+    def say(self, **facts: Any) -> None:
+        """Notes what else is to be known, on the disk (fsync) before it returns."""
+        self._append([json.dumps(facts)], sync=True)
+
+    def check(self) -> None:
+        """Raises OutputError where another run took over: this one is to stop."""
+        if os.path.lexists(self._next):
+            self._fault = OutputError(
+                f"{self._what}: another run took over, as this one gave no sign of life"
+            )
+        if self._fault is not None:
+            raise self._fault
+
+    def end(self) -> None:
+        """This run writes no more."""
+        with suppress(OSError):  # then the next one finds out by itself
+            self.say(ended=True)
+        self.close()
+
+    def close(self) -> None:
+        self._stopping.set()
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self._thread.join()
+            os.close(descriptor)
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(BEAT_SECONDS):
+            try:
+                self.say(beat=time.monotonic_ns())
+                self.check()
+            except (OSError, OutputError) as error:
+                self._fault = error
+                return
+
+    def _append(self, lines: Iterable[str], *, sync: bool = False) -> None:
+        data = "".join(line + "\n" for line in lines).encode()
+        try:
+            with self._lock:
+                descriptor = self._descriptor
+                while data and descriptor >= 0:
+                    data = data[os.write(descriptor, data) :]
+                if sync and descriptor >= 0:
+                    os.fsync(descriptor)
+        except OSError as error:
+            name = str(self._folder.path / file_of(self._name, self.number))
+            raise OSError(error.errno, error.strerror, name) from error

@@ -1,0 +1,263 @@
+"""Joining parts: every one against the plan, then one folder that is absent or whole.
+
+Killed at any moment, it goes on where it was: the files are in their part's folder or in ``model``,
+and before the last rename the run notes the new model's inode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import OutputError
+from fastmerge.limits import MAX_HEADER_BYTES
+from fastmerge.models.side_files import LINEAGE_FILE
+from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
+from fastmerge.output.disk import sync_folder, write_files
+from fastmerge.output.lineage import lineage_file
+from fastmerge.output.parts import (
+    FILES,
+    FINISH,
+    MODEL,
+    PLAN,
+    Manifest,
+    open_parts,
+    part_name,
+    read_manifest,
+)
+from fastmerge.output.place import check_place, check_target, explain, real_target
+from fastmerge.output.publish import publish
+from fastmerge.output.working import WorkingFolder, beside, inode
+
+_MOST_NAMED = 8  # parts that are missing, before a count
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What was joined. ``results``: what each tensor came to, in plain values."""
+
+    target: Path
+    parts: int
+    files: int
+    nbytes: int  # of the weight files
+    tensors: int
+    results: Mapping[str, Mapping[str, Any]]
+
+
+def join(out: Path, *, overwrite: bool = False) -> Joined:
+    """Joins the parts of ``out``. Raises OutputError where one is missing or not done, where
+    another `join` is at work, and as `ModelWriter` does about the target.
+    """
+    target = real_target(out)
+    check_place(target, ())
+    folder = None
+    try:
+        folder = open_parts(target, make=False)
+        return _Join(target, folder, overwrite).run()
+    except OSError as error:
+        if not os.path.lexists(beside(target, "parts")):  # another one was faster, or none was made
+            state = "is there already, and no part lies" if target.exists() else "no part lies"
+            raise OutputError(f"{target}: {state} beside it: nothing to finish") from None
+        raise explain(folder.named(error) if folder else error, target) from error
+    finally:
+        if folder:
+            folder.close()
+
+
+class _Join:
+    def __init__(self, target: Path, folder: WorkingFolder, overwrite: bool) -> None:
+        self.target, self.folder, self.overwrite = target, folder, overwrite
+        self.old = beside(target, "old")
+
+    def run(self) -> Joined:
+        if not records(self.folder, FINISH):
+            self._check_begun()
+        claim = Claim(self.folder, FINISH, f"{self.target}: finish")
+        try:
+            shown = self._shown(claim)
+            if shown is not None:
+                self._tidy(claim, shown)
+                return shown
+            self._give_back(claim)
+            check_target(self.target, self.overwrite)
+            manifest = read_manifest(self.folder)
+            results, kept = self._results(manifest)
+            model = self._gather(manifest)
+            try:
+                self._check_files(manifest, model)
+                self._write(manifest, model, results, kept)
+                joined = Joined(
+                    self.target,
+                    manifest.parts,
+                    len(manifest.shards),
+                    sum(facts["bytes"] for facts in manifest.shards.values()),
+                    manifest.tensors,
+                    results,
+                )
+                _say_shown(claim, model.inode, joined)
+                check_target(self.target, self.overwrite)
+                path = self.folder.path / MODEL
+                publish(model, path, self.target, self.old, lambda old: claim.say(aside=old))
+            finally:
+                model.close()
+            self._tidy(claim, joined)
+            return joined
+        finally:
+            claim.end()
+
+    # --- after a kill ---
+
+    def _shown(self, claim: Claim) -> Joined | None:
+        """What an earlier run has joined and shown, where it was killed after that."""
+        now = inode(self.target)
+        for run in claim.previous:
+            if now and run.facts.get("showing") == now:
+                if inode(self.old) and inode(self.old) == run.facts.get("aside"):
+                    shutil.rmtree(self.old)
+                return Joined(self.target, **run.facts["counts"], results={})
+        return None
+
+    def _give_back(self, claim: Claim) -> None:
+        """Gives the old model its name again, if an earlier run had moved it aside."""
+        old = inode(self.old)
+        if os.path.lexists(self.old):
+            if not old or all(run.facts.get("aside") != old for run in claim.previous):
+                raise OutputError(
+                    f"{self.old}: not known to be the model that a merge moved aside; if it is, "
+                    f"rename it to {self.target}, else remove it"
+                )
+            if not os.path.lexists(self.target):
+                self.old.rename(self.target)
+
+    def _tidy(self, claim: Claim, joined: Joined) -> None:
+        """Removes the folder of the parts; at the very end what says that the model is shown."""
+        _say_shown(claim, inode(self.target), joined)
+        last = [file_of(FINISH, number) for number in range(1, claim.number + 1)]
+        for entry in self.folder.inside.iterdir():
+            if entry.name not in last:
+                shutil.rmtree(entry) if inode(entry) else entry.unlink()
+        for name in last:
+            (self.folder.inside / name).unlink(missing_ok=True)
+        self.folder.remove()
+
+    def _check_begun(self) -> None:
+        """Raises OutputError where no part has begun: then nothing is claimed."""
+        if self.target.exists() and not os.listdir(self.folder.inside):
+            with suppress(OSError):  # not if a part is about to begin there
+                self.folder.path.rmdir()  # all that a killed run left behind
+            raise FileNotFoundError(self.folder.path)
+        read_manifest(self.folder)
+
+    # --- the parts ---
+
+    def _results(self, manifest: Manifest) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+        """What every tensor came to, and what one threshold over all tensors keeps of each model;
+        OutputError for parts that are missing.
+        """
+        missing: list[str] = []
+        results: dict[str, dict[str, Any]] = {}
+        kept: dict[str, int] = {}
+        for number in range(1, manifest.parts + 1):
+            runs = records(self.folder, part_name(number))
+            if not runs or "done" not in runs[-1].facts:
+                missing.append(f"{number}/{manifest.parts} ({_state(runs)})")
+                continue
+            results |= runs[-1].entries
+            kept |= runs[-1].facts.get("kept", {})
+        if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            raise OutputError(
+                f"{self.target}: {len(missing)} of {manifest.parts} parts are missing: "
+                f"{', '.join(missing[:_MOST_NAMED])}{more}; run the same merge with --part for each"
+            )
+        if len(results) != manifest.tensors:
+            raise OutputError(
+                f"{self.folder.path}: its parts have {len(results)} tensors of {manifest.tensors}; "
+                "it is damaged: remove it and run all parts again"
+            )
+        return results, kept
+
+    def _gather(self, manifest: Manifest) -> WorkingFolder:
+        """Moves every part's files into one folder."""
+        place = self.folder.inside / MODEL
+        place.mkdir(mode=0o700, exist_ok=True)
+        model = WorkingFolder(self.folder.path / MODEL, place)
+        shards = list(manifest.shards)
+        for number, (begin, end) in enumerate(manifest.shares, start=1):
+            runs = records(self.folder, part_name(number))
+            own = self.folder.inside / f"{part_name(number)}.{runs[-1].number:04d}"
+            for name in shards[begin:end]:
+                if os.path.lexists(own / name):
+                    (own / name).rename(model.inside / name)
+        for entry in model.inside.iterdir():  # of a run that was killed
+            if entry.name not in manifest.shards:
+                shutil.rmtree(entry) if inode(entry) else entry.unlink()
+        return model
+
+    def _check_files(self, manifest: Manifest, model: WorkingFolder) -> None:
+        """Raises OutputError for a file that is not there, or not as it was planned."""
+        for name, facts in manifest.shards.items():
+            path = model.inside / name
+            fault = ""
+            if not os.path.lexists(path):
+                fault = "is missing"
+            else:
+                model.check(name)
+                if path.stat().st_size != facts["bytes"]:
+                    fault = f"has {path.stat().st_size} bytes, not {facts['bytes']}"
+                elif _header_sha256(path) != facts["header_sha256"]:
+                    fault = "has another header than was planned"
+            if fault:
+                number = list(manifest.shards).index(name)
+                part = next(i for i, (a, b) in enumerate(manifest.shares, 1) if a <= number < b)
+                raise OutputError(
+                    f"{model.path / name}: {fault}: somebody changed it after part "
+                    f"{part}/{manifest.parts} had written it; remove {self.folder.path} and run "
+                    "all parts again"
+                )
+
+    def _write(
+        self,
+        manifest: Manifest,
+        model: WorkingFolder,
+        results: Mapping[str, Mapping[str, Any]],
+        kept: Mapping[str, int],
+    ) -> None:
+        """Adds what lies beside the weights."""
+        files = {name: self.folder.inside / PLAN / FILES / name for name in manifest.files}
+        written = write_files(model.inside, files)
+        for name, facts in manifest.files.items():
+            if written[name] != facts:
+                raise OutputError(
+                    f"{self.folder.path / PLAN / FILES / name}: changed since the first part wrote "
+                    f"it; remove {self.folder.path} and run all parts again"
+                )
+        names = (*manifest.files, LINEAGE_FILE, *manifest.shards)
+        text = lineage_file(manifest.lineage, results, kept, names, {**manifest.shards, **written})
+        write_files(model.inside, {LINEAGE_FILE: text})
+        sync_folder(self.folder.inside)
+
+
+def _say_shown(claim: Claim, folder: int, joined: Joined) -> None:
+    counts = {name: getattr(joined, name) for name in ("parts", "files", "nbytes", "tensors")}
+    claim.say(showing=folder, counts=counts)
+
+
+def _state(runs: list[Record]) -> str:
+    if not runs:
+        return "not begun"
+    last = runs[-1]
+    state = {True: "stopped", False: f"at work: {last.who}", None: f"last seen: {last.who}"}
+    return f"{state[is_dead_here(last)]}, {len(last.entries)} tensors done"
+
+
+def _header_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
+        return hashlib.sha256(file.read(length)).hexdigest()

@@ -1,0 +1,197 @@
+"""The folder in which the parts of a merge meet: what all of them must agree on.
+
+``.NAME.fastmerge-parts`` lies beside the target, with mode 0700, and holds
+
+    plan/               what all parts agree on (manifest.json) and what lies beside the weights
+    part-00002.0001.run a run of a part: who it is, the tensors it has finished (`output.claim`)
+    part-00002.0001/    its weight files
+    model/              the finished files, when `fastmerge finish` joins them
+    finish.0001.run     a run of that
+    shared-...          what one part has found out for all (`SharedFiles`)
+
+The first part makes ``plan``, by one rename; every other compares itself with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import OutputError
+from fastmerge.models.header import read_object
+from fastmerge.output.disk import sync_folder, write_files
+from fastmerge.output.working import WorkingFolder, beside
+
+PLAN, FILES, MANIFEST, MODEL, FINISH = "plan", "files", "manifest.json", "model", "finish"
+_MAX_BYTES = 1 << 28
+# What may differ between two parts, and how that is said; the first that does is named.
+_DIFFERENCES = {
+    "version": "by fastmerge {theirs}, and this is {ours}",
+    "parts": "in {theirs} parts, and this is one of {ours}",
+    "inputs": "of other inputs (a model's weights, or its files' sizes or times)",
+    "recipe": "by another recipe, seed or size of shards",
+    "side": "with other files beside the weights (tokenizer, config, card)",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all parts agree on, in plain values."""
+
+    version: str
+    parts: int
+    inputs: str
+    recipe: str
+    side: str
+    tensors: int  # written, by all parts
+    shares: list[list[int]]  # by part: its first shard, and one past its last
+    shards: dict[str, dict[str, Any]]  # by name: bytes, and the sha256 of the header
+    files: dict[str, dict[str, Any]]  # beside the weights, by name: bytes and sha256
+    lineage: dict[str, Any]  # what is known of it before the merge
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def open_parts(target: Path, *, make: bool) -> WorkingFolder:
+    """The folder of the parts of ``target``. Raises OutputError, OSError; FileNotFoundError where
+    there is none and none is to be made.
+    """
+    path = beside(target, "parts")
+    made = False
+    if make and not os.path.lexists(path):
+        try:
+            path.mkdir(mode=0o700)
+            made = True
+        except FileExistsError:  # another part was faster
+            pass
+    folder = WorkingFolder(path)
+    if folder.loose:
+        folder.close()
+        raise OutputError(
+            f"{path}: other users could write to it, so that nothing in it is certain; remove it "
+            "and run all parts again"
+        )
+    if made:
+        try:
+            _check_file_system(folder)
+        except BaseException:
+            folder.close()
+            raise
+    return folder
+
+
+def _check_file_system(folder: WorkingFolder) -> None:
+    """Raises OutputError where the file system lacks what parts rely on: that O_EXCL refuses what
+    is there, that a rename replaces a file and refuses a folder with something in it, that fsync
+    is there for files and folders.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.inside) as probes:
+        a, b = Path(probes, "a"), Path(probes, "b")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        faults = []
+        for path, text in ((a, b"a"), (b, b"b")):
+            descriptor = os.open(path, flags, 0o600)
+            os.write(descriptor, text)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        try:
+            os.close(os.open(a, flags, 0o600))
+            faults.append("O_EXCL makes a file that is there")
+        except FileExistsError:
+            pass
+        os.rename(a, b)
+        if a.exists() or b.read_bytes() != b"a":
+            faults.append("a rename does not replace a file")
+        full, other = Path(probes, "full"), Path(probes, "other")
+        for path in (full, other):
+            path.mkdir()
+            (path / "x").touch()
+        try:
+            os.rename(full, other)
+            faults.append("a rename replaces a folder that is not empty")
+        except OSError:
+            pass
+        sync_folder(folder.inside)
+        if faults:
+            raise OutputError(
+                f"{folder.path}: parts cannot meet on this file system: {'; '.join(faults)}; merge "
+                "to another one, or without parts"
+            )
+
+
+def agree(folder: WorkingFolder, ours: Manifest, files: Mapping[str, bytes | Path]) -> None:
+    """Writes the manifest, with the ``files`` beside the weights, where no part has yet. Raises
+    OutputError where another part's says otherwise, OSError.
+    """
+    place = folder.inside / PLAN
+    if not os.path.lexists(place):
+        own = Path(tempfile.mkdtemp(prefix=f"{PLAN}-", dir=folder.inside))
+        try:
+            (own / FILES).mkdir()
+            write_files(own / FILES, files)
+            text = json.dumps(asdict(ours), indent=1).encode()
+            write_files(own, {MANIFEST: text})
+            try:
+                own.rename(place)
+                sync_folder(folder.inside)
+                return
+            except OSError:
+                if not os.path.lexists(place):
+                    raise
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    theirs = read_manifest(folder)
+    for key, said in _DIFFERENCES.items():
+        values = {"theirs": getattr(theirs, key), "ours": getattr(ours, key)}
+        if values["theirs"] != values["ours"]:
+            raise OutputError(
+                f"{folder.path}: its parts are merged {said.format(**values)}; run what they were "
+                "begun with, or remove the folder to start over"
+            )
+
+
+def read_manifest(folder: WorkingFolder) -> Manifest:
+    """Raises OutputError where there is none."""
+    path = folder.inside / PLAN / MANIFEST
+    if not os.path.lexists(path):
+        raise OutputError(f"{folder.path}: no part has begun in it; run one, or remove it")
+    found = read_object(path, max_bytes=_MAX_BYTES)
+    missing = [each.name for each in fields(Manifest) if each.name not in found]
+    if missing:
+        raise OutputError(
+            f"{folder.path / PLAN / MANIFEST}: no '{missing[0]}'; it is damaged, or another "
+            "version's: remove the folder and run all parts again"
+        )
+    return Manifest(**{each.name: found[each.name] for each in fields(Manifest)})
+
+
+class SharedFiles:
+    """What one part has found out for all of them: each file whole or not there."""
+
+    def __init__(self, folder: WorkingFolder) -> None:
+        self._folder = folder
+
+    def get(self, name: str) -> bytes | None:
+        """What a part has put there; None where none has yet."""
+        file = f"shared-{name}"
+        if not os.path.lexists(self._folder.inside / file):
+            return None
+        self._folder.check(file)
+        return (self._folder.inside / file).read_bytes()
+
+    def put(self, name: str, data: bytes) -> None:
+        """Equal from every part that does."""
+        descriptor, own = tempfile.mkstemp(prefix="shared.", dir=self._folder.inside)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(own, self._folder.inside / f"shared-{name}")
