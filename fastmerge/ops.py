@@ -4,8 +4,12 @@ Every function takes contiguous tensors of one shape, in float32, float16 or bfl
 NumPy arrays of uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has
 the inputs' type, float32 when they differ, and goes to ``out`` when given, which may be one of the
 inputs. What speaks DLPack, or NumPy's array protocols, is taken too. Arithmetic is fp32 with one
-rounding; CUDA tensors use the Triton kernels. Results carry no gradient. Bad arguments raise
-FastmergeError. Definitions and defaults: ``fastmerge methods``.
+rounding; CUDA tensors use the Triton kernels. Bad arguments raise FastmergeError. Definitions and
+defaults: ``fastmerge methods``.
+
+torch.compile, torch.export and torch.jit.trace record a call as one operator of torch's. Results
+carry no gradient, also where an input requires one: `fastmerge.integrations.torch_ops` has the
+merges that gradients flow through, and `coefficient_gradients` those by all coefficients at once.
 
 Where a method takes only what models differ by from their base, ``base`` None says that the tensors
 are deltas already, and so is the result. The defaults are mergekit's definitions; PEFT's are
@@ -17,15 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.arguments import a_list
-from fastmerge.compute.arrays import Operands
-from fastmerge.compute.of_tensors import merge, plain
+from fastmerge.compute.calls import combine, gram, merge
+from fastmerge.compute.combining import coefficient_gradients
 from fastmerge.errors import FastmergeError, brief, nearest
-from fastmerge.methods import REQUIRED, Parameter
-from fastmerge.methods.types import Float64
 
 Numbers = Sequence[float] | NDArray[Any]
 Given = dict[str, Any]
@@ -34,6 +34,7 @@ __all__ = [
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "coefficient_gradients",
     "combine",
     "consensus_ta",
     "dare_linear",
@@ -531,39 +532,3 @@ def passthrough(
 ) -> Any:
     """The tensor, times ``scale``."""
     return merge("passthrough", [tensor], {"scale": scale}, out=out, threads=threads)
-
-
-def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:
-    """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
-    1).
-    """
-    tensors = a_list(tensors, "gram: tensors")
-    if not tensors:
-        raise FastmergeError("gram: no tensors")
-    operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
-    backend = operands.backend(threads)
-    views = operands.views
-    split = (views, None) if base is None else (views[1:], views[0])
-    return backend.gram(*split)
-
-
-def combine(
-    tensors: Sequence[Any],
-    coefficients: Numbers,
-    *,
-    out: Any = None,
-    threads: int | None = None,
-) -> Any:
-    """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
-    tensors = a_list(tensors, "combine: tensors")
-    coefficients = a_list(plain(coefficients), "combine: coefficients")
-    if len(coefficients) != len(tensors):
-        raise FastmergeError(
-            f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
-        )
-    each = Parameter("coefficient", float, REQUIRED, "")
-    factors = [each.check(plain(value), "combine") for value in coefficients]
-    operands = Operands("combine", tensors)
-    result, sink = operands.output(out)
-    operands.backend(threads).combine(operands.views, np.array(factors), sink)
-    return result

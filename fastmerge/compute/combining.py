@@ -1,0 +1,100 @@
+"""Sums and inner products of tensors in memory: the primitives behind `fastmerge.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastmerge.arguments import a_list
+from fastmerge.compute.arrays import Operands
+from fastmerge.compute.of_tensors import plain
+from fastmerge.errors import FastmergeError, brief, nearest
+from fastmerge.methods import REQUIRED, Parameter
+from fastmerge.methods.types import Float64
+
+_EACH = Parameter("coefficient", float, REQUIRED, "")
+
+
+def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:
+    """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
+    1).
+    """
+    tensors = a_list(tensors, "gram: tensors")
+    if not tensors:
+        raise FastmergeError("gram: no tensors")
+    operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
+    backend = operands.backend(threads)
+    views = operands.views
+    split = (views, None) if base is None else (views[1:], views[0])
+    return backend.gram(*split)
+
+
+def combine(
+    tensors: Sequence[Any],
+    coefficients: Any,
+    *,
+    out: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
+    tensors = a_list(tensors, "combine: tensors")
+    coefficients = a_list(plain(coefficients), "combine: coefficients")
+    if len(coefficients) != len(tensors):
+        raise FastmergeError(
+            f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
+        )
+    factors = [_EACH.check(plain(value), "combine") for value in coefficients]
+    return combined(tensors, np.array(factors), out=out, threads=threads)
+
+
+def combined(
+    tensors: Sequence[Any], factors: Float64, *, out: Any = None, threads: int | None = None
+) -> Any:
+    """`combine` of any numbers: a gradient may be NaN."""
+    operands = Operands("combine", tensors)
+    result, sink = operands.output(out)
+    operands.backend(threads).combine(operands.views, factors, sink)
+    return result
+
+
+def coefficient_gradients(
+    grads: Mapping[str, Any],
+    models: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
+    *,
+    threads: int | None = None,
+) -> dict[str, Float64]:
+    """What a loss loses by each coefficient of a merge: of every tensor in ``grads``, the loss's
+    gradient by the merged tensor, d loss / d c_i = <grad, x_i> for ``merged = sum_i c_i x_i``, or
+    <grad, x_i - base> for ``merged = base + sum_i c_i (x_i - base)``.
+
+    ``models`` and ``base`` hold tensors of the gradients' names and shapes; what they hold besides
+    is left alone. Each is read once; products of fp32 are summed in float64. Returns float64 (k,)
+    by name, in the order of ``grads``: their sum is the gradient by one coefficient for all.
+    """
+    models = a_list(models, "coefficient_gradients: models")
+    if not models:
+        raise FastmergeError("coefficient_gradients: no models")
+    named = [("grads", grads), *((f"models[{i}]", m) for i, m in enumerate(models))]
+    named += [] if base is None else [("base", base)]
+    for where, tensors in named:
+        if not isinstance(tensors, Mapping):
+            raise FastmergeError(
+                f"coefficient_gradients: {where} must be a mapping of names to tensors, not "
+                f"{brief(tensors)}"
+            )
+    sources = [tensors for _, tensors in named[1:]]
+    found = {}
+    for name, grad in grads.items():
+        for where, tensors in named[1:]:
+            if name not in tensors:
+                raise FastmergeError(
+                    f"coefficient_gradients: {where} has no tensor '{name}'; "
+                    f"{nearest(str(name), tensors)}"
+                )
+        operands = Operands(str(name), [grad, *(tensors[name] for tensors in sources)])
+        products = operands.backend(threads).gram(operands.views, None)[0, 1:]
+        found[name] = products if base is None else products[:-1] - products[-1]
+    return found
