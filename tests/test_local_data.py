@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import socket
 import string
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from fastmerge.evaluation.local_data import LAYOUTS
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.retrograde import run
+from fastmerge.retrograde.runner import describe
+from tests.test_retrograde_run import invoke
 
 SHOTS = {
     "arc_challenge": 25, "hellaswag": 10, "mmlu_anatomy": 5, "mmlu_virology": 5,
@@ -228,6 +231,31 @@ def test_the_option_goes_before_the_schedule_and_that_before_the_environment(
     assert f"no such folder: {tmp_path / 'b'}" in refusal(evaluate={"data": str(tmp_path / "b")})
     found = refusal(evaluate={"data": str(data)}, data=tmp_path / "a")
     assert f"no such folder: {tmp_path / 'a'}" in found
+
+
+def test_a_dry_run_says_what_is_read_and_for_how_long(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
+    step = {"method": "linear", "t": 0.5}
+    cycle = {"degrade": {"partner": "next", **step}, "retrace": {"toward": "baseline", **step}}
+    schedule = {
+        "baseline": str(llama), "pool": [str(llama.parent / "other")],
+        "schedule": {"cycles": 1, **cycle},
+        "evaluate": {"tasks": ["piqa"], "holdout": ["lambada_openai", "gsm8k"], "limit": 2},
+    }  # fmt: skip
+    found = describe(schedule, data=data)["measurements"]
+    piqa, lambada, gsm8k = found["tasks"]
+    assert piqa["split"] == "steer" and piqa["items"] == 2 and piqa["times"] == 2 + 2 + 1
+    assert lambada["split"] == "holdout" and lambada["items"] == 2 and lambada["times"] == 3
+    assert found["at most"] == 5 + 3 and 0 < found["seconds"] < 60
+    # The question once, and both endings, of three and four letters.
+    assert piqa["tokens"] == 2 * (len("Question: Get 0.\nAnswer: aei umnt"))
+    assert gsm8k["items"] == 1 and gsm8k["tokens"] > 256  # what it may generate
+    written = yaml.safe_dump(schedule)
+    (tmp_path / "walk.yml").write_text(written)
+    done = invoke("retrograde", str(tmp_path / "walk.yml"), "out", "--dry-run", "--data", str(data))
+    assert "time for them                 about 0" in done.output, done.output
+    assert re.search(r"piqa +steer +2 +66 +5\n", done.output)
 
 
 def drop(field: str) -> Any:

@@ -14,6 +14,7 @@ import pytest
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.retrograde import run
+from fastmerge.retrograde.plots import by_layer
 from fastmerge.retrograde.runner import describe
 from fastmerge.retrograde.words import figure
 from fastmerge.search.sweep import Outlook, sweep
@@ -83,8 +84,8 @@ def test_every_measurement_is_told_before_and_after(
     assert {m.what for m in before[4:]} == {"the walk's one-shot equivalent", "linear"}
     assert [m.number for m in before] == list(range(1, len(before) + 1))
     assert all(m.seconds is None for m in before) and all(m.seconds >= 0 for m in after)
-    most = describe(schedule | {"evaluate": None, "compare": None}, evaluate=True)["costs"]
-    assert most["measurements in all, at most"] == 0
+    bare = schedule | {"evaluate": None, "compare": None}
+    assert describe(bare)["measurements"] is None
     assert {m.most for m in before} == {2 + 2 + 1 + 2 + 0 + 4 * 2}
     assert len(before) == 2 + 2 + 1 + 2
 
@@ -94,7 +95,8 @@ def test_the_terminal_says_what_is_measured(schedule: dict[str, Any], tmp_path: 
     (tmp_path / "walk.json").write_text(json.dumps(schedule))
     walk = str(tmp_path / "walk.json")
     done = invoke("retrograde", walk, str(tmp_path / "out"), "--dry-run")
-    assert re.search(r"measurements in all, at most\s+\d+", done.output), done.output
+    assert re.search(r"measurements in all, at most +\d+\n", done.output), done.output
+    assert re.search(r"time for them +shows after the first\n", done.output)
     done = invoke("retrograde", walk, str(tmp_path / "out"))
     assert "measuring m0: 1 of at most " in done.output
     quiet = invoke("retrograde", walk, str(tmp_path / "quiet"), "--quiet")
@@ -178,6 +180,36 @@ def test_axes_show_numbers_as_they_are() -> None:
 def perplexed(value: float) -> Scores:
     detail = {"perplexity": value}
     return Scores({"text": TaskScore(100 / value, "100/perplexity", 1, None, detail)})
+
+
+def test_the_best_so_far_is_drawn_from_what_was_measured(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    schedule |= {"compare": {"methods": ["best_single", "linear", "greedy_soup"], "budget": 3}}
+    out = tmp_path / "out"
+    result = run(schedule, out, threads=1, score=falling())
+    rows = {row.name: row for row in result.rows}
+    assert rows["schedule"].history == (88.0, 87.0)  # after the baseline's 90 and the pool's 89
+    assert rows["linear"].history == (85.0, 84.0, 83.0)  # 86 is the one-shot
+    assert rows["best_single"].history == (90.0,)  # known: not measured again
+    written = json.loads((out / "trajectory.json").read_text())["comparison"]
+    assert {line["name"]: line["history"] for line in written}["linear"] == [85.0, 84.0, 83.0]
+    for name in ("budget.png", "coefficients.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in report_of(out)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and 'src="' + "budget" not in page
+    assert "name='viewport'" in page and "@media print" in page
+
+
+def test_coefficients_are_means_by_layer() -> None:
+    names = ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight",
+             "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight",
+             "model.norm.weight"]  # fmt: skip
+    factors = np.array([[0.2, 0.8], [1, 0], [0, 1], [0.5, 0.5], [0.4, 0.6], [1, 0]])
+    titles, means = by_layer(names, factors)
+    assert titles == ["embed", "0", "1", "head"]
+    np.testing.assert_allclose(means, [[1, 0], [0.5, 0.5], [0.3, 0.7], [0.5, 0.5]])
 
 
 class Perplexed:

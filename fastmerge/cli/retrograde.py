@@ -188,6 +188,7 @@ def _show_dry_run(described: dict[str, Any]) -> None:
         right=["step"],
     )
     pairs(described["costs"].items())
+    _show_measurements(described["measurements"])
     pairs(("note", note) for note in described["notes"])
 
 
@@ -195,6 +196,20 @@ class Written(Enum):
     """Which of a sweep's models become folders."""
 
     ALL, BEST, NONE = "all", "best", "none"
+
+
+def _show_measurements(found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    if found["tasks"]:
+        table(
+            ["task", "split", "items", "tokens, about", "times, at most"],
+            [[t["task"], t["split"], t["items"], t["tokens"], t["times"]] for t in found["tasks"]],
+            right=["items", "tokens, about", "times, at most"],
+        )
+    seconds = found["seconds"]
+    shown = "shows after the first" if seconds is None else f"about {format_seconds(seconds)}"
+    pairs([("measurements in all, at most", found["at most"]), ("time for them", shown)])
 
 
 @command

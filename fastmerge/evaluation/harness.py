@@ -25,6 +25,7 @@ from fastmerge.errors import RecipeError, ResourceError, nearest
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.local_data import LocalData, local_data
+from fastmerge.evaluation.outlook import Reading, tokens_each
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.weights import model_of
@@ -103,6 +104,19 @@ class Harness:
     def has(self, split: str) -> bool:
         """Whether any task belongs to ``split`` ('steer' or 'holdout')."""
         return bool(self._units[split])
+
+    def readings(self, split: str) -> list[Reading]:
+        """What one measurement of ``split`` reads, by task."""
+        units = self._units[split]
+        with quiet():
+            chosen = _samples(units, self._settings.limit) or {}
+            found = []
+            for unit in units:
+                parts = {n: chosen.get(n, range(len(t.eval_docs))) for n, t in unit.parts.items()}
+                items = sum(map(len, parts.values()))
+                each = tokens_each(list(unit.parts.values()), self._tokenizer)
+                found.append(Reading(unit.key, items, round(items * each)))
+        return found
 
     def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
         """See `Scorer`."""

@@ -11,6 +11,7 @@ import numpy as np
 from fastmerge import llama
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.outlook import Reading
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import model_of
@@ -49,6 +50,13 @@ class Perplexity:
 
     def has(self, split: str) -> bool:
         return split == "steer"
+
+    def readings(self, split: str) -> list[Reading]:  # noqa: ARG002
+        """What one measurement reads."""
+        tokens = len(self._ids)
+        if self._settings.limit and self._settings.max_length:
+            tokens = min(tokens, self._settings.limit * self._settings.max_length)
+        return [Reading(self._name, 1, tokens)]
 
     def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
         """See `Scorer`; an item is a window of the text."""

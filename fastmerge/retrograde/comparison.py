@@ -31,6 +31,7 @@ class Row:
     holdout: Scores | None
     evaluations: int
     repeats: tuple[float, ...] = ()  # reported scores with other masks, where masks are drawn
+    history: tuple[float, ...] = ()  # steering scores of its candidates, as they were measured
 
 
 def compare(
@@ -44,11 +45,14 @@ def compare(
     settings = schedule.compare
     final = trajectory.states[trajectory.final]
     measured = [s for s in trajectory.scores[1:] if s is not None]
+    walked = tuple(scores.value for scores in measured)
     budget = settings.budget if settings and settings.budget else max(1, len(measured))
     repeats = settings.seeds if settings else 1
     lab.stage = "the walk's final state"
     found = [
-        Contender("schedule", final, lab.score(final), len(measured), "the walk's final state")
+        Contender(
+            "schedule", final, lab.score(final), len(measured), "the walk's final state", walked
+        )
     ]
     place = geometry_of(space, lab, final)
     if place is not None and not isinstance(final, Model):
@@ -80,7 +84,16 @@ def _row(entry: Contender, lab: Lab, repeats: int) -> Row:
         first = held.value if held is not None else entry.steer.value
         others = [reseeded(entry.state, shift) for shift in range(1, repeats)]
         again = (first, *(lab.score(state, split).value for state in others))
-    return Row(entry.name, entry.how, entry.state, entry.steer, held, entry.candidates, again)
+    return Row(
+        entry.name,
+        entry.how,
+        entry.state,
+        entry.steer,
+        held,
+        entry.candidates,
+        again,
+        entry.history,
+    )
 
 
 def pool_of(schedule: Schedule, used: Sequence[int]) -> Pool:

@@ -115,4 +115,5 @@ def _line_json(line: Line) -> dict[str, Any]:
         "schedule_less_this": None if line.lead is None else list(line.lead[:3]),
         "p_holm": line.p,
         "repeats": list(line.row.repeats),
+        "history": [none(value) for value in line.row.history],
     }

@@ -21,7 +21,7 @@ from fastmerge.retrograde.findings import (
     split_name,
     verdict_on_path,
 )
-from fastmerge.retrograde.plots import comparison_png, trajectory_png
+from fastmerge.retrograde.plots import budget_png, coefficients_png, comparison_png, trajectory_png
 from fastmerge.retrograde.record import as_json
 from fastmerge.retrograde.words import copy_text, figure, measured, score_title, step_table
 
@@ -42,6 +42,10 @@ def write(result: Result) -> None:
         pictures["trajectory.png"] = trajectory_png(result.trajectory)
         if len(lines) > 1:
             pictures["comparison.png"] = comparison_png(lines, split_name(lines))
+            pictures["budget.png"] = budget_png(lines, result.trajectory.models[0].value)
+        heat = coefficients_png(result)
+        if heat is not None:
+            pictures["coefficients.png"] = heat
     for name, data in pictures.items():
         write_atomically(out / name, data)
     text = markdown(result, lines, list(pictures))
@@ -120,6 +124,11 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             "added nothing that one merge with these weights does not have."
         )
         parts.append("\n".join(effective))
+    if "coefficients.png" in pictures:
+        parts.append(
+            "What the final model takes of each model, by layer (the mean over a layer's tensors):"
+        )
+        parts.append("![effective coefficients by layer and model](coefficients.png)")
     if lines:
         parts += _comparison(result, lines, pictures)
     parts += _setup(result, lines)
@@ -181,6 +190,8 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     parts = ["## Comparison\n"]
     if "comparison.png" in pictures:
         parts.append("![comparison](comparison.png)")
+    if "budget.png" in pictures:
+        parts.append("![best so far against candidates measured](budget.png)")
     parts.append("\n".join(table))
     parts.append(
         "Every family drew as many candidates as it says, and the best on the steering score was "
@@ -236,9 +247,11 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
 
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
-color:#222}table{border-collapse:collapse;margin:1rem 0;font-size:13px}td,th{border:1px solid #ccc;
+color:#222}table{border-collapse:collapse;margin:1rem 0;font-size:13px;display:block;
+max-width:100%;overflow-x:auto}td,th{border:1px solid #ccc;
 padding:.25rem .5rem;text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1rem;
-overflow:auto}code{background:#f5f5f5}"""
+overflow:auto}code{background:#f5f5f5}@media print{body{max-width:none;margin:0;font-size:10pt}
+table{display:table;font-size:8pt}tr,img{break-inside:avoid}pre{white-space:pre-wrap}}"""
 
 
 def page(text: str, pictures: Mapping[str, bytes]) -> str:
@@ -251,6 +264,7 @@ def page(text: str, pictures: Mapping[str, bytes]) -> str:
         body = body.replace(f'src="{name}"', f'src="{inside}"')
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         # Nothing is fetched, whatever a name or a schedule says.
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
         "img-src data:; style-src 'unsafe-inline'\"><title>Retrograde run</title>"

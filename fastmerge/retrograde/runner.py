@@ -111,7 +111,7 @@ def run(
         threads=threads,
         folder=out,
         observe=on_score,
-        most=None if scorer is None else _most_measurements(schedule, scorer),
+        most=None if scorer is None else sum(_most_measurements(schedule, scorer).values()),
     )
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
     rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
@@ -213,17 +213,37 @@ def describe(
             "evaluations of the models": len(entries) if schedule.evaluate else 0,
             "families compared": len(families),
             "evaluations of each": budget if families else 0,
-            "measurements in all, at most": (
-                0 if scorer is None else _most_measurements(schedule, scorer)
-            ),
         },
+        "measurements": _outlook(schedule, scorer, template),
         "notes": list(template.notes),
     }
 
 
-def _most_measurements(schedule: Schedule, scorer: Scorer) -> int:
-    """How many scores a run measures at most: the models, the walk, what it is compared with, and
-    of the rows of the report the hold-out and other masks.
+def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[str, Any] | None:
+    """What a run measures at most, and for how long: seconds None where that shows only then."""
+    if scorer is None or schedule.evaluate is None:
+        return None
+    from fastmerge.evaluation.outlook import seconds_for
+
+    most = _most_measurements(schedule, scorer)
+    found: dict[str, Any] = {"at most": sum(most.values()), "tasks": [], "seconds": None}
+    readings = getattr(scorer, "readings", None)  # a callable's are its own affair
+    if readings is None:
+        return found
+    tokens = 0
+    for split, count in most.items():
+        for one in readings(split) if scorer.has(split) else ():
+            row = {"task": one.task, "split": split, "items": one.items, "tokens": one.tokens}
+            found["tasks"].append({**row, "times": count})
+            tokens += count * one.tokens
+    parameters = sum(tensor.count for tensor in template.tensors)
+    found["seconds"] = seconds_for(tokens, parameters, schedule.evaluate)
+    return found
+
+
+def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, int]:
+    """How many scores a run measures at most, by split: the models, the walk, what it is compared
+    with, and of the rows of the report the hold-out and other masks.
     """
     numbers = range(1, len(schedule.steps) + 1)
     walked = sum(driver.measured(schedule, number) for number in numbers)
@@ -233,8 +253,10 @@ def _most_measurements(schedule: Schedule, scorer: Scorer) -> int:
     stages = 1 + len(schedule.evaluate.stages if schedule.evaluate else ())
     rows = 3 + (len(settings.methods) if settings else 0)
     again = (settings.seeds if settings else 1) - 1
-    reported = rows * (scorer.has("holdout") + again)
-    return 1 + len(schedule.pool) + walked + 1 + len(families) * budget * stages + reported
+    steer = 1 + len(schedule.pool) + walked + 1 + len(families) * budget * stages
+    if not scorer.has("holdout"):
+        return {"steer": steer + rows * again, "holdout": 0}
+    return {"steer": steer, "holdout": rows * (1 + again)}
 
 
 def _scorer(

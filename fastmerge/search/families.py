@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, cast
 
@@ -34,6 +34,8 @@ class Contender:
     steer: Scores
     candidates: int
     how: str  # in words, for the report
+    # Steering scores in the order of measuring, of the candidates that were scored on all items.
+    history: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,17 @@ def search(
         if not found:
             return None
         family = Scripted(_best_of(name, found, stages))
-    drive(family, lambda state: lab.score(state, limit=family.limit))
-    return family.result
+    history = []
+
+    def score(state: Expr) -> Scores:
+        limit = family.limit  # of this one: the family goes on when it is told
+        found = lab.score(state, limit=limit)
+        if limit is None:
+            history.append(found.value)
+        return found
+
+    drive(family, score)
+    return replace(family.result, history=tuple(history))
 
 
 def _best_of(
