@@ -6,6 +6,7 @@ What is larger is refused in one line, before memory or minutes are spent on it.
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors header, the library's own limit; of an index
 MAX_CONFIG_BYTES = 16 << 20  # the largest config.json on the Hub takes 0.5 MB
 MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its product is quadratic
+MAX_ADAPTED_LETTERS = 512  # of the name of a tensor that an adapter is for; the longest has 120
 MAX_LAYERS = 10_000  # the deepest published model has 1000
 MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
 MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all

@@ -96,6 +96,9 @@ def test_a_lineage_that_is_gone_or_edited(copy: Path) -> None:
     assert (WEIGHTS, name) in places(copy) and len(places(copy)) == 2 * len(MODULES)
     path.write_text(json.dumps(said | {"fastmerge_seed": "9"}))
     assert places(copy) == [(WEIGHTS, "")]
+    said["written"].pop("README.md")
+    path.write_text(json.dumps(said))
+    assert places(copy) == [("README.md", "")]
     old = {k: v for k, v in said.items() if k not in ("written", "checksum", "tensors")}
     path.write_text(json.dumps(old))
     found = fastmerge.verify(copy)

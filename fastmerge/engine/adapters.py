@@ -16,7 +16,7 @@ from fastmerge import _C
 from fastmerge.arguments import a_function
 from fastmerge.compute.cpu import cpu, isa
 from fastmerge.dtypes import DType
-from fastmerge.engine.report import MergeReport, Progress, anonymous_bytes
+from fastmerge.engine.report import MergeReport, Progress, anonymous_bytes, nonfinite_of
 from fastmerge.engine.window import in_order
 from fastmerge.errors import FastmergeError
 from fastmerge.models.side_files import LINEAGE_FILE
@@ -94,9 +94,9 @@ def write_adapter(
             pairs = zip(piece.tensors, made.tensors, strict=True)
             for number, ((name, _, _), content) in enumerate(pairs):
                 if name in left:
-                    _put(backend.pool, content, writer.sink(name))
-                    told = {"module": piece.module, **made.told}
-                    writer.computed(name, {} if number else told)
+                    told = {} if number else {"module": piece.module, **made.told}
+                    nonfinite = _put(backend.pool, content, writer.sink(name))
+                    writer.computed(name, told | ({"nonfinite": nonfinite} if nonfinite else {}))
 
         total = sum(piece.bytes_in + piece.nbytes for piece in pieces)
         done = total - sum(piece.bytes_in + piece.nbytes for piece in todo)
@@ -130,16 +130,19 @@ def write_adapter(
         io="direct" if writer.direct else "buffered",
         seed=plan.seed,
         peak_anonymous_bytes=peak_bytes,
+        nonfinite=nonfinite_of(writer.results),
         notes=tuple(plan.notes),
     )
     return report, by_module(writer.results)
 
 
-def _put(pool: _C.Pool, content: Content, sink: _C.Sink) -> None:
-    """Rounds numbers to the sink's type, once; copies what is stored."""
+def _put(pool: _C.Pool, content: Content, sink: _C.Sink) -> int:
+    """Rounds numbers to the sink's type, once, and counts those that are not finite there; copies
+    what is stored.
+    """
     if isinstance(content, _C.View):
         _C.copy(pool, content, sink)
-        return
+        return 0
     array = np.ascontiguousarray(content)
     view = _C.View(array.ctypes.data, array.size, "F32", array)
-    _C.combine(pool, [view], np.ones(1), sink)
+    return _C.combine(pool, [view], np.ones(1), sink)

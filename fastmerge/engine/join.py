@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.arguments import a_flag, a_path
-from fastmerge.engine.merge import nonfinite_of, rounding_note
+from fastmerge.engine.merge import rounding_note
 from fastmerge.output.join import join
 
 

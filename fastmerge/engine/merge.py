@@ -14,7 +14,13 @@ from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.cpu import isa
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.executor import Local
-from fastmerge.engine.report import MergeReport, Observer, Progress, anonymous_bytes
+from fastmerge.engine.report import (
+    MergeReport,
+    Observer,
+    Progress,
+    anonymous_bytes,
+    nonfinite_of,
+)
 from fastmerge.engine.window import window_size
 from fastmerge.errors import FastmergeError, enough_memory
 from fastmerge.output.lineage import LINEAGE_FILE, kept_of, lineage_file, lineage_head
@@ -142,11 +148,6 @@ def merge_plan(
         notes=(*plan.notes, *executor.notes, *folder.notes, *rounding_note(folder.results)),
         part=str(part or ""),
     )
-
-
-def nonfinite_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """How many numbers of each tensor are NaN or infinite, where any are."""
-    return {name: int(r["nonfinite"]) for name, r in results.items() if "nonfinite" in r}
 
 
 def rounding_note(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:

@@ -49,6 +49,11 @@ class MergeReport:
         return values
 
 
+def nonfinite_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """A report's ``nonfinite``, of what each written tensor came to."""
+    return {name: int(own["nonfinite"]) for name, own in results.items() if "nonfinite" in own}
+
+
 def anonymous_bytes() -> int:
     """The process's anonymous resident memory now (Linux's RssAnon); 0 where it is not told."""
     try:

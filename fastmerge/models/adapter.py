@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, UnsupportedError, brief, is_whole
+from fastmerge.limits import MAX_ADAPTED_LETTERS
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import FileTensor, Header, Stamp, read_header, read_object, show
@@ -134,7 +135,7 @@ class Adapter(Checkpoint):
                 self.tokens[name] = _tokens(name, rows, config, where)
             if parts:
                 self.factors[name] = _factors(name, parts, scales, config, str(files[0]))
-        for text in ("base_model_name_or_path", "task_type"):
+        for text in ("base_model_name_or_path", "task_type", "revision"):
             if not isinstance(config.get(text), str | None):
                 raise ModelError(f"{where}: '{text}' must be text, not {brief(config[text])}")
         if not (self.factors or self.saved or self.tokens):
@@ -240,6 +241,7 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
     modules: dict[str, _Parts] = {}
     saved: dict[str, str] = {}
     for info in tensors:
+        check_letters(info.name, where)
         plain = info.name.removeprefix(PREFIX)
         ending = next((end for end in _PARTS if plain.endswith(end)), None)
         if not info.dtype.mergeable:
@@ -259,6 +261,15 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
         elif saved.setdefault(plain.replace(_BASE_LAYER, "."), info.name) != info.name:
             raise ModelError(f"{where}: tensor {show(info.name)} is there twice")
     return modules, saved
+
+
+def check_letters(name: str, where: str) -> None:
+    """Raises ModelError for a name so long that finding its ends among others takes minutes."""
+    if len(name) > MAX_ADAPTED_LETTERS:
+        raise ModelError(
+            f"{where}: the name of tensor {show(name)} has {len(name)} letters; over "
+            f"{MAX_ADAPTED_LETTERS} are no module's"
+        )
 
 
 def _factors(
@@ -311,10 +322,10 @@ def _tokens(module: str, rows: TensorInfo, config: Mapping[str, Any], where: str
         ends = [key for key in given if f".{module}".endswith(f".{key}")]
         given = given[ends[0]] if ends else None
     listed = given if isinstance(given, list) and all(is_whole(i) and i >= 0 for i in given) else []
-    if len(listed) != rows.shape[0]:
+    if not rows.shape or len(listed) != rows.shape[0]:
         raise ModelError(
-            f"{where}: 'trainable_token_indices' must be the numbers of the {rows.shape[0]} rows "
-            f"in {show(rows.name)}, not {brief(given)}"
+            f"{where}: 'trainable_token_indices' must be the numbers of the rows in "
+            f"{show(rows.name)}, which is {list(rows.shape)}, not {brief(given)}"
         )
     return Tokens(module, rows.name, tuple(int(index) for index in listed))
 

@@ -40,7 +40,9 @@ COMPUTED = ".rotary_emb.inv_freq"
 # Heads for multi-token prediction that are stored beside the layers (qwen3_next, mimo, ...).
 EXTRA_PREFIXES = ("mtp.", "model.mtp.", "model.mtp_layers.")
 
-_LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.(.+)")
+# A number as Python writes it: the tensor's name is made of it again. Nine digits: int takes 4300.
+LAYER_NUMBER = r"(0|[1-9][0-9]{0,8})"
+_LAYER = re.compile(rf"(.*?\b(?:layers?|h|blocks?))\.{LAYER_NUMBER}\.(.+)")
 
 
 class Stack(NamedTuple):

@@ -18,6 +18,7 @@ _NUMBERED = re.compile(r"(^|\.)\d+\.")
 # What training loops and torch's optimizers call what they keep beside the weights.
 _OPTIMIZER = re.compile(r"optim(izer)?s?(_states?)?(_\d+)?")
 _MOMENTS = (".exp_avg", ".exp_avg_sq", ".max_exp_avg_sq", ".momentum_buffer")
+_MOST_PARTS = 16  # of a name, before which the two may differ
 _MOST_TRIED = 8  # pairs of names that could be the same tensor, for each way to cut one
 
 
@@ -71,7 +72,7 @@ def _beginnings(lost: list[str], extra: list[str]) -> Iterator[tuple[str, str]]:
     """
     for name in (lost[0], lost[len(lost) // 2], lost[-1]):
         parts = name.split(".")
-        for cut in range(max(1, len(parts) - 1)):
+        for cut in range(min(max(1, len(parts) - 1), _MOST_PARTS)):
             end = ".".join(parts[cut:])
             alike = [found for found in extra if found == end or found.endswith(f".{end}")]
             for found in alike[:_MOST_TRIED]:

@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from fastmerge.errors import UnsupportedError, brief
+from fastmerge.models.architecture import LAYER_NUMBER
 
 V = TypeVar("V")
 
 _MAX_LETTERS = 4096  # of one expression; the longest seen, of a layer-wise search's ranks, has 400
-_MAX_REPEATS = 3  # matching is of this degree in a name's length: 100 letters are tried in 10 ms
+_MAX_ALL_LETTERS = 1 << 18  # of one setting's expressions: compiling them takes a second
+_MAX_REPEATS = 3  # matching is of this degree in a name's length
+_MAX_STEPS = 2 * 10**8  # of one setting's matches, by a count that is too high: 15 seconds
 # A repeated group may hold another repetition, which is exponential; a reference is worse.
 _COSTLY = re.compile(r"\)\s*[*+?{]|\\\d|\(\?P=|\(\?[#aiLmsux]")
 _ESCAPED = re.compile(r"\\.|\[[^\]]*\]")
+_OPTION = re.compile(r"(?<![(*+?}])\?")
 _PLAIN = re.compile(r"[\w.-]+")
 
 
-def expression(text: str, where: str) -> re.Pattern[str]:
-    """A regular expression from a stranger's file, if matching it cannot take for ever."""
-    bare = _ESCAPED.sub("a", text)
-    repeats = sum(bare.count(sign) for sign in "*+{")
-    if len(text) > _MAX_LETTERS or repeats > _MAX_REPEATS or _COSTLY.search(bare):
-        raise UnsupportedError(
-            f"{where}: the expression {brief(text)} could take for ever to match; write the "
+class _Effort:
+    """What one setting's expressions, from a stranger's file, may cost on a stranger's names."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self._letters, self._steps = where, 0, 0
+
+    def expression(self, text: str) -> _Expression:
+        """Raises UnsupportedError where matching it could take for ever, or it is none."""
+        bare = _ESCAPED.sub("a", text)
+        repeats = sum(bare.count(sign) for sign in "*+{")
+        self._letters += len(text)
+        dear = len(text) > _MAX_LETTERS or self._letters > _MAX_ALL_LETTERS
+        if dear or repeats > _MAX_REPEATS or _COSTLY.search(bare):
+            raise self.too_dear(text)
+        try:
+            return _Expression(re.compile(text), repeats, _ways(bare), self)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UnsupportedError(
+                f"{self.where}: {brief(text)} is no regular expression ({error}); write the "
+                "modules' names out"
+            ) from None
+
+    def spend(self, steps: int, text: str) -> None:
+        self._steps += steps
+        if self._steps > _MAX_STEPS:
+            raise self.too_dear(text)
+
+    def too_dear(self, text: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.where}: the expression {brief(text)} could take for ever to match; write the "
             "modules' names out"
         )
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UnsupportedError(
-            f"{where}: {brief(text)} is no regular expression ({error}); write the modules' names "
-            "out"
-        ) from None
+
+
+class _Expression(NamedTuple):
+    pattern: re.Pattern[str]
+    repeats: int
+    ways: int
+    effort: _Effort
+
+    def fits(self, name: str, start: int = 0) -> bool:
+        """Whether the name from ``start`` on is what the expression says, to its end."""
+        letters = len(name) - start
+        steps = self.ways * (1 + letters**self.repeats // math.factorial(self.repeats))
+        self.effort.spend(steps, self.pattern.pattern)
+        return self.pattern.fullmatch(name, start) is not None
+
+
+def _ways(bare: str) -> int:
+    """Through the alternatives and options of an expression without classes and escapes, at most:
+    each may be tried for each of those before it ("a?a?a?aaa").
+    """
+    found, groups = 1 << len(_OPTION.findall(bare)), [1]
+    for letter in bare:
+        if letter == "(":
+            groups.append(1)
+        elif letter == "|":
+            groups[-1] += 1
+        elif letter == ")" and len(groups) > 1:
+            found *= groups.pop()
+    return found * math.prod(groups)
 
 
 class Patterns:
@@ -43,20 +93,20 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._plain: dict[str, tuple[int, Any]] = {}
-        self._others: list[tuple[re.Pattern[str], int, Any]] = []
+        self._others: list[tuple[_Expression, int, Any]] = []
+        effort = _Effort(where)
         for number, (key, value) in enumerate(values.items()):
             if _PLAIN.fullmatch(key):
                 self._plain[key] = number, value
             else:
-                pattern = expression(rf"(?:{key})$", f"{where}: '{key}'")
-                self._others.append((pattern, number, value))
+                self._others.append((effort.expression(key), number, value))
 
     def of(self, module: str, default: V) -> Any | V:
         """The value for a module of this name."""
         starts = list(_starts(module))
         found = [self._plain[module[at:]] for at in starts if module[at:] in self._plain]
         for pattern, number, value in self._others:
-            if any(pattern.match(module, at) for at in starts):
+            if any(pattern.fits(module, at) for at in starts):
                 found.append((number, value))
         return min(found, key=lambda each: each[0])[1] if found else default
 
@@ -88,7 +138,7 @@ class Targets:
             return False
         if not _is_among(module, self._wanted):
             return False
-        in_full = isinstance(self._wanted, re.Pattern) or module in self._wanted
+        in_full = isinstance(self._wanted, _Expression) or module in self._wanted
         if self._layers is None or in_full:
             return True
         number = self._number(module)
@@ -97,24 +147,24 @@ class Targets:
     def _number(self, module: str) -> int | None:
         if not self._stacks:
             # PEFT asks for a part before the layers': "model.layers.3.", not "layers.3.".
-            found = re.search(r"(?<=\.)[^.]*\.(\d+)\.", module)
+            found = re.search(rf"(?<=\.)[^.]*\.{LAYER_NUMBER}\.", module)
             return int(found[1]) if found else None
         for stack in self._stacks:
-            found = re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)\.", module)
+            found = re.search(rf"(?:^|\.){re.escape(stack)}\.{LAYER_NUMBER}\.", module)
             if found:
                 return int(found[1])
         return None
 
 
-def _names(value: Any, where: str) -> frozenset[str] | re.Pattern[str] | None:
+def _names(value: Any, where: str) -> frozenset[str] | _Expression | None:
     if value is None or value == "all-linear":
         return None
     if isinstance(value, str):
-        return expression(value, where)
+        return _Effort(where).expression(value)
     return frozenset(value)
 
 
-def _is_among(module: str, names: Collection[str] | re.Pattern[str]) -> bool:
-    if isinstance(names, re.Pattern):
-        return names.fullmatch(module) is not None
+def _is_among(module: str, names: frozenset[str] | _Expression) -> bool:
+    if isinstance(names, _Expression):
+        return names.fits(module)
     return any(module[at:] in names for at in _starts(module))

@@ -16,6 +16,7 @@ from fastmerge.output.layout import Layout
 from fastmerge.output.provenance import is_hub_id, licence, names, provenance
 from fastmerge.plan.adapter_plan import AdapterPlan
 
+_OF_TENSOR = ("checksum", "nonfinite")  # of what a tensor came to; the rest is its module's
 _ALL_IN_ONE = 1 << 62  # PEFT reads one file
 
 
@@ -73,16 +74,20 @@ def adapter_lineage(
         "written": {name: written[name] for name in sorted(written)},
         "checksum": ALGORITHM,
         "modules": {name: dict(told[name]) for name in sorted(told)},
-        "tensors": {name: {"checksum": results[name]["checksum"]} for name in sorted(results)},
+        "tensors": {name: _of_tensor(results[name]) for name in sorted(results)},
     }
     return (json.dumps(lineage, indent=1) + "\n").encode()
+
+
+def _of_tensor(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in _OF_TENSOR if key in result}
 
 
 def by_module(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """What was told of each module by the first of its tensors."""
     found: dict[str, Mapping[str, Any]] = {}
     for result in results.values():
-        told = {key: value for key, value in result.items() if key not in ("module", "checksum")}
+        told = {k: v for k, v in result.items() if k not in ("module", *_OF_TENSOR)}
         if told:
             found[result["module"]] = told
     return found

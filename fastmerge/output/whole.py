@@ -145,8 +145,10 @@ def _check_written(folder: Path, lineage: Lineage, found: Findings) -> None:
             found.differ(name, "is missing")
         else:
             wanted = lineage.written.get(name)
+            listed = wanted or not lineage.written or name == LINEAGE_FILE
             try:
                 what = _fault(folder, name, wanted) if wanted else None
+                what = what if listed else f"{LINEAGE_FILE} has no size and digest of it"
             except (ModelError, OSError) as error:
                 what = _without(error, folder / name)
             if what:

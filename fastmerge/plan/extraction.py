@@ -11,7 +11,7 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, nearest
-from fastmerge.models.adapter import PREFIX
+from fastmerge.models.adapter import PREFIX, check_letters
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
 from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type
 from fastmerge.models.header import show
@@ -224,6 +224,7 @@ class _Extractor:
         tuned, base = self.references
         mine, theirs = self.tuned.tensors, self.base.tensors
         for name, info in mine.items():
+            check_letters(name, f"'{tuned}'")
             try:
                 other = self._base(name)
             except KeyError:

@@ -17,6 +17,7 @@ from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import ModelError, RecipeError, UnsupportedError, nearest
 from fastmerge.methods import METHODS, Method
 from fastmerge.methods.noise import NOISE
+from fastmerge.models.architecture import LAYER_NUMBER
 from fastmerge.models.config import model_type, whole
 from fastmerge.plan.agreement import check_agreement
 from fastmerge.plan.build import Builder
@@ -356,7 +357,7 @@ def check_base(layout: Layout, base: View, where: str) -> None:
                 f"{where}: '{base.label}' lacks tensor '{stack.layers}.{number}.{lost}'"
             )
     for name in base.tensors:
-        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        found = re.fullmatch(rf"model\.layers\.{LAYER_NUMBER}\.(.+)", name)
         inside = found is not None and int(found[1]) < base.layer_total and found[2] in places
         if not inside and name not in _AROUND:
             raise ModelError(
@@ -380,7 +381,7 @@ def mixed(
     hidden = base.tensors["model.layers.0." + _NORMS[0]].shape[0]
     tensors: dict[str, TensorPlan] = {}
     for own in base.tensors.values():
-        found = re.fullmatch(r"(model\.layers\.(\d+)\.)(.+)", own.name)
+        found = re.fullmatch(rf"(model\.layers\.{LAYER_NUMBER}\.)(.+)", own.name)
         if found is None or found[3] not in _MLP:
             tensors[own.name] = own
             continue
