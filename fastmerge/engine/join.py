@@ -10,6 +10,7 @@ from typing import Any
 
 from fastmerge.arguments import a_flag, a_path
 from fastmerge.engine.merge import rounding_note
+from fastmerge.engine.report import nonfinite_of
 from fastmerge.output.join import join
 
 
