@@ -86,7 +86,9 @@ def average_recipe(
 
 def _chosen(models: Models, pattern: str | None) -> list[str]:
     given = [models] if isinstance(models, (str, os.PathLike)) else a_list(models, "models")
-    names = [str(a_path(name, f"models[{at}]")) for at, name in enumerate(given)]
+    for at, name in enumerate(given):
+        a_path(name, f"models[{at}]")
+    names = [os.fspath(name) for name in given]  # a URL's two slashes are one in a Path
     if pattern is not None:
         text = a_text(pattern, "pattern")
         names = [str(found) for name in names for found in find_series(Path(name), text)]

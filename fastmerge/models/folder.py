@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.limits import MAX_HEADER_BYTES
@@ -93,12 +94,20 @@ def find_distributed(path: Path) -> Path | None:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_object(index, strict=True, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    try:
+        return weight_map_of(read_object(index, strict=True, max_bytes=MAX_HEADER_BYTES))
+    except ValueError as error:
+        raise ModelError(f"{index}: {error}") from None
+
+
+def weight_map_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each tensor, by an index; ValueError where it has none."""
+    weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: has no 'weight_map'")
+        raise ValueError("has no 'weight_map'")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise ModelError(f"{index}: tensor {show(name)} has no shard name")
+            raise ValueError(f"tensor {show(name)} has no shard name")
     return weight_map
 
 

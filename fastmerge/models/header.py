@@ -164,6 +164,11 @@ def read_object(
         raise ModelError(f"{path}: {error}") from None
 
 
+def as_object(data: bytes, *, strict: bool = False) -> dict[str, Any]:
+    """The JSON object in ``data``, as `read_object` has it; ValueError says what it is instead."""
+    return _parse_object(data, _unique if strict else None)
+
+
 def unreadable(path: Path, error: OSError) -> NoReturn:
     raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -191,9 +196,17 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
                 raise ModelError(
                     f"{path}: truncated: {size} bytes, but its header alone takes {8 + length}"
                 )
-            data = os.pread(descriptor, length, 8)
+            header = parse_header(path, os.pread(descriptor, length, 8), file, size)
     except OSError as error:
         unreadable(path, error)
+    return header, stamp_of(path, status)
+
+
+def parse_header(where: Path | str, data: bytes, file: int, size: int) -> Header:
+    """The header in ``data``, JSON without the 8 bytes of its length, of a file of ``size`` bytes
+    that is the ``file``-th of its model. Raises ModelError that begins with ``where``.
+    """
+    begin = 8 + len(data)
     try:
         if not data.startswith(b"{"):
             raise ValueError("does not start with '{'")
@@ -202,12 +215,12 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
         del data
         metadata = _check_metadata(parsed.pop("__metadata__", {}))
         # Each entry is let go of as it is checked: of 100 MB of them there are 1.5 million.
-        tensors = [_check_tensor(name, parsed.pop(name), file, 8 + length) for name in list(parsed)]
+        tensors = [_check_tensor(name, parsed.pop(name), file, begin) for name in list(parsed)]
         tensors.sort(key=lambda info: (info.begin, info.nbytes))
-        _check_coverage(tensors, 8 + length, size)
+        _check_coverage(tensors, begin, size)
     except ValueError as error:
-        raise ModelError(f"{path}: bad header: {error}") from None
-    return Header(tensors, metadata, digest), stamp_of(path, status)
+        raise ModelError(f"{where}: bad header: {error}") from None
+    return Header(tensors, metadata, digest)
 
 
 def _check_metadata(metadata: Any) -> dict[str, str]:

@@ -10,6 +10,7 @@ from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
+_REMOTE = ("s3://", "gs://", "az://", "abfs://", "abfss://", "https://")
 # What `side_files` would take, and the weights. `*` crosses folders in these patterns; the
 # weights of sentence-transformers' modules lie in folders that begin with a digit.
 _HUB_PATTERNS = ("*",)
@@ -66,6 +67,11 @@ def resolve(
             f"({type(error).__name__}: {reason})"
         ) from error
     return Path(found)
+
+
+def is_remote(reference: str) -> bool:
+    """Whether it is the URL of an object store or of a web server's files."""
+    return reference.startswith(_REMOTE) and _URL.match(reference) is None
 
 
 def is_path(reference: str) -> bool:

@@ -68,6 +68,10 @@ class Opened:
         pair = self._split(reference, where)
         if pair is not None:
             return self._adapted(reference, *pair, where)
+        if hub.is_remote(reference):
+            from fastmerge.models.remote import Remote
+
+            return self._numbered(reference.rstrip("/"), reference, lambda: Remote(reference))
         path = self._find(reference, where)
         return self._numbered(path.resolve(), reference, lambda: open_model(path))
 

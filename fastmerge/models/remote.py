@@ -1,0 +1,379 @@
+"""A model in an object store or on a web server: headers first, then the ranges that are asked for.
+
+Through obstore (the extra ``remote``), Rust's object_store: one interface to S3, Google, Azure and
+HTTP, with their credentials, connection pools and retries, maintained by those who wrote it; fsspec
+is a package and an event loop for each of them. Credentials are those of the environment; nothing
+here keeps or writes any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmerge import _C
+from fastmerge.errors import ModelError, ResourceError, first_sentences
+from fastmerge.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TOTAL_BYTES,
+)
+from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
+from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
+from fastmerge.models.side_files import SideFiles, is_known, is_weights
+from fastmerge.once import cached_property
+
+_FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
+_CHUNK_BYTES = 8 << 20  # of one request
+# A connection of S3 brings 50 to 100 MB/s, a 25 Gb/s network 3 GB/s.
+_CONNECTIONS = 32
+_ATTEMPTS = 4  # of a range whose body was cut or wrong, beyond obstore's own of each request
+_RETRIES = 5
+_WAIT_SECONDS = 0.2  # before the second attempt; doubled for each further one
+# What a web server cannot list.
+_BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+
+R = TypeVar("R")
+
+
+class _Object(NamedTuple):
+    """A file as it was first seen."""
+
+    name: str
+    size: int
+    tag: str  # its ETag, or where there is none its date
+
+    @property
+    def tagged(self) -> bool:
+        return self.tag.startswith(('"', "W/"))
+
+
+class Remote:
+    """The model whose files lie below one URL, or one .safetensors file; a `Model`.
+
+    A tensor is read into memory when it is asked for, by up to 32 requests of 8 MiB at a time, and
+    let go of behind: that memory is the caller's to bound. Safe to share between threads.
+    """
+
+    folder = None
+    places: tuple[Path, ...] = ()
+
+    def __init__(self, url: str) -> None:
+        """Reads and checks the headers of every file, no weights. Raises ModelError for what is not
+        there, not readable or malformed, ResourceError where there is no obstore.
+        """
+        self.label = url.rstrip("/")
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ModelError(
+                f"{parts.scheme}://{parts.hostname}{parts.path}: a URL with credentials or a query "
+                "would be written beside the output; give the plain one, and credentials in the "
+                "environment"
+            )
+        single = self.label.endswith(".safetensors")
+        self._base, _, name = self.label.rpartition("/") if single else (self.label, "", "")
+        self._store = _open_store(self._base)
+        weight_map = None if single else self._weight_map()
+        names = [name] if single else sorted(set((weight_map or {SINGLE: SINGLE}).values()))
+        read = list(_pool().map(self._header, range(len(names)), names))
+        self.files = tuple(found for found, _ in read)
+        headers = [header for _, header in read]
+        self.tensors: dict[str, FileTensor] = {t.name: t for h in headers for t in h.tensors}
+        if weight_map is not None:
+            self._check_index(weight_map, headers)
+        self._digests = [header.digest for header in headers]
+        found = self._small("config.json", MAX_CONFIG_BYTES)
+        self.config: dict[str, Any] = {}
+        if found is not None:
+            self.config = self._parsed("config.json", lambda: as_object(found))
+        self.stamp: tuple[Hashable, ...] = tuple((self._base, *each) for each in self.files)
+        self._lock = threading.Lock()
+        self._held: dict[str, Future[NDArray[np.uint8]]] = {}
+
+    def view(self, name: str, *, raw: bool = False) -> _C.View:
+        """The tensor, read into memory: its elements, or bytes if ``raw`` or without kernels."""
+        data, info = self._tensor(name), self.tensors[name]
+        mergeable = info.dtype.mergeable and not raw
+        count, code = (info.count, info.dtype.code) if mergeable else (info.nbytes, "RAW")
+        return _C.View(data.ctypes.data, count, code, data)
+
+    def prefetch(self, name: str) -> None:
+        """Reads the tensor; blocks until it is there: call it from a thread."""
+        self._tensor(name)
+
+    def drop(self, name: str) -> None:
+        """The tensor will not be read again soon: its memory is free once no view is left."""
+        with self._lock:
+            self._held.pop(name, None)
+
+    def check_unchanged(self) -> None:
+        """Raises ModelError where a file is not the one whose header was read."""
+
+        def check(each: _Object) -> None:
+            try:
+                meta = self._asked(each.name, lambda: _obstore().head(self._store, each.name))
+            except FileNotFoundError:
+                raise self._changed(each.name) from None
+            if _object(each.name, meta) != each:
+                raise self._changed(each.name)
+
+        list(_pool().map(check, self.files))
+
+    def side_files(self) -> SideFiles:
+        """What a merged model takes over from it beside the weights, by name: of a remote one what
+        is known by name.
+        """
+        return self._beside
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the files' sizes, headers and ETags, in order."""
+        digest = hashlib.sha256(b"fastmerge remote 1")
+        for each, header in zip(self.files, self._digests, strict=True):
+            digest.update(each.size.to_bytes(8, "little") + header + each.tag.encode() + b"\0")
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Remote({self.label!r}, {len(self.tensors)} tensors)"
+
+    # --- opening ---
+
+    def _weight_map(self) -> dict[str, str] | None:
+        text = self._small(INDEX, MAX_HEADER_BYTES)
+        if text is None:
+            return None
+        found = self._parsed(INDEX, lambda: weight_map_of(as_object(text, strict=True)))
+        for name in set(found.values()):
+            if name.startswith("/") or ".." in name.split("/"):
+                raise ModelError(
+                    f"{self._base}/{INDEX}: shard {show(name)} lies outside the folder"
+                )
+        return found
+
+    def _header(self, number: int, name: str) -> tuple[_Object, Header]:
+        where = f"{self._base}/{name}"
+        got = self._first(name, _FIRST_BYTES)
+        if got is None:
+            raise ModelError(
+                f"{where}: not there; give the URL of a folder with {SINGLE} or {INDEX}, or of one "
+                ".safetensors file"
+            )
+        found, begin = got
+        length = int.from_bytes(begin[:8], "little")
+        if found.size < 8 or length > min(MAX_HEADER_BYTES, found.size - 8):
+            raise ModelError(f"{where}: not safetensors, or truncated ({found.size} bytes)")
+        if 8 + length > len(begin):
+            begin += self._range(found, len(begin), 8 + length)
+        data = begin[8 : 8 + length]
+        return found, parse_header(where, data, number, found.size)
+
+    def _check_index(self, weight_map: Mapping[str, str], headers: list[Header]) -> None:
+        stale = f"{self._base}/{INDEX}: tensor"
+        for each, header in zip(self.files, headers, strict=True):
+            for info in header.tensors:
+                if weight_map.get(info.name) != each.name:
+                    raise ModelError(f"{stale} {show(info.name)} is not where '{each.name}' has it")
+        for name in weight_map:
+            if name not in self.tensors:
+                raise ModelError(f"{stale} {show(name)} is in no file")
+
+    def _parsed(self, name: str, parse: Callable[[], R]) -> R:
+        try:
+            return parse()
+        except ValueError as error:
+            raise ModelError(f"{self._base}/{name}: {error}") from None
+
+    def _small(self, name: str, limit: int) -> bytes | None:
+        """A whole file of at most ``limit`` bytes; None where there is none."""
+        got = self._first(name, limit)
+        if got is None:
+            return None
+        found, data = got
+        if found.size > limit:
+            raise ModelError(f"{self._base}/{name}: {found.size} bytes, over {limit}")
+        return data
+
+    @cached_property
+    def _beside(self) -> SideFiles:
+        try:
+            names = [
+                name
+                for batch in _obstore().list(self._store)
+                for name in [entry["path"] for entry in batch]
+                if is_known(name) and not is_weights(name) and "/" not in name
+            ]
+        except _obstore().exceptions.BaseError:  # what cannot list is asked for each by its name
+            names = list(_BESIDE)
+        found = SideFiles()
+        total = 0
+        for name, data in zip(
+            names, _pool().map(lambda n: self._small(n, MAX_FILE_BYTES), names), strict=True
+        ):
+            total += len(data or b"")
+            if total > MAX_TOTAL_BYTES:
+                raise ModelError(f"{self._base}: more than {MAX_TOTAL_BYTES >> 30} GiB beside it")
+            if data is not None:
+                found[name] = data
+        said = (
+            f"{self.label}: of what lies beside the weights, what is known by name is taken along"
+        )
+        found.notes = (f"{said} ({len(found)} files)",)
+        return found
+
+    # --- requests ---
+
+    def _tensor(self, name: str) -> NDArray[np.uint8]:
+        with self._lock:
+            future = self._held.get(name)
+            mine = future is None
+            if future is None:
+                future = self._held[name] = Future()
+        if mine:
+            try:
+                future.set_result(self._read(name))
+            except BaseException as error:
+                self.drop(name)
+                future.set_exception(error)  # for who waits for the same tensor
+                raise
+        return future.result()
+
+    def _read(self, name: str) -> NDArray[np.uint8]:
+        if name not in self.tensors:
+            raise ModelError(f"{self.label}: no tensor {show(name)}")
+        info = self.tensors[name]
+        data = np.empty(info.nbytes, np.uint8)
+
+        def fetch(begin: int) -> None:
+            end = min(begin + _CHUNK_BYTES, info.nbytes)
+            got = self._range(self.files[info.file], info.begin + begin, info.begin + end)
+            data[begin:end] = np.frombuffer(got, np.uint8)
+
+        list(_pool().map(fetch, range(0, info.nbytes, _CHUNK_BYTES)))
+        return data
+
+    def _first(self, name: str, limit: int) -> tuple[_Object, bytes] | None:
+        """The file, and at most its first ``limit`` bytes; None where there is none."""
+
+        def first() -> tuple[_Object, bytes]:
+            got = _obstore().get(self._store, name, options={"range": (0, limit)})
+            found = _object(name, got.meta)
+            return found, self._whole(name, bytes(got.bytes()), min(limit, found.size))
+
+        try:
+            return self._asked(name, first)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise ModelError(f"{self.label}: there is no such bucket") from None
+            return None
+
+    def _range(self, file: _Object, begin: int, end: int) -> bytes:
+        options: dict[str, Any] = {"range": (begin, end)}
+        if file.tagged:
+            options["if_match"] = file.tag
+
+        def read() -> bytes:
+            got = _obstore().get(self._store, file.name, options=options)
+            if _object(file.name, got.meta) != file:
+                raise self._changed(file.name)
+            return self._whole(file.name, bytes(got.bytes()), end - begin)
+
+        try:
+            return self._asked(file.name, read)
+        except FileNotFoundError:
+            raise self._changed(file.name) from None
+
+    @staticmethod
+    def _whole(name: str, data: bytes, size: int) -> bytes:
+        if len(data) != size:
+            raise EOFError(f"{name}: {len(data)} of {size} bytes came")
+        return data
+
+    def _asked(self, name: str, ask: Callable[[], R]) -> R:
+        """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError
+        in one line, FileNotFoundError.
+        """
+        where, faults = f"{self._base}/{name}", _obstore().exceptions
+        for attempt in range(_ATTEMPTS):
+            try:
+                return ask()
+            except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
+                raise ModelError(
+                    f"{where}: the store refuses to give it; set credentials that may read it, and "
+                    "have not expired, in the environment"
+                ) from error
+            except faults.PreconditionError as error:
+                raise self._changed(name) from error
+            except (faults.BaseError, EOFError) as error:
+                if attempt == _ATTEMPTS - 1:
+                    said = first_sentences(str(error).split(" - ")[-1])
+                    raise ModelError(
+                        f"{where}: cannot be read, tried {_ATTEMPTS} times ({said})"
+                    ) from error
+                time.sleep(_WAIT_SECONDS * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _changed(self, name: str) -> ModelError:
+        return ModelError(
+            f"{self._base}/{name}: changed while it was being read; run again when it is complete"
+        )
+
+
+def _object(name: str, meta: Mapping[str, Any]) -> _Object:
+    return _Object(name, int(meta["size"]), meta.get("e_tag") or str(meta["last_modified"]))
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+        import obstore.exceptions
+    except ImportError as error:
+        raise ResourceError(
+            "models by URL are read by obstore; run: pip install 'fastmerge[remote]'"
+        ) from error
+    return obstore
+
+
+def _open_store(url: str) -> Any:
+    _obstore()
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
+    retries = {
+        "max_retries": _RETRIES,
+        "retry_timeout": timedelta(minutes=2),
+        "backoff": {"init_backoff": timedelta(seconds=_WAIT_SECONDS)},
+    }
+    try:
+        return from_url(url, retry_config=retries)
+    except (BaseError, ValueError) as error:
+        said = first_sentences(str(error))
+        raise ModelError(f"{url}: cannot be opened ({said})") from error
+
+
+_POOLS: dict[int, ThreadPoolExecutor] = {}  # by process: a child has none of its parent's threads
+_SHARING = threading.Lock()
+
+
+def _pool() -> ThreadPoolExecutor:
+    """The requests of all models; none of them waits for another."""
+    with _SHARING:
+        if os.getpid() not in _POOLS:
+            made = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fastmerge-remote")
+            _POOLS[os.getpid()] = made
+        return _POOLS[os.getpid()]

@@ -1,0 +1,279 @@
+"""Models in object stores, on moto's S3 server behind a proxy that fails as networks do."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastmerge
+from fastmerge import api
+from fastmerge.errors import FastmergeError, ModelError, ResourceError
+from fastmerge.models import remote
+from tests.test_bad_input_cli import refused
+
+obstore = pytest.importorskip("obstore")
+moto_server = pytest.importorskip("moto.server")
+
+Fault = Callable[[str, int], str | None]  # of a path and the how-manieth request for it
+
+
+class Proxy(ThreadingHTTPServer):
+    """Hands requests on; ``fault`` says what shall go wrong, ``served`` what was sent."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behind = (host, port)
+        self.reset()
+
+    def reset(self, fault: Fault = lambda path, number: None) -> None:
+        self.fault, self.served, self.asked = fault, {}, {}
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        with self.server.lock:
+            number = self.server.asked[name] = self.server.asked.get(name, 0) + 1
+        wrong = self.server.fault(name, number) if self.command in ("GET", "HEAD") else None
+        if wrong in ("500", "403"):
+            self.answer(int(wrong), {}, b"<Error><Code>Injected</Code></Error>")
+            return
+        there = http.client.HTTPConnection(*self.server.behind)
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        there.request(self.command, self.path, body, dict(self.headers))
+        got = there.getresponse()
+        data = got.read()
+        own = ("connection", "transfer-encoding", "content-length", "date", "server")
+        headers = {k: v for k, v in got.getheaders() if k.lower() not in own}
+        length = got.getheader("content-length")
+        self.answer(got.status, headers, data, length, cut=wrong == "cut")
+        with self.server.lock:
+            self.server.served[name] = self.server.served.get(name, 0) + len(data)
+
+    def answer(
+        self, status: int, headers: dict[str, str], data: bytes, length=None, *, cut=False
+    ) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("content-length", length or str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.close_connection = True
+
+    do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Proxy]:
+    s3 = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3.start()
+    proxy = Proxy(*s3.get_host_and_port())
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    given = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "very-secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    before = {key: os.environ.get(key) for key in given}
+    os.environ.update(given)
+    there = http.client.HTTPConnection(*proxy.behind)
+    there.request("PUT", "/models")
+    assert there.getresponse().status == 200
+    yield proxy
+    proxy.shutdown()
+    s3.stop()
+    for key, value in before.items():
+        if value is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = value
+
+
+@pytest.fixture
+def bucket(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    server.reset()
+    monkeypatch.setattr(remote, "_FIRST_BYTES", 512)  # less than the headers here
+    monkeypatch.setattr(remote, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(remote, "_WAIT_SECONDS", 0.01)
+    return server
+
+
+def upload(folder: Path) -> str:
+    url = f"s3://models/{folder.parent.name}/{folder.name}"
+    store = obstore.store.from_url(url)
+    for path in folder.iterdir():
+        obstore.put(store, path.name, path.read_bytes())
+    return url
+
+
+@pytest.fixture
+def models(zoo: Any, bucket: Proxy) -> list[Path]:
+    bucket.reset()
+    base = zoo.base("base", shards=3)
+    (base / "tokenizer.json").write_text('{"a": 1}')
+    (base / "notes.bin").write_bytes(b"0" * 50)
+    return [base, zoo.tune(base, "tune")]
+
+
+def recipe(models: list[Any], method: str = "slerp") -> dict[str, Any]:
+    return {
+        "merge_method": method,
+        "base_model": str(models[0]),
+        "models": [{"model": str(model)} for model in models],
+        "parameters": {"t": 0.3},
+        "dtype": "bfloat16",
+    }
+
+
+def same_weights(zoo: Any, a: Path, b: Path) -> bool:
+    mine, theirs = zoo.read(a), zoo.read(b)
+    return mine.keys() == theirs.keys() and all((mine[n] == theirs[n]).all() for n in mine)
+
+
+def test_a_merge_of_remote_models(zoo: Any, models: list[Path], tmp_path: Path) -> None:
+    urls = [upload(model) for model in models]
+    fastmerge.merge(recipe(models), tmp_path / "local")
+    plan = api.plan(recipe(urls))
+    report = fastmerge.merge(plan, tmp_path / "remote")
+    assert same_weights(zoo, tmp_path / "local", tmp_path / "remote")
+    assert (tmp_path / "remote" / "tokenizer.json").read_text() == '{"a": 1}'
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "local" / "config.json").read_text())
+    assert not [held for model in plan.models for held in model._held]
+    assert any("known by name" in note for note in report.notes)
+    for path in (tmp_path / "remote").iterdir():
+        assert b"very-secret" not in path.read_bytes()
+
+
+def test_parts_of_remote_models(models: list[Path], tmp_path: Path) -> None:
+    urls = [upload(model) for model in models]
+    outs = [tmp_path / "parts" / "out", tmp_path / "whole" / "out"]
+    for out in outs:
+        out.parent.mkdir()
+    for number in (2, 1):
+        fastmerge.merge(recipe(urls), outs[0], part=(number, 2), max_shard_bytes=20_000)
+    fastmerge.finish(outs[0])
+    fastmerge.merge(recipe(urls), outs[1], max_shard_bytes=20_000)
+    parts, whole = ({f.name: f.read_bytes() for f in out.iterdir()} for out in outs)
+    assert parts == whole
+
+
+def test_a_file_and_a_folder_average(zoo: Any, models: list[Path], tmp_path: Path) -> None:
+    one = upload(models[1])
+    fastmerge.average([f"{one}/model.safetensors", models[0]], tmp_path / "mixed")
+    fastmerge.average([models[1], models[0]], tmp_path / "local")
+    assert same_weights(zoo, tmp_path / "local", tmp_path / "mixed")
+
+
+def test_a_plan_reads_headers_alone(models: list[Path], bucket: Proxy) -> None:
+    urls = [upload(model) for model in models]
+    bucket.reset()
+    plan = api.plan(recipe(urls))
+    weights = {name: n for name, n in bucket.served.items() if name.endswith(".safetensors")}
+    headers = sum(info.begin == 0 for model in plan.models for info in model.tensors.values())
+    assert headers == 0 and len(weights) == 4
+    assert sum(weights.values()) < 0.2 * plan.bytes_in
+
+
+@pytest.mark.parametrize("wrong", ["500", "cut"])
+def test_what_fails_is_asked_for_again(
+    zoo: Any, models: list[Path], bucket: Proxy, tmp_path: Path, wrong: str
+) -> None:
+    urls = [upload(model) for model in models]
+    bucket.reset(lambda path, number: wrong if number % 3 == 1 else None)
+    fastmerge.merge(recipe(urls), tmp_path / "remote")
+    bucket.reset()
+    fastmerge.merge(recipe(models), tmp_path / "local")
+    assert same_weights(zoo, tmp_path / "local", tmp_path / "remote")
+
+
+def test_an_object_that_changes_is_noticed(models: list[Path], tmp_path: Path) -> None:
+    urls = [upload(model) for model in models]
+    plan = api.plan(recipe(urls))
+    path = models[1] / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    upload(models[1])
+    with pytest.raises(ModelError, match=r"tune/model\.safetensors: changed while it was being"):
+        fastmerge.merge(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    obstore.delete(obstore.store.from_url(urls[1]), "model.safetensors")
+    with pytest.raises(ModelError, match=r"tune/model\.safetensors: changed while it was being"):
+        plan.check_unchanged()
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://nobucket-at-all/m", r"s3://nobucket-at-all/m: there is no such bucket"),
+        ("s3://models/nothing", r"nothing/model\.safetensors: not there; give the URL"),
+        ("s3://key:word@models/m", r"s3://models/m: a URL with credentials or a query"),
+        ("https://host/m?X-Amz-Signature=1", r"https://host/m: a URL with credentials or a query"),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, url: str, said: str
+) -> None:
+    refused(capsys, ["average", url, "-o", tmp_path / "out"], said)
+
+
+def test_refused_credentials_are_one_line(models: list[Path], bucket: Proxy) -> None:
+    url = upload(models[1])
+    bucket.reset(lambda path, number: "403")
+    with pytest.raises(ModelError, match=r": the store refuses to give it; set credentials") as no:
+        api.plan(recipe([url, url + "2"]))
+    assert "\n" not in str(no.value) and "very-secret" not in str(no.value)
+
+
+def test_a_store_that_stays_down_is_one_line(
+    models: list[Path], bucket: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(models[1])
+    monkeypatch.setattr(remote, "_RETRIES", 1)
+    bucket.reset(lambda path, number: "500")
+    with pytest.raises(ModelError, match=r"index\.json: cannot be read, tried 4 times \(") as down:
+        api.plan(recipe([url, url + "2"]))
+    assert "\n" not in str(down.value)
+
+
+def test_damaged_headers(models: list[Path]) -> None:
+    url = upload(models[1])
+    store = obstore.store.from_url(url)
+    for data, said in (
+        (b"\x10" + bytes(7) + b"{" + b" " * 15, r"model\.safetensors: bad header: not JSON"),
+        (b"\xff" * 100, r"model\.safetensors: not safetensors, or truncated \(100 bytes\)"),
+        (b"short", r"model\.safetensors: not safetensors, or truncated \(5 bytes\)"),
+    ):
+        obstore.put(store, "model.safetensors", data)
+        with pytest.raises(FastmergeError, match=said):
+            api.plan(recipe([url, url + "2"]))
+
+
+def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "obstore", None)
+    with pytest.raises(ResourceError, match=r"pip install 'fastmerge\[remote\]'"):
+        api.plan(recipe(["s3://a/b", "s3://a/c"]))
