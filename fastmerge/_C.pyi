@@ -5,7 +5,7 @@ Every call that touches weights releases the GIL. Bad arguments raise ValueError
 OSError with the path; neither is meant for users: fastmerge's own layers check first and word it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,10 +122,14 @@ def select_across(
     bases: Sequence[View],
     origins: Sequence[int],
     specs: Sequence[Sparsify],
+    ends: Sequence[int] = (),
+    passes: Callable[[int, Callable[[int], bytes]], Sequence[bytes]] | None = None,
 ) -> list[Selection]:
     """`select` of several tensors as one long vector: ``inputs`` and ``bases`` by tensor. The flat
     index of a tensor's first element is its origin: rising multiples of `tile_entries` with room
-    for it.
+    for it. With ``passes`` other processes share the work: piece i of the tensors ends before
+    tensor ends[i], and each pass over them is passes(pieces, count), which gives every piece's
+    result in order: count(piece), in any process. All processes make the same passes.
     """
 
 def consensus(

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -91,14 +92,41 @@ std::vector<Selection> bound_select(Pool& pool, const std::vector<View>& inputs,
 std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::vector<View>>& inputs,
                                            const std::vector<View>& bases,
                                            const std::vector<int64_t>& origins,
-                                           const std::vector<Sparsify>& specs) {
+                                           const std::vector<Sparsify>& specs,
+                                           const std::vector<size_t>& ends,
+                                           const py::object& passes) {
     if (bases.size() != inputs.size() || origins.size() != inputs.size())
         throw std::invalid_argument("one base and one origin per tensor are needed");
     std::vector<Part> parts;
     for (size_t i = 0; i < inputs.size(); ++i)
         parts.push_back({spans(inputs[i]), bases[i].span, origins[i]});
+    if (passes.is_none()) {
+        py::gil_scoped_release release;
+        return select(pool, parts, specs);
+    }
+    if (ends.empty() || ends.back() != parts.size() || !std::is_sorted(ends.begin(), ends.end()))
+        throw std::invalid_argument("pieces end in order, the last with the tensors");
+    Pieces pieces;
+    pieces.ends = ends;
+    pieces.pass = [&](size_t number, const std::function<std::string(size_t)>& count) {
+        py::gil_scoped_acquire acquire;
+        const auto counted = [&](size_t piece) {
+            if (piece >= number) throw std::invalid_argument("no such piece");
+            std::string found;
+            {
+                py::gil_scoped_release release;
+                found = count(piece);
+            }
+            return py::bytes(found);
+        };
+        std::vector<std::string> found;
+        for (const py::handle one : passes(number, py::cpp_function(counted)))
+            found.push_back(py::cast<std::string>(one));
+        if (found.size() != number) throw std::invalid_argument("one result per piece is needed");
+        return found;
+    };
     py::gil_scoped_release release;
-    return select(pool, parts, specs);
+    return select(pool, parts, specs, {}, &pieces);
 }
 
 int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View& base,
@@ -216,7 +244,7 @@ void bind_kernels(py::module_& m) {
           py::kw_only(), "factors"_a = py::none(), "by_column"_a = false);
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);
     m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
-          "specs"_a);
+          "specs"_a, "ends"_a = py::tuple(), "passes"_a = py::none());
     m.def(
         "equal",
         [](Pool& pool, const View& a, const View& b) { return equal(pool, a.span, b.span); },

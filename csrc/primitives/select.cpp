@@ -11,16 +11,21 @@ struct Masses {
     std::vector<Mass> of;
 };
 
-// sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries.
-void measure(const Deltas& deltas, const std::vector<size_t>& which,
-             const std::vector<Sparsify>& specs, std::vector<Selection>& selections) {
+// Of blocks in order, of each delta in turn: sum |delta|, sum |kept delta|, kept entries.
+struct Sums {
+    std::vector<double> all, kept;
+    std::vector<int64_t> counts;
+};
+
+void measure_piece(const Deltas& deltas, const std::vector<size_t>& which,
+                   const std::vector<RoundKeys>& keys, const std::vector<Selection>& selections,
+                   Sums& sums) {
     int64_t blocks = 0;
     for (const Part& part : deltas.parts) blocks += blocks_of(part.base.count, kSumBlock);
     const size_t k = which.size();
-    std::vector<RoundKeys> keys;
-    for (const size_t j : which) keys.push_back(round_keys(selections[j].key));
-    std::vector<double> all(static_cast<size_t>(blocks) * k), kept(all.size());
-    std::vector<int64_t> counts(all.size());
+    sums.all.resize(static_cast<size_t>(blocks) * k);
+    sums.kept.resize(sums.all.size());
+    sums.counts.resize(sums.all.size());
     for_each_block<Masses>(
         deltas, which, kSumBlock, [&] { return Masses{std::vector<Mass>(k)}; },
         [&](Masses& masses, const DeltaArgs& args, size_t type) {
@@ -31,11 +36,38 @@ void measure(const Deltas& deltas, const std::vector<size_t>& which,
         [&](const Masses& masses, int64_t block) {
             for (size_t i = 0; i < k; ++i) {
                 const size_t at = static_cast<size_t>(block) * k + i;
-                all[at] = add_lanes(masses.of[i].all);
-                kept[at] = add_lanes(masses.of[i].kept);
-                counts[at] = masses.of[i].count;
+                sums.all[at] = add_lanes(masses.of[i].all);
+                sums.kept[at] = add_lanes(masses.of[i].kept);
+                sums.counts[at] = masses.of[i].count;
             }
         });
+}
+
+// sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries.
+void measure(const Deltas& deltas, const std::vector<size_t>& which,
+             const std::vector<Sparsify>& specs, std::vector<Selection>& selections) {
+    const size_t k = which.size();
+    std::vector<RoundKeys> keys;
+    for (const size_t j : which) keys.push_back(round_keys(selections[j].key));
+    const auto found = run_pass(deltas, [&](const Deltas& piece) {
+        Sums sums;
+        measure_piece(piece, which, keys, selections, sums);
+        Bytes bytes;
+        bytes.put_all(sums.all);
+        bytes.put_all(sums.kept);
+        bytes.put_all(sums.counts);
+        return std::move(bytes).text();
+    });
+    std::vector<double> all, kept;
+    std::vector<int64_t> counts;
+    for (const std::string& text : found) {
+        Bytes bytes(text);
+        bytes.take_all(all);
+        bytes.take_all(kept);
+        bytes.take_all(counts);
+    }
+    if (kept.size() != all.size() || counts.size() != all.size())
+        throw std::invalid_argument("a piece's sums are not of its blocks");
     for (size_t i = 0; i < k; ++i) {
         double all_sum = 0, kept_sum = 0;
         int64_t count = 0;
@@ -61,7 +93,7 @@ bool is_ceiling(const std::vector<size_t>& trimmed, size_t i) {
 
 std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
                               const std::vector<Sparsify>& specs,
-                              const std::vector<uint32_t*>& masks) {
+                              const std::vector<uint32_t*>& masks, const Pieces* pieces) {
     if (parts.empty()) throw std::invalid_argument("no inputs");
     int64_t free = 0;
     for (const Part& part : parts) {
@@ -72,7 +104,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
             throw std::invalid_argument("parts must follow each other, at multiples of a tile");
         free = part.first + part.base.count;
     }
-    const Deltas deltas = {pool, parts};
+    const Deltas deltas = {pool, parts, pieces};
     const int64_t count = deltas.count();
 
     std::vector<Selection> selections(specs.size());

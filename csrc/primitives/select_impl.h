@@ -1,7 +1,11 @@
 // The steps of `select`, each over all the deltas that need it. Private to select*.cpp.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "primitives/select.h"
@@ -13,6 +17,7 @@ namespace fastmerge {
 struct Deltas {
     Pool& pool;
     const std::vector<Part>& parts;
+    const Pieces* pieces = nullptr;
     int64_t count() const {
         int64_t total = 0;
         for (const Part& part : parts) total += part.base.count;
@@ -22,6 +27,52 @@ struct Deltas {
     int64_t end() const { return parts.back().first + parts.back().base.count; }
     size_t inputs() const { return parts.front().inputs.size(); }
 };
+
+// Numbers as bytes, as one process leaves them to another of the same build.
+class Bytes {
+   public:
+    explicit Bytes(std::string text = {}) : text_(std::move(text)) {}
+    template <class T>
+    void put(const T& value) {
+        static_assert(std::is_arithmetic_v<T>);
+        text_.append(reinterpret_cast<const char*>(&value), sizeof value);
+    }
+    template <class T>
+    void put_all(const std::vector<T>& values) {
+        put(static_cast<int64_t>(values.size()));
+        for (const T& value : values) put(value);
+    }
+    template <class T>
+    T take() {
+        if (text_.size() - at_ < sizeof(T)) throw std::invalid_argument("a piece's count is cut");
+        T value;
+        std::memcpy(&value, text_.data() + at_, sizeof value);
+        at_ += sizeof value;
+        return value;
+    }
+    template <class T>
+    void take_all(std::vector<T>& values) {
+        for (auto left = take<int64_t>(); left > 0; --left) values.push_back(take<T>());
+    }
+    std::string text() && { return std::move(text_); }
+
+   private:
+    std::string text_;
+    size_t at_ = 0;
+};
+
+// The results of one pass, of the deltas whole or of each of their pieces, in order.
+inline std::vector<std::string> run_pass(const Deltas& deltas,
+                                         const std::function<std::string(const Deltas&)>& count) {
+    if (!deltas.pieces) return {count(deltas)};
+    const auto& ends = deltas.pieces->ends;
+    return deltas.pieces->pass(ends.size(), [&](size_t piece) {
+        const auto begin = static_cast<int64_t>(piece ? ends[piece - 1] : 0);
+        const auto end = static_cast<int64_t>(ends[piece]);
+        const std::vector<Part> own(deltas.parts.begin() + begin, deltas.parts.begin() + end);
+        return count(Deltas{deltas.pool, own});
+    });
+}
 
 constexpr int64_t kSelectBlock = 1 << 18;  // elements per task where sums have no order to keep
 

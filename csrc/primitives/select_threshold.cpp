@@ -41,6 +41,31 @@ struct Search {
     int64_t at_peak[2] = {0, 0};
     std::vector<Bin> bins;
 
+    // Those of the pieces that other processes may have counted.
+    void put(Bytes& bytes) const {
+        for (const int64_t count : {above, at_peak[0], at_peak[1]}) bytes.put(count);
+        const auto full = [](const Bin& bin) { return bin.count > 0; };
+        bytes.put(static_cast<int64_t>(std::count_if(bins.begin(), bins.end(), full)));
+        for (size_t b = 0; b < bins.size(); ++b) {
+            if (!full(bins[b])) continue;
+            bytes.put(static_cast<int32_t>(b));
+            bytes.put(bins[b].count);
+            bytes.put(bins[b].key);
+        }
+    }
+    void add(Bytes& bytes) {
+        above += bytes.take<int64_t>();
+        for (int64_t& count : at_peak) count += bytes.take<int64_t>();
+        for (auto left = bytes.take<int64_t>(); left > 0; --left) {
+            const auto b = static_cast<size_t>(bytes.take<int32_t>());
+            const auto more = bytes.take<int64_t>();
+            bins.at(b).add(more, bytes.take<int32_t>());
+        }
+    }
+    void clear() {
+        above = at_peak[0] = at_peak[1] = 0;
+        bins.assign(kBins, Bin());
+    }
     void narrow(int32_t new_low, int32_t new_high) {
         low = new_low;
         high = new_high;
@@ -141,13 +166,10 @@ struct Counts {
     std::vector<std::vector<Bin>> bins;  // empty until something was gathered
 };
 
-void count_window(const Deltas& deltas, const std::vector<size_t>& which,
-                  const std::vector<Search*>& searches) {
+void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
+                 const std::vector<Search*>& searches) {
     std::mutex mutex;
-    for (Search* search : searches) {
-        search->above = search->at_peak[0] = search->at_peak[1] = 0;
-        search->bins.assign(kBins, Bin());
-    }
+    for (Search* search : searches) search->clear();
     for_each_block<Counts>(
         deltas, which, kSelectBlock,
         [&] {
@@ -187,6 +209,21 @@ void count_window(const Deltas& deltas, const std::vector<size_t>& which,
                     searches[s]->bins[b].add(counts.bins[s][b].count, counts.bins[s][b].key);
             }
         });
+}
+
+void count_window(const Deltas& deltas, const std::vector<size_t>& which,
+                  const std::vector<Search*>& searches) {
+    const auto found = run_pass(deltas, [&](const Deltas& piece) {
+        count_piece(piece, which, searches);
+        Bytes bytes;
+        for (const Search* search : searches) search->put(bytes);
+        return std::move(bytes).text();
+    });
+    for (Search* search : searches) search->clear();
+    for (const std::string& text : found) {
+        Bytes bytes(text);
+        for (Search* search : searches) search->add(bytes);
+    }
 }
 
 // Reads a pass's counts: either the threshold is known, or the window is smaller or elsewhere.

@@ -27,6 +27,24 @@ struct Search {
     int64_t under = 0, gathered_count = 0;
     std::vector<uint64_t> gathered;  // all of [from, to], unless there are more than kGatherAtMost
 
+    // Those of the pieces that other processes may have counted. What a piece gathers is all of it
+    // or nothing, whatever the order of its blocks: every process must read the same.
+    void put(Bytes& bytes) const {
+        const bool all = gathered_count <= static_cast<int64_t>(kGatherAtMost);
+        bytes.put(under);
+        bytes.put(gathered_count);
+        bytes.put_all(all ? gathered : std::vector<uint64_t>());
+    }
+    void add(Bytes& bytes) {
+        under += bytes.take<int64_t>();
+        gathered_count += bytes.take<int64_t>();
+        bytes.take_all(gathered);
+    }
+    void clear() {
+        under = gathered_count = 0;
+        gathered.clear();
+    }
+
     void aim() {
         const double width = static_cast<double>(last - first) + 1;
         const double share =
@@ -54,13 +72,10 @@ struct Counts {
     std::vector<int64_t> gathered_counts;
 };
 
-void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
-                  const std::vector<Search*>& searches) {
+void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
+                 const std::vector<Search*>& searches) {
     std::mutex mutex;
-    for (Search* search : searches) {
-        search->under = search->gathered_count = 0;
-        search->gathered.clear();
-    }
+    for (Search* search : searches) search->clear();
     for_each_block<Counts>(
         deltas, which, kSelectBlock,
         [&] {
@@ -114,6 +129,21 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
                                            counts.orders[s].end());
             }
         });
+}
+
+void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
+                  const std::vector<Search*>& searches) {
+    const auto found = run_pass(deltas, [&](const Deltas& piece) {
+        count_piece(piece, which, searches);
+        Bytes bytes;
+        for (const Search* search : searches) search->put(bytes);
+        return std::move(bytes).text();
+    });
+    for (Search* search : searches) search->clear();
+    for (const std::string& text : found) {
+        Bytes bytes(text);
+        for (Search* search : searches) search->add(bytes);
+    }
 }
 
 void resolve(Search& search) {

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from itertools import count as numbered
 from typing import Protocol
 
 from fastmerge import _C
-from fastmerge.compute.cpu import CpuBackend
+from fastmerge.compute.cpu import CpuBackend, Passes
 from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
 from fastmerge.selection import Selection
@@ -23,11 +25,17 @@ TILE_ENTRIES = _C.tile_entries()  # no two tensors may share a tile
 class Shared(Protocol):
     """What the parts of a merge find out for one another, by name; equal whoever does."""
 
+    pieces: int  # into which work is cut that every part can do
+
     def get(self, name: str) -> bytes | None:
         """None where no part has put it there yet."""
         ...
 
     def put(self, name: str, data: bytes) -> None: ...
+
+    def each(self, name: str, pieces: int, count: Callable[[int], bytes]) -> list[bytes]:
+        """Every piece's result: count(piece), by this part or by another that is at work."""
+        ...
 
 
 def find_trims(
@@ -37,7 +45,8 @@ def find_trims(
     shared: Shared | None = None,
 ) -> Mapping[Node, Trim]:
     """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights.
-    With ``shared``, one part finds them for all that come after it.
+    With ``shared``, each part counts its piece of the tensors, and those of parts that are not at
+    work; the sums, and so the thresholds, are those of one process.
     """
     if not nodes:
         return {}
@@ -56,6 +65,7 @@ def find_trims(
             [fetch(node.base) for node in nodes if isinstance(node.base, Leaf)],
             origins,
             [keep.of((total,), 0) for keep in terms.keep],
+            *(_in_pieces(list(nodes.values()), shared) if shared else ()),
         )
         if shared:
             shared.put(_SHARED, json.dumps(chosen).encode())
@@ -66,3 +76,20 @@ def find_trims(
             "every tensor; mend the model, or merge without rescale"
         )
     return {node: Trim(tuple(chosen), origin) for node, origin in zip(nodes, origins, strict=True)}
+
+
+def _in_pieces(counts: Sequence[int], shared: Shared) -> tuple[list[int], Passes]:
+    """Where each part's piece of the tensors ends, by their elements, and how a pass is shared."""
+    total, before, ends = sum(counts), 0, [0] * shared.pieces
+    for index, count in enumerate(counts):
+        piece = min(shared.pieces - 1, before * shared.pieces // max(1, total))
+        ends[piece] = index + 1
+        before += count
+    ends = list(accumulate(ends, max))
+    ends[-1] = len(counts)
+    numbers = numbered()
+
+    def passes(pieces: int, count: Callable[[int], bytes]) -> list[bytes]:
+        return shared.each(f"{_SHARED}-{next(numbers)}", pieces, count)
+
+    return ends, passes

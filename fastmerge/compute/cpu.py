@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node
+
+Passes = Callable[[int, Callable[[int], bytes]], Sequence[bytes]]
 
 
 def thread_count(threads: int | None = None) -> int:
@@ -161,9 +163,13 @@ class CpuBackend:
         bases: Sequence[_C.View],
         origins: Sequence[int],
         specs: Sequence[Sparsify],
+        ends: Sequence[int] = (),
+        passes: Passes | None = None,
     ) -> list[Selection]:
-        """`select` of several tensors as one long vector."""
-        return _C.select_across(self.pool, inputs, bases, origins, specs)
+        """`select` of several tensors as one long vector; with ``passes`` in pieces, of which other
+        processes may count some.
+        """
+        return _C.select_across(self.pool, inputs, bases, origins, specs, ends, passes)
 
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
         nbytes = 4 * count

@@ -106,15 +106,15 @@ def is_dead(folder: WorkingFolder, name: str, record: Record) -> bool | None:
     if known is not None:
         return known
     path = folder.inside / file_of(name, record.number)
-    size, until = _size(path), time.monotonic() + WATCH_SECONDS
+    size, until = size_of(path), time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
         time.sleep(_LOOK_SECONDS)
-        if _size(path) != size:
+        if size_of(path) != size:
             return _read(folder, name, record.number).over
     return None
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
     # An open asks the server of a network file system, where a stat may give what is remembered.
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_size

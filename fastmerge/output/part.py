@@ -27,7 +27,6 @@ from fastmerge.output.parts import (
     FINISH,
     MODEL,
     Manifest,
-    SharedFiles,
     agree,
     open_parts,
     part_name,
@@ -35,6 +34,7 @@ from fastmerge.output.parts import (
 from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
 from fastmerge.output.shards import IO_THREADS, Shards, file_facts
 from fastmerge.output.share import Part, shares
+from fastmerge.output.shared import SharedFiles
 from fastmerge.output.working import WorkingFolder, beside
 from fastmerge.version import __version__
 
@@ -225,9 +225,11 @@ class PartWriter(Shards):
         return bool(self._own) and not self.done
 
     @property
-    def shared(self) -> SharedFiles:
+    def shared(self) -> SharedFiles | None:
         """Where parts leave what others need not compute again."""
-        return SharedFiles(self._folder)
+        if self._claim is None:
+            return None
+        return SharedFiles(self._folder, self._part.number, self._part.of, self._claim)
 
     def _note(self, results: Mapping[str, dict[str, Any]]) -> None:
         assert self._claim is not None

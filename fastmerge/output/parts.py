@@ -7,7 +7,7 @@
     part-00002.0001/    its weight files
     model/              the finished files, when `fastmerge finish` joins them
     finish.0001.run     a run of that
-    shared-...          what one part has found out for all (`SharedFiles`)
+    shared-..., taken-...  what one part has found out for all, and who does (`output.shared`)
 
 The first part makes ``plan``, by one rename; every other compares itself with it.
 """
@@ -171,27 +171,3 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
             "version's: remove the folder and run all parts again"
         )
     return Manifest(**{each.name: found[each.name] for each in fields(Manifest)})
-
-
-class SharedFiles:
-    """What one part has found out for all of them: each file whole or not there."""
-
-    def __init__(self, folder: WorkingFolder) -> None:
-        self._folder = folder
-
-    def get(self, name: str) -> bytes | None:
-        """What a part has put there; None where none has yet."""
-        file = f"shared-{name}"
-        if not os.path.lexists(self._folder.inside / file):
-            return None
-        self._folder.check(file)
-        return (self._folder.inside / file).read_bytes()
-
-    def put(self, name: str, data: bytes) -> None:
-        """Equal from every part that does."""
-        descriptor, own = tempfile.mkstemp(prefix="shared.", dir=self._folder.inside)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(own, self._folder.inside / f"shared-{name}")

@@ -1,0 +1,190 @@
+"""A merge in parts: what is refused, in one line, and what the environment and the commands say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+import fastmerge
+from fastmerge import FastmergeError
+from fastmerge.cli import main
+from fastmerge.output import parts
+from fastmerge.output.share import Part, a_part
+from tests.test_parts import SHARD_BYTES, in_parts, left, of_kind
+
+# --- what is refused, in one line ---
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(FastmergeError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "part", ["0/3", "4/3", "x", "1/0", "1/3/4", "", "-1/2", "1.5/3", "1/100000", (1,), (1.0, 2), 3]
+)
+def test_what_is_no_part(zoo, part) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    refused(lambda: fastmerge.merge(recipe, out, part=part), "part: ")
+    assert not left(out)
+
+
+def test_parts_of_other_plans(zoo) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    fastmerge.merge(recipe, out, part=(1, 3))
+
+    def other(recipe=recipe, part=(2, 3), **options):
+        return lambda: fastmerge.merge(recipe, out, part=part, **options)
+
+    refused(other(part=(2, 4)), "in 3 parts, and this is one of 4")
+    refused(other(recipe={**recipe, "dtype": "bfloat16"}), "another recipe, seed or size of shards")
+    refused(other(max_shard_bytes=SHARD_BYTES), "another recipe, seed or size of shards")
+    refused(lambda: fastmerge.merge(recipe, out), "is being merged in parts", "fastmerge finish")
+    refused(lambda: fastmerge.finish(out), "2 of 3 parts are missing: 2/3 (not begun), 3/3")
+    (zoo.root / "first" / "tokenizer_config.json").write_text("{}")
+    refused(other(), "with other files beside the weights")
+    (zoo.root / "first" / "tokenizer_config.json").unlink()
+    os.utime(zoo.root / "one" / "model.safetensors", (1e9, 1e9))
+    refused(other(), "of other inputs")
+    assert not out.exists()
+
+
+def test_a_part_of_another_version(zoo, monkeypatch) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    fastmerge.merge(recipe, out, part=(1, 2))
+    monkeypatch.setattr("fastmerge.output.part.__version__", "9.9")
+    refused(lambda: fastmerge.merge(recipe, out, part=(2, 2)), "and this is 9.9")
+
+
+def test_a_merge_without_parts_stands_in_the_way(zoo) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+
+    def stop(done: int, total: int, _name: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastmerge.merge(recipe, out, progress=stop, max_shard_bytes=SHARD_BYTES)
+    refused(lambda: fastmerge.merge(recipe, out, part=(1, 2)), "a merge without parts was begun")
+
+
+def test_adapters_alone_have_no_parts(zoo) -> None:
+    of_kind("an adapter", zoo)
+    lora = {"model": str(zoo.root / "lora"), "parameters": {"weight": 1.0}}
+    recipe = {"merge_method": "linear", "models": [lora]}
+    refused(lambda: fastmerge.merge(recipe, zoo.root / "out", part=(1, 2)), "one small file")
+
+
+def test_files_that_changed_after_their_part(zoo) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    folder = zoo.root / ".out.fastmerge-parts"
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    shard = next(folder.glob("part-00002.0001/*"))
+    with shard.open("r+b") as file:
+        file.truncate(100)
+    refused(lambda: fastmerge.finish(out), shard.name, "part 2/2", "has 100 bytes")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "loose", "hard link"])
+def test_strangers_put_nothing_into_the_folder(zoo, kind: str) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    folder = zoo.root / ".out.fastmerge-parts"
+    if kind == "link":
+        (zoo.root / "theirs").mkdir()
+        folder.symlink_to(zoo.root / "theirs")
+        refused(lambda: fastmerge.merge(recipe, out, part=(1, 1)), "a link")
+        return
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if kind == "loose":
+        folder.chmod(0o777)
+        refused(lambda: fastmerge.finish(out), "other users could write to it")
+        return
+    shard = next(folder.glob("part-00001.0001/*"))
+    os.link(shard, zoo.root / "another name")
+    refused(lambda: fastmerge.finish(out), "hard links")
+
+
+@pytest.mark.parametrize("fault", ["O_EXCL", "rename"])
+def test_a_file_system_without_what_parts_need(zoo, monkeypatch, fault: str) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    opened, renamed = os.open, os.rename
+    with monkeypatch.context() as patch:
+        if fault == "O_EXCL":
+            patch.setattr(
+                parts.os, "open", lambda p, f, *m, **d: opened(p, f & ~os.O_EXCL, *m, **d)
+            )
+        else:
+            patch.setattr(
+                parts.os, "rename", lambda a, b: shutil.copy(a, b) if a.is_file() else renamed(a, b)
+            )
+        refused(lambda: fastmerge.merge(recipe, out, part=(1, 1)), "parts cannot meet", fault)
+
+
+# --- the environment and the command line ---
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, (1, 1)),
+        ({"ID": "3", "COUNT": "8", "MIN": "0", "MAX": "7"}, (4, 8)),
+        ({"ID": "3", "COUNT": "8", "MIN": "1", "MAX": "8"}, (3, 8)),
+        ({"ID": "14", "COUNT": "4", "MIN": "10", "MAX": "16", "STEP": "2"}, (3, 4)),
+        ({"RANK": "2", "WORLD_SIZE": "3"}, (3, 3)),
+        ({"ID": "3", "COUNT": "8", "MIN": "1", "MAX": "8", "RANK": "0", "WORLD_SIZE": "1"}, (3, 8)),
+        ({"ID": "1", "COUNT": "3", "MIN": "1", "MAX": "9"}, "has gaps"),
+        ({"ID": "1", "COUNT": "4", "MIN": "1", "RANK": "1", "WORLD_SIZE": "2"}, "disagree"),
+        ({"ID": "1", "MIN": "1"}, "SLURM_ARRAY_TASK_COUNT is not set"),
+        ({"RANK": "1"}, "WORLD_SIZE is not set"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', no whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "3/2"),
+    ],
+)  # fmt: skip
+def test_the_part_that_the_environment_says(monkeypatch, environment, wanted) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_ARRAY") or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        whole = name if name in ("RANK", "WORLD_SIZE") else f"SLURM_ARRAY_TASK_{name}"
+        monkeypatch.setenv(whole, value)
+    if isinstance(wanted, str):
+        refused(lambda: a_part("auto"), wanted)
+        return
+    part, note = a_part("auto")
+    assert part == Part(*wanted) and str(part) in note
+
+
+def test_the_commands(zoo, capsys) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    file = zoo.root / "recipe.yml"
+    file.write_text(json.dumps({**recipe, "dtype": "float32"}))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([*words])
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    code, said, _ = run("plan", str(file), "--part", "1/2", "--json")
+    assert code == 0 and json.loads(said)["part"]["files"] == ["model.safetensors"]
+    code, said, _ = run("plan", str(file), "--part", "2/2")
+    assert code == 0 and "part 2/2    0 of 1 files (none): 0 tensors" in said
+    code, _, said = run("merge", str(file), str(out), "--part", "3/2")
+    assert (code, said) == (2, "error: --part: 3/2: the parts are 1/2 to 2/2\n")
+    code, said, _ = run("merge", str(file), str(out), "--part", "1/2")
+    assert code == 0 and f"part 1/2 is done; `fastmerge finish {out}` joins all parts" in said
+    code, _, said = run("finish", str(out))
+    assert code == 2 and said.startswith(f"error: {out}: 1 of 2 parts are missing: 2/2 (not begun)")
+    code, said, _ = run("merge", str(file), str(out), "--part", "2/2", "--json")
+    assert code == 0 and json.loads(said)["part"] == "2/2"
+    code, said, _ = run("finish", str(out))
+    assert code == 0 and said.startswith(f"{out}: 48 tensors of 2 parts, ")
+    assert fastmerge.verify(out, recipe).whole
