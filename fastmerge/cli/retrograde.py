@@ -198,6 +198,14 @@ class Written(Enum):
     ALL, BEST, NONE = "all", "best", "none"
 
 
+def _about(seconds: float) -> str:
+    """A time that is known to a tenth at best: no seconds from an hour on."""
+    if seconds < 3600:
+        return format_seconds(seconds)
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+
+
 def _show_measurements(found: dict[str, Any] | None) -> None:
     if found is None:
         return
@@ -208,7 +216,7 @@ def _show_measurements(found: dict[str, Any] | None) -> None:
             right=["items", "tokens, about", "times, at most"],
         )
     seconds = found["seconds"]
-    shown = "shows after the first" if seconds is None else f"about {format_seconds(seconds)}"
+    shown = "shows after the first" if seconds is None else f"at most about {_about(seconds)}"
     pairs([("measurements in all, at most", found["at most"]), ("time for them", shown)])
 
 
