@@ -1,0 +1,61 @@
+"""TRL's `MergeModelCallback`, whose merges block a training run, on fastmerge's engine.
+
+::
+
+    from fastmerge.integrations import trl
+
+    trl.install()  # until trl.uninstall(); or: with trl.installed(): ...
+    trainer = DPOTrainer(..., callbacks=[MergeModelCallback(MergeConfig("ties"))])
+
+The callback calls mergekit's ``run_merge`` with a configuration and options of mergekit's, which
+has to be installed for these; the merge itself is `fastmerge.integrations.mergekit.run_merge`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from fastmerge.errors import ResourceError, UnsupportedError
+from fastmerge.integrations.mergekit import run_merge
+from fastmerge.integrations.replacement import Places, Replacement
+
+_MODULES = ("trl.experimental.merge_model_callback", "trl.mergekit_utils")  # from 0.24 on; before
+
+
+def _places() -> Places:
+    """What holds mergekit's function by name, and ours."""
+    import importlib
+
+    refusals = []
+    for name in _MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            refusals.append(str(error))
+            continue
+        if not callable(getattr(module, "run_merge", None)):
+            raise UnsupportedError(
+                f"{name} has no run_merge of mergekit's; install mergekit, or use trl 0.12 to 1.16"
+            )
+        return {(module, "run_merge"): run_merge}
+    raise ResourceError(f"trl cannot be imported ({'; '.join(refusals)}); pip install trl")
+
+
+_replacement = Replacement(_places)
+
+
+def install() -> None:
+    """Puts fastmerge's `run_merge` where TRL's callback calls it; again is no error. Raises
+    ResourceError where trl is not installed, UnsupportedError where it merges by something else.
+    """
+    _replacement.install()
+
+
+def uninstall() -> None:
+    """Puts mergekit's own function back; without `install` it does nothing."""
+    _replacement.uninstall()
+
+
+def installed() -> AbstractContextManager[None]:
+    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    return _replacement.installed()
