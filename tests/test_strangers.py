@@ -256,6 +256,44 @@ def test_loading_never_asks_for_a_models_code(zoo, tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_is_made_of_the_folders_own_files(zoo, tmp_path: Path, place: str) -> None:
+    """transformers opens what `vocab` and `vocab_file` name, and the result is written."""
+    pytest.importorskip("transformers")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (tmp_path / "secret").write_text("\n".join([*special, "hunter2"]))
+    pair = [zoo.base("one", seed=1, vocab=8), zoo.base("two", seed=2, vocab=8)]
+    for folder, last in zip(pair, "cd", strict=True):
+        (folder / "vocab.txt").write_text("\n".join([*special, "a", "b", last]))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    said = {"tokenizer_class": "BertTokenizer"}
+    said |= dict.fromkeys(("vocab", "vocab_file", "tokenizer_file"), str(tmp_path / "secret"))
+    (pair[0] / place).write_text(json.dumps(said))
+    recipe = {
+        "merge_method": "linear",
+        "tokenizer_source": "union",
+        "base_model": str(pair[0]),
+        "models": [{"model": str(folder)} for folder in pair],
+        "parameters": {"weight": 1.0},
+    }
+    fastmerge.merge(recipe, tmp_path / "out")
+    ids = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert set(ids) == {*special, "a", "b", "c", "d"}
+
+
+def test_the_number_of_an_added_token_is_bounded(zoo) -> None:
+    pair = [zoo.base("one", seed=1), zoo.base("two", seed=2)]
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
+    for folder in pair:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}
+    (pair[0] / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe = {"merge_method": "linear", "tokenizer_source": "union"}
+    recipe |= {"models": [{"model": str(folder)} for folder in pair]}
+    recipe |= {"parameters": {"weight": 1.0}}
+    assert "added_tokens_decoder" in refusal(fastmerge.api.plan, recipe)
+
+
 def test_a_suggested_command_quotes_its_arguments(tmp_path: Path) -> None:
     import shlex
 

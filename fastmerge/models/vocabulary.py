@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.limits import MAX_FILE_BYTES
-from fastmerge.models.header import open_regular
+from fastmerge.models.header import open_regular, read_object
+from fastmerge.models.links import Home
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.once import cached_property
 
@@ -35,7 +38,15 @@ _OLDER = (
 _ROLES = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+_NUMBER = re.compile(r"[0-9]{1,9}")  # int takes 4300 digits
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Texts and mappings in them that name no file, beside tokens; auto_map, for which transformers
+# refuses a tokenizer of the model's own code.
+_HARMLESS = frozenset({
+    "tokenizer_class", "model_type", "auto_map", "added_tokens_decoder", "extra_special_tokens",
+    "additional_special_tokens", "src_lang", "tgt_lang", "language", "task", "errors",
+    "padding_side", "truncation_side",
+})  # fmt: skip
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
 
 
@@ -221,7 +232,7 @@ def _from_config(
     decoder = config.get("added_tokens_decoder")
     for text, entry in decoder.items() if isinstance(decoder, dict) else ():
         token = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(token, str) or not str(text).isdecimal():
+        if not isinstance(token, str) or not _NUMBER.fullmatch(str(text)):
             raise _unreadable(
                 label, "an entry of added_tokens_decoder has no content or id", CONFIG
             )
@@ -425,11 +436,15 @@ def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
             f"`pip install 'fastmerge[llama]' sentencepiece`; or {remedy}"
         ) from None
     try:
-        made = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with TemporaryDirectory(prefix="fastmerge-tokenizer-") as place:
+            _put_older(files, folder, Path(place), label)
+            made = transformers.AutoTokenizer.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False
+            )
         backend = made.backend_tokenizer
         document: dict[str, Any] = json.loads(backend.to_str())
+    except ModelError:
+        raise
     except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, ...
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(
@@ -437,6 +452,26 @@ def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
             f"({reason[:120]}); {remedy}"
         ) from error
     return document
+
+
+def _put_older(files: Files, folder: Path, place: Path, label: str) -> None:
+    """The tokenizer's files alone, and of a stranger's settings those that name no file:
+    transformers opens "vocab", "vocab_file" and others wherever they lead, and what it reads is
+    written into the output.
+    """
+    said = {name: _object(files[name], name, label) for name in (CONFIG, SPECIALS) if name in files}
+    if (folder / "config.json").exists():
+        said["config.json"] = read_object(Home(folder).inside(folder / "config.json"))
+    for name, settings in said.items():
+        kept = {
+            key: value
+            for key, value in settings.items()
+            if not isinstance(value, str | dict) or key in _HARMLESS or key.endswith("_token")
+        }
+        (place / name).write_text(json.dumps(kept))
+    for name, file in files.items():
+        if (name in _OLDER or name.endswith((".model", ".tiktoken"))) and "/" not in name:
+            (place / name).write_bytes(_bytes(file))
 
 
 def _bytes(file: bytes | Path) -> bytes:
