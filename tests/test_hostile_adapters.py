@@ -130,6 +130,19 @@ def test_names_of_many_parts_are_compared_at_their_beginnings() -> None:
     assert time.process_time() - begun < 10
 
 
+@pytest.mark.parametrize("value", [3e38, -3e38, np.inf, np.nan])
+def test_differences_that_float32_cannot_multiply(zoo, tmp_path: Path, value: float) -> None:
+    """LAPACK said that its eigenvalues did not converge."""
+    base = zoo.base("base", dtype="F32")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = zoo.read(base)
+    tensors[name] = np.full_like(tensors[name], value)
+    tuned = zoo.write("tuned", tensors, json.loads((base / "config.json").read_text()), dtype="F32")
+    said = refusal(lambda: fastmerge.extract_lora(tuned, base, tmp_path / "out", rank=2))
+    assert name in said and "NaN or infinite" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_factors_that_leave_their_type_are_told(tmp_path: Path) -> None:
     pair = [adapter(tmp_path / name, lora_alpha=1e7) for name in ("one", "two")]
     report = fastmerge.merge_adapters(

@@ -32,6 +32,8 @@ from fastmerge.plan.adapter_plan import peft_config
 from fastmerge.plan.extraction import Extraction, Saved, Target
 from fastmerge.selection import random_key
 
+_MOST_NORM = 1e30  # of a difference; its products are in float32, which ends at 3.4e38
+
 
 class Found(NamedTuple):
     """What an extraction came to. ``modules``: by name, ``rank``, ``norm`` (Frobenius, of the
@@ -170,10 +172,11 @@ class _Run:
 
     def _spectrum(self, difference: Difference, target: Target) -> Spectrum:
         """Checked first: LAPACK's answer to a NaN is an error without the tensor's name."""
-        if not np.isfinite(difference.norm()):
+        if not difference.norm() < _MOST_NORM:
             raise ModelError(
                 f"'{self.plan.references[0]}': {show(target.tuned.name)} has NaN or infinite "
-                "values, or its base has; nothing near it is of low rank"
+                f"values, or some near {_MOST_NORM:g}, or its base has; nothing near it is of low "
+                "rank"
             )
         return nearest_of_rank(
             difference,
