@@ -393,15 +393,20 @@ def test_what_becomes_of_codes_is_said(formats, zoo):
     assert all(tensor.bytes_in > tensor.count * 2 for tensor in plan.tensors)
 
 
-def test_a_gpu_leaves_codes_to_the_cpu_and_says_so(formats, zoo, monkeypatch):
+@pytest.mark.parametrize("as_base", [False, True])
+def test_a_gpu_leaves_to_the_cpu_what_is_written_as_codes_and_says_so(
+    formats, zoo, monkeypatch, as_base
+):
     from fastmerge.engine import executor
 
     monkeypatch.setattr(executor, "choose_devices", lambda *_: (["cuda:0"], ""))
-    a = zoo.base()
-    plan = api.plan(linear(formats.fp8("coded", a), a))
+    a = formats.fp8("coded", zoo.base())
+    more = {"out_dtype": "as_base", "base_model": str(a)} if as_base else {}
+    plan = api.plan(linear(a, formats.fp8("other", zoo.root / "base"), **more))
     notes = executor.Local(plan, device="cuda").notes
-    assert notes == ("14 tensors are stored as codes: the CPU computes them, with the GPU's bits",)
-    assert sum(executor.on_host(tensor.root) for tensor in plan.tensors) == 14
+    told = "14 tensors are stored as codes: the CPU computes them, with the GPU's bits"
+    assert (told in notes) == as_base
+    assert sum(map(executor.on_host, plan.tensors)) == (14 if as_base else 0)
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"

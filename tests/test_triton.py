@@ -37,7 +37,13 @@ def test_kernels_equal_the_cpu_kernels(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["triton_pointwise_cases.py", "triton_resident_cases.py", "triton_stream_cases.py"]
+    "file",
+    [
+        "triton_leaf_cases.py",
+        "triton_pointwise_cases.py",
+        "triton_resident_cases.py",
+        "triton_stream_cases.py",
+    ],
 )
 def test_models_equal_the_cpu_engine(file: str) -> None:
     output = _run(file, interpret=True)

@@ -21,6 +21,7 @@ from fastmerge.kernels import (
     consensus,
     divergence,
     gram,
+    leaves,
     pointwise,
     ranking,
     select,
@@ -142,6 +143,22 @@ def _divergence(what):
     return divergence.divergence_kernel, arguments, constants
 
 
+def _dequantise(coding):
+    arguments = {"codes": "*u8" if coding == "mxfp4" else "*i8"}
+    arguments |= {"scales": "*u8" if coding == "mxfp4" else "*fp32", "out": "*fp32"}
+    sizes = ("total_rows", "rows", "cols", "block_rows", "block_cols")
+    constants = {"CODING": leaves.CODINGS[coding], "ROWS": leaves.ROWS, "COLS": leaves.COLS}
+    return leaves.dequantise_kernel, arguments | dict.fromkeys(sizes, "i32"), constants
+
+
+def _low_rank(code, raw):
+    arguments = {"base": raw, "left": "*fp32", "right": "*fp32", "out": "*fp32"}
+    arguments |= {"rows": "i32", "cols": "i32", "rank": "i32", "scale": "fp32"}
+    return leaves.low_rank_kernel, arguments, {
+        "CODE": code, "ROWS": leaves.ROWS, "COLS": leaves.COLS,
+    }  # fmt: skip
+
+
 # name -> (kernel, arguments, constants), vector loads and stores expected
 CASES = {
     "combine_1": (_combine((BF16,)), True),
@@ -187,6 +204,10 @@ CASES = {
     "divergence_largest": (_divergence(divergence.LARGEST), False),
     "divergence_sum": (_divergence(divergence.SUM), False),
     "divergence": (_divergence(divergence.DIVERGENCE), False),
+    "dequantise_e4m3": (_dequantise("e4m3"), False),
+    "dequantise_mxfp4": (_dequantise("mxfp4"), False),
+    "low_rank": (_low_rank(BF16, "*i16"), False),
+    "low_rank_f32": (_low_rank(F32, "*i32"), False),
 }
 
 
@@ -260,11 +281,12 @@ def test_compiles(target, case, tmp_path):
             assert constants.get("OUT") != BF16 or "cvt.rn.bf16" in code
         assert ".ftz" not in code
         fused = re.findall(r"\bfma\.rn\S*f32\S*", code)
-    # combine is written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
+    # These are written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
     divides = target == "gfx942" and case.startswith(
         ("consensus", "rank_sample", "pointwise", "divergence")
     )
-    assert bool(fused) == (case.startswith("combine") and case != "combine_1") or divides
+    written = case.startswith(("combine", "low_rank")) and case != "combine_1"
+    assert bool(fused) == written or divides
 
 
 # Machine instructions of the hot loop for each element (sm_90, triton 3.6 to 3.9), and a few more.

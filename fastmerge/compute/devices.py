@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 
 from fastmerge import _C
 from fastmerge.arguments import one_of
+from fastmerge.compute.on_device import made_bytes
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
 from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
-from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, leaves, walk
 
 DEVICES = ("cpu", "cuda", "auto")  # where the arithmetic can run
 GPU_MEMORY_BYTES = 2 << 30
@@ -43,8 +44,8 @@ def a_device(value: object, where: str) -> str:
 
 
 def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
-    """Device memory that one tensor's merge takes: sources, output, intermediates, what select
-    gathers of each delta, inner products of rows, and 1 MiB for tables.
+    """Device memory that one tensor's merge takes: sources and what leaves make of them, output,
+    intermediates, what select gathers of each delta, inner products of rows, and 1 MiB for tables.
     """
     from fastmerge.kernels.select import gathered_bytes
 
@@ -68,6 +69,7 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     if any(isinstance(node.method, Function) for node in merges):
         intermediates += 4 * count  # what it returns, until that is rounded
     sources = sum(stored.nbytes for stored in leaves([root]))
+    sources += sum(made_bytes(node) for node in walk(root) if isinstance(node, Leaf))
     most = sources + dtype.bytes_for(count) + intermediates + gathered
     return most + products + (1 << 20)
 

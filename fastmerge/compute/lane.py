@@ -60,20 +60,29 @@ class Lane:
         return torch.empty(count, dtype=getattr(torch, dtype.name), device=self._device)
 
     def upload(self, view: _C.View) -> torch.Tensor:
-        """A device copy of a mapped tensor."""
+        """A device copy of a mapped tensor; uint8 where that is RAW. The elements of one that is
+        computed where it is read are made in the pinned pieces.
+        """
         import torch
 
-        name = BY_CODE[view.dtype].name
         raw = torch.empty(view.nbytes, dtype=torch.uint8, device=self._device)
+        size = view.nbytes // max(1, view.count)  # of an element
         for number, begin in enumerate(range(0, view.nbytes, PIECE_BYTES)):
             piece = number % 2
             nbytes = min(PIECE_BYTES, view.nbytes - begin)
             self._wait(piece)
-            source = _C.View(view.address + begin, nbytes, "RAW", view)
-            _C.copy(self._pool, source, _C.MemorySink(self._view(piece, nbytes)))
+            if view.is_gathered:
+                source = view.slice(begin // size, (begin + nbytes) // size)
+                to = _C.View(self._pieces[piece].data_ptr(), nbytes // size, view.dtype, view)
+            else:
+                source = _C.View(view.address + begin, nbytes, "RAW", view)
+                to = self._view(piece, nbytes)
+            _C.copy(self._pool, source, _C.MemorySink(to))
             raw[begin : begin + nbytes].copy_(self._pieces[piece][:nbytes], non_blocking=True)
             self._mark(piece)
-        return raw.view(getattr(torch, name))
+        if view.dtype == "RAW":
+            return raw
+        return raw.view(getattr(torch, BY_CODE[view.dtype].name))
 
     def download(self, tensor: torch.Tensor, place: Place, first_byte: int = 0) -> None:
         """Hands a device tensor's bytes to ``place``, from ``first_byte`` of it on; the next piece

@@ -18,6 +18,7 @@ from fastmerge import _C
 from fastmerge.codings import Coding
 from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
+from fastmerge.methods.shapes import Float32
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import (
     MEAN,
@@ -90,23 +91,39 @@ def scale_fault(scales: _C.View) -> str | None:
 
 def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.View]) -> _C.View:
     """The factors are widened to fp32 once, into scratch: (rows + cols) * rank numbers. DoRA takes
-    a pass over the sum for its rows' lengths, which are float64 until they divide.
+    a pass over the sum for its rows' lengths.
     """
     base = view_of(leaf.base, backend, fetch)
-    thin_b = backend.array(fetch(leaf.b)).reshape(-1, leaf.rank)
-    thin_a = backend.array(fetch(leaf.a)).reshape(leaf.rank, -1)
-    left, right = (thin_a.T, thin_b.T) if leaf.transposed else (thin_b, thin_a)
-    left_view, right_view = (backend.tensor(np.ascontiguousarray(each)) for each in (left, right))
-    parts = (base, left_view, right_view, leaf.rank, leaf.scale)
+    left, right = thin(leaf, backend, fetch)
+    parts = (base, backend.tensor(left), backend.tensor(right), leaf.rank, leaf.scale)
     if leaf.magnitude is None:
         return _C.low_rank(*parts)
-    axis = 0 if leaf.transposed else 1
-    vectors = Vectors(axis, left.shape[0], right.shape[1])
+    vectors = lengthened(leaf, left, right)
     squares = backend.gram([_C.low_rank(*parts)], None, vectors).reshape(-1)
-    lengths = backend.array(fetch(leaf.magnitude)).reshape(-1).astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: NaN, which is counted
-        factors = (lengths / np.sqrt(squares)).astype(np.float32)
+    factors = factors_of(backend.array(fetch(leaf.magnitude)), squares)
     return _C.low_rank(*parts, factors=factors, by_column=leaf.transposed)
+
+
+def thin(
+    leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.View]
+) -> tuple[Float32, Float32]:
+    """The factors whose product, times the scale, is added: fp32, (rows, rank) and (rank, cols)."""
+    b = backend.array(fetch(leaf.b)).reshape(-1, leaf.rank)
+    a = backend.array(fetch(leaf.a)).reshape(leaf.rank, -1)
+    left, right = (a.T, b.T) if leaf.transposed else (b, a)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right)
+
+
+def lengthened(leaf: LowRank, left: Float32, right: Float32) -> Vectors:
+    """The rows (columns, where it is transposed) whose lengths DoRA sets."""
+    return Vectors(0 if leaf.transposed else 1, left.shape[0], right.shape[1])
+
+
+def factors_of(lengths: Float32, squares: NDArray[np.float64]) -> Float32:
+    """What gives vectors of these squared lengths those ``lengths``; rounded once, to fp32."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: NaN, which is counted
+        found = lengths.reshape(-1).astype(np.float64) / np.sqrt(squares)
+        return found.astype(np.float32)
 
 
 def gathered(leaf: Rows, backend: CpuBackend, sources: Mapping[Node, _C.View]) -> _C.View:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, device_bytes
 from fastmerge.compute.lane import Lane, Place, reserved
+from fastmerge.compute.on_device import upload
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ResourceError
@@ -30,13 +31,29 @@ from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
-from fastmerge.tree.nodes import Merge, Node, Stored, leaves
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 LANES = 3  # pieces of one tensor in flight on a device: on the way in, computed, on the way out
+
+
+class Reader(Protocol):
+    """What reads a plan's models."""
+
+    def fetch(self, source: Stored) -> _C.View:
+        """The tensor's memory."""
+        ...
+
+    def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
+        """The leaf's elements, computed where they are read."""
+        ...
+
+    def check(self, leaf: Leaf) -> None:
+        """Raises ModelError where what the leaf reads is damaged."""
+        ...
 
 
 class Streamer:
@@ -46,7 +63,7 @@ class Streamer:
         self,
         devices: Sequence[str],
         cpu: CpuBackend,
-        fetch: Callable[[Stored], _C.View],
+        inputs: Reader,
         *,
         gpu_memory: int = GPU_MEMORY_BYTES,
         trims: Mapping[Node, Trim] | None = None,
@@ -54,7 +71,7 @@ class Streamer:
         """``gpu_memory``: bytes of tensors in flight on each device."""
         self._trims = trims
         self.devices, self.cpu, self.budget = devices, cpu, gpu_memory
-        self._fetch = fetch
+        self._inputs = inputs
         self._used = dict.fromkeys(devices, 0)
         self._free = threading.Condition()
         # An eighth for the allocator's rounding: giving memory back waits for the whole device.
@@ -89,13 +106,21 @@ class Streamer:
             if outcome is not None:
                 return outcome
         pieces = _Pieces(self, name)
-        return Computation(pieces, self._fetch, name, shape, self._trims).run(root, place)
+
+        def view(leaf: Leaf) -> _C.View:
+            return self._inputs.view(leaf, self.cpu)
+
+        return Computation(pieces, view, name, shape, self._trims).run(root, place)
 
     def _whole(
         self, name: str, root: Node, shape: tuple[int, ...], place: Place, need: int
     ) -> Outcome:
         with self.lane(need) as lane:
-            held = {s: lane.upload(self._fetch(s)) for s in leaves([root])}
+            held: dict[Leaf, torch.Tensor] = {}
+            for leaf in walk(root):
+                if isinstance(leaf, Leaf):
+                    self._inputs.check(leaf)
+                    held[leaf] = upload(leaf, lane, self.cpu, self._inputs.fetch)
             out = lane.empty(math.prod(shape), place.dtype)
             computation = Computation(lane.backend, held.__getitem__, name, shape, self._trims)
             outcome = computation.run(root, out)

@@ -85,7 +85,7 @@ class Local:
             streamer = Streamer(
                 self._devices,
                 backend,
-                self._inputs.fetch,
+                self._inputs,
                 gpu_memory=self._gpu_memory,
                 trims=self.trims,
             )
@@ -93,7 +93,7 @@ class Local:
         def compute(item: TensorPlan) -> Outcome:
             with self._inputs.reading(item.sources):
                 made = self._inputs.reduced(item, backend.pool)
-                if streamer is None or on_host(item.root):
+                if streamer is None or on_host(item):
                     slots = [sink.slot(part) for part in item.written]
                     outcome = write_tensor(backend, self._inputs, made, slots, self.trims)
                 else:
@@ -116,7 +116,7 @@ def _moved(item: TensorPlan) -> int:
 
 def _kept_here(plan: Plan) -> tuple[str, ...]:
     """What of a merge on GPUs the CPU computes all the same, where that is more than a few rows."""
-    kinds = [{type(node) for node in walk(item.root)} for item in plan.tensors]
+    kinds = [{type(node) for node in walk(item.root)} for item in plan.tensors if on_host(item)]
     counts = {
         "are stored as codes": sum(Dequantised in each for each in kinds),
         "have an adapter on them": sum(LowRank in each for each in kinds),

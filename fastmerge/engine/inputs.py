@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastmerge import _C
 from fastmerge.compute.across import Shared, find_trims
 from fastmerge.compute.cpu import CpuBackend
-from fastmerge.compute.leaves import dequantised, gathered, matrices, scale_fault, view_of
+from fastmerge.compute.leaves import gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.errors import ModelError
 from fastmerge.methods import find
@@ -20,11 +20,11 @@ from fastmerge.tree.nodes import (
     Dequantised,
     Leaf,
     LowRank,
+    Made,
     Merge,
     Node,
     Rows,
     Stored,
-    gathers,
     walk,
 )
 from fastmerge.tree.unread import keeps_equal
@@ -41,21 +41,22 @@ class Inputs:
         return self._models[source.model].view(source.name)
 
     def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
-        """The leaf's elements; ModelError where scales are no numbers above 0."""
+        """The leaf's elements; ModelError as `check`."""
+        self.check(leaf)
+        return view_of(leaf, backend, self.fetch)
+
+    def check(self, leaf: Leaf) -> None:
+        """Raises ModelError where scales are no numbers above 0."""
         coded = leaf.base if isinstance(leaf, LowRank) else leaf
         if not isinstance(coded, Dequantised):
-            return view_of(leaf, backend, self.fetch)
-        scales = self.fetch(coded.scales)
-        fault = scale_fault(scales)
+            return
+        fault = scale_fault(self.fetch(coded.scales))
         if fault is not None:
             label = self._models[coded.scales.model].label
             raise ModelError(
                 f"{label}: tensor '{coded.scales.name}' holds {fault}, where a number above 0 is "
                 "needed; the model is damaged: get it again"
             )
-        if isinstance(leaf, Dequantised):
-            return dequantised(leaf, self.fetch(leaf.codes), scales)
-        return view_of(leaf, backend, self.fetch)
 
     @contextmanager
     def reading(self, sources: Sequence[Stored]) -> Iterator[None]:
@@ -104,11 +105,13 @@ def trims_of(
     return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend), shared)
 
 
-def on_host(root: Node) -> bool:
-    """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied, rows
-    from several places (a merge has one or two such tensors), codes with scales, adapted weights.
+def on_host(item: TensorPlan) -> bool:
+    """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied or
+    read, what is written as codes, rows from several places (a merge has one or two such tensors).
     """
-    return isinstance(root, Leaf) or gathers(root)
+    if item.encoding is not None or isinstance(item.root, Leaf):
+        return True
+    return any(isinstance(node, (Rows, Made)) for node in walk(item.root))
 
 
 def write_tensor(

@@ -1,0 +1,219 @@
+"""Codes and adapted weights on a GPU: the CPU's bits, kernel by kernel and from files to files.
+
+Run by test_triton.py under Triton's interpreter, where the one device is the CPU; on a GPU, run it
+there directly.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("yaml")  # recipes are read with it
+
+from fastmerge import _C, api
+from fastmerge.compute import devices
+from fastmerge.compute import lane as lane_module
+from fastmerge.compute.cpu import cpu
+from fastmerge.errors import ModelError
+from fastmerge.kernels import common, leaves
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+INTERPRETED = common.interpreted()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """The pipeline on this machine's GPUs, or on the CPU through the interpreter."""
+    if INTERPRETED:
+        monkeypatch.setattr(devices, "cuda_devices", lambda: ["cpu"])
+    monkeypatch.setattr(lane_module, "PIECE_BYTES", 2000)  # several pieces, the last one short
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """fp32 as integers, every NaN one of them."""
+    return np.where(np.isnan(array), 0x7FC00000, array.view(np.uint32))
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    words = values.astype(np.float32).view(np.uint32)
+    return ((words + 0x7FFF + (words >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def raw(array: np.ndarray, dtype: str = "RAW") -> _C.View:
+    return _C.View(array.ctypes.data, array.size, dtype, array)
+
+
+@pytest.mark.parametrize("coding", ["e4m3", "e5m2"])
+@pytest.mark.parametrize(
+    ("matrices", "rows", "cols", "block"),
+    [(1, 1, 256, (1, 256)), (1, 40, 515, (16, 128)), (3, 9, 20, (4, 8)), (2, 16, 7, (16, 7))],
+)
+def test_codes_times_scales(coding, matrices, rows, cols, block) -> None:
+    count = matrices * rows * cols
+    codes = np.resize(np.arange(256, dtype=np.uint8), count)
+    each = -(-rows // block[0]) * -(-cols // block[1])
+    scales = np.exp2(np.random.default_rng(1).normal(size=matrices * each) * 9).astype(np.float32)
+    sizes = {"rows": rows, "cols": cols, "block_rows": block[0], "block_cols": block[1]}
+    wanted = cpu(1).array(_C.dequantised(coding, raw(codes), raw(scales, "F32"), **sizes))
+    given = [torch.from_numpy(each.copy()).to(DEVICE) for each in (codes, scales)]
+    got = leaves.dequantised(coding, *given, **sizes).cpu().numpy()
+    assert np.array_equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize(("matrices", "rows", "cols"), [(1, 32, 5), (3, 64, 16), (1, 96, 600)])
+def test_mxfp4(matrices, rows, cols) -> None:
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 256, matrices * cols * rows // 2, np.uint8)
+    scales = rng.integers(0, 255, matrices * cols * rows // 32, np.uint8)
+    scales[:2] = 0, 254  # the smallest power is subnormal, the largest overflows with a 4
+    sizes = {"rows": rows, "cols": cols, "block_rows": 32, "block_cols": 1}
+    wanted = cpu(1).array(_C.dequantised("mxfp4", raw(codes), raw(scales), **sizes))
+    given = [torch.from_numpy(each.copy()).to(DEVICE) for each in (codes, scales)]
+    got = leaves.dequantised("mxfp4", *given, **sizes).cpu().numpy()
+    assert np.array_equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(("rows", "cols", "rank"), [(1, 1, 1), (5, 700, 3), (17, 513, 16)])
+def test_a_product_of_thin_matrices_is_added(dtype, rows, cols, rank) -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(rows, cols)).astype(np.float32)
+    stored = {"BF16": bf16(values), "F16": values.astype(np.float16), "F32": values}[dtype]
+    left = rng.normal(size=(rows, rank)).astype(np.float32)
+    right = rng.normal(size=(rank, cols)).astype(np.float32)
+    views = raw(stored, dtype), raw(left, "F32"), raw(right, "F32")
+    wanted = cpu(1).array(_C.low_rank(*views, rank, 0.7))
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    base = torch.from_numpy(stored.view(np.uint8).reshape(-1).copy()).to(DEVICE).view(kind)
+    factors = [torch.from_numpy(each).to(DEVICE) for each in (left, right)]
+    got = leaves.low_rank(base, *factors, 0.7).cpu().numpy()
+    assert np.array_equal(bits(got), bits(wanted))
+
+
+# --- whole merges ---
+
+
+def coded(zoo, name: str, of: Path, seed: int = 5) -> Path:
+    """A llama whose projections are codes at random, a scale for each 16 x 16 of them."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for tensor, values in zoo.read(of).items():
+        if "proj" not in tensor:
+            tensors[tensor] = ("BF16", bf16(values))
+            continue
+        codes = rng.integers(0, 0x7F, values.shape, np.uint8)
+        codes |= rng.integers(0, 2, values.shape, np.uint8) << 7
+        scales = rng.uniform(1e-4, 2e-4, [-(-size // 16) for size in values.shape])
+        tensors[tensor] = ("F8_E4M3", codes)
+        tensors[f"{tensor}_scale_inv"] = ("F32", scales.astype(np.float32))
+    section = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": [16, 16],
+    }  # fmt: skip
+    config = json.loads((of / "config.json").read_text())
+    return zoo.raw(name, tensors, {**config, "quantization_config": section})
+
+
+def adapter(zoo, name: str, seed: int, **config) -> Path:
+    """On all projections of `zoo.base(layers=1)`, with normal factors."""
+    rng = np.random.default_rng([seed, 7])
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for tensor, values in zoo.read(zoo.root / "base").items():
+        if "proj" not in tensor:
+            continue
+        head = "base_model.model." + tensor.removesuffix(".weight")
+        rows, cols = values.shape
+        shapes = {"lora_A.weight": (3, cols), "lora_B.weight": (rows, 3)}
+        for part, shape in shapes.items():
+            factor = 0.1 * rng.normal(size=shape)
+            tensors[f"{head}.{part}"] = ("F32", factor.astype(np.float32))
+        if config.get("use_dora"):
+            lengths = np.linalg.norm(values, axis=1) * 1.1
+            tensors[f"{head}.lora_magnitude_vector"] = ("F32", lengths.astype(np.float32))
+    folder = zoo.raw(name, tensors)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    said = {
+        "peft_type": "LORA", "r": 3, "lora_alpha": 5, "bias": "none", "task_type": "CAUSAL_LM",
+        "target_modules": sorted({name.split(".")[-3] for name in tensors if "lora_A" in name}),
+        "base_model_name_or_path": "someone/base", **config,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def same_bytes(recipe: dict, folder: Path, **options) -> api.MergeReport:
+    api.merge(recipe, folder / "cpu", device="cpu", seed=3)
+    report = api.merge(recipe, folder / "gpu", device="cuda", seed=3, **options)
+    assert report.backend == "triton"
+    made, wanted = ((folder / n / "model.safetensors").read_bytes() for n in ("gpu", "cpu"))
+    assert made == wanted
+    return report
+
+
+def merged(method: str, base: Path, *models: object) -> dict:
+    own = {"weight": 0.6} | ({"density": 0.5} if method != "linear" else {})
+    listed = [{"model": str(m), "parameters": own} for m in models]
+    head = {"merge_method": method, "models": listed, "dtype": "bfloat16"}
+    return head | ({"base_model": str(base)} if method != "linear" else {})
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_a_model_of_codes(method, zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    codes = coded(zoo, "coded", base)
+    report = same_bytes(merged(method, base, codes, zoo.tune(base, "b", seed=2)), tmp_path)
+    assert not any("CPU" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_adapters_over_one_base(method, config, zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    models = [f"{base}+{adapter(zoo, name, seed, **config)}" for seed, name in enumerate("ab")]
+    report = same_bytes(merged(method, base, *models), tmp_path)
+    assert not any("CPU" in note for note in report.notes)
+
+
+def test_an_adapter_over_codes(zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    codes = coded(zoo, "coded", base)
+    same_bytes(merged("linear", base, f"{codes}+{adapter(zoo, 'a', 1)}", base), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_pieces_are_read_by_the_host(method, zoo, tmp_path) -> None:
+    """What does not fit the device goes through it in pieces, which have their numbers already."""
+    base = zoo.base(layers=1)
+    codes = coded(zoo, "coded", base)
+    recipe = merged(method, base, codes, f"{base}+{adapter(zoo, 'a', 1)}")
+    report = same_bytes(recipe, tmp_path, gpu_memory=1 << 20)
+    assert any("went through it in pieces" in note for note in report.notes)
+
+
+def test_a_damaged_scale_is_named(zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    codes = coded(zoo, "coded", base)
+    tensors = (codes / "model.safetensors").read_bytes()
+    size = int.from_bytes(tensors[:8], "little")
+    header = json.loads(tensors[8 : 8 + size])
+    name = next(n for n in header if n.endswith("_scale_inv"))
+    at = 8 + size + header[name]["data_offsets"][0]
+    spoilt = tensors[:at] + np.float32(-1).tobytes() + tensors[at + 4 :]
+    (codes / "model.safetensors").write_bytes(spoilt)
+    with pytest.raises(ModelError, match=r"_scale_inv' holds -1\.0 at 0"):
+        api.merge(merged("linear", base, codes, base), tmp_path / "out", device="cuda")
+
+
+def test_what_is_written_as_codes_stays_on_the_host_and_is_noted(zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    one, other = coded(zoo, "one", base), coded(zoo, "other", base, seed=6)
+    recipe = merged("linear", base, one, other) | {"out_dtype": "as_base", "base_model": str(one)}
+    del recipe["dtype"]
+    report = same_bytes(recipe, tmp_path)
+    assert any("are stored as codes: the CPU computes them" in note for note in report.notes)
