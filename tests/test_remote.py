@@ -115,7 +115,7 @@ def server() -> Iterator[Proxy]:
 def bucket(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     server.reset()
     monkeypatch.setattr(remote, "_FIRST_BYTES", 512)  # less than the headers here
-    monkeypatch.setattr(remote, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(remote, "_LEAST_CHUNK_BYTES", 1000)
     monkeypatch.setattr(remote, "_WAIT_SECONDS", 0.01)
     return server
 

@@ -36,7 +36,9 @@ from fastmerge.models.side_files import SideFiles, is_known, is_weights
 from fastmerge.once import cached_property
 
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
-_CHUNK_BYTES = 8 << 20  # of one request
+# Of one request: large, since each waits some 20 ms for its first byte, but a small tensor is asked
+# for by several too, or four in flight would be four connections.
+_LEAST_CHUNK_BYTES, _CHUNK_BYTES, _CHUNKS = 1 << 20, 8 << 20, 8
 # A connection of S3 brings 50 to 100 MB/s, a 25 Gb/s network 3 GB/s.
 _CONNECTIONS = 32
 _ATTEMPTS = 4  # of a range whose body was cut or wrong, beyond obstore's own of each request
@@ -67,8 +69,8 @@ class _Object(NamedTuple):
 class Remote:
     """The model whose files lie below one URL, or one .safetensors file; a `Model`.
 
-    A tensor is read into memory when it is asked for, by up to 32 requests of 8 MiB at a time, and
-    let go of behind: that memory is the caller's to bound. Safe to share between threads.
+    A tensor is read into memory when it is asked for, by up to 32 requests of 1 to 8 MiB at a time,
+    and let go of behind: that memory is the caller's to bound. Safe to share between threads.
     """
 
     folder = None
@@ -179,7 +181,7 @@ class Remote:
         if found.size < 8 or length > min(MAX_HEADER_BYTES, found.size - 8):
             raise ModelError(f"{where}: not safetensors, or truncated ({found.size} bytes)")
         if 8 + length > len(begin):
-            begin += self._range(found, len(begin), 8 + length)
+            begin += bytes(self._range(found, len(begin), 8 + length))
         data = begin[8 : 8 + length]
         return found, parse_header(where, data, number, found.size)
 
@@ -258,13 +260,17 @@ class Remote:
             raise ModelError(f"{self.label}: no tensor {show(name)}")
         info = self.tensors[name]
         data = np.empty(info.nbytes, np.uint8)
+        step = max(_LEAST_CHUNK_BYTES, min(_CHUNK_BYTES, -(-info.nbytes // _CHUNKS)))
 
         def fetch(begin: int) -> None:
-            end = min(begin + _CHUNK_BYTES, info.nbytes)
+            end = min(begin + step, info.nbytes)
             got = self._range(self.files[info.file], info.begin + begin, info.begin + end)
             data[begin:end] = np.frombuffer(got, np.uint8)
 
-        list(_pool().map(fetch, range(0, info.nbytes, _CHUNK_BYTES)))
+        if info.nbytes <= step:
+            fetch(0)
+        else:
+            list(_pool().map(fetch, range(0, info.nbytes, step)))
         return data
 
     def _first(self, name: str, limit: int) -> tuple[_Object, bytes] | None:
@@ -273,7 +279,7 @@ class Remote:
         def first() -> tuple[_Object, bytes]:
             got = _obstore().get(self._store, name, options={"range": (0, limit)})
             found = _object(name, got.meta)
-            return found, self._whole(name, bytes(got.bytes()), min(limit, found.size))
+            return found, bytes(_whole(name, got.bytes(), min(limit, found.size)))
 
         try:
             return self._asked(name, first)
@@ -282,27 +288,24 @@ class Remote:
                 raise ModelError(f"{self.label}: there is no such bucket") from None
             return None
 
-    def _range(self, file: _Object, begin: int, end: int) -> bytes:
+    def _range(self, file: _Object, begin: int, end: int) -> Any:
+        """Those bytes of the file, as a buffer."""
+        if begin == end:
+            return b""
         options: dict[str, Any] = {"range": (begin, end)}
         if file.tagged:
             options["if_match"] = file.tag
 
-        def read() -> bytes:
+        def read() -> Any:
             got = _obstore().get(self._store, file.name, options=options)
             if _object(file.name, got.meta) != file:
                 raise self._changed(file.name)
-            return self._whole(file.name, bytes(got.bytes()), end - begin)
+            return _whole(file.name, got.bytes(), end - begin)
 
         try:
             return self._asked(file.name, read)
         except FileNotFoundError:
             raise self._changed(file.name) from None
-
-    @staticmethod
-    def _whole(name: str, data: bytes, size: int) -> bytes:
-        if len(data) != size:
-            raise EOFError(f"{name}: {len(data)} of {size} bytes came")
-        return data
 
     def _asked(self, name: str, ask: Callable[[], R]) -> R:
         """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError
@@ -332,6 +335,13 @@ class Remote:
         return ModelError(
             f"{self._base}/{name}: changed while it was being read; run again when it is complete"
         )
+
+
+def _whole(name: str, data: Any, size: int) -> Any:
+    """The buffer; EOFError where it has not as many bytes as were asked for."""
+    if len(data) != size:
+        raise EOFError(f"{name}: {len(data)} of {size} bytes came")
+    return data
 
 
 def _object(name: str, meta: Mapping[str, Any]) -> _Object:
