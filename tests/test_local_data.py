@@ -155,6 +155,25 @@ def by_command(llama: Path, data: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_what_the_endings_of_an_item_share_is_read_once(
+    llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastmerge import llama as loading
+    from fastmerge.evaluation import likelihoods
+
+    model = loading.load(llama, dtype="float32")
+    tokens: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, ids, __: tokens.append(ids[0].numel()))
+    task = {"name": "arc_challenge", "num_fewshot": 25}
+    scorer = scorer_of(llama, data=str(data), tasks=[task])
+    once = scorer.score(model, "steer")
+    count = sum(tokens)
+    monkeypatch.setattr(likelihoods, "reads", lambda _: False)
+    plain = scorer_of(llama, data=str(data), tasks=[task]).score(model, "steer")
+    assert once.tasks["arc_challenge"].items == plain.tasks["arc_challenge"].items
+    assert sum(tokens) - count > 3 * count
+
+
 def test_the_preset_reads_all_six_with_every_subject(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from fastmerge.errors import RecipeError, ResourceError, nearest
+from fastmerge.evaluation import likelihoods
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.local_data import LocalData, local_data
@@ -151,7 +152,8 @@ class Harness:
             if self._preset:
                 options["add_bos_token"] = False  # the leaderboard's harness added none
             with quiet():
-                self._lm = HFLM(pretrained=model, tokenizer=self._tokenizer, **options)
+                made = _reading_once(HFLM) if likelihoods.reads(model) else HFLM
+                self._lm = made(pretrained=model, tokenizer=self._tokenizer, **options)
             self._model = model
         return self._lm
 
@@ -213,6 +215,19 @@ class Harness:
             _check_metric(entry, part)
             _check_shots(entry, part)
         return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
+
+
+def _reading_once(wrapper: Any) -> Any:
+    """The harness's wrapper of models, which reads what requests share once for each of them,
+    without that.
+    """
+
+    class ReadingOnce(wrapper):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Any]:
+            pairs = [(given, asked) for _, given, asked in requests]
+            return likelihoods.likelihoods(self.model, pairs, self.max_length)
+
+    return ReadingOnce
 
 
 class _Sources:

@@ -25,6 +25,9 @@ class Loaded:
         if self._model is None:
             import torch
 
+            if self._threads is not None:
+                # Torch takes all cores; where others work, each of its passes waits for them.
+                torch.set_num_threads(self._threads)
             dtype = getattr(torch, self._settings.dtype)
             with quiet():
                 # From the plan and not from a folder: its config may untie the head.
