@@ -277,6 +277,24 @@ def test_a_dry_run_says_what_is_read_and_for_how_long(
     assert re.search(r"piqa +steer +2 +66 +5\n", done.output)
 
 
+def test_a_run_over_local_data_says_from_the_first_how_long_it_takes(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
+    step = {"method": "linear", "t": 0.5}
+    cycle = {"degrade": {"partner": "next", **step}, "retrace": {"toward": "baseline", **step}}
+    schedule = {
+        "baseline": str(llama), "pool": [str(llama.parent / "other")],
+        "schedule": {"cycles": 1, **cycle}, "evaluate": {"tasks": ["piqa"]},
+    }  # fmt: skip
+    told: list[Any] = []
+    out = tmp_path / "out"
+    result = run(schedule, out, data=data, threads=1, on_score=told.append)
+    assert 0 < told[0].expected < 60 and told[0].most == 2 + 2 + 1
+    assert [m.what for m in told[::2]][:4] == ["llama", "other", "step 1", "step 2"]
+    (piqa,) = result.trajectory.models[0].tasks.values()
+    assert piqa.count == 4 and len(piqa.items["piqa"]) == 4
+
+
 def test_the_documentation_has_every_layout() -> None:
     text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]

@@ -164,9 +164,10 @@ class _Measured:
         text = f"measuring {told.what}{where}: {told.number}"
         if told.most is not None and told.most >= told.number:
             text += f" of at most {told.most}"
-            if self._seconds:
-                each = sum(self._seconds) / len(self._seconds)
-                text += f", at most {format_seconds(each * (1 + told.most - told.number))} left"
+            known = self._seconds or ([told.expected] if told.expected else [])
+            if known:
+                left = sum(known) / len(known) * (1 + told.most - told.number)
+                text += f", at most {'' if self._seconds else 'about '}{_about(left)} left"
         say(text)
 
 

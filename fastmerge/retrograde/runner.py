@@ -103,6 +103,7 @@ def run(
 
     space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
     journal = Journal(out / JOURNAL_FILE)
+    outlook = None if on_score is None else _outlook(schedule, scorer, template)
     lab = Lab(
         space,
         schedule.evaluate,
@@ -111,7 +112,10 @@ def run(
         threads=threads,
         folder=out,
         observe=on_score,
-        most=None if scorer is None else sum(_most_measurements(schedule, scorer).values()),
+        most=outlook["at most"] if outlook else None,
+        expected=outlook["seconds"] / outlook["at most"]
+        if outlook and outlook["seconds"]
+        else None,
     )
     trajectory = walk(schedule, space, lab, seed, on_step=on_step)
     rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()

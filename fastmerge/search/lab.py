@@ -35,6 +35,7 @@ class Measurement:
     number: int  # of those made by this lab, from 1: what the journal knew is not measured
     most: int | None  # how many the run will make at most
     seconds: float | None = None
+    expected: float | None = None  # seconds, at most about, where that can be told before
 
 
 class Lab:
@@ -51,11 +52,13 @@ class Lab:
         folder: Path | None = None,
         observe: Callable[[Measurement], None] | None = None,
         most: int | None = None,
+        expected: float | None = None,
     ) -> None:
         """``folder``: where a scorer's model folder is made; None is the system's temporary one.
-        ``observe`` is told of every measurement, of which there will be ``most`` at most.
+        ``observe`` is told of every measurement, of which there will be ``most`` at most, of
+        ``expected`` seconds each.
         """
-        self._most = most
+        self._most, self._expected = most, expected
         self.stage = ""  # what is being measured, in words; who asks for scores says it
         self._observe = observe
         self._measured = 0
@@ -81,7 +84,7 @@ class Lab:
     def _measure(self, state: Expr, split: str, limit: int | None) -> Scores:
         assert self.scorer is not None
         self._measured += 1
-        told = Measurement(self.stage, split, self._measured, self._most)
+        told = Measurement(self.stage, split, self._measured, self._most, expected=self._expected)
         if self._observe is not None:
             self._observe(told)
         begun = time.perf_counter()
