@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo test check format bench wheel clean
+.PHONY: help demo test check format sanitize bench wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -20,6 +20,7 @@ help:
 	@echo "make test    every test, in .venv"
 	@echo "make check   ruff, ruff format, mypy --strict, clang-format"
 	@echo "make format  rewrites the sources as check wants them"
+	@echo "make sanitize the extension's tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
 	@echo "make wheel   sdist and wheel in dist/"
 
@@ -53,6 +54,9 @@ format: .venv/.test .venv/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
+
+sanitize: .venv/.test
+	$(BIN)/python benchmarks/sanitize.py $(SANITIZE)
 
 bench: .venv/.test .venv/.built
 	$(BIN)/python benchmarks/merge_model.py $(BENCH)
