@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from fastmerge.arguments import a_flag, a_function, a_path, a_text
+from fastmerge.arguments import a_flag, a_function, a_path, a_text, one_of
 from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
-from fastmerge.engine.in_memory import materialise_plan
+from fastmerge.engine.in_memory import as_numbers, materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, UnsupportedError, brief, enough_memory, is_whole
@@ -279,16 +277,20 @@ def materialise(
     seed: int | None = None,
     threads: int | None = None,
     models: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[str, NDArray[Any]]]:
+    as_: str = "bits",
+) -> Iterator[tuple[str, Any]]:
     """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
 
-    Arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are only copied,
-    raw bytes (uint8, one axis). A few tensors are computed ahead. Raises FastmergeError.
+    ``as_`` "bits": arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are
+    only copied, raw bytes (uint8, one axis). "numpy": numbers, of NumPy's types, bfloat16 widened
+    to float32. "ml_dtypes": bfloat16 and float8 as that package's types. "torch": tensors. What has
+    no type there stays raw bytes. A few tensors are computed ahead. Raises FastmergeError.
     """
+    kind = one_of(as_, ("bits", "numpy", "ml_dtypes", "torch"), "as_")
     decided = plan(recipe, seed=seed, models=models)
     with enough_memory("materialise"):
         for item, array in materialise_plan(decided, threads=threads):
-            yield item.name, array
+            yield item.name, array if kind == "bits" else as_numbers(item, array, kind)
 
 
 def model_files(plan: Plan, title: str) -> dict[str, bytes | Path]:

@@ -35,6 +35,7 @@ def _recordable(call: C) -> C:
             return getattr(torch_library, name)(*args, **kwargs)
         return call(*args, **kwargs)
 
+    either.__module__ = __name__  # where pickle finds it
     return cast(C, either)
 
 

@@ -6,6 +6,7 @@ behind them are in csrc/ and kernels/. `register` adds rows of others.
 
 from __future__ import annotations
 
+from fastmerge.methods import travel  # noqa: F401 - how rows are pickled
 from fastmerge.methods.plugins import Option, find, known, load, method
 from fastmerge.methods.register import register, unregister
 from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Function, Pointwise

@@ -65,6 +65,15 @@ class Checkpoint:
         self._lock = threading.Lock()
         self._mappings: dict[int, _C.Mapping] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process maps the same files by, which has locks and mappings of its own."""
+        return {name: own for name, own in vars(self).items() if name not in ("_lock", "_mappings")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._mappings = {}
+
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Reads and checks every header of the model at ``path``; no weights.
