@@ -85,6 +85,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(64, 1, 176, 4, 4, vocab=512),
     "0.2b": Shape(1024, 12, 2816, 16, 4),
+    "0.5b": Shape(2048, 8, 5632, 32, 4),  # eight of them fit into a small machine's page cache
     "1.1b": Shape(2048, 22, 5632, 32, 4),  # TinyLlama-1.1B
     "7b": Shape(4096, 32, 11008, 32, 32),  # Llama-2-7B
 }

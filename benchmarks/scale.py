@@ -39,7 +39,7 @@ MODELS = {  # bytes: the published indices' total_size; DeepSeek-V3's files hold
 # (results/merge_model-1.1b.json, without the start); average: average.py, 8 models.
 CPU_SECONDS_PER_GB = {
     "linear": 0.11,
-    "average": 0.21,
+    "average": 0.14,
     "slerp": 0.19,
     "ties": 0.36,
     "dare_ties": 0.47,
