@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -40,9 +41,28 @@ struct Job {
     int64_t next = 0;     // first task not handed out yet
     int64_t running = 0;  // handed out, not finished
     std::exception_ptr error;
+    std::atomic<bool> done{false};
     std::condition_variable finished;
-    bool done() const { return next == tasks && running == 0; }
 };
+
+// How long a thread without work looks for some before it sleeps: to wake one takes 20 to 50 us on
+// a virtual machine, which is as long as the kernels of a tensor of 1 MiB.
+constexpr std::chrono::microseconds kPatience{40};
+
+// Whether `ready` came true in that time.
+template <class Ready>
+bool soon(const Ready& ready) {
+    const auto until = std::chrono::steady_clock::now() + kPatience;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (ready()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (std::chrono::steady_clock::now() < until);
+    return false;
+}
 
 std::atomic<unsigned> generation{0};
 const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++generation; });
@@ -53,37 +73,76 @@ unsigned forks() { return generation; }
 
 struct Pool::State {
     const unsigned born = generation;
+    const int most;  // tasks at a time, callers' among them
     std::mutex mutex;
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
+    std::atomic<unsigned> posted{0};
+    int active = 0;  // tasks that are running
     bool stopping = false;
     std::vector<std::thread> threads;
+
+    bool has_work() const { return !jobs.empty() && active < most; }
+
+    // Hands out the oldest job's next task to this thread, which holds the lock but while it works.
+    void step(std::unique_lock<std::mutex>& lock) {
+        Job& job = *jobs.front();
+        const int64_t index = job.next++;
+        if (job.next == job.tasks) jobs.pop_front();
+        ++job.running;
+        ++active;
+        lock.unlock();
+        std::exception_ptr error;
+        try {
+            (*job.task)(index);
+        } catch (...) {
+            error = std::current_exception();
+        }
+        lock.lock();
+        --active;
+        --job.running;
+        if (error && !job.error) {
+            job.error = error;
+            jobs.erase(std::remove(jobs.begin(), jobs.end(), &job), jobs.end());
+            job.next = job.tasks;
+        }
+        if (job.next == job.tasks && job.running == 0) {
+            job.done = true;
+            job.finished.notify_all();
+        }
+    }
 
     void serve() {
         const DefaultFloats mode;
         std::unique_lock<std::mutex> lock(mutex);
-        for (;;) {
-            work.wait(lock, [this] { return stopping || !jobs.empty(); });
+        for (bool fresh = true;; fresh = false) {
+            if (!fresh && !has_work() && !stopping) {
+                const unsigned seen = posted;
+                lock.unlock();
+                soon([&] { return posted != seen; });
+                lock.lock();
+            }
+            work.wait(lock, [this] { return stopping || has_work(); });
             if (jobs.empty()) return;
-            Job& job = *jobs.front();
-            const int64_t index = job.next++;
-            if (job.next == job.tasks) jobs.pop_front();
-            ++job.running;
+            step(lock);
+        }
+    }
+
+    // Runs a job, with this thread's help where no older one is waiting.
+    void run(Job& job) {
+        const DefaultFloats mode;
+        std::unique_lock<std::mutex> lock(mutex);
+        jobs.push_back(&job);
+        ++posted;
+        const auto helpers = std::min<int64_t>(job.tasks, most);
+        for (int64_t i = jobs.front() == &job ? 1 : 0; i < helpers; ++i) work.notify_one();
+        while (has_work() && jobs.front() == &job) step(lock);
+        if (has_work()) work.notify_one();  // this thread's place is free
+        if (!job.done) {
             lock.unlock();
-            std::exception_ptr error;
-            try {
-                (*job.task)(index);
-            } catch (...) {
-                error = std::current_exception();
-            }
+            soon([&job] { return job.done.load(); });
             lock.lock();
-            --job.running;
-            if (error && !job.error) {
-                job.error = error;
-                jobs.erase(std::remove(jobs.begin(), jobs.end(), &job), jobs.end());
-                job.next = job.tasks;
-            }
-            if (job.done()) job.finished.notify_all();
+            job.finished.wait(lock, [&job] { return job.done.load(); });
         }
     }
 
@@ -97,7 +156,7 @@ struct Pool::State {
         threads.clear();
     }
 
-    explicit State(int count) {
+    explicit State(int count) : most(count) {
         try {
             for (int i = 0; i < count; ++i) threads.emplace_back([this] { serve(); });
         } catch (...) {  // the system refused a thread: those already started must be joined
@@ -140,11 +199,7 @@ void Pool::run(int64_t tasks, const std::function<void(int64_t)>& task) {
     Job job;
     job.task = &task;
     job.tasks = tasks;
-    State& state = this->state();
-    std::unique_lock<std::mutex> lock(state.mutex);
-    state.jobs.push_back(&job);
-    state.work.notify_all();
-    job.finished.wait(lock, [&job] { return job.done(); });
+    state().run(job);
     if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -63,7 +63,9 @@ class Sink:
     def dtype(self) -> str: ...
 
 class MemorySink(Sink):
-    def __init__(self, out: View) -> None: ...
+    """Not ``checked``: NaN and Inf are not counted, kernels return 0."""
+
+    def __init__(self, out: View, *, checked: bool = True) -> None: ...
 
 # --- kernels: the four primitives ---
 # axis: None = the whole tensor is one vector; 1 = each row of a (rows, cols) matrix is one (vectors

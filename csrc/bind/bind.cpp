@@ -19,8 +19,9 @@ using Column = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 // Not py::keep_alive: where its table finds no memory, the process ends.
 struct HeldSink {
-    explicit HeldSink(const View& out)
-        : held(out), sink(const_cast<void*>(out.span.data), out.span.count, out.span.dtype) {}
+    HeldSink(const View& out, bool checked)
+        : held(out),
+          sink(const_cast<void*>(out.span.data), out.span.count, out.span.dtype, checked) {}
     View held;
     MemorySink sink;
 };
@@ -89,11 +90,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def_property_readonly("dtype", [](const Sink& s) { return dtype_code(s.dtype()); });
     def_init(
         py::class_<MemorySink, Sink, std::shared_ptr<MemorySink>>(m, "MemorySink"),
-        +[](const View& out) {
-            auto made = std::make_shared<HeldSink>(out);
+        +[](const View& out, bool checked) {
+            auto made = std::make_shared<HeldSink>(out, checked);
             return std::shared_ptr<MemorySink>(made, &made->sink);
         },
-        py::arg("out"));
+        py::arg("out"), py::kw_only(), py::arg("checked") = true);
 
     m.def(
         "zeros",

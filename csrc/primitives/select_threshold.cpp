@@ -12,9 +12,17 @@ namespace {
 
 constexpr int32_t kLargestKey = 0x7FFFFFFF;
 constexpr int64_t kChunk = 32;  // neighbouring elements sampled together
-constexpr int64_t kSample = 1024 * kChunk;
-constexpr int64_t kSampleAll = 2 * kSample;  // tensors up to this size are their own sample
-constexpr double kSigmas = 5;                // half the bracket, in standard deviations of the rank
+// A larger sample takes longer to sort, a smaller leaves more keys between its bounds: at the least
+// of both it grows with the power 2/3 of the tensor's size.
+constexpr int64_t kChunks = 1024, kFewestChunks = 128;      // of tensors from 4 Mi, up to 256 Ki
+constexpr int64_t kSampleAll = 2 * kFewestChunks * kChunk;  // up to here they are their own sample
+
+int64_t chunks_of(int64_t count) {
+    int64_t chunks = kFewestChunks;
+    for (int64_t size = 1 << 18; size < count && chunks < kChunks; size *= 3) chunks *= 2;
+    return chunks;
+}
+constexpr double kSigmas = 5;  // half the bracket, in standard deviations of the rank
 constexpr int64_t kBins = 4096;
 
 // Keys of one delta that a pass gathered, by equal parts of the window.
@@ -103,8 +111,8 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
     }
     // One chunk per equal part of the tensor, at a scattered place in it, or a matrix whose row
     // length divides the step would be sampled in a few columns only.
-    keys.reserve(kSample);
-    const int64_t chunks = kSample / kChunk, step = count / chunks;
+    const int64_t chunks = chunks_of(count), step = count / chunks;
+    keys.reserve(static_cast<size_t>(chunks * kChunk));
     auto part = deltas.parts.begin();
     int64_t before = 0;  // elements of the parts before it
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {

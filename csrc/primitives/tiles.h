@@ -137,7 +137,7 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
                 fill(reader, tile_begin, tile_end, reinterpret_cast<char*>(wide.data()));
                 table.narrow[type](wide.data(), target, tile_end - tile_begin);
             }
-            found += table.nonfinite[type](target, tile_end - tile_begin);
+            if (out.checked()) found += table.nonfinite[type](target, tile_end - tile_begin);
         };
         for_each_tile(begin, end, body, tile);
         out.close(piece);

@@ -59,41 +59,51 @@ class Operands:
             if is_torch(tensor):
                 check_torch(tensor, where)
         first = self._tensors[0]
-        self.shape = tuple(int(size) for size in first.shape)
+        self.shape: tuple[int, ...] = tuple(first.shape)
         self.count = math.prod(self.shape)
         self._torch = is_torch(first)
-        self._device = str(first.device) if self._torch else "cpu"
+        self._device = "cpu" if not self._torch or first.is_cpu else str(first.device)
         for tensor in self._tensors[1:]:
-            if tuple(tensor.shape) != self.shape:
+            if tensor.shape != self.shape:
                 raise FastmergeError(
                     f"{where}: shapes differ: {list(self.shape)} and {list(tensor.shape)}"
                 )
             if is_torch(tensor) != self._torch:
                 raise FastmergeError(f"{where}: torch tensors and NumPy arrays do not mix")
-            if self._torch and str(tensor.device) != self._device:
+            if self._torch and tensor.device != first.device:
                 raise FastmergeError(
                     f"{where}: tensors on different devices: {self._device} and {tensor.device}"
                 )
         self.dtypes = [dtype_of(tensor, where) for tensor in self._tensors]
+        of_one = self.dtypes.count(self.dtypes[0]) == len(self.dtypes)
+        self._dtype = self.dtypes[0] if of_one else F32
         self.views: list[Any] = (
-            [view_of(tensor, where) for tensor in self._tensors]
+            [
+                view_of(tensor, where, dtype=dtype)
+                for tensor, dtype in zip(self._tensors, self.dtypes, strict=True)
+            ]
             if self._device == "cpu"
             else self._tensors
         )
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What they are but for their numbers: equal for tensors of the same types and shape."""
+        return (self.shape, *[tensor.dtype for tensor in self._tensors])
+
     def zeros(self) -> Any:
         """A tensor of zeros like them, as the back end takes it: on the CPU without memory."""
-        dtype = self.dtypes[0] if len(set(self.dtypes)) == 1 else F32
         if self._device == "cpu":
-            return _C.zeros(self.count, dtype.code)
+            return _C.zeros(self.count, self._dtype.code)
         import torch
 
-        return torch.zeros(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
+        return torch.zeros(self.shape, dtype=getattr(torch, self._dtype.name), device=self._device)
 
     def equal(self, pool: _C.Pool) -> bool:
         """Whether they are several in memory with the same bytes."""
-        first, *others = self.views
-        return bool(others) and all(_C.equal(pool, first, other) for other in others)
+        if len(self.views) < 2 or not _C.equal(pool, self.views[0], self.views[1]):
+            return False
+        return all(_C.equal(pool, self.views[0], other) for other in self.views[2:])
 
     def backend(self, threads: int | None) -> Backend[Any, Any]:
         """The back end of the tensors' device."""
@@ -104,24 +114,29 @@ class Operands:
 
     def output(self, out: Any) -> tuple[Any, Any]:
         """(tensor, where the back end writes): ``out`` checked, or a new tensor."""
-        result = self._new() if out is None else out
         where = f"{self._where}: out"
-        if out is not None:
-            self._check_out(out, where)
-        if self._device != "cpu":
-            if out is not None:
-                self._check_overlap(extent(out), [extent(t) for t in self._tensors], where)
+        if out is None:
+            result = self._new()
+            if self._device == "cpu":
+                return result, _C.MemorySink(
+                    view_of(result, where, dtype=self._dtype), checked=False
+                )
             return result, result
-        view = view_of(result, where, writable=True)
-        if out is not None:
-            self._check_overlap(extent(view), [extent(v) for v in self.views], where)
-        return result, _C.MemorySink(view)
+        self._check_out(out, where)
+        if self._device != "cpu":
+            self._check_overlap(extent(out), [extent(t) for t in self._tensors], where)
+            return out, out
+        view = view_of(out, where, writable=True)
+        self._check_overlap(extent(view), [extent(v) for v in self.views], where)
+        return out, _C.MemorySink(view, checked=False)
 
     def _new(self) -> Any:
-        dtype = self.dtypes[0] if len(set(self.dtypes)) == 1 else F32
+        dtype, like = self._dtype, self._tensors[0]
         if self._torch:
             import torch
 
+            if type(like) is torch.Tensor and self.dtypes[0] is dtype:
+                return torch.empty_like(like)  # 2 us, by shape 5
             return torch.empty(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
         first = self._tensors[self.dtypes.index(dtype)] if dtype in self.dtypes else None
         return np.empty(self.shape, dtype=dtype.numpy if first is None else first.dtype)

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, cast
 
 import numpy as np
@@ -18,14 +19,19 @@ import numpy as np
 from fastmerge.compute.backend import Backend, O, T
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import Combination, Consensus, Elementwise, Function, Pointwise
-from fastmerge.methods.shapes import Given, Primitives, Terms
+from fastmerge.methods.shapes import Given, Primitives, Spans, Terms
 from fastmerge.methods.types import Float64
+from fastmerge.once import cached_property
 from fastmerge.primitives import Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored
 
+_ONE = np.ones(1)
 _LARGE = 1e3  # of fp32's 24 bits, ten would go
+
+
+_vectors = lru_cache(maxsize=64)(Vectors.of)
 
 
 class Trim(NamedTuple):
@@ -51,7 +57,7 @@ def gram_of(
     backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
 ) -> Float64:
     """The Gram matrix that ``algebra.coefficients`` expects for ``tree``."""
-    vectors = Vectors.of(shape, tree.axis)
+    vectors = _vectors(tuple(shape), tree.axis)
     r = tree.reference
     if r is None:
         return backend.gram(tensors, None, vectors)
@@ -117,12 +123,48 @@ def requests(root: Merge, terms: Terms, name: str, shape: Sequence[int]) -> list
     ]
 
 
-class Step(NamedTuple):
-    """A merge to be computed, and the tensors it reads: of a combination what it collapses to."""
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A merge to be computed, and the tensors it reads: of a combination what it collapses to.
+
+    What follows from its parameters alone is worked out once: calls of `fastmerge.ops` keep it.
+    """
 
     node: Merge
     tree: Collapsed | None
     parts: Sequence[Node]
+
+    @cached_property
+    def fixed(self) -> tuple[Float64, float | None] | None:
+        """The factors of a combination that asks for no inner products."""
+        if self.tree is None or self.tree.needs_gram:
+            return None
+        return factors_of(self.tree, None)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """Of a consensus."""
+        return consensus_terms(self.node)
+
+    @cached_property
+    def spans(self) -> Spans | None:
+        """Why a consensus cannot be computed tensor by tensor."""
+        assert isinstance(self.node.method, Consensus)
+        return self.node.method.spanning(self.node.values, self.node.operand_values)
+
+    @cached_property
+    def asked(self) -> dict[tuple[str, tuple[int, ...]], list[Sparsify]]:
+        """The last `requests`, by the tensor's name and shape."""
+        return {}
+
+    def requests(self, name: str, shape: tuple[int, ...]) -> list[Sparsify]:
+        """What shall survive of each delta of a consensus."""
+        found = self.asked.get((name, shape))
+        if found is None:
+            found = requests(self.node, self.terms, name, shape)
+            self.asked.clear()
+            self.asked[name, shape] = found
+        return found
 
     @property
     def taken(self) -> Sequence[Node]:
@@ -160,13 +202,17 @@ class Computation(Generic[T, O]):
         shape: Sequence[int],
         trims: Mapping[Node, Trim] | None = None,
         gather: Callable[[Rows, Mapping[Node, T]], T] | None = None,
+        *,
+        reported: bool = True,
     ) -> None:
         """``trims``: those that span all tensors, by their merge. ``gather``: the rows of a leaf
         that is made from merges, of all its sources' tensors; without it there must be none.
+        ``reported``: whether the outcome shall say what each tensor counted for.
         """
         self._backend = backend
         self._gather = gather
         self._trims = trims or {}
+        self._reported = reported
         self._fetch = fetch
         self._name = name
         self._shape = tuple(shape)
@@ -175,8 +221,12 @@ class Computation(Generic[T, O]):
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
         if not isinstance(root, Merge):
-            return self._combine([self._tensor(root)], np.ones(1), None, None, out)
-        *intermediates, last = steps(root)
+            return Outcome(self._combine([self._tensor(root)], _ONE, None, None, out))
+        return self.take(steps(root), out)
+
+    def take(self, order: Sequence[Step], out: O) -> Outcome:
+        """`run` of the tree that these are the steps of."""
+        *intermediates, last = order
         if intermediates:
             uses = Counter(part for step in (*intermediates, last) for part in set(step.parts))
             for step in intermediates:
@@ -194,16 +244,18 @@ class Computation(Generic[T, O]):
 
     def _take(self, step: Step, out: O) -> Outcome:
         if step.tree is not None:
-            return self._combination(step.tree, out)
+            return self._combination(step, step.tree, out)
         if isinstance(step.node.method, Function):
             return self._function(step.node, step.node.method, out)
         if isinstance(step.node.method, Pointwise):
             return self._pointwise(step.node, step.node.method, out)
         if isinstance(step.node.method, Elementwise):
             return self._elementwise(step.node, step.node.method, out)
-        return self._consensus(step.node, out)
+        return self._consensus(step, out)
 
     def _tensor(self, node: Node) -> T:
+        if type(node) is Stored:
+            return self._fetch(node)
         made = self._made.get(node)
         if made is None:
             assert isinstance(node, Leaf)  # merges are made before what reads them
@@ -230,19 +282,19 @@ class Computation(Generic[T, O]):
                 sources[source] = self._fetch(source)
         return self._gather(leaf, sources)
 
-    def _combination(self, tree: Collapsed, out: O) -> Outcome:
+    def _combination(self, step: Step, tree: Collapsed, out: O) -> Outcome:
         tensors = [self._tensor(part) for part in tree.parts]
         gram = gram_of(self._backend, tree, tensors, self._shape) if tree.needs_gram else None
         try:
-            factors, divisor = factors_of(tree, gram)
+            factors, divisor = step.fixed or factors_of(tree, gram)
         except FastmergeError as error:
             raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
         if cancels(tree, factors):
-            outcome = self._sum_deltas(tree.reference or 0, tensors, factors, out)
+            bad = self._sum_deltas(tree.reference or 0, tensors, factors, out)
         else:
-            outcome = self._combine(tensors, factors, divisor, tree.axis, out)
-        named = effective(tree, factors, divisor)
-        return Outcome(outcome.nonfinite, coefficients=named, gram=gram)
+            bad = self._combine(tensors, factors, divisor, tree.axis, out)
+        named = effective(tree, factors, divisor) if self._reported else None
+        return Outcome(bad, coefficients=named, gram=gram)
 
     def _combine(
         self,
@@ -251,47 +303,43 @@ class Computation(Generic[T, O]):
         divisor: float | None,
         axis: int | None,
         out: O,
-    ) -> Outcome:
-        vectors = Vectors.of(self._shape, axis if factors.ndim > 1 else None)
-        return Outcome(
-            self._backend.combine(tensors, factors, out, divisor=divisor, vectors=vectors)
-        )
+    ) -> int:
+        vectors = _vectors(self._shape, axis if factors.ndim > 1 else None)
+        return self._backend.combine(tensors, factors, out, divisor=divisor, vectors=vectors)
 
-    def _sum_deltas(
-        self, reference: int, tensors: Sequence[T], factors: Float64, out: O
-    ) -> Outcome:
+    def _sum_deltas(self, reference: int, tensors: Sequence[T], factors: Float64, out: O) -> int:
         """x_r + sum_i c_i (x_i - x_r): the same where the coefficients sum to 1."""
         others = [i for i in range(len(tensors)) if i != reference]
         every = Selection(kept=math.prod(self._shape))
-        bad = self._backend.consensus(
+        return self._backend.consensus(
             [tensors[i] for i in others], tensors[reference],
             [float(factors[i]) for i in others], [every] * len(others), out,
             Agreement(elect=False, normalize=False),
         )  # fmt: skip
-        return Outcome(bad)
 
-    def _consensus(self, root: Merge, out: O) -> Outcome:
-        terms = consensus_terms(root)
-        assert root.base is not None and isinstance(root.method, Consensus)
+    def _consensus(self, step: Step, out: O) -> Outcome:
+        root, terms = step.node, step.terms
+        assert root.base is not None
         base = self._tensor(root.base)
         tensors = [self._tensor(node) for node in root.operands]
         trim = self._trims.get(root)
         if trim is None:
-            spans = root.method.spanning(root.values, root.operand_values)
-            if spans is not None:
+            if step.spans is not None:
                 raise UnsupportedError(
-                    f"{self._name}: {spans} needs every tensor of the models; merge to a "
+                    f"{self._name}: {step.spans} needs every tensor of the models; merge to a "
                     "folder, or on the CPU"
                 )
-            wanted = requests(root, terms, self._name, self._shape)
+            wanted = step.requests(self._name, self._shape)
             trim = Trim(terms.settled(self._backend.select(tensors, base, wanted)), 0)
         used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
         if not used:
-            return self._combine([base], np.ones(1), None, None, out)
+            return Outcome(self._combine([base], _ONE, None, None, out))
+        agreement = terms.agreement
+        if trim.origin != agreement.origin:
+            agreement = replace(agreement, origin=trim.origin)
         nonfinite = self._backend.consensus(
             [tensors[i] for i in used], base, [terms.weights[i] for i in used],
-            [trim.selections[i] for i in used], out,
-            replace(terms.agreement, origin=trim.origin),
+            [trim.selections[i] for i in used], out, agreement,
         )  # fmt: skip
         # How many of them are this tensor's is not known where the trim spans others.
         known = terms.is_counted and root not in self._trims
@@ -304,7 +352,7 @@ class Computation(Generic[T, O]):
         self._refuse_untaken(root)
         given = Given(base, tensors, root.values, root.operand_values, self._shape)
         made = method.formula(cast(Primitives, self._backend), given)
-        return self._combine([made], np.ones(1), None, None, out)
+        return Outcome(self._combine([made], _ONE, None, None, out))
 
     def _elementwise(self, root: Merge, method: Elementwise, out: O) -> Outcome:
         base = None if root.base is None else self._tensor(root.base)
@@ -312,7 +360,7 @@ class Computation(Generic[T, O]):
         self._refuse_untaken(root)
         program = method.program(root.values, root.operand_values, base is not None)
         made = cast(Primitives, self._backend).expression(program, tensors, base)
-        return self._combine([made], np.ones(1), None, None, out)
+        return Outcome(self._combine([made], _ONE, None, None, out))
 
     def _refuse_untaken(self, root: Merge) -> None:
         refusal = self._backend.takes(root, root.operands)
@@ -328,4 +376,4 @@ class Computation(Generic[T, O]):
             made = method.of(base, arrays, root.values, root.operand_values, key)
         except FastmergeError as error:
             raise type(error)(f"{self._name}: {error}") from error
-        return self._combine([self._backend.tensor(made)], np.ones(1), None, None, out)
+        return Outcome(self._combine([self._backend.tensor(made)], _ONE, None, None, out))

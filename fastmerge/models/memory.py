@@ -20,7 +20,13 @@ Extent = tuple[int, int]
 
 def is_torch(tensor: Any) -> bool:
     """Whether ``tensor`` is a torch tensor; torch itself is not imported for the answer."""
-    return type(tensor).__module__.partition(".")[0] == "torch" or hasattr(tensor, "data_ptr")
+    kind: Any = type(tensor)
+    return _is_torch(kind) or hasattr(tensor, "data_ptr")
+
+
+@lru_cache(maxsize=64)
+def _is_torch(kind: Any) -> bool:
+    return str(kind.__module__).partition(".")[0] == "torch"
 
 
 def dtype_of(tensor: Any, where: str) -> DType:
@@ -43,9 +49,11 @@ def _named(dtype: Any) -> DType | None:
     return BY_NAME.get(str(dtype).removeprefix("torch."))
 
 
-def view_of(tensor: Any, where: str, *, writable: bool = False) -> _C.View:
-    """A contiguous CPU tensor's memory."""
-    dtype = dtype_of(tensor, where)
+def view_of(
+    tensor: Any, where: str, *, writable: bool = False, dtype: DType | None = None
+) -> _C.View:
+    """A contiguous CPU tensor's memory; ``dtype`` where it is known to be its `dtype_of`."""
+    dtype = dtype or dtype_of(tensor, where)
     if is_torch(tensor):
         if not tensor.is_contiguous():
             raise FastmergeError(f"{where}: the tensor is not contiguous; pass tensor.contiguous()")
@@ -61,12 +69,11 @@ def check_torch(tensor: Any, where: str) -> None:
     """Raises FastmergeError for a torch tensor that is not just its memory: reading that would give
     other numbers, or end the process.
     """
-    import torch
-
-    if tensor.layout != torch.strided or tensor.is_nested:
+    kind: Any = type(tensor)
+    strided, dispatches = _about(kind)
+    if tensor.layout != strided or tensor.is_nested:
         raise UnsupportedError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
-    own = getattr(type(tensor), "__torch_dispatch__", None)
-    if own not in (None, torch.Tensor.__torch_dispatch__):
+    if dispatches:
         raise _no_memory(tensor, where)
     if tensor.is_neg() or tensor.is_conj():
         raise FastmergeError(f"{where}: the tensor is a negated view; pass tensor.resolve_neg()")
@@ -74,12 +81,24 @@ def check_torch(tensor: Any, where: str) -> None:
         held = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError) as error:  # inside vmap and grad
         raise _no_memory(tensor, where) from error
-    if tensor.device.type == "meta" or not tensor.numel() or not tensor.is_contiguous():
+    count = tensor.numel()
+    if tensor.is_meta or not count or not tensor.is_contiguous():
         return
-    if held < (tensor.storage_offset() + tensor.numel()) * tensor.element_size():
+    if held < (tensor.storage_offset() + count) * tensor.element_size():
         raise FastmergeError(f"{where}: the tensor's memory has been freed")
     if not tensor.data_ptr():  # inside functionalize
         raise _no_memory(tensor, where)
+
+
+@lru_cache(maxsize=64)  # to import torch again takes a fifth of all the checks
+def _about(kind: Any) -> tuple[Any, bool]:
+    """torch's layout of dense tensors, and whether a class of tensors answers torch's operations
+    itself.
+    """
+    import torch
+
+    own = getattr(kind, "__torch_dispatch__", None)
+    return torch.strided, own not in (None, torch.Tensor.__torch_dispatch__)
 
 
 def _no_memory(tensor: Any, where: str) -> FastmergeError:

@@ -9,6 +9,7 @@ Gram pass, one combine pass and one rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,11 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     themselves, or with a ``reference`` r of [x_r, x_i - x_r for i != r in order]. None when no rule
     in the tree reads it.
     """
+    root = tree.root
+    if gram is not None and tree.parts == root.inputs and math.isfinite(gram.sum()):
+        # The root's own Gram matrix, in its own basis: what follows would multiply by ones.
+        found = apply_rule(root, gram)
+        return found.coefficients / (1.0 if found.divisor is None else found.divisor)
     count = len(tree.parts)
     basis = np.eye(count) if tree.reference is None else _delta_basis(count, tree.reference)
     units: dict[Node, Float64] = dict(zip(tree.parts, np.eye(count), strict=True))
