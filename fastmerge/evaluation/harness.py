@@ -223,7 +223,10 @@ def _reading_once(wrapper: Any) -> Any:
     """
 
     class ReadingOnce(wrapper):  # type: ignore[misc]
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[Any]:
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[Any]:
+            if all(text is None for text, _, _ in requests):
+                # Windows of texts share nothing, and all their places are asked.
+                return list(super()._loglikelihood_tokens(requests, **options))
             pairs = [(given, asked) for _, given, asked in requests]
             return likelihoods.likelihoods(self.model, pairs, self.max_length)
 
