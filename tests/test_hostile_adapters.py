@@ -104,6 +104,18 @@ def test_many_expressions_and_many_names_are_one_effort() -> None:
     assert all(targets.tell(module.format(i, j)) for i in range(60) for j in range(40))
 
 
+def test_the_first_of_many_stacks_counts() -> None:
+    begun = time.process_time()
+    said = {"target_modules": ["up_proj"], "layers_to_transform": [3]}
+    stacks = [f"s{i}" for i in range(100_000)]
+    targets = Targets(said | {"layers_pattern": [*stacks, "mlp.experts", "layers", "s1"]}, "x")
+    assert all(targets.tell(f"model.layers.{i}.mlp.experts.3.up_proj") for i in range(2000))
+    assert not targets.tell("model.layers.3.mlp.experts.4.up_proj")
+    assert targets.tell("layers.3.up_proj") and not targets.tell("xlayers.3.up_proj")
+    assert targets.tell("layers.3.layers.4.up_proj")
+    assert time.process_time() - begun < 10  # each module tried each name
+
+
 @pytest.mark.parametrize("number", ["9" * 5000, "\u0661\u0662", "\u00b2", "01", "1" * 10])
 def test_a_layer_s_number_is_as_it_is_written_again(zoo, number: str) -> None:
     """int() refuses 5000 digits and takes Arabic ones; "01" became layer 1's second tensor."""

@@ -128,7 +128,8 @@ class Targets:
         numbers = [layers] if isinstance(layers, int) else layers
         self._layers = frozenset(numbers) if isinstance(numbers, list) and numbers else None
         pattern = config.get("layers_pattern")
-        self._stacks = [pattern] if isinstance(pattern, str) else list(pattern or ())
+        stacks = [pattern] if isinstance(pattern, str) else list(pattern or ())
+        self._stacks = {stack: order for order, stack in reversed(list(enumerate(stacks)))}
 
     def tell(self, module: str) -> bool | None:
         """Whether it is meant; None where the config does not say (``all-linear``)."""
@@ -149,11 +150,14 @@ class Targets:
             # PEFT asks for a part before the layers': "model.layers.3.", not "layers.3.".
             found = re.search(rf"(?<=\.)[^.]*\.{LAYER_NUMBER}\.", module)
             return int(found[1]) if found else None
-        for stack in self._stacks:
-            found = re.search(rf"(?:^|\.){re.escape(stack)}\.{LAYER_NUMBER}\.", module)
-            if found:
-                return int(found[1])
-        return None
+        places = []  # the first stack's first number counts, however many stacks are named
+        for number in re.finditer(rf"(?<=\.){LAYER_NUMBER}(?=\.)", module):
+            before = module[: number.start() - 1]
+            orders = [self._stacks.get(before[at:]) for at in _starts(before)]
+            places += [
+                (order, number.start(), int(number[1])) for order in orders if order is not None
+            ]
+        return min(places)[2] if places else None
 
 
 def _names(value: Any, where: str) -> frozenset[str] | _Expression | None:
