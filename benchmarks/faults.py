@@ -448,7 +448,8 @@ def inside(words: argparse.Namespace) -> int:
         from record import record
 
         rows = [(*key, count) for key, count in sorted(counts.items())]
-        about = {"faults": sum(counts.values()), "broken": broken, "seconds": round(seconds)}
+        about = {"points of each": words.sample or "all", "faults": sum(counts.values())}
+        about |= {"broken": broken, "seconds": round(seconds)}
         record("faults", "Faults", "| what runs | fault | ends with | faults |", rows, about)
     return broken > 0
 
