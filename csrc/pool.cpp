@@ -78,7 +78,8 @@ struct Pool::State {
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
     std::atomic<unsigned> posted{0};
-    int active = 0;  // tasks that are running
+    int active = 0;   // tasks that are running
+    int looking = 0;  // threads that find work without being woken
     bool stopping = false;
     std::vector<std::thread> threads;
 
@@ -118,9 +119,11 @@ struct Pool::State {
         for (bool fresh = true;; fresh = false) {
             if (!fresh && !has_work() && !stopping) {
                 const unsigned seen = posted;
+                ++looking;
                 lock.unlock();
                 soon([&] { return posted != seen; });
                 lock.lock();
+                --looking;
             }
             work.wait(lock, [this] { return stopping || has_work(); });
             if (jobs.empty()) return;
@@ -134,8 +137,8 @@ struct Pool::State {
         std::unique_lock<std::mutex> lock(mutex);
         jobs.push_back(&job);
         ++posted;
-        const auto helpers = std::min<int64_t>(job.tasks, most);
-        for (int64_t i = jobs.front() == &job ? 1 : 0; i < helpers; ++i) work.notify_one();
+        const auto helpers = std::min<int64_t>(job.tasks, most) - (jobs.front() == &job ? 1 : 0);
+        for (int64_t i = looking; i < helpers; ++i) work.notify_one();
         while (has_work() && jobs.front() == &job) step(lock);
         if (has_work()) work.notify_one();  // this thread's place is free
         if (!job.done) {
