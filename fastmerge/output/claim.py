@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -122,7 +121,7 @@ def size_of(path: Path) -> int:
 
 def _identity() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(),
+        "host": os.uname().nodename,
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         "pids": os.readlink("/proc/self/ns/pid"),  # a container's ids are its own
         "pid": os.getpid(),

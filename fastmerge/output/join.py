@@ -87,8 +87,8 @@ class _Join:
             self._give_back(claim)
             check_target(self.target, self.overwrite)
             manifest = read_manifest(self.folder)
-            results, kept = self._results(manifest)
-            model = self._gather(manifest)
+            results, kept, folders = self._results(manifest)
+            model = self._gather(manifest, folders)
             try:
                 self._check_files(manifest, model)
                 self._write(manifest, model, results, kept)
@@ -142,6 +142,7 @@ class _Join:
         for entry in self.folder.inside.iterdir():
             if entry.name not in last:
                 shutil.rmtree(entry) if inode(entry) else entry.unlink()
+        claim.end()  # an open file that is removed leaves one of NFS's own in the folder
         for name in last:
             (self.folder.inside / name).unlink(missing_ok=True)
         self.folder.remove()
@@ -156,10 +157,13 @@ class _Join:
 
     # --- the parts ---
 
-    def _results(self, manifest: Manifest) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-        """What every tensor came to, and what one threshold over all tensors keeps of each model;
-        OutputError for parts that are missing.
+    def _results(
+        self, manifest: Manifest
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, int], list[str]]:
+        """What every tensor came to, what one threshold over all tensors keeps of each model, and
+        the parts' folders; OutputError for parts that are missing.
         """
+        folders: list[str] = []
         missing: list[str] = []
         results: dict[str, dict[str, Any]] = {}
         kept: dict[str, int] = {}
@@ -168,6 +172,7 @@ class _Join:
             if not runs or "done" not in runs[-1].facts:
                 missing.append(f"{number}/{manifest.parts} ({_state(runs)})")
                 continue
+            folders.append(f"{part_name(number)}.{runs[-1].number:04d}")
             results |= runs[-1].entries
             kept |= runs[-1].facts.get("kept", {})
         if missing:
@@ -181,17 +186,16 @@ class _Join:
                 f"{self.folder.path}: its parts have {len(results)} tensors of {manifest.tensors}; "
                 "it is damaged: remove it and run all parts again"
             )
-        return results, kept
+        return results, kept, folders
 
-    def _gather(self, manifest: Manifest) -> WorkingFolder:
+    def _gather(self, manifest: Manifest, folders: list[str]) -> WorkingFolder:
         """Moves every part's files into one folder."""
         place = self.folder.inside / MODEL
         place.mkdir(mode=0o700, exist_ok=True)
         model = WorkingFolder(self.folder.path / MODEL, place)
         shards = list(manifest.shards)
-        for number, (begin, end) in enumerate(manifest.shares, start=1):
-            runs = records(self.folder, part_name(number))
-            own = self.folder.inside / f"{part_name(number)}.{runs[-1].number:04d}"
+        for folder, (begin, end) in zip(folders, manifest.shares, strict=True):
+            own = self.folder.inside / folder
             for name in shards[begin:end]:
                 if os.path.lexists(own / name):
                     (own / name).rename(model.inside / name)

@@ -201,6 +201,8 @@ class ModelFolder:
 
     def own(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
         """Those of ``items`` of which it writes anything."""
+        if isinstance(self._writer, ModelWriter):
+            return list(items)
         return [t for t in items if any(self._writer.is_own(part.name) for part in t.written)]
 
     def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
