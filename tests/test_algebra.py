@@ -4,6 +4,8 @@ one by one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -164,6 +166,29 @@ def test_delta_basis_keeps_a_small_delta():
     angle = np.arccos(units[0] @ units[1])
     arc = np.sin(np.array([0.3, 0.7]) * angle) / np.sin(angle)
     np.testing.assert_allclose(got, [1 - arc.sum(), *arc], rtol=1e-9)
+
+
+@pytest.mark.parametrize("reference", [None, 0, 1])
+@pytest.mark.parametrize("based", [False, True])
+def test_the_coefficients_are_the_same_over_any_gram_matrix(reference, based):
+    """A walk has its sources' over [x_0, deltas], whatever basis the rule of one merge takes."""
+    tree = (
+        weighted("nuslerp", [B, C], [0.3, 0.7], base=A) if based else merge("slerp", [A, B], t=0.4)
+    )
+    collapsed = collapse.collapse(tree)
+    xs = [MODELS[source.model].reshape(-1) for source in collapsed.parts]
+    own = collapse.coefficients(collapsed, _gram_over(xs, collapsed.reference))
+    other = replace(collapsed, reference=reference)
+    got = collapse.coefficients(other, _gram_over(xs, reference))
+    np.testing.assert_allclose(got, own, rtol=1e-9)
+
+
+def _gram_over(xs, reference):
+    if reference is not None:
+        first = xs[reference]
+        xs = [first, *(x - first for i, x in enumerate(xs) if i != reference)]
+    stack = np.stack(xs)
+    return stack @ stack.T
 
 
 def test_a_thousand_steps_do_not_exhaust_the_stack():

@@ -93,7 +93,8 @@ def test_a_run_writes_everything_and_the_model_is_the_state_it_scored(
     report = (out / "report.md").read_text()
     assert "one_shot" in report and "hold-out" in report and "degrade" in report
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "<table>" in page
+    assert page.count("data:image/png;base64,") == 3 == len(list(out.glob("*.png")))
+    assert "<table>" in page
     assert "src='http" not in page and "href" not in page
     card = (out / "model" / "README.md").read_text()
     assert "## Lineage" in card and "dare_ties(t=0.4, density=0.7)" in card

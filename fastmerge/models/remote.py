@@ -352,6 +352,7 @@ def _obstore() -> Any:
     try:
         import obstore
         import obstore.exceptions
+        import obstore.store
     except ImportError as error:
         raise ResourceError(
             "models by URL are read by obstore; run: pip install 'fastmerge[remote]'"
@@ -360,18 +361,15 @@ def _obstore() -> Any:
 
 
 def _open_store(url: str) -> Any:
-    _obstore()
-    from obstore.exceptions import BaseError
-    from obstore.store import from_url
-
+    library = _obstore()
     retries = {
         "max_retries": _RETRIES,
         "retry_timeout": timedelta(minutes=2),
         "backoff": {"init_backoff": timedelta(seconds=_WAIT_SECONDS)},
     }
     try:
-        return from_url(url, retry_config=retries)
-    except (BaseError, ValueError) as error:
+        return library.store.from_url(url, retry_config=retries)
+    except (library.exceptions.BaseError, ValueError) as error:
         said = first_sentences(str(error))
         raise ModelError(f"{url}: cannot be opened ({said})") from error
 

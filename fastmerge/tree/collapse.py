@@ -87,8 +87,12 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     in the tree reads it.
     """
     root = tree.root
-    if gram is not None and tree.parts == root.inputs and math.isfinite(gram.sum()):
-        # The root's own Gram matrix, in its own basis: what follows would multiply by ones.
+    own = None if root.base is None else 0  # what the root's rule takes its Gram matrix over
+    if (
+        gram is not None
+        and (tree.parts, tree.reference) == (root.inputs, own)
+        and math.isfinite(gram.sum())
+    ):  # what follows would multiply by ones
         found = apply_rule(root, gram)
         return found.coefficients / (1.0 if found.divisor is None else found.divisor)
     count = len(tree.parts)
