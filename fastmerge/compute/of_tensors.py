@@ -64,7 +64,7 @@ def merge(
     row, given = _row(method), {} if parameters is None else parameters
     if not isinstance(given, Mapping):
         raise FastmergeError(f"{row.name}: parameters must be a mapping of names to values")
-    if name != "":
+    if type(name) is not str or name:
         name = a_text(name, f"{row.name}: name")
     tensors = a_list(tensors, f"{row.name}: tensors")
     _check(row, given, len(tensors), base is not None)
