@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,14 @@ from fastmerge.models.side_files import bytes_of
 from fastmerge.output.checksum import Written
 from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
-from fastmerge.output.part import PartWriter
 from fastmerge.output.provenance import names
 from fastmerge.output.share import Part, shares
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from fastmerge.output.part import PartWriter
 
 
 class Sink(Protocol):
@@ -128,6 +130,7 @@ class ModelFolder:
         )
         self._names = names(plan)
         self._writer: ModelWriter | PartWriter
+        self._part: PartWriter | None = None
         inputs = [place for model in plan.models for place in model.places]
         if part is None:
             self._writer = ModelWriter(
@@ -142,7 +145,9 @@ class ModelFolder:
                 staging_bytes=staging_bytes,
             )
         else:
-            self._writer = PartWriter(
+            from fastmerge.output.part import PartWriter  # 8 ms that few merges need
+
+            self._part = self._writer = PartWriter(
                 out,
                 layout,
                 part,
@@ -167,12 +172,12 @@ class ModelFolder:
     @property
     def works(self) -> bool:
         """Whether there is anything to compute: a part may have no file, or be done already."""
-        return not isinstance(self._writer, PartWriter) or self._writer.works
+        return self._part is None or self._part.works
 
     @property
     def shared(self) -> Shared | None:
         """Where parts leave what others need not compute again."""
-        return self._writer.shared if isinstance(self._writer, PartWriter) else None
+        return None if self._part is None else self._part.shared
 
     @property
     def results(self) -> Mapping[str, Mapping[str, Any]]:
@@ -240,8 +245,8 @@ class ModelFolder:
 
     def finish_part(self, **facts: Any) -> None:
         """Waits for the part's weights; notes that it is done, and ``facts``."""
-        assert isinstance(self._writer, PartWriter)
-        self._writer.finish(**facts)
+        assert self._part is not None
+        self._part.finish(**facts)
 
     def __enter__(self) -> ModelFolder:
         return self
