@@ -49,12 +49,23 @@ def test_the_collectors_thresholds_come_back() -> None:
     before = gc.get_threshold()
     with rarely_collected(5000):
         assert gc.get_threshold()[0] == 5000
-        with rarely_collected(70):
-            assert gc.get_threshold()[0] == 70
+        with rarely_collected(70_000):
+            assert gc.get_threshold()[0] == 70_000
         assert gc.get_threshold()[0] == 5000
     assert gc.get_threshold() == before
     with pytest.raises(KeyError), rarely_collected(5000):
         raise KeyError
+    assert gc.get_threshold() == before
+
+
+def test_the_collectors_thresholds_come_back_whoever_ends_first() -> None:
+    before = gc.get_threshold()
+    first, second = rarely_collected(5000), rarely_collected(6000)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] == 6000
+    second.__exit__(None, None, None)
     assert gc.get_threshold() == before
 
 
