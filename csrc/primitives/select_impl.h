@@ -74,6 +74,24 @@ inline std::vector<std::string> run_pass(const Deltas& deltas,
     });
 }
 
+// One pass, in which `count(deltas)` clears and fills every search; in pieces, each search is then
+// the sum of what all processes counted.
+template <class Search, class Count>
+void count_in_pieces(const Deltas& deltas, const std::vector<Search*>& searches, Count&& count) {
+    if (!deltas.pieces) return count(deltas);
+    const auto found = run_pass(deltas, [&](const Deltas& piece) {
+        count(piece);
+        Bytes bytes;
+        for (const Search* search : searches) search->put(bytes);
+        return std::move(bytes).text();
+    });
+    for (Search* search : searches) search->clear();
+    for (const std::string& text : found) {
+        Bytes bytes(text);
+        for (Search* search : searches) search->add(bytes);
+    }
+}
+
 constexpr int64_t kSelectBlock = 1 << 18;  // elements per task where sums have no order to keep
 
 // The exact `keep`-th largest magnitude (1 <= keep <= count) and how many entries are above and at

@@ -221,17 +221,8 @@ void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
 
 void count_window(const Deltas& deltas, const std::vector<size_t>& which,
                   const std::vector<Search*>& searches) {
-    const auto found = run_pass(deltas, [&](const Deltas& piece) {
-        count_piece(piece, which, searches);
-        Bytes bytes;
-        for (const Search* search : searches) search->put(bytes);
-        return std::move(bytes).text();
-    });
-    for (Search* search : searches) search->clear();
-    for (const std::string& text : found) {
-        Bytes bytes(text);
-        for (Search* search : searches) search->add(bytes);
-    }
+    count_in_pieces(deltas, searches,
+                    [&](const Deltas& piece) { count_piece(piece, which, searches); });
 }
 
 // Reads a pass's counts: either the threshold is known, or the window is smaller or elsewhere.

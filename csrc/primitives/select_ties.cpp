@@ -133,17 +133,8 @@ void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
 
 void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
                   const std::vector<Search*>& searches) {
-    const auto found = run_pass(deltas, [&](const Deltas& piece) {
-        count_piece(piece, which, searches);
-        Bytes bytes;
-        for (const Search* search : searches) search->put(bytes);
-        return std::move(bytes).text();
-    });
-    for (Search* search : searches) search->clear();
-    for (const std::string& text : found) {
-        Bytes bytes(text);
-        for (Search* search : searches) search->add(bytes);
-    }
+    count_in_pieces(deltas, searches,
+                    [&](const Deltas& piece) { count_piece(piece, which, searches); });
 }
 
 void resolve(Search& search) {

@@ -201,7 +201,7 @@ def plan(
     from fastmerge.models.side_files import bytes_of
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
-    from fastmerge.output.sink import share_of
+    from fastmerge.output.share import share_of
     from fastmerge.plan.plan import Plan
 
     chosen = None if part is None else chosen_part(part)

@@ -26,11 +26,6 @@ _LINEAR = ("linear", "task_arithmetic", "passthrough")  # in the tensors, whatev
 _WORDS = {True: "true", False: "false"}
 
 
-def _argument(parameter: str) -> str:
-    """A parameter's name as torch and Python take it."""
-    return "lambda_" if parameter == "lambda" else parameter
-
-
 def _type(parameter: Parameter) -> str:
     """A parameter's type in an operator's schema; None stands for what is not given."""
     named = parameter.words or parameter.choices
@@ -39,7 +34,7 @@ def _type(parameter: Parameter) -> str:
 
 
 _PARAMETERS = {
-    row.name: {p.name: (_argument(p.name), p.per_model, "str" in _type(p)) for p in row.parameters}
+    row.name: {p.name: (p.argument, p.per_model, "str" in _type(p)) for p in row.parameters}
     for row in METHODS.values()
 }
 
@@ -137,10 +132,10 @@ def _result_like(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def _register_method(row: Method) -> None:
     import torch
 
-    parameters = [f"{_type(p)} {_argument(p.name)}=None" for p in row.parameters]
+    parameters = [f"{_type(p)} {p.argument}=None" for p in row.parameters]
     arguments = ", ".join(["Tensor[] tensors, Tensor? base, *", *parameters, _AFTER])
-    names = {_argument(p.name): p.name for p in row.parameters}
-    yes_or_no = {_argument(p.name) for p in row.parameters if p.kind is bool}
+    names = {p.argument: p.name for p in row.parameters}
+    yes_or_no = {p.argument for p in row.parameters if p.kind is bool}
 
     def computed(
         tensors: list[torch.Tensor],

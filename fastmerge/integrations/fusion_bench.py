@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
@@ -107,7 +107,17 @@ def _holding(name: str, function: Any) -> list[Any]:
     return [module for module in modules if vars(module).get(name) is function]
 
 
-_replacement = Replacement(_places)
+class _Everywhere(Replacement):
+    def uninstall(self) -> None:
+        """Also in what was imported in the meantime, with ours by name."""
+        theirs = {name: function for (_, name), function in self.theirs.items()}
+        super().uninstall()
+        for name, function in theirs.items():
+            for module in _holding(name, _OURS[name]):
+                setattr(module, name, function)
+
+
+_replacement = _Everywhere(_places)
 
 
 def install() -> None:
@@ -119,23 +129,12 @@ def install() -> None:
 
 def uninstall() -> None:
     """Puts FusionBench's own functions back; without `install` it does nothing."""
-    theirs = {name: function for (_, name), function in _replacement.theirs.items()}
     _replacement.uninstall()
-    for name, function in theirs.items():  # of what was imported in the meantime
-        for module in _holding(name, _OURS[name]):
-            setattr(module, name, function)
 
 
-@contextmanager
-def installed() -> Iterator[None]:
+def installed() -> AbstractContextManager[None]:
     """`install` for the time of a ``with``; where it was installed before, it stays so."""
-    was = bool(_replacement.theirs)
-    install()
-    try:
-        yield
-    finally:
-        if not was:
-            uninstall()
+    return _replacement.installed()
 
 
 def _theirs(name: str) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ def _registered(package: Any, row: Method) -> Any:
         )
         return made.to(kind)
 
-    names = {_argument(own.name): own.name for own in row.parameters}
+    names = {own.argument: own.name for own in row.parameters}
     has_base = row.base == "required" and not row.of_deltas
     space = ("delta",) if row.of_deltas else ()
     kinds = inspect.Parameter
@@ -104,11 +104,6 @@ def _registered(package: Any, row: Method) -> Any:
     return package.merge_method(computed, identifier=_PREFIX + row.name)
 
 
-def _argument(parameter: str) -> str:
-    """A parameter's name as Python takes it."""
-    return "lambda_" if parameter == "lambda" else parameter
-
-
 def _parameter(package: Any, own: Parameter) -> inspect.Parameter:
     """One of a method's parameters in a signature of sd-mecha's."""
     words = {value: word for word, value in own.words}
@@ -117,7 +112,7 @@ def _parameter(package: Any, own: Parameter) -> inspect.Parameter:
     if own.default is not REQUIRED:
         default = 1.0 if own.default is None else words.get(own.default, own.default)
     return inspect.Parameter(
-        _argument(own.name), inspect.Parameter.KEYWORD_ONLY, annotation=package.Parameter(kind),
+        own.argument, inspect.Parameter.KEYWORD_ONLY, annotation=package.Parameter(kind),
         default=default,
     )  # fmt: skip
 

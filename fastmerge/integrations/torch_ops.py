@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.arguments import a_list
 from fastmerge.errors import FastmergeError, ResourceError
+from fastmerge.methods.combination import LEAST_NORM, LEAST_SINE_SQUARED, LERP_ABOVE, NORM_EPS
 
 if TYPE_CHECKING:
     import torch
 
 Weights = Any  # a tensor, or numbers
-_NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
-_LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
-_LEAST_NORM, _LEAST_SINE_SQUARED = 1e-7, 1e-16  # nuslerp's
 
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Weights) -> torch.Tensor:
@@ -83,10 +81,10 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
     import torch
 
     products = gram([a, b])
-    norms = products.diagonal().clamp_min(_NORM_EPS**2).sqrt()
-    norms = torch.where(norms > _NORM_EPS, norms, 1.0)
+    norms = products.diagonal().clamp_min(NORM_EPS**2).sqrt()
+    norms = torch.where(norms > NORM_EPS, norms, 1.0)
     cosine = products[0, 1] / norms.prod()
-    return combine([a, b], _arc(cosine, _number(t), cosine.abs() > _LERP_ABOVE))
+    return combine([a, b], _arc(cosine, _number(t), cosine.abs() > LERP_ABOVE))
 
 
 def nuslerp(
@@ -99,9 +97,9 @@ def nuslerp(
     products = gram([a, b], base=base)
     if base is not None:
         products = products[1:, 1:]
-    norms = products.diagonal().clamp_min(_LEAST_NORM**2).sqrt()
+    norms = products.diagonal().clamp_min(LEAST_NORM**2).sqrt()
     cosine = (products[0, 1] / norms.prod()).clamp(-1, 1)
-    flat = 1 - cosine**2 <= _LEAST_SINE_SQUARED
+    flat = 1 - cosine**2 <= LEAST_SINE_SQUARED
     factors = _arc(cosine, numbers[1] / numbers.sum(), flat)
     if base is None:
         return combine([a, b], factors)

@@ -20,8 +20,9 @@ from fastmerge.methods.types import Float64, Values
 from fastmerge.methods.weights import at_most_one, cancel, column, sum_to_zero
 
 _STALLED = 32  # steps without a shorter one: karcher's angles are rounded to 1e-8
-_NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
-_LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
+NORM_EPS = 1e-8  # slerp: a norm up to this counts as 1
+LERP_ABOVE = 0.9995  # slerp: |cosine| above this interpolates linearly
+LEAST_NORM, LEAST_SINE_SQUARED = 1e-7, 1e-16  # nuslerp: norms are at least so, flat up to this
 
 
 def _present(gram: Float64 | None) -> Float64:
@@ -89,18 +90,18 @@ def slerp(
     if g.ndim == 2:
         return Factors(np.array(_slerp_of_one(g.tolist(), t)))
     norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
-    norms = np.where(norms > _NORM_EPS, norms, 1.0)
+    norms = np.where(norms > NORM_EPS, norms, 1.0)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return Factors(_arc(cosine, t, np.abs(cosine) > _LERP_ABOVE))
+    return Factors(_arc(cosine, t, np.abs(cosine) > LERP_ABOVE))
 
 
 def _slerp_of_one(gram: list[list[float]], t: float) -> tuple[float, float]:
     """`slerp` in Python's numbers: for one matrix, NumPy's take 60 us to these 2."""
     first, second = math.sqrt(gram[0][0]), math.sqrt(gram[1][1])
-    first = first if first > _NORM_EPS else 1.0
-    second = second if second > _NORM_EPS else 1.0
+    first = first if first > NORM_EPS else 1.0
+    second = second if second > NORM_EPS else 1.0
     cosine = min(max(gram[0][1] / (first * second), -1.0), 1.0)
-    if abs(cosine) > _LERP_ABOVE:
+    if abs(cosine) > LERP_ABOVE:
         return 1.0 - t, t
     angle = math.acos(cosine)
     sine = math.sin(angle)
@@ -138,9 +139,9 @@ def nuslerp(
     if abs(w.sum()) >= 1e-6 and cancel(w):
         raise RecipeError(f"nuslerp: {sum_to_zero(w)}; change them")
     t = float(w[1] / w.sum()) if abs(w.sum()) >= 1e-6 else 0.5
-    norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), 1e-7)
+    norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), LEAST_NORM)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
-    return Factors(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= 1e-16), has_base))
+    return Factors(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= LEAST_SINE_SQUARED), has_base))
 
 
 def nuslerp_axis(values: Values) -> int | None:

@@ -40,6 +40,11 @@ class Parameter:
     # outside is extrapolation, which [-1, 2] keeps from being another unit's number.
     fraction: bool = False
 
+    @property
+    def argument(self) -> str:
+        """Its name as a function's argument: ``lambda`` is Python's own word."""
+        return "lambda_" if self.name == "lambda" else self.name
+
     def check(self, value: Any, where: str) -> Any:
         """``value`` as ``kind``, within bounds; raises FastmergeError naming ``where``."""
         if self.kind is str:

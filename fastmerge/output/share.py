@@ -6,9 +6,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastmerge.errors import FastmergeError, brief, is_whole
+
+if TYPE_CHECKING:
+    from fastmerge.output.layout import Layout
+    from fastmerge.plan.plan import Plan
 
 MAX_PARTS = 99_999  # what the names of their files have room for
 _SLURM = "SLURM_ARRAY_TASK_"
@@ -100,3 +104,32 @@ def shares(costs: Sequence[int], count: int) -> list[range]:
         before += cost
     begins = [sum(middle < part for middle in middles) for part in range(count + 1)]
     return [range(a, b) for a, b in pairwise(begins)]
+
+
+def costs(plan: Plan, layout: Layout) -> list[int]:
+    """The bytes that each of the layout's files takes, read and written."""
+    found = [0] * len(layout.shards)
+    for item in plan.tensors:
+        first, *_ = written = item.written
+        found[layout.slots[first.name].shard] += item.bytes_in
+        for part in written:
+            slot = layout.slots[part.name]
+            found[slot.shard] += slot.nbytes
+    return found
+
+
+def share_of(plan: Plan, layout: Layout, part: Part) -> dict[str, Any]:
+    """What one part would do, in plain values: its files, tensors, and bytes."""
+    own = shares(costs(plan, layout), part.of)[part.number - 1]
+    shards = [layout.shards[number] for number in own]
+    slots = layout.slots
+    items = [t for t in plan.tensors if any(slots[p.name].shard in own for p in t.written)]
+    return {
+        "number": part.number,
+        "of": part.of,
+        "files": [shard.name for shard in shards],
+        "tensors": len(items),
+        "bytes_in": sum(item.bytes_in for item in items),
+        "bytes_out": sum(slot.nbytes for slot in slots.values() if slot.shard in own),
+        "file_bytes": sum(shard.size for shard in shards),
+    }

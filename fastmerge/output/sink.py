@@ -20,7 +20,7 @@ from fastmerge.output.checksum import Written
 from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
 from fastmerge.output.provenance import names
-from fastmerge.output.share import Part, shares
+from fastmerge.output.share import Part, costs
 from fastmerge.output.writer import ModelWriter
 from fastmerge.plan.inputs import TensorPlan
 from fastmerge.plan.plan import Plan
@@ -258,35 +258,6 @@ class ModelFolder:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
-
-
-def costs(plan: Plan, layout: Layout) -> list[int]:
-    """The bytes that each of the layout's files takes, read and written."""
-    found = [0] * len(layout.shards)
-    for item in plan.tensors:
-        first, *_ = written = item.written
-        found[layout.slots[first.name].shard] += item.bytes_in
-        for part in written:
-            slot = layout.slots[part.name]
-            found[slot.shard] += slot.nbytes
-    return found
-
-
-def share_of(plan: Plan, layout: Layout, part: Part) -> dict[str, Any]:
-    """What one part would do, in plain values: its files, tensors, and bytes."""
-    own = shares(costs(plan, layout), part.of)[part.number - 1]
-    shards = [layout.shards[number] for number in own]
-    slots = layout.slots
-    items = [t for t in plan.tensors if any(slots[p.name].shard in own for p in t.written)]
-    return {
-        "number": part.number,
-        "of": part.of,
-        "files": [shard.name for shard in shards],
-        "tensors": len(items),
-        "bytes_in": sum(item.bytes_in for item in items),
-        "bytes_out": sum(slot.nbytes for slot in slots.values() if slot.shard in own),
-        "file_bytes": sum(shard.size for shard in shards),
-    }
 
 
 def _inputs_key(plan: Plan) -> str:
