@@ -78,12 +78,16 @@ struct Pool::State {
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
     std::atomic<unsigned> posted{0};
-    int active = 0;   // tasks that are running
-    int looking = 0;  // threads that find work without being woken
+    int active = 0;    // tasks that are running
+    int looking = 0;   // threads that find work without being woken
+    int watching = 0;  // callers that look whether their job is done
     bool stopping = false;
     std::vector<std::thread> threads;
 
     bool has_work() const { return !jobs.empty() && active < most; }
+
+    // Whether a core is idle: one that looks beside as many tasks as there are cores slows them.
+    bool may_look() const { return active + looking + watching < most; }
 
     // Hands out the oldest job's next task to this thread, which holds the lock but while it works.
     void step(std::unique_lock<std::mutex>& lock) {
@@ -117,7 +121,7 @@ struct Pool::State {
         const DefaultFloats mode;
         std::unique_lock<std::mutex> lock(mutex);
         for (bool fresh = true;; fresh = false) {
-            if (!fresh && !has_work() && !stopping) {
+            if (!fresh && !has_work() && may_look() && !stopping) {
                 const unsigned seen = posted;
                 ++looking;
                 lock.unlock();
@@ -142,9 +146,13 @@ struct Pool::State {
         while (has_work() && jobs.front() == &job) step(lock);
         if (has_work()) work.notify_one();  // this thread's place is free
         if (!job.done) {
-            lock.unlock();
-            soon([&job] { return job.done.load(); });
-            lock.lock();
+            if (may_look()) {
+                ++watching;
+                lock.unlock();
+                soon([&job] { return job.done.load(); });
+                lock.lock();
+                --watching;
+            }
             job.finished.wait(lock, [&job] { return job.done.load(); });
         }
     }
