@@ -1,10 +1,10 @@
 """fastmerge: merge the weights of language models at the speed of memory.
 
-``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory; ``average``
-averages checkpoints; ``verify`` says what of a written folder has changed; ``ops`` merges tensors
-in memory; ``adapters`` has LoRAs; ``llama`` loads results through transformers; ``retrograde`` runs
-schedules; ``api`` has plans, ``live`` what is kept for live models. Submodules load when first
-used.
+``merge`` runs a recipe from safetensors to safetensors, ``materialise`` into memory, ``plan`` only
+decides it; ``average`` averages checkpoints; ``verify`` says what of a written folder has changed;
+``ops`` merges tensors in memory; ``adapters`` has LoRAs; ``llama`` loads results through
+transformers; ``retrograde`` runs schedules; ``live`` has what is kept for live models. Submodules
+load when first used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastmerge.version import __version__
 if TYPE_CHECKING:
     from fastmerge import adapters, api, live, llama, ops, retrograde
     from fastmerge.adapters import extract_lora, merge_adapters
-    from fastmerge.api import finish, fold, materialise, merge, verify
+    from fastmerge.api import finish, fold, materialise, merge, plan, verify
     from fastmerge.averages import average
     from fastmerge.engine.join import FinishReport
     from fastmerge.engine.report import MergeReport
@@ -58,6 +58,7 @@ __all__ = [
     "merge_state_dicts",
     "method",
     "ops",
+    "plan",
     "retrograde",
     "verify",
 ]
@@ -70,6 +71,7 @@ _HOMES = {
     "merge_adapters": "fastmerge.adapters",
     "materialise": "fastmerge.api",
     "merge": "fastmerge.api",
+    "plan": "fastmerge.api",
     "merge_state_dicts": "fastmerge.state_dicts",
     "verify": "fastmerge.api",
     "FinishReport": "fastmerge.engine.join",

@@ -21,9 +21,9 @@ from fastmerge.engine.report import MergeReport, Progress
 from fastmerge.errors import FastmergeError, brief, is_whole
 from fastmerge.models import hub
 from fastmerge.models.checkpoint import Checkpoint
-from fastmerge.plan.adapters import plan_adapters
-from fastmerge.plan.extraction import Choice, Extraction, plan_extraction
-from fastmerge.plan.planner import whole_seed
+from fastmerge.planning.adapters import plan_adapters
+from fastmerge.planning.extraction import Choice, Extraction, plan_extraction
+from fastmerge.planning.planner import whole_seed
 from fastmerge.recipe.adapters import AdapterRecipe
 from fastmerge.recipe.source import read
 

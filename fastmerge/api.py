@@ -20,17 +20,17 @@ from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
 from fastmerge.output.provenance import provenance
 from fastmerge.output.share import a_part
-from fastmerge.plan.adapter_plan import AdapterPlan, is_of_adapters
-from fastmerge.plan.loading import check_loading
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan, whole_seed
+from fastmerge.planning.adapter_plan import AdapterPlan, is_of_adapters
+from fastmerge.planning.loading import check_loading
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import make_plan, whole_seed
 from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
     from fastmerge.engine.join import FinishReport
     from fastmerge.engine.verify import Verification
-    from fastmerge.plan.adapters import AdapterMerge
+    from fastmerge.planning.adapters import AdapterMerge
 
 SAMPLE = 16  # tensors that `verify` makes again
 
@@ -82,7 +82,7 @@ def decide(
     if not isinstance(recipe, Recipe):
         documents, text, origin = read(recipe, "recipe")
         if models is None and is_of_adapters(documents):
-            from fastmerge.plan.adapters import plan_adapters
+            from fastmerge.planning.adapters import plan_adapters
             from fastmerge.recipe.adapters import AdapterRecipe
 
             own = None if seed is None else whole_seed(seed)

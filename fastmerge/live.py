@@ -28,8 +28,8 @@ from fastmerge.errors import FastmergeError, ModelError, ResourceError, Unsuppor
 from fastmerge.models.memory import as_torch, view_of, written
 from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Node, Stored, gathers, leaves
 
 if TYPE_CHECKING:

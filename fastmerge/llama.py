@@ -21,12 +21,12 @@ from fastmerge.arguments import a_path
 from fastmerge.errors import ModelError, ResourceError
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION
-from fastmerge.plan.loading import check_loading, model_class_of, one_line
+from fastmerge.planning.loading import check_loading, model_class_of, one_line
 
 if TYPE_CHECKING:
     from fastmerge.api import Source
     from fastmerge.live import OnTensor
-    from fastmerge.plan.plan import Plan
+    from fastmerge.planning.plan import Plan
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def merge_into(
     """
     _transformers()
     from fastmerge import api, live
-    from fastmerge.plan.of_models import of_models
+    from fastmerge.planning.of_models import of_models
 
     weights = dict(recipe) if isinstance(recipe, Mapping) and "merge_method" not in recipe else {}
     if weights and all(isinstance(value, (int, float)) for value in weights.values()):

@@ -30,9 +30,9 @@ from fastmerge.models.memory import (
 from fastmerge.models.model import Model
 from fastmerge.models.state_dict import StateDict, as_model
 from fastmerge.output.sink import Arrays
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.of_state_dicts import of_state_dicts
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.of_state_dicts import of_state_dicts
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Stored
 
 if TYPE_CHECKING:

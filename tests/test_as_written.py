@@ -11,7 +11,7 @@ import yaml
 
 import fastmerge
 from fastmerge.errors import FastmergeError, near_miss
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 pytestmark = pytest.mark.usefixtures("family")
 

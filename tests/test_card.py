@@ -10,8 +10,8 @@ import yaml
 
 from fastmerge.output.card import model_card
 from fastmerge.output.provenance import display_name, provenance
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import make_plan
 
 RECIPE = """\
 # ``` a comment with a fence of its own

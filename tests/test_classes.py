@@ -10,7 +10,7 @@ import pytest
 
 import fastmerge
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

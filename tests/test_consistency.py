@@ -10,7 +10,7 @@ import pytest
 import fastmerge
 from fastmerge.api import check
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 
 def model(zoo, name, *, layers=4, seed=0, hidden=32, vocab=40, tensors=None, **change):
@@ -229,7 +229,7 @@ def test_check_of_a_type_that_transformers_does_not_know(zoo):
 
 
 def test_check_without_transformers_says_so(zoo, monkeypatch):
-    from fastmerge.plan import loading
+    from fastmerge.planning import loading
 
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(FastmergeError, match="needs torch, transformers and accelerate"):

@@ -9,7 +9,7 @@ from fastmerge import ops
 from fastmerge.errors import FastmergeError, RecipeError
 from fastmerge.integrations import peft as ours
 from fastmerge.methods import METHODS, REQUIRED
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

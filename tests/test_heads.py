@@ -10,7 +10,7 @@ import pytest
 from fastmerge.errors import UnsupportedError
 from fastmerge.models.architecture import find_embedding, find_head
 from fastmerge.models.config import says_tied
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 from fastmerge.tree.nodes import Stored
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

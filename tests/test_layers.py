@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 from fastmerge.tree.nodes import Stored
 
 

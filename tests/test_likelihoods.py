@@ -131,7 +131,7 @@ def test_an_evaluation_has_the_threads_that_were_asked_for(zoo: Any) -> None:
     import torch
 
     from fastmerge.evaluation.loaded import Loaded
-    from fastmerge.plan.planner import make_plan
+    from fastmerge.planning.planner import make_plan
 
     folder = zoo.base("llama", vocab=104)
     plan = make_plan(

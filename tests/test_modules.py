@@ -10,8 +10,8 @@ import pytest
 
 import fastmerge
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.modules import part_of
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.modules import part_of
+from fastmerge.planning.planner import make_plan
 
 LLAVA = {
     "model.language_model.embed_tokens.weight": "text",

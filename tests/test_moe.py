@@ -323,7 +323,7 @@ def test_defaults_of_the_dense_classes_are_written_out() -> None:
     """A config that leaves out what Llama and Mixtral assume differently."""
     from transformers import AutoConfig
 
-    from fastmerge.plan import moe
+    from fastmerge.planning import moe
     from fastmerge.recipe.mixture import Mixture
 
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

@@ -8,7 +8,7 @@ import pytest
 
 from fastmerge.errors import FastmergeError
 from fastmerge.models.summary import summarise
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 NAMES = ("a", "b")
 

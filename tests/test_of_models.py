@@ -10,7 +10,7 @@ import pytest
 from fastmerge import api, llama
 from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.of_models import of_models
+from fastmerge.planning.of_models import of_models
 from fastmerge.retrograde import load, run
 from fastmerge.retrograde.opening import open_template
 from fastmerge.retrograde.runner import describe

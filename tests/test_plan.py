@@ -10,8 +10,8 @@ import pytest
 
 from fastmerge.dtypes import F16
 from fastmerge.methods import METHODS
-from fastmerge.plan.plan import passes
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.plan import passes
+from fastmerge.planning.planner import make_plan
 from fastmerge.recipe.settings import interpolate
 from fastmerge.tree.nodes import Merge, leaves
 from fastmerge.tree.nodes import Stored as Source

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastmerge.dtypes import BF16, F16, F32
-from fastmerge.plan.plan import passes
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.plan import passes
+from fastmerge.planning.planner import make_plan
 from fastmerge.tree.nodes import Merge
 from fastmerge.tree.nodes import Stored as Source
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from fastmerge.errors import FastmergeError
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.planner import make_plan
 
 
 @pytest.fixture

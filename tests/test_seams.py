@@ -19,8 +19,8 @@ from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.models.model import TensorInfo
 from fastmerge.output.sink import Sink
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 
 BF16 = BY_CODE["BF16"]
 

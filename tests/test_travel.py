@@ -127,6 +127,7 @@ def test_every_op_is_found_by_pickle():
 SURFACE = {
     "merge": "recipe out threads memory_limit overwrite fresh seed device gpu_memory io "
     "max_shard_bytes progress models check keep_paths part",
+    "plan": "recipe seed models truncate_embeddings",
     "materialise": "recipe seed threads models as_",
     "fold": "base adapter out dtype options",
     "verify": "folder against sample threads progress models",
@@ -157,7 +158,7 @@ def test_public_names_stay():
         "FastmergeError", "MergeReport", "ModelError", "OutputError", "RecipeError",
         "ResourceError", "UnsupportedError", "adapters", "api", "extract_lora", "fold", "live",
         "llama", "materialise", "merge", "merge_adapters", "merge_state_dicts", "method", "ops",
-        "retrograde", "verify",
+        "plan", "retrograde", "verify",
     }  # fmt: skip
     for name in names:
         assert getattr(fastmerge, name) is not None

@@ -229,7 +229,7 @@ def test_a_missing_path_says_where_it_was_looked_for(tmp_path, monkeypatch, refe
 
 
 def test_a_schedules_missing_path_names_both_places(tmp_path, monkeypatch):
-    from fastmerge.plan.planner import make_plan
+    from fastmerge.planning.planner import make_plan
 
     (tmp_path / "schedules").mkdir()
     monkeypatch.chdir(tmp_path)

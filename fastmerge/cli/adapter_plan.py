@@ -9,7 +9,7 @@ from fastmerge.cli.console import pairs, print_json
 from fastmerge.cli.units import format_bytes
 
 if TYPE_CHECKING:
-    from fastmerge.plan.adapters import AdapterMerge
+    from fastmerge.planning.adapters import AdapterMerge
 
 
 def show_adapter_plan(plan: AdapterMerge, out: Path | None, *, overwrite: bool, json: bool) -> None:

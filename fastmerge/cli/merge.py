@@ -22,8 +22,8 @@ from fastmerge.errors import FastmergeError
 if TYPE_CHECKING:
     from fastmerge.engine.report import MergeReport
     from fastmerge.output.share import Part
-    from fastmerge.plan.adapters import AdapterMerge
-    from fastmerge.plan.plan import Plan
+    from fastmerge.planning.adapters import AdapterMerge
+    from fastmerge.planning.plan import Plan
 
 
 class Device(str, Enum):
@@ -202,7 +202,7 @@ def plan(
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
     from fastmerge.output.share import share_of
-    from fastmerge.plan.plan import Plan
+    from fastmerge.planning.plan import Plan
 
     chosen = None if part is None else chosen_part(part)
     limits = limits_of(memory_limit, max_shard_size)

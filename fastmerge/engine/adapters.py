@@ -22,7 +22,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.adapter import adapter_files, adapter_layout, adapter_lineage, by_module
 from fastmerge.output.writer import ModelWriter
-from fastmerge.plan.adapter_plan import AdapterPlan
+from fastmerge.planning.adapter_plan import AdapterPlan
 
 _SIDE_BYTES = 1 << 20  # config, card and lineage
 _STAGING_BYTES = 96 << 20

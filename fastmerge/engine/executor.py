@@ -15,8 +15,8 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.engine.inputs import Inputs, on_host, trims_of, write_tensor
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.output.sink import Sink
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Dequantised, LowRank, Node, walk
 
 _SCRATCH_BYTES = 64 << 20

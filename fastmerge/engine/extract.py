@@ -28,8 +28,8 @@ from fastmerge.errors import ModelError
 from fastmerge.models.adapter import PREFIX
 from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of
-from fastmerge.plan.adapter_plan import peft_config
-from fastmerge.plan.extraction import Extraction, Saved, Target
+from fastmerge.planning.adapter_plan import peft_config
+from fastmerge.planning.extraction import Extraction, Saved, Target
 from fastmerge.selection import random_key
 
 _MOST_NORM = 1e30  # of a difference; its products are in float32, which ends at 3.4e38

@@ -13,8 +13,8 @@ from fastmerge.engine.executor import Local
 from fastmerge.errors import ResourceError
 from fastmerge.models.memory import as_torch
 from fastmerge.output.sink import Arrays
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 
 
 def materialise_plan(

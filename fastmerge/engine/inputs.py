@@ -14,8 +14,8 @@ from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.errors import ModelError
 from fastmerge.methods import find
 from fastmerge.models.model import Model
-from fastmerge.plan.inputs import Encoding, TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import Encoding, TensorPlan
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import (
     Dequantised,
     Leaf,

@@ -27,7 +27,7 @@ from fastmerge.output.lineage import LINEAGE_FILE, kept_of, lineage_file, lineag
 from fastmerge.output.place import real_target
 from fastmerge.output.share import Part
 from fastmerge.output.sink import ModelFolder
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000

@@ -18,8 +18,8 @@ from fastmerge.errors import ModelError
 from fastmerge.models.header import show
 from fastmerge.models.model import Model, stored_bytes
 from fastmerge.output.provenance import provenance
-from fastmerge.plan.adapter_plan import peft_config
-from fastmerge.plan.adapters import AdapterMerge, Joined
+from fastmerge.planning.adapter_plan import peft_config
+from fastmerge.planning.adapters import AdapterMerge, Joined
 
 
 def merge_adapter_plan(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.tensor import Outcome
-from fastmerge.plan.inputs import TensorPlan
+from fastmerge.planning.inputs import TensorPlan
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name

@@ -26,8 +26,8 @@ from fastmerge.output.checksum import sha256_of
 from fastmerge.output.provenance import names
 from fastmerge.output.sink import Arrays
 from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 
 Planner = Callable[[int | None], Plan]  # of a seed, or of the recipe's own
 

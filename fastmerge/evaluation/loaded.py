@@ -7,7 +7,7 @@ from typing import Any
 from fastmerge import live, llama
 from fastmerge.evaluation.harness import quiet
 from fastmerge.evaluation.settings import Evaluate
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 
 
 class Loaded:

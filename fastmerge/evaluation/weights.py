@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastmerge import api, live
 from fastmerge.engine.merge import merge_plan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 
 SCORED = ".scored"  # in a run's folder, while a scorer reads the model in it
 

@@ -41,8 +41,8 @@ from fastmerge.errors import (
 from fastmerge.models import hub
 from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, MOE_CONFIG_FILE, is_tokenizer
 from fastmerge.output.provenance import provenance
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import make_plan
 from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.mixture import Mixture
 

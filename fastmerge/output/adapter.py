@@ -14,7 +14,7 @@ from fastmerge.output.card import bullets, escaped, fenced, front_matter_text, u
 from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.layout import Layout
 from fastmerge.output.provenance import is_hub_id, licence, names, provenance
-from fastmerge.plan.adapter_plan import AdapterPlan
+from fastmerge.planning.adapter_plan import AdapterPlan
 
 _OF_TENSOR = ("checksum", "nonfinite")  # of what a tensor came to; the rest is its module's
 _ALL_IN_ONE = 1 << 62  # PEFT reads one file

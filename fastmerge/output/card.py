@@ -23,7 +23,7 @@ from fastmerge.output.provenance import (
 from fastmerge.tree.nodes import Leaf, Made
 
 if TYPE_CHECKING:
-    from fastmerge.plan.plan import Plan
+    from fastmerge.planning.plan import Plan
 
 _MOST_TAGS = 50
 

@@ -11,7 +11,7 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.provenance import names, provenance
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Leaf, Merge, Node
 
 

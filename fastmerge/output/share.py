@@ -12,7 +12,7 @@ from fastmerge.errors import FastmergeError, brief, is_whole
 
 if TYPE_CHECKING:
     from fastmerge.output.layout import Layout
-    from fastmerge.plan.plan import Plan
+    from fastmerge.planning.plan import Plan
 
 MAX_PARTS = 99_999  # what the names of their files have room for
 _SLURM = "SLURM_ARRAY_TASK_"

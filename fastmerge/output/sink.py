@@ -22,8 +22,8 @@ from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
 from fastmerge.output.provenance import names
 from fastmerge.output.share import Part, costs
 from fastmerge.output.writer import ModelWriter
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 
 if TYPE_CHECKING:
     from fastmerge.output.part import PartWriter

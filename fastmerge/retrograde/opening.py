@@ -20,10 +20,10 @@ from fastmerge.engine.report import Progress
 from fastmerge.errors import FastmergeError, OutputError, brief
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
-from fastmerge.plan.build import position
-from fastmerge.plan.inputs import View
-from fastmerge.plan.of_models import of_models
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.build import position
+from fastmerge.planning.inputs import View
+from fastmerge.planning.of_models import of_models
+from fastmerge.planning.plan import Plan
 from fastmerge.recipe.settings import extrapolations
 from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule

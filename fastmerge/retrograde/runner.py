@@ -27,9 +27,9 @@ from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
 from fastmerge.output.place import explain
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import whole_seed
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import whole_seed
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.opening import check_steps, open_template, origin, positions, space_of
 from fastmerge.retrograde.result import Result

@@ -13,7 +13,7 @@ from fastmerge.errors import OutputError
 from fastmerge.evaluation.journal import digest
 from fastmerge.methods.types import Float64
 from fastmerge.output.place import explain
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Leaf, Stored, walk
 
 

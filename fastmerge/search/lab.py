@@ -19,8 +19,8 @@ from fastmerge.evaluation.scorers import Scorer
 from fastmerge.evaluation.scores import Scores
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import Merged
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
 from fastmerge.search.expressions import Expr
 from fastmerge.search.geometry import Geometry
 from fastmerge.search.space import Space

@@ -17,9 +17,9 @@ import numpy as np
 
 from fastmerge.methods import Combination
 from fastmerge.methods.types import Float64
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.values import ParameterValues
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.values import ParameterValues
 from fastmerge.search.expressions import Blend, Expr, Model, as_json, order
 from fastmerge.search.geometry import Geometry, angle, small_angle
 from fastmerge.tree.collapse import Collapsed, coefficients, weighted_sum

@@ -31,8 +31,8 @@ from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.output.place import check_space
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import make_plan
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import make_plan
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
 from fastmerge.tree.nodes import Leaf, Merge, Node, walk

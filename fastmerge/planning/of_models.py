@@ -9,10 +9,10 @@ from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.dtypes import DType
 from fastmerge.methods import METHODS
 from fastmerge.models import hub
-from fastmerge.plan.inputs import Input
-from fastmerge.plan.opened import Opened
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import Planner
+from fastmerge.planning.inputs import Input
+from fastmerge.planning.opened import Opened
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import Planner
 from fastmerge.recipe.settings import constant
 from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.collapse import AS_THEY_ARE

@@ -19,12 +19,12 @@ from fastmerge.methods import METHODS, Method
 from fastmerge.methods.noise import NOISE
 from fastmerge.models.architecture import LAYER_NUMBER
 from fastmerge.models.config import model_type, whole
-from fastmerge.plan.agreement import check_agreement
-from fastmerge.plan.build import Builder
-from fastmerge.plan.gates import Gates, zeros
-from fastmerge.plan.inputs import Input, Part, TensorPlan, View, check_quantised
-from fastmerge.plan.opened import Opened
-from fastmerge.plan.precision import as_numbers
+from fastmerge.planning.agreement import check_agreement
+from fastmerge.planning.build import Builder
+from fastmerge.planning.gates import Gates, zeros
+from fastmerge.planning.inputs import Input, Part, TensorPlan, View, check_quantised
+from fastmerge.planning.opened import Opened
+from fastmerge.planning.precision import as_numbers
 from fastmerge.recipe.mixture import Expert, Mixture
 from fastmerge.recipe.settings import NO_SETTINGS, Rule, Setting
 from fastmerge.tree.nodes import Merge

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.models.config import is_tied, says_tied, untied, written_out
-from fastmerge.plan.inputs import Part, TensorPlan, View, with_views
+from fastmerge.planning.inputs import Part, TensorPlan, View, with_views
 
 Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes are equal
 

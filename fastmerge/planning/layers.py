@@ -15,7 +15,7 @@ from fastmerge.errors import ModelError
 from fastmerge.limits import MAX_LAYERS
 from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
 from fastmerge.models.config import LAYER_COUNTS, extra_layers, text_config
-from fastmerge.plan.inputs import Part, View, with_views
+from fastmerge.planning.inputs import Part, View, with_views
 
 
 def check_layers(view: View, where: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.models import hub
 from fastmerge.models.model import Model
-from fastmerge.plan.build import Builder
-from fastmerge.plan.inputs import View
-from fastmerge.plan.opened import Opened
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.planner import Planner, whole_seed
+from fastmerge.planning.build import Builder
+from fastmerge.planning.inputs import View
+from fastmerge.planning.opened import Opened
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import Planner, whole_seed
 from fastmerge.recipe.document import Document, Recipe
 from fastmerge.recipe.meaning import meaning
 

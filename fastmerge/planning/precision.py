@@ -13,7 +13,7 @@ from fastmerge.dtypes import DType
 from fastmerge.errors import ModelError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.low_precision import LowPrecision, with_section, without_section
-from fastmerge.plan.inputs import Encoding, Part, TensorPlan, View, Written, with_views
+from fastmerge.planning.inputs import Encoding, Part, TensorPlan, View, Written, with_views
 from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Stored, walk
 
 

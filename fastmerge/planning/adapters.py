@@ -25,8 +25,8 @@ from fastmerge.models.adapter import PREFIX, Adapter, Factors
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.header import show
 from fastmerge.once import cached_property
-from fastmerge.plan.adapter_plan import AdapterPlan
-from fastmerge.plan.values import ParameterValues
+from fastmerge.planning.adapter_plan import AdapterPlan
+from fastmerge.planning.values import ParameterValues
 from fastmerge.recipe.adapters import AdapterRecipe
 
 

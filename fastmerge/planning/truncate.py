@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmerge.dtypes import F32
 from fastmerge.models.architecture import is_vocabulary
-from fastmerge.plan.inputs import Part, TensorPlan, View, with_views
+from fastmerge.planning.inputs import Part, TensorPlan, View, with_views
 from fastmerge.tree.nodes import RowMap, Rows, Stored
 
 

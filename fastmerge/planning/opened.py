@@ -14,8 +14,8 @@ from fastmerge.models.model import Model, same_bytes, same_numbers
 from fastmerge.models.names import is_of_optimizer
 from fastmerge.models.side_files import side_files
 from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
-from fastmerge.plan.adapted import adapted
-from fastmerge.plan.inputs import TensorPlan, View
+from fastmerge.planning.adapted import adapted
+from fastmerge.planning.inputs import TensorPlan, View
 from fastmerge.tree.nodes import Stored
 
 

@@ -33,27 +33,27 @@ from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
 from fastmerge.models.vocabulary import Vocabulary, template_of
-from fastmerge.plan.agreement import check_agreement
-from fastmerge.plan.build import Builder
-from fastmerge.plan.config import output_config, set_layers, set_tokens
-from fastmerge.plan.consistency import check_result, check_stack
-from fastmerge.plan.heads import settle_heads
-from fastmerge.plan.inputs import (
+from fastmerge.planning.agreement import check_agreement
+from fastmerge.planning.build import Builder
+from fastmerge.planning.config import output_config, set_layers, set_tokens
+from fastmerge.planning.consistency import check_result, check_stack
+from fastmerge.planning.heads import settle_heads
+from fastmerge.planning.inputs import (
     Input,
     Part,
     TensorPlan,
     View,
     check_quantised,
 )
-from fastmerge.plan.layers import check_layers, settle_layers
-from fastmerge.plan.modules import by_part, find_parts
-from fastmerge.plan.opened import Opened
-from fastmerge.plan.plan import Plan
-from fastmerge.plan.precision import as_stored, settle_precision
-from fastmerge.plan.spanning import check_whole
-from fastmerge.plan.tokenizer import Aligned, Vocabularies, align, check_order
-from fastmerge.plan.truncate import truncate
-from fastmerge.plan.values import ParameterValues
+from fastmerge.planning.layers import check_layers, settle_layers
+from fastmerge.planning.modules import by_part, find_parts
+from fastmerge.planning.opened import Opened
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.precision import as_stored, settle_precision
+from fastmerge.planning.spanning import check_whole
+from fastmerge.planning.tokenizer import Aligned, Vocabularies, align, check_order
+from fastmerge.planning.truncate import truncate
+from fastmerge.planning.values import ParameterValues
 from fastmerge.recipe.document import (
     AnyDocument,
     Document,
@@ -168,7 +168,7 @@ class Planner:
     def run(self, document: AnyDocument, *, is_output: bool) -> None:
         """Plans one document; its result becomes ``views[document.name]``."""
         if isinstance(document, Mixture):
-            from fastmerge.plan.moe import mix
+            from fastmerge.planning.moe import mix
 
             seed = self._stage_seed(document, is_output)
             self.views[document.name] = mix(self, document, seed, is_output=is_output)
@@ -214,8 +214,8 @@ class Planner:
         is_output: bool = True,
     ) -> View:
         """The merge of ``parts``: runs of layers, or the one of ``whole`` models, or, with
-        ``names``, of those parts of whole models (plan/modules.py). ``lead`` gives config and side
-        files.
+        ``names``, of those parts of whole models (planning/modules.py). ``lead`` gives config and
+        side files.
         """
         stored = lead
         parts, lead = settle_precision(parts, lead, dtype, self.note)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastmerge.errors import ModelError
 from fastmerge.models.config import LAYER_COUNTS, layer_count, text_config, whole
-from fastmerge.plan.inputs import Part, View
+from fastmerge.planning.inputs import Part, View
 
 MOST = 5  # differences told one by one
 

@@ -26,8 +26,8 @@ from fastmerge.methods.types import Float64
 from fastmerge.models.model import Model, numbers_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import identity
-from fastmerge.plan.inputs import View
-from fastmerge.plan.loading import one_line, quiet
+from fastmerge.planning.inputs import View
+from fastmerge.planning.loading import one_line, quiet
 from fastmerge.recipe.mixture import Mixture
 from fastmerge.selection import random_key
 from fastmerge.tree.nodes import Made, Stored

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from fastmerge.errors import ModelError, RecipeError
-from fastmerge.plan.build import Builder
-from fastmerge.plan.inputs import Part, TensorPlan, View
+from fastmerge.planning.build import Builder
+from fastmerge.planning.inputs import Part, TensorPlan, View
 
 # By part: what recipes call it (mergekit's names among them), and the modules in tensors' names
 # that say it. The first that fits counts: vision towers have encoders inside. What fits none is

@@ -24,9 +24,9 @@ from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
-from fastmerge.plan.config import set_tokens
-from fastmerge.plan.inputs import TensorPlan, View
-from fastmerge.plan.precision import dequantised
+from fastmerge.planning.config import set_tokens
+from fastmerge.planning.inputs import TensorPlan, View
+from fastmerge.planning.precision import dequantised
 from fastmerge.tree.collapse import weighted_sum
 from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stored
 

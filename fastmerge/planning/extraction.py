@@ -19,7 +19,7 @@ from fastmerge.models.model import Model, TensorInfo, same_bytes, same_numbers
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.once import cached_property
-from fastmerge.plan.adapter_plan import AdapterPlan, short_names
+from fastmerge.planning.adapter_plan import AdapterPlan, short_names
 
 # Whose projections are transformers' Conv1D, which stores (in, out); as of 5.23.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}

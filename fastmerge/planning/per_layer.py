@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastmerge.errors import ModelError
 from fastmerge.models.config import EXTRA_COUNTS, LAYER_COUNTS, model_type, text_config
 from fastmerge.models.families import MIXED_LAYERS
-from fastmerge.plan.inputs import View
+from fastmerge.planning.inputs import View
 
 _LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indices", "pattern"}
 # Lists under such words are of tokens, of bounds and of shapes, however long they are.

@@ -28,8 +28,8 @@ from fastmerge.models.vocabulary import (
     read_generation,
     read_vocabulary,
 )
-from fastmerge.plan.config import token_ids
-from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+from fastmerge.planning.config import token_ids
+from fastmerge.planning.inputs import Input, Part, TensorPlan, View
 from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.nodes import MEAN, ZERO, Node, RowMap, Rows, Stored
 

@@ -16,7 +16,7 @@ from typing import Any
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import classes_of, layer_count
-from fastmerge.plan.plan import Plan
+from fastmerge.planning.plan import Plan
 
 
 def check_loading(plan: Plan, *, strict: bool = True) -> None:

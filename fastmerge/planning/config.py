@@ -9,8 +9,8 @@ from typing import Any
 from fastmerge.dtypes import DType
 from fastmerge.models.config import LAYER_COUNTS, count_key, extra_layers, text_config
 from fastmerge.models.vocabulary import Vocabulary, text_of
-from fastmerge.plan.inputs import Part, TensorPlan, View
-from fastmerge.plan.per_layer import Layer, restack
+from fastmerge.planning.inputs import Part, TensorPlan, View
+from fastmerge.planning.per_layer import Layer, restack
 
 # ---------------------------------------------------------------- the output's config
 

@@ -15,7 +15,7 @@ from fastmerge.methods import Combination, Consensus, Elementwise
 from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model, same_bytes
 from fastmerge.models.names import prefix_hint, renamed
-from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+from fastmerge.planning.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
 from fastmerge.tree.nodes import Merge, Stored
 
@@ -47,7 +47,7 @@ class Builder:
             _check_names(own(lead), own(item.view), part.lead, item)
         result = {}
         for name, tensor in own(lead).items():
-            if name in lead.extra:  # beyond the config's layers: see plan/layers.py
+            if name in lead.extra:  # beyond the config's layers: see planning/layers.py
                 result[name] = tensor
                 continue
             sources = [item.view.tensors[name] for item in part.inputs]

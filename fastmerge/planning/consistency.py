@@ -1,7 +1,7 @@
 """Whether the result is one model: its slices against each other, its tensors against its config.
 
 Without transformers only what certainly does not load is refused: shapes of a model type that
-transformers knows, whose meaning the config fixes. Of other types it is noted. `fastmerge.plan.
+transformers knows, whose meaning the config fixes. Of other types it is noted. `fastmerge.planning.
 loading` (``--check``) asks the class itself.
 """
 
@@ -14,7 +14,7 @@ from fastmerge.errors import ModelError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import classes_of, is_known, model_type, says_tied, text_config, whole
 from fastmerge.models.names import WRITERS, common_prefix
-from fastmerge.plan.inputs import Input, Part, TensorPlan, View
+from fastmerge.planning.inputs import Input, Part, TensorPlan, View
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -24,7 +24,7 @@ from fastmerge.models.model import Model
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.vocabulary import Vocabulary
 from fastmerge.once import cached_property
-from fastmerge.plan.values import ParameterValues
+from fastmerge.planning.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 

@@ -15,8 +15,8 @@ from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
 from fastmerge.once import cached_property
-from fastmerge.plan.inputs import TensorPlan
-from fastmerge.plan.spanning import spanning
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.spanning import spanning
 from fastmerge.tree.collapse import collapse
 from fastmerge.tree.nodes import Leaf, LowRank, Made, Merge, Node
 from fastmerge.tree.rewrite import digest as tree_digest
