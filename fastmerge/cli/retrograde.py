@@ -90,7 +90,7 @@ def retrograde(
     trajectory = result.trajectory
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
-        put(*leaderboard(lines, settings.limit).split("\n"))
+        put(*leaderboard(lines, settings).split("\n"))
     if copy_text(trajectory):
         put(copy_text(trajectory))
     if verdict_on_path(lines):

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastmerge.evaluation.local_data import LocalData, local_data
 from fastmerge.evaluation.outlook import Reading, tokens_each
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
+from fastmerge.evaluation.split import Split
 from fastmerge.evaluation.weights import model_of
 from fastmerge.llama import load_tokenizer
 from fastmerge.recipe.located import placed
@@ -49,6 +50,8 @@ class _Unit:
     parts: Mapping[str, Any]  # the harness's task objects by name
     metric: str  # "acc,none"; "" = the first the task lists
     span: tuple[int, int | None]
+    # By part, in the order in which a limit takes them; none of a part: all of its documents.
+    documents: Mapping[str, Sequence[int]]
 
 
 class Harness:
@@ -76,9 +79,14 @@ class Harness:
             "steer": [self._unit(manager, sources, entry) for entry in sources.steering],
             "holdout": [self._unit(manager, sources, entry) for entry in sources.holdout],
         }
-        for entries, split in ((sources.steering, "steer"), (sources.holdout, "holdout")):
-            self._check_shared(entries, self._units[split])
+        for entries, side in ((sources.steering, "steer"), (sources.holdout, "holdout")):
+            self._check_shared(entries, self._units[side])
         self._check_holdout(sources.holdout)
+        if settings.split is not None:
+            whole, split = self._units["steer"], settings.split
+            with quiet():
+                for side in self._units:
+                    self._units[side] = [_part_of(unit, split, side) for unit in whole]
         for units in self._units.values():
             with quiet():
                 _samples(units, settings.limit)  # refuses ranges without documents
@@ -99,6 +107,8 @@ class Harness:
 
         # Not the data's place but its content, which `_texts` has, decides a score.
         beside = {"every", "stages", "bootstrap", "registered", "data"}
+        if self._settings.split is None:  # what was scored before there were any keeps its key
+            beside.add("split")
         values = self._settings.plain(without=beside)
         return digest([values, self._texts, version("lm_eval")])
 
@@ -214,7 +224,10 @@ class Harness:
                 local.require_examples(name, part.get_config("num_fewshot"), entry.where)
             _check_metric(entry, part)
             _check_shots(entry, part)
-        return _Unit(sources.titles.get(name, entry.key), parts, entry.metric or "", entry.span)
+        with quiet():
+            documents = _documents(parts, entry.span)
+        title = sources.titles.get(name, entry.key)
+        return _Unit(title, parts, entry.metric or "", entry.span, documents)
 
 
 def _reading_once(wrapper: Any) -> Any:
@@ -400,20 +413,42 @@ def _check_metric(entry: Task, part: Any) -> None:
         )
 
 
+def _documents(
+    parts: Mapping[str, Any], span: tuple[int, int | None]
+) -> Mapping[str, Sequence[int]]:
+    """The documents of a range, by part; {} for all of all."""
+    begin, end = span
+    if span == (0, None):
+        return {}
+    found = {}
+    for name, task in parts.items():
+        last = len(task.eval_docs) if end is None else min(end, len(task.eval_docs))
+        if last <= begin:
+            raise RecipeError(f"task '{name}' has no documents from {begin} on")
+        found[name] = range(begin, last)
+    return found
+
+
+def _part_of(unit: _Unit, split: Split, side: str) -> _Unit:
+    """The unit with the documents of one side of a split."""
+    drawn = {
+        name: split.drawn(name, unit.documents.get(name, range(len(task.eval_docs))), side)
+        for name, task in unit.parts.items()
+    }
+    return replace(unit, documents=drawn)
+
+
 def _samples(units: Sequence[_Unit], limit: int | None) -> dict[str, list[int]] | None:
     """The documents of each task, None for all of all tasks."""
-    if limit is None and all(unit.span == (0, None) for unit in units):
+    if limit is None and not any(unit.documents for unit in units):
         return None
     chosen = {}
     for unit in units:
-        begin, end = unit.span
         for name, task in unit.parts.items():
-            last = len(task.eval_docs) if end is None else min(end, len(task.eval_docs))
-            if limit is not None:
-                last = min(last, begin + limit)
-            if last <= begin:
-                raise RecipeError(f"task '{name}' has no documents from {begin} on")
-            chosen[name] = list(range(begin, last))
+            own = unit.documents.get(name, range(len(task.eval_docs)))
+            if not own:
+                raise RecipeError(f"task '{name}' has no documents")
+            chosen[name] = sorted(own[:limit])
     return chosen
 
 

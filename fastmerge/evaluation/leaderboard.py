@@ -19,8 +19,12 @@ LEADERBOARD_V1 = (
 LEADERBOARD_V1_SOURCE = ("blur-7b merge", (44.80, 70.41, 50.90, 43.20, 66.22, 43.82))
 
 
-def leaderboard_table(rows: Sequence[tuple[str, Scores]], limit: int | None = None) -> str:
-    """The six columns and their average as Markdown, the source's row first."""
+def leaderboard_table(
+    rows: Sequence[tuple[str, Scores]], limit: int | None = None, *, is_split: bool = False
+) -> str:
+    """The six columns and their average as Markdown, the source's row first. ``limit``: items a
+    task at most; ``is_split``: the rows are of a part of the items.
+    """
     titles = [title for title, _, _, _ in LEADERBOARD_V1]
     lines = [
         f"| model | {' | '.join(titles)} | average |",
@@ -32,6 +36,7 @@ def leaderboard_table(rows: Sequence[tuple[str, Scores]], limit: int | None = No
     for name, values in numbers:
         cells = " | ".join(f"{value:.2f}" for value in values)
         lines.append(f"| {name} | {cells} | {sum(values) / len(values):.2f} |")
-    if limit is not None:
-        lines += ["", f"From {limit} items a task: not to be compared with the published row."]
+    part = "part of the items" if limit is None else f"{limit} items a task"
+    if limit is not None or is_split:
+        lines += ["", f"From {part}: not to be compared with the published row."]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class Perplexity:
             raise RecipeError(f"{settings.at('perplexity')}: {path}: the text is too short")
         self._ids = ids
         self._windows: Any = None
+        if settings.split is not None and settings.max_length is not None:
+            # Before a model is loaded; without a length that says how long its windows are.
+            self._chosen("holdout", len(range(0, len(ids) - 1, settings.max_length)))
 
     @property
     def key(self) -> str:
@@ -49,13 +53,14 @@ class Perplexity:
         return f"perplexity of {self._name}"
 
     def has(self, split: str) -> bool:
-        return split == "steer"
+        return split == "steer" or self._settings.split is not None
 
-    def readings(self, split: str) -> list[Reading]:  # noqa: ARG002
+    def readings(self, split: str) -> list[Reading]:
         """What one measurement reads."""
-        tokens = len(self._ids)
-        if self._settings.limit and self._settings.max_length:
-            tokens = min(tokens, self._settings.limit * self._settings.max_length)
+        tokens, length = len(self._ids), self._settings.max_length
+        if length and (self._settings.limit or self._settings.split):
+            windows = len(self._chosen(split, max(1, -(-tokens // length))))
+            tokens = min(tokens, min(windows, self._settings.limit or windows) * length)
         return [Reading(self._name, 1, tokens)]
 
     def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
@@ -63,12 +68,13 @@ class Perplexity:
         import torch
 
         model = model_of(weights)
-        if split != "steer":
-            raise ValueError("a perplexity has no hold-out")
+        if not self.has(split):
+            raise ValueError("this perplexity has no hold-out")
         if self._windows is None:
             self._windows = self._cut(model)
         limits = [n for n in (limit, self._settings.limit) if n is not None]
-        windows = self._windows[: min(limits)] if limits else self._windows
+        chosen = self._chosen(split, len(self._windows))[: min(limits, default=None)]
+        windows = [self._windows[i] for i in sorted(chosen)]
         losses, tokens = [], []
         with torch.no_grad():
             for window in windows:
@@ -84,6 +90,12 @@ class Perplexity:
             float(np.mean(items)), "100/perplexity", len(items), {self._name: items}, detail
         )
         return Scores({self._name: task})
+
+    def _chosen(self, split: str, windows: int) -> Sequence[int]:
+        """The windows' numbers, in the order in which a limit takes them."""
+        if self._settings.split is None:
+            return range(windows)
+        return self._settings.split.drawn(self._name, range(windows), split)
 
     def _cut(self, model: Any) -> Any:
         import torch

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmerge.arguments import a_path
 from fastmerge.errors import RecipeError
+from fastmerge.evaluation.split import Split
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, mapping, one_of, string, whole
 from fastmerge.recipe.source import read
@@ -58,6 +59,7 @@ class Evaluate(Section):
     every: str = field(one_of("step", "cycle", "end"), "step")
     tasks: tuple[Task, ...] = field(listed(Task), ())
     holdout: tuple[Task, ...] = field(listed(Task), ())
+    split: Split | None = field(Split, None)  # of the same items, instead of ``holdout``
     preset: str | None = field(one_of("open_llm_leaderboard_v1"), None)
     callable: str | None = field(string, None)  # "module:function"
     perplexity: str | None = field(string, None)  # a text file
@@ -98,6 +100,16 @@ class Evaluate(Section):
                 f"{self.at('holdout')}: 'holdout' tasks go with 'tasks' or a 'preset'; a callable "
                 "that takes 'split' scores its own hold-out"
             )
+        if self.split is not None and self.holdout:
+            raise RecipeError(
+                f"{self.at('split')}: 'split' takes the hold-out from the tasks themselves; remove "
+                "it, or 'holdout'"
+            )
+        if self.split is not None and self.callable is not None:
+            raise RecipeError(
+                f"{self.at('split')}: 'split' goes with 'tasks', a 'preset' or a 'perplexity'; a "
+                "callable that takes 'split' scores its own hold-out"
+            )
         if self.data is not None and not (self.tasks or self.preset):
             raise RecipeError(f"{self.at('data')}: 'data' goes with 'tasks' or a 'preset'")
         for held in self.holdout:
@@ -128,7 +140,9 @@ class Evaluate(Section):
     @property
     def scoring_settings(self) -> dict[str, Any]:
         """What decides a score beside the weights and what scores them."""
-        return {name: getattr(self, name) for name in ("dtype", "device", "max_length", "limit")}
+        found = {name: getattr(self, name) for name in ("dtype", "device", "max_length", "limit")}
+        # Only where there is one: what was scored without keeps its key.
+        return found if self.split is None else {**found, "split": self.split.plain()}
 
 
 def load_evaluate(source: Any) -> Evaluate:

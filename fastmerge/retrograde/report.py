@@ -26,6 +26,7 @@ from fastmerge.retrograde.record import as_json
 from fastmerge.retrograde.words import copy_text, figure, measured, score_title, step_table
 
 if TYPE_CHECKING:
+    from fastmerge.evaluation.settings import Evaluate
     from fastmerge.retrograde.result import Result
     from fastmerge.retrograde.walking import Trajectory
 
@@ -103,7 +104,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
         if split_name(lines) == "steering":
             parts.append(
                 "**No hold-out was given: these items steered the walk and the search, so every "
-                "score here is optimistic.** Name `holdout` tasks in the schedule."
+                "score here is optimistic.** Name `holdout` tasks in the schedule, or a `split`."
             )
     else:
         parts.append("Nothing was measured: this run says nothing about how good the model is.")
@@ -202,8 +203,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
-        rows_by_name = [(escaped(line.row.name), line.row.steer) for line in lines]
-        parts.append(leaderboard_table(rows_by_name, schedule.evaluate.limit))
+        parts.append(leaderboard(lines, schedule.evaluate))
     tasks = sorted(lines[0].scores.tasks)
     if len(tasks) > 1:
         titles = " | ".join(map(escaped, tasks))
@@ -216,9 +216,13 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     return parts
 
 
-def leaderboard(lines: Sequence[Line], limit: int | None) -> str:
-    """The six columns of the Open LLM Leaderboard v1 and their average, the source's row first."""
-    return leaderboard_table([(line.row.name, line.row.steer) for line in lines], limit)
+def leaderboard(lines: Sequence[Line], settings: Evaluate) -> str:
+    """The six columns of the Open LLM Leaderboard v1 and their average, the source's row first; on
+    the hold-out where the six are split.
+    """
+    is_split = settings.split is not None
+    rows = [(escaped(row.row.name), row.scores if is_split else row.row.steer) for row in lines]
+    return leaderboard_table(rows, settings.limit, is_split=is_split)
 
 
 def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
