@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo test check format sanitize bench wheel clean
+.PHONY: help demo test check format sanitize bench docs wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -22,6 +22,7 @@ help:
 	@echo "make format  rewrites the sources as check wants them"
 	@echo "make sanitize the extension's tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
+	@echo "make docs    the documentation as pages in build/site/; a warning is an error"
 	@echo "make wheel   sdist and wheel in dist/"
 
 # One environment that grows from demo to test: one per set of extras would cost minutes each.
@@ -60,6 +61,9 @@ sanitize: .venv/.test
 
 bench: .venv/.test .venv/.built
 	$(BIN)/python benchmarks/merge_model.py $(BENCH)
+
+docs: .venv/.test .venv/.built
+	$(BIN)/mkdocs build --strict
 
 wheel: .venv/.test .venv/.built
 	$(PIP) build

@@ -7,7 +7,7 @@
     run_merge(merge_config, out_path, options=options, config_source=text)
 
 Needs no mergekit: its ``MergeConfiguration`` and ``MergeOptions`` are read if they are given, and a
-recipe and plain keywords do as well. Two things differ on purpose (README, "What to expect"): the
+recipe and plain keywords do as well. Two things differ on purpose (docs/mergekit.md): the
 arithmetic is fp32 whatever ``dtype`` says, and a folder is replaced as a whole or not at all: one
 that holds files which no merge wrote and no model has is refused by their names, where mergekit
 would write among them.
