@@ -49,6 +49,7 @@ check: .venv/.test .venv/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --follow-imports=silent tests/typed_callers.py
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: .venv/.test .venv/.built

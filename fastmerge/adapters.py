@@ -17,13 +17,14 @@ from fastmerge.arguments import a_flag, a_list, a_path, a_text
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.engine.extract import Found, extract
 from fastmerge.engine.merge_adapters import merge_adapter_plan
-from fastmerge.engine.report import MergeReport, Progress
+from fastmerge.engine.report import MergeReport
 from fastmerge.errors import FastmergeError, brief, is_whole
 from fastmerge.models import hub
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.planning.adapters import plan_adapters
 from fastmerge.planning.extraction import Choice, Extraction, plan_extraction
 from fastmerge.planning.planner import whole_seed
+from fastmerge.progress import Shown, shown
 from fastmerge.recipe.adapters import AdapterRecipe
 from fastmerge.recipe.source import read
 
@@ -50,7 +51,7 @@ def extract_lora(
     fresh: bool = False,
     keep_paths: bool = False,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Shown = None,
 ) -> Found:
     """Writes the adapter of ``rank`` that brings ``base`` nearest to ``tuned`` to the folder
     ``out``, for PEFT; what each matrix came to, with its error, is in the answer and in
@@ -89,14 +90,16 @@ def extract_lora(
         keep_paths=a_flag(keep_paths, "keep_paths"),
         cache=None if cache is None else a_path(cache, "cache"),
     )
-    return extract(
-        plan,
-        a_path(out, "out"),
-        threads=threads,
-        overwrite=a_flag(overwrite, "overwrite"),
-        fresh=a_flag(fresh, "fresh"),
-        progress=progress,
-    )
+    folder = a_path(out, "out")
+    with shown(progress, f"extracting to {folder.name or folder}") as told:
+        return extract(
+            plan,
+            folder,
+            threads=threads,
+            overwrite=a_flag(overwrite, "overwrite"),
+            fresh=a_flag(fresh, "fresh"),
+            progress=told,
+        )
 
 
 def merge_adapters(
@@ -118,7 +121,7 @@ def merge_adapters(
     overwrite: bool = False,
     fresh: bool = False,
     keep_paths: bool = False,
-    progress: Progress | None = None,
+    progress: Shown = None,
 ) -> MergeReport:
     """Merges adapters of one base into one, in the folder ``out``, for PEFT; what a recipe does
     whose models are all adapters.
@@ -159,14 +162,16 @@ def merge_adapters(
     plan = plan_adapters(
         AdapterRecipe.of(documents[0], text), None if seed is None else whole_seed(seed)
     )
-    return merge_adapter_plan(
-        replace(plan, keep_paths=a_flag(keep_paths, "keep_paths")),
-        a_path(out, "out"),
-        threads=threads,
-        overwrite=a_flag(overwrite, "overwrite"),
-        fresh=a_flag(fresh, "fresh"),
-        progress=progress,
-    )
+    folder = a_path(out, "out")
+    with shown(progress, f"merging to {folder.name or folder}") as told:
+        return merge_adapter_plan(
+            replace(plan, keep_paths=a_flag(keep_paths, "keep_paths")),
+            folder,
+            threads=threads,
+            overwrite=a_flag(overwrite, "overwrite"),
+            fresh=a_flag(fresh, "fresh"),
+            progress=told,
+        )
 
 
 def _for_each(values: Sequence[Any], places: Sequence[str], where: str) -> list[Any]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.arguments import a_flag, a_function, a_path, a_text, one_of
+from fastmerge.arguments import a_flag, a_path, a_text, one_of
 from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import as_numbers, materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
-from fastmerge.engine.report import MergeReport, Progress
+from fastmerge.engine.report import MergeReport
 from fastmerge.errors import FastmergeError, UnsupportedError, brief, enough_memory, is_whole
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
@@ -24,6 +24,7 @@ from fastmerge.planning.adapter_plan import AdapterPlan, is_of_adapters
 from fastmerge.planning.loading import check_loading
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
+from fastmerge.progress import Shown, shown
 from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.source import read
 
@@ -110,7 +111,7 @@ def merge(
     gpu_memory: int = GPU_MEMORY_BYTES,
     io: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Shown = None,
     models: Mapping[str, Any] | None = None,
     check: bool = False,
     keep_paths: bool = False,
@@ -122,14 +123,15 @@ def merge(
     memory in bytes, 64 MiB or more. ``overwrite`` replaces an existing ``out`` once the new one is
     complete; ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done,
     bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
-    same call continues. ``device``: "cpu", "cuda" or "auto", with the same bits;
-    ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
+    same call continues; True draws a bar on stderr. ``device``: "cpu", "cuda" or "auto", with the
+    same bits; ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
     ``check``: first as `check` does, of models. ``keep_paths``: card, recipe and lineage name the
     local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
     "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
     `finish` joins them, to the bytes of a merge without parts. Raises FastmergeError.
     """
     folder = a_path(out, "out")
+    title = f"merging to {folder.name or folder}"
     chosen, choice = (None, "") if part is None else a_part(part)
     decided = decide(recipe, seed=seed, models=models)
     if a_flag(keep_paths, "keep_paths"):
@@ -142,27 +144,29 @@ def merge(
             )
         from fastmerge.engine.merge_adapters import merge_adapter_plan
 
-        return merge_adapter_plan(
-            decided, folder, threads=threads, progress=progress,
-            overwrite=a_flag(overwrite, "overwrite"), fresh=a_flag(fresh, "fresh"),
-        )  # fmt: skip
+        with shown(progress, title) as told:
+            return merge_adapter_plan(
+                decided, folder, threads=threads, progress=told,
+                overwrite=a_flag(overwrite, "overwrite"), fresh=a_flag(fresh, "fresh"),
+            )  # fmt: skip
     if a_flag(check, "check"):
         check_loading(decided)
-    report = merge_plan(
-        decided,
-        folder,
-        threads=threads,
-        memory_limit=memory_limit,
-        overwrite=overwrite,
-        fresh=fresh,
-        io=io,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        device=device,
-        gpu_memory=gpu_memory,
-        side_files=model_files(decided, folder.name),
-        part=chosen,
-    )
+    with shown(progress, title) as told:
+        report = merge_plan(
+            decided,
+            folder,
+            threads=threads,
+            memory_limit=memory_limit,
+            overwrite=overwrite,
+            fresh=fresh,
+            io=io,
+            max_shard_bytes=max_shard_bytes,
+            progress=told,
+            device=device,
+            gpu_memory=gpu_memory,
+            side_files=model_files(decided, folder.name),
+            part=chosen,
+        )
     return replace(report, notes=(choice, *report.notes)) if choice else report
 
 
@@ -222,7 +226,7 @@ def verify(
     *,
     sample: int | None = SAMPLE,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Shown = None,
     models: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Whether ``folder``, a model or an adapter, is as a merge wrote it: the sizes and sha256 of
@@ -239,7 +243,6 @@ def verify(
     from fastmerge.engine.verify import verify_folder
 
     place = a_path(folder, "folder")
-    a_function(progress, "progress")
     if sample is not None and (not is_whole(sample) or sample < 0):
         raise FastmergeError(f"sample: {brief(sample)} is not a number of tensors, or None for all")
 
@@ -249,13 +252,14 @@ def verify(
             return against
         return plan(against, seed=seed, models=models)
 
-    return verify_folder(
-        place,
-        None if against is None else planner,
-        sample=sample,
-        threads=threads,
-        progress=progress,
-    )
+    with shown(progress, f"verifying {place.name or place}") as told:
+        return verify_folder(
+            place,
+            None if against is None else planner,
+            sample=sample,
+            threads=threads,
+            progress=told,
+        )
 
 
 @enough_memory("check")

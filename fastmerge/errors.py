@@ -36,6 +36,10 @@ class FastmergeError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(shortened(printable(message)))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook: the one line, as on the command line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RecipeError(FastmergeError):
     """A recipe or schedule, an evaluation's settings, or a method's name or parameter: its words,
@@ -73,6 +77,31 @@ def enough_memory(what: str) -> Iterator[None]:
             f"{what}: the system has no more memory; give a lower memory limit and fewer threads, "
             "or end other programs"
         ) from error
+
+
+_commanded = False  # whether a command line is being run
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Within it, `argument` says options: whoever reads the messages wrote a command."""
+    global _commanded
+    before, _commanded = _commanded, True
+    try:
+        yield
+    finally:
+        _commanded = before
+
+
+def argument(name: str, value: object = None) -> str:
+    """A public function's argument as its caller writes it: ``memory_limit``, ``device='cpu'`` and
+    ``overwrite=True`` in Python; ``--memory-limit``, ``--device cpu`` and ``--overwrite`` in a
+    command.
+    """
+    if not _commanded:
+        return name if value is None else f"{name}={value!r}"
+    option = f"--{name.replace('_', '-')}"
+    return option if value is None or value is True else f"{option} {value}"
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastmerge.compute.arrays import T
 from fastmerge.compute.calls import combine, gram, merge
 from fastmerge.compute.combining import coefficient_gradients
 from fastmerge.errors import FastmergeError, brief, nearest
@@ -63,34 +64,34 @@ __all__ = [
 
 
 def linear(
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     normalize: bool = True,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
     given: Given = {"weight": weights, "normalize": normalize}
     return merge("linear", tensors, given, out=out, threads=threads)
 
 
-def slerp(a: Any, b: Any, t: float, *, out: Any = None, threads: int | None = None) -> Any:
+def slerp(a: T, b: T, t: float, *, out: T | None = None, threads: int | None = None) -> T:
     """Spherical interpolation: ``t`` = 0 gives ``a``, 1 gives ``b`` (Shoemake 1985)."""
     return merge("slerp", [a, b], {"t": t}, out=out, threads=threads)
 
 
 def nuslerp(
-    a: Any,
-    b: Any,
+    a: T,
+    b: T,
     weights: Numbers,
     *,
-    base: Any = None,
+    base: T | None = None,
     flatten: bool = True,
     row_wise: bool = False,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by
     vector.
     """
@@ -103,41 +104,41 @@ def nuslerp(
 
 
 def multislerp(
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     weights: Numbers,
     *,
-    base: Any = None,
+    base: T | None = None,
     normalize_weights: bool = True,
     eps: float = 1e-8,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Barycentric SLERP of many tensors, or of their deltas to ``base``."""
     given: Given = {"weight": weights, "normalize_weights": normalize_weights, "eps": eps}
     return merge("multislerp", tensors, given, base=base, out=out, threads=threads)
 
 
 def karcher(
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     *,
     max_iter: int = 10,
     tol: float = 1e-5,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Riemannian mean on the sphere (Grove and Karcher 1973)."""
     given: Given = {"max_iter": max_iter, "tol": tol}
     return merge("karcher", tensors, given, out=out, threads=threads)
 
 
 def model_stock(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     *,
     filter_wise: bool = False,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """The mean of ``tensors`` pulled toward ``base`` by the angle between deltas (Jang et al.
     2024).
     """
@@ -146,16 +147,16 @@ def model_stock(
 
 
 def task_arithmetic(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     normalize: bool = False,
     divisor: str = "weights",
     lambda_: float = 1.0,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """base + lambda * sum_i w_i (x_i - base) (Ilharco et al. 2022)."""
     given: Given = {
         "weight": weights,
@@ -167,8 +168,8 @@ def task_arithmetic(
 
 
 def ties(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
@@ -178,9 +179,9 @@ def ties(
     lambda_: float = 1.0,
     rescale: bool | str = False,
     ties: str = "mixed",
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Trim deltas to ``density``, elect signs, average what agrees (Yadav et al. 2023)."""
     given: Given = {
         "weight": weights,
@@ -196,8 +197,8 @@ def ties(
 
 
 def dare_linear(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers,
@@ -207,9 +208,9 @@ def dare_linear(
     divisor: str = "weights",
     lambda_: float = 1.0,
     rescale: bool | str = True,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Drop delta entries at random, rescale, add (Yu et al. 2023).
 
     ``seed`` and the tensor's ``name`` choose what is dropped: the same pair gives what a recipe
@@ -229,8 +230,8 @@ def dare_linear(
 
 
 def dare_ties(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers,
@@ -241,9 +242,9 @@ def dare_ties(
     votes: str = "weighted",
     lambda_: float = 1.0,
     rescale: bool | str = True,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """As `dare_linear`, with a sign election (Yu et al. 2023; Yadav et al. 2023)."""
     given: Given = {
         "weight": weights,
@@ -260,8 +261,8 @@ def dare_ties(
 
 
 def breadcrumbs(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
@@ -270,9 +271,9 @@ def breadcrumbs(
     divisor: str = "weights",
     lambda_: float = 1.0,
     rescale: bool | str = False,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Drop the ``gamma`` largest delta entries, keep the next ``density``, add (Davari and
     Belilovsky 2023).
     """
@@ -289,8 +290,8 @@ def breadcrumbs(
 
 
 def breadcrumbs_ties(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
@@ -300,9 +301,9 @@ def breadcrumbs_ties(
     votes: str = "weighted",
     lambda_: float = 1.0,
     rescale: bool | str = False,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """As `breadcrumbs`, with a sign election (Davari and Belilovsky 2023; Yadav et al. 2023)."""
     given: Given = {
         "weight": weights,
@@ -318,8 +319,8 @@ def breadcrumbs_ties(
 
 
 def della(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers,
@@ -331,9 +332,9 @@ def della(
     votes: str = "weighted",
     lambda_: float = 1.0,
     rescale: bool | str = True,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """As `della_linear`, with a sign election (Deep et al. 2024; Yadav et al. 2023)."""
     given: Given = {
         "weight": weights,
@@ -349,8 +350,8 @@ def della(
 
 
 def della_linear(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers,
@@ -361,9 +362,9 @@ def della_linear(
     divisor: str = "weights",
     lambda_: float = 1.0,
     rescale: bool | str = True,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Drop delta entries at random, the smallest of a row with probability 1 - ``density`` +
     ``epsilon``, the largest with 1 - ``density`` - ``epsilon``; rescale, add (Deep et al. 2024).
 
@@ -384,94 +385,94 @@ def della_linear(
 
 
 def sce(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     *,
     select_topk: float = 1.0,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Select entries by variance, weigh by squares, erase minority signs (Wan et al. 2024)."""
     given: Given = {"select_topk": select_topk}
     return merge("sce", tensors, given, base=base, out=out, threads=threads)
 
 
 def ram(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     *,
     epsilon: float = 1e-5,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Sum what one tensor changed, average what several did (arXiv:2601.13572)."""
     given: Given = {"epsilon": epsilon}
     return merge("ram", tensors, given, base=base, out=out, threads=threads)
 
 
 def ramplus_tl(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     *,
     r: float = 0.1,
     alpha: float = 0.2,
     epsilon: float = 1e-5,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """As `ram`, with what one tensor alone changed strengthened."""
     given: Given = {"r": r, "alpha": alpha, "epsilon": epsilon}
     return merge("ramplus_tl", tensors, given, base=base, out=out, threads=threads)
 
 
 def nearswap(
-    base: Any,
-    x: Any,
+    base: T,
+    x: T,
     t: float,
     *,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """``base``, moved to ``x`` where they are within ``t`` and less the farther they are."""
     given: Given = {"t": t}
     return merge("nearswap", [x], given, base=base, out=out, threads=threads)
 
 
 def arcee_fusion(
-    base: Any,
-    x: Any,
+    base: T,
+    x: T,
     *,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """``x`` where it matters most by its row's divergence, else ``base``."""
     return merge("arcee_fusion", [x], {}, base=base, out=out, threads=threads)
 
 
 def magmax(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     *,
     lambda_: float = 1.0,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """``base`` plus the delta of largest magnitude, entry by entry (Marczak et al. 2024)."""
     given: Given = {"lambda": lambda_}
     return merge("magmax", tensors, given, base=base, out=out, threads=threads)
 
 
 def consensus_ta(
-    base: Any,
-    tensors: Sequence[Any],
+    base: T,
+    tensors: Sequence[T],
     weights: float | Numbers = 1.0,
     *,
     mask_lambda: float | Numbers = 0.4,
     agree: int = 2,
     lambda_: float = 1.0,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """Task arithmetic where at least ``agree`` masks hold (Wang et al. 2024)."""
     given: Given = {
         "weight": weights,
@@ -483,21 +484,21 @@ def consensus_ta(
 
 
 def geometric_median(
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     weights: float | Numbers = 1.0,
     *,
     max_iter: int = 100,
     tol: float = 1e-6,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """The point with the least weighted sum of distances to the tensors (Weiszfeld 1937)."""
     given: Given = {"weight": weights, "max_iter": max_iter, "tol": tol}
     return merge("geometric_median", tensors, given, out=out, threads=threads)
 
 
 def prune(
-    tensor: Any,
+    tensor: T,
     density: float,
     how: str = "magnitude",
     *,
@@ -506,9 +507,9 @@ def prune(
     gamma: float = 0.0,
     seed: int | None = None,
     name: str = "",
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """The delta ``tensor`` with a fraction ``density`` of its entries, the others 0.
 
     ``how``: 'magnitude' keeps the largest, those after the ``gamma`` very largest (`breadcrumbs`);
@@ -528,7 +529,7 @@ def prune(
 
 
 def passthrough(
-    tensor: Any, *, scale: float | None = None, out: Any = None, threads: int | None = None
-) -> Any:
+    tensor: T, *, scale: float | None = None, out: T | None = None, threads: int | None = None
+) -> T:
     """The tensor, times ``scale``."""
     return merge("passthrough", [tensor], {"scale": scale}, out=out, threads=threads)

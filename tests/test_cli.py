@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmerge.cli import console, main, units
+from fastmerge import units
+from fastmerge.cli import console, main
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 
@@ -300,7 +301,7 @@ def test_quiet_progress():
 def test_resumed_bytes_are_no_speed(monkeypatch):
     """A merge that finds 90 % done does not claim to have been ten times as fast."""
     clock = iter([0.0, 10.0, 10.0, 11.0])
-    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     stream = io.StringIO()
     with console.Progress("merging", stream=stream) as progress:
         progress(900, 1000, "a")

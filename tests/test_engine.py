@@ -350,7 +350,7 @@ def test_changed_inputs_are_noticed(killable, tmp_path):
     assert process.wait() == -signal.SIGKILL and not out.exists()
     weights = tmp_path / "big-0" / "model.safetensors"
     os.utime(weights, ns=(1, 1))
-    with pytest.raises(FastmergeError, match=r"other inputs or another recipe.*--fresh"):
+    with pytest.raises(FastmergeError, match=r"other inputs or another recipe.*fresh=True"):
         fastmerge.merge(killable, out)
     assert not out.exists()
     report = fastmerge.merge(killable, out, fresh=True)

@@ -397,7 +397,7 @@ def pair(zoo) -> tuple[Path, Path]:
         ({"rank": 4, "max_rank": 4}, "rank: give it or max_rank"),
         ({"rank": 0}, "rank: must be a whole number from 1"),
         ({"max_rank": True}, "max_rank: must be a whole number from 1"),
-        ({"rank": 17}, r"rank 17 is more than it can have; give --rank 16 or less, or --max-rank"),
+        ({"rank": 17}, r"rank 17 is more than it can have; give rank=16 or less, or max_rank"),
         ({"rank": 4, "include": ["("]}, "include: '\\(' is no regular expression"),
         ({"rank": 4, "exclude": ["."]}, "no matrix to take factors of"),
         (

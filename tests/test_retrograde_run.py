@@ -123,7 +123,7 @@ def test_a_killed_run_resumes_where_it_was_and_ends_the_same(
     journal = tmp_path / "killed" / "journal.jsonl"
     with journal.open("ab") as file:
         file.write(b'{"key": "score:half-writ')  # what a crash leaves
-    with pytest.raises(FastmergeError, match="holds a run already; use --resume"):
+    with pytest.raises(FastmergeError, match="holds a run already; use resume=True"):
         run(schedule, tmp_path / "killed", score=counted, threads=1)
     calls.count, calls.killed_after = 0, -1
     run(schedule, tmp_path / "killed", score=counted, threads=1, resume=True)
@@ -405,7 +405,7 @@ def test_ranges() -> None:
     assert parse_range("0:1:0.05")[-1] == 1.0 and len(parse_range("0:1:0.05")) == 21
     assert parse_range("0.2,0.4") == [0.2, 0.4]
     for bad in ("a", "1:0:0.1", "0:1:0", "0:1", "0:inf:1", "nan", "0.1,inf"):
-        with pytest.raises(FastmergeError, match="--t"):
+        with pytest.raises(FastmergeError, match=r"^t: "):
             parse_range(bad)
 
 

@@ -17,7 +17,7 @@ import pytest
 import fastmerge
 from fastmerge import FastmergeError
 from fastmerge.cli import console, main
-from fastmerge.cli.units import parse_shard_size
+from fastmerge.units import parse_shard_size
 
 HOSTILE = "a\x1b[31m\nnote: all is well [red]\u202e"
 ENCODINGS = {

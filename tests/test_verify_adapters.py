@@ -55,7 +55,7 @@ def test_a_merged_adapter_is_whole(merged: Path) -> None:
     assert found.whole and not found.unchecked
     assert found.checked == found.tensors == 2 * len(MODULES)
     assert found.files == 4
-    with pytest.raises(UnsupportedError, match=r"out: an adapter.*--against"):
+    with pytest.raises(UnsupportedError, match=r"out: an adapter.*against"):
         fastmerge.verify(merged, {"merge_method": "linear", "models": [{"model": "x"}]})
 
 

@@ -410,7 +410,7 @@ def refusal_after_mending(target: Path) -> str:
 def test_refuses_what_exists(tmp_path: Path) -> None:
     target = tmp_path / "out"
     old_model(target)
-    assert refusal(target) == f"{target}: exists; choose another output or add --overwrite"
+    assert refusal(target) == f"{target}: exists; choose another output or add overwrite=True"
     (tmp_path / "file").write_text("x")
     assert "not a folder" in refusal(tmp_path / "file", overwrite=True)
     (tmp_path / "home").mkdir()

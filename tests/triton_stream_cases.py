@@ -168,7 +168,7 @@ def test_tensors_larger_than_the_budget_are_merged_in_pieces(case, zoo, tmp_path
     api.merge(given, tmp_path / "cpu", seed=3)
     report = api.merge(given, tmp_path / "gpu", seed=3, device="cuda", gpu_memory=room)
     assert report.backend == "triton"
-    assert any("in pieces" in note and "--gpu-memory" in note for note in report.notes)
+    assert any("in pieces" in note and "gpu_memory" in note for note in report.notes)
     assert weights(tmp_path / "gpu") == weights(tmp_path / "cpu")
 
 
@@ -211,11 +211,11 @@ def test_a_device_without_memory_is_one_line_and_the_merge_can_go_on(wide, tmp_p
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
         patch.setattr(lane_module.Lane, "upload", exhausted)
-        with pytest.raises(FastmergeError, match=r"the GPU has no room.*--device cpu"):
+        with pytest.raises(FastmergeError, match=r"the GPU has no room.*device='cpu'"):
             api.merge(given, tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
     api.merge(given, tmp_path / "out", device="cpu")
-    with pytest.raises(FastmergeError, match=r"--gpu-memory: 90 bytes .*; give at least \d+"):
+    with pytest.raises(FastmergeError, match=r"gpu_memory: 90 bytes .*; give at least \d+"):
         api.merge(given, tmp_path / "other", device="cuda", gpu_memory=90)
 
 
@@ -241,7 +241,7 @@ def test_lanes_share_the_budget_and_are_used_again(wide, tmp_path, monkeypatch):
 def test_no_gpu_is_one_clear_line(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = recipe(zoo, "slerp")
-    with pytest.raises(FastmergeError, match="no usable CUDA device; use --device cpu"):
+    with pytest.raises(FastmergeError, match="no usable CUDA device; use device='cpu'"):
         api.merge(given, tmp_path / "out", device="cuda")
     assert not (tmp_path / "out").exists()
     report = api.merge(given, tmp_path / "out", device="auto")

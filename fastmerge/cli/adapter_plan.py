@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.cli.console import pairs, print_json
-from fastmerge.cli.units import format_bytes
+from fastmerge.units import format_bytes
 
 if TYPE_CHECKING:
     from fastmerge.planning.adapters import AdapterMerge

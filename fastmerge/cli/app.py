@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, TypeVar
 from fastmerge.cli.console import pairs, put, say
 from fastmerge.cli.options import Argument, Option, name_of, parse
 from fastmerge.cli.streams import deliver
-from fastmerge.errors import FastmergeError, nearest
+from fastmerge.errors import FastmergeError, command_line, nearest
 from fastmerge.version import __version__
 
 # Exit codes: 1 as diff and cmp have it, 130 = 128 + SIGINT as shells have it.
@@ -31,6 +31,7 @@ def command(function: F) -> F:
     return function
 
 
+@command_line()
 def run(words: Sequence[str]) -> None:
     """Runs the command line ``words``; a user's mistake and Ctrl-C end the process in one line."""
     first = words[0] if words else "--help"

@@ -7,108 +7,21 @@ only where a terminal or a table needs it: its import takes longer than planning
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fastmerge.cli.streams import answer, drop, remark
-from fastmerge.cli.units import format_bytes, format_seconds
 from fastmerge.errors import printable, shortened
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-
-Report = Callable[[int, int, str], None]  # bytes done, bytes in total, tensor name
+from fastmerge.progress import Bar
 
 
-class Progress(AbstractContextManager["Progress"]):
-    """A callable for an engine's ``progress=``: nothing when ``quiet``, a bar on a terminal, else a
-    line per tenth.
-    """
+class Progress(Bar):
+    """A command's bar; where its stderr is lost, what else would go there is for nobody."""
 
-    def __init__(self, title: str, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self._title = printable(title)
-        self._stream = sys.stderr if stream is None else stream
-        self._show: Report | None = None
-        self._bar: RichProgress | None = None
-        if not quiet:
-            self._show = self._show_bar if self._stream.isatty() else self._show_line
-        self._started = time.perf_counter()
-        self._first_bytes: int | None = None  # what a resumed merge had done before this run
-        self._next_tenth = 1
-
-    def __call__(self, done_bytes: int, total_bytes: int, tensor: str) -> None:
-        if self._first_bytes is None:
-            self._first_bytes = done_bytes
-            self._started = time.perf_counter()
-        if self._show is not None:
-            try:
-                self._show(done_bytes, total_bytes, tensor)
-            except (OSError, RuntimeError):  # nobody watches, or no thread is left for the bar
-                self._show = self._bar = None
-                if self._stream is sys.stderr:
-                    drop("stderr")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _rate(self, done_bytes: int) -> float:
-        """Bytes a second in this run."""
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        return (done_bytes - (self._first_bytes or 0)) / seconds
-
-    def _show_line(self, done_bytes: int, total_bytes: int, _: str) -> None:
-        if done_bytes * 10 < self._next_tenth * total_bytes:
-            return
-        tenth = done_bytes * 10 // total_bytes if total_bytes else 10
-        self._next_tenth = tenth + 1
-        rate = self._rate(done_bytes)
-        pace = ""
-        if rate > 0:
-            pace = f", {format_bytes(rate)}/s"
-        if rate > 0 and done_bytes < total_bytes:
-            pace += f", {format_seconds((total_bytes - done_bytes) / rate)} left"
-        self._stream.write(
-            f"{self._title}: {tenth * 10:3d} %  "
-            f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}{pace}\n"
-        )
-        self._stream.flush()
-
-    def _show_bar(self, done_bytes: int, total_bytes: int, tensor: str) -> None:
-        if self._bar is None:
-            self._bar = _progress_bar(self._stream)
-            self._bar.add_task(self._title, total=total_bytes, tensor="")
-            self._bar.start()
-        self._bar.update(
-            self._bar.task_ids[0],
-            completed=done_bytes,
-            total=total_bytes,
-            tensor=printable(tensor),
-        )
-
-
-def _progress_bar(stream: TextIO) -> RichProgress:
-    from rich import progress
-    from rich.console import Console
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[tensor]}", style="dim", markup=False),
-        console=Console(file=stream),
-        transient=True,
-    )
+    def _lost(self) -> None:
+        super()._lost()
+        if self._stream is sys.stderr:
+            drop("stderr")
 
 
 def table(

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.units import (
+from fastmerge.errors import FastmergeError
+from fastmerge.units import (
     format_bytes,
     format_count,
     format_seconds,
     parse_shard_size,
     parse_size,
 )
-from fastmerge.errors import FastmergeError
 
 if TYPE_CHECKING:
     from fastmerge.engine.report import MergeReport

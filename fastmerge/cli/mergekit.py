@@ -12,8 +12,8 @@ from fastmerge.cli.app import ABSENT, ELSEWHERE, command
 from fastmerge.cli.console import Progress, say
 from fastmerge.cli.merge import interrupted, tell
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.units import parse_shard_size
 from fastmerge.errors import FastmergeError
+from fastmerge.units import parse_shard_size
 
 if TYPE_CHECKING:
     from fastmerge.recipe.document import Recipe

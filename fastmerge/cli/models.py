@@ -9,7 +9,7 @@ from typing import Annotated
 from fastmerge.cli.app import Json, Threads, command
 from fastmerge.cli.console import pairs, print_json, put, table
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.units import format_bytes, format_count
+from fastmerge.units import format_bytes, format_count
 
 _MOST_NAMES = 5
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.units import format_bytes, format_seconds
+from fastmerge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.walking import Trajectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,13 @@ from fastmerge.models.memory import (
     view_of,
     written,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+# What a call is given and returns. What else speaks DLPack is taken, and comes back as one of them.
+T = TypeVar("T", bound="torch.Tensor | NDArray[Any]")
 
 
 def _imported(tensor: Any, where: str) -> Any:
@@ -46,10 +53,10 @@ def _imported(tensor: Any, where: str) -> Any:
             raise UnsupportedError(f"{where}: a {type(tensor).__name__}: {error}") from error
 
 
-class Operands:
+class Operands(Generic[T]):
     """The inputs of one call: same kind, shape and device, and what their output looks like."""
 
-    def __init__(self, where: str, tensors: Sequence[Any]) -> None:
+    def __init__(self, where: str, tensors: Sequence[T]) -> None:
         """Raises FastmergeError, prefixed with ``where``, when they do not fit together."""
         self._where = where
         self._tensors = [_imported(tensor, where) for tensor in tensors]
@@ -112,7 +119,7 @@ class Operands:
         accelerator: Backend[Any, Any] = triton(self._where, self._device)
         return accelerator
 
-    def output(self, out: Any) -> tuple[Any, Any]:
+    def output(self, out: T | None) -> tuple[T, Any]:
         """(tensor, where the back end writes): ``out`` checked, or a new tensor."""
         where = f"{self._where}: out"
         if out is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.arguments import a_list
-from fastmerge.compute.arrays import Operands
+from fastmerge.compute.arrays import Operands, T
 from fastmerge.compute.of_tensors import plain
 from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
@@ -32,26 +32,24 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
 
 
 def combine(
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     coefficients: Any,
     *,
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
-    tensors = a_list(tensors, "combine: tensors")
+    given: Sequence[T] = a_list(tensors, "combine: tensors")
     coefficients = a_list(plain(coefficients), "combine: coefficients")
-    if len(coefficients) != len(tensors):
-        raise FastmergeError(
-            f"combine: {len(tensors)} tensors but {len(coefficients)} coefficients"
-        )
+    if len(coefficients) != len(given):
+        raise FastmergeError(f"combine: {len(given)} tensors but {len(coefficients)} coefficients")
     factors = [_EACH.check(plain(value), "combine") for value in coefficients]
-    return combined(tensors, np.array(factors), out=out, threads=threads)
+    return combined(given, np.array(factors), out=out, threads=threads)
 
 
 def combined(
-    tensors: Sequence[Any], factors: Float64, *, out: Any = None, threads: int | None = None
-) -> Any:
+    tensors: Sequence[T], factors: Float64, *, out: T | None = None, threads: int | None = None
+) -> T:
     """`combine` of any numbers: a gradient may be NaN."""
     operands = Operands("combine", tensors)
     result, sink = operands.output(out)

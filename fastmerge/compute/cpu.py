@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.errors import FastmergeError, ResourceError, brief, is_whole
+from fastmerge.errors import FastmergeError, ResourceError, argument, brief, is_whole
 from fastmerge.methods.entries import Program
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
@@ -27,7 +27,7 @@ Passes = Callable[[int, Callable[[int], bytes]], Sequence[bytes]]
 def thread_count(threads: int | None = None) -> int:
     """``threads``, else FASTMERGE_NUM_THREADS, else the CPUs this process may use."""
     text = os.environ.get("FASTMERGE_NUM_THREADS")
-    where = "--threads"
+    where = argument("threads")
     if threads is None and text:
         where = "FASTMERGE_NUM_THREADS"
         try:
@@ -79,7 +79,9 @@ class CpuBackend:
         try:
             self.pool = _C.Pool(threads)
         except RuntimeError as error:
-            raise ResourceError(f"--threads: no room for {threads} threads ({error})") from error
+            raise ResourceError(
+                f"{argument('threads')}: no room for {threads} threads ({error})"
+            ) from error
         self._scratch_folder = scratch_folder
         self._scratch_left = scratch_bytes
         self._lock = threading.RLock()  # a collection inside it may free an array
@@ -186,7 +188,7 @@ class CpuBackend:
             except OSError as error:
                 raise ResourceError(
                     f"{self._scratch_folder}: no room for an intermediate tensor of {nbytes} "
-                    f"bytes ({error.strerror}); free some, or raise --memory-limit"
+                    f"bytes ({error.strerror}); free some, or raise {argument('memory_limit')}"
                 ) from error
         view = _C.View(array.ctypes.data, count, "F32", array)
         return view, _C.MemorySink(view)

@@ -13,7 +13,7 @@ from fastmerge.arguments import one_of
 from fastmerge.compute.on_device import made_bytes
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError, argument
 from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, leaves, walk
@@ -32,7 +32,9 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
             f"{where}: {error.name} is not installed; pip install 'fastmerge[gpu]', or use cpu"
         ) from error
     if not torch.cuda.is_available():
-        raise ResourceError(f"{where}: this machine has no usable CUDA device; use --device cpu")
+        raise ResourceError(
+            f"{where}: this machine has no usable CUDA device; use {argument('device', 'cpu')}"
+        )
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
@@ -104,7 +106,9 @@ def choose_devices(
                 continue
             if device == "auto":
                 return [], f"device auto: merged on the CPU, as {name} {refusal}"
-            raise UnsupportedError(f"device cuda: {name} {refusal}; use --device cpu")
+            raise UnsupportedError(
+                f"device cuda: {name} {refusal}; use {argument('device', 'cpu')}"
+            )
     views = [fetch(source) for source in leaves(root for _, root in roots)]
     if device == "auto" and cached_share(views) < 0.5:
         return [], "device auto: merged on the CPU, as the files are on disk and a GPU would wait"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastmerge.arguments import a_list, a_text
-from fastmerge.compute.arrays import Operands
+from fastmerge.compute.arrays import Operands, T
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Step, steps
 from fastmerge.errors import FastmergeError, is_whole, nearest
@@ -48,15 +48,15 @@ _forms: dict[tuple[object, ...], _Form] = {}
 
 def merge(
     method: str,
-    tensors: Sequence[Any],
+    tensors: Sequence[T],
     parameters: Mapping[str, Any] | None = None,
     *,
-    base: Any = None,
+    base: T | None = None,
     seed: int | None = None,
     name: str = "",
-    out: Any = None,
+    out: T | None = None,
     threads: int | None = None,
-) -> Any:
+) -> T:
     """``tensors`` merged by any method of the table, one that was registered, too.
 
     ``parameters`` by their names in recipes; per model one number, or one for each tensor.
@@ -68,7 +68,7 @@ def merge(
         name = a_text(name, f"{row.name}: name")
     tensors = a_list(tensors, f"{row.name}: tensors")
     _check(row, given, len(tensors), base is not None)
-    operands = Operands(row.name, tensors if base is None else [*tensors, base])
+    operands: Operands[T] = Operands(row.name, tensors if base is None else [*tensors, base])
     form = _form(row, given, len(tensors), operands, base is not None, seed)
     deltas = base is None and row.of_deltas
     views = [*operands.views, operands.zeros()] if deltas else operands.views
@@ -107,7 +107,7 @@ def _form(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    operands: Operands,
+    operands: Operands[Any],
     has_base: bool,
     seed: int | None,
 ) -> _Form:
@@ -150,7 +150,7 @@ def _tree(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    operands: Operands,
+    operands: Operands[Any],
     has_base: bool,
     seed: int | None,
 ) -> Node:

@@ -26,7 +26,7 @@ from fastmerge.compute.lane import Lane, Place, reserved
 from fastmerge.compute.on_device import upload
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
-from fastmerge.errors import ResourceError
+from fastmerge.errors import ResourceError, argument
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
@@ -87,12 +87,13 @@ class Streamer:
         if self._split:
             said.append(
                 f"{_some(self._split)} needed more than {self.budget >> 20} MiB of GPU memory and "
-                "went through it in pieces; a larger --gpu-memory is faster"
+                f"went through it in pieces; a larger {argument('gpu_memory')} is faster"
             )
         if self._squeezed:
             said.append(
                 f"the GPU ran out of memory: {_some(self._squeezed)} went through it in smaller "
-                "pieces; a smaller --gpu-memory, or fewer programs on the GPU, is faster"
+                f"pieces; a smaller {argument('gpu_memory')}, or fewer programs on the GPU, is "
+                "faster"
             )
         return tuple(said)
 
@@ -370,8 +371,8 @@ class _Pieces:
         budget = self._streamer.budget
         if min(step, count) * row_bytes > budget:
             raise ResourceError(
-                f"--gpu-memory: {budget} bytes do not hold the smallest piece of {self._tensor}; "
-                f"give at least {min(step, count) * row_bytes}"
+                f"{argument('gpu_memory')}: {budget} bytes do not hold the smallest piece of "
+                f"{self._tensor}; give at least {min(step, count) * row_bytes}"
             )
 
         def piece(begin: int, end: int) -> list[T]:
@@ -387,7 +388,7 @@ class _Pieces:
             if half >= end - begin:
                 raise ResourceError(
                     f"{self._tensor}: the GPU has no room for {(end - begin) * row_bytes} bytes; "
-                    "end other programs on it, or use --device cpu"
+                    f"end other programs on it, or use {argument('device', 'cpu')}"
                 )
             return [*run(begin, begin + half), *run(begin + half, end)]
 

@@ -16,13 +16,14 @@ from fastmerge import _C
 from fastmerge.arguments import a_function
 from fastmerge.compute.cpu import cpu, isa
 from fastmerge.dtypes import DType
-from fastmerge.engine.report import MergeReport, Progress, anonymous_bytes, nonfinite_of
+from fastmerge.engine.report import MergeReport, anonymous_bytes, nonfinite_of
 from fastmerge.engine.window import in_order
 from fastmerge.errors import FastmergeError
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.adapter import adapter_files, adapter_layout, adapter_lineage, by_module
 from fastmerge.output.writer import ModelWriter
 from fastmerge.planning.adapter_plan import AdapterPlan
+from fastmerge.progress import Progress
 
 _SIDE_BYTES = 1 << 20  # config, card and lineage
 _STAGING_BYTES = 96 << 20

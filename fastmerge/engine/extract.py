@@ -22,14 +22,15 @@ from fastmerge.compute.factors import (
 )
 from fastmerge.compute.reference import round_to, widen
 from fastmerge.engine.adapters import Made, Piece, write_adapter
-from fastmerge.engine.report import MergeReport, Progress
+from fastmerge.engine.report import MergeReport
 from fastmerge.engine.window import in_order
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, argument
 from fastmerge.models.adapter import PREFIX
 from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of
 from fastmerge.planning.adapter_plan import peft_config
 from fastmerge.planning.extraction import Extraction, Saved, Target
+from fastmerge.progress import Progress
 from fastmerge.selection import random_key
 
 _MOST_NORM = 1e30  # of a difference; its products are in float32, which ends at 3.4e38
@@ -119,8 +120,8 @@ class _Run:
             ranks = {target.module: rank for target, rank in finished}
         if not any(ranks.values()):
             raise ModelError(
-                f"no singular value is above {choice.sv_epsilon:g} (--sv-epsilon); give a smaller "
-                "one"
+                f"no singular value is above {choice.sv_epsilon:g} ({argument('sv_epsilon')}); "
+                "give a smaller one"
             )
         return ranks
 

@@ -17,7 +17,6 @@ from fastmerge.engine.executor import Local
 from fastmerge.engine.report import (
     MergeReport,
     Observer,
-    Progress,
     anonymous_bytes,
     nonfinite_of,
 )
@@ -28,6 +27,7 @@ from fastmerge.output.place import real_target
 from fastmerge.output.share import Part
 from fastmerge.output.sink import ModelFolder
 from fastmerge.planning.plan import Plan
+from fastmerge.progress import Progress
 
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000

@@ -13,13 +13,14 @@ from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.factors import Float64
 from fastmerge.compute.reference import widen
 from fastmerge.engine.adapters import Made, Piece, write_adapter
-from fastmerge.engine.report import MergeReport, Progress
+from fastmerge.engine.report import MergeReport
 from fastmerge.errors import ModelError
 from fastmerge.models.header import show
 from fastmerge.models.model import Model, stored_bytes
 from fastmerge.output.provenance import provenance
 from fastmerge.planning.adapter_plan import peft_config
 from fastmerge.planning.adapters import AdapterMerge, Joined
+from fastmerge.progress import Progress
 
 
 def merge_adapter_plan(

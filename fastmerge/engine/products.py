@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.engine.inputs import Inputs
-from fastmerge.engine.report import Progress
 from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
 from fastmerge.models.memory import view_of
 from fastmerge.models.model import Model
+from fastmerge.progress import Progress
 from fastmerge.tree.nodes import Leaf, leaves
 
 

@@ -11,7 +11,6 @@ from fastmerge.compute.tensor import Outcome
 from fastmerge.planning.inputs import TensorPlan
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
 
 
 @dataclass(frozen=True)

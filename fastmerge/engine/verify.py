@@ -17,8 +17,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.compute.cpu import cpu, isa, thread_count
 from fastmerge.engine.executor import Local
-from fastmerge.engine.report import Progress
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.side_files import LINEAGE_FILE
@@ -28,6 +27,7 @@ from fastmerge.output.sink import Arrays
 from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
+from fastmerge.progress import Progress
 
 Planner = Callable[[int | None], Plan]  # of a seed, or of the recipe's own
 
@@ -81,12 +81,12 @@ def verify_folder(
         if lineage is None and planner is None:
             raise ModelError(
                 f"{folder}: has no {LINEAGE_FILE}, so fastmerge did not write it, or it was "
-                "removed; give the recipe (--against) to compare with"
+                f"removed; give the recipe ({argument('against')}) to compare with"
             )
         if lineage is not None and lineage.is_of_adapter and planner is not None:
             raise UnsupportedError(
                 f"{folder}: an adapter, whose last bits follow from NumPy's BLAS; only models are "
-                "compared with recipes (--against)"
+                f"compared with recipes ({argument('against')})"
             )
         if lineage is not None:
             found = check_folder(folder, lineage, cpu(count).pool, progress)

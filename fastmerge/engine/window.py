@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
-from fastmerge.errors import ResourceError
+from fastmerge.errors import ResourceError, argument
 
 _TURN_BYTES, _TURN_ITEMS = 256 << 10, 64
 
@@ -75,5 +75,6 @@ def _submit(pool: ThreadPoolExecutor, work: Callable[[Any], Any], item: Any) -> 
         return pool.submit(work, item)
     except RuntimeError as error:
         raise ResourceError(
-            f"the system refuses another thread ({error}); give fewer --threads, or raise ulimit -u"
+            f"the system refuses another thread ({error}); give fewer "
+            f"{argument('threads')}, or raise ulimit -u"
         ) from error

@@ -27,7 +27,7 @@ from fastmerge import api
 from fastmerge.arguments import a_flag, a_path
 from fastmerge.compute.devices import a_device
 from fastmerge.engine.merge import MAX_SHARD_BYTES, merge_plan
-from fastmerge.engine.report import MergeReport, Progress
+from fastmerge.engine.report import MergeReport
 from fastmerge.errors import (
     FastmergeError,
     ModelError,
@@ -43,6 +43,7 @@ from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, MOE_CONFIG_FILE,
 from fastmerge.output.provenance import provenance
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan
+from fastmerge.progress import Progress
 from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.mixture import Mixture
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.dtypes import DType
-from fastmerge.errors import ResourceError
+from fastmerge.errors import ResourceError, argument
 from fastmerge.models.model import as_numbers
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ def differences(a: Checkpoint, b: Checkpoint, *, threads: int) -> Iterator[Tenso
     try:
         pool = _C.Pool(threads)
     except RuntimeError as error:
-        raise ResourceError(f"--threads: no room for {threads} threads ({error})") from error
+        raise ResourceError(
+            f"{argument('threads')}: no room for {threads} threads ({error})"
+        ) from error
     with ThreadPoolExecutor(threads) as workers:
         for name, entry in a.tensors.items():
             if name in b.tensors and entry.shape == b.tensors[name].shape:

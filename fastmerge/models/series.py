@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError
+from fastmerge.errors import FastmergeError, ModelError, argument
 from fastmerge.models.header import show
 
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
@@ -56,7 +56,7 @@ def check_order(names: Sequence[str]) -> None:
         at = next(i for i, name in enumerate(names) if name != plain[i])
         raise FastmergeError(
             f"the order of the models counts, and {show(names[at])} comes before {show(plain[at])} "
-            "here, as a shell lists them; give their folder and --pattern (pattern=), which goes "
+            f"here, as a shell lists them; give their folder and {argument('pattern')}, which goes "
             "by the numbers"
         )
 

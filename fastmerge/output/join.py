@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
@@ -179,7 +179,8 @@ class _Join:
             more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise OutputError(
                 f"{self.target}: {len(missing)} of {manifest.parts} parts are missing: "
-                f"{', '.join(missing[:_MOST_NAMED])}{more}; run the same merge with --part for each"
+                f"{', '.join(missing[:_MOST_NAMED])}{more}; run the same merge with "
+                f"{argument('part')} for each"
             )
         if len(results) != manifest.tensors:
             raise OutputError(

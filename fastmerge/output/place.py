@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError
+from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.adapter import CONFIG
 from fastmerge.models.folder import INDEX, SINGLE
@@ -120,15 +120,19 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not names:
         return
     if not overwrite:
-        raise OutputError(f"{target}: exists; choose another output or add --overwrite")
+        raise OutputError(
+            f"{target}: exists; choose another output or add {argument('overwrite', True)}"
+        )
     if not names & {SINGLE, INDEX, "config.json", CONFIG}:
-        raise OutputError(f"{target}: not a model folder, so --overwrite will not replace it")
+        raise OutputError(
+            f"{target}: not a model folder, so {argument('overwrite', True)} will not replace it"
+        )
     foreign = _foreign(target)
     if foreign:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise OutputError(
-            f"{target}: holds {', '.join(foreign[:5])}{more}, which no merge wrote and --overwrite "
-            "would delete; move that away, or choose another output"
+            f"{target}: holds {', '.join(foreign[:5])}{more}, which no merge wrote and "
+            f"{argument('overwrite', True)} would delete; move that away, or choose another output"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastmerge.errors import FastmergeError, brief, is_whole
+from fastmerge.errors import FastmergeError, argument, brief, is_whole
 
 if TYPE_CHECKING:
     from fastmerge.output.layout import Layout
@@ -64,7 +64,7 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[Part, str]:
         if (number - least) % step or (most - least) // step + 1 != count:
             raise FastmergeError(
                 f"part: auto: the SLURM array ({least} to {most}, {count} tasks) has gaps, so that "
-                f"task {number} could be any part; give --part I/N"
+                f"task {number} could be any part; give {argument('part', 'I/N')}"
             )
         what = f"{_SLURM}ID={number}"
         found[what] = _checked((number - least) // step + 1, count, f"part: auto: {what}")
@@ -75,7 +75,7 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[Part, str]:
     several = {what: part for what, part in found.items() if part.of > 1} or found
     if len(several) > 1 and len(set(several.values())) > 1:
         said = " and ".join(f"{what} ({part})" for what, part in several.items())
-        raise FastmergeError(f"part: auto: {said} disagree; give --part I/N")
+        raise FastmergeError(f"part: auto: {said} disagree; give {argument('part', 'I/N')}")
     if not several:
         return Part(1, 1), "part 1/1: no SLURM array and no RANK is set"
     what, part = next(iter(several.items()))
@@ -88,7 +88,7 @@ def _whole(environment: Mapping[str, str], name: str, default: int | None = None
         return default
     if text is None or not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         said = "is not set" if text is None else f"is {brief(text)}, no whole number"
-        raise FastmergeError(f"part: auto: {name} {said}; give --part I/N")
+        raise FastmergeError(f"part: auto: {name} {said}; give {argument('part', 'I/N')}")
     return int(text)
 
 

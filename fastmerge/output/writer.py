@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, argument
 from fastmerge.models.folder import INDEX
 from fastmerge.output.checksum import Written
 from fastmerge.output.disk import write_files
@@ -128,13 +128,13 @@ class ModelWriter(Shards):
             raise OutputError(
                 f"{self.partial}: an unfinished merge of other inputs or another recipe "
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
-                f"--fresh"
+                f"{argument('fresh', True)}"
             )
         if self._folder.loose or self._journal.loose:
             raise OutputError(
                 f"{self.partial}: an unfinished merge that other users could write to "
                 f"({len(kept)} tensors done), so that nothing in it is certain; start over with "
-                "--fresh"
+                f"{argument('fresh', True)}"
             )
         slots, whole = self.layout.slots, set()
         for number, shard in enumerate(self.layout.shards):

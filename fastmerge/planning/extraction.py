@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, nearest
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument, nearest
 from fastmerge.models.adapter import PREFIX, check_letters
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
 from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type
@@ -325,7 +325,8 @@ class _Extractor:
         if self.choice.rank > least and not self.choice.at_most:
             raise ModelError(
                 f"{show(name)} is {list(tuned.shape)}: rank {self.choice.rank} is more than it can "
-                f"have; give --rank {least} or less, or --max-rank {self.choice.rank}"
+                f"have; give {argument('rank', least)} or less, or "
+                f"{argument('max_rank', self.choice.rank)}"
             )
         conv1d = model_type(self.tuned.config) in _CONV1D and not embedding and name != self._head
         return Target(
@@ -356,7 +357,7 @@ class _Extractor:
         for name in keep:
             if name not in leaves and name not in self._modules:
                 raise FastmergeError(
-                    f"--save-module {name}: no module is called so; "
+                    f"{argument('save_modules')}: {name}: no module is called so; "
                     f"{nearest(name, {*leaves, *self._modules})}"
                 )
 

@@ -16,7 +16,6 @@ from fastmerge import dtypes
 from fastmerge.arguments import a_function, a_path
 from fastmerge.compute.cpu import thread_count
 from fastmerge.engine import products
-from fastmerge.engine.report import Progress
 from fastmerge.errors import FastmergeError, OutputError, brief
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
@@ -24,6 +23,7 @@ from fastmerge.planning.build import position
 from fastmerge.planning.inputs import View
 from fastmerge.planning.of_models import of_models
 from fastmerge.planning.plan import Plan
+from fastmerge.progress import Progress
 from fastmerge.recipe.settings import extrapolations
 from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule

@@ -19,8 +19,8 @@ from fastmerge.arguments import a_flag, a_function, a_path
 from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
-from fastmerge.engine.report import MergeReport, Observer, Progress
-from fastmerge.errors import OutputError, RecipeError, enough_memory
+from fastmerge.engine.report import MergeReport, Observer
+from fastmerge.errors import OutputError, RecipeError, argument, enough_memory
 from fastmerge.evaluation.journal import Journal, digest, write_atomically
 from fastmerge.evaluation.weights import SCORED
 from fastmerge.methods.types import Float64
@@ -30,6 +30,7 @@ from fastmerge.output.place import explain
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import whole_seed
+from fastmerge.progress import Progress
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.opening import check_steps, open_template, origin, positions, space_of
 from fastmerge.retrograde.result import Result
@@ -292,7 +293,9 @@ def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, re
         # its seed where it is the same run, which may be at work.
         resume = seed is None and _recorded(path) == header
     elif path.is_file() and not resume:
-        raise OutputError(f"{out}: holds a run already; use --resume, or another folder")
+        raise OutputError(
+            f"{out}: holds a run already; use {argument('resume', True)}, or another folder"
+        )
     elif out.exists() and any(out.iterdir()) and not path.is_file():
         raise OutputError(f"{out}: is not empty; give a new folder")
     if path.is_file() and resume:

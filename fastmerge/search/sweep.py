@@ -16,8 +16,7 @@ from fastmerge import api
 from fastmerge.arguments import one_of
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
-from fastmerge.engine.report import Progress
-from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError
+from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError, argument
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
@@ -33,6 +32,7 @@ from fastmerge.models.side_files import is_tokenizer
 from fastmerge.output.place import check_space
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan
+from fastmerge.progress import Progress
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
 from fastmerge.tree.nodes import Leaf, Merge, Node, walk
@@ -55,6 +55,7 @@ class Point:
 
 def parse_range(text: str) -> list[float]:
     """The values of "0:1:0.05", both ends included, or of "0.1,0.3"; else FastmergeError."""
+    where = argument("t")
     try:
         if ":" in text:
             first, last, step = (float(part) for part in text.split(":"))
@@ -62,16 +63,16 @@ def parse_range(text: str) -> list[float]:
                 raise ValueError
             count = int(np.floor((last - first) / step + 1e-9)) + 1
             if count > MOST_VALUES:
-                raise FastmergeError(f"--t: '{text}' has {count} values; at most {MOST_VALUES}")
+                raise FastmergeError(f"{where}: '{text}' has {count} values; at most {MOST_VALUES}")
             values = [round(first + i * step, 12) for i in range(count)]
         else:
             values = [float(part) + 0.0 for part in text.split(",")]  # -0.0 is 0.0
         if not np.isfinite(values).all():
             raise ValueError
-        return [T.check(value, "--t") for value in values]
+        return [T.check(value, where) for value in values]
     except (ValueError, OverflowError):
         raise FastmergeError(
-            f"--t: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
+            f"{where}: '{text}' is neither first:last:step with a step above 0, as in 0:1:0.05, "
             "nor a list, as in 0.2,0.5"
         ) from None
 
@@ -316,7 +317,10 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     if table is not None and not table[1] and {p.name for p in out.iterdir()} <= {FILE, SCORED}:
         return {}  # it failed before its first result: nothing stands in the way of the same again
     if table is None or not resume:
-        raise OutputError(f"{out}: is not empty; give a new folder, or --resume a sweep")
+        raise OutputError(
+            f"{out}: is not empty; give a new folder, or {argument('resume', True)} to go on with "
+            "a sweep"
+        )
     if table[0] != key:
         raise OutputError(
             f"{out}: was begun with another recipe, other models or another evaluation"
