@@ -1,0 +1,357 @@
+"""The method's trial on a real llama: from the package to the tables, with one resumable command.
+
+    python benchmarks/real/run.py OUT --data DATA [--profile demo|small|full] [--minutes M]
+
+Makes the baseline and its fine-tunes, lets schedules and one-shot merges search on the steering
+items, and meets the test items with what they enter (PROTOCOL.md). DATA is a folder with
+leaderboard/ and text/. The same command goes on where it stopped; ``--results`` gets the scores by
+item, from which tables.py writes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import items
+import models
+from contest import COLLAPSED, RIVALS, WALKS, Contest, Entry, linear_of
+
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import Journal, write_atomically
+from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.retrograde import Lab, Model, Scores, open_space
+from fastmerge.search.expressions import Expr, as_json, is_random, reseeded
+from fastmerge.search.lab import Measurement
+
+HERE = Path(__file__).resolve().parent
+MASKS = 3  # of an entry that draws masks: the mean of so many is reported
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured: rounds of every search, blocks of test items."""
+
+    rounds: int
+    blocks: int
+    sizes: items.Sizes
+
+
+_FEW = items.Sizes(
+    {"arc_challenge": 24, "hellaswag": 16, "truthfulqa_mc2": 16, "winogrande": 32, "texts": 6},
+    {"arc_challenge": 10, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 24, "winogrande": 24,
+     "gsm8k": 8, "texts": 16},
+    subjects=8,
+)  # fmt: skip
+_ALL = items.Sizes(
+    {"arc_challenge": 299, "hellaswag": 500, "truthfulqa_mc2": 100, "winogrande": 160,
+     "texts": 50},
+    {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 2000, "truthfulqa_mc2": 717,
+     "winogrande": 1267, "gsm8k": 1319, "texts": 300},
+    subjects=57,
+)  # fmt: skip
+# demo is the beginning of small, with the same items: small goes on in demo's folder.
+PROFILES = {
+    "demo": Profile(1, 1, _FEW),
+    "small": Profile(3, 6, _FEW),
+    "full": Profile(5, 1, _ALL),
+}
+
+
+class TimeIsUpError(Exception):
+    """The minutes are used up; what was measured is kept."""
+
+
+class Run:
+    """A run's folder: models, items, the journal, and what was found."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out: Path = given.out
+        self.data: Path = given.data
+        self.profile = PROFILES[given.profile]
+        self.given = given
+        self.record: dict[str, Any] = {"profile": given.profile, "states": {}, "rounds": []}
+        self._begun = time.monotonic()
+        self._share = 1.0
+        self.labs: list[Lab] = []
+
+    def say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def make_models(self) -> None:
+        """The baseline and the fine-tunes: those that are there already stay."""
+        folder = self.out / "models"
+        folder.mkdir(parents=True, exist_ok=True)
+        models.make_baseline(self.given.package, folder / "baseline")
+        for name, run in models.RUNS.items():
+            models.fine_tune(name, run, folder / "baseline", self.data, folder / name, self.say)
+        made = {n: json.loads((folder / n / "fine_tune.json").read_text()) for n in models.RUNS}
+        self.record["fine_tunes"] = made
+
+    def make_items(self) -> None:
+        self.chosen = items.choose(self.data, self.profile.sizes, self.profile.blocks)
+        items.write(self.data, self.chosen, self.out / "data")
+        self.record["items"] = self.chosen
+        self.sections = {
+            name: items.evaluate(
+                name, tasks, self.out / "data", self.given.device, self.given.batch
+            )
+            for name, tasks in self.chosen.items()
+        }
+
+    def contest(self, names: Sequence[str], round_number: int, folder: str = "models") -> Contest:
+        """A round over the baseline and the models ``names``, which share a lab."""
+        places = [self.out / "models" / "baseline", *(self.out / folder / n for n in names)]
+        shared = {
+            "baseline": {"model": str(places[0].resolve()), "name": "start"},
+            "pool": [
+                {"model": str(place.resolve()), "name": name}
+                for place, name in zip(places[1:], names, strict=True)
+            ],
+            "evaluate": self.sections["steer"],
+        }
+        probe = Contest(None, shared, round_number, self.say)  # type: ignore[arg-type]
+        schedule = probe.schedule("walk_linear", probe.skeleton())
+        cache = self.out / f"grams-{'-'.join(names)}.npz"
+        space = open_space(schedule, cache=cache, threads=self.given.threads)
+        if not hasattr(self, "scorers"):
+            self.load_scorers()
+        lab = Lab(
+            space, schedule.evaluate, self.scorers["steer"], self.journal,
+            threads=self.given.threads, folder=self.out, observe=self.observe,
+        )  # fmt: skip
+        return Contest(lab, shared, round_number, self.say)
+
+    def load_scorers(self) -> None:
+        from fastmerge.evaluation.settings import load_evaluate
+
+        self.journal = Journal(self.out / "journal.jsonl")
+        self.scorers = {
+            name: make_scorer(load_evaluate(section), Path(), self.out / "models" / "baseline")
+            for name, section in self.sections.items()
+        }
+
+    def observe(self, told: Measurement) -> None:
+        if told.seconds is not None:
+            self.say(f"  {told.what}: {told.split}, {told.seconds:.0f} s")
+        elif self.given.minutes is not None:
+            used = (time.monotonic() - self._begun) / 60
+            if used > self.given.minutes * self._share:
+                raise TimeIsUpError
+
+    def keep(self, lab: Lab, state: Expr, scores: Scores, block: str = "steer") -> str:
+        """Notes the scores by item under what decides the weights; returns that."""
+        key = lab.space.fingerprint(state)[:16]
+        entry = self.record["states"].setdefault(key, {"is": as_json(state), "scores": {}})
+        entry["scores"][block] = compact(scores)
+        return key
+
+    def search(self) -> None:
+        """Every family of every round, on the steering items."""
+        self._share = self.given.search_share
+        main = self.contest(list(models.RUNS), 0)
+        lab = main.lab
+        self.main = lab
+        self.tested: list[tuple[str, Lab, Expr]] = []
+        singles = main.singles()
+        self.record["singles"] = {
+            name: self.keep(lab, Model(i), singles[i]) for i, name in enumerate(main.names)
+        }
+        for number in range(self.profile.rounds):
+            found: dict[str, Any] = {}
+            self.record["rounds"].append(found)
+            contest = Contest(lab, main.shared, number, self.say)
+            for entry, owner in self.families(contest, number, singles):
+                found[entry.family] = self.noted(entry, owner)
+
+    def families(
+        self, contest: Contest, number: int, singles: Sequence[Scores]
+    ) -> Iterator[tuple[Entry, Contest]]:
+        """The families of a round, those that answer most first."""
+        walks: dict[str, Entry] = {}
+        plain = ("walk_linear", "walk_slerp", "walk_ties", "walk_dare_ties")
+        first = ("anchored", "line_search", "linear", "ties")
+        for family in plain:
+            walks[family] = contest.walk(family)
+            yield walks[family], contest
+        yield contest.uniform(), contest
+        for family in first:
+            entry = contest.rival(family, singles)
+            if entry is not None:
+                yield entry, contest
+        yield self.random_step(number)
+        for family in WALKS:
+            if family not in plain:
+                yield contest.walk(family), contest
+        for family, walk in COLLAPSED.items():
+            yield contest.collapsed(family, walks[walk]), contest
+        for family in RIVALS:
+            if family not in first:
+                entry = contest.rival(family, singles)
+                if entry is not None:
+                    yield entry, contest
+
+    def random_step(self, number: int) -> tuple[Entry, Contest]:
+        """The linear schedule with noise in place of every partner."""
+        name = f"noise-{number}"
+        (self.out / "noise").mkdir(exist_ok=True)
+        folder = self.out / "models"
+        models.make_noise(
+            folder / "baseline", [folder / n for n in models.RUNS], number,
+            self.out / "noise" / name,
+        )  # fmt: skip
+        contest = self.contest([name], number, "noise")
+        entry = contest.walk("walk_linear")
+        return Entry("random_step", entry.state, entry.steer, entry.measured), contest
+
+    def noted(self, entry: Entry, contest: Contest) -> dict[str, Any]:
+        """A family's result by its states' keys."""
+        lab = contest.lab
+        noted: dict[str, Any] = {
+            "entry": self.keep(lab, entry.state, entry.steer),
+            "steer": round(entry.steer.value, 4),
+            "measured": [self.keep(lab, state, scores) for state, scores in entry.measured],
+        }
+        self.tested.append((entry.family, lab, entry.state))
+        if is_random(entry.state):
+            masks = [reseeded(entry.state, shift) for shift in range(1, MASKS)]
+            noted["masks"] = [lab.space.fingerprint(state)[:16] for state in masks]
+            self.tested += [(f"{entry.family} mask", lab, state) for state in masks]
+        if entry.trajectory is not None:
+            own = {"linear": linear_of(entry.trajectory, entry.step)}
+            own["own"] = contest.own_one_shot(entry.family, entry.trajectory, entry.step)
+            for kind, state in own.items():
+                noted[kind] = lab.space.fingerprint(state)[:16]
+                self.tested.append((f"{entry.family} > {kind}", lab, state))
+        return noted
+
+    def null(self) -> None:
+        """A walk among copies of one model: its every score must be the baseline's, by item."""
+        (self.out / "null").mkdir(exist_ok=True)
+        models.copy_of(self.out / "models" / "baseline", self.out / "null" / "copy")
+        contest = self.contest(["copy"], 0, "null")
+        lab = contest.lab
+        baseline = compact(contest.score(Model(0), "baseline"))
+        apart = {}
+        for family in ("walk_slerp", "walk_ties", "walk_dare_ties"):
+            entry = contest.walk(family)
+            apart[family] = [
+                float(max(abs(a - b) for task in baseline
+                    for a, b in zip(baseline[task], compact(scores)[task], strict=True)))
+                for _, scores in entry.measured
+            ]  # fmt: skip
+        self.record["null"] = apart
+
+    def test(self) -> None:
+        """Every entry on the test items, block by block, the comparisons of PROTOCOL.md first."""
+        self._share = 1.0
+        first, others = self.order()
+        for contenders in (first, others):
+            for block in [name for name in self.chosen if name != "steer"]:
+                for what, lab, state in contenders:
+                    lab.scorer, lab.stage = self.scorers[block], what
+                    try:
+                        scores = lab.score(state)
+                    finally:
+                        lab.scorer = self.scorers["steer"]
+                    self.keep(lab, state, scores, block)
+
+    def order(self) -> tuple[list[tuple[str, Lab, Expr]], list[tuple[str, Lab, Expr]]]:
+        """What is tested first: what the primary comparisons are of."""
+        rounds = self.record["rounds"]
+        leaders = []
+        for group in (tuple(WALKS), (*RIVALS, "uniform")):
+            scored = [(r[f]["steer"], -i, f) for i, r in enumerate(rounds) for f in group if f in r]
+            if scored:
+                _, i, family = max(scored, key=lambda one: one[:2])
+                leaders.append({**rounds[-i][family], "family": family, "round": -i})
+        self.record["leaders"] = leaders
+        wanted = {key for one in leaders for key in (one["entry"], one.get("own")) if key}
+        wanted |= {one["linear"] for one in leaders if "linear" in one}
+
+        def key(lab: Lab, state: Expr) -> str:
+            return lab.space.fingerprint(state)[:16]
+
+        singles = [(name, self.main, Model(i)) for i, name in enumerate(self.record["singles"])]
+        chosen = [one for one in self.tested if key(one[1], one[2]) in wanted]
+        chosen += [one for one in self.tested if one[0] in ("uniform", "random_step")]
+        first = [singles[0], *chosen, *singles[1:]]
+        return first, [one for one in self.tested if one not in chosen]
+
+    def write(self) -> None:
+        results: Path = self.given.results
+        results.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record, separators=(",", ":"))
+        # A line for each model, so that a difference between two runs can be read.
+        text = text.replace('},"', '},\n"')
+        write_atomically(results / "record.json", text + "\n")
+        self.say(f"wrote {results / 'record.json'}")
+
+
+def compact(scores: Scores) -> dict[str, list[float]]:
+    """Scores by item, 0 to 1, in the order of the items."""
+    found = {}
+    for name, task in scores.tasks.items():
+        values = [value for part in (task.items or {}).values() for value in part]
+        found[name] = [round(value / 100, 5) for value in values]
+    return found
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the run's folder: some 3 GB")
+    parser.add_argument("--data", type=Path, required=True, help="has leaderboard/ and text/")
+    parser.add_argument("--profile", choices=PROFILES, default="small")
+    parser.add_argument("--package", type=Path, help=f"a folder with {models.GGUF}")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the command goes on")
+    parser.add_argument("--search-share", type=float, default=0.5, help="of the minutes")
+    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a generation")
+    parser.add_argument("--results", type=Path, help="default: results/PROFILE beside this file")
+    given = parser.parse_args(argv)
+    given.results = given.results or HERE / "results" / given.profile
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    run = Run(given)
+    items.check(given.data)
+    models.check_texts(given.data, models.RUNS)
+    run.make_models()
+    run.make_items()
+    try:
+        for part in (run.search, run.test, run.null):
+            try:
+                part()
+            except TimeIsUpError:
+                run.say(f"the minutes of {part.__name__} are used up; the same command goes on")
+    finally:
+        run.write()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FastmergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
