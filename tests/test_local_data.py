@@ -349,6 +349,18 @@ def test_a_row_of_another_layout_is_one_line(llama: Path, data: Path, name: str)
     assert str(caught.value).startswith("evaluate.tasks[0]: ")
 
 
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.shown])
+def test_without_examples_a_task_needs_no_file_of_them(
+    llama: Path, data: Path, name: str
+) -> None:
+    layout = LAYOUTS[name]
+    (data / layout.folder / f"{layout.shown}.jsonl").unlink(missing_ok=True)
+    task = "mmlu_anatomy" if name == "mmlu" else name
+    scorer = scorer_of(llama, data=str(data), tasks=[{"name": task, "num_fewshot": 0}])
+    (reading,) = scorer.readings("steer")
+    assert reading.items > 0
+
+
 def test_what_is_not_there_is_named_at_once(llama: Path, data: Path) -> None:
     def refusal(**evaluate: Any) -> str:
         with pytest.raises(FastmergeError) as caught:

@@ -71,7 +71,10 @@ _TRUTHFULQA_STEERS = 100  # of its 817 rows
 
 @dataclass(frozen=True)
 class Sizes:
-    """Items a task of the steering set and of one test block; MMLU's are for each subject."""
+    """Items a task of the steering set and of one test block; MMLU's are for each subject.
+
+    GSM8K is generated, which takes longer than all else: it has sets of its own, measured last.
+    """
 
     steer: Mapping[str, int]
     test: Mapping[str, int]
@@ -111,10 +114,12 @@ def _shuffled(count: int, purpose: str) -> list[int]:
 
 
 def choose(data: Path, sizes: Sizes, blocks: int) -> dict[str, dict[str, list[int]]]:
-    """Row numbers by set ("steer", "test-0", ...) and task; MMLU's tasks are its subjects."""
+    """Row numbers by set ("steer", "test-0", "generate-0", ...) and task; MMLU's tasks are its
+    subjects.
+    """
     chosen: dict[str, dict[str, list[int]]] = {"steer": {}}
-    for number in range(blocks):
-        chosen[f"test-{number}"] = {}
+    for kind in ("test", "generate"):
+        chosen |= {f"{kind}-{number}": {} for number in range(blocks)}
     for source in SOURCES:
         steer = [] if source.steer is None else _shuffled(
             len(_rows(find(data, source.steer, "steering"))), f"steer {source.task}"
@@ -133,11 +138,12 @@ def choose(data: Path, sizes: Sizes, blocks: int) -> dict[str, dict[str, list[in
             kept = [subjects[i] for i in sorted(_shuffled(57, "subjects")[: sizes.subjects])]
             groups = {f"mmlu_{s}": [i for i in order if rows[i]["subject"] == s] for s in kept}
         each = sizes.test[source.task]
+        kind = "generate" if source.task == "gsm8k" else "test"
         for number in range(blocks):
             for task, members in groups.items():
                 block = members[number * each : (number + 1) * each]
                 if block:
-                    chosen[f"test-{number}"][task] = sorted(block)
+                    chosen[f"{kind}-{number}"][task] = sorted(block)
     for skill in SKILLS:
         numbers = unseen(RUNS[skill], data)[0]
         count = sizes.steer["texts"]

@@ -37,6 +37,13 @@ from fastmerge.search.expressions import Expr, as_json, is_random, reseeded
 from fastmerge.search.lab import Measurement
 
 HERE = Path(__file__).resolve().parent
+# Of a round, what answers most first: a run may stop anywhere.
+ORDER = (
+    "walk_linear", "walk_slerp", "walk_ties", "uniform", "line_search", "anchored", "random_step",
+    "walk_dare_ties", "linear", "walk_slerp_layers", "walk_slerp_best", "walk_slerp_previous",
+    "walk_slerp_improve", "walk_slerp_anneal", "ties", "collapsed_ties", "collapsed_dare_ties",
+    "collapsed_slerp", "dare_ties", "slerp", "task_arithmetic", "greedy_soup", "model_stock",
+)  # fmt: skip
 MASKS = 3  # of an entry that draws masks: the mean of so many is reported
 
 
@@ -49,25 +56,44 @@ class Profile:
     sizes: items.Sizes
 
 
-_FEW = items.Sizes(
-    {"arc_challenge": 24, "hellaswag": 16, "truthfulqa_mc2": 16, "winogrande": 32, "texts": 6},
-    {"arc_challenge": 10, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 24, "winogrande": 24,
-     "gsm8k": 8, "texts": 16},
-    subjects=8,
-)  # fmt: skip
-_ALL = items.Sizes(
-    {"arc_challenge": 299, "hellaswag": 500, "truthfulqa_mc2": 100, "winogrande": 160,
-     "texts": 50},
-    {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 2000, "truthfulqa_mc2": 717,
-     "winogrande": 1267, "gsm8k": 1319, "texts": 300},
-    subjects=57,
-)  # fmt: skip
-# demo is the beginning of small, with the same items: small goes on in demo's folder.
 PROFILES = {
-    "demo": Profile(1, 1, _FEW),
-    "small": Profile(3, 6, _FEW),
-    "full": Profile(5, 1, _ALL),
-}
+    # Minutes on a busy machine: that everything works, and the coarsest of answers.
+    "demo": Profile(
+        1,
+        1,
+        items.Sizes(
+            {"arc_challenge": 12, "hellaswag": 6, "truthfulqa_mc2": 6, "winogrande": 16,
+             "texts": 3},
+            {"arc_challenge": 5, "hellaswag": 5, "mmlu": 5, "truthfulqa_mc2": 10, "winogrande": 10,
+             "gsm8k": 5, "texts": 8},
+            subjects=4,
+        ),
+    ),
+    # Three hours on two quiet cores.
+    "small": Profile(
+        3,
+        6,
+        items.Sizes(
+            {"arc_challenge": 24, "hellaswag": 16, "truthfulqa_mc2": 16, "winogrande": 32,
+             "texts": 6},
+            {"arc_challenge": 10, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 24,
+             "winogrande": 24, "gsm8k": 8, "texts": 16},
+            subjects=8,
+        ),
+    ),
+    # Everything, on a GPU.
+    "full": Profile(
+        5,
+        1,
+        items.Sizes(
+            {"arc_challenge": 299, "hellaswag": 500, "truthfulqa_mc2": 100, "winogrande": 160,
+             "texts": 50},
+            {"arc_challenge": 1172, "hellaswag": 10_042, "mmlu": 2000, "truthfulqa_mc2": 717,
+             "winogrande": 1267, "gsm8k": 1319, "texts": 300},
+            subjects=57,
+        ),
+    ),
+}  # fmt: skip
 
 
 class TimeIsUpError(Exception):
@@ -181,27 +207,21 @@ class Run:
     ) -> Iterator[tuple[Entry, Contest]]:
         """The families of a round, those that answer most first."""
         walks: dict[str, Entry] = {}
-        plain = ("walk_linear", "walk_slerp", "walk_ties", "walk_dare_ties")
-        first = ("anchored", "line_search", "linear", "ties")
-        for family in plain:
-            walks[family] = contest.walk(family)
-            yield walks[family], contest
-        yield contest.uniform(), contest
-        for family in first:
-            entry = contest.rival(family, singles)
+        for family in ORDER:
+            entry: Entry | None
+            if family == "random_step":
+                yield self.random_step(number)
+                continue
+            if family in WALKS:
+                entry = walks[family] = contest.walk(family)
+            elif family in COLLAPSED:
+                entry = contest.collapsed(family, walks[COLLAPSED[family]])
+            elif family == "uniform":
+                entry = contest.uniform()
+            else:
+                entry = contest.rival(family, singles)
             if entry is not None:
                 yield entry, contest
-        yield self.random_step(number)
-        for family in WALKS:
-            if family not in plain:
-                yield contest.walk(family), contest
-        for family, walk in COLLAPSED.items():
-            yield contest.collapsed(family, walks[walk]), contest
-        for family in RIVALS:
-            if family not in first:
-                entry = contest.rival(family, singles)
-                if entry is not None:
-                    yield entry, contest
 
     def random_step(self, number: int) -> tuple[Entry, Contest]:
         """The linear schedule with noise in place of every partner."""
@@ -242,7 +262,6 @@ class Run:
         (self.out / "null").mkdir(exist_ok=True)
         models.copy_of(self.out / "models" / "baseline", self.out / "null" / "copy")
         contest = self.contest(["copy"], 0, "null")
-        lab = contest.lab
         baseline = compact(contest.score(Model(0), "baseline"))
         apart = {}
         for family in ("walk_slerp", "walk_ties", "walk_dare_ties"):

@@ -198,7 +198,9 @@ class LocalData:
         if layout.shown is not None and self._file(layout, layout.shown, where):
             splits[layout.shown] = self._read(layout, layout.shown, where)
         else:
-            keys |= {"training_split": None, "fewshot_split": None}
+            # ARC's file names a validation split, too: the harness would look for examples there.
+            others = ("training_split", "fewshot_split", "validation_split")
+            keys |= {name: None for name in others if name != f"{layout.scored}_split"}
         if subject is not None:
             for split, rows in splits.items():
                 splits[split] = [row for row in rows if row["subject"] == subject]
