@@ -350,9 +350,7 @@ def test_a_row_of_another_layout_is_one_line(llama: Path, data: Path, name: str)
 
 
 @pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.shown])
-def test_without_examples_a_task_needs_no_file_of_them(
-    llama: Path, data: Path, name: str
-) -> None:
+def test_without_examples_a_task_needs_no_file_of_them(llama: Path, data: Path, name: str) -> None:
     layout = LAYOUTS[name]
     (data / layout.folder / f"{layout.shown}.jsonl").unlink(missing_ok=True)
     task = "mmlu_anatomy" if name == "mmlu" else name

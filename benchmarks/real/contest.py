@@ -129,16 +129,14 @@ class Contest:
         return Skeleton.draw(rng_of(self._round, purpose), self.names[1:])
 
     def walk(self, family: str) -> Entry:
-        """A schedule of `BUDGET` cycles; it enters the best state that it kept."""
+        """A schedule of `BUDGET` cycles; it enters the best state after one of them."""
         schedule = self.schedule(family, self.skeleton())
         self._say(f"round {self._round}: {family}")
         trajectory = walk(schedule, self.space, self.lab, seed=self._round)
-        step = trajectory.final
-        scores = trajectory.scores[step]
-        assert scores is not None
         pairs = zip(trajectory.states[1:], trajectory.scores[1:], strict=True)
-        measured = tuple((state, found) for state, found in pairs if found is not None)
-        return Entry(family, trajectory.states[step], scores, measured, trajectory, step)
+        measured = {n: (state, s) for n, (state, s) in enumerate(pairs, 1) if s is not None}
+        step = max(measured, key=lambda n: (measured[n][1].value, -n))
+        return Entry(family, *measured[step], tuple(measured.values()), trajectory, step)
 
     def schedule(self, family: str, skeleton: Skeleton) -> Schedule:
         """The schedule of one arm, as a user would write it."""

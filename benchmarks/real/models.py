@@ -11,6 +11,7 @@ import gzip
 import importlib.util
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -257,8 +258,5 @@ def make_noise(baseline: Path, fine_tunes: list[Path], seed: int, folder: Path) 
 
 def copy_of(baseline: Path, folder: Path) -> None:
     """The same model under another name, for the null check."""
-    folder.mkdir(exist_ok=True)
-    for file in baseline.iterdir():
-        target = folder / file.name
-        if not target.exists():
-            target.symlink_to(file.resolve())
+    if not (folder / "config.json").is_file():
+        shutil.copytree(baseline, folder, dirs_exist_ok=True)

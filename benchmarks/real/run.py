@@ -178,7 +178,7 @@ class Run:
                 raise TimeIsUpError
 
     def keep(self, lab: Lab, state: Expr, scores: Scores, block: str = "steer") -> str:
-        """Notes the scores by item under what decides the weights; returns that."""
+        """Notes the scores by item under a digest of what decides the weights; returns that."""
         key = lab.space.fingerprint(state)[:16]
         entry = self.record["states"].setdefault(key, {"is": as_json(state), "scores": {}})
         entry["scores"][block] = compact(scores)
@@ -201,6 +201,7 @@ class Run:
             contest = Contest(lab, main.shared, number, self.say)
             for entry, owner in self.families(contest, number, singles):
                 found[entry.family] = self.noted(entry, owner)
+                self.write()
 
     def families(
         self, contest: Contest, number: int, singles: Sequence[Scores]
@@ -277,6 +278,7 @@ class Run:
         """Every entry on the test items, block by block, the comparisons of PROTOCOL.md first."""
         self._share = 1.0
         first, others = self.order()
+        self.write()
         for contenders in (first, others):
             for block in [name for name in self.chosen if name != "steer"]:
                 for what, lab, state in contenders:
@@ -286,6 +288,7 @@ class Run:
                     finally:
                         lab.scorer = self.scorers["steer"]
                     self.keep(lab, state, scores, block)
+                    self.write()
 
     def order(self) -> tuple[list[tuple[str, Lab, Expr]], list[tuple[str, Lab, Expr]]]:
         """What is tested first: what the primary comparisons are of."""
@@ -316,7 +319,6 @@ class Run:
         # A line for each model, so that a difference between two runs can be read.
         text = text.replace('},"', '},\n"')
         write_atomically(results / "record.json", text + "\n")
-        self.say(f"wrote {results / 'record.json'}")
 
 
 def compact(scores: Scores) -> dict[str, list[float]]:
@@ -366,6 +368,9 @@ def main() -> None:
                 run.say(f"the minutes of {part.__name__} are used up; the same command goes on")
     finally:
         run.write()
+        run.say(
+            f"wrote {given.results / 'record.json'}: tables.py {given.results} makes the tables"
+        )
 
 
 if __name__ == "__main__":
