@@ -2,7 +2,8 @@
 
 A model on a GPU is merged there from sources that stay on the device, or in pinned memory, between
 calls. Where they stay on the device, so does what was prepared for them: a candidate of a walk or a
-sweep, which differs from the one before in coefficients or values, costs the kernels' time.
+sweep, which differs from the one before in coefficients or values, costs the kernels' time. Of an
+adapted model that is its base and the factors, of one stored as codes those and their scales.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from fastmerge.compute.batch import Batch, Job, form_of
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES
 from fastmerge.compute.lane import Lane
+from fastmerge.compute.on_device import made_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
+from fastmerge.engine.inputs import Inputs
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.models.memory import as_torch, view_of, written
 from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.tree.nodes import Node, Stored, gathers, leaves
+from fastmerge.tree.nodes import Leaf, Node, Stored, leaves, reads_rows, walk
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +53,18 @@ class _Prepared(NamedTuple):
     items: Sequence[TensorPlan]
     outs: Sequence[torch.Tensor]
     batch: Batch
+
+
+class _Limit(NamedTuple):
+    """Device memory of one group of tensors: what is made of codes and adapters, and with
+    ``passing`` the sources, which do not stay there.
+    """
+
+    nbytes: int
+    passing: bool
+
+    def of(self, item: TensorPlan) -> int:
+        return 4 * made_count(item.root) + (item.bytes_in if self.passing else 0)
 
 
 class _Held:
@@ -104,11 +119,12 @@ def merge_into(
     """Merges ``plan`` into ``model``'s parameters: what a folder written from it would hold.
 
     ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
-    they pass through ``gpu_memory`` bytes of the device; "auto" is the device where they fit, and
-    warns where they do not. `forget` lets go of them. Parameters on the CPU are filled by the CPU
-    kernels (``threads``), and so are a GPU's where ``observe`` is to see every tensor or tokenizers
-    are merged. Returns what each tensor came to. Raises FastmergeError where plan and model do not
-    fit, before any parameter changes.
+    they pass through ``gpu_memory`` bytes of the device, as do the numbers that adapted weights and
+    codes stand for; "auto" is the device where they fit, and warns where they do not. `forget` lets
+    go of them. Parameters on the CPU are filled by the CPU kernels (``threads``), and so are a
+    GPU's where ``observe`` is to see every tensor, and those whose rows come from several places.
+    Returns what each tensor came to. Raises FastmergeError where plan and model do not fit, before
+    any parameter changes.
     """
     import torch
 
@@ -119,15 +135,17 @@ def merge_into(
     plan = plan.as_numbers
     targets = _targets(model, plan)
     with torch.no_grad():
-        # Rows from several places are the CPU kernels' to read.
-        gathers_rows = any(gathers(item.root) for item in (plan.template or plan).tensors)
-        if observe is not None or gathers_rows or not _uses_gpu(targets):
+        if observe is not None or not _uses_gpu(targets):
             return _merged_on_cpu(plan, targets, threads, observe)
+        # Embeddings of merged tokenizers, say: of a candidate where its template's are.
+        rows = {item.name for item in (plan.template or plan).tensors if reads_rows(item.root)}
+        on_cpu = {name: targets.pop(name) for name in list(targets) if name in rows}
+        outcomes = _merged_on_cpu(plan, on_cpu, threads, None) if on_cpu else {}
         held = _HELD.setdefault(model, _Held())
-        place = _place(held, plan, targets) if keep == "auto" else keep
+        place = _place(held, plan, targets, gpu_memory) if keep == "auto" else keep
         while True:
             with suppress(torch.cuda.OutOfMemoryError):
-                return _merged_on_gpu(held, plan, targets, place, gpu_memory)
+                return outcomes | _merged_on_gpu(held, plan, targets, place, gpu_memory)
             # Not in a handler: there the exception's frames still hold the tensors.
             held.let_go_of_device()
             torch.cuda.empty_cache()
@@ -224,20 +242,22 @@ def _merged_on_gpu(
     return outcomes
 
 
-def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor]) -> str:
+def _place(held: _Held, plan: Plan, targets: Mapping[str, torch.Tensor], gpu_memory: int) -> str:
     """ "device" where all sources have room beside the model, else "pinned"."""
     need: dict[torch.device, int] = {}
+    made: dict[torch.device, int] = {}
     for item in (plan.template or plan).tensors:
         if item.name not in targets:
             continue
         device = targets[item.name].device
+        made[device] = made.get(device, 0) + 4 * made_count(item.root)
         for source in item.sources:
             if held.key(plan.models[source.model], source.name, "device", device) in held.tensors:
                 continue
             need[device] = need.get(device, 0) + source.nbytes
     for device, nbytes in need.items():
         room = _room(device)
-        if room is not None and nbytes > room:
+        if room is not None and nbytes + min(made[device], gpu_memory) > room:
             _warn(
                 f"has {room / 1e9:.1f} GB free on {device} and the sources take {nbytes / 1e9:.1f} "
                 "GB; they stay in pinned memory"
@@ -328,15 +348,21 @@ def _prepared(
     made = []
     widest = _widest(plan, roots) if keep == "device" else plan
     # Half: while one group is on its way, the one before it is still there.
-    for group in _groups(widest, targets, gpu_memory // 2 if keep == "pinned" else None):
+    limit = _Limit(gpu_memory // 2, True) if keep == "pinned" else _Limit(gpu_memory, False)
+    inputs = Inputs(plan.models)
+    groups = list(_groups(widest, targets, limit))
+    scratch = _scratch(groups, targets)
+    for group in groups:
         device = targets[group[0].name].device
         on_device: dict[Stored, torch.Tensor] = {}
+        for leaf in (node for item in group for node in walk(item.root) if isinstance(node, Leaf)):
+            inputs.check(leaf)
         for source in leaves([item.root for item in group]):
             stored = _source(held, plan.models[source.model], source.name, keep, device)
             on_device[source] = stored.to(device, non_blocking=True)
         outs = [_out(targets[item.name], item) for item in group]
         jobs = [Job(item.name, item.root, out) for item, out in zip(group, outs, strict=True)]
-        prepared = _Prepared(group, outs, Batch(jobs, on_device.__getitem__))
+        prepared = _Prepared(group, outs, Batch(jobs, on_device.__getitem__, scratch[device]))
         if keep == "device":
             made.append(prepared)
         if widest is not plan:
@@ -365,17 +391,31 @@ def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
     return torch.empty(item.shape, dtype=dtype, device=target.device)
 
 
+def _scratch(
+    groups: Sequence[Sequence[TensorPlan]], targets: Mapping[str, torch.Tensor]
+) -> dict[torch.device, torch.Tensor]:
+    """For each device memory that its groups share, for what codes and adapters come to."""
+    import torch
+
+    most: dict[torch.device, int] = {}
+    for group in groups:
+        device = targets[group[0].name].device
+        count = sum(made_count(item.root) for item in group)
+        most[device] = max(most.get(device, 0), count)
+    return {d: torch.empty(n, dtype=torch.float32, device=d) for d, n in most.items()}
+
+
 def _groups(
-    plan: Plan, targets: Mapping[str, torch.Tensor], limit: int | None
+    plan: Plan, targets: Mapping[str, torch.Tensor], limit: _Limit
 ) -> Iterator[Sequence[TensorPlan]]:
-    """The plan's tensors by device, in groups whose sources take at most ``limit`` bytes."""
+    """The plan's tensors by device, in groups within the limit, or of one tensor."""
     group: list[TensorPlan] = []
     size = 0
     items = [item for item in plan.tensors if item.name in targets]
     for item in sorted(items, key=lambda item: str(targets[item.name].device)):
-        nbytes = item.bytes_in
+        nbytes = limit.of(item)
         other = bool(group) and targets[group[0].name].device != targets[item.name].device
-        if group and (other or (limit is not None and size + nbytes > limit)):
+        if group and (other or size + nbytes > limit.nbytes):
             yield group
             group, size = [], 0
         group.append(item)
@@ -390,7 +430,7 @@ def _source(held: _Held, model: Model, name: str, keep: str, device: torch.devic
 
     key = held.key(model, name, keep, device)
     if key not in held.tensors:
-        view, entry = model.view(name), model.tensors[name]
+        view, entry = model.view(name), model.tensors[name]  # RAW bytes of codes
         pool = cpu(thread_count()).pool
         if keep == "device":
             if device not in held.lanes:
@@ -403,7 +443,7 @@ def _source(held: _Held, model: Model, name: str, keep: str, device: torch.devic
             raw = held.pinned(view.nbytes, pin=device.type == "cuda")
             into = _C.View(raw.data_ptr(), view.nbytes, "RAW", raw)
             _C.copy(pool, _C.View(view.address, view.nbytes, "RAW", view), _C.MemorySink(into))
-            tensor = raw.view(getattr(torch, entry.dtype.name))
+            tensor = raw if view.dtype == "RAW" else raw.view(getattr(torch, entry.dtype.name))
         model.drop(name)
-        held.tensors[key] = tensor.reshape(entry.shape)
+        held.tensors[key] = tensor
     return held.tensors[key]

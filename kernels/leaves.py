@@ -125,14 +125,17 @@ def dequantised(
     cols: int,
     block_rows: int,
     block_cols: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 numbers, flat, of matrices of (rows, cols): each code times its block's scale.
 
     codes: uint8, flat; of "mxfp4" two numbers to a byte, each matrix as its transpose. scales:
     flat, of any float type, one for every (block_rows, block_cols); of "mxfp4" uint8 (E8M0).
+    out: where they go, and what is returned; None for new memory.
     """
     count = codes.numel() * (2 if coding == "mxfp4" else 1)
-    out = torch.empty(count, dtype=torch.float32, device=codes.device)
+    if out is None:
+        out = torch.empty(count, dtype=torch.float32, device=codes.device)
     if coding != "mxfp4":
         codes, scales = codes.view(torch.int8), scales.float()
     total = count // cols
@@ -144,14 +147,21 @@ def dequantised(
 
 
 def low_rank(
-    base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+    base: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 numbers, flat: ``base + scale * left @ right``.
 
-    base: flat, of an input type. left: fp32, (rows, rank). right: fp32, (rank, cols).
+    base: flat, of an input type. left: fp32, (rows, rank). right: fp32, (rank, cols). out: as in
+    `dequantised`; not the base.
     """
     (rows, rank), cols = left.shape, right.shape[1]
-    out = torch.empty(rows * cols, dtype=torch.float32, device=base.device)
+    if out is None:
+        out = torch.empty(rows * cols, dtype=torch.float32, device=base.device)
     raw = base.view(_RAW[base.element_size()])
     launch(
         low_rank_kernel, _programs(rows, cols), base.device, raw, left, right, out, rows, cols,

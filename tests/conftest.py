@@ -175,6 +175,31 @@ class Zoo:
         file.write_bytes(len(text).to_bytes(8, "little") + text + data)
         return folder
 
+    def adapter(self, name: str, of: Path, *, seed=1, rank=3, **config) -> Path:
+        """A LoRA of normal factors, fp32, on every projection of ``of``; ``config`` besides."""
+        rng = np.random.default_rng([seed, 3])
+        tensors: dict[str, tuple[str, np.ndarray]] = {}
+        modules = []
+        for weight, values in read_checkpoint(of).items():
+            if "proj" not in weight:
+                continue
+            modules.append(weight.removesuffix(".weight"))
+            for part, shape in (("A", (rank, values.shape[1])), ("B", (values.shape[0], rank))):
+                factor = (0.1 * rng.normal(size=shape)).astype(np.float32)
+                tensors[f"base_model.model.{modules[-1]}.lora_{part}.weight"] = ("F32", factor)
+            if config.get("use_dora"):
+                lengths = (1.1 * np.linalg.norm(values, axis=1)).astype(np.float32)
+                tensors[f"base_model.model.{modules[-1]}.lora_magnitude_vector"] = ("F32", lengths)
+        folder = self.raw(name, tensors)
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        said = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
+            "bias": "none", "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
+            "base_model_name_or_path": str(of), **config,
+        }  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+        return folder
+
     read = staticmethod(read_checkpoint)
 
 

@@ -15,12 +15,21 @@ import torch
 
 pytest.importorskip("yaml")  # recipes are read with it
 
-from fastmerge import _C, api
+import fastmerge
+from fastmerge import _C, api, live, llama
 from fastmerge.compute import devices
 from fastmerge.compute import lane as lane_module
+from fastmerge.compute.batch import Batch
 from fastmerge.compute.cpu import cpu
+from fastmerge.engine.products import grams
 from fastmerge.errors import ModelError
 from fastmerge.kernels import common, leaves
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.planning.of_models import of_models
+from fastmerge.recipe.settings import constant
+from fastmerge.search import expressions as search
+from fastmerge.search.space import Space
+from fastmerge.tree.nodes import Merge
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 INTERPRETED = common.interpreted()
@@ -196,9 +205,8 @@ def test_pieces_are_read_by_the_host(method, zoo, tmp_path) -> None:
     assert any("went through it in pieces" in note for note in report.notes)
 
 
-def test_a_damaged_scale_is_named(zoo, tmp_path) -> None:
-    base = zoo.base(layers=1)
-    codes = coded(zoo, "coded", base)
+def damage(codes: Path) -> None:
+    """A scale of -1, the first of one tensor."""
     tensors = (codes / "model.safetensors").read_bytes()
     size = int.from_bytes(tensors[:8], "little")
     header = json.loads(tensors[8 : 8 + size])
@@ -206,6 +214,12 @@ def test_a_damaged_scale_is_named(zoo, tmp_path) -> None:
     at = 8 + size + header[name]["data_offsets"][0]
     spoilt = tensors[:at] + np.float32(-1).tobytes() + tensors[at + 4 :]
     (codes / "model.safetensors").write_bytes(spoilt)
+
+
+def test_a_damaged_scale_is_named(zoo, tmp_path) -> None:
+    base = zoo.base(layers=1)
+    codes = coded(zoo, "coded", base)
+    damage(codes)
     with pytest.raises(ModelError, match=r"_scale_inv' holds -1\.0 at 0"):
         api.merge(merged("linear", base, codes, base), tmp_path / "out", device="cuda")
 
@@ -217,3 +231,137 @@ def test_what_is_written_as_codes_stays_on_the_host_and_is_noted(zoo, tmp_path) 
     del recipe["dtype"]
     report = same_bytes(recipe, tmp_path)
     assert any("are stored as codes: the CPU computes them" in note for note in report.notes)
+
+
+# --- into live models ---
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that merges into live models prepare, as on a GPU."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(live, "_uses_gpu", lambda targets: True)
+    made = []
+    monkeypatch.setattr(live, "Batch", lambda *given: made.append(given) or Batch(*given))
+    return made
+
+
+def merged_into(model, recipe, **options) -> None:
+    """Merges into the live model, whose parameters are then what the CPU makes of the recipe."""
+    plan = api.plan(recipe, seed=3)
+    live.merge_into(model, plan, **options)
+    wanted = dict(fastmerge.materialise(plan))
+    for name, tensor in model.state_dict().items():
+        assert (tensor.cpu().view(torch.uint16).numpy() == wanted[name]).all(), name
+
+
+@pytest.mark.parametrize(
+    "method, keep, memory",
+    [
+        ("linear", "device", 1 << 30),
+        ("ties", "device", 1 << 13),
+        ("model_stock", "pinned", 1 << 14),
+        ("nuslerp", "device", 1 << 13),
+    ],
+)
+def test_adapters_and_codes_into_a_live_model(method, keep, memory, zoo, batches) -> None:
+    """Groups that lie within the memory given share it for the numbers that they are made."""
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    codes = coded(zoo, "coded", base)
+    models = [f"{base}+{zoo.adapter('dora', base, use_dora=True)}"]
+    models += [f"{codes}+{zoo.adapter('lora', base, seed=2)}"]
+    own = {} if method == "model_stock" else {"weight": 0.6}
+    own |= {"density": 0.5} if method == "ties" else {}
+    recipe = {
+        "merge_method": method, "dtype": "bfloat16",
+        "models": [{"model": m, "parameters": own} for m in models],
+        "parameters": {"nuslerp_flatten": False} if method == "nuslerp" else {},
+    }  # fmt: skip
+    recipe |= {"base_model": str(base)} if method != "linear" else {}
+    model = llama.load(base).to(DEVICE)
+    merged_into(model, recipe, keep=keep, gpu_memory=memory)
+    assert len(batches) == 1 if memory == 1 << 30 else len(batches) > 2
+
+
+def test_a_walk_over_adapters_prepares_once_and_reads_no_file_again(
+    zoo, batches, monkeypatch
+) -> None:
+    """Ten states of three adapters, whose base is no model of the walk: copies, means, SLERPs."""
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    kinds = {"a": {}, "b": {"use_rslora": True}, "c": {"use_dora": True}}
+    adapters = [zoo.adapter(name, base, seed=ord(name), **more) for name, more in kinds.items()]
+    template = of_models([f"{base}+{adapter}" for adapter in adapters])
+    wanted = {i.name: i.root.operands for i in template.tensors if isinstance(i.root, Merge)}
+    found = grams(template.models, wanted)
+    space = Space(template, np.stack([found[n] for n in wanted]), [0.0] * len(wanted))
+    read = []
+    view = Checkpoint.view
+    monkeypatch.setattr(Checkpoint, "view", lambda *given: read.append(given[1]) or view(*given))
+    state = search.Model(0)
+    model = llama.load(base).to(DEVICE)
+    for step in range(10):
+        if step % 3 == 1:
+            state = search.average((state, search.Model(1 + step % 2)), (0.75, 0.25))
+        elif step % 3 == 2:
+            t = {"t": constant(step / 20)}
+            state = search.blend("slerp", (state, search.Model(1 + step % 2)), parameters=t)
+        plan = space.plan(state if step != 6 else search.Model(2))
+        read.clear()
+        live.merge_into(model, plan, keep="device")
+        assert bool(read) == (step == 0)
+        expected = dict(fastmerge.materialise(plan))
+        for name, tensor in model.state_dict().items():
+            assert (tensor.cpu().view(torch.uint16).numpy() == expected[name]).all()
+    assert len(batches) == 1
+
+
+def test_the_same_recipe_with_other_weights_needs_nothing_new(zoo, batches) -> None:
+    """Planned again: adapted weights are known again by what they are made of."""
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    a, b = zoo.adapter("a", base), zoo.adapter("b", base, seed=2)
+    model = llama.load(base).to(DEVICE)
+    for weight in (0.3, 1.2, -0.5):
+        recipe = {
+            "merge_method": "task_arithmetic", "base_model": str(base), "dtype": "bfloat16",
+            "models": [{"model": f"{base}+{x}", "parameters": {"weight": w}}
+                       for x, w in ((a, weight), (b, 0.5))],
+        }  # fmt: skip
+        merged_into(model, recipe)
+    assert len(batches) == 1
+
+
+def test_rows_from_several_places_are_the_cpu_s_and_the_rest_is_the_gpu_s(zoo, batches) -> None:
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    a = zoo.adapter("a", base)
+    new = np.full((2, 16), 0.5, np.float32)
+    tokens = zoo.raw(
+        "tokens",
+        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ("F32", new)},
+    )
+    (tokens / "model.safetensors").rename(tokens / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 3,
+        "lora_alpha": 3,
+        "bias": "none",
+        "target_modules": [],
+        "trainable_token_indices": {"embed_tokens": [3, 5]},
+        "base_model_name_or_path": str(base),
+    }
+    (tokens / "adapter_config.json").write_text(json.dumps(config))
+    model = llama.load(base).to(DEVICE)
+    merged_into(model, merged("linear", base, f"{base}+{a}", f"{base}+{tokens}"))
+    names = [job.name for jobs, *_ in batches for job in jobs]
+    assert len(names) == 11 and "model.embed_tokens.weight" not in names
+
+
+@pytest.mark.usefixtures("batches")
+def test_a_damaged_scale_is_named_before_the_model_changes(zoo) -> None:
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    codes = coded(zoo, "coded", base)
+    damage(codes)
+    model = llama.load(base).to(DEVICE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"_scale_inv' holds -1\.0 at 0"):
+        live.merge_into(model, api.plan(merged("linear", base, codes, base)))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -6,7 +6,7 @@ What does not change (checks, tables of addresses) is made once for a tree's for
 in which order, and by which kernels. A run is then one Gram pass and one combine pass, or one
 selection and one consensus, over all tensors, and the host waits for the device only where a number
 must come back. Inputs with coefficient 0 are not read: each pattern of them has a table of its own,
-made when it is first met.
+made when it is first met. Adapted weights and codes are made numbers on the device for each run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastmerge.compute.on_device import OnDevice
 from fastmerge.compute.tensor import (
     Computation,
     Outcome,
@@ -30,7 +31,7 @@ from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import Combination, Consensus, Pointwise, find
 from fastmerge.methods.types import Float64
 from fastmerge.tree.collapse import Collapsed, collapse
-from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk
 from fastmerge.tree.unread import without_unread
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Form(NamedTuple):
     """What of a tree decides how its merge is prepared: everything but its values."""
 
     kind: tuple[Any, ...]  # which kernels run, with what of their arguments is compiled in
-    sources: tuple[Stored, ...]  # in the order of their coefficients
+    sources: tuple[Leaf, ...]  # in the order of their coefficients
 
     def holds(self, other: Form) -> bool:
         """Whether what is prepared for this form runs the other, too: the same one, or coefficients
@@ -90,18 +91,26 @@ class _Consensuses:
 
 
 class Batch:
-    """Merges prepared for sources that lie on one device. ``fetch`` gives a source's tensor."""
+    """Merges prepared for sources that lie on one device. ``fetch`` gives a source's tensor;
+    ``scratch`` memory that other batches may use between two runs (see `OnDevice`).
+    """
 
-    def __init__(self, jobs: Sequence[Job], fetch: Callable[[Stored], Tensor]) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        fetch: Callable[[Stored], Tensor],
+        scratch: Tensor | None = None,
+    ) -> None:
         """Raises FastmergeError where a job's tensors do not fit together, naming it."""
         from fastmerge.kernels.backend import TritonBackend
 
-        self._jobs, self._fetch = jobs, fetch
+        self._jobs = jobs
         if not jobs:
             raise FastmergeError("no tensors to merge")
         self._backend = TritonBackend(jobs[0].out.device)
         self._works = [_work(job.name, job.root) for job in jobs]
         self._forms = [work.form for work in self._works]
+        self._leaves = OnDevice(_sources(self._works), fetch, self._backend, scratch)
         self._sums = [i for i, work in enumerate(self._works) if work.tree is not None]
         self._measured = [i for i in self._sums if self._forms[i].kind != _GIVEN]
         try:
@@ -111,11 +120,14 @@ class Batch:
         except FastmergeError as error:
             raise self._named(error) from error
 
+    def _tensors(self, place: int) -> list[Tensor]:
+        return [self._leaves[source] for source in self._forms[place].sources]
+
     def _prepare_combinations(self) -> None:
         from fastmerge.kernels.combine import CombineBatch
         from fastmerge.kernels.gram import GramBatch
 
-        rows = {i: [self._fetch(source) for source in self._forms[i].sources] for i in self._sums}
+        rows = {i: self._tensors(i) for i in self._sums}
         grams: list[list[Tensor]] = []
         bases: list[Tensor | None] = []
         for i in self._measured:
@@ -135,7 +147,7 @@ class Batch:
                 alike.setdefault(form.kind[1:], []).append(i)
         made = []
         for (elect, normalize, votes, counted), places in alike.items():
-            rows = [[self._fetch(s) for s in self._forms[i].sources] for i in places]
+            rows = [self._tensors(i) for i in places]
             inputs, bases = [row[1:] for row in rows], [row[0] for row in rows]
             outs = [self._jobs[i].out for i in places]
             merge = ConsensusBatch(
@@ -155,7 +167,7 @@ class Batch:
                 alike.setdefault(form.kind[1], []).append(i)
         made = []
         for formula, places in alike.items():
-            rows = [[self._fetch(s) for s in self._forms[i].sources] for i in places]
+            rows = [self._tensors(i) for i in places]
             outs = [self._jobs[i].out for i in places]
             inputs, bases = [row[1:] for row in rows], [row[0] for row in rows]
             made.append((places, PointwiseBatch(formula, inputs, bases, outs)))
@@ -165,9 +177,9 @@ class Batch:
         """The error of the first job whose tensors do not fit, by its name."""
         from fastmerge.kernels.common import check
 
-        for name, root, out in self._jobs:
+        for place, (name, _, out) in enumerate(self._jobs):
             try:
-                check([self._fetch(source) for source in leaves([root])], None, out)
+                check(self._tensors(place), None, out)
             except FastmergeError as own:
                 return type(own)(f"{name}: {own}")
         return error
@@ -185,6 +197,7 @@ class Batch:
 
     def run(self) -> list[Outcome]:
         """Computes every job into its ``out``; waits until the results are there."""
+        self._leaves.make(_sources(self._works))
         outcomes = [Outcome()] * len(self._jobs)
         self._run_combinations(outcomes)
         self._run_consensuses(outcomes)
@@ -196,7 +209,7 @@ class Batch:
 
     def _alone(self, place: int) -> Outcome:
         name, _, out = self._jobs[place]
-        computation = Computation(self._backend, self._fetch, name, tuple(out.shape))
+        computation = Computation(self._backend, self._leaves.__getitem__, name, tuple(out.shape))
         return computation.run(self._works[place].root, out)
 
     def _run_combinations(self, outcomes: list[Outcome]) -> None:
@@ -274,7 +287,7 @@ def _work(name: str, root: Node) -> _Work:
         root = Merge(find("passthrough"), (root,), None, {}, ({},))
     if isinstance(root.method, Combination):
         tree = collapse(root)
-        sources = _all_stored(tree.parts)
+        sources = _all_leaves(tree.parts)
         if tree.axis is None and sources is not None:
             if not tree.needs_gram:
                 return _Work(root, Form(_GIVEN, sources), tree, factors_of(tree, None))
@@ -287,26 +300,31 @@ def _work(name: str, root: Node) -> _Work:
                 f"{name}: {spans} is not for models on a GPU; merge to a folder, or "
                 "into a model on the CPU"
             )
-        sources = _all_stored(root.inputs)
+        sources = _all_leaves(root.inputs)
         if sources is not None:
             asked = consensus_terms(root).agreement
             how = (asked.elect, asked.normalize, asked.votes, asked.counted)
             return _Work(root, Form(("consensus", *how), sources))
     elif isinstance(root.method, Pointwise):
         made = root.method.asked(root.values, root.operand_values)
-        sources = _all_stored(root.inputs)
+        sources = _all_leaves(root.inputs)
         if made is not None and sources is not None:
             formula, numbers = made
             return _Work(root, Form(("pointwise", formula), sources), numbers=numbers)
-    return _Work(root, Form(_ALONE, tuple(leaves([root]))))
+    return _Work(root, Form(_ALONE, tuple(n for n in walk(root) if isinstance(n, Leaf))))
 
 
-def _all_stored(parts: Sequence[Node]) -> tuple[Stored, ...] | None:
-    sources = tuple(part for part in parts if isinstance(part, Stored))
+def _all_leaves(parts: Sequence[Node]) -> tuple[Leaf, ...] | None:
+    sources = tuple(part for part in parts if isinstance(part, Leaf))
     return sources if len(sources) == len(parts) else None
 
 
-def _spread(factors: Float64, own: Sequence[Stored], sources: Sequence[Stored]) -> Float64:
+def _sources(works: Sequence[_Work]) -> dict[Leaf, None]:
+    """What the works read, each once."""
+    return dict.fromkeys(source for work in works for source in work.form.sources)
+
+
+def _spread(factors: Float64, own: Sequence[Leaf], sources: Sequence[Leaf]) -> Float64:
     """Coefficients of some of the ``sources`` over all of them."""
     row = np.zeros(len(sources))
     row[[sources.index(source) for source in own]] = factors

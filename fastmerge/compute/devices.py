@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 from fastmerge import _C
 from fastmerge.arguments import one_of
-from fastmerge.compute.on_device import made_bytes
+from fastmerge.compute.on_device import factor_bytes, made_count
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError, argument
 from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
-from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, leaves, walk
+from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 DEVICES = ("cpu", "cuda", "auto")  # where the arithmetic can run
 GPU_MEMORY_BYTES = 2 << 30
@@ -71,7 +71,7 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     if any(isinstance(node.method, Function) for node in merges):
         intermediates += 4 * count  # what it returns, until that is rounded
     sources = sum(stored.nbytes for stored in leaves([root]))
-    sources += sum(made_bytes(node) for node in walk(root) if isinstance(node, Leaf))
+    sources += 4 * made_count(root) + factor_bytes(root)
     most = sources + dtype.bytes_for(count) + intermediates + gathered
     return most + products + (1 << 20)
 

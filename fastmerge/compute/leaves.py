@@ -98,7 +98,7 @@ def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.V
     parts = (base, backend.tensor(left), backend.tensor(right), leaf.rank, leaf.scale)
     if leaf.magnitude is None:
         return _C.low_rank(*parts)
-    vectors = lengthened(leaf, left, right)
+    vectors = lengthened(leaf, left.shape[0], right.shape[1])
     squares = backend.gram([_C.low_rank(*parts)], None, vectors).reshape(-1)
     factors = factors_of(backend.array(fetch(leaf.magnitude)), squares)
     return _C.low_rank(*parts, factors=factors, by_column=leaf.transposed)
@@ -114,9 +114,9 @@ def thin(
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
 
-def lengthened(leaf: LowRank, left: Float32, right: Float32) -> Vectors:
+def lengthened(leaf: LowRank, rows: int, cols: int) -> Vectors:
     """The rows (columns, where it is transposed) whose lengths DoRA sets."""
-    return Vectors(0 if leaf.transposed else 1, left.shape[0], right.shape[1])
+    return Vectors(0 if leaf.transposed else 1, rows, cols)
 
 
 def factors_of(lengths: Float32, squares: NDArray[np.float64]) -> Float32:

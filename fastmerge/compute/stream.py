@@ -23,7 +23,7 @@ from fastmerge import _C
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, device_bytes
 from fastmerge.compute.lane import Lane, Place, reserved
-from fastmerge.compute.on_device import upload
+from fastmerge.compute.on_device import OnDevice
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ResourceError, argument
@@ -117,11 +117,15 @@ class Streamer:
         self, name: str, root: Node, shape: tuple[int, ...], place: Place, need: int
     ) -> Outcome:
         with self.lane(need) as lane:
-            held: dict[Leaf, torch.Tensor] = {}
-            for leaf in walk(root):
-                if isinstance(leaf, Leaf):
-                    self._inputs.check(leaf)
-                    held[leaf] = upload(leaf, lane, self.cpu, self._inputs.fetch)
+            leaves = [node for node in walk(root) if isinstance(node, Leaf)]
+            for leaf in leaves:
+                self._inputs.check(leaf)
+
+            def fetch(stored: Stored) -> torch.Tensor:
+                return lane.upload(self._inputs.fetch(stored))
+
+            held = OnDevice(leaves, fetch, lane.backend)
+            held.make(leaves)
             out = lane.empty(math.prod(shape), place.dtype)
             computation = Computation(lane.backend, held.__getitem__, name, shape, self._trims)
             outcome = computation.run(root, out)

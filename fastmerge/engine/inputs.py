@@ -20,11 +20,11 @@ from fastmerge.tree.nodes import (
     Dequantised,
     Leaf,
     LowRank,
-    Made,
     Merge,
     Node,
     Rows,
     Stored,
+    reads_rows,
     walk,
 )
 from fastmerge.tree.unread import keeps_equal
@@ -109,9 +109,7 @@ def on_host(item: TensorPlan) -> bool:
     """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied or
     read, what is written as codes, rows from several places (a merge has one or two such tensors).
     """
-    if item.encoding is not None or isinstance(item.root, Leaf):
-        return True
-    return any(isinstance(node, (Rows, Made)) for node in walk(item.root))
+    return item.encoding is not None or isinstance(item.root, Leaf) or reads_rows(item.root)
 
 
 def write_tensor(

@@ -30,16 +30,11 @@ def as_json(result: Result, lines: Sequence[Line]) -> dict[str, Any]:
             {
                 "label": label,
                 "reference": reference,
-                "fingerprint": model.fingerprint,
+                "fingerprint": result.space.input_fingerprint(number),
                 "score": _score_json(trajectory.models.get(number)),
             }
-            for number, (label, reference, model) in enumerate(
-                zip(
-                    schedule.labels,
-                    schedule.references,
-                    result.space.template.models,
-                    strict=True,
-                )
+            for number, (label, reference) in enumerate(
+                zip(schedule.labels, schedule.references, strict=True)
             )
         ],
         "steps": [_step_json(result, number) for number in range(1, len(trajectory.states))],

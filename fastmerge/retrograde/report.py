@@ -235,7 +235,7 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
     given = [schedule.baseline.accuracy, *(entry.accuracy for entry in schedule.pool), None]
     for number, label in enumerate(schedule.labels):
         own = trajectory.models.get(number)
-        digest = result.space.template.models[number].fingerprint[:16]
+        digest = result.space.input_fingerprint(number)[:16]
         found = measured(own, None if own is None else own.value)
         rows.append(f"| {escaped(label)} | {figure(given[number])} | {found} | `{digest}` |")
     parts = ["## Setup", "\n".join(rows)]

@@ -23,7 +23,7 @@ from fastmerge.planning.values import ParameterValues
 from fastmerge.search.expressions import Blend, Expr, Model, as_json, order
 from fastmerge.search.geometry import Geometry, angle, small_angle
 from fastmerge.tree.collapse import Collapsed, coefficients, weighted_sum
-from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored, walk
 from fastmerge.tree.rewrite import fold
 from fastmerge.tree.unread import without_unread
 
@@ -40,8 +40,9 @@ class Space:
         self, template: Plan, grams: Float64 | None, positions: Sequence[float], origin: int = 0
     ) -> None:
         self.template = template
-        self.count = len(template.models)
         self._items = merged(template)
+        # Not the plan's models, which are more (a base and its adapter) or fewer (one base of two).
+        self.count = len(_sources(self._items[0])) if self._items else len(template.models)
         self.is_measured = grams is not None
         if grams is None:
             grams = np.zeros((len(self._items), self.count, self.count))
@@ -57,6 +58,15 @@ class Space:
     def sources(self, name: str) -> tuple[Leaf, ...]:
         """The models' tensors that one merged tensor is made from."""
         return _sources(self._items[self.names.index(name)])
+
+    def input_fingerprint(self, number: int) -> str:
+        """The fingerprint of a model, or of an adapted one (hex): of its base and its adapters."""
+        every = [_sources(item)[number] for item in self._items]
+        # Rows of a merged vocabulary may be another model's.
+        leaves = [leaf for leaf in every if not isinstance(leaf, Rows)] or every
+        own = dict.fromkeys(stored.model for leaf in leaves for stored in leaf.stored)
+        found = [self.template.models[model].fingerprint for model in own]
+        return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
 
     def coefficients(self, root: Expr) -> Float64 | None:
         """What ``root`` takes of each model, float64 (tensors, n); None if it does not collapse."""

@@ -107,7 +107,7 @@ class Dequantised(Leaf):
         return f"{self.codes.key} times {self.scales.key} {self.coding!r}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class LowRank(Leaf):
     """``base + scale * B @ A``: what an adapter makes of a weight (models/adapter.py).
 
@@ -124,6 +124,9 @@ class LowRank(Leaf):
     magnitude: Stored | None
     shape: tuple[int, ...]
     dtype: DType = F32
+
+    def __hash__(self) -> int:
+        return hash((self.a.model, self.a.name))
 
     @property
     def rank(self) -> int:
@@ -313,6 +316,6 @@ def leaves(roots: Iterable[Node]) -> list[Stored]:
     return list(found)
 
 
-def gathers(root: Node) -> bool:
-    """Whether any leaf of a tree is more than one stored tensor."""
-    return any(isinstance(node, Leaf) and not isinstance(node, Stored) for node in walk(root))
+def reads_rows(root: Node) -> bool:
+    """Whether a tree reads rows from several places, or numbers that no file holds."""
+    return any(isinstance(node, (Rows, Made)) for node in walk(root))
