@@ -16,7 +16,6 @@ import pytest
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal
-from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.retrograde import open_space, run
 from fastmerge.retrograde.schedule import load
 from fastmerge.search.expressions import Model
@@ -595,31 +594,3 @@ def test_any_name_can_be_drawn(schedule: dict[str, Any], tmp_path: Path) -> None
     schedule["pool"][0] = {"model": schedule["pool"][0], "name": "m$^$"}
     run(schedule, tmp_path / "out", score=score, threads=1)
     assert (tmp_path / "out" / "trajectory.png").is_file()
-
-
-def test_a_run_over_adapters_of_a_base_that_takes_no_part(zoo: Any, tmp_path: Path) -> None:
-    """Three models of four folders: coefficients and fingerprints are the models'."""
-    base = zoo.base("base", layers=1)
-    first, *pool = [f"{base}+{zoo.adapter(name, base, seed=ord(name))}" for name in "abc"]
-    schedule = {
-        "baseline": {"model": first, "accuracy": 50.0},
-        "pool": pool[:1],
-        "seed": 11,
-        "schedule": {
-            "cycles": 1,
-            "degrade": {"partner": "next", "method": "slerp", "t": 0.3},
-            "retrace": {"toward": "baseline", "method": "slerp", "t": 0.4},
-        },
-        "evaluate": {"callable": "stand:in"},
-    }
-    result = run(schedule, tmp_path / "two", score=score, threads=1)
-    written = json.loads((tmp_path / "two" / "trajectory.json").read_text())
-    assert result.space.count == len(written["models"]) == 2
-    assert len({model["fingerprint"] for model in written["models"]}) == 2
-    for kept in written["steps"][0]["coefficients"].values():
-        assert len(kept) == 2 and sum(kept) == pytest.approx(1.0, abs=0.2)
-    schedule["pool"] = [str(base), *pool]
-    result = run(schedule, tmp_path / "four", score=score, threads=1)
-    models = json.loads((tmp_path / "four" / "trajectory.json").read_text())["models"]
-    assert models[1]["fingerprint"] == Checkpoint.open(base).fingerprint
-    assert len({model["fingerprint"] for model in models}) == 4

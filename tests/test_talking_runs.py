@@ -13,6 +13,7 @@ import pytest
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scores import Scores, TaskScore
+from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.retrograde import run
 from fastmerge.retrograde.plots import by_layer
 from fastmerge.retrograde.runner import describe
@@ -330,3 +331,31 @@ def test_a_sweep_that_failed_before_a_score_does_not_block_itself(recipe: Path) 
         swept(recipe, out, [None])  # type: ignore[list-item]
     assert [path.name for path in out.iterdir()] == ["sweep.json"]
     assert swept(recipe, out, [1.0, 3.0, 2.0])["table"]["best"]["t"] == 0.25
+
+
+def test_a_run_over_adapters_of_a_base_that_takes_no_part(zoo: Any, tmp_path: Path) -> None:
+    """Three models of four folders: coefficients and fingerprints are the models'."""
+    base = zoo.base("base", layers=1)
+    first, *pool = [f"{base}+{zoo.adapter(name, base, seed=ord(name))}" for name in "abc"]
+    schedule = {
+        "baseline": {"model": first, "accuracy": 50.0},
+        "pool": pool[:1],
+        "seed": 11,
+        "schedule": {
+            "cycles": 1,
+            "degrade": {"partner": "next", "method": "slerp", "t": 0.3},
+            "retrace": {"toward": "baseline", "method": "slerp", "t": 0.4},
+        },
+        "evaluate": {"callable": "stand:in"},
+    }
+    result = run(schedule, tmp_path / "two", score=lambda model: 50.0, threads=1)
+    written = json.loads((tmp_path / "two" / "trajectory.json").read_text())
+    assert result.space.count == len(written["models"]) == 2
+    assert len({model["fingerprint"] for model in written["models"]}) == 2
+    for kept in written["steps"][0]["coefficients"].values():
+        assert len(kept) == 2 and sum(kept) == pytest.approx(1.0, abs=0.2)
+    schedule["pool"] = [str(base), *pool]
+    result = run(schedule, tmp_path / "four", score=lambda model: 50.0, threads=1)
+    models = json.loads((tmp_path / "four" / "trajectory.json").read_text())["models"]
+    assert models[1]["fingerprint"] == Checkpoint.open(base).fingerprint
+    assert len({model["fingerprint"] for model in models}) == 4
