@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo demo-real test check format sanitize bench docs wheel clean
+.PHONY: help demo demo-real test check format sanitize bench docs wheel release-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -25,6 +25,7 @@ help:
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
 	@echo "make docs    the documentation as pages in build/site/; a warning is an error"
 	@echo "make wheel   sdist and wheel in dist/"
+	@echo "make release-check  the wheel, built from the sdist, installed and tested without a compiler"
 
 # One environment that grows from demo to test: one per set of extras would cost minutes each.
 .venv/.demo .venv/.test: .venv/.%: pyproject.toml $(CONSTRAINTS)
@@ -76,6 +77,12 @@ docs: .venv/.test .venv/.built
 wheel: .venv/.test .venv/.built
 	$(PIP) build
 	$(BIN)/python -m build
+
+# PYTHONS: the interpreters that a wheel is built for and tested with.
+PYTHONS ?= $(BIN)/python
+release-check: .venv/.test .venv/.built
+	$(PIP) build twine auditwheel
+	$(BIN)/python .ci/release.py $(PYTHONS)
 
 clean:
 	rm -rf .venv build dist demo demo-real *.egg-info fastmerge/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -187,7 +187,7 @@ def test_a_schedule_from_a_dict_equals_the_one_from_its_file(tmp_path: Path) -> 
 
 def test_the_documented_schedule_is_a_schedule() -> None:
     text = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text()
-    schedule = load(text.split("```yaml\n")[1].split("```")[0])
+    schedule = load(text.split('```yaml title="schedule.yml"\n')[1].split("```")[0])
     assert schedule.labels == ["blur", "dolphin", "night-owl", "base_model"]
     assert schedule.keep == "best" and schedule.accept.rule == "improve"
 
