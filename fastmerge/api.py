@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from fastmerge.engine.join import FinishReport
     from fastmerge.engine.verify import Verification
     from fastmerge.planning.adapters import AdapterMerge
+
+# Silent unless a program asks: without a handler Python would print warnings.
+_log = logging.getLogger("fastmerge")
+_log.addHandler(logging.NullHandler())
 
 SAMPLE = 16  # tensors that `verify` makes again
 
@@ -129,6 +134,9 @@ def merge(
     local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
     "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
     `finish` joins them, to the bytes of a merge without parts. Raises FastmergeError.
+
+    The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
+    NaN or infinite values (WARNING).
     """
     folder = a_path(out, "out")
     title = f"merging to {folder.name or folder}"
@@ -151,6 +159,7 @@ def merge(
             )  # fmt: skip
     if a_flag(check, "check"):
         check_loading(decided)
+    _log.info("merging %d tensors to %s", len(decided.tensors), folder)
     with shown(progress, title) as told:
         report = merge_plan(
             decided,
@@ -167,7 +176,13 @@ def merge(
             side_files=model_files(decided, folder.name),
             part=chosen,
         )
-    return replace(report, notes=(choice, *report.notes)) if choice else report
+    if choice:
+        report = replace(report, notes=(choice, *report.notes))
+    for note in report.notes:
+        _log.info("%s", note)
+    for name, count in report.nonfinite.items():
+        _log.warning("%s: %d NaN or infinite values", name, count)
+    return report
 
 
 def check_part(decided: Plan | AdapterMerge, part: object) -> None:

@@ -152,9 +152,10 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
     import difflib
 
     names = sorted(str(name) for name in known)  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    plain = {_plain(name): name for name in reversed(names)}
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
     if close:
-        return f"did you mean '{close[0]}'?"
+        return f"did you mean '{plain[close[0]]}'?"
     return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
 
 
@@ -165,9 +166,14 @@ def near_miss(word: str, known: Iterable[str]) -> str | None:
     """
     import difflib
 
-    plain = {name.lower().replace("-", "_"): name for name in known}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=0.8)
+    plain = {_plain(name): name for name in known}
+    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.8)
     return plain[close[0]] if close else None
+
+
+def _plain(word: str) -> str:
+    """A word without what people vary: case, and what stands between its parts."""
+    return word.lower().replace("-", "_").replace(" ", "_")
 
 
 _BRIEF = Repr()

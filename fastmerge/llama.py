@@ -2,7 +2,7 @@
 disk.
 
 Any architecture that transformers' AutoModelForCausalLM knows will load; llama is the one that is
-tested. Needs ``pip install fastmerge[llama]``; torch and transformers are imported when a function
+tested. Needs the extra ``llama``; torch and transformers are imported when a function
 is called.
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.arguments import a_path
 from fastmerge.errors import ModelError, ResourceError
+from fastmerge.extras import install
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION
 from fastmerge.planning.loading import check_loading, model_class_of, one_line
@@ -161,7 +162,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ResourceError(
             f"loading a model needs torch and transformers ({error.name} is missing); "
-            "install them with: pip install 'fastmerge[llama]'"
+            f"install them with: {install('llama')}"
         ) from error
     return transformers
 

@@ -203,7 +203,7 @@ def test_diff(run, zoo):
     tune = zoo.tune(base, "tune", dtype="F32", size=0.01)
     code, out, _ = run("diff", base, tune)
     assert code == 0
-    row = re.search(r"lm_head\.weight +40x32 +BF16/F32 +(\S+) +(\S+) +- +0\.9\d+ ", out)
+    row = re.search(r"lm_head\.weight +40x32 +BF16/F32 +(\S+) +(\S+) +\S+% +0\.9\d+ ", out)
     assert row is not None
     gap = np.abs(zoo.read(base)["lm_head.weight"] - zoo.read(tune)["lm_head.weight"])
     assert float(row[1]) == pytest.approx(gap.max(), rel=0.01)

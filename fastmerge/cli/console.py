@@ -6,6 +6,7 @@ only where a terminal or a table needs it: its import takes longer than planning
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,28 +26,58 @@ class Progress(Bar):
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = ()
-) -> None:
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> tuple[str, ...]:
     """Prints a table on stdout; the columns named in ``right`` are set flush right.
 
-    In a pipe it is as wide as it needs to be, so that nothing is cut off.
+    On a terminal too narrow for every column's longest word those of ``spare`` are left out, the
+    first first, and returned. In a pipe it is as wide as it needs to be, so that nothing is cut
+    off.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*[shortened(printable(str(cell))) for cell in row])
-    console = Console(highlight=False, markup=False, emoji=False)
+    lines = [[shortened(printable(str(cell))) for cell in row] for row in rows]
+    paper = _Paper()
+    console = Console(
+        file=paper, force_terminal=sys.stdout.isatty(), highlight=False, markup=False, emoji=False
+    )
     if not console.is_terminal:
         console.width = 10_000
-    with console.capture() as drawing:
-        console.print(drawn)
-    for line in drawing.get().strip("\n").splitlines():
+    least = {
+        name: max(len(word) for line in (columns, *lines) for word in (*line[i].split(), ""))
+        for i, name in enumerate(columns)
+    }
+    absent: list[str] = []
+    for name in spare:
+        if sum(least.values()) + 3 * len(least) > console.width:
+            absent.append(name)
+            del least[name]
+    drawn = Table(box=box.SIMPLE, pad_edge=False)
+    for column in least:
+        head = shortened(printable(column))
+        drawn.add_column(head, justify="right" if column in right else "left", overflow="fold")
+    for cells in lines:
+        drawn.add_row(*[cell for name, cell in zip(columns, cells, strict=True) if name in least])
+    console.print(drawn)
+    for line in paper.getvalue().strip("\n").splitlines():
         answer(f"{line.rstrip()}\n")
+    return tuple(absent)
+
+
+class _Paper(io.StringIO):
+    """What is drawn on, for stdout: of stdout itself rich would flush what `answer` wrote, and stop
+    where that cannot be.
+    """
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # it decides on the lines of a table
+        return sys.stdout.encoding or "utf-8"
 
 
 def pairs(items: Iterable[tuple[str, Any]]) -> None:

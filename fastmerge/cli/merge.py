@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
-from fastmerge.cli.console import Progress, pairs, print_json, put, say
+from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.errors import FastmergeError
 from fastmerge.units import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastmerge.engine.report import MergeReport
     from fastmerge.output.share import Part
     from fastmerge.planning.adapters import AdapterMerge
+    from fastmerge.planning.by_layer import Row
     from fastmerge.planning.plan import Plan
 
 
@@ -202,6 +203,7 @@ def plan(
     from fastmerge.output.layout import Layout
     from fastmerge.output.place import check_output
     from fastmerge.output.share import share_of
+    from fastmerge.planning.by_layer import by_layer as values_by_layer
     from fastmerge.planning.plan import Plan
 
     chosen = None if part is None else chosen_part(part)
@@ -226,6 +228,8 @@ def plan(
         check_output(out, inputs, needed, overwrite=overwrite)
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
+    by_layer = values_by_layer(decided.tensors, decided.references)
+    found["values"] = [row.as_dict() for row in by_layer]
     if chosen:
         found["part"] = share_of(decided, layout, chosen)
     if json:
@@ -263,6 +267,30 @@ def plan(
         rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
     rows += [("note", note) for note in found["notes"]]
     pairs(rows)
+    _show_values(by_layer)
+
+
+def _show_values(rows: Sequence[Row]) -> None:
+    """A table of the parameters, a line for each run of layers that have the same."""
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    if not names:
+        return
+    parts = [name.partition(" of ") for name in names]
+    heads = [f"{name}{of}{Path(model).name}" for name, of, model in parts]
+    if len(set(heads)) < len(heads):  # of folders that are called alike
+        heads = names
+    table(
+        ("layers", "tensors", *heads),
+        (
+            (row.layers, row.tensors, *(_shown(row.values.get(name)) for name in names))
+            for row in rows
+        ),
+        right=heads,
+    )
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def limits_of(memory_limit: str, max_shard_size: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastmerge.cli.app import Json, command
+from fastmerge.cli.app import PROGRAM, Json, command
 from fastmerge.cli.console import pairs, print_json, put, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.errors import RecipeError, nearest
@@ -26,7 +26,7 @@ def methods(
         print_json([_method_row(method) for method in chosen])
         return
     if name is None:
-        table(
+        absent = table(
             ("method", "models", "base", "parameters", "what it does", "paper"),
             (
                 (
@@ -39,7 +39,10 @@ def methods(
                 )
                 for method in chosen
             ),
+            spare=("paper", "parameters"),
         )
+        if absent:
+            put(f"{PROGRAM} methods NAME has each one's {' and '.join(reversed(absent))}")
         return
     (method,) = chosen
     put(f"{method.name}: {method.summary}")

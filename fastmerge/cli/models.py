@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastmerge.cli.app import Json, Threads, command
-from fastmerge.cli.console import pairs, print_json, put, table
+from fastmerge.cli.console import pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.units import format_bytes, format_count
 
@@ -91,10 +91,17 @@ def diff(
     limit: Annotated[
         int | None, Option(help="Show only the N tensors that differ most.", min=1)
     ] = None,
+    plot: Annotated[
+        Path | None, Option(metavar="FILE", help="A PNG of the relative change, layer by kind.")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Compare the weights of A and B, tensor by tensor."""
+    if plot is not None:
+        from fastmerge.search.figures import require
+
+        require()
     from fastmerge.compute.cpu import isa, thread_count
     from fastmerge.models.checkpoint import Checkpoint
     from fastmerge.models.diff import compare
@@ -104,13 +111,18 @@ def diff(
     found = compare(
         Checkpoint.open(resolve(a)), Checkpoint.open(resolve(b)), threads=thread_count(threads)
     )
+    if plot is not None:
+        from fastmerge.cli.change_map import write_change_map
+
+        write_change_map(found.tensors, plot)
+        say(f"note: {plot}: the relative change, layer by kind")
     shown = found.tensors if limit is None else found.largest(limit)
     if json:
         print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
         return
     if shown:
         table(
-            ("tensor", "shape", "type", "max", "mean", "ulps", "cosine", "changed"),
+            ("tensor", "shape", "type", "max", "mean", "relative", "cosine", "changed"),
             (
                 (
                     tensor.name,
@@ -120,14 +132,15 @@ def diff(
                     else f"{tensor.dtype_a}/{tensor.dtype_b}",
                     _figure(tensor.max_abs, ".3g"),
                     _figure(tensor.mean_abs, ".3g"),
-                    _figure(tensor.max_ulps, "d"),
+                    _figure(tensor.relative, ".3%"),
                     _figure(tensor.cosine, ".6f"),
                     f"{tensor.changed_fraction:.2%}"
                     + (f" ({tensor.nonfinite} not finite)" if tensor.nonfinite else ""),
                 )
                 for tensor in shown
             ),
-            right=("max", "mean", "ulps", "cosine", "changed"),
+            right=("max", "mean", "relative", "cosine", "changed"),
+            spare=("shape", "mean", "type"),
         )
     for name, shape_a, shape_b in found.reshaped:
         put(f"{name}: shape {list(shape_a)} in A, {list(shape_b)} in B")

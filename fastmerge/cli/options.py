@@ -61,6 +61,27 @@ def parse(
     2, after the usage) or ask for help (0). ``elsewhere``: flags of other tools' commands, each
     with what to write instead.
     """
+    parser = _parser(function, program)
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if flag in (elsewhere or {}):
+            parser.error(f"{flag}: {(elsewhere or {})[flag]}")
+    return vars(parser.parse_intermixed_args(words))
+
+
+def flags_of(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """The options of a command, each with what may follow it; () where that is anything, or
+    nothing.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for action in _parser(function, "")._actions:  # noqa: SLF001 (argparse has no other way)
+        metavar = action.metavar if isinstance(action.metavar, str) else ""
+        choices = metavar[1:-1].split(",") if metavar.startswith("{") else []
+        found |= {flag: tuple(choices) for flag in action.option_strings}
+    return found
+
+
+def _parser(function: Callable[..., Any], program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{program} {name_of(function)}",
         description=inspect.getdoc(function),
@@ -76,11 +97,7 @@ def parse(
             continue
         kind, form = get_args(hints[name])
         _add(parser, name, kind, form, parameter.default)
-    for word in words:
-        flag = word.partition("=")[0] if word.startswith("--") else word[:2]
-        if flag in (elsewhere or {}):
-            parser.error(f"{flag}: {(elsewhere or {})[flag]}")
-    return vars(parser.parse_intermixed_args(words))
+    return parser
 
 
 def _add(
@@ -97,8 +114,9 @@ def _add(
     about = form.help.replace("%", "%%")
     if isinstance(form, Argument):
         optional = {} if default is inspect.Parameter.empty else {"nargs": "?", "default": default}
+        reader = _reader(kind, None) if issubclass(kind, Enum) else kind
         parser.add_argument(
-            name, type=kind, metavar=form.metavar or name.upper(), help=about, **optional
+            name, type=reader, metavar=form.metavar or name.upper(), help=about, **optional
         )
         return
     flags = form.flags or (f"--{name.replace('_', '-')}",)

@@ -14,6 +14,7 @@ from fastmerge.compute.on_device import factor_bytes, made_count
 from fastmerge.compute.tensor import steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError, argument
+from fastmerge.extras import install
 from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
@@ -29,7 +30,7 @@ def cuda_devices(where: str = "device cuda") -> list[str]:
         import triton  # noqa: F401
     except ImportError as error:
         raise ResourceError(
-            f"{where}: {error.name} is not installed; pip install 'fastmerge[gpu]', or use cpu"
+            f"{where}: {error.name} is not installed; {install('gpu')}, or use cpu"
         ) from error
     if not torch.cuda.is_available():
         raise ResourceError(

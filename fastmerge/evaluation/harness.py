@@ -31,6 +31,7 @@ from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.split import Split
 from fastmerge.evaluation.weights import model_of
+from fastmerge.extras import install
 from fastmerge.llama import load_tokenizer
 from fastmerge.recipe.located import placed
 
@@ -375,7 +376,7 @@ def _import_harness() -> None:
     except ImportError as error:
         raise ResourceError(
             f"evaluation tasks need the harness ({error.name} is missing); install it with: "
-            "pip install 'fastmerge[eval]'"
+            f"{install('eval')}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from fastmerge import _C
 from fastmerge.dtypes import DType
 from fastmerge.errors import ResourceError, argument
 from fastmerge.models.model import as_numbers
+from fastmerge.models.series import natural
 
 if TYPE_CHECKING:
     from fastmerge.models.checkpoint import Checkpoint
@@ -45,9 +46,9 @@ class TensorDifference:
     changed: int  # elements whose bits differ (whose values differ, where the types do)
     max_abs: float | None  # largest |a - b|
     mean_abs: float | None  # mean |a - b|
-    max_ulps: (
-        int | None
-    )  # most representable steps between a and b, where both have one 16- or 32-bit float type
+    # Most representable steps between a and b, where both have one 16- or 32-bit float type.
+    max_ulps: int | None
+    relative: float | None  # |a - b| / |a|, Euclidean norms
     cosine: float | None  # <a, b> / (|a| |b|)
     nonfinite: (
         int  # changed elements that are NaN or infinite in A or B; left out of max, mean and ulps
@@ -60,7 +61,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; tensors in A's file order."""
+    """What `compare` found; tensors in natural order: layer 2 before layer 10."""
 
     tensors: tuple[TensorDifference, ...]
     only_in_a: tuple[str, ...]
@@ -88,10 +89,11 @@ class Comparison:
             return f"the same: {len(self.tensors)} tensors, every bit"
         changed = sum(tensor.changed for tensor in self.tensors)
         count = sum(tensor.count for tensor in self.tensors)
+        share = f" ({changed / count:.2%})" if count else ""
         differ = sum(tensor.changed > 0 for tensor in self.tensors)
         text = (
             f"{differ} of {len(self.tensors)} shared tensors differ, "
-            f"in {changed} of {count} elements"
+            f"in {changed} of {count} elements{share}"
         )
         apart = len(self.only_in_a) + len(self.only_in_b) + len(self.reshaped)
         return text + (
@@ -108,6 +110,7 @@ class _Sums(NamedTuple):
 
     changed: int = 0
     total_abs: float = 0.0
+    total_square: float = 0.0
     max_abs: float = 0.0
     max_ulps: int = 0
     nonfinite: int = 0
@@ -116,6 +119,7 @@ class _Sums(NamedTuple):
         return _Sums(
             self.changed + other.changed,
             self.total_abs + other.total_abs,
+            self.total_square + other.total_square,
             max(self.max_abs, other.max_abs),
             max(self.max_ulps, other.max_ulps),
             self.nonfinite + other.nonfinite,
@@ -126,7 +130,8 @@ def compare(a: Checkpoint, b: Checkpoint, *, threads: int) -> Comparison:
     """Compares every tensor that A and B share by name and shape; the same result for any
     ``threads``. Raises ModelError where one of them changes meanwhile.
     """
-    tensors = tuple(differences(a, b, threads=threads))
+    found = differences(a, b, threads=threads)
+    tensors = tuple(sorted(found, key=lambda tensor: natural(tensor.name)))
     for model in (a, b):
         model.check_unchanged()
     return Comparison(
@@ -174,6 +179,7 @@ def _difference(
         sums = _Sums(changed=_other_bits(stored_a, stored_b, types[0]))
     else:
         sums = _Sums(changed=entry_a.count)
+    gram = _C.gram(pool, [view_a, view_b]) if all(t.mergeable for t in types) else None
     return TensorDifference(
         name=name,
         shape=entry_a.shape,
@@ -184,7 +190,8 @@ def _difference(
         max_abs=sums.max_abs if has_values else None,
         mean_abs=sums.total_abs / max(entry_a.count - sums.nonfinite, 1) if has_values else None,
         max_ulps=sums.max_ulps if types[0] is types[1] and types[0].mergeable else None,
-        cosine=_cosine(view_a, view_b, pool) if all(t.mergeable for t in types) else None,
+        relative=None if gram is None else _relative(gram, sums),
+        cosine=None if gram is None else _cosine(gram),
         nonfinite=sums.nonfinite,
     )
 
@@ -238,6 +245,7 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums
     steps = _ulps(stored_a, stored_b) if same_type and types[0].mergeable else None
     if np.isfinite(largest):
         total, nonfinite = float(gap.sum(dtype=np.float64)), 0
+        gap = gap.astype(np.float64)
     else:
         usable = np.isfinite(a) & np.isfinite(b)
         # float64: two finite float32 values may be further apart than float32 can say.
@@ -248,6 +256,7 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums
     return _Sums(
         changed=int(np.count_nonzero(differs)),
         total_abs=total,
+        total_square=float(gap @ gap),
         max_abs=largest,
         max_ulps=0 if steps is None else int(steps.max()),
         nonfinite=nonfinite,
@@ -273,9 +282,15 @@ def _ordered(stored: Array) -> Array:
     return wide
 
 
-def _cosine(view_a: _C.View, view_b: _C.View, pool: _C.Pool) -> float | None:
+def _relative(gram: NDArray[np.float64], sums: _Sums) -> float | None:
+    """None where A is all zeros, or either holds NaN or infinity."""
+    if not np.isfinite(gram).all() or gram[0, 0] == 0 or sums.nonfinite:
+        return None
+    return float(np.sqrt(sums.total_square / gram[0, 0]))
+
+
+def _cosine(gram: NDArray[np.float64]) -> float | None:
     """None where either tensor is all zeros or holds NaN or infinity."""
-    gram = _C.gram(pool, [view_a, view_b])
     norm = float(np.sqrt(gram[0, 0]) * np.sqrt(gram[1, 1]))
     if not np.isfinite(norm) or norm == 0 or not np.isfinite(gram[0, 1]):
         return None

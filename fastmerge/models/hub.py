@@ -48,7 +48,7 @@ def resolve(
     except ImportError:
         raise ResourceError(
             f"{reference}: not a local folder, and fetching it from the Hub needs "
-            f"`pip install huggingface_hub`"
+            "`pip install huggingface_hub`"
         ) from None
     try:
         found = snapshot_download(

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.errors import ModelError, ResourceError, first_sentences
+from fastmerge.extras import install
 from fastmerge.limits import (
     MAX_CONFIG_BYTES,
     MAX_FILE_BYTES,
@@ -355,7 +356,7 @@ def _obstore() -> Any:
         import obstore.store
     except ImportError as error:
         raise ResourceError(
-            "models by URL are read by obstore; run: pip install 'fastmerge[remote]'"
+            f"models by URL are read by obstore; run: {install('remote')}"
         ) from error
     return obstore
 

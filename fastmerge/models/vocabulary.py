@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.extras import install
 from fastmerge.limits import MAX_FILE_BYTES
 from fastmerge.models.header import open_regular, read_object
 from fastmerge.models.links import Home
@@ -433,7 +434,7 @@ def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
     except ImportError:
         raise ResourceError(
             f"{label}: has no {TOKENIZER} (only {found}), and reading that needs "
-            f"`pip install 'fastmerge[llama]' sentencepiece`; or {remedy}"
+            f"`{install('llama', 'sentencepiece')}`; or {remedy}"
         ) from None
     try:
         with TemporaryDirectory(prefix="fastmerge-tokenizer-") as place:

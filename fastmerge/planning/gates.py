@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.extras import install
 from fastmerge.methods.noise import normal, uniform, words
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import Model, numbers_of
@@ -209,8 +210,8 @@ def _checked(base: View, where: str, mode: str) -> Path:
     lost = next((name for name in needed if not find_spec(name)), None)
     if lost is not None:
         raise ResourceError(
-            f"{where}: gate_mode {mode} needs {lost}; install it with: pip install "
-            "'fastmerge[llama]', or write `gate_mode: random`"
+            f"{where}: gate_mode {mode} needs {lost}; install it with: {install('llama')}, "
+            "or write `gate_mode: random`"
         )
     if base.donor.folder is None:
         raise UnsupportedError(

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.extras import install
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import classes_of, layer_count
 from fastmerge.planning.plan import Plan
@@ -30,7 +31,7 @@ def check_loading(plan: Plan, *, strict: bool = True) -> None:
     if lost:
         raise ResourceError(
             "checking that the result loads needs torch, transformers and accelerate "
-            f"({lost[0]} is missing); install them with: pip install 'fastmerge[llama]' accelerate"
+            f"({lost[0]} is missing); install them with: {install('llama', 'accelerate')}"
         )
     import torch
     import transformers

@@ -121,13 +121,68 @@ def parse(text: str, origin: str, what: str) -> list[Any]:
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         return [_Builder(origin).build(node) for node in nodes if node is not None]
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = error.problem or error.context or "unreadable"
-        raise RecipeError(f"{origin}{line}: not valid YAML: {problem}") from None
+        raise RecipeError(f"{origin}{_fault(error, text)}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{origin}: nested too deeply for a {what}") from None
+
+
+# What PyYAML says in a parser's words, and what it means for who wrote the file. `{line}`: where
+# the section began that the fault is in.
+_IN_OUR_WORDS = (
+    ("found character '\\t'", "a tab stands where only spaces may; indent with spaces"),
+    (
+        "mapping values are not allowed",
+        (
+            "this line is indented more than its section, or has a second ':' (quote a text with "
+            "one), or the line before has none"
+        ),
+    ),
+    (
+        "expected <block end>, but found '<block mapping start>'",
+        (
+            "this line is indented otherwise than the section of line {line}; keys of one section "
+            "begin in one column"
+        ),
+    ),
+    (
+        "expected <block end>, but found '<block sequence start>'",
+        "this item is indented otherwise than those above it; items begin in one column",
+    ),
+    (
+        "expected <block end>, but found '-'",
+        "this item is indented otherwise than the section above it; indent lists below their key",
+    ),
+    (
+        "expected <block end>, but found",
+        (
+            "this does not go on the section of line {line}; look for a quote or a bracket too "
+            "many, or for keys beside a list"
+        ),
+    ),
+    ("could not find expected ':'", "the key has no ':' behind it (as in `t: 0.5`)"),
+    ("expected ',' or '}'", "a '{{' of line {line} is not closed, or a comma is missing in it"),
+    ("expected ',' or ']'", "a '[' of line {line} is not closed, or a comma is missing in it"),
+    ("unexpected end of stream", "a quote of line {line} is not closed"),
+    ("did not find expected", "look at the indentation here"),
+    ("cannot start any token", "a text that begins so must be quoted"),
+)
+
+
+def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
+    """``:line: what is wrong`` of a text that is no YAML."""
+    mark, context = error.problem_mark, error.context_mark
+    problem = str(error.problem or error.context or "unreadable")
+    line = f":{mark.line + 1}" if mark else ""
+    first = context or mark
+    began = first.line + 1 if first else 1
+    for theirs, ours in _IN_OUR_WORDS:
+        if theirs in problem:
+            shown = text.splitlines()[mark.line : mark.line + 1] if mark else []
+            here = f" ({brief(shown[0].strip())})" if shown and shown[0].strip() else ""
+            return f"{line}: not valid YAML{here}: {ours.format(line=began)}"
+    return f"{line}: not valid YAML: {problem}"
 
 
 def write(documents: list[Any]) -> str:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import ResourceError
+from fastmerge.extras import install
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +28,7 @@ def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
 def require() -> None:
     """Raises FastmergeError where plots cannot be drawn: before hours of evaluation, not after."""
     if find_spec("matplotlib") is None:
-        raise ResourceError("plots need matplotlib; install it with: pip install 'fastmerge[plot]'")
+        raise ResourceError(f"plots need matplotlib; install it with: {install('plot')}")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:

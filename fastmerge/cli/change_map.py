@@ -1,0 +1,45 @@
+"""The picture of ``fastmerge diff --plot``: how far each kind of tensor went in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fastmerge.errors import OutputError
+from fastmerge.models.architecture import layer_of
+from fastmerge.models.diff import TensorDifference
+from fastmerge.search.figures import new_figure, png
+
+
+def change_map(tensors: Iterable[TensorDifference]) -> tuple[list[str], list[str], np.ndarray]:
+    """Rows (kinds of tensors), columns (layers; `-` for what is in none), and |a - b| / |a| in
+    percent, float64 (rows, columns), NaN where there is no such tensor or no such figure.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for tensor in tensors:
+        layer = layer_of(tensor.name)
+        kind = (layer.rest if layer else tensor.name).removesuffix(".weight")
+        number = layer.number if layer else -1
+        value = np.nan if tensor.relative is None else 100 * tensor.relative
+        found.setdefault(kind, {})[number] = value
+    numbers = sorted({number for row in found.values() for number in row})
+    cells = [[row.get(number, np.nan) for number in numbers] for row in found.values()]
+    return [*found], ["-" if n < 0 else str(n) for n in numbers], np.array(cells, np.float64)
+
+
+def write_change_map(tensors: Iterable[TensorDifference], file: Path) -> None:
+    """Writes the PNG; OutputError where it cannot be."""
+    kinds, layers, percent = change_map(tensors)
+    figure, axes = new_figure(2.5 + 0.25 * len(layers), 1.5 + 0.25 * len(kinds))
+    drawn = axes.imshow(np.ma.masked_invalid(percent), aspect="auto", cmap="viridis")
+    every = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), every), layers[::every])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("layer")
+    figure.colorbar(drawn, ax=axes, label="relative change, %")
+    try:
+        file.write_bytes(png(figure))
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,105 @@
+"""What a plan's parameters come to, layer by layer: for people who look before they merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastmerge.models.architecture import layer_of
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.tree.nodes import Leaf, Merge, Node
+
+_ALWAYS = ("t", "weight", "density", "scale")  # shown also where they are the same everywhere
+_MOST_KINDS = 4  # named, before a count
+
+
+class Row(NamedTuple):
+    """Tensors of some kinds in layers ``first`` to ``last`` (None: outside of layers) that have the
+    same values. ``values``: by parameter, of a per-model one ``weight of chat``.
+    """
+
+    first: int | None
+    last: int | None
+    kinds: tuple[str, ...]
+    values: Mapping[str, Any]
+
+    @property
+    def layers(self) -> str:
+        if self.first is None:
+            return "-"
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+    @property
+    def tensors(self) -> str:
+        shown = ", ".join(self.kinds[:_MOST_KINDS])
+        more = len(self.kinds) - _MOST_KINDS
+        return shown + (f" and {more} more" if more > 0 else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layers": [self.first, self.last], "tensors": list(self.kinds),
+                "values": dict(self.values)}  # fmt: skip
+
+
+def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[Row]:
+    """The values of every merged tensor: kinds of tensors that have the same in every layer are one
+    row, for as many layers as they stay the same. ``references``: the plan's models. Of documents
+    that name each other, those of the last.
+    """
+    kinds: dict[str, dict[int | None, Mapping[str, Any]]] = {}
+    for tensor in tensors:
+        if not isinstance(tensor.root, Merge):
+            continue
+        layer = layer_of(tensor.name)
+        kind = layer.rest if layer else tensor.name
+        kinds.setdefault(kind.removesuffix(".weight"), {})[layer.number if layer else None] = (
+            _values(tensor.root, references)
+        )
+    constant = _constant([values for layers in kinds.values() for values in layers.values()])
+    alike: dict[Any, list[str]] = {}
+    for kind, layers in kinds.items():
+        shown = tuple(
+            (number, tuple((k, v) for k, v in values.items() if k not in constant))
+            for number, values in sorted(layers.items(), key=lambda item: item[0] or 0)
+        )
+        alike.setdefault(shown, []).append(kind)
+    rows = []
+    for layers, names in alike.items():
+        for first, last, values in _runs(layers):
+            rows.append(Row(first, last, tuple(names), dict(values)))
+    return sorted(rows, key=lambda row: (row.first is None, row.first or 0))
+
+
+def _values(merge: Merge, references: Sequence[str]) -> dict[str, Any]:
+    found = dict(merge.values)
+    for node, own in zip(merge.operands, merge.operand_values, strict=True):
+        for name, value in own.items():
+            found[f"{name} of {_called(node, references)}"] = value
+    return found
+
+
+def _called(node: Node, references: Sequence[str]) -> str:
+    if isinstance(node, Leaf):
+        stored = node.stored
+        return references[stored[0].model] if stored else "what is made"
+    return f"a {node.method.name}"
+
+
+def _constant(each: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The parameters of no interest: the same everywhere, and not among those always shown."""
+    names = {name for values in each for name in values}
+    return {
+        name
+        for name in names
+        if name.partition(" of ")[0] not in _ALWAYS
+        and len({repr(values.get(name)) for values in each}) == 1
+    }
+
+
+def _runs(layers: Iterable[tuple[int | None, Any]]) -> list[tuple[int | None, int | None, Any]]:
+    runs: list[tuple[int | None, int | None, Any]] = []
+    for number, values in layers:
+        if runs and number is not None and runs[-1][1] == number - 1 and runs[-1][2] == values:
+            runs[-1] = (runs[-1][0], number, values)
+        else:
+            runs.append((number, number, values))
+    return runs

@@ -1,0 +1,335 @@
+"""What a new user stumbles over: hints to follow, tables that fit, faults in plain words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastmerge
+from fastmerge import extras
+from fastmerge.cli import main
+from fastmerge.cli.change_map import change_map
+from fastmerge.errors import FastmergeError, nearest
+from fastmerge.methods import METHODS, find
+from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.diff import compare
+from fastmerge.recipe.yaml_text import parse
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return int(stop.value.code or 0)
+
+
+def terminal(*words: object, columns: int, **env: str) -> str:
+    """What a command shows on a terminal of that width."""
+    ours, theirs = pty.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                data = os.read(ours, 1 << 16)
+            except OSError:  # Linux says so that nobody has the other end
+                return
+            if not data:
+                return
+            shown.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    subprocess.run(
+        [sys.executable, "-m", "fastmerge", *map(str, words)],
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, timeout=120, check=True,
+        env={"PATH": os.environ["PATH"], "TERM": "xterm-256color", "COLUMNS": str(columns), **env},
+    )  # fmt: skip
+    os.close(theirs)
+    reader.join(30)
+    os.close(ours)
+    return shown.decode()
+
+
+# ---------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ({}, "'fastmerge[gpu]'"),
+        ({"url": "file:///a/b%20c", "dir_info": {}}, "'/a/b c[gpu]'"),
+        ({"url": "file:///a/b", "dir_info": {"editable": True}}, "-e '/a/b[gpu]'"),
+        (
+            {"url": "file:///a/fastmerge-1.whl", "archive_info": {}},
+            "'fastmerge[gpu] @ file:///a/fastmerge-1.whl'",
+        ),
+        (
+            {
+                "url": "https://host.example/r.git",
+                "vcs_info": {"vcs": "git", "commit_id": "abc", "requested_revision": "v1"},
+            },
+            "'fastmerge[gpu] @ git+https://host.example/r.git@v1'",
+        ),
+    ],
+)
+def test_an_extra_is_installed_as_fastmerge_was(monkeypatch, origin, words) -> None:
+    monkeypatch.setattr(extras, "_origin", lambda: origin)
+    assert extras.install("gpu") == f"pip install {words}"
+    assert extras.install("gpu", "accelerate").endswith(" accelerate")
+
+
+def test_an_extra_of_a_package_that_is_only_on_the_path(monkeypatch) -> None:
+    monkeypatch.setattr(extras, "_origin", lambda: None)
+    root = Path(extras.__file__).resolve().parents[1]
+    assert extras.install("plot") == f"pip install '{root}[plot]'"
+
+
+def test_every_extra_that_a_hint_names_is_one() -> None:
+    from importlib import metadata
+
+    files = Path(fastmerge.__file__).parent.rglob("*.py")
+    sources = [path.read_text() for path in files if path.name != "extras.py"]
+    named = {name for text in sources for name in re.findall(r"install\('(\w+)'", text)}
+    assert len(named) >= 4
+    assert named <= set(metadata.metadata("fastmerge").get_all("Provides-Extra"))
+    assert not any("'fastmerge[" in text for text in sources)
+
+
+@pytest.mark.parametrize("name", ["SLERP", "Dare-Ties", "DARE TIES", "tie", "task-arithmetic"])
+def test_a_method_of_almost_that_name_in_any_case(name: str) -> None:
+    meant = {"tie": "ties", "SLERP": "slerp"}.get(name, name.lower().translate({32: 95, 45: 95}))
+    with pytest.raises(FastmergeError, match=rf"did you mean '{meant}'\?"):
+        find(name)
+
+
+def test_the_nearest_is_said_as_it_is_spelt() -> None:
+    assert nearest("SELF_ATTN", ["Self-Attn", "mlp"]) == "did you mean 'Self-Attn'?"
+    assert nearest("xyz", ["Self-Attn", "mlp"]) == "known: Self-Attn, mlp"
+
+
+# ---------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (
+            "models:\n  - model: a\n    weight: 1\n   density: 2\n",
+            4,
+            "of line 2; keys of one section",
+        ),
+        ("models:\n  - model: a\n - model: b\n", 3, "those above it; items begin in one column"),
+        ("merge_method: linear\n  dtype: float32\n", 2, "indented more than its section"),
+        ("models:\n\t- model: a\n", 2, "indent with spaces"),
+        ("parameters: {t: 0.5\ndtype: float32\n", 2, "'{' of line 1 is not closed"),
+        ("t: [0, 0.5\ndtype: float32\n", 2, "'[' of line 1 is not closed"),
+        ("name: 'a\nb: 1\n", 3, "a quote of line 1 is not closed"),
+        ("a: b: c\n", 1, "quote a text with one"),
+        ("model: @x\n", 1, "a text that begins so must be quoted"),
+        ("- a\nb: 1\n", 2, "keys beside a list"),
+    ],
+)
+def test_a_fault_of_yaml_in_plain_words(text: str, line: int, said: str) -> None:
+    with pytest.raises(FastmergeError) as caught:
+        parse(text, "r.yml", "recipe")
+    message = str(caught.value)
+    assert message.startswith(f"r.yml:{line}: not valid YAML")
+    assert said in message
+    assert not any(word in message for word in ("<block", "mapping values", "token", "stream"))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_list_of_methods_breaks_no_word_at_100_columns() -> None:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal("methods", columns=100))
+    assert max(len(line.rstrip("\r")) for line in shown.split("\n")) <= 100
+    known = {word for row in METHODS.values() for word in f"{row.name} {row.summary}".split()}
+    assert known <= set(shown.split())
+    assert "fastmerge methods NAME has each one's" in shown
+    assert "arXiv" not in shown
+
+
+def test_a_wide_terminal_and_a_pipe_have_every_column(capsys) -> None:
+    assert "arXiv:2306.01708" in terminal("methods", columns=400)
+    assert run("methods") == 0
+    out = capsys.readouterr().out
+    assert "arXiv:2306.01708" in out and "methods NAME" not in out
+
+
+def test_no_color_is_followed() -> None:
+    assert "\x1b[1m" in terminal("methods", columns=100)
+    assert "\x1b[" not in terminal("methods", columns=100, NO_COLOR="1", TERM="dumb")
+
+
+# ---------------------------------------------------------------- diff
+
+
+@pytest.fixture
+def pair(zoo):
+    base = zoo.base("base", layers=11)
+    return base, zoo.tune(base, "chat")
+
+
+def test_layers_are_compared_in_their_order(pair) -> None:
+    found = compare(*map(Checkpoint.open, pair), threads=2)
+    layers = [t.name.split(".")[2] for t in found.tensors if ".layers." in t.name]
+    assert list(dict.fromkeys(layers)) == [str(number) for number in range(11)]
+
+
+def test_the_relative_change_is_the_norms(zoo) -> None:
+    a, b = np.random.default_rng(1).normal(size=(2, 300, 70)).astype(np.float32)
+    b = a + np.float32(1e-3) * b
+    zero = np.zeros(5, np.float32)
+    left = zoo.write("a", {"w": a, "z": zero}, dtype="F32")
+    right = zoo.write("b", {"w": b, "z": zero + 1}, dtype="F32")
+    found = {
+        t.name: t for t in compare(Checkpoint.open(left), Checkpoint.open(right), threads=2).tensors
+    }
+    exact = np.linalg.norm(a.astype(float) - b) / np.linalg.norm(a.astype(float))
+    assert found["w"].relative == pytest.approx(exact, rel=1e-6)
+    assert found["z"].relative is None
+    same = compare(Checkpoint.open(left), Checkpoint.open(left), threads=1).tensors
+    assert same[0].relative == 0.0
+
+
+def test_the_table_of_a_diff(pair, capsys) -> None:
+    assert run("diff", *pair) == 0
+    out = capsys.readouterr().out
+    assert "relative" in out and "cosine" in out and "changed" in out and "ulps" not in out
+    assert "elements (" in out.splitlines()[-1]
+
+
+def test_a_map_of_layers_and_kinds(pair, tmp_path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    tensors = compare(*map(Checkpoint.open, pair), threads=2).tensors
+    kinds, layers, percent = change_map(tensors)
+    assert layers == ["-", *map(str, range(11))] and "mlp.up_proj" in kinds and "lm_head" in kinds
+    assert percent.shape == (len(kinds), 12)
+    one = next(t for t in tensors if t.name == "model.layers.10.mlp.up_proj.weight")
+    assert percent[kinds.index("mlp.up_proj"), 11] == pytest.approx(100 * one.relative)
+    assert np.isnan(percent[kinds.index("lm_head"), 1])
+    assert run("diff", *pair, "--plot", tmp_path / "map.png", "--limit", 1) == 0
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert "relative change" in capsys.readouterr().err
+    assert run("diff", *pair, "--plot", tmp_path / "gone" / "map.png") == 2
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_a_plan_shows_t_by_layer(pair, tmp_path, capsys) -> None:
+    base, chat = pair
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {base}}}, {{model: {chat}}}]\n"
+        "parameters:\n  t: [{filter: mlp, value: [0.1, 0.6]}, {value: 0.5}]\ndtype: bfloat16\n"
+    )
+    assert run("plan", recipe) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:1] == ["0-10"] and line.endswith(" 0.5") for line in lines)
+    assert any(line.split()[0] == "10" and line.endswith(" 0.6") for line in lines if line.strip())
+    assert run("plan", recipe, "--json") == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    mlp = [row for row in values if "mlp.up_proj" in row["tensors"]]
+    assert [row["layers"][0] for row in mlp] == list(range(11))
+    assert mlp[5]["values"]["t"] == pytest.approx(0.35)
+
+
+def test_a_plan_shows_each_models_weight(pair, tmp_path, capsys) -> None:
+    base, chat = pair
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"merge_method: ties\nbase_model: {base}\nmodels:\n"
+        f"- {{model: {chat}, parameters: {{weight: 0.7, density: [0.25, 1]}}}}\ndtype: bfloat16\n"
+    )
+    assert run("plan", recipe, "--json") == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    inside = [row for row in values if row["layers"][0] is not None]
+    assert {row["values"][f"weight of {chat}"] for row in values} == {0.7}
+    assert inside[0]["values"][f"density of {chat}"] == pytest.approx(0.25)
+    assert inside[-1]["values"][f"density of {chat}"] == pytest.approx(1)
+    assert "normalize" not in inside[0]["values"]  # the same everywhere
+
+
+# ---------------------------------------------------------------- shells
+
+
+def completed(*words: str) -> list[str]:
+    """What bash offers for the last of these words."""
+    script = (
+        f'eval "$({sys.executable} -m fastmerge completion bash)"; COMP_WORDS=("$@"); '
+        'COMP_CWORD=$(($#-1)); _fastmerge; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    answer = subprocess.run(
+        ["bash", "-c", script, "x", *words], capture_output=True, text=True, check=True
+    )
+    return answer.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes() -> None:
+    assert {"merge", "methods"} <= set(completed("fastmerge", "me"))
+    assert completed("fastmerge", "merge", "--over") == ["--overwrite"]
+    assert completed("fastmerge", "merge", "--device", "c") == ["cpu", "cuda"]
+    assert "dare_ties" in completed("fastmerge", "methods", "dare")
+    assert completed("fastmerge", "merge", "rec") == []  # files, by bash itself
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_command_is_completed(shell: str, capsys) -> None:
+    from fastmerge.cli.app import COMMANDS
+
+    assert run("completion", shell) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert ("bashcompinit" in out) == (shell == "zsh")
+    assert ("complete -c fastmerge" in out) == (shell == "fish")
+
+
+def test_another_shell_is_told_which_there_are(capsys) -> None:
+    assert run("completion", "tcsh") == 2
+    assert "'tcsh' is not one of bash, zsh, fish" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- logging
+
+
+def test_a_merge_is_logged_to_who_asks(zoo, tmp_path, caplog) -> None:
+    base = zoo.base("base")
+    bad = {
+        name: np.full_like(x, np.nan) if "norm" in name else x for name, x in zoo.read(base).items()
+    }
+    broken = zoo.write("broken", bad, json.loads((base / "config.json").read_text()))
+    models = [{"model": str(m), "parameters": {"weight": 1}} for m in (base, broken)]
+    recipe = {"merge_method": "linear", "models": models, "unknown_key": 1}
+    with caplog.at_level(logging.INFO, logger="fastmerge"):
+        report = fastmerge.merge(recipe, tmp_path / "out")
+    assert report.notes and report.nonfinite
+    records = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert records[0] == ("INFO", f"merging {report.tensors} tensors to {tmp_path / 'out'}")
+    assert [m for level, m in records[1:] if level == "INFO"] == list(report.notes)
+    assert len([m for level, m in records if level == "WARNING"]) == len(report.nonfinite)
+
+
+def test_nothing_is_printed_where_nobody_asks(zoo, tmp_path) -> None:
+    base = zoo.base("base")
+    code = (
+        "import fastmerge\n"
+        f"entry = {{'model': {str(base)!r}, 'parameters': {{'weight': 1}}}}\n"
+        "recipe = {'merge_method': 'linear', 'models': [entry]}\n"
+        f"fastmerge.merge(recipe, {str(tmp_path / 'o')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
