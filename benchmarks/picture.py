@@ -79,7 +79,7 @@ def drawn(results: dict[str, Any]) -> str:
         y += 3 * BAR + GAP
     said = (
         f"{results['size'].upper()} parameters, bf16, warm files, {versions['cores']} cores, "
-        f"whole processes, medians of {results['repeat']}"
+        f"whole processes, medians of {results['repeat']} (mergekit: {results['mergekit_repeat']})"
     )
     lines.append(f'<text x="{LEFT}" y="{y + 8}">{escape(said)}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"
