@@ -4,8 +4,10 @@
 
 The server answers as S3 does to GET with ranges and ETags, and sends files from the page cache
 (sendfile), in a process of its own: moto copies the whole object for each range. Its rate is that
-of obstore fetching every 8 MiB range of one model, 32 at a time, into memory; the merge is a copy
-(passthrough) of that model as a whole process, writes and start included. Bar: 0.7 of the rate.
+of obstore fetching every 8 MiB range of the models, 32 at a time, into memory. The merge is their
+average as a whole process, writes included; what a plan of the same takes (start, headers) is
+taken off, and given apart. ``--wait 20``: every answer begins 20 ms late, as a store's does.
+``--before``: another fastmerge's command, measured in turn. Bar: 0.7 of the rate.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,13 +34,15 @@ from process import measure
 _RAW = """
 import sys, time, obstore
 from concurrent.futures import ThreadPoolExecutor
-store, size, step = obstore.store.from_url("s3://models/base"), int(sys.argv[1]), 8 << 20
-def fetch(at):
-    got = obstore.get_range(store, "model.safetensors", start=at, end=min(size, at + step))
-    return len(bytes(got))
+store, size, step = obstore.store.from_url("s3://models"), int(sys.argv[1]), 8 << 20
+def fetch(place):
+    name, at = place
+    path = name + "/model.safetensors"
+    return len(obstore.get_range(store, path, start=at, end=min(size, at + step)))
+places = [(name, at) for name in sys.argv[2:] for at in range(0, size, step)]
 began = time.perf_counter()
 with ThreadPoolExecutor(32) as pool:
-    assert sum(pool.map(fetch, range(0, size, step))) == size
+    assert sum(pool.map(fetch, places)) == size * len(sys.argv[2:])
 print(time.perf_counter() - began)
 """
 
@@ -54,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("content-length", "0")
             self.end_headers()
             return
+        time.sleep(self.server.wait)
         size = path.stat().st_size
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range") or "")
         begin, end = (int(asked[1]), min(size, int(asked[2]) + 1)) if asked else (0, size)
@@ -78,18 +84,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serve(root: Path) -> None:
+def serve(root: Path, wait: float) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.root = root
+    server.root, server.wait = root, wait
     print(server.server_port, flush=True)
     server.serve_forever()
 
 
-def bench(folder: Path, size: str, repeat: int) -> dict[str, Any]:
-    model = write_set(folder, size, 1)[0]
+def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    models = write_set(folder, options.size, options.models)
     out = folder / "out"
     child = subprocess.Popen(
-        [sys.executable, __file__, "--serve", folder], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--serve", folder, "--wait", str(options.wait)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     environment = {
         "AWS_ACCESS_KEY_ID": "x",
@@ -98,27 +106,46 @@ def bench(folder: Path, size: str, repeat: int) -> dict[str, Any]:
         "AWS_ALLOW_HTTP": "true",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{child.stdout.readline().strip()}",
     }
-    nbytes = (model / "model.safetensors").stat().st_size
-    merge = [Path(sys.executable).with_name("fastmerge"), "average", "s3://models/base"]
-    raw, merged = [], []
+    size = (models[0] / "model.safetensors").stat().st_size
+    nbytes = size * len(models)
+    urls = [f"s3://models/{model.name}" for model in models]
+    recipe = folder / "remote.yaml"
+    each = [{"model": url, "parameters": {"weight": 1}} for url in urls]
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": each}))
+    commands = {"now": [Path(sys.executable).with_name("fastmerge")]}
+    if options.before:
+        commands["before"] = [options.before]
+    raw: list[float] = []
+    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
     try:
-        for _ in range(repeat):
-            settle([model], [out])
-            command = [sys.executable, "-c", _RAW, str(nbytes)]
+        for _ in range(options.repeat):
+            settle(models, [out])
+            command = [sys.executable, "-c", _RAW, str(size), *[model.name for model in models]]
             raw.append(float(measure(command, environment).stdout))
-            settle([model], [out])
-            merged.append(measure([*merge, "-o", out, "-q"], environment))
+            for name, program in commands.items():
+                settle(models, [out])
+                planned = measure([*program, "plan", recipe], environment).seconds
+                done = measure([*program, "merge", recipe, out, "-q"], environment)
+                runs[name].append((planned, done.seconds - planned, done.peak_anonymous_bytes))
     finally:
         child.terminate()
         child.wait()
     settle([], [out])
-    return {
-        "bytes": bytes_of(model),
+    found: dict[str, Any] = {
+        "bytes": sum(map(bytes_of, models)),
+        "wait_ms": options.wait,
         "server_gb_per_second": statistics.median(nbytes / 1e9 / s for s in raw),
-        "merge_gb_per_second": statistics.median(nbytes / 1e9 / m.seconds for m in merged),
-        "share": statistics.median(s / m.seconds for s, m in zip(raw, merged, strict=True)),
-        "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in merged),
     }
+    for name, own in runs.items():
+        shares = [s / seconds for s, (_, seconds, _) in zip(raw, own, strict=True)]
+        found[name] = {
+            "plan_seconds": statistics.median(planned for planned, _, _ in own),
+            "gb_per_second": statistics.median(nbytes / 1e9 / seconds for _, seconds, _ in own),
+            "share": statistics.median(shares),
+            "every_share": [round(share, 3) for share in shares],
+            "peak_anonymous_bytes": max(peak for _, _, peak in own),
+        }
+    return found
 
 
 def main() -> None:
@@ -126,14 +153,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--size", choices=SHAPES, default="0.2b")
+    parser.add_argument("--models", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the model is, or is made and kept")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="MS")
+    parser.add_argument("--before", type=Path, help="the fastmerge of another tree")
+    parser.add_argument("--folder", type=Path, help="where the models are, or are made and kept")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve)
+        serve(options.serve, options.wait / 1000)
     with tempfile.TemporaryDirectory(prefix="remote-") as made:
-        found = bench(options.folder or Path(made), options.size, options.repeat)
+        found = bench(options.folder or Path(made), options)
     print(json.dumps(found, indent=1))
 
 

@@ -16,7 +16,7 @@ import pytest
 import fastmerge
 from fastmerge import api
 from fastmerge.errors import FastmergeError, ModelError, ResourceError
-from fastmerge.models import remote
+from fastmerge.models import ahead, remote
 from tests.test_bad_input_cli import refused
 
 obstore = pytest.importorskip("obstore")
@@ -115,7 +115,7 @@ def server() -> Iterator[Proxy]:
 def bucket(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     server.reset()
     monkeypatch.setattr(remote, "_FIRST_BYTES", 512)  # less than the headers here
-    monkeypatch.setattr(remote, "_LEAST_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(ahead, "_LEAST_BYTES", 1000)
     monkeypatch.setattr(remote, "_WAIT_SECONDS", 0.01)
     return server
 
@@ -161,7 +161,7 @@ def test_a_merge_of_remote_models(zoo: Any, models: list[Path], tmp_path: Path) 
     assert (tmp_path / "remote" / "tokenizer.json").read_text() == '{"a": 1}'
     config = json.loads((tmp_path / "remote" / "config.json").read_text())
     assert config == json.loads((tmp_path / "local" / "config.json").read_text())
-    assert not [held for model in plan.models for held in model._held]
+    assert [model.held_bytes for model in plan.models] == [0, 0]
     assert any("known by name" in note for note in report.notes)
     for path in (tmp_path / "remote").iterdir():
         assert b"very-secret" not in path.read_bytes()
@@ -277,3 +277,11 @@ def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(ResourceError, match=r"pip install .*\[remote\]"):
         api.plan(recipe(["s3://a/b", "s3://a/c"]))
+
+
+def test_a_trim_over_all_tensors_is_refused(models: list[Path], tmp_path: Path) -> None:
+    urls = [upload(model) for model in models]
+    said = recipe(urls, "ties")
+    said["parameters"] = {"weight": 1, "density": 0.5, "trim": "model"}
+    with pytest.raises(FastmergeError, match="trim: model reads all tensors two or three times"):
+        fastmerge.merge(said, tmp_path / "out")

@@ -20,6 +20,7 @@ from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Dequantised, LowRank, Node, walk
 
 _SCRATCH_BYTES = 64 << 20
+_AHEAD_BYTES = 128 << 20
 
 
 class Executor(Protocol):
@@ -49,11 +50,13 @@ class Local:
         device: str = "cpu",
         gpu_memory: int = GPU_MEMORY_BYTES,
         scratch_bytes: int = _SCRATCH_BYTES,
+        ahead_bytes: int = _AHEAD_BYTES,
     ) -> None:
         """Raises FastmergeError where ``device`` ("cpu", "cuda", "auto") cannot take the plan.
 
         ``gpu_memory``: bytes of tensors in flight on each GPU. ``scratch_bytes``: what intermediate
-        tensors may take of memory, where the sink has a folder for the rest.
+        tensors may take of memory, where the sink has a folder for the rest. ``ahead_bytes``: what
+        remote models may hold that is not wanted yet.
         """
         self._plan = plan
         self._inputs = Inputs(plan.models)
@@ -61,6 +64,7 @@ class Local:
         roots = [(item.name, item.root) for item in plan.tensors]
         self._devices, note = choose_devices(device, roots, self._inputs.fetch)
         self._gpu_memory, self._scratch_bytes = gpu_memory, scratch_bytes
+        self._ahead_bytes = ahead_bytes
         self.notes: tuple[str, ...] = (note,) if note else ()
         if self._devices:
             self.notes += _kept_here(plan)
@@ -104,7 +108,10 @@ class Local:
 
         pending = sink.pending(self._plan.tensors)
         window = window_size(self.threads)
-        with closing(in_order(compute, pending, window, _moved)) as finished:
+        with (
+            self._inputs.ahead(pending, self._ahead_bytes),
+            closing(in_order(compute, pending, window, _moved)) as finished,
+        ):
             yield from finished
         if streamer is not None:
             self.notes += streamer.notes

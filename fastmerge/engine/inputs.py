@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,9 +12,9 @@ from fastmerge.compute.across import Shared, find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.leaves import gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.methods import find
-from fastmerge.models.model import Model
+from fastmerge.models.model import Model, ReadsAhead
 from fastmerge.planning.inputs import Encoding, TensorPlan
 from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import (
@@ -24,10 +25,35 @@ from fastmerge.tree.nodes import (
     Node,
     Rows,
     Stored,
+    leaves,
     reads_rows,
     walk,
 )
 from fastmerge.tree.unread import keeps_equal
+
+
+class Room:
+    """Bytes of memory that several threads share."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes, self._taken = nbytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Waits until there is room for so many, or nothing else in it."""
+        if not nbytes:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._nbytes)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
 
 
 class Inputs:
@@ -35,6 +61,8 @@ class Inputs:
 
     def __init__(self, models: Sequence[Model]) -> None:
         self._models = models
+        self._from_afar: set[int] = set()  # of the models
+        self._room = Room(0)
 
     def fetch(self, source: Stored) -> _C.View:
         """The tensor's memory: elements, or RAW bytes of a type without kernels."""
@@ -59,13 +87,46 @@ class Inputs:
             )
 
     @contextmanager
+    def ahead(self, items: Iterable[TensorPlan], nbytes: int) -> Iterator[None]:
+        """Tells the models that read ahead what is read for ``items``, in order; they share
+        ``nbytes`` of memory for it, until the end. No more than that is in use by several tensors
+        at a time: one that takes more is merged alone.
+        """
+        order: dict[int, dict[str, None]] = {
+            number: {} for number, model in enumerate(self._models) if isinstance(model, ReadsAhead)
+        }
+        if not order:
+            yield
+            return
+        for item in items:
+            for source in item.sources:
+                if source.model in order:
+                    order[source.model][source.name] = None
+        self._from_afar, self._room = set(order), Room(nbytes)
+        reading = [number for number, names in order.items() if names]
+        for number in reading:
+            self._expect(number, list(order[number]), nbytes // len(reading))
+        try:
+            yield
+        finally:
+            for number in reading:
+                self._expect(number, (), 0)
+            self._from_afar = set()
+
+    def _expect(self, number: int, names: Sequence[str], nbytes: int) -> None:
+        model = self._models[number]
+        assert isinstance(model, ReadsAhead)
+        model.expect(names, nbytes)
+
+    @contextmanager
     def reading(self, sources: Sequence[Stored]) -> Iterator[None]:
         """Asks for the sources' pages ahead, and lets go of them behind."""
-        for source in sources:
-            self._models[source.model].prefetch(source.name)
-        yield
-        for source in sources:
-            self._models[source.model].drop(source.name)
+        with self._room.taken(sum(s.nbytes for s in sources if s.model in self._from_afar)):
+            for source in sources:
+                self._models[source.model].prefetch(source.name)
+            yield
+            for source in sources:
+                self._models[source.model].drop(source.name)
 
     def reduced(self, item: TensorPlan, pool: _C.Pool) -> TensorPlan:
         """The tensor made of one source where all are equal and its tree keeps that: what training
@@ -102,6 +163,14 @@ def trims_of(
     plan: Plan, backend: CpuBackend, inputs: Inputs, shared: Shared | None = None
 ) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
+    for number, model in enumerate(plan.models) if plan.spanning else ():
+        if isinstance(model, ReadsAhead) and any(
+            leaf.model == number for node in plan.spanning for leaf in leaves((node,))
+        ):
+            raise UnsupportedError(
+                f"{model.label}: trim: model reads all tensors two or three times, which of a "
+                "remote model would have to lie in memory; download it first, or trim by tensor"
+            )
     return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend), shared)
 
 

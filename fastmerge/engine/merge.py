@@ -35,6 +35,7 @@ IO = ("auto", "direct", "buffered")  # how the output is written
 LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
 _SAMPLE_SECONDS = 0.02  # between looks at the memory in use: each reads a file of /proc
+_AHEAD_SHARE = 4  # what remote models hold ahead takes at most 1/4 of the budget
 _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
 
@@ -83,6 +84,7 @@ def merge_plan(
         device=device,
         gpu_memory=gpu_memory,
         scratch_bytes=memory_limit // _SCRATCH_SHARE,
+        ahead_bytes=memory_limit // _AHEAD_SHARE,
     )
     folder = ModelFolder(
         out,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,17 @@ class Model(Protocol):
 
     def side_files(self) -> Mapping[str, bytes | Path]:
         """What a merged model takes over from it beside the weights, by name: tokenizer, ..."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A `Model` whose tensors come from afar, and may be on their way before they are wanted."""
+
+    def expect(self, names: Sequence[str], nbytes: int) -> None:
+        """Those tensors will be read, in this order; until they are dropped, up to ``nbytes`` of
+        memory may hold them ahead. A later call takes the place of an earlier one.
+        """
         ...
 
 

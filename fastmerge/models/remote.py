@@ -12,15 +12,12 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.errors import ModelError, ResourceError, first_sentences
@@ -31,15 +28,13 @@ from fastmerge.limits import (
     MAX_HEADER_BYTES,
     MAX_TOTAL_BYTES,
 )
+from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
 from fastmerge.once import cached_property
 
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
-# Of one request: large, since each waits some 20 ms for its first byte, but a small tensor is asked
-# for by several too, or four in flight would be four connections.
-_LEAST_CHUNK_BYTES, _CHUNK_BYTES, _CHUNKS = 1 << 20, 8 << 20, 8
 # A connection of S3 brings 50 to 100 MB/s, a 25 Gb/s network 3 GB/s.
 _CONNECTIONS = 32
 _ATTEMPTS = 4  # of a range whose body was cut or wrong, beyond obstore's own of each request
@@ -70,8 +65,10 @@ class _Object(NamedTuple):
 class Remote:
     """The model whose files lie below one URL, or one .safetensors file; a `Model`.
 
-    A tensor is read into memory when it is asked for, by up to 32 requests of 1 to 8 MiB at a time,
-    and let go of behind: that memory is the caller's to bound. Safe to share between threads.
+    A tensor is read into memory when it is asked for, or ahead of that where the caller has said
+    what it will ask for (`expect`), by up to 32 requests of 1 to 8 MiB at a time, and let go of
+    behind: beyond what is read ahead, memory is the caller's to bound. Safe to share between
+    threads.
     """
 
     folder = None
@@ -106,24 +103,35 @@ class Remote:
         if found is not None:
             self.config = self._parsed("config.json", lambda: as_object(found))
         self.stamp: tuple[Hashable, ...] = tuple((self._base, *each) for each in self.files)
-        self._lock = threading.Lock()
-        self._held: dict[str, Future[NDArray[np.uint8]]] = {}
+        self._ahead = Ahead(self.tensors, self._bytes_of, _pool)
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
         """The tensor, read into memory: its elements, or bytes if ``raw`` or without kernels."""
-        data, info = self._tensor(name), self.tensors[name]
+        self._known(name)
+        data, info = self._ahead.start(name).result(), self.tensors[name]
         mergeable = info.dtype.mergeable and not raw
         count, code = (info.count, info.dtype.code) if mergeable else (info.nbytes, "RAW")
         return _C.View(data.ctypes.data, count, code, data)
 
     def prefetch(self, name: str) -> None:
-        """Reads the tensor; blocks until it is there: call it from a thread."""
-        self._tensor(name)
+        """Asks for the tensor; `view` waits for it."""
+        self._known(name)
+        self._ahead.start(name)
 
     def drop(self, name: str) -> None:
         """The tensor will not be read again soon: its memory is free once no view is left."""
-        with self._lock:
-            self._held.pop(name, None)
+        self._ahead.drop(name)
+
+    def expect(self, names: Sequence[str], nbytes: int) -> None:
+        """Those tensors will be read, in this order: they are asked for ahead, as long as no more
+        than ``nbytes`` of this model are in memory.
+        """
+        self._ahead.expect(names, nbytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """In memory, or on the way there."""
+        return self._ahead.held
 
     def check_unchanged(self) -> None:
         """Raises ModelError where a file is not the one whose header was read."""
@@ -241,38 +249,12 @@ class Remote:
 
     # --- requests ---
 
-    def _tensor(self, name: str) -> NDArray[np.uint8]:
-        with self._lock:
-            future = self._held.get(name)
-            mine = future is None
-            if future is None:
-                future = self._held[name] = Future()
-        if mine:
-            try:
-                future.set_result(self._read(name))
-            except BaseException as error:
-                self.drop(name)
-                future.set_exception(error)  # for who waits for the same tensor
-                raise
-        return future.result()
-
-    def _read(self, name: str) -> NDArray[np.uint8]:
+    def _known(self, name: str) -> None:
         if name not in self.tensors:
             raise ModelError(f"{self.label}: no tensor {show(name)}")
-        info = self.tensors[name]
-        data = np.empty(info.nbytes, np.uint8)
-        step = max(_LEAST_CHUNK_BYTES, min(_CHUNK_BYTES, -(-info.nbytes // _CHUNKS)))
 
-        def fetch(begin: int) -> None:
-            end = min(begin + step, info.nbytes)
-            got = self._range(self.files[info.file], info.begin + begin, info.begin + end)
-            data[begin:end] = np.frombuffer(got, np.uint8)
-
-        if info.nbytes <= step:
-            fetch(0)
-        else:
-            list(_pool().map(fetch, range(0, info.nbytes, step)))
-        return data
+    def _bytes_of(self, file: int, begin: int, end: int) -> Any:
+        return self._range(self.files[file], begin, end)
 
     def _first(self, name: str, limit: int) -> tuple[_Object, bytes] | None:
         """The file, and at most its first ``limit`` bytes; None where there is none."""
