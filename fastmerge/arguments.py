@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, brief, is_whole
+from fastmerge.errors import FastmergeError, brief, first_sentences, is_whole
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -72,6 +72,29 @@ def a_list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, (str, bytes, dict)):
         try:
             return list(value)
-        except (TypeError, ValueError):  # ValueError: a closed file
+        # ValueError: a closed file; RuntimeError: torch's nested tensors.
+        except (TypeError, ValueError, RuntimeError):
             pass
     raise FastmergeError(f"{where}: must be a list, not {brief(value)}")
+
+
+def a_mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    """A dictionary or the like."""
+    if not isinstance(value, Mapping):
+        raise FastmergeError(f"{where}: must be a mapping of names to values, not {brief(value)}")
+    return value
+
+
+def plain(value: Any, where: str) -> Any:
+    """Numbers and arrays of NumPy's and torch's as Python's own numbers and lists of them."""
+    if isinstance(value, type) or not hasattr(value, "tolist"):
+        return value
+    try:
+        return value.tolist()
+    # torch's, of sparse, nested, packed and meta tensors
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = type(value).__name__
+        raise FastmergeError(
+            f"{where}: a {kind} that has no numbers to read ({first_sentences(str(error))}); pass "
+            "a list of numbers"
+        ) from error

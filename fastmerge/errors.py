@@ -151,6 +151,7 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
     """A hint for an unknown ``word``: the nearest known one, else the first ``limit`` of them."""
     import difflib
 
+    word = str(word)  # of a mapping that a program made, a key may be a number
     names = sorted(str(name) for name in known)  # type: ignore[attr-defined]
     plain = {_plain(name): name for name in reversed(names)}
     close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
@@ -177,12 +178,14 @@ def _plain(word: str) -> str:
 
 
 _BRIEF = Repr()
+_BRIEFEST = 160  # characters: of six lists of six numbers each there are 800
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
 
 
 def brief(value: Any) -> str:
     """``repr(value)`` on one short line, however long, deep or circular the value is."""
-    return " ".join(_BRIEF.repr(value).split())
+    text = " ".join(_BRIEF.repr(value).split())
+    return text if len(text) <= _BRIEFEST else f"{text[:_BRIEFEST]} ..."
 
 
 def is_whole(value: Any) -> bool:

@@ -27,7 +27,7 @@ from fastmerge.compute.tensor import Outcome
 from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
 from fastmerge.engine.inputs import Inputs
-from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError, brief
 from fastmerge.models.memory import as_torch, view_of, written
 from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
@@ -130,9 +130,8 @@ def merge_into(
 
     one_of(keep, KEEP, "keep")
     a_function(observe, "observe")
-    if not isinstance(model, torch.nn.Module):
-        raise FastmergeError(f"model: must be a torch module, not {type(model).__name__}")
-    plan = plan.as_numbers
+    _a_module(model)
+    plan = _a_plan(plan).as_numbers
     targets = _targets(model, plan)
     with torch.no_grad():
         if observe is not None or not _uses_gpu(targets):
@@ -167,7 +166,7 @@ def tensors(
     in, in plan order; ``observe`` sees each first. Raises FastmergeError as a merge does.
     """
     a_function(observe, "observe")
-    for item, array in in_memory.materialise_plan(plan, threads=threads):
+    for item, array in in_memory.materialise_plan(_a_plan(plan), threads=threads):
         if observe is not None:
             observe(item, array)
         yield item, as_torch(array, item.dtype, item.shape)
@@ -282,7 +281,21 @@ def _warn(what: str) -> None:
 
 def forget(model: Any) -> None:
     """Lets go of the sources that were kept for ``model``."""
-    _HELD.pop(model, None)
+    _HELD.pop(_a_module(model), None)
+
+
+def _a_module(model: Any) -> Any:
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise FastmergeError(f"model: must be a torch module, not {type(model).__name__}")
+    return model
+
+
+def _a_plan(plan: Any) -> Plan:
+    if not isinstance(plan, Plan):
+        raise FastmergeError(f"plan: must be what fastmerge.plan returns, not {brief(plan)}")
+    return plan
 
 
 def _uses_gpu(targets: Mapping[str, torch.Tensor]) -> bool:

@@ -23,10 +23,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastmerge.arguments import one_of
 from fastmerge.compute.arrays import T
 from fastmerge.compute.calls import combine, gram, merge
 from fastmerge.compute.combining import coefficient_gradients
-from fastmerge.errors import FastmergeError, brief, nearest
 
 Numbers = Sequence[float] | NDArray[Any]
 Given = dict[str, Any]
@@ -518,11 +518,9 @@ def prune(
     'density' divides by the density.
     """
     given: Given = {"weight": 1.0, "density": density, "rescale": rescale}
+    how = one_of(how, ("magnitude", "random", "rank"), "prune: how")
     if how == "magnitude":
         return merge("breadcrumbs", [tensor], given | {"gamma": gamma}, out=out, threads=threads)
-    if how not in ("random", "rank"):
-        hint = nearest(str(how), ["magnitude", "random", "rank"])
-        raise FastmergeError(f"prune: unknown way '{brief(how)}'; {hint}")
     method = "dare_linear" if how == "random" else "della_linear"
     given |= {"normalize": False} | ({"epsilon": epsilon} if how == "rank" else {})
     return merge(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C, live
-from fastmerge.arguments import a_flag
+from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief
@@ -71,11 +71,11 @@ def merge_state_dicts(
 
     Raises FastmergeError, where possible before anything is written.
     """
-    row = find(getattr(method, "name", method), "method")
+    row = find(a_text(getattr(method, "name", method), "method"), "method")
     given = models if isinstance(models, Mapping) else dict(enumerate(_listed(models)))
     if not given:
         raise FastmergeError("models: there are none")
-    if base is not None and base not in given:
+    if base is not None and not (isinstance(base, Hashable) and base in given):
         raise FastmergeError(f"base: no model is called {brief(base)}")
     names = {key: _name(key, number) for number, key in enumerate(given)}
     opened = {names[key]: as_model(source, names[key]) for key, source in given.items()}
@@ -94,10 +94,11 @@ def merge_state_dicts(
             recipe[name] = str(value).removeprefix("torch.")
     apart = row.base in ("required", "optional")
     listed = [key for key in given if key != base or not apart]
-    for name, value in (parameters or {}).items():
+    asked = {} if parameters is None else a_mapping(parameters, "parameters")
+    for name, value in asked.items():
         own = _own_values(row.parameter(name), str(name), value, list(given), listed)
         if own is None:
-            recipe["parameters"][name] = _plain(value)
+            recipe["parameters"][name] = plain(value, str(name))
             continue
         for entry, key in zip(recipe["models"], given, strict=True):
             if key in own:
@@ -113,11 +114,12 @@ def merge_state_dicts(
 
 
 def _listed(models: Any) -> list[Any]:
-    if isinstance(models, (str, bytes)) or not isinstance(models, Iterable):
+    try:
+        return a_list(models, "models")
+    except FastmergeError:
         raise FastmergeError(
-            f"models: must be a mapping or a list of models, not {type(models).__name__}"
-        )
-    return list(models)
+            f"models: must be a mapping or a list of models, not {brief(models)}"
+        ) from None
 
 
 def _name(key: Hashable, number: int) -> str:
@@ -178,11 +180,6 @@ def _only(model: Model, common: Sequence[str], twins: Mapping[str, str]) -> Mode
     return part
 
 
-def _plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy's and torch's as Python's."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def _own_values(
     parameter: Parameter | None,
     name: str,
@@ -193,19 +190,19 @@ def _own_values(
     """What each model is given by its id, or, of a list, by its place among those ``listed``; None
     where it is one value, or a recipe's filters, for all.
     """
-    value = _plain(value)
+    value = plain(value, name)
     if parameter is None or not parameter.per_model:
         return None
     if isinstance(value, Mapping) and not set(value) <= {"filter", "value"}:
         unknown = next((key for key in value if key not in ids), None)
         if unknown is not None:
             raise FastmergeError(f"{name}: no model is called {brief(unknown)}")
-        return {key: _plain(own) for key, own in value.items()}
+        return {key: plain(own, name) for key, own in value.items()}
     if isinstance(value, (list, tuple)) and not any(isinstance(v, Mapping) for v in value):
         if len(value) != len(listed):
             besides = " beside the base" if len(listed) < len(ids) else ""
             raise FastmergeError(f"{name}: {len(value)} values for {len(listed)} models{besides}")
-        return {key: _plain(own) for key, own in zip(listed, value, strict=True)}
+        return {key: plain(own, name) for key, own in zip(listed, value, strict=True)}
     return None
 
 
@@ -344,12 +341,13 @@ def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
         target = out.get(item.name)
         if target is None or not (is_torch(target) or isinstance(target, np.ndarray)):
             raise FastmergeError(f"out: has no tensor '{item.name}'")
+        if is_torch(target):
+            check_torch(target, f"out: {item.name}")
         if tuple(target.shape) != item.shape:
             raise FastmergeError(
                 f"out: '{item.name}' has shape {list(target.shape)}, the merge {list(item.shape)}"
             )
-        if is_torch(target):
-            check_torch(target, f"out: {item.name}")
+        _check_writable(target, item.name)
         targets[item.name] = target
     read = [
         (*place, name)
@@ -359,6 +357,15 @@ def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
     ]
     _check_apart({name: _place(target) for name, target in targets.items()}, read)
     return targets
+
+
+def _check_writable(target: Any, name: str) -> None:
+    """Raises FastmergeError where not every entry has memory of its own to be written to."""
+    strides = target.stride() if is_torch(target) else target.strides
+    if any(size > 1 and step == 0 for size, step in zip(target.shape, strides, strict=True)):
+        raise FastmergeError(f"out: '{name}' repeats one memory; give it a copy (clone)")
+    if isinstance(target, np.ndarray) and not target.flags.writeable:
+        raise FastmergeError(f"out: '{name}' is read-only; give a copy")
 
 
 def _place(target: Any) -> Extent:

@@ -12,7 +12,7 @@ from fastmerge import _C
 from fastmerge.compute.backend import Backend, triton
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.dtypes import F32
-from fastmerge.errors import FastmergeError, UnsupportedError
+from fastmerge.errors import FastmergeError, UnsupportedError, brief, first_sentences
 from fastmerge.models.memory import (
     Extent,
     check_torch,
@@ -36,7 +36,13 @@ def _imported(tensor: Any, where: str) -> Any:
     if is_torch(tensor) or isinstance(tensor, np.ndarray):
         return tensor
     if not hasattr(tensor, "__dlpack__"):
-        return np.asarray(tensor)
+        try:
+            return np.asarray(tensor)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise FastmergeError(
+                f"{where}: {brief(tensor)} is no tensor and no array "
+                f"({first_sentences(str(error))})"
+            ) from error
     try:
         return np.from_dlpack(tensor)
     except (BufferError, TypeError, RuntimeError) as refused:  # another device, or bfloat16

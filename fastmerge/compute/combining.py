@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.arguments import a_list
+from fastmerge.arguments import a_list, plain
 from fastmerge.compute.arrays import Operands, T
-from fastmerge.compute.of_tensors import plain
 from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
@@ -40,10 +39,11 @@ def combine(
 ) -> T:
     """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
     given: Sequence[T] = a_list(tensors, "combine: tensors")
-    coefficients = a_list(plain(coefficients), "combine: coefficients")
+    where = "combine: coefficients"
+    coefficients = a_list(plain(coefficients, where), where)
     if len(coefficients) != len(given):
         raise FastmergeError(f"combine: {len(given)} tensors but {len(coefficients)} coefficients")
-    factors = [_EACH.check(plain(value), "combine") for value in coefficients]
+    factors = [_EACH.check(plain(value, where), "combine") for value in coefficients]
     return combined(given, np.array(factors), out=out, threads=threads)
 
 

@@ -39,7 +39,7 @@ def thread_count(threads: int | None = None) -> int:
     if not is_whole(threads):
         raise FastmergeError(f"{where}: {brief(threads)} is not a whole number of threads")
     if not 1 <= threads <= 1024:
-        raise FastmergeError(f"{where}: {threads} threads; use 1 to 1024")
+        raise FastmergeError(f"{where}: {brief(threads)} threads; use 1 to 1024")
     return int(threads)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastmerge.arguments import a_list, a_text
+from fastmerge.arguments import a_list, a_mapping, a_text, plain
 from fastmerge.compute.arrays import Operands, T
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Step, steps
-from fastmerge.errors import FastmergeError, is_whole, nearest
+from fastmerge.errors import FastmergeError, brief, is_whole, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
 from fastmerge.once import cached_property
 from fastmerge.tree.nodes import Merge, Node, Stored
@@ -61,9 +61,8 @@ def merge(
 
     ``parameters`` by their names in recipes; per model one number, or one for each tensor.
     """
-    row, given = _row(method), {} if parameters is None else parameters
-    if not isinstance(given, Mapping):
-        raise FastmergeError(f"{row.name}: parameters must be a mapping of names to values")
+    row = _row(method)
+    given = {} if parameters is None else a_mapping(parameters, f"{row.name}: parameters")
     if type(name) is not str or name:
         name = a_text(name, f"{row.name}: name")
     tensors = a_list(tensors, f"{row.name}: tensors")
@@ -94,7 +93,7 @@ def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) ->
     for name in given:
         if row.parameter(name) is None:
             hint = nearest(name, [p.name for p in row.parameters])
-            raise FastmergeError(f"{row.name}: unknown parameter '{name}'; {hint}")
+            raise FastmergeError(f"{row.name}: unknown parameter {brief(name)}; {hint}")
     if count < row.min_operands or (row.max_operands and count > row.max_operands):
         raise FastmergeError(f"{row.name}: got {count} tensors; {_arity(row)}")
     if row.base == "required" and not has_base and not row.of_deltas:
@@ -132,9 +131,9 @@ def _said(given: Mapping[str, Any]) -> bytes | None:
     found = {}
     for name, value in given.items():
         if type(value) not in _PLAIN and not _is_plain_list(value):
-            value = plain(value)
+            value = plain(value, name)
             if type(value) in (list, tuple):
-                value = [plain(own) for own in value]
+                value = [plain(own, name) for own in value]
             if type(value) not in _PLAIN and not _is_plain_list(value):
                 return None
         found[name] = value
@@ -199,14 +198,7 @@ def _value(method: Method, name: str, values: Mapping[str, Any]) -> Any:
         raise FastmergeError(f"{method.name}: '{name}' is required")
     if value is None and parameter.default is None:
         return None
-    return parameter.check(plain(value), method.name)
-
-
-def plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy's and torch's as Python's own numbers and lists of them."""
-    if getattr(value, "device", None) is not None and str(value.device) == "meta":
-        raise FastmergeError("a tensor on 'meta' has no numbers")
-    return value.tolist() if hasattr(value, "tolist") else value
+    return parameter.check(plain(value, f"{method.name}: {name}"), method.name)
 
 
 def _operand_values(
@@ -215,7 +207,7 @@ def _operand_values(
     own: dict[str, Any] = {}
     names = [p.name for p in method.parameters if p.per_model]
     for name in (name for name in names if name in given):
-        value = plain(given[name])
+        value = plain(given[name], f"{method.name}: {name}")
         if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != count:
                 raise FastmergeError(

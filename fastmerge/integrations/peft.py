@@ -20,8 +20,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
+from fastmerge.arguments import plain
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.integrations.mergekit import as_value_error
 from fastmerge.integrations.replacement import Places, Replacement
+from fastmerge.integrations.torch_ops import torch_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -126,22 +129,26 @@ def _elected(method: str) -> dict[str, Any]:
 def _merged(
     method: str, task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, **given: Any
 ) -> torch.Tensor:
-    """What `ops.merge` makes of deltas; ValueError where PEFT raises one."""
+    """What `ops.merge` makes of deltas; an error that is a ValueError too, as PEFT raises."""
     import torch
 
-    tensors = [tensor.detach().contiguous() for tensor in task_tensors]
-    density = given.get("density")
-    if density is not None and density >= 1:
-        given["density"] = 1.0
+    try:
+        tensors = [own.detach().contiguous() for own in torch_tensors(task_tensors, method)]
+        numbers = plain(weights, f"{method}: weights")
+        density = plain(given.get("density"), f"{method}: density")
+    except FastmergeError as error:
+        raise as_value_error(error) from error
+    if isinstance(density, (int, float)) and density >= 1:
+        given["density"] = density = 1.0
     trims = method in ("ties", "breadcrumbs")
-    if density == 0 or (trims and 0 < (density or 0) < 1 / max(1, tensors[0].numel())):
+    least = 1 / max(1, tensors[0].numel())
+    if density == 0 or (trims and isinstance(density, (int, float)) and 0 < density < least):
         return torch.zeros_like(tensors[0])  # nothing stays, which a recipe may not ask for
     seed = None
     if method.startswith("dare"):
         seed = int(torch.randint(1 << 62, (1,)).item())
-    numbers = torch.as_tensor(weights).tolist()
     try:
         made: torch.Tensor = ops.merge(method, tensors, {"weight": numbers, **given}, seed=seed)
     except FastmergeError as error:
-        raise ValueError(str(error)) from error
+        raise as_value_error(error) from error
     return made

@@ -21,9 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.arguments import a_list
-from fastmerge.errors import FastmergeError, ResourceError
+import numpy as np
+
+from fastmerge.arguments import a_flag, a_list, plain
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError, UnsupportedError, brief
+from fastmerge.methods import find
 from fastmerge.methods.combination import LEAST_NORM, LEAST_SINE_SQUARED, LERP_ABOVE, NORM_EPS
+from fastmerge.methods.table import METHODS
+from fastmerge.methods.weights import cancel, sum_to_zero
 
 if TYPE_CHECKING:
     import torch
@@ -33,25 +38,22 @@ Weights = Any  # a tensor, or numbers
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Weights) -> torch.Tensor:
     """sum_i c_i x_i; an input with coefficient 0 is not read."""
-    tensors = a_list(tensors, "combine: tensors")
-    made: torch.Tensor = _operators().combine(tensors, _numbers(coefficients, "combine", tensors))
-    return made
+    return _combined(tensors, _numbers(coefficients, "combine", tensors), "combine")
 
 
 def gram(tensors: Sequence[torch.Tensor], *, base: torch.Tensor | None = None) -> torch.Tensor:
     """Inner products, float64 (k, k) on the CPU; with ``base`` of [base, x_1 - base, ...], shape
     (k + 1, k + 1).
     """
-    made: torch.Tensor = _operators().gram(a_list(tensors, "gram: tensors"), base)
-    return made
+    return _products(tensors, base, "gram")
 
 
 def linear(
     tensors: Sequence[torch.Tensor], weights: Weights, *, normalize: bool = True
 ) -> torch.Tensor:
     """sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
-    numbers = _numbers(weights, "linear", tensors)
-    return combine(tensors, numbers / numbers.sum() if normalize else numbers)
+    numbers = _numbers(weights, "linear", tensors, divided=a_flag(normalize, "linear: normalize"))
+    return _combined(tensors, numbers, "linear")
 
 
 def task_arithmetic(
@@ -67,11 +69,11 @@ def task_arithmetic(
     """
     import torch
 
-    numbers = _numbers(weights, "task_arithmetic", tensors)
-    if normalize:
-        numbers = numbers / numbers.sum()
-    numbers = numbers * lambda_
-    return combine([base, *tensors], torch.cat([1 - numbers.sum()[None], numbers]))
+    where = "task_arithmetic"
+    tensors = a_list(tensors, f"{where}: tensors")
+    numbers = _numbers(weights, where, tensors, divided=a_flag(normalize, f"{where}: normalize"))
+    numbers = numbers * _number(lambda_, where, "lambda")
+    return _combined([base, *tensors], torch.cat([1 - numbers.sum()[None], numbers]), where)
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
@@ -80,11 +82,12 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
     """
     import torch
 
-    products = gram([a, b])
+    products = _products([a, b], None, "slerp")
     norms = products.diagonal().clamp_min(NORM_EPS**2).sqrt()
     norms = torch.where(norms > NORM_EPS, norms, 1.0)
     cosine = products[0, 1] / norms.prod()
-    return combine([a, b], _arc(cosine, _number(t), cosine.abs() > LERP_ABOVE))
+    factors = _arc(cosine, _number(t, "slerp", "t"), cosine.abs() > LERP_ABOVE)
+    return _combined([a, b], factors, "slerp")
 
 
 def nuslerp(
@@ -93,17 +96,18 @@ def nuslerp(
     """SLERP at w_1 / (w_0 + w_1) of the whole tensors, or of their deltas to ``base``."""
     import torch
 
-    numbers = _numbers(weights, "nuslerp", [a, b])
-    products = gram([a, b], base=base)
+    where = "nuslerp"
+    numbers = _numbers(weights, where, [a, b], divided=True)
+    products = _products([a, b], base, where)
     if base is not None:
         products = products[1:, 1:]
     norms = products.diagonal().clamp_min(LEAST_NORM**2).sqrt()
     cosine = (products[0, 1] / norms.prod()).clamp(-1, 1)
     flat = 1 - cosine**2 <= LEAST_SINE_SQUARED
-    factors = _arc(cosine, numbers[1] / numbers.sum(), flat)
+    factors = _arc(cosine, numbers[1], flat)
     if base is None:
-        return combine([a, b], factors)
-    return combine([base, a, b], torch.cat([1 - factors.sum()[None], factors]))
+        return _combined([a, b], factors, where)
+    return _combined([base, a, b], torch.cat([1 - factors.sum()[None], factors]), where)
 
 
 def _operators() -> Any:
@@ -118,27 +122,71 @@ def _operators() -> Any:
     return torch.ops.fastmerge
 
 
-def _number(value: Any) -> torch.Tensor:
+def torch_tensors(tensors: Any, where: str) -> list[torch.Tensor]:
+    """``tensors`` as a list; FastmergeError where one is no dense tensor of torch's."""
+    import torch
+
+    found = a_list(tensors, f"{where}: tensors")
+    if not found:
+        raise FastmergeError(f"{where}: no tensors")
+    for one in found:
+        if not isinstance(one, torch.Tensor):
+            raise FastmergeError(f"{where}: tensors are torch's here, not {type(one).__name__}")
+        if one.layout is not torch.strided or one.is_nested:
+            raise UnsupportedError(f"{where}: a sparse or nested tensor; pass a dense one")
+    return found
+
+
+def _combined(tensors: Any, coefficients: torch.Tensor, where: str) -> torch.Tensor:
+    made: torch.Tensor = _operators().combine(torch_tensors(tensors, where), coefficients)
+    return made
+
+
+def _products(tensors: Any, base: Any, where: str) -> torch.Tensor:
+    if base is not None:
+        torch_tensors([base], where)
+    made: torch.Tensor = _operators().gram(torch_tensors(tensors, where), base)
+    return made
+
+
+def _number(value: Any, where: str, name: str) -> torch.Tensor:
+    """One in the bounds that the method ``where`` has for it; a tensor of one, whatever it holds:
+    to look would break a recorded program.
+    """
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.to("cpu", torch.float64)
-    return torch.full((), value, dtype=torch.float64)
+        if value.numel() != 1 or value.is_complex() or value.is_meta:
+            raise FastmergeError(f"{where}: '{name}' must be a number, not {brief(value)}")
+        return value.to("cpu", torch.float64).reshape(())
+    parameter = find(where).parameter(name)
+    assert parameter is not None
+    number = parameter.check(plain(value, f"{where}: {name}"), where)
+    return torch.full((), number, dtype=torch.float64)
 
 
-def _numbers(weights: Weights, where: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One for each tensor, float64 on the CPU."""
+def _numbers(weights: Weights, where: str, tensors: Any, *, divided: bool = False) -> torch.Tensor:
+    """One for each tensor, float64 on the CPU; ``divided`` by their sum, which is looked at where
+    they are numbers.
+    """
     import torch
 
     if isinstance(weights, torch.Tensor):
+        if weights.layout is not torch.strided or weights.is_nested or weights.is_meta:
+            raise FastmergeError(f"{where}: weights must be a tensor of numbers, or a list")
         numbers = weights.to("cpu", torch.float64)
     else:
-        numbers = torch.stack([_number(value) for value in weights])
-    if numbers.shape != (len(tensors),):
-        raise FastmergeError(
-            f"{where}: {len(tensors)} tensors but weights of shape {list(numbers.shape)}"
-        )
-    return numbers
+        of = where if where in METHODS else "linear"
+        given = a_list(plain(weights, f"{where}: weights"), f"{where}: weights")
+        made = [_number(value, of, "weight") for value in given]
+        numbers = torch.stack(made) if made else torch.empty(0)
+        known = divided and not any(isinstance(value, torch.Tensor) for value in given)
+        if known and cancel(np.array(given, np.float64)):
+            raise RecipeError(f"{where}: {sum_to_zero(np.array(given, np.float64))}; change them")
+    count = len(a_list(tensors, f"{where}: tensors"))
+    if numbers.shape != (count,):
+        raise FastmergeError(f"{where}: {count} tensors but weights of shape {list(numbers.shape)}")
+    return numbers / numbers.sum() if divided else numbers
 
 
 def _arc(cosine: torch.Tensor, t: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:

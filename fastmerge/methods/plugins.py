@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, nearest
+from fastmerge.errors import FastmergeError, RecipeError, brief, nearest
 from fastmerge.methods.register import register
 from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Factors, Function, Terms
 from fastmerge.methods.table import METHODS
@@ -63,7 +63,15 @@ def method(
     be made a method.
     """
 
+    for what, said in {"name": name, "version": version, "paper": paper}.items():
+        if not isinstance(said, str) and not (said is None and what == "name"):
+            raise FastmergeError(f"method: {what} must be text, not {brief(said)}")
+    if not isinstance(torch, bool):
+        raise FastmergeError(f"method: torch must be True or False, not {brief(torch)}")
+
     def added(function: F) -> F:
+        if not callable(function) or not hasattr(function, "__name__"):
+            raise FastmergeError(f"method: must decorate a function, not {brief(function)}")
         register(
             _row(function, name or function.__name__, version, paper, min_models, max_models, torch)
         )
@@ -178,7 +186,11 @@ def _rule(name: str, call: Callable[..., Any], takes_base: bool) -> Any:
         assert gram is not None
         of = gram[1:, 1:] if has_base else gram
         given = [None if not has_base else gram[0, 0]] if takes_base else []
-        found = np.asarray(call(of, *given, values=values, operands=operands), np.float64)
+        made = call(of, *given, values=values, operands=operands)
+        try:
+            found = np.asarray(made, np.float64)
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: torch's, with a gradient
+            raise RecipeError(f"{name} returned {brief(made)}, not coefficients") from None
         if found.shape != (len(of),) or not np.isfinite(found).all():
             raise RecipeError(
                 f"{name} returned {found.tolist()}, not {len(of)} finite coefficients"

@@ -21,12 +21,12 @@ Extent = tuple[int, int]
 def is_torch(tensor: Any) -> bool:
     """Whether ``tensor`` is a torch tensor; torch itself is not imported for the answer."""
     kind: Any = type(tensor)
-    return _is_torch(kind) or hasattr(tensor, "data_ptr")
+    return _is_torch(kind)
 
 
 @lru_cache(maxsize=64)
 def _is_torch(kind: Any) -> bool:
-    return str(kind.__module__).partition(".")[0] == "torch"
+    return hasattr(kind, "data_ptr") and hasattr(kind, "layout")  # a storage has only the former
 
 
 def dtype_of(tensor: Any, where: str) -> DType:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import api
-from fastmerge.arguments import one_of
+from fastmerge.arguments import a_list, a_path, a_text, one_of, plain
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError, argument
@@ -56,6 +56,7 @@ class Point:
 def parse_range(text: str) -> list[float]:
     """The values of "0:1:0.05", both ends included, or of "0.1,0.3"; else FastmergeError."""
     where = argument("t")
+    a_text(text, where)
     try:
         if ":" in text:
             first, last, step = (float(part) for part in text.split(":"))
@@ -171,7 +172,7 @@ def _with_t(root: Merge, t: float) -> Merge:
 
 def sweep(
     recipe: Any,
-    out: Path,
+    out: str | Path,
     values: Sequence[float],
     *,
     evaluate: Any = None,
@@ -192,6 +193,7 @@ def sweep(
     Raises FastmergeError, before a weight is read, where the disk has no room for all of them.
     ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
     """
+    out = a_path(out, "out")
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
     with ExitStack() as kept:
@@ -201,6 +203,7 @@ def sweep(
         if scoring is None and write not in (None, "all"):
             raise FastmergeError(f"write: '{write}' needs scores: give 'evaluate'")
         write = write or ("all" if scoring is None else "best")
+        values = [T.check(plain(value, "values"), "values") for value in a_list(values, "values")]
         return _swept(
             plan, out, values, scoring, write, resume, threads, progress, on_start, on_point
         )

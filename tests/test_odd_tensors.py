@@ -1,0 +1,141 @@
+"""Things of torch's that look like tensors or numbers and are none, wherever a call takes those: one
+short line of FastmergeError each.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import fastmerge
+from fastmerge import live, ops
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError
+from fastmerge.integrations import fusion_bench, peft, torch_ops
+from fastmerge.search.sweep import parse_range, sweep
+
+torch = pytest.importorskip("torch")
+
+X = torch.arange(64.0).reshape(8, 8)
+LOOP: list[object] = []
+LOOP.append(LOOP)
+
+
+def nested():
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+
+
+NO_TENSORS = {
+    "a module": lambda: torch.nn.Linear(8, 8),
+    "a storage": X.untyped_storage,
+    "a list of itself": lambda: LOOP,
+    "nested": nested,
+    "the class": lambda: torch.Tensor,
+}
+NO_NUMBERS = {
+    "sparse": X.to_sparse,
+    "compressed": X.to_sparse_csr,
+    "quantised": lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),
+    "nested": nested,
+    "the class": lambda: torch.Tensor,
+    "on meta": lambda: X.to("meta"),
+    "a matrix": lambda: X,
+    "a million digits": lambda: 10**400,
+}
+CALLS = {
+    "ops.slerp": lambda x: ops.slerp(X, x, 0.5),
+    "ops.ties": lambda x: ops.ties(x, [X, X], [1, 1]),
+    "ops.gram": lambda x: ops.gram([X, x]),
+    "ops.linear": lambda x: ops.linear(x, [1, 1]),
+    "out": lambda x: ops.linear([X, X], [1, 1], out=x),
+    "torch_ops.slerp": lambda x: torch_ops.slerp(X, x, 0.5),
+    "torch_ops.gram": lambda x: torch_ops.gram([X, X], base=x),
+    "torch_ops.linear": lambda x: torch_ops.linear([X, x], [0.5, 0.5]),
+    "peft.ties": lambda x: peft.ties([X, x], torch.ones(2), 0.5),
+    "state_dicts": lambda x: fastmerge.merge_state_dicts(
+        [{"w": X}, {"w": x}], "linear", parameters={"weight": 1}
+    ),
+}
+NUMBERS = {
+    "weights": lambda x: ops.linear([X, X], x),
+    "one weight": lambda x: ops.linear([X, X], [1, x]),
+    "t": lambda x: ops.slerp(X, X, x),
+    "coefficients": lambda x: ops.combine([X, X], x),
+    "threads": lambda x: ops.linear([X, X], [1, 1], threads=x),
+    "torch_ops.t": lambda x: torch_ops.slerp(X, X, x),
+    "torch_ops.lambda": lambda x: torch_ops.task_arithmetic(X, [X], [1], lambda_=x),
+    "peft.density": lambda x: peft.ties([X, X], torch.ones(2), -x if type(x) is int else x),
+    "state_dicts": lambda x: fastmerge.merge_state_dicts(
+        [{"w": X}, {"w": X}], "slerp", base=0, parameters={"t": x}
+    ),
+    "sweep": lambda x: sweep({"merge_method": "slerp"}, "out", x),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_tensor(call, kind):
+    with pytest.raises(FastmergeError) as caught:
+        CALLS[call](NO_TENSORS[kind]())
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+@pytest.mark.parametrize("call", NUMBERS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_number(call, kind):
+    with pytest.raises(FastmergeError) as caught:
+        NUMBERS[call](NO_NUMBERS[kind]())
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+ODD = {
+    "parameters that are a list": lambda: fastmerge.merge_state_dicts([], "linear", parameters=[1]),
+    "parameters of no mapping": lambda: fastmerge.merge_state_dicts(
+        [{"w": X}, {"w": X}], "linear", parameters=[1]
+    ),
+    "a base that is a list": lambda: fastmerge.merge_state_dicts([{"w": X}], "linear", base=[0]),
+    "a method that is a list": lambda: fastmerge.merge_state_dicts([{"w": X}], ["linear"]),
+    "models of no axis": lambda: fastmerge.merge_state_dicts(torch.tensor(1.0), "linear"),
+    "a target that repeats its memory": lambda: fastmerge.merge_state_dicts(
+        [{"w": X}, {"w": X}], "linear", parameters={"weight": 1}, out={"w": X[:, :1].expand(8, 8)}
+    ),
+    "a parameter's name that is a number": lambda: ops.merge("linear", [X, X], {5: 1}),
+    "a way to prune that is a list": lambda: ops.prune(X, 0.5, [X]),
+    "no plan": lambda: live.merge_into(torch.nn.Linear(2, 2), [1]),
+    "no plan of tensors": lambda: list(live.tensors("recipe.yml")),
+    "no model": lambda: live.forget([1]),
+    "a range that is a number": lambda: parse_range(0.5),
+    "a method of no function": lambda: fastmerge.method(version="1")(X),
+    "a method's name": lambda: fastmerge.method(5, version="1"),
+    "a method's version": lambda: fastmerge.method(version=1),
+    "a method's torch": lambda: fastmerge.method(version="1", torch=X),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_other_mistakes(what):
+    with pytest.raises(FastmergeError):
+        ODD[what]()
+
+
+def test_weights_that_cancel_are_refused_where_gradients_flow():
+    for merge in (torch_ops.linear, lambda pair, weights: torch_ops.nuslerp(*pair, weights)):
+        with pytest.raises(RecipeError, match="sum to 0"):
+            merge([X, X + 1], [1.0, -1.0])
+
+
+def test_t_has_its_bounds_where_gradients_flow():
+    with pytest.raises(FastmergeError, match="for 35 % write 0.35"):
+        torch_ops.slerp(X, X + 1, 35)
+
+
+def test_fusion_bench_s_own_tensors_without_fusion_bench(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "fusion_bench.utils.state_dict_arithmetic", None)
+    with pytest.raises(ResourceError, match="pip install fusion-bench"):
+        fusion_bench.state_dict_avg([{"w": X.double()}, {"w": X.double()}])
+
+
+def test_peft_s_mistakes_are_value_errors_too():
+    with pytest.raises(ValueError, match="must be finite") as caught:
+        peft.task_arithmetic([X], torch.tensor([float("nan")]))
+    assert isinstance(caught.value, FastmergeError)
