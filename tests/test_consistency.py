@@ -258,6 +258,20 @@ def test_as_many_experts_as_the_config_counts(zoo):
     assert "has 4 experts: check it" in note
 
 
+def test_experts_that_do_nothing_may_be_stored_too(zoo):
+    counts = {"model_type": "longcat_flash", "n_routed_experts": 4, "zero_expert_num": 2}
+    for stored in (4, 6):
+        a = model(zoo, f"a{stored}", tensors=experts(stored), **counts)
+        assert not any("experts" in note for note in make_plan(linear(a)).notes)
+    with pytest.raises(FastmergeError, match="has 5 experts"):
+        make_plan(linear(model(zoo, "b", tensors=experts(5), **counts)))
+
+
+def test_a_list_of_heads_by_layer_is_no_number(zoo):
+    a = model(zoo, "a", model_type="of my own", num_key_value_heads=[2, 2, 2, 2])
+    assert not any("head_dim" in note for note in make_plan(linear(a)).notes)
+
+
 def test_what_a_causal_model_lacks_is_noted(zoo):
     for name, said in (
         ("model.norm.weight", "has no norm behind its layers"),

@@ -118,6 +118,9 @@ UNMOVED = {
     "layer_norm_eps": 1e-5,
     "time_step_rank": 4,
     "layer_norm_type": "norm",
+    "index_block_size": 4,
+    "index_topk_blocks": 4,
+    "index_local_blocks": 1,
     "full_attention_interval": 1,
     "moe_layer_end_index": -1,
     "rope_scaling": {"short_factor": [1.0, 1.0, 2.0, 2.0], "rope_type": "longrope"},
@@ -245,6 +248,13 @@ def test_groups_of_layers_are_a_period(zoo):
     assert "layer_group_size: still true" in held
     (moved,) = make_plan(stack((a, 0, 1), (a, 0, 4))).notes
     assert "layer_group_size goes by layer number" in moved
+
+
+def test_a_list_may_have_entries_for_prediction_layers(zoo):
+    a = model(zoo, "a", num_nextn_predict_layers=1, compress_ratios=[1, 4, 4, 128, 0])
+    config = make_plan(stack((a, 0, 2), (a, 0, 4))).config
+    assert config["compress_ratios"] == [1, 4, 1, 4, 4, 128]
+    assert config["num_nextn_predict_layers"] == 0
 
 
 def test_lists_of_prediction_layers_are_not_the_stacks(zoo):

@@ -92,6 +92,13 @@ def test_nuslerp_refuses_weights_that_cancel_beside_their_size():
         ops.nuslerp(x, y, [1000.0, -1000.001])
 
 
+def test_nuslerp_refuses_weights_that_are_a_t_beyond_slerps():
+    x, y = np.eye(2, dtype=np.float32)
+    with pytest.raises(FastmergeError, match=r"are t = -99, and t must be in \[-1, 2\]"):
+        ops.nuslerp(x, y, [1.0, -0.99])
+    ops.nuslerp(x, y, [1.0, -0.5])  # t = -1
+
+
 def test_a_weighted_sum_stays_in_range_until_it_is_divided():
     x = np.array([3e38, -2e38, 1e30], np.float32)
     np.testing.assert_allclose(ops.linear([x, x], [3.0, 3.0]), x, rtol=2 * EPS)

@@ -78,6 +78,13 @@ def test_the_hub_is_asked_for_the_same_files() -> None:
     assert "checkpoint-5/model.safetensors" not in asked and "optimizer.pt" not in asked
 
 
+def test_an_adapters_config_that_is_left_out_is_named(zoo) -> None:
+    base = zoo.base()
+    fill(base, ("adapter_config.json", "model.safetensors.index.fp32.json"))
+    (note,) = fastmerge.api.plan(recipe(base)).notes
+    assert note.endswith("(weights in another form): adapter_config.json")
+
+
 def test_a_tokenizer_is_said_to_be_copied_only_where_one_is(zoo) -> None:
     base = zoo.base()
     asked = recipe(base, zoo.tune(base, "tune"), base_model=str(base), tokenizer_source="base")
@@ -233,6 +240,15 @@ def test_overwrite_keeps_off_what_no_merge_wrote(zoo, tmp_path: Path) -> None:
     (out / "fastmerge.json").unlink()  # then names alone are known
     with pytest.raises(FastmergeError, match="1_Pooling/"):
         fastmerge.merge(recipe(base, tune), out, overwrite=True)
+
+
+def test_a_folder_that_is_no_models_is_kept_by_the_name_of_what_it_holds(
+    zoo, tmp_path: Path
+) -> None:
+    base = zoo.base()
+    fill(tmp_path / "out", (".git/HEAD", "notes.txt"))
+    with pytest.raises(FastmergeError, match=r"it holds \.git, notes\.txt; choose another output"):
+        fastmerge.merge(recipe(base, zoo.tune(base, "tune")), tmp_path / "out", overwrite=True)
 
 
 def test_overwrite_takes_a_model_folder_as_it_is_downloaded(zoo) -> None:

@@ -139,6 +139,11 @@ def nuslerp(
     if abs(w.sum()) >= 1e-6 and cancel(w):
         raise RecipeError(f"nuslerp: {sum_to_zero(w)}; change them")
     t = float(w[1] / w.sum()) if abs(w.sum()) >= 1e-6 else 0.5
+    if not -1 <= t <= 2:  # slerp's bounds
+        raise RecipeError(
+            f"nuslerp: the weights {w.tolist()} are t = {t:.4g}, and t must be in [-1, 2]; change "
+            "them"
+        )
     norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), LEAST_NORM)
     cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
     return Factors(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= LEAST_SINE_SQUARED), has_base))

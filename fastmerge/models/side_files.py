@@ -198,7 +198,7 @@ class _Gathering:
                 self._subfolder(entry, name)
             elif is_weights(entry.name) and name.split("/")[0] not in self._modules:
                 own = name in self._weights if self._weights else name.endswith(".safetensors")
-                if not own and not name.endswith(".json"):
+                if not own and (entry.name == "adapter_config.json" or ".index." not in name):
                     self._leave(name, "weights in another form")
             else:
                 self._file(entry.path, name)

@@ -124,8 +124,11 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"{target}: exists; choose another output or add {argument('overwrite', True)}"
         )
     if not names & {SINGLE, INDEX, "config.json", CONFIG}:
+        some = ", ".join(sorted(names)[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise OutputError(
-            f"{target}: not a model folder, so {argument('overwrite', True)} will not replace it"
+            f"{target}: not a model folder, so {argument('overwrite', True)} will not replace it: "
+            f"it holds {some}{more}; choose another output"
         )
     foreign = _foreign(target)
     if foreign:

@@ -188,6 +188,9 @@ def _check_experts(lead: View, last: Input, note: Callable[[str], None]) -> None
             if found and tail.partition(".")[0].isdigit():
                 held.setdefault(module, set()).add(tail.partition(".")[0])
         for module, experts in held.items():
+            # longcat's experts that do nothing are stored with the others, or not at all.
+            if len(experts) - whole(config, "zero_expert_num") in wanted.values():
+                continue
             if len(experts) in wanted.values():
                 continue
             key, count = next(iter(wanted.items()))
@@ -236,7 +239,8 @@ def _inside(lead: View, config: Mapping[str, Any]) -> list[Size]:
     wide = whole(config, "head_dim") or (width // heads if heads else 0)
     if any(("heads" in key or "head_dim" in key) and key not in _HEADS for key in config):
         wide = 0  # heads of several kinds
-    keys = whole(config, "num_key_value_heads") or heads
+    given = config.get("num_key_value_heads")
+    keys = heads if given is None else whole(config, "num_key_value_heads")  # a list: by layer
     expected = dict(
         zip(
             _SIZED,

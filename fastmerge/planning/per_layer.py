@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastmerge.errors import ModelError
-from fastmerge.models.config import EXTRA_COUNTS, LAYER_COUNTS, model_type, text_config
+from fastmerge.models.config import (
+    EXTRA_COUNTS,
+    LAYER_COUNTS,
+    extra_layers,
+    model_type,
+    text_config,
+)
 from fastmerge.models.families import MIXED_LAYERS
 from fastmerge.planning.inputs import View
 
@@ -35,6 +41,7 @@ _WHICH = {
     "start", "begin", "first", "index", "idx", "dense", "sparse", "skip", "hash", "full", "global",
     "window", "offset", "moe", "linear", "cross",
 }  # fmt: skip
+_OF_TOKENS = {"size", "topk", "local", "cache"}  # in keys whose blocks are of tokens
 _FROM_THE_END = {"shared", "share", "last", "end"}
 # Counts of first layers that differ from those behind them.
 _FIRST = {
@@ -57,7 +64,7 @@ def restack(
     """Rewrites, in the output's ``config`` (the lead's, of the language model), what goes by layer;
     notes what was rewritten and what could not be. ModelError where a model lacks an entry.
     """
-    writer = _Restack(lead.layer_total, layers)
+    writer = _Restack(lead.layer_total, layers, sum(extra_layers(lead.config).values()))
     writer.section(config, ())
     writer.sparse_steps(config)
     part = text_config(lead.config)
@@ -75,8 +82,9 @@ def restack(
 
 
 class _Restack:
-    def __init__(self, total: int, layers: Sequence[Layer]) -> None:
+    def __init__(self, total: int, layers: Sequence[Layer], extra: int) -> None:
         self.total = total  # layers of the lead
+        self.lengths = {total, total + extra}  # those for multi-token prediction may have entries
         self.layers = layers
         self.rewritten: list[str] = []
         self.by_number: list[str] = []
@@ -126,7 +134,9 @@ class _Restack:
                 if layer.number + first in (self._given(layer, path, list) or ())
             ]
             self._set(config, path, chosen)
-        elif len(value) == self.total >= 3 or (speaks and len(value) >= self.total):
+        elif (len(value) in self.lengths and self.total >= 3) or (
+            speaks and len(value) >= self.total
+        ):
             self._set(config, path, [self._entry(layer, path, list) for layer in self.layers])
         elif speaks and path[-1] in _KINDS:
             for layer in self.layers:  # too short for some layer: refused, unless none is chosen
@@ -142,7 +152,7 @@ class _Restack:
         is_word = value.islower() and len(set(value)) > 2
         if not words & {"pattern", "layers", "types"} or is_word:
             return
-        if len(value) == self.total:
+        if len(value) in self.lengths:
             entries = [self._entry(layer, path, str) for layer in self.layers]
             self._set(config, path, "".join(entries))
         else:
@@ -172,7 +182,9 @@ class _Restack:
             self._periodic(key, value)
         elif "offset" in words and stem:
             self._periodic(key, _period(config, key))
-        elif words & {"layer", "layers", "block", "blocks"} and value:
+        elif value and (
+            words & {"layer", "layers"} or (words & {"block", "blocks"} and not words & _OF_TOKENS)
+        ):
             ends = words & _FROM_THE_END and (self.moved or self.resized)
             counts = value == self.total and self.resized
             if ends or counts or (words & _WHICH and self.moved):
