@@ -130,20 +130,29 @@ def dequantised(
     """fp32 numbers, flat, of matrices of (rows, cols): each code times its block's scale.
 
     codes: uint8, flat; of "mxfp4" two numbers to a byte, each matrix as its transpose. scales:
-    flat, of any float type, one for every (block_rows, block_cols); of "mxfp4" uint8 (E8M0).
+    flat, of any float type, one for every (block_rows, block_cols); uint8 are E8M0.
     out: where they go, and what is returned; None for new memory.
     """
     count = codes.numel() * (2 if coding == "mxfp4" else 1)
     if out is None:
         out = torch.empty(count, dtype=torch.float32, device=codes.device)
     if coding != "mxfp4":
-        codes, scales = codes.view(torch.int8), scales.float()
+        codes, scales = codes.view(torch.int8), widened(scales)
     total = count // cols
     launch(
         dequantise_kernel, _programs(total, cols), codes.device, codes, scales, out, total, rows,
         cols, block_rows, block_cols, CODING=CODINGS[coding], ROWS=ROWS, COLS=COLS,
     )  # fmt: skip
     return out
+
+
+def widened(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as fp32; those of one byte are E8M0, whose bits are fp32's exponent."""
+    if scales.element_size() > 1:
+        return scales.float()
+    codes = scales.view(torch.uint8).int()
+    bits = torch.where(codes == 0, 1 << 22, codes << 23)  # 2**-127 is subnormal
+    return torch.where(codes == 255, 0x7FC00000, bits).view(torch.float32)
 
 
 def low_rank(

@@ -348,3 +348,41 @@ def test_live_models_take_adapters_as_sources(tmp_path):
         assert torch.equal(parameter, wanted[name]), name
     assert not torch.equal(wanted["model.layers.0.mlp.up_proj.weight"],
                            stored(base)["model.layers.0.mlp.up_proj.weight"])  # fmt: skip
+
+
+TYING = {
+    "embeddings": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": (llama, {"target_modules": ["lm_head"]}),
+    "lengths": (llama, {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "scales": (
+        llama,
+        {
+            "target_modules": ["embed_tokens"],
+            "rank_pattern": {"embed_tokens": 2},
+            "alpha_pattern": {"embed_tokens": 9},
+        },
+    ),
+    # PEFT ties what is called embed_tokens, and nothing else.
+    "gpt2": (lambda **_: gpt2(), {"target_modules": ["wte"]}),
+    "gpt2 saved": (
+        lambda **_: gpt2(),
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["wte"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("row", TYING)
+def test_ensure_weight_tying_is_what_base_and_adapter_compute(tmp_path, row):
+    """One tensor where PEFT's two are the same, else a head of its own."""
+    build, settings = TYING[row]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, task_type="CAUSAL_LM", ensure_weight_tying=True, **settings
+    )
+    base, adapter = make(tmp_path, build(tied=True), config, dtype=torch.float32)
+    fastmerge.fold(base, adapter, tmp_path / "out")
+    out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert out.config.tie_word_embeddings is (row in ("embeddings", "head"))
+    ids = torch.tensor([[1, 2, 3, 40]])
+    with torch.no_grad():
+        wanted = from_peft(base, adapter, torch.float32)(ids).logits
+        torch.testing.assert_close(out(ids).logits, wanted, rtol=1e-4, atol=1e-5)

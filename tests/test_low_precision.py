@@ -558,3 +558,24 @@ def test_an_adapter_on_codes_is_one_on_their_numbers(formats, zoo):
     assert one.keys() == two.keys()
     for name, array in one.items():
         assert np.array_equal(array, two[name]), name
+
+
+def test_weights_that_were_turned_are_no_numbers_to_merge(formats, zoo):
+    """Hadamard rotations, which compressed-tensors undoes as the model runs."""
+    coded = formats.compressed("coded", zoo.base(), "channel")
+    turned = {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"]}]}}
+    for transform, refused in (({"config_groups": turned}, True), ({"config_groups": {}}, False)):
+        config = json.loads((coded / "config.json").read_text())
+        config["quantization_config"]["transform_config"] = transform
+        (coded / "config.json").write_text(json.dumps(config))
+        if refused:
+            assert "is quantised (compressed-tensors" in refusal(coded, dtype="bfloat16")
+        else:
+            api.plan(linear(coded, dtype="bfloat16"))
+
+
+def test_scales_of_caches_and_bounds_are_none_of_weights(formats, zoo):
+    static = ("kv_scale", "prob_scale", "input_scale_ub", "input_scale_inv", "k_scale")
+    coded = formats.fp8("coded", zoo.base(layers=1), more=static)
+    found, _ = output(linear(coded, weight=1.0, dtype="bfloat16"), zoo)
+    assert found.keys() == formats.numbers["coded"].keys()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 
 from fastmerge import _C, api
 from fastmerge.compute.reference import CODES, dequantised
 from fastmerge.errors import FastmergeError
+from fastmerge.models.patterns import followed
 from fastmerge.output.sink import ModelFolder
 from tests.test_low_precision import (
     FP8,
     Formats,
+    bf16,
     copy,
     gpt_oss,
     linear,
@@ -364,3 +368,69 @@ def test_memory_holds_numbers(formats, zoo):
     found = dict(api.materialise(linear(x, y, out_dtype="as_base")))
     assert found["model.layers.0.mlp.up_proj.weight"].dtype == np.uint16
     assert found.keys() == zoo.read(a).keys()
+
+
+MIXED = [f"model.layers.1.{m}_proj" for m in ("self_attn.q", "self_attn.k", "self_attn.v")]
+
+
+def partly(formats, zoo) -> Path:
+    """A coded model whose second layer's attention is left as numbers, as its config says."""
+    coded = formats.fp8("partly", zoo.base(layers=3))
+    tensors, config = stored_raw(coded), json.loads((coded / "config.json").read_text())
+    for module in MIXED:
+        del tensors[f"{module}.weight_scale_inv"]
+        name = f"{module}.weight"
+        tensors[name] = ("BF16", bf16(formats.numbers["partly"][name]))
+    config["quantization_config"]["modules_to_not_convert"] = [*MIXED, "lm_head"]
+    return zoo.raw("partly", tensors, config)
+
+
+def stored_raw(folder: Path) -> dict[str, tuple[str, np.ndarray]]:
+    types = {"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}
+    found = safetensors.deserialize((folder / "model.safetensors").read_bytes())
+    return {
+        name: (own["dtype"], np.frombuffer(own["data"], types[own["dtype"]]).reshape(own["shape"]))
+        for name, own in found
+    }
+
+
+@pytest.mark.parametrize("how", ["copied", "rounded"])
+def test_the_config_names_modules_where_their_layers_now_are(formats, zoo, how):
+    """Else codes are loaded as numbers, and numbers as codes."""
+    coded, other = partly(formats, zoo), zoo.base("other", seed=5, layers=3)
+    ranges = [[1, 3], [0, 2]]
+    slices = [{"sources": [{"model": str(coded), "layer_range": r}]} for r in ranges]
+    recipe = {"merge_method": "passthrough", "slices": slices}
+    if how == "rounded":
+        for entry, own in zip(slices, ranges, strict=True):
+            entry["sources"].append({"model": str(other), "layer_range": own})
+        recipe |= {"merge_method": "linear", "parameters": {"weight": 0.5}, "out_dtype": "as_base"}
+    api.merge(recipe, zoo.root / "out")
+    said = json.loads((zoo.root / "out" / "config.json").read_text())["quantization_config"]
+    tensors = stored_raw(zoo.root / "out")
+    plain = {
+        n.removesuffix(".weight") for n, (t, _) in tensors.items() if "proj" in n and t == "BF16"
+    }
+    assert plain == {m.replace("s.1.", f"s.{i}.") for m in MIXED for i in (0, 3)}
+    assert set(said["modules_to_not_convert"]) == {*plain, "lm_head"}
+
+
+def test_names_and_expressions_follow_their_layers():
+    moves = {f"model.layers.{i}.mlp.{p}": [f"model.layers.{j}.mlp.{p}" for j in to]
+             for i, to in ((1, (0, 2)), (10, (1,))) for p in ("up_proj", "experts.3")}  # fmt: skip
+    moves["lm_head"] = ["lm_head"]
+
+    def followed_(*names: str) -> list[str]:
+        return followed({"a": [{"ignore": list(names)}]}, moves, "x")["a"][0]["ignore"]
+
+    assert followed_("lm_head", "re:.*experts.*") == ["lm_head", "re:.*experts.*"]
+    assert followed_("model.layers.1") == ["model.layers.0", "model.layers.2"]
+    assert followed_("layers.10.mlp.up_proj") == ["layers.1.mlp.up_proj"]
+    assert followed_("mlp.experts.3") == ["mlp.experts.3"]
+    assert followed_("re:.*experts.[0-9]+") == ["re:.*experts.[0-9]+"]
+    assert followed_(r"re:.*layers\.10\..*up") == ["model.layers.1.mlp.up_proj"]
+    # Of a layer that was left out, whose number is another's now.
+    assert followed_("model.layers.0.mlp") == []
+    assert followed_("vision.patch2") == ["vision.patch2"]
+    with pytest.raises(FastmergeError, match="could take for ever"):
+        followed_("re:((a+)+)+1")

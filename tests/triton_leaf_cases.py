@@ -75,6 +75,19 @@ def test_codes_times_scales(coding, matrices, rows, cols, block) -> None:
     assert np.array_equal(bits(got), bits(wanted))
 
 
+def test_scales_of_one_byte_are_powers_of_two() -> None:
+    codes, scales = (
+        np.arange(256, dtype=np.uint8),
+        np.arange(254, 254 - 16 * 8, -8).astype(np.uint8),
+    )
+    scales[-1] = 0  # 2**-127, which is subnormal
+    sizes = {"rows": 16, "cols": 16, "block_rows": 4, "block_cols": 4}
+    wanted = cpu(1).array(_C.dequantised("e4m3", raw(codes), raw(scales), **sizes))
+    given = [torch.from_numpy(each.copy()).to(DEVICE) for each in (codes, scales)]
+    got = leaves.dequantised("e4m3", *given, **sizes).cpu().numpy()
+    assert np.array_equal(bits(got), bits(wanted))
+
+
 @pytest.mark.parametrize(("matrices", "rows", "cols"), [(1, 32, 5), (3, 64, 16), (1, 96, 600)])
 def test_mxfp4(matrices, rows, cols) -> None:
     rng = np.random.default_rng(2)

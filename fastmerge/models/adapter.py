@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, UnsupportedError, brief, is_whole
 from fastmerge.limits import MAX_ADAPTED_LETTERS
+from fastmerge.models.architecture import layer_of
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import FileTensor, Header, Stamp, read_header, read_object, show
@@ -134,7 +136,9 @@ class Adapter(Checkpoint):
             if rows is not None:
                 self.tokens[name] = _tokens(name, rows, config, where)
             if parts:
-                self.factors[name] = _factors(name, parts, scales, config, str(files[0]))
+                # PEFT scales the embeddings' factors by the rank that the head would have.
+                scale = partial(scales.of, name, checked=not self._is_only_tied(name))
+                self.factors[name] = _factors(name, parts, scale, config, str(files[0]))
         for text in ("base_model_name_or_path", "task_type", "revision"):
             if not isinstance(config.get(text), str | None):
                 raise ModelError(f"{where}: '{text}' must be text, not {brief(config[text])}")
@@ -152,10 +156,16 @@ class Adapter(Checkpoint):
         """The distinct ranks, rising."""
         return tuple(sorted({each.rank for each in self.factors.values()}))
 
+    def _is_only_tied(self, name: str) -> bool:
+        """Whether a module can have factors because it is tied to one that the config names."""
+        outside = layer_of(f"{name}.weight") is None
+        tying = outside and bool(self.config.get("ensure_weight_tying"))
+        return tying and self.targets.tell(name) is False
+
     def _check_targets(self, where: str) -> None:
         """PEFT leaves out what the config does not name, in silence."""
         for name in self.factors:
-            if self.targets.tell(name) is False:
+            if self.targets.tell(name) is False and not self._is_only_tied(name):
                 raise ModelError(
                     f"{where}: target_modules, exclude_modules and layers_to_transform leave out "
                     f"'{name}', for which {WEIGHTS} has factors; one of the two files is stale"
@@ -275,7 +285,7 @@ def check_letters(name: str, where: str) -> None:
 def _factors(
     module: str,
     parts: _Parts,
-    scales: _Scales,
+    scale_of: Callable[[int], float],
     config: Mapping[str, Any],
     where: str,
 ) -> Factors:
@@ -310,7 +320,7 @@ def _factors(
                 f"{out_size} numbers"
             )
     return Factors(
-        module, a.name, b.name, rank, out_size, in_size, scales.of(module, rank), embedding,
+        module, a.name, b.name, rank, out_size, in_size, scale_of(rank), embedding,
         None if magnitude is None else magnitude.name, None if bias is None else bias.name,
     )  # fmt: skip
 
@@ -348,16 +358,18 @@ class _Scales:
         where = f"{self._where}: '{key}'"
         return Patterns({k: check(v, f"{where} of '{k}'") for k, v in given.items()}, where)
 
-    def of(self, module: str, rank: int) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r), of a module whose factors have this rank."""
+    def of(self, module: str, rank: int, *, checked: bool = True) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r), of a module whose factors have this rank, which
+        is ``checked`` against what the config says.
+        """
         said = self._ranks.of(module, self._rank)
-        if said != rank:
+        if checked and said != rank:
             raise ModelError(
                 f"{self._where}: rank {said} for '{module}', whose factors have rank {rank}; one "
                 "of the two files is stale"
             )
         alpha = self._alphas.of(module, self._alpha)
-        return float(alpha / math.sqrt(rank) if self._rooted else alpha / rank)
+        return float(alpha / math.sqrt(said) if self._rooted else alpha / said)
 
 
 def _rank(value: Any, where: str) -> int:

@@ -27,7 +27,7 @@ from fastmerge.once import cached_property
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 # Of activations and of the cache: they change nothing in what a weight is.
-_STATIC = re.compile(r".*(\.|_)(input|activation|output|act|[kqv])_scale")
+_STATIC = re.compile(r".*(\.|_)(input|activation|output|act|prob|kv|[kqv])_scale(_inv|_ub)?")
 _MX_GROUP = 32
 Blocks = list[tuple[str, tuple[int, int] | None]]  # what the config says, and the block it means
 
@@ -124,7 +124,7 @@ def _written(config: Mapping[str, Any]) -> DType:
 
 
 def _is_static(name: str) -> bool:
-    return name.endswith("_scale") and _STATIC.fullmatch(name) is not None
+    return "_scale" in name[-10:] and _STATIC.fullmatch(name) is not None
 
 
 # ---------------------------------------------------------------- fp8
@@ -140,7 +140,12 @@ def _fine_grained(section: Mapping[str, Any], tensors: Mapping[str, Typed]) -> d
 
 
 def _compressed(section: Mapping[str, Any], tensors: Mapping[str, Typed]) -> dict[str, Coded]:
-    """Nothing where any group is of another kind than 8-bit floats."""
+    """Nothing where any group is of another kind than 8-bit floats, or where the weights were
+    turned before they were rounded (Hadamard rotations, which the model undoes as it runs).
+    """
+    turned = section.get("transform_config")
+    if turned and (not isinstance(turned, Mapping) or turned.get("config_groups", True)):
+        return {}
     groups = section.get("config_groups")
     weights = [
         group.get("weights")

@@ -1,4 +1,6 @@
-"""How an adapter's config says modules: PEFT's rules for names, lists of names and expressions."""
+"""How configs say modules: PEFT's rules for names, lists of names and expressions; and quantisers'
+lists of those that they treat in another way.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from fastmerge.errors import UnsupportedError, brief
-from fastmerge.models.architecture import LAYER_NUMBER
+from fastmerge.models.architecture import LAYER_NUMBER, layer_of
 
 V = TypeVar("V")
 
@@ -172,3 +174,47 @@ def _is_among(module: str, names: frozenset[str] | _Expression) -> bool:
     if isinstance(names, _Expression):
         return names.fits(module)
     return any(module[at:] in names for at in _starts(module))
+
+
+def followed(section: Any, moves: Mapping[str, Iterable[str]], where: str) -> Any:
+    """A quantiser's section with the names in its lists (modules_to_not_convert, ignore, targets)
+    as they are after layers were moved, repeated or left out. moves: each module's names then.
+
+    A name is a module's, or the parts of it from any to any. An expression (re:...) that does not
+    tell the moved ones apart stays. Raises UnsupportedError for one that could take for ever.
+    """
+    effort = _Effort(where)
+
+    def follow(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: follow(own) for key, own in value.items()}
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(item, str) for item in value):
+            return [follow(item) for item in value]
+        found = (new for item in value for new in _moved(item, moves, effort))
+        return list(dict.fromkeys(found))
+
+    return follow(section)
+
+
+def _moved(name: str, moves: Mapping[str, Iterable[str]], effort: _Effort) -> list[str]:
+    if not any(letter.isdigit() for letter in name):
+        return [name]
+    if not _PLAIN.fullmatch(name):
+        # From the beginning, to any end.
+        expression = effort.expression(f"{name.removeprefix('re:')}.*")
+        meant = {old: expression.fits(old) for old in moves}
+        if all(expression.fits(new) == meant[old] for old, each in moves.items() for new in each):
+            return [name]
+        return [new for old, each in moves.items() if meant[old] for new in each]
+    found = []
+    for old, each in moves.items():
+        at = f".{old}.".find(f".{name}.")
+        if at < 0:
+            continue
+        after = len(old) - at - len(name)
+        for new in each:
+            within = f".{name}." in f".{new}."
+            found.append(name if within else new[at : len(new) - after])
+    return found if found or layer_of(f"{name}.weight") is not None else [name]

@@ -51,6 +51,9 @@ class _Adapted:
         self.base, self.adapter, self.number = base, adapter, number
         self.label, self.note = label, note
         self.tensors = dict(base.tensors)
+        self.factors, self.saved = adapter.factors, adapter.saved
+        if self._is_tied and self._keeps_tie:
+            self._leave_out_head()
         found = find_quantised(base.config, base.tensors, base.donor.folder)
         if found is not None and found.packed is not None:
             raise UnsupportedError(
@@ -61,9 +64,9 @@ class _Adapted:
     def view(self) -> View:
         names = self._names()
         self._check_whole(names)
-        for wanted, stored in self.adapter.saved.items():
+        for wanted, stored in self.saved.items():
             self._replace(names[wanted], stored)
-        for module, factors in self.adapter.factors.items():
+        for module, factors in self.factors.items():
             self._add(names[_weight(module)], factors)
             if factors.bias is not None:
                 self._add_bias(names[f"{module}.bias"], factors.bias, factors.scale)
@@ -72,6 +75,19 @@ class _Adapted:
         tensors = self._with_head()
         view = replace(self.base, label=self.label, tensors=tensors)
         return replace(view, vocabulary=self._vocabulary(view), config=self._config(view))
+
+    def _leave_out_head(self) -> None:
+        """A tied head's factors are the embeddings' again: two of one tensor. With another scale
+        (of a pattern for one name) or DoRA's lengths (of its rows, and of the embeddings' columns)
+        they make two tensors of it.
+        """
+        embedded = [each for each in self.factors.values() if each.embedding]
+        heads = [each for name, each in self.factors.items() if ends(_weight(name), "lm_head")]
+        if any(e.scale != h.scale or e.magnitude or h.magnitude for e in embedded for h in heads):
+            return
+        if embedded and heads:
+            self.factors = {n: f for n, f in self.factors.items() if f not in heads}
+            self.saved = {n: own for n, own in self.saved.items() if not ends(n, "lm_head")}
 
     # -------- names
 
@@ -102,20 +118,26 @@ class _Adapted:
         return names
 
     def _wanted(self) -> Iterator[str]:
-        yield from map(_weight, self.adapter.factors)
-        yield from (f"{f.module}.bias" for f in self.adapter.factors.values() if f.bias is not None)
+        yield from map(_weight, self.factors)
+        yield from (f"{f.module}.bias" for f in self.factors.values() if f.bias is not None)
         yield from map(_weight, self.adapter.tokens)
-        yield from self.adapter.saved
+        yield from self.saved
 
     @property
     def _is_tied(self) -> bool:
         base = self.base
         return base.head is None and base.embedding is not None and is_tied(base.config)
 
+    @property
+    def _keeps_tie(self) -> bool:
+        """PEFT knows embeddings to tie by their name alone: not gpt2's."""
+        named = ends(self.base.embedding or "", "embed_tokens")
+        return named and bool(self.adapter.config.get("ensure_weight_tying"))
+
     def _check_whole(self, names: Mapping[str, str]) -> None:
         """Modules in all other layers of the stack, that the config means as well, have factors."""
         adapter, base = self.adapter, self.base
-        have = {names[_weight(module)] for module in adapter.factors}
+        have = {names[_weight(module)] for module in self.factors}
         kinds = {(place.stack, place.rest) for place in map(layer_of, have) if place is not None}
         lost = [
             name
@@ -214,7 +236,7 @@ class _Adapted:
         if not self._is_tied or embedding is None or _HEAD in self.tensors:
             return self.tensors
         before, after = self.base.tensors[embedding], self.tensors[embedding]
-        tied = self.adapter.config.get("ensure_weight_tying") or self.adapter.tokens
+        tied = self._keeps_tie or self.adapter.tokens
         if after is before or after.shape != before.shape or tied or not _is_causal(self.base):
             return self.tensors
         return {**self.tensors, _HEAD: replace(before, name=_HEAD)}

@@ -49,7 +49,7 @@ from fastmerge.planning.layers import check_layers, settle_layers
 from fastmerge.planning.modules import by_part, find_parts
 from fastmerge.planning.opened import Opened
 from fastmerge.planning.plan import Plan
-from fastmerge.planning.precision import as_stored, settle_precision
+from fastmerge.planning.precision import as_stored, settle_precision, with_moved_names
 from fastmerge.planning.spanning import check_whole
 from fastmerge.planning.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.planning.truncate import truncate
@@ -271,8 +271,8 @@ class Planner:
         check_result(result, parts, lead, self.note, truncated=truncates)
         if is_output and document is not None and document.as_base:
             where = document.at("out_dtype")
-            return as_stored(result, stored, self.opened.views, where, self.note)
-        return result
+            result = as_stored(result, stored, self.opened.views, where, self.note)
+        return with_moved_names(result, stored) if is_output else result
 
     def plan(self, result: View, *, sparing: bool = False) -> Plan:
         """The plan whose output is ``result``; ``sparing`` as in `make_plan`."""

@@ -13,6 +13,8 @@ from fastmerge.dtypes import DType
 from fastmerge.errors import ModelError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.low_precision import LowPrecision, with_section, without_section
+from fastmerge.models.patterns import followed
+from fastmerge.models.quantised import sections
 from fastmerge.planning.inputs import Encoding, Part, TensorPlan, View, Written, with_views
 from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Stored, walk
 
@@ -123,6 +125,29 @@ def as_stored(
         note(f"{len(static)} scales of activations are those of the model that leads: check them")
     config = with_section(result.config, format_of_lead.key, format_of_lead.section)
     return replace(result, tensors={**tensors, **static}, config=config)
+
+
+def with_moved_names(result: View, lead: View) -> View:
+    """The result with the modules that its quantiser's section names (those left as numbers, say)
+    named as they are now, where the layers of ``lead``, as it is stored, are others' or elsewhere.
+    """
+    found = list(sections(result.config))
+    if not found:
+        return result
+    own = {root.model for t in lead.tensors.values() if isinstance(root := t.root, Stored)}
+    moves: dict[str, dict[str, None]] = {}
+    for name, tensor in result.tensors.items():
+        leaf = _lead_of(tensor.root, own)
+        stored = leaf.own if isinstance(leaf, Leaf) else None
+        if stored is not None:
+            before, after = stored.name.rpartition(".")[0], name.rpartition(".")[0]
+            moves.setdefault(before, {})[after] = None
+    if all(before in after and len(after) == 1 for before, after in moves.items()):
+        return result
+    config = result.config
+    for key, section in found:
+        config = with_section(config, key, followed(section, moves, f"'{lead.label}': {key}"))
+    return replace(result, config=config)
 
 
 def _lead_of(root: Node, models: set[int]) -> Leaf | None:
