@@ -386,3 +386,38 @@ def test_ensure_weight_tying_is_what_base_and_adapter_compute(tmp_path, row):
     with torch.no_grad():
         wanted = from_peft(base, adapter, torch.float32)(ids).logits
         torch.testing.assert_close(out(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_a_multimodal_model_under_the_names_of_its_files(tmp_path):
+    """transformers has other names for them than files have; each part's prefix is its own."""
+    text = transformers.LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=50,
+    )  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    kind = transformers.LlavaForConditionalGeneration
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    kind(transformers.LlavaConfig(text_config=text, vision_config=vision)).save_pretrained(base)
+    assert "language_model.model.norm.weight" in stored(base)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "linear_1"], init_lora_weights=False)
+    peft.get_peft_model(kind.from_pretrained(base), lora).save_pretrained(adapter)
+    fastmerge.fold(base, adapter, tmp_path / "out")
+    merged = peft.PeftModel.from_pretrained(kind.from_pretrained(base), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "peft")
+    mine, theirs, before = (stored(tmp_path / name) for name in ("out", "peft", "base"))
+    assert mine.keys() == theirs.keys()
+    assert sum(not torch.equal(mine[name], before[name]) for name in mine) == 5
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_that_the_base_has_no_place_for(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    base, adapter = make(tmp_path, llama(), config)
+    with pytest.raises(
+        FastmergeError, match=r"adds a bias \(lora_bias\) to .*q_proj' \(and 1 more"
+    ):
+        fastmerge.fold(base, adapter, tmp_path / "out")

@@ -25,7 +25,7 @@ from tests.test_low_precision import (
 )
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 
 @pytest.fixture
@@ -434,3 +434,45 @@ def test_names_and_expressions_follow_their_layers():
     assert followed_("vision.patch2") == ["vision.patch2"]
     with pytest.raises(FastmergeError, match="could take for ever"):
         followed_("re:((a+)+)+1")
+
+
+@pytest.mark.parametrize("case", ["lead", "opened first", "slices"])
+def test_an_adapter_on_codes_is_written_as_codes(formats, zoo, case):
+    """As its base is stored, in whatever order models and adapters are opened."""
+    base = zoo.base()
+    coded, other = formats.fp8("coded", base), formats.fp8("other", zoo.base("b", seed=5))
+    adapted = f"{coded}+{zoo.adapter('adapter', base, target_modules=['q_proj'])}"
+    keep_q(zoo.root / "adapter")
+    if case == "lead":
+        recipe = copy(adapted, out_dtype="as_base")
+    elif case == "opened first":
+        recipe = linear(adapted, other, out_dtype="as_base", base_model=str(other))
+    else:
+        sources = [
+            {"sources": [{"model": m, "layer_range": [0, 1]}]} for m in (adapted, str(other))
+        ]
+        recipe = {"merge_method": "passthrough", "slices": sources, "out_dtype": "as_base"}
+    report = api.merge(recipe, zoo.root / "out")
+    assert sum("are merged as the numbers" in note for note in report.notes) == 1 + (case != "lead")
+    made, before = stored_raw(zoo.root / "out"), stored_raw(coded)
+    for name, (kind, array) in made.items():
+        assert kind == before[name][0]
+        if "q_proj" not in name and case == "lead":
+            assert (array == before[name][1]).all()
+    config = json.loads((zoo.root / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    wide = api.materialise(
+        {**{k: v for k, v in recipe.items() if k != "out_dtype"}, "dtype": "float32"}
+    )
+    for name, values in dict(wide).items():
+        if "proj" not in name:
+            continue
+        codes, scales = made[name][1], made[f"{name}_scale_inv"][1]
+        near = dequantised(codes, scales, "e4m3", (16, 16))
+        assert np.abs(near - values).max() <= np.abs(values).max() / 15
+
+
+def keep_q(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if "q_proj" in name}
+    save_file(kept, file)

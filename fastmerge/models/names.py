@@ -14,6 +14,11 @@ WRITERS = {
     "module.": "DataParallel's wrapper",
     "base_model.model.": "peft's wrapper",
 }
+# transformers' own renaming of the parts of multimodal models (4.52), there and back.
+_PARTS = (
+    ("model.language_model.", "language_model.model."), ("model.", ""),
+    ("language_model.model.", "model.language_model."), ("", "model."),
+)  # fmt: skip
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 # What training loops and torch's optimizers call what they keep beside the weights.
 _OPTIMIZER = re.compile(r"optim(izer)?s?(_states?)?(_\d+)?")
@@ -62,6 +67,16 @@ def renamed(mine: Collection[str], theirs: Collection[str]) -> tuple[str, str] |
         moved = {b + name[len(a) :] for name in lost if name.startswith(a)}
         # A head or a buffer may be missing besides.
         if 10 * len(moved & strangers) >= 8 * min(len(lost), len(extra)):
+            return a, b
+    return None
+
+
+def moved_part(mine: Collection[str], theirs: Collection[str]) -> tuple[str, str] | None:
+    """(a, b) as in `renamed`, of a multimodal model's part: all of mine that begin with ``a``."""
+    other = set(theirs)
+    for a, b in _PARTS:
+        part = [name for name in mine if name.startswith(a)]
+        if part and all(b + name[len(a) :] in other for name in part):
             return a, b
     return None
 

@@ -20,13 +20,13 @@ from fastmerge.models.adapter import Adapter, Factors
 from fastmerge.models.architecture import ends, layer_of
 from fastmerge.models.config import CAUSAL, classes_of, is_tied
 from fastmerge.models.header import show
-from fastmerge.models.names import prefix_hint, renamed
+from fastmerge.models.names import moved_part, prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
 from fastmerge.planning.config import set_tokens
 from fastmerge.planning.inputs import TensorPlan, View
-from fastmerge.planning.precision import dequantised
+from fastmerge.planning.precision import as_numbers
 from fastmerge.tree.collapse import weighted_sum
 from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stored
 
@@ -46,8 +46,7 @@ def adapted(base: View, adapter: Adapter, number: int, label: str, note: Note) -
 
 class _Adapted:
     def __init__(self, base: View, adapter: Adapter, number: int, label: str, note: Note) -> None:
-        if base.low_precision is not None:
-            base = dequantised(base, base.low_precision)
+        base = as_numbers(base, note)
         self.base, self.adapter, self.number = base, adapter, number
         self.label, self.note = label, note
         self.tensors = dict(base.tensors)
@@ -98,7 +97,8 @@ class _Adapted:
         lost = [name for name in wanted if name not in names]
         for _ in range(_MAX_PREFIXES):
             taken = set(names.values())
-            pair = renamed(lost, [name for name in self.tensors if name not in taken])
+            rest = [name for name in self.tensors if name not in taken]
+            pair = renamed(lost, rest) or moved_part(lost, rest)
             if pair is None:
                 break
             a, b = pair
@@ -113,8 +113,14 @@ class _Adapted:
                 names[name] = name
                 lost.remove(name)
         if lost:
-            rest = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-            raise self._stranger(f"changes {show(lost[0])}{rest}, which '{self.base.label}' lacks")
+            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            module = lost[0].removesuffix(".bias")
+            if module in self.factors and self.factors[module].bias is not None:
+                raise UnsupportedError(
+                    f"'{self.adapter.path}' adds a bias (lora_bias) to '{module}'{more}, which has "
+                    f"none in '{self.base.label}', nor a place for it; nor does PEFT merge it"
+                )
+            raise self._stranger(f"changes {show(lost[0])}{more}, which '{self.base.label}' lacks")
         return names
 
     def _wanted(self) -> Iterator[str]:

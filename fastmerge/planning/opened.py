@@ -33,7 +33,7 @@ class Opened:
         """
         self.models: list[Model] = []
         self.references: list[str] = []
-        self.views: list[View] = []  # parallel to models
+        self.views: list[View] = []  # parallel to models; of an adapter, its first base's
         self.notes: list[str] = []
         self._given, self._base_folder, self._resolve = given, base_folder, resolve
         self._by_reference: dict[str, View] = {}
@@ -106,6 +106,7 @@ class Opened:
                 number = self._adapters[path.resolve()] = len(self.models)
                 self.models.append(Adapter.open(path))
                 self.references.append(adapter)
+                self.views.append(view)
             opened = self.models[number]
             assert isinstance(opened, Adapter)
             found = adapted(view, opened, number, reference, self.notes.append)

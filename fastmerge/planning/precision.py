@@ -16,7 +16,7 @@ from fastmerge.models.low_precision import LowPrecision, with_section, without_s
 from fastmerge.models.patterns import followed
 from fastmerge.models.quantised import sections
 from fastmerge.planning.inputs import Encoding, Part, TensorPlan, View, Written, with_views
-from fastmerge.tree.nodes import Dequantised, Leaf, Merge, Node, Stored, walk
+from fastmerge.tree.nodes import Dequantised, Leaf, LowRank, Merge, Node, Stored, walk
 
 
 def settle_precision(
@@ -96,8 +96,11 @@ def as_stored(
     models: as they are stored, by their number. Raises ModelError where the formats of several
     would be needed.
     """
+    own = _own_models(lead)
     format_of_lead = lead.low_precision
-    own = {root.model for t in lead.tensors.values() if isinstance(root := t.root, Stored)}
+    if any(isinstance(tensor.root, LowRank) for tensor in lead.tensors.values()):
+        # Its adapter is for numbers; its base is what is stored.
+        format_of_lead = next((f for m in sorted(own) if (f := models[m].low_precision)), None)
     tensors: dict[str, TensorPlan] = {}
     static: dict[str, TensorPlan] = {}
     coded = 0
@@ -134,7 +137,7 @@ def with_moved_names(result: View, lead: View) -> View:
     found = list(sections(result.config))
     if not found:
         return result
-    own = {root.model for t in lead.tensors.values() if isinstance(root := t.root, Stored)}
+    own = _own_models(lead)
     moves: dict[str, dict[str, None]] = {}
     for name, tensor in result.tensors.items():
         leaf = _lead_of(tensor.root, own)
@@ -150,13 +153,22 @@ def with_moved_names(result: View, lead: View) -> View:
     return replace(result, config=config)
 
 
+def _own_models(view: View) -> set[int]:
+    """The numbers of the models whose tensors a view has, as they are or adapted."""
+    roots = (tensor.root for tensor in view.tensors.values())
+    return {own.model for root in roots if isinstance(root, Leaf) and (own := root.own)}
+
+
 def _lead_of(root: Node, models: set[int]) -> Leaf | None:
-    """The leaf of one of the lead's models, else the one that leads the tree."""
+    """The leaf of one of the lead's models, else the one that leads the tree, under adapters."""
     for node in walk(root):
         if isinstance(node, Leaf) and node.own is not None and node.own.model in models:
-            return node
+            root = node
+            break
     while isinstance(root, Merge):
         root = root.base if root.base is not None else root.operands[0]
+    while isinstance(root, LowRank):
+        root = root.base
     return root
 
 
