@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("fastmerge")
 _log.addHandler(logging.NullHandler())
 
+_OWN = ("recipe", "out", "folder")  # of `merge`: what is no option
 SAMPLE = 16  # tensors that `verify` makes again
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
@@ -133,12 +134,18 @@ def merge(
     ``check``: first as `check` does, of models. ``keep_paths``: card, recipe and lineage name the
     local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
     "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
-    `finish` joins them, to the bytes of a merge without parts. Raises FastmergeError.
+    `finish` joins them, to the bytes of a merge without parts. ``out`` may be the URL of an object
+    store (docs/remote.md). Raises FastmergeError.
 
     The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
     NaN or infinite values (WARNING).
     """
     folder = a_path(out, "out")
+    if ":/" in str(folder):
+        options = {name: value for name, value in locals().items() if name not in _OWN}
+        sent = _merged_to_store(recipe, folder, options)
+        if sent is not None:
+            return sent
     title = f"merging to {folder.name or folder}"
     chosen, choice = (None, "") if part is None else a_part(part)
     decided = decide(recipe, seed=seed, models=models)
@@ -185,6 +192,35 @@ def merge(
     return report
 
 
+def _merged_to_store(
+    recipe: Source | AdapterMerge, out: Path, options: dict[str, Any]
+) -> MergeReport | None:
+    """`merge` to the URL ``out``; None where it is a path."""
+    from fastmerge.output.upload import Upload, store_url
+
+    url = store_url(out)
+    if url is None:
+        return None
+    overwrite = a_flag(options.pop("overwrite"), "overwrite")
+    upload = Upload(url, overwrite=overwrite)
+    decided = decide(recipe, seed=options.pop("seed"), models=options.pop("models"))
+    if options["part"] is not None:
+        report = merge(decided, upload.folder, **options)
+        return replace(report, url=url)
+    key = "adapters"
+    if isinstance(decided, Plan):
+        inputs = [model.fingerprint for model in decided.models]
+        key = repr((decided.key, inputs, options["max_shard_bytes"], options["keep_paths"]))
+    said = None if key == "adapters" else upload.merged(key)
+    if said is not None and not options["fresh"]:
+        report = MergeReport.of(said)
+    else:
+        report = merge(decided, upload.folder, overwrite=True, **options)
+        upload.note(key, report.as_dict())
+    upload.send()
+    return replace(report, url=url)
+
+
 def check_part(decided: Plan | AdapterMerge, part: object) -> None:
     """Raises UnsupportedError where ``part`` is asked for of a merge that has none."""
     if part is not None and not isinstance(decided, Plan):
@@ -202,7 +238,17 @@ def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     """
     from fastmerge.engine.join import finish as join
 
-    return join(a_path(out, "out"), overwrite=overwrite)
+    place = a_path(out, "out")
+    if ":/" in str(place):
+        from fastmerge.output.upload import Upload, store_url
+
+        url = store_url(place)
+        if url is not None:
+            upload = Upload(url, overwrite=a_flag(overwrite, "overwrite"))
+            report = join(upload.folder, overwrite=True)
+            upload.send()
+            return replace(report, url=url)
+    return join(place, overwrite=overwrite)
 
 
 @enough_memory("fold")

@@ -16,7 +16,7 @@ import pytest
 import fastmerge
 from fastmerge import api
 from fastmerge.errors import FastmergeError, ModelError, ResourceError
-from fastmerge.models import ahead, remote
+from fastmerge.models import ahead, remote, store
 from tests.test_bad_input_cli import refused
 
 obstore = pytest.importorskip("obstore")
@@ -35,7 +35,8 @@ class Proxy(ThreadingHTTPServer):
         self.behind = (host, port)
         self.reset()
 
-    def reset(self, fault: Fault = lambda path, number: None) -> None:
+    def reset(self, fault: Fault = lambda path, number: None, of=("GET", "HEAD")) -> None:
+        self.of = of
         self.fault, self.served, self.asked = fault, {}, {}
         self.lock = threading.Lock()
 
@@ -48,8 +49,9 @@ class Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].rpartition("/")[2]
         with self.server.lock:
             number = self.server.asked[name] = self.server.asked.get(name, 0) + 1
-        wrong = self.server.fault(name, number) if self.command in ("GET", "HEAD") else None
+        wrong = self.server.fault(name, number) if self.command in self.server.of else None
         if wrong in ("500", "403"):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
             self.answer(int(wrong), {}, b"<Error><Code>Injected</Code></Error>")
             return
         there = http.client.HTTPConnection(*self.server.behind)
@@ -77,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
-    do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -116,15 +118,15 @@ def bucket(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     server.reset()
     monkeypatch.setattr(remote, "_FIRST_BYTES", 512)  # less than the headers here
     monkeypatch.setattr(ahead, "_LEAST_BYTES", 1000)
-    monkeypatch.setattr(remote, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(store, "_WAIT_SECONDS", 0.01)
     return server
 
 
 def upload(folder: Path) -> str:
     url = f"s3://models/{folder.parent.name}/{folder.name}"
-    store = obstore.store.from_url(url)
+    there = obstore.store.from_url(url)
     for path in folder.iterdir():
-        obstore.put(store, path.name, path.read_bytes())
+        obstore.put(there, path.name, path.read_bytes())
     return url
 
 
@@ -229,7 +231,7 @@ def test_an_object_that_changes_is_noticed(models: list[Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("s3://nobucket-at-all/m", r"s3://nobucket-at-all/m: there is no such bucket"),
+        ("s3://nobucket-at-all/m", r"s3://nobucket-at-all/m/[\w.]*: there is no such bucket"),
         ("s3://models/nothing", r"nothing/model\.safetensors: not there; give the URL"),
         ("s3://key:word@models/m", r"s3://models/m: a URL with credentials or a query"),
         ("https://host/m?X-Amz-Signature=1", r"https://host/m: a URL with credentials or a query"),
@@ -253,7 +255,7 @@ def test_a_store_that_stays_down_is_one_line(
     models: list[Path], bucket: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = upload(models[1])
-    monkeypatch.setattr(remote, "_RETRIES", 1)
+    monkeypatch.setattr(store, "_RETRIES", 1)
     bucket.reset(lambda path, number: "500")
     with pytest.raises(ModelError, match=r"index\.json: cannot be read, tried 4 times \(") as down:
         api.plan(recipe([url, url + "2"]))
@@ -262,13 +264,13 @@ def test_a_store_that_stays_down_is_one_line(
 
 def test_damaged_headers(models: list[Path]) -> None:
     url = upload(models[1])
-    store = obstore.store.from_url(url)
+    there = obstore.store.from_url(url)
     for data, said in (
         (b"\x10" + bytes(7) + b"{" + b" " * 15, r"model\.safetensors: bad header: not JSON"),
         (b"\xff" * 100, r"model\.safetensors: not safetensors, or truncated \(100 bytes\)"),
         (b"short", r"model\.safetensors: not safetensors, or truncated \(5 bytes\)"),
     ):
-        obstore.put(store, "model.safetensors", data)
+        obstore.put(there, "model.safetensors", data)
         with pytest.raises(FastmergeError, match=said):
             api.plan(recipe([url, url + "2"]))
 

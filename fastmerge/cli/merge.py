@@ -56,7 +56,7 @@ MOST_WARNINGS = 5  # tensors named, before a count
 @command
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder, or URL of a store, to write.")],
     threads: Threads = None,
     memory_limit: MemoryLimit = "512MiB",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT at the end.")] = False,
@@ -135,8 +135,9 @@ def tell(report: MergeReport) -> None:
         say(f"note: {note}")
     tell_nonfinite(list(report.nonfinite.items()))
     resumed = f", {report.resumed} of them done before" if report.resumed else ""
+    place = report.url or report.out
     put(
-        f"{report.out}: {report.tensors} tensors{resumed}, {format_bytes(report.bytes_written)} "
+        f"{place}: {report.tensors} tensors{resumed}, {format_bytes(report.bytes_written)} "
         f"in {format_seconds(report.seconds)}"
     )
     put(
@@ -147,7 +148,7 @@ def tell(report: MergeReport) -> None:
     if report.seed is not None:
         put(f"seed {report.seed}")
     if report.part:
-        put(f"part {report.part} is done; `fastmerge finish {report.out}` joins all parts")
+        put(f"part {report.part} is done; `fastmerge finish {place}` joins all parts")
 
 
 def tell_nonfinite(bad: list[tuple[str, int]]) -> None:
@@ -179,7 +180,8 @@ def finish(
     tell_nonfinite(list(report.nonfinite.items()))
     files = f"{report.files} file{'s'[: report.files != 1]}"
     put(
-        f"{out}: {report.tensors} tensors of {report.parts} part{'s'[: report.parts != 1]}, "
+        f"{report.url or out}: {report.tensors} tensors of {report.parts} "
+        f"part{'s'[: report.parts != 1]}, "
         f"{format_bytes(report.bytes_written)} in {files}, joined in "
         f"{format_seconds(report.seconds)}"
     )

@@ -28,6 +28,7 @@ class FinishReport:
     tensors: int
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ class MergeReport:
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     part: str = ""  # which one of how many, as 2/7; "" for all
+    url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> MergeReport:
+        """From what `as_dict` gave."""
+        values = {each.name: said[each.name] for each in fields(cls)}
+        return cls(**values | {"out": Path(said["out"]), "notes": tuple(said["notes"])})
 
     @property
     def gigabytes_per_second(self) -> float:

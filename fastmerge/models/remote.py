@@ -1,27 +1,17 @@
-"""A model in an object store or on a web server: headers first, then the ranges that are asked for.
-
-Through obstore (the extra ``remote``), Rust's object_store: one interface to S3, Google, Azure and
-HTTP, with their credentials, connection pools and retries, maintained by those who wrote it; fsspec
-is a package and an event loop for each of them. Credentials are those of the environment; nothing
-here keeps or writes any.
-"""
+"""A model in an object store or on a web server: headers first, then the ranges asked for."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from fastmerge import _C
-from fastmerge.errors import ModelError, ResourceError, first_sentences
-from fastmerge.extras import install
+from fastmerge.errors import ModelError
 from fastmerge.limits import (
     MAX_CONFIG_BYTES,
     MAX_FILE_BYTES,
@@ -32,14 +22,12 @@ from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
+from fastmerge.models.store import asked, check_plain, library, open_store
 from fastmerge.once import cached_property
 
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
 # A connection of S3 brings 50 to 100 MB/s, a 25 Gb/s network 3 GB/s.
 _CONNECTIONS = 32
-_ATTEMPTS = 4  # of a range whose body was cut or wrong, beyond obstore's own of each request
-_RETRIES = 5
-_WAIT_SECONDS = 0.2  # before the second attempt; doubled for each further one
 # What a web server cannot list.
 _BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -79,16 +67,10 @@ class Remote:
         there, not readable or malformed, ResourceError where there is no obstore.
         """
         self.label = url.rstrip("/")
-        parts = urlsplit(url)
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ModelError(
-                f"{parts.scheme}://{parts.hostname}{parts.path}: a URL with credentials or a query "
-                "would be written beside the output; give the plain one, and credentials in the "
-                "environment"
-            )
+        check_plain(url)
         single = self.label.endswith(".safetensors")
         self._base, _, name = self.label.rpartition("/") if single else (self.label, "", "")
-        self._store = _open_store(self._base)
+        self._store = open_store(self._base)
         weight_map = None if single else self._weight_map()
         names = [name] if single else sorted(set((weight_map or {SINGLE: SINGLE}).values()))
         read = list(_pool().map(self._header, range(len(names)), names))
@@ -138,7 +120,7 @@ class Remote:
 
         def check(each: _Object) -> None:
             try:
-                meta = self._asked(each.name, lambda: _obstore().head(self._store, each.name))
+                meta = self._asked(each.name, lambda: library().head(self._store, each.name))
             except FileNotFoundError:
                 raise self._changed(each.name) from None
             if _object(each.name, meta) != each:
@@ -225,11 +207,11 @@ class Remote:
         try:
             names = [
                 name
-                for batch in _obstore().list(self._store)
+                for batch in library().list(self._store)
                 for name in [entry["path"] for entry in batch]
                 if is_known(name) and not is_weights(name) and "/" not in name
             ]
-        except _obstore().exceptions.BaseError:  # what cannot list is asked for each by its name
+        except library().exceptions.BaseError:  # what cannot list is asked for each by its name
             names = list(_BESIDE)
         found = SideFiles()
         total = 0
@@ -260,15 +242,13 @@ class Remote:
         """The file, and at most its first ``limit`` bytes; None where there is none."""
 
         def first() -> tuple[_Object, bytes]:
-            got = _obstore().get(self._store, name, options={"range": (0, limit)})
+            got = library().get(self._store, name, options={"range": (0, limit)})
             found = _object(name, got.meta)
             return found, bytes(_whole(name, got.bytes(), min(limit, found.size)))
 
         try:
             return self._asked(name, first)
-        except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
-                raise ModelError(f"{self.label}: there is no such bucket") from None
+        except FileNotFoundError:
             return None
 
     def _range(self, file: _Object, begin: int, end: int) -> Any:
@@ -280,7 +260,7 @@ class Remote:
             options["if_match"] = file.tag
 
         def read() -> Any:
-            got = _obstore().get(self._store, file.name, options=options)
+            got = library().get(self._store, file.name, options=options)
             if _object(file.name, got.meta) != file:
                 raise self._changed(file.name)
             return _whole(file.name, got.bytes(), end - begin)
@@ -291,28 +271,7 @@ class Remote:
             raise self._changed(file.name) from None
 
     def _asked(self, name: str, ask: Callable[[], R]) -> R:
-        """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError
-        in one line, FileNotFoundError.
-        """
-        where, faults = f"{self._base}/{name}", _obstore().exceptions
-        for attempt in range(_ATTEMPTS):
-            try:
-                return ask()
-            except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
-                raise ModelError(
-                    f"{where}: the store refuses to give it; set credentials that may read it, and "
-                    "have not expired, in the environment"
-                ) from error
-            except faults.PreconditionError as error:
-                raise self._changed(name) from error
-            except (faults.BaseError, EOFError) as error:
-                if attempt == _ATTEMPTS - 1:
-                    said = first_sentences(str(error).split(" - ")[-1])
-                    raise ModelError(
-                        f"{where}: cannot be read, tried {_ATTEMPTS} times ({said})"
-                    ) from error
-                time.sleep(_WAIT_SECONDS * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+        return asked(f"{self._base}/{name}", ask, changed=lambda: self._changed(name))
 
     def _changed(self, name: str) -> ModelError:
         return ModelError(
@@ -329,32 +288,6 @@ def _whole(name: str, data: Any, size: int) -> Any:
 
 def _object(name: str, meta: Mapping[str, Any]) -> _Object:
     return _Object(name, int(meta["size"]), meta.get("e_tag") or str(meta["last_modified"]))
-
-
-def _obstore() -> Any:
-    try:
-        import obstore
-        import obstore.exceptions
-        import obstore.store
-    except ImportError as error:
-        raise ResourceError(
-            f"models by URL are read by obstore; run: {install('remote')}"
-        ) from error
-    return obstore
-
-
-def _open_store(url: str) -> Any:
-    library = _obstore()
-    retries = {
-        "max_retries": _RETRIES,
-        "retry_timeout": timedelta(minutes=2),
-        "backoff": {"init_backoff": timedelta(seconds=_WAIT_SECONDS)},
-    }
-    try:
-        return library.store.from_url(url, retry_config=retries)
-    except (library.exceptions.BaseError, ValueError) as error:
-        said = first_sentences(str(error))
-        raise ModelError(f"{url}: cannot be opened ({said})") from error
 
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}  # by process: a child has none of its parent's threads

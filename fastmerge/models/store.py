@@ -1,0 +1,114 @@
+"""Object stores and web servers through obstore (the extra ``remote``), Rust's object_store: one
+interface to S3, Google, Azure and HTTP, with their credentials, connection pools and retries,
+maintained by those who wrote it; fsspec is a package and an event loop for each of them.
+Credentials are those of the environment; nothing here keeps or writes any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError, first_sentences
+from fastmerge.extras import install
+
+ATTEMPTS = 4  # of what was cut or came wrong, beyond obstore's own of each request
+_RETRIES = 5
+_WAIT_SECONDS = 0.2  # before the second attempt; doubled for each further one
+
+R = TypeVar("R")
+
+
+def library() -> Any:
+    """obstore; ResourceError where it is not installed."""
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ImportError as error:
+        raise ResourceError(
+            f"models by URL are read and written by obstore; run: {install('remote')}"
+        ) from error
+    return obstore
+
+
+def check_plain(url: str, kind: type[FastmergeError] = ModelError) -> None:
+    """Raises ``kind`` for a URL that holds credentials."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise kind(
+            f"{parts.scheme}://{parts.hostname}{parts.path}: a URL with credentials or a query "
+            "would be written beside the output; give the plain one, and credentials in the "
+            "environment"
+        )
+
+
+def open_store(
+    url: str,
+    kind: type[FastmergeError] = ModelError,
+    headers: Mapping[str, str] | None = None,
+) -> Any:
+    """The store of what lies below ``url``; raises ``kind``."""
+    found = library()
+    options: dict[str, Any] = {
+        "retry_config": {
+            "max_retries": _RETRIES,
+            "retry_timeout": timedelta(minutes=2),
+            "backoff": {"init_backoff": timedelta(seconds=_WAIT_SECONDS)},
+        }
+    }
+    if url.startswith("http://"):
+        options["client_options"] = {"allow_http": True}
+    if headers:
+        options.setdefault("client_options", {})["default_headers"] = dict(headers)
+    try:
+        return found.store.from_url(url, **options)
+    except (found.exceptions.BaseError, ValueError) as error:
+        said = first_sentences(str(error))
+        raise kind(f"{url}: cannot be opened ({said})") from error
+
+
+def asked(
+    where: str,
+    ask: Callable[[], R],
+    *,
+    changed: Callable[[], FastmergeError] | None = None,
+    writing: bool = False,
+) -> R:
+    """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError,
+    or OutputError if ``writing``, in one line, which begins with ``where``; ``changed()`` where
+    the object has another ETag; FileNotFoundError.
+    """
+    faults = library().exceptions
+    kind: type[FastmergeError] = OutputError if writing else ModelError
+    gives, may, done = ("take", "write", "written") if writing else ("give", "read", "read")
+    for attempt in range(ATTEMPTS):
+        try:
+            return ask()
+        except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
+            raise kind(
+                f"{where}: the store refuses to {gives} it; set credentials that may {may} it, and "
+                "have not expired, in the environment"
+            ) from error
+        except faults.PreconditionError as error:
+            raise (changed() if changed else kind(f"{where}: {error}")) from error
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise kind(f"{where}: there is no such bucket") from None
+            raise
+        except (faults.BaseError, EOFError) as error:
+            if "ExpiredToken" in str(error) or "InvalidAccessKeyId" in str(error):
+                raise kind(
+                    f"{where}: the store refuses to {gives} it; set credentials that may {may} it, "
+                    "and have not expired, in the environment"
+                ) from error
+            if "NoSuchBucket" in str(error):
+                raise kind(f"{where}: there is no such bucket") from error
+            if attempt == ATTEMPTS - 1:
+                said = first_sentences(str(error).split(" - ")[-1])
+                raise kind(f"{where}: cannot be {done}, tried {ATTEMPTS} times ({said})") from error
+            time.sleep(_WAIT_SECONDS * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")

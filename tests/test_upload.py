@@ -1,0 +1,173 @@
+"""Merges to an object store: whole or not loadable, the same bytes, one line for each fault."""
+
+from __future__ import annotations
+
+import http.client
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastmerge
+from fastmerge import api
+from fastmerge.cli import main
+from fastmerge.errors import FastmergeError, OutputError
+from fastmerge.output import upload
+from tests.test_bad_input_cli import refused
+from tests.test_remote import Proxy, bucket, obstore, recipe, server  # noqa: F401 (fixtures)
+
+there = "s3://models/out"
+
+
+@pytest.fixture
+def models(zoo: Any, bucket: Proxy, tmp_path: Path, monkeypatch: Any) -> list[Path]:  # noqa: F811
+    bucket.reset()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(upload, "_PART_BYTES", 5 << 20)
+    base = zoo.base("base", shards=2)
+    (base / "tokenizer.json").write_text('{"a": 1}')
+    emptied(there)
+    return [base, zoo.tune(base, "tune")]
+
+
+def emptied(url: str) -> None:
+    store = obstore.store.from_url(url)
+    for name in objects(url):
+        obstore.delete(store, name)
+
+
+def objects(url: str) -> dict[str, bytes]:
+    store = obstore.store.from_url(url)
+    names = [entry["path"] for batch in obstore.list(store) for entry in batch]
+    return {name: bytes(obstore.get(store, name).bytes()) for name in names}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*.*")}
+
+
+def test_the_bytes_of_a_folder_and_the_index_last(
+    models: list[Path],
+    tmp_path: Path,
+    bucket: Proxy,  # noqa: F811
+) -> None:
+    fastmerge.merge(recipe(models), tmp_path / "out", max_shard_bytes=20_000)
+    bucket.reset()
+    report = fastmerge.merge(recipe(models), there, max_shard_bytes=20_000)
+    assert report.url == there and objects(there) == files(tmp_path / "out")
+    order = list(bucket.asked)
+    assert order.index("model.safetensors.index.json") > order.index("tokenizer.json")
+    assert order.index("config.json") > order.index("model-00001-of-00002.safetensors")
+    assert not list((tmp_path / "tmp").iterdir())
+    assert all(b"very-secret" not in data for data in objects(there).values())
+    again = api.plan(recipe([there, models[0]], "slerp"))
+    assert again.models[0].label == there
+
+
+def test_the_command_takes_a_url(models: list[Path], tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["average", *map(str, models), "-o", there, "-q"])
+    assert not ended.value.code
+    assert "model.safetensors" in objects(there)
+    refused(capsys, ["average", *models, "-o", there], r"s3://models/out: holds \d+ objects al")
+    fastmerge.average(models, tmp_path / "out", weights=[3, 1])
+    obstore.put(obstore.store.from_url(there), "notes.txt", b"mine")
+    fastmerge.average(models, there, weights=[3, 1], overwrite=True)
+    assert objects(there) == {**files(tmp_path / "out"), "notes.txt": b"mine"}
+
+
+def test_parts_meet_in_the_folder_for_temporary_files(models: list[Path], tmp_path: Path) -> None:
+    fastmerge.merge(recipe(models), tmp_path / "out", max_shard_bytes=20_000)
+    for number in (2, 1):
+        report = fastmerge.merge(recipe(models), there, part=(number, 2), max_shard_bytes=20_000)
+        assert report.url == there and not objects(there)
+    assert fastmerge.finish(there).url == there
+    assert objects(there) == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("wrong", ["500", "cut"])
+def test_what_fails_is_sent_again(
+    models: list[Path],
+    tmp_path: Path,
+    bucket: Proxy,  # noqa: F811
+    wrong: str,
+) -> None:
+    bucket.reset(lambda path, number: wrong if number % 3 == 1 else None, ("GET", "HEAD", "PUT"))
+    fastmerge.merge(recipe(models), there)
+    bucket.reset()
+    fastmerge.merge(recipe(models), tmp_path / "out")
+    assert objects(there) == files(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("500", "cannot be written"), ("403", "refuses to")])
+def test_a_store_that_fails_shows_nothing_and_the_upload_goes_on(
+    models: list[Path],
+    bucket: Proxy,  # noqa: F811
+    monkeypatch: Any,
+    wrong: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(fastmerge.models.store, "_RETRIES", 1)
+    down = ("model.safetensors",)
+    bucket.reset(lambda path, number: wrong if path in down else None, ("PUT",))
+    with pytest.raises(OutputError, match=f"out/model.safetensors: .*{said}") as no:
+        fastmerge.merge(recipe(models), there)
+    assert "\n" not in str(no.value) and "very-secret" not in str(no.value)
+    assert "model.safetensors" not in objects(there)
+    bucket.reset()
+    monkeypatch.setattr(api, "merge_plan", None)  # it is not merged again
+    fastmerge.merge(recipe(models), there, overwrite=True)
+    assert "model.safetensors" in objects(there)
+
+
+def test_an_object_that_another_writes_is_noticed(models: list[Path], monkeypatch: Any) -> None:
+    put = upload.Upload._put
+
+    def meddled(self: Any, name: str) -> str:
+        tag = put(self, name)
+        if name == "config.json":
+            obstore.put(obstore.store.from_url(there), name, b"{}")
+        return tag
+
+    monkeypatch.setattr(upload.Upload, "_put", meddled)
+    with pytest.raises(OutputError, match=r"out/config.json: somebody else wrote it meanwhile"):
+        fastmerge.merge(recipe(models), there)
+    assert "model.safetensors" not in objects(there)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://no-such-bucket/m", r"s3://no-such-bucket/m: there is no such bucket"),
+        ("s3://key:word@models/m", r"s3://models/m: a URL with credentials"),
+        ("https://host/m", r"https://host/m: cannot be written to; give a folder"),
+        ("hf://owner/name", r"hf://owner/name: cannot be written to"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(models: list[Path], url: str, said: str) -> None:
+    with pytest.raises(FastmergeError, match=said) as no:
+        fastmerge.merge(recipe(models), url)
+    assert "\n" not in str(no.value) and "word" not in str(no.value)
+
+
+def test_an_upload_that_fails_is_aborted(
+    models: list[Path],
+    bucket: Proxy,  # noqa: F811
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(fastmerge.models.store, "_RETRIES", 1)
+    assert models
+    made = upload.Upload(there)
+    made.folder.mkdir()
+    (made.folder / "model.safetensors").write_bytes(bytes(12 << 20))
+    bucket.reset(lambda path, number: "500" if number >= 3 else None, ("PUT",))
+    with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written, tried 4"):
+        made.send()
+    assert bucket.asked["model.safetensors"] > 8
+    listing = http.client.HTTPConnection(*bucket.behind)
+    listing.request("GET", "/models?uploads")
+    left = listing.getresponse().read()
+    assert b"ListMultipartUploadsResult" in left and b"<UploadId>" not in left
+    assert not objects(there)
