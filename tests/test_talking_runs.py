@@ -15,9 +15,9 @@ from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.retrograde import run
-from fastmerge.retrograde.plots import by_layer
 from fastmerge.retrograde.runner import describe
 from fastmerge.retrograde.words import figure
+from fastmerge.search.figures import by_layer
 from fastmerge.search.sweep import Outlook, sweep
 from tests.test_retrograde_run import invoke
 

@@ -71,7 +71,7 @@ def retrograde(
                 progress=progress,
                 on_step=steps,
                 on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
-                on_score=_Measured(quiet=quiet or json, begin=steps.begin),
+                on_score=Measured(quiet=quiet or json, begin=steps.begin),
             )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume continues", INTERRUPTED)
@@ -141,7 +141,7 @@ def _line(number: int, kind: str, other: str, method: str, score: str, verdict: 
     return f"{number:>4}  {kind:8}  {other:16.16}  {method:34.34}  {score:>7}  {verdict}".rstrip()
 
 
-class _Measured:
+class Measured:
     """A line on stderr for what is being measured, what is left and how long that takes; at most
     one a second.
     """

@@ -210,28 +210,37 @@ class CallableScorer:
                 answer = self._function(*models, **options)
         except Exception as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
-        if isinstance(answer, (int, float)) or getattr(answer, "ndim", None) == 0:
-            answer = {self._task_name: answer}
-        if not isinstance(answer, Mapping) or not answer:
-            raise FastmergeError(
-                f"{self._name}: must return a dict of task names and numbers, or one number, "
-                f"not {brief(answer)}"
-            )
-        return Scores({str(name): self._task(name, value) for name, value in answer.items()})
+        return scores_of(answer, self._name, self._task_name)
 
-    def _task(self, name: str, value: Any) -> TaskScore:
-        try:
-            # None would become NaN, a score that is refused without a word about why.
-            if value is None or (isinstance(value, (list, tuple)) and None in value):
-                raise TypeError("it is None")
-            numbers = np.asarray(value, dtype=np.float64)
-        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
-            raise FastmergeError(
-                f"{self._name}: the score of '{name}' is no number: {error}"
-            ) from error
-        if numbers.ndim == 0:
-            return TaskScore(float(numbers), "score", 1)
-        if not numbers.size:
-            raise FastmergeError(f"{self._name}: '{name}' has no items to score")
-        items = {str(name): tuple(float(x) for x in numbers.ravel())}
-        return TaskScore(float(numbers.mean()), "score", numbers.size, items)
+
+def scores_of(answer: Any, who: str, task: str = "score") -> Scores:
+    """What a function or a person says of a model: a number (of ``task``), or by task a number or
+    the numbers of its items; `Scores` as they are. Raises FastmergeError, which begins with
+    ``who``, for anything else.
+    """
+    if isinstance(answer, Scores):
+        return answer
+    if isinstance(answer, (int, float)) or getattr(answer, "ndim", None) == 0:
+        answer = {task: answer}
+    if not isinstance(answer, Mapping) or not answer:
+        raise FastmergeError(
+            f"{who}: must return a dict of task names and numbers, or one number, "
+            f"not {brief(answer)}"
+        )
+    return Scores({str(name): _task_score(who, name, value) for name, value in answer.items()})
+
+
+def _task_score(who: str, name: str, value: Any) -> TaskScore:
+    try:
+        # None would become NaN, a score that is refused without a word about why.
+        if value is None or (isinstance(value, (list, tuple)) and None in value):
+            raise TypeError("it is None")
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
+        raise FastmergeError(f"{who}: the score of '{name}' is no number: {error}") from error
+    if numbers.ndim == 0:
+        return TaskScore(float(numbers), "score", 1)
+    if not numbers.size:
+        raise FastmergeError(f"{who}: '{name}' has no items to score")
+    items = {str(name): tuple(float(x) for x in numbers.ravel())}
+    return TaskScore(float(numbers.mean()), "score", numbers.size, items)

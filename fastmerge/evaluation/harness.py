@@ -23,9 +23,11 @@ import yaml
 
 from fastmerge.errors import RecipeError, ResourceError, nearest
 from fastmerge.evaluation import likelihoods
+from fastmerge.evaluation.answers import right_answer
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.local_data import LocalData, local_data
+from fastmerge.evaluation.loss import Target
 from fastmerge.evaluation.outlook import Reading, tokens_each
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
@@ -152,6 +154,28 @@ class Harness:
                 log_samples=True,
             )
         return Scores({unit.key: _read(unit, results) for unit in units})
+
+    def targets(self, model: Any, split: str, limit: int | None = None) -> list[Target]:
+        """See `Differentiable`: the right choice, the continuation, or the text itself."""
+        units = self._units[split]
+        limits = [n for n in (limit, self._settings.limit) if n is not None]
+        lm = self._wrapped(model)
+        found = []
+        with quiet():
+            samples = _samples(units, min(limits) if limits else None) or {}
+            for unit in units:
+                own = []
+                for name, task in unit.parts.items():
+                    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+                    task.build_all_requests(samples=samples.get(name))
+                    pairs = (right_answer(lm, task, one) for one in task.instances)
+                    own += [pair for pair in pairs if pair is not None]
+                most = self._settings.max_length or lm.max_length
+                share = 1 / (len(units) * max(1, len(own)))
+                for given, asked in own:
+                    room = max(1, most - len(asked))
+                    found.append(Target(list(given)[-room:], list(asked), share))
+        return found
 
     def _wrapped(self, model: Any) -> Any:
         if self._lm is None or self._model is not model:

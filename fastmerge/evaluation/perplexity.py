@@ -12,6 +12,7 @@ import numpy as np
 from fastmerge import llama
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.loss import Target
 from fastmerge.evaluation.outlook import Reading
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
@@ -68,13 +69,7 @@ class Perplexity:
         import torch
 
         model = model_of(weights)
-        if not self.has(split):
-            raise ValueError("this perplexity has no hold-out")
-        if self._windows is None:
-            self._windows = self._cut(model)
-        limits = [n for n in (limit, self._settings.limit) if n is not None]
-        chosen = self._chosen(split, len(self._windows))[: min(limits, default=None)]
-        windows = [self._windows[i] for i in sorted(chosen)]
+        windows = self._read(model, split, limit)
         losses, tokens = [], []
         with torch.no_grad():
             for window in windows:
@@ -90,6 +85,21 @@ class Perplexity:
             float(np.mean(items)), "100/perplexity", len(items), {self._name: items}, detail
         )
         return Scores({self._name: task})
+
+    def targets(self, model: Any, split: str, limit: int | None = None) -> list[Target]:
+        """See `Differentiable`: all of a window but its first token."""
+        windows = [window.tolist() for window in self._read(model, split, limit)]
+        return [Target(ids[:1], ids[1:], 1 / len(windows)) for ids in windows]
+
+    def _read(self, model: Any, split: str, limit: int | None) -> list[Any]:
+        """The windows of a split, in the order of the text."""
+        if not self.has(split):
+            raise ValueError("this perplexity has no hold-out")
+        if self._windows is None:
+            self._windows = self._cut(model)
+        limits = [n for n in (limit, self._settings.limit) if n is not None]
+        chosen = self._chosen(split, len(self._windows))[: min(limits, default=None)]
+        return [self._windows[i] for i in sorted(chosen)]
 
     def _chosen(self, split: str, windows: int) -> Sequence[int]:
         """The windows' numbers, in the order in which a limit takes them."""

@@ -165,3 +165,11 @@ def affine(setting: Setting, scale: float, offset: float) -> Setting:
 def constant(value: Any) -> Setting:
     """The setting that gives every tensor the same value."""
     return Setting((Rule(None, (value,), ""),))
+
+
+def value_of(setting: Setting | None, default: float) -> float | None:
+    """The number that every tensor gets, ``default`` for no setting; None where they differ."""
+    if setting is None:
+        return default
+    rule = setting.rules[0]
+    return float(rule.values[0]) if rule.filter is None and len(rule.values) == 1 else None

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from fastmerge.evaluation.scores import Scores
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.retrograde.walking import Trajectory, geometry_of
 from fastmerge.search.expressions import (
-    Expr,
     Model,
     average,
     is_random,
@@ -17,21 +14,8 @@ from fastmerge.search.expressions import (
 )
 from fastmerge.search.families import Contender, Pool, search
 from fastmerge.search.lab import Lab
+from fastmerge.search.rows import Row
 from fastmerge.search.space import Space
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison: a state, how it was found, and its scores."""
-
-    name: str
-    how: str
-    state: Expr
-    steer: Scores
-    holdout: Scores | None
-    evaluations: int
-    repeats: tuple[float, ...] = ()  # reported scores with other masks, where masks are drawn
-    history: tuple[float, ...] = ()  # steering scores of its candidates, as they were measured
 
 
 def compare(

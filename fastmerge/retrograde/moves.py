@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmerge.methods import METHODS, Consensus
-from fastmerge.recipe.settings import Setting, affine, constant
+from fastmerge.recipe.settings import affine, constant, value_of
 from fastmerge.retrograde.driver import Move
 from fastmerge.retrograde.schedule import STATE, Schedule, Step, uses_t
 from fastmerge.search.expressions import Blend, Expr, Model, average, blend
@@ -42,7 +42,7 @@ def take(schedule: Schedule, step: Step, state: Expr, other: Expr, seed: int | N
         return blend(step.method, (other,), (1.0,), base=state, parameters=parameters, seed=seed)
     assert base_name is not None
     base = Model(_number(schedule, base_name))
-    factor = _constant_value(parameters.get("lambda"), 1.0)
+    factor = value_of(parameters.get("lambda"), 1.0)
     if step.method == "task_arithmetic" and factor is not None:
         # base + l ((1 - t)(state - base) + t (other - base)) is a combination: the walk collapses.
         weights = [constant(1.0 - factor), affine(away, factor, 0.0), affine(t, factor, 0.0)]
@@ -56,13 +56,6 @@ def _number(schedule: Schedule, name: str) -> int:
     number = schedule.model_index(name)
     assert number is not None  # checked when the schedule was read
     return number
-
-
-def _constant_value(setting: Setting | None, default: float) -> float | None:
-    if setting is None:
-        return default
-    rule = setting.rules[0]
-    return float(rule.values[0]) if rule.filter is None and len(rule.values) == 1 else None
 
 
 def make(schedule: Schedule, move: Move, states: Sequence[Expr]) -> Blend:

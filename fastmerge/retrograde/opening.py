@@ -5,22 +5,15 @@ kept beside the run.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from fastmerge import dtypes
 from fastmerge.arguments import a_function, a_path
 from fastmerge.compute.cpu import thread_count
-from fastmerge.engine import products
 from fastmerge.errors import FastmergeError, OutputError, brief
 from fastmerge.methods.table import T
-from fastmerge.methods.types import Float64
-from fastmerge.planning.build import position
-from fastmerge.planning.inputs import View
 from fastmerge.planning.of_models import of_models
 from fastmerge.planning.plan import Plan
 from fastmerge.progress import Progress
@@ -28,9 +21,9 @@ from fastmerge.recipe.settings import extrapolations
 from fastmerge.retrograde.moves import take
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.search.expressions import Model
-from fastmerge.search.grams import cached_grams, keep_grams
+from fastmerge.search.grams import cached_grams
+from fastmerge.search.opening import positions, space_of
 from fastmerge.search.space import Space, merged
-from fastmerge.tree.nodes import Leaf, Merge
 
 
 def open_template(schedule: Schedule) -> Plan:
@@ -95,38 +88,14 @@ def open_space(
     thread_count(threads)
     template = open_template(schedule)
     known = {} if cache is None else cached_grams(cache, template)
-    return space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
-
-
-def space_of(
-    schedule: Schedule,
-    template: Plan,
-    known: Mapping[str, Float64],
-    *,
-    cache: Path | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Space:
-    """The space with Gram matrices: those ``known`` by tensor, the others from the weights."""
-    items = merged(template)
-    missing = {
-        item.name: [part for part in item.root.operands if isinstance(part, Leaf)]
-        for item in items
-        if isinstance(item.root, Merge) and item.name not in known
-    }
-    found = dict(known)
-    if missing:
-        found |= products.grams(template.models, missing, threads=threads, progress=progress)
-        if cache is not None:
-            keep_grams(cache, template, found)
-    grams = np.stack([found[item.name] for item in items])
-    return Space(template, grams, positions(template), origin(schedule))
-
-
-def positions(template: Plan) -> list[float]:
-    """Where each merged tensor's layer lies in its stack, for gradients."""
-    whole = View("", template.config, {t.name: t for t in template.tensors}, template.donor_model)
-    return [position(whole, item.name) for item in merged(template)]
+    return space_of(
+        template,
+        known,
+        origin=origin(schedule),
+        cache=cache,
+        threads=threads,
+        progress=progress,
+    )
 
 
 def origin(schedule: Schedule) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.evaluation.scores import Scores, none
-from fastmerge.retrograde.findings import Line
 from fastmerge.retrograde.words import other_label
+from fastmerge.search.rows import Line
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.result import Result

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,18 +11,20 @@ import numpy as np
 from fastmerge.evaluation.journal import write_atomically
 from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.output.card import escaped, fenced
-from fastmerge.retrograde.findings import (
+from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
+from fastmerge.retrograde.plots import coefficients_png, trajectory_png
+from fastmerge.retrograde.record import as_json
+from fastmerge.retrograde.words import copy_text, measured, score_title, step_table
+from fastmerge.search.figures import budget_png, comparison_png
+from fastmerge.search.page import page
+from fastmerge.search.rows import (
     SIGNIFICANT,
     Line,
-    compare_lines,
-    finding,
+    figure,
     in_points,
     split_name,
-    verdict_on_path,
+    with_interval,
 )
-from fastmerge.retrograde.plots import budget_png, coefficients_png, comparison_png, trajectory_png
-from fastmerge.retrograde.record import as_json
-from fastmerge.retrograde.words import copy_text, figure, measured, score_title, step_table
 
 if TYPE_CHECKING:
     from fastmerge.evaluation.settings import Evaluate
@@ -51,7 +52,7 @@ def write(result: Result) -> None:
         write_atomically(out / name, data)
     text = markdown(result, lines, list(pictures))
     write_atomically(out / "report.md", text)
-    write_atomically(out / "report.html", page(text, pictures))
+    write_atomically(out / "report.html", page("Retrograde run", text, pictures))
 
 
 # --- in words ---
@@ -95,7 +96,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
     if lines:
         parts.append(
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
-            f"**{_with_interval(lines[0])} %**"
+            f"**{with_interval(lines[0])} %**"
             f"{' (95 % interval over items)' if lines[0].interval else ''}"
             f"{_as_perplexity(lines[0])}. "
             + " ".join(filter(None, [verdict_on_path(lines), _how_tested(lines)]))
@@ -154,12 +155,6 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _with_interval(line: Line) -> str:
-    if line.interval is None:
-        return figure(line.value)
-    return f"{figure(line.value)} [{figure(line.interval.low)}, {figure(line.interval.high)}]"
-
-
 def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> list[str]:
     split = split_name(lines)
     table = [
@@ -173,7 +168,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     if perplexity:
         table = [f"{table[0]} perplexity |", f"{table[1]}---:|"]
     for line in lines:
-        value = _with_interval(line)
+        value = with_interval(line)
         again = line.row.repeats
         if again:
             mean, spread = (float(x) for x in (np.mean(again), np.std(again, ddof=1)))
@@ -248,29 +243,3 @@ def _setup(result: Result, lines: Sequence[Line]) -> list[str]:
         )
     parts.append(f"fastmerge {__version__}. The schedule:\n\n{fenced(schedule.text, 'yaml')}")
     return parts
-
-
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
-color:#222}table{border-collapse:collapse;margin:1rem 0;font-size:13px;display:block;
-max-width:100%;overflow-x:auto}td,th{border:1px solid #ccc;
-padding:.25rem .5rem;text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1rem;
-overflow:auto}code{background:#f5f5f5}@media print{body{max-width:none;margin:0;font-size:10pt}
-table{display:table;font-size:8pt}tr,img{break-inside:avoid}pre{white-space:pre-wrap}}"""
-
-
-def page(text: str, pictures: Mapping[str, bytes]) -> str:
-    """The Markdown of this report as one self-contained page, pictures inside."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    for name, data in pictures.items():
-        inside = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        body = body.replace(f'src="{name}"', f'src="{inside}"')
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        # Nothing is fetched, whatever a name or a schedule says.
-        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; "
-        "img-src data:; style-src 'unsafe-inline'\"><title>Retrograde run</title>"
-        f"<style>{_STYLE}</style></head><body>\n{body}</body></html>\n"
-    )

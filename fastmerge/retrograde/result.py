@@ -11,7 +11,7 @@ from fastmerge.retrograde.walking import Trajectory
 from fastmerge.search.space import Space
 
 if TYPE_CHECKING:
-    from fastmerge.retrograde.comparison import Row
+    from fastmerge.search.rows import Row
 
 
 @dataclass(frozen=True)

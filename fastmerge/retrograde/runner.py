@@ -6,7 +6,6 @@ walking again over the journal: no step it had measured is measured twice.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +19,24 @@ from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer
-from fastmerge.errors import OutputError, RecipeError, argument, enough_memory
-from fastmerge.evaluation.journal import Journal, digest, write_atomically
-from fastmerge.evaluation.weights import SCORED
+from fastmerge.errors import RecipeError, enough_memory
+from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
-from fastmerge.output.place import explain
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import whole_seed
 from fastmerge.progress import Progress
 from fastmerge.retrograde import driver
-from fastmerge.retrograde.opening import check_steps, open_template, origin, positions, space_of
+from fastmerge.retrograde.opening import check_steps, open_template, origin
 from fastmerge.retrograde.result import Result
 from fastmerge.retrograde.schedule import Schedule, load
 from fastmerge.retrograde.walking import OnStep, Trajectory, geometry_of, walk
 from fastmerge.retrograde.words import lineage_section, lineage_text, step_text
+from fastmerge.search.folder import GRAM_FILE, JOURNAL_FILE, MODEL_FOLDER, prepare
 from fastmerge.search.grams import cached_grams, keep_grams
+from fastmerge.search.opening import positions, space_of
 from fastmerge.search.space import Space
 from fastmerge.tree.collapse import collapse
 from fastmerge.tree.nodes import Merge
@@ -46,13 +45,6 @@ if TYPE_CHECKING:
     from fastmerge.evaluation.callables import ScoreFunction
     from fastmerge.evaluation.scorers import Scorer
     from fastmerge.search.lab import Measurement
-
-JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
-    "journal.jsonl",
-    "run.json",
-    "grams.npz",
-    "model",
-)
 
 
 @enough_memory("retrograde")
@@ -90,10 +82,14 @@ def run(
     template = open_template(schedule)
     check_steps(schedule, template)
     scorer = _scorer(schedule, template, score)
-    try:
-        seed = _prepare(out, schedule, template, seed, resume)
-    except OSError as error:
-        raise explain(error, out) from error
+    header = {
+        "schedule": digest(
+            [yaml.safe_load(schedule.text), schedule.evaluate is not None, *schedule.foreign]
+        ),
+        "inputs": [model.fingerprint for model in template.models],
+    }
+    own = driver.draw_seed() if schedule.seed is None else schedule.seed
+    seed = prepare(out, header, seed, own, resume=resume)
     cache = out / GRAM_FILE
     known = cached_grams(cache, template)
     if scorer is None and not known and not _needs_distances(schedule):
@@ -102,7 +98,14 @@ def run(
     from fastmerge.retrograde.report import write
     from fastmerge.search.lab import Lab
 
-    space = space_of(schedule, template, known, cache=cache, threads=threads, progress=progress)
+    space = space_of(
+        template,
+        known,
+        origin=origin(schedule),
+        cache=cache,
+        threads=threads,
+        progress=progress,
+    )
     journal = Journal(out / JOURNAL_FILE)
     outlook = None if on_score is None else _outlook(schedule, scorer, template)
     lab = Lab(
@@ -154,7 +157,8 @@ def _run_unmeasured(
             known[item.name] = outcome.gram
 
     written = _write_model(bare, out / MODEL_FOLDER, trajectory, threads, progress, observe)
-    space = space_of(schedule, template, known, threads=threads, progress=progress)
+    start = origin(schedule)
+    space = space_of(template, known, origin=start, threads=threads, progress=progress)
     keep_grams(out / GRAM_FILE, template, dict(zip(space.names, space.grams, strict=True)))
     geometry = tuple(geometry_of(space, None, state) for state in trajectory.states)
     result = Result(out, replace(trajectory, geometry=geometry), (), space, written)
@@ -274,67 +278,6 @@ def _scorer(
 
     require()
     return make_scorer(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
-
-
-def _prepare(out: Path, schedule: Schedule, template: Plan, seed: int | None, resume: bool) -> int:
-    """Makes the run's folder, or checks that it holds this very run; returns the seed."""
-    from fastmerge.version import __version__
-
-    header: dict[str, Any] = {
-        "fastmerge": __version__,
-        "schedule": digest(
-            [yaml.safe_load(schedule.text), schedule.evaluate is not None, *schedule.foreign]
-        ),
-        "inputs": [model.fingerprint for model in template.models],
-    }
-    path = out / HEADER_FILE
-    if not resume and _holds_no_result(out):
-        # It failed before its first result: who repeats it, mended or not, wants it to run. With
-        # its seed where it is the same run, which may be at work.
-        resume = seed is None and _recorded(path) == header
-    elif path.is_file() and not resume:
-        raise OutputError(
-            f"{out}: holds a run already; use {argument('resume', True)}, or another folder"
-        )
-    elif out.exists() and any(out.iterdir()) and not path.is_file():
-        raise OutputError(f"{out}: is not empty; give a new folder")
-    if path.is_file() and resume:
-        try:
-            found = json.loads(path.read_text())
-            recorded = int(found.pop("seed"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise OutputError(f"{path}: is damaged; give a new folder") from None
-        if found != header:
-            what = next(key for key in header if found.get(key) != header[key])
-            raise OutputError(
-                f"{out}: was begun with other '{what}'; use the same schedule and models, "
-                "or another folder"
-            )
-        if seed is not None and seed != recorded:
-            raise OutputError(f"{out}: was begun with seed {recorded}, not {seed}")
-        return recorded
-    if seed is None:
-        seed = schedule.seed if schedule.seed is not None else driver.draw_seed()
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
-    return seed
-
-
-def _holds_no_result(out: Path) -> bool:
-    """Whether the folder holds the beginning of a run and nothing that one has measured."""
-    if not (out / HEADER_FILE).is_file():
-        return False
-    journal = out / JOURNAL_FILE
-    known = {HEADER_FILE, GRAM_FILE, JOURNAL_FILE, SCORED}
-    return {entry.name for entry in out.iterdir()} <= known and not Journal(journal).holds("score:")
-
-
-def _recorded(path: Path) -> dict[str, Any] | None:
-    """A run's header without its seed; None where it is damaged."""
-    try:
-        return {key: value for key, value in json.loads(path.read_text()).items() if key != "seed"}
-    except (ValueError, AttributeError):
-        return None
 
 
 def _write_model(

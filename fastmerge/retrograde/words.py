@@ -9,6 +9,7 @@ from fastmerge.recipe.settings import Setting
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.schedule import Step
 from fastmerge.search.expressions import Model
+from fastmerge.search.rows import figure
 
 if TYPE_CHECKING:
     from fastmerge.evaluation.scores import Scores
@@ -66,15 +67,6 @@ def lineage_text(trajectory: Trajectory) -> str:
 def lineage_section(trajectory: Trajectory) -> str:
     """The model card's section on where the model comes from."""
     return "\n".join(["\n## Lineage\n", *step_table(trajectory, geometry=False)]) + "\n"
-
-
-def figure(value: float | None, digits: int = 2, sign: str = "") -> str:
-    """A number for a table, with its sign for ``sign`` "+"; "-" for None and NaN. No zero has a
-    minus.
-    """
-    if value is None or value != value:
-        return "-"
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
 def measured(scores: Scores | None, value: float | None) -> str:

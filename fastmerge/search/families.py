@@ -202,22 +202,22 @@ def _best_of(
         for i in kept:
             scores = yield found[i][0], items
             values.append((i, scores.value))
-        kept = _ranked(values)[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
+        kept = ranked(values)[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
     full = {}
     for i in sorted(kept):
         full[i] = yield found[i][0], None
-    best = _ranked([(i, scores.value) for i, scores in full.items()])[0]
+    best = ranked([(i, scores.value) for i, scores in full.items()])[0]
     return Contender(name, found[best][0], full[best], len(found), found[best][1])
 
 
-def _ranked(values: Sequence[tuple[int, float]]) -> list[int]:
+def ranked(values: Sequence[tuple[int, float]]) -> list[int]:
     """Numbers by falling score, NaN last, the earlier of equals first."""
     return [i for i, v in sorted(values, key=lambda p: (math.isnan(p[1]), -p[1], p[0]))]
 
 
 def _greedy_soup(pool: Pool, scores: Sequence[float], budget: int) -> Script[Contender]:
     """Adds models to the average, best first, where the score rises (Wortsman et al. 2022)."""
-    first, *others = _ranked([(i, scores[i]) for i in pool.models])
+    first, *others = ranked([(i, scores[i]) for i in pool.models])
     members, chosen = [first], cast(Expr, Model(first))
     best = yield chosen, None
     for other in others[:budget]:

@@ -1,17 +1,22 @@
-"""Axes and colours of every picture, and the sweep's plot."""
+"""Axes and colours of every picture; those that walks, sweeps and searches share."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastmerge.errors import ResourceError
 from fastmerge.extras import install
+from fastmerge.models.architecture import layer_of
 
 if TYPE_CHECKING:
-    pass
+    from fastmerge.methods.types import Float64
+    from fastmerge.search.rows import Line
 
 DEGRADE, RETRACE, BASELINE, OTHER = "#c0392b", "#1f6fb4", "#222222", "#8a8a8a"
 
@@ -22,6 +27,112 @@ def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
     axes.plot(*zip(*points, strict=True), "o-", color=RETRACE)
     axes.set_xlabel("t")
     axes.set_ylabel("score, %")
+    return png(figure)
+
+
+def comparison_png(lines: Sequence[Line], split: str) -> bytes:
+    """Every row's score with its 95 % interval; the first's as a vertical line."""
+    figure, axes = new_figure(8.0, 0.6 + 0.42 * len(lines))
+    for place, line in enumerate(reversed(lines)):
+        color = RETRACE if line is lines[0] else BASELINE
+        low = high = 0.0
+        if line.interval is not None:
+            low, high = line.value - line.interval.low, line.interval.high - line.value
+        axes.errorbar(
+            line.value, place, xerr=[[max(low, 0)], [max(high, 0)]], fmt="o", color=color, capsize=3
+        )
+        for other in line.row.repeats:
+            axes.plot(other, place, "|", color=OTHER, markersize=8)
+    axes.axvline(lines[0].value, color=RETRACE, linewidth=1, alpha=0.5)
+    axes.set_yticks(range(len(lines)), [line.row.name for line in reversed(lines)])
+    axes.set_xlabel(f"{split} score, % (95 % bootstrap interval over items)")
+    return png(figure)
+
+
+def budget_png(lines: Sequence[Line], baseline: float) -> bytes:
+    """The best steering score so far against the candidates measured, for each way of searching."""
+    figure, axes = new_figure(8.0, 4.5)
+    for line in lines:
+        best, so_far = baseline, [baseline]
+        for score in line.row.history:
+            best = best if math.isnan(score) or score < best else score
+            so_far.append(best)
+        if len(so_far) == 1:
+            continue
+        is_walk = line is lines[0]
+        axes.step(
+            range(len(so_far)),
+            so_far,
+            where="post",
+            color=RETRACE if is_walk else None,
+            linewidth=2.5 if is_walk else 1.2,
+            zorder=3 if is_walk else 2,
+            label=line.row.name,
+        )
+    axes.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1, label="baseline")
+    axes.set_xlabel("candidates measured on all items")
+    axes.set_ylabel("best steering score so far, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    return png(figure)
+
+
+def spent_png(
+    searches: Mapping[str, Sequence[tuple[int, float]]], levels: Mapping[str, float], unit: str
+) -> bytes:
+    """The best steering score so far against what was spent, for each search: (spent in all, score)
+    of every candidate that was scored on all items; ``levels``: what needs no search.
+    """
+    figure, axes = new_figure(8.0, 4.5)
+    for name, points in searches.items():
+        best, spent, so_far = -math.inf, [], []
+        for cost, score in points:
+            best = best if math.isnan(score) or score < best else score
+            if math.isfinite(best):
+                spent.append(cost)
+                so_far.append(best)
+        color = RETRACE if len(searches) == 1 else None
+        axes.step(spent, so_far, where="post", color=color, linewidth=2, label=name)
+        known = [(cost, score) for cost, score in points if math.isfinite(score)]
+        if len(searches) == 1:
+            axes.plot(*zip(*known, strict=True), ".", color=OTHER, markersize=4, label="candidates")
+    for number, (name, value) in enumerate(levels.items()):
+        color = BASELINE if number == 0 else OTHER
+        style = "--" if number == 0 else (0, (1, 1 + number))
+        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=name)
+    axes.set_xlabel(f"{unit} spent")
+    axes.set_ylabel("best steering score so far, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    return png(figure)
+
+
+def by_layer(names: Sequence[str], factors: Float64) -> tuple[list[str], Float64]:
+    """Mean coefficients (tensors, models) of each layer, with titles: what stands before the
+    layers, the layers by number, what stands behind them.
+    """
+    rows: dict[tuple[int, int], list[Float64]] = {}
+    for name, row in zip(names, factors, strict=True):
+        layer = layer_of(name)
+        group = (1, layer.number) if layer else (0, 0) if "embed" in name else (2, 0)
+        rows.setdefault(group, []).append(row)
+    titles = {0: "embed", 2: "head"}
+    ordered = sorted(rows)
+    labels = [titles.get(kind, str(number)) for kind, number in ordered]
+    return labels, np.stack([np.mean(rows[group], axis=0) for group in ordered])
+
+
+def heat_png(names: Sequence[str], factors: Float64, labels: Sequence[str]) -> bytes:
+    """Coefficients (tensors, models) by layer and model."""
+    titles, means = by_layer(names, factors)
+    models = [label.replace("$", r"\$") for label in labels]
+    figure, axes = new_figure(max(4.0, 1.5 + 0.3 * len(titles)), 1.2 + 0.4 * len(models))
+    most = max(1.0, float(np.abs(means[np.isfinite(means)]).max(initial=0.0)))
+    shown = axes.imshow(means.T, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
+    axes.set_xticks(range(len(titles)), titles, fontsize=7, rotation=90 if len(titles) > 12 else 0)
+    axes.set_yticks(range(len(models)), models)
+    axes.set_xlabel("layer")
+    figure.colorbar(shown, ax=axes, label="coefficient")
     return png(figure)
 
 

@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge import live
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.products import gram_with
+from fastmerge.errors import UnsupportedError
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.loaded import Loaded
+from fastmerge.evaluation.loss import Differentiable, gradients
 from fastmerge.evaluation.scorers import Scorer
 from fastmerge.evaluation.scores import Scores
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import Merged
+from fastmerge.methods.types import Float64
+from fastmerge.ops import coefficient_gradients
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.search.expressions import Expr
+from fastmerge.search.expressions import Expr, Model
 from fastmerge.search.geometry import Geometry
 from fastmerge.search.space import Space
 
@@ -74,12 +79,59 @@ class Lab:
         """The scores of ``state``; the same state and settings are measured once."""
         if self.scorer is None:
             raise ValueError("this run does not evaluate")
-        key = digest([self.space.fingerprint(state), self.scorer.key, split, limit])
-        known = self._journal.get(f"score:{key}")
-        if known is None:
-            known = self._measure(state, split, limit).as_json()
-            self._journal.put(f"score:{key}", known)
-        return Scores.from_json(known)  # also when new: a resumed run must see the same digits
+        known = self.known(state, split, limit)
+        if known is not None:
+            return known
+        return self.keep(state, self._measure(state, split, limit), split, limit)
+
+    def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
+        """What the journal has of a state's scores."""
+        found = self._journal.get(self._key("score", state, split, limit))
+        return None if found is None else Scores.from_json(found)
+
+    def keep(
+        self, state: Expr, scores: Scores, split: str = "steer", limit: int | None = None
+    ) -> Scores:
+        """Writes scores to the journal; returns them as a resumed run will see them, which must be
+        the same digits.
+        """
+        key = self._key("score", state, split, limit)
+        self._journal.put(key, scores.as_json())
+        return Scores.from_json(self._journal.get(key))
+
+    def slope(self, state: Expr) -> tuple[Float64, int]:
+        """The gradient of the loss that goes with the score, by each tensor's coefficients over the
+        models, float64 (tensors, n), and how many items it is of. A scorer says its targets, see
+        fastmerge.evaluation.loss.
+        """
+        scorer = self.scorer
+        if not isinstance(scorer, Differentiable):
+            raise UnsupportedError(
+                "gradient: needs tasks or a perplexity, which say the right continuations; a "
+                "callable's score has no gradient"
+            )
+        key = self._key("slope", state, "steer", None)
+        if self._journal.get(key) is None:
+            model = self.model(state)
+            targets = scorer.targets(model, "steer")
+            loss, grads = gradients(model, targets)
+            rows = np.zeros((len(self.space.names), self.space.count))
+            index = {name: i for i, name in enumerate(self.space.names)}
+            for number in range(self.space.count):
+                plan = self.space.plan(Model(number))
+                for item, tensor in live.tensors(plan, threads=self._threads):
+                    if item.name in grads and item.name in index:
+                        own = {item.name: tensor.float()}
+                        grad = {item.name: grads[item.name].float().cpu().contiguous()}
+                        found = coefficient_gradients(grad, [own], threads=self._threads)
+                        rows[index[item.name], number] = found[item.name][0]
+            self._journal.put(key, {"loss": loss, "rows": rows.tolist(), "items": len(targets)})
+        kept = self._journal.get(key)
+        return np.array(kept["rows"]), kept["items"]
+
+    def _key(self, kind: str, state: Expr, split: str, limit: int | None) -> str:
+        scorer = "told" if self.scorer is None else self.scorer.key
+        return f"{kind}:{digest([self.space.fingerprint(state), scorer, split, limit])}"
 
     def _measure(self, state: Expr, split: str, limit: int | None) -> Scores:
         assert self.scorer is not None

@@ -1,0 +1,108 @@
+"""The file of a search: a recipe whose numbers may be ranges, what scores, and how much."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import RecipeError
+from fastmerge.evaluation.settings import Evaluate
+from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.section import Section, expand, field, one_of, real, whole
+from fastmerge.recipe.source import read
+from fastmerge.search.optimisers import OPTIMISERS, STAGED
+from fastmerge.search.ranges import Ranges
+
+
+class Optimiser(Section):
+    """Who chooses the candidates."""
+
+    name: str = field(one_of(*OPTIMISERS))
+    population: int | None = field(whole(2), None)  # of cma, and of a batch that is staged
+    step: float | None = field(real(high=1, above=0), None)  # the first, as a share of the ranges
+
+    def check(self) -> None:
+        for key, known in (("population", ("cma", "random")), ("step", ("cma", "coordinate"))):
+            if getattr(self, key) is not None and self.name not in known:
+                raise RecipeError(f"{self.at(key)}: '{key}' is of {' and '.join(known)}; remove it")
+
+
+class Budget(Section):
+    """What the candidates may cost: items scored (items times candidates), or candidates."""
+
+    items: int | None = field(whole(1), None)
+    candidates: int | None = field(whole(1), None)
+
+    def check(self) -> None:
+        if (self.items is None) == (self.candidates is None):
+            raise RecipeError(f"{self.where}: give either 'items' or 'candidates'")
+
+    @property
+    def most(self) -> int:
+        """In its own unit."""
+        return self.items or self.candidates or 0
+
+    @property
+    def unit(self) -> str:
+        """What it counts."""
+        return "candidates" if self.items is None else "items"
+
+
+def _recipe(value: Any) -> LocatedDict | str:
+    if not isinstance(value, (LocatedDict, str)):
+        raise ValueError("must be a recipe, or the path of one")
+    return value
+
+
+class SearchFile(Section):
+    """A search over the points of one recipe."""
+
+    space: LocatedDict | str = field(_recipe)
+    optimiser: Optimiser = field(Optimiser)
+    budget: Budget = field(Budget)
+    evaluate: Evaluate = field(Evaluate)
+    seed: int | None = field(whole(0, below=2**63), None)
+    text: str = ""  # the file as written, for the record
+    folder: Path = Path()  # what relative paths in the file are relative to
+
+    @classmethod
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
+        return expand(data, {"optimiser": "name", "budget": "items"})
+
+    def check(self) -> None:
+        if self.evaluate.stages and self.optimiser.name not in STAGED:
+            raise RecipeError(
+                f"{self.evaluate.at('stages')}: {self.optimiser.name} compares each candidate with "
+                f"the one before, on all items; 'stages' are for {', '.join(STAGED)}"
+            )
+
+        if self.evaluate.stages and self.budget.unit == "candidates":
+            raise RecipeError(
+                f"{self.budget.at('candidates')}: with 'stages' not all candidates cost the same; "
+                "give 'items'"
+            )
+
+    def ranges(self) -> Ranges:
+        """The recipe's ranges; raises FastmergeError where it is none or has none."""
+        found = self.space
+        if isinstance(found, str):
+            near = self.folder / found
+            documents, _, _ = read(near if near.exists() else Path(found), "recipe")
+            if len(documents) > 1:
+                raise RecipeError(f"{documents[1].where}: a search takes a recipe of one document")
+            found = documents[0]
+        return Ranges(found)
+
+
+def load(source: Any) -> SearchFile:
+    """A search from a file, YAML text or a dict; FastmergeError names the line of the fault."""
+    if isinstance(source, SearchFile):
+        return source
+    documents, written, _ = read(source, "search")
+    if len(documents) > 1:
+        raise RecipeError(f"{documents[1].where}: the file of a search holds one document")
+    is_file = not isinstance(source, Mapping) and "\n" not in str(source)
+    folder = Path(os.fspath(source)).parent if is_file else Path()
+    return SearchFile(documents[0]).replace(text=written, folder=folder)

@@ -1,0 +1,39 @@
+"""What a search came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastmerge.engine.report import MergeReport
+from fastmerge.recipe import yaml_text
+from fastmerge.search.rows import Row
+from fastmerge.search.study import Study, Trial
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished search: its study, and the best beside what needs no search, in `rows`."""
+
+    out: Path
+    study: Study
+    evaluator: str  # what scored
+    rows: tuple[Row, ...]
+    report: MergeReport
+
+    @property
+    def best(self) -> Trial:
+        """The candidate that is written."""
+        best = self.study.best
+        assert best is not None
+        return best
+
+    @property
+    def recipe(self) -> str:
+        """The best's recipe as YAML."""
+        return recipe_text(self.study, self.best)
+
+
+def recipe_text(study: Study, trial: Trial) -> str:
+    """A candidate's recipe as YAML, for `fastmerge merge`."""
+    return yaml_text.write([study.recipe(trial.point)])

@@ -1,0 +1,292 @@
+"""A search from its file to its report: opens the models, scores candidates, writes the best.
+
+The folder of a run holds a journal of every score. What an optimiser draws follows from the seed
+and the scores, so a killed search resumes by asking again over the journal: no candidate that it
+had measured is measured twice, and the end is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastmerge import api
+from fastmerge.arguments import a_flag, a_function, a_path
+from fastmerge.compute.cpu import thread_count
+from fastmerge.engine.merge import merge_plan
+from fastmerge.errors import FastmergeError, RecipeError, enough_memory
+from fastmerge.evaluation.callables import ScoreFunction
+from fastmerge.evaluation.journal import Journal, digest
+from fastmerge.evaluation.scorers import Scorer, make_scorer
+from fastmerge.models.model import folder_of
+from fastmerge.planning.plan import Plan
+from fastmerge.planning.planner import make_plan, whole_seed
+from fastmerge.progress import Progress
+from fastmerge.recipe.document import Recipe
+from fastmerge.search.document import SearchFile, load
+from fastmerge.search.expressions import Expr, Model, average
+from fastmerge.search.figures import require as require_plots
+from fastmerge.search.folder import GRAM_FILE, JOURNAL_FILE, MODEL_FOLDER, prepare
+from fastmerge.search.found import Found, recipe_text
+from fastmerge.search.grams import cached_grams
+from fastmerge.search.lab import Lab, Measurement
+from fastmerge.search.opening import space_of
+from fastmerge.search.optimisers import require
+from fastmerge.search.ranges import Ranges
+from fastmerge.search.recipes import check_form, expression, references_of, template_of
+from fastmerge.search.report import write
+from fastmerge.search.rows import Row
+from fastmerge.search.search import drive
+from fastmerge.search.study import Study, Trial
+
+SEED = 0  # of a search that names none
+
+
+@enough_memory("search")
+def run(
+    source: Any,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    seed: int | None = None,
+    threads: int | None = None,
+    score: ScoreFunction | None = None,
+    data: str | Path | None = None,
+    progress: Progress | None = None,
+    on_trial: Callable[[Study], None] | None = None,
+    on_score: Callable[[Measurement], None] | None = None,
+) -> Found:
+    """Searches (path, YAML text, dict or `SearchFile`) into the folder ``out``.
+
+    ``score`` stands in for ``evaluate.callable``, ``data`` for ``evaluate.data``. ``resume``
+    continues a search that was interrupted, or one that is over with a larger budget. Raises
+    FastmergeError, before anything is written, for what the file or its models get wrong.
+    """
+    for name, function in (("score", score), ("on_trial", on_trial), ("on_score", on_score)):
+        a_function(function, name)
+    file = _given(source, data)
+    require_plots()
+    study = open_study(
+        file, out, resume=resume, seed=seed, threads=threads, score=score, progress=progress,
+        on_score=on_score, scored=True,
+    )  # fmt: skip
+    told = 0
+
+    def measure(state: Expr) -> Any:
+        nonlocal told
+        if on_trial is not None and len(study.trials) != told:
+            told = len(study.trials)
+            on_trial(study)
+        limit = study.limit
+        lab.stage = f"candidate {len(study.trials)}" + (f", {limit} items" if limit else "")
+        return lab.score(state, limit=limit)
+
+    lab = study.lab
+    drive(study, measure)
+    if on_trial is not None:
+        on_trial(study)
+    return finish(study, out, threads=threads, progress=progress)
+
+
+def open_study(
+    source: Any,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    seed: int | None = None,
+    threads: int | None = None,
+    score: ScoreFunction | None = None,
+    progress: Progress | None = None,
+    on_score: Callable[[Measurement], None] | None = None,
+    scored: bool = False,
+) -> Study:
+    """The study of a search in the folder ``out``, for callers that score what it asks for.
+
+    ``scored``: by the file's own scorer, which needs its libraries. Raises FastmergeError as `run`
+    does.
+    """
+    file = load(source)
+    out, resume = a_path(out, "out"), a_flag(resume, "resume")
+    a_function(progress, "progress")
+    thread_count(threads)
+    seed = None if seed is None else whole_seed(seed)
+    ranges, template = opened(file)
+    scorer = None
+    if scored:
+        folder = folder_of(template.models[0])
+        scorer = make_scorer(file.evaluate, file.folder, folder, score)
+    header = {"search": _identity(file, ranges), "inputs": [m.fingerprint for m in template.models]}
+    own = SEED if file.seed is None else file.seed
+    seed = prepare(out, header, seed, own, resume=resume)
+    cache = out / GRAM_FILE
+    known = cached_grams(cache, template)
+    space = space_of(template, known, cache=cache, threads=threads, progress=progress)
+    lab = Lab(
+        space,
+        file.evaluate if scored else None,
+        scorer,
+        Journal(out / JOURNAL_FILE),
+        threads=threads,
+        folder=out,
+        observe=on_score,
+    )
+    study = Study(file, ranges, lab, seed)
+    study.check_gradient()
+    return study
+
+
+def opened(file: SearchFile) -> tuple[Ranges, Plan]:
+    """The ranges of a search, checked at their ends, and the plan of all its models. Raises
+    FastmergeError, with the place in the file.
+    """
+    ranges = file.ranges()
+    require(file.optimiser.name, ranges, file.optimiser.where)
+    template: Plan | None = None
+    for point in ranges.ends():
+        ranges.document(point)
+    for point in ranges.words():
+        document = ranges.document(point)
+        check_form(document)
+        if template is None:
+            template = template_of(document, file.folder, file.text)
+            numbers = {name: number for number, name in enumerate(references_of(document))}
+        expression(document, numbers, 0)
+        # What only a recipe's own plan finds: numbers of models, parameters without a value.
+        recipe = Recipe.of([ranges.recipe(point)], file.text, ranges.where)
+        make_plan(recipe, base_folder=file.folder)
+    assert template is not None
+    return ranges, template
+
+
+def finish(
+    study: Study,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Scores the best and what needs no search on the hold-out, once, and writes everything: the
+    model, its recipe, the report. Raises FastmergeError where nothing was scored.
+    """
+    out = a_path(out, "out")
+    best = study.best
+    if best is None:
+        raise FastmergeError("search: no candidate was scored on all items; give a larger budget")
+    lab = study.lab
+    rows = _rows(study, best)
+    text = recipe_text(study, best)
+    plan = lab.space.plan(best.state, text)
+    files = api.model_files(plan, out.name)
+    written = merge_plan(
+        plan,
+        out / MODEL_FOLDER,
+        threads=threads,
+        overwrite=True,
+        progress=progress,
+        side_files=files,
+    )
+    evaluator = "the caller" if lab.scorer is None else lab.scorer.version
+    found = Found(out, study, evaluator, rows, written)
+    write(found)
+    return found
+
+
+def _rows(study: Study, best: Trial) -> tuple[Row, ...]:
+    """The best, the start, the uniform average and the best single model; without a scorer the
+    first two.
+    """
+    lab, start = study.lab, study.start
+    assert start is not None
+    history = tuple(trial.scores.value for trial in study.full)
+    how = study.ranges.shown(best.point)
+    many = len(study.trials)
+    found = [Row("search", how, best.state, best.scores, None, many, (), history)]
+    found.append(Row("start", "where the ranges start", start.state, start.scores, None, 1))
+    if lab.scorer is not None:
+        document = study.ranges.document(study.ranges.start)
+        references = list(lab.space.template.references)
+        listed = [references.index(entry.model) for entry in document.models or ()]
+        uniform = average([Model(i) for i in listed], [1.0 / len(listed)] * len(listed))
+        names = study.labels
+        lab.stage = "the uniform average"
+        said = "the mean of " + ", ".join(names[i] for i in listed)
+        found.append(Row("uniform", said, uniform, lab.score(uniform), None, 0))
+        singles = []
+        for i in range(lab.space.count):
+            lab.stage = names[i]
+            singles.append(lab.score(Model(i)))
+        order = sorted(range(len(singles)), key=lambda i: (-_finite(singles[i].value), i))
+        first = order[0]
+        how = f"{names[first]} as it is"
+        found.append(Row("best_single", how, Model(first), singles[first], None, 0))
+        if lab.scorer.has("holdout"):
+            found = [_held(row, lab) for row in found]
+    return tuple(found)
+
+
+def _held(row: Row, lab: Lab) -> Row:
+    lab.stage = row.name
+    return replace(row, holdout=lab.score(row.state, "holdout"))
+
+
+def _finite(value: float) -> float:
+    return value if value == value else float("-inf")
+
+
+def _identity(file: SearchFile, ranges: Ranges) -> str:
+    """All that decides a search but its budget: one that is over goes on with a larger."""
+    said = yaml.safe_load(file.text)
+    said = {key: value for key, value in said.items() if key not in ("budget", "seed")}
+    foreign = [ranges.document(point).method.identity for point in ranges.words()]
+    return digest([said, ranges.source, sorted(set(foreign))])
+
+
+def _given(source: Any, data: str | Path | None) -> SearchFile:
+    file = load(source)
+    if data is None:
+        return file
+    return file.replace(evaluate=file.evaluate.with_data(data))
+
+
+def describe(source: Any, *, data: str | Path | None = None) -> dict[str, Any]:
+    """What a search would do, in plain values: models, ranges, budget. Reads headers, writes
+    nothing. Raises FastmergeError for whatever `run` would refuse.
+    """
+    file = _given(source, data)
+    ranges, template = opened(file)
+    scorer: Scorer = make_scorer(file.evaluate, file.folder, folder_of(template.models[0]))
+    readings = getattr(scorer, "readings", None)
+    rows = [] if readings is None else readings("steer")
+    held = readings("holdout") if readings is not None and scorer.has("holdout") else []
+    each = sum(row.items for row in rows)
+    most = file.budget.most
+    if file.budget.unit == "items" and each > most:
+        raise RecipeError(
+            f"{file.budget.at('items')}: one candidate takes {each} items, more than the budget"
+        )
+    return {
+        "models": list(template.references),
+        "optimiser": file.optimiser.name,
+        "dimensions": [
+            {
+                "name": own.name,
+                "from": own.low if own.is_number else None,
+                "to": own.high if own.is_number else None,
+                "choices": list(own.choices),
+                "start": own.start,
+            }
+            for own in ranges.dimensions
+        ],
+        "budget": {file.budget.unit: most},
+        "items of a candidate": each or None,
+        "candidates on all items, about": most // each
+        if each and file.budget.unit == "items"
+        else None,
+        "items held out": sum(row.items for row in held) or None,
+        "tasks": [{"task": r.task, "items": r.items, "tokens": r.tokens} for r in rows],
+        "notes": list(template.notes),
+    }

@@ -1,0 +1,253 @@
+"""A search over the points of a recipe: asks for states until its budget is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError
+from fastmerge.evaluation.callables import scores_of
+from fastmerge.evaluation.scores import Scores
+from fastmerge.methods.types import Float64
+from fastmerge.search.document import SearchFile
+from fastmerge.search.expressions import Expr
+from fastmerge.search.lab import Lab
+from fastmerge.search.optimisers import OPTIMISERS, Asked, Moves, Setup, require
+from fastmerge.search.ranges import Point, Ranges, labels_of, plain
+from fastmerge.search.recipes import expression
+
+# Passes over an item that a gradient costs: one forward, and a backward of two.
+GRADIENT_COST = 3
+_MOST_FREE = 1000  # answers in a row that cost nothing: the optimiser turns in a circle
+_NUDGE = 1e-3  # of the ranges, for the coefficients' own derivatives: points have six digits
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, scored; ``limit``: on how many items a task at most, None: all."""
+
+    number: int
+    point: Point
+    state: Expr
+    limit: int | None
+    scores: Scores
+    spent: int  # of the budget, in its unit, with this one
+
+    @property
+    def value(self) -> float:
+        """The steering score in percent, -inf where it is none."""
+        return -math.inf if math.isnan(self.scores.value) else self.scores.value
+
+
+class Study:
+    """A `Search`: ``ask`` gives the state to score next, of at most ``limit`` items a task;
+    ``tell`` takes its scores. What the journal knows is not asked again, so that the same calls on
+    the folder of a killed search go on where it was.
+    """
+
+    def __init__(self, file: SearchFile, ranges: Ranges, lab: Lab, seed: int) -> None:
+        """Raises FastmergeError where the optimiser cannot search these ranges."""
+        self.file, self.ranges, self.lab, self.seed = file, ranges, lab, seed
+        self.trials: list[Trial] = []
+        self.limit: int | None = None
+        self.spent = 0
+        self._free = 0  # answers in a row that cost nothing
+        self._budget = file.budget
+        self._costs: dict[int | None, int] = {}  # of the last at each limit
+        self._done: dict[tuple[str, int | None], Scores] = {}
+        self._expressions: dict[Point, Expr] = {}
+        references = lab.space.template.references
+        self._numbers = {name: number for number, name in enumerate(references)}
+        self._moves = self._chosen()
+        self._asked: Asked | None = next(self._moves, None)
+
+    # -------- what is asked
+
+    def ask(self) -> Expr | None:
+        """The state to score next, or None when the search is over."""
+        while self._asked is not None:
+            point, limit = self._asked
+            state = self.expression(point)
+            done = self._done_at(state, limit)
+            if done is not None:  # once more, or no merge at all: it costs nothing
+                self._free += 1
+                if self._free > _MOST_FREE:
+                    self._asked = None
+                    break
+                self._go_on(done)
+                continue
+            self._free = 0
+            if not self._affords(limit):
+                self._asked = None
+                break
+            self.limit = limit
+            known = self.lab.known(state, limit=limit)
+            if known is None:
+                return state
+            self._take(state, known)
+        return None
+
+    def tell(self, candidate: Expr, scores: Any) -> None:
+        """The scores of the state that it asked for: `Scores`, a number, or by task a number or the
+        numbers of its items, in percent where they are to be read so. Raises FastmergeError.
+        """
+        if self._asked is None or candidate is not self.expression(self._asked[0]):
+            raise FastmergeError("tell: this state was not asked for; tell each before the next")
+        found = scores_of(scores, "tell")
+        kept = self.lab.known(candidate, limit=self.limit)
+        self._take(candidate, kept or self.lab.keep(candidate, found, limit=self.limit))
+
+    @property
+    def point(self) -> Point | None:
+        """The point of the state that was asked for last."""
+        return None if self._asked is None else self._asked[0]
+
+    def expression(self, point: Point) -> Expr:
+        """What the recipe makes of the models at ``point``."""
+        if point not in self._expressions:
+            document = self.ranges.document(point)
+            self._expressions[point] = expression(document, self._numbers, self.seed)
+        return self._expressions[point]
+
+    def recipe(self, point: Point) -> Mapping[str, Any]:
+        """The recipe of ``point``, as `fastmerge.merge` takes it."""
+        found = plain(self.ranges.recipe(point))
+        assert isinstance(found, dict)
+        if self.expression_draws(point) and not {"seed", "random_seed"} & found.keys():
+            found["seed"] = self.seed
+        return found
+
+    def expression_draws(self, point: Point) -> bool:
+        """Whether the method at ``point`` draws masks."""
+        return self.ranges.document(point).method.random
+
+    # -------- what came of it
+
+    @property
+    def full(self) -> list[Trial]:
+        """The candidates that were scored on all items."""
+        return [trial for trial in self.trials if trial.limit is None]
+
+    @property
+    def labels(self) -> list[str]:
+        """The models' names, by number."""
+        return labels_of(self.lab.space.template.references)
+
+    @property
+    def start(self) -> Trial | None:
+        """The point where the ranges start; None before it is told."""
+        return self.trials[0] if self.trials else None
+
+    @property
+    def best(self) -> Trial | None:
+        """The best on the steering items, the earliest of equals; None before the first."""
+        return max(self.full, key=lambda t: (t.value, -t.number), default=None)
+
+    @property
+    def front(self) -> list[Trial]:
+        """The candidates that no other beats on every task, by falling score."""
+        rows = [trial for trial in self.full if math.isfinite(trial.value)]
+        values = [[task.value for _, task in sorted(t.scores.tasks.items())] for t in rows]
+        found: list[Trial] = []
+        for trial, own in zip(rows, values, strict=True):
+            beaten = any(
+                all(a >= b for a, b in zip(other, own, strict=True)) and other != own
+                for other in values
+            )
+            twin = any(t.scores.tasks == trial.scores.tasks for t in found)
+            if not beaten and not twin:
+                found.append(trial)
+        return sorted(found, key=lambda t: (-t.value, t.number))
+
+    # -------- inside
+
+    def _done_at(self, state: Expr, limit: int | None) -> Scores | None:
+        """The scores that a state has already: those it was told, or none at all for weights that
+        sum to 0 where the method divides by their sum.
+        """
+        try:
+            return self._done.get((self.lab.space.fingerprint(state), limit))
+        except RecipeError:
+            if not self.trials:
+                raise  # the start is what the recipe says
+            return Scores({})
+
+    def _chosen(self) -> Moves:
+        """The start, then what the optimiser asks for."""
+        settings = self.file.optimiser
+        require(settings.name, self.ranges, settings.where)
+        start = yield self.ranges.start, None
+        setup = Setup(
+            self.ranges,
+            self.seed,
+            self.file.evaluate.stages,
+            settings.population,
+            settings.step,
+            self._slope,
+        )
+        yield from OPTIMISERS[settings.name](setup, start)
+
+    def _affords(self, limit: int | None) -> bool:
+        if not self.trials:
+            return True  # the start is always scored: there is no search without
+        expected = self._costs.get(limit, 0) if self._budget.unit == "items" else 1
+        return self.spent + max(1, expected) <= self._budget.most
+
+    def _take(self, state: Expr, scores: Scores) -> None:
+        assert self._asked is not None
+        point, limit = self._asked
+        items = sum(task.count for task in scores.tasks.values())
+        self._costs[limit] = items
+        self.spent += items if self._budget.unit == "items" else 1
+        self._done[self.lab.space.fingerprint(state), limit] = scores
+        number = len(self.trials)
+        self.trials.append(Trial(number, point, state, limit, scores, self.spent))
+        self._go_on(scores)
+
+    def _go_on(self, scores: Scores) -> None:
+        try:
+            self._asked = self._moves.send(scores)
+        except StopIteration:
+            self._asked = None
+
+    def _slope(self, point: Point) -> Float64:
+        """The gradient of the loss by the numbers at ``point``, as shares of their ranges: through
+        the coefficients, whose own derivatives the Gram matrices give.
+        """
+        by_coefficient, items = self.lab.slope(self.expression(point))
+        self.spent += GRADIENT_COST * items if self._budget.unit == "items" else 1
+        units = self.ranges.units(point)
+        found = np.zeros(len(units))
+        for i in range(len(units)):
+            ends = []
+            for nudge in (_NUDGE, -_NUDGE):
+                moved = units.copy()
+                moved[i] = min(1.0, max(0.0, moved[i] + nudge))
+                ends.append((moved[i], self._coefficients(self.ranges.at(moved, point))))
+            (high, above), (low, below) = ends
+            found[i] = float(np.sum(by_coefficient * (above - below))) / (high - low)
+        return found
+
+    def _coefficients(self, point: Point) -> Float64:
+        factors = self.lab.space.coefficients(self.expression(point))
+        assert factors is not None  # checked before the search
+        return factors
+
+    def check_gradient(self) -> None:
+        """Raises UnsupportedError where the optimiser is `gradient` and the recipe is none of
+        coefficients.
+        """
+        if self.file.optimiser.name != "gradient":
+            return
+        state = self.expression(self.ranges.start)
+        if self.lab.space.coefficients(state) is None:
+            name = self.ranges.document(self.ranges.start).method.name
+            where = self.file.optimiser.where
+            raise UnsupportedError(
+                f"{where}: gradient needs a method that is a combination of whole models, such as "
+                f"linear, task_arithmetic or slerp; {name} is none"
+            )
