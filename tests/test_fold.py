@@ -421,3 +421,23 @@ def test_a_bias_that_the_base_has_no_place_for(tmp_path):
         FastmergeError, match=r"adds a bias \(lora_bias\) to .*q_proj' \(and 1 more"
     ):
         fastmerge.fold(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_square_matrix_lies_as_its_module_has_it_whatever_the_config_says(tmp_path, kind, said):
+    """PEFT writes down what the last module was: a head's is none of gpt2's layers'."""
+    targets = ["c_attn", "c_proj", "lm_head"] if kind == "gpt2" else ["q_proj", "o_proj", "up_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, task_type="CAUSAL_LM", target_modules=targets, use_dora=said
+    )
+    base, adapter = make(tmp_path, {"gpt2": gpt2, "llama": llama}[kind](), config,
+                         dtype=torch.float32)  # fmt: skip
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": said}))
+    fastmerge.fold(base, adapter, tmp_path / "out")
+    out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[1, 2, 3, 40]])
+    with torch.no_grad():
+        wanted = from_peft(base, adapter, torch.float32)(ids).logits
+        torch.testing.assert_close(out(ids).logits, wanted, rtol=1e-4, atol=1e-5)

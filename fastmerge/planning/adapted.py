@@ -24,6 +24,7 @@ from fastmerge.models.names import moved_part, prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
+from fastmerge.once import cached_property
 from fastmerge.planning.config import set_tokens
 from fastmerge.planning.inputs import TensorPlan, View
 from fastmerge.planning.precision import as_numbers
@@ -198,9 +199,10 @@ class _Adapted:
         shape, made = tensor.shape, (factors.out_size, factors.in_size)
         flat = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (0, 0)
         turned = len(shape) == 2 and shape == made[::-1]
-        # Of a square one the shape does not tell; of gpt2's Conv1D the config does.
+        # Of a square one the shape does not tell, nor does fan_in_fan_out: PEFT goes by the
+        # module's class, and writes down what the last of all modules was.
         transposed = turned and (
-            factors.embedding or flat != made or bool(self.adapter.config.get("fan_in_fan_out"))
+            factors.embedding or flat != made or (self._is_conv1d and layer_of(name) is not None)
         )
         if not transposed and (flat != made or factors.embedding):
             raise self._stranger(
@@ -213,6 +215,21 @@ class _Adapted:
             lengths, shape,
         )  # fmt: skip
         self.tensors[name] = TensorPlan(name, shape, tensor.dtype, root)
+
+    @cached_property
+    def _is_conv1d(self) -> bool:
+        """Whether the base's layers store matrices as (in, out), as gpt2's: those that are not
+        square have a column for each number of their bias.
+        """
+        found = set()
+        for name, tensor in self.base.tensors.items():
+            bias = self.base.tensors.get(f"{name.removesuffix('.weight')}.bias")
+            if bias is None or len(tensor.shape) != 2 or layer_of(name) is None:
+                continue
+            rows, cols = tensor.shape
+            if rows != cols and bias.shape in ((rows,), (cols,)):
+                found.add(bias.shape == (cols,))
+        return found == {True}
 
     def _add_bias(self, name: str, stored: str, scale: float) -> None:
         tensor, leaf = self._leaf(name)
