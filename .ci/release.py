@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 3_000_000
 # Not for a packager: what only the repository's host reads, and arrays that experiments left.
-LEFT_OUT = re.compile(r"\.gitignore|\.github/.*|benchmarks/retrograde/results/.*")
+LEFT_OUT = re.compile(r"\.gitignore|\.github/.*|benchmarks/(retrograde|real)/results/.*")
 # The newest versions that manylinux_2_28 allows.
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 TOOLS = ("pytest>=8", "hypothesis>=6.100", "ml_dtypes>=0.4")
