@@ -212,8 +212,8 @@ def walk(setup: Setup, start: Scores) -> Moves:
 
 
 def gradient(setup: Setup, start: Scores) -> Moves:
-    """Steepest descent of the loss, cut to the ranges, its length by the score: the best of halved
-    steps, and half of them where none improves.
+    """Steepest descent of the loss, cut to the ranges, its length by the score: the first of three
+    halved steps that does not lower it, else shorter ones.
     """
     assert setup.slope is not None
     ranges = setup.ranges
@@ -226,15 +226,17 @@ def gradient(setup: Setup, start: Scores) -> Moves:
         size = float(np.abs(slope).max(initial=0.0))
         if size == 0.0:
             return
-        best, length = here, step
+        best = here
         for length in (step, step / 2, step / 4):
             trial = np.clip(here - length * slope / size, 0.0, 1.0)
             scores = yield ranges.at(trial), None
-            if _or_worst(scores.value) > top:
-                best, top = trial, scores.value
+            value = _or_worst(scores.value)
+            if value >= top:  # on the plateaus of few items the loss still falls
+                step = min(0.5, 2 * length) if value > top else length
+                best, top = trial, value
                 break
-        moved = best is not here
-        step = min(0.5, 2 * length) if moved else step / 8
+        else:
+            step /= 8
         here = best
 
 
