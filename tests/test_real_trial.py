@@ -175,6 +175,24 @@ def test_what_is_left_of_a_linear_walk_is_its_effective_weights(
         assert real.contest.effective_of(other, 8, 5) == pytest.approx(expected[-1])
 
 
+@pytest.mark.parametrize("name", ["cma_es", "optuna", "random_search"])
+def test_an_optimiser_has_what_all_arms_have(
+    real: SimpleNamespace, llamas: Path, name: str
+) -> None:
+    pytest.importorskip({"cma_es": "cma", "optuna": "optuna"}.get(name, "numpy"))
+    given = shared(llamas, tuple(real.models.RUNS))
+    given["evaluate"] = {"every": "cycle", "callable": "unused:score"}
+    contest = real.contest.Contest(None, given, 0, print)
+    schedule = contest.schedule("walk_linear", contest.skeleton())
+    scorer = Counting("key", 10_000, ValueError)
+    contest.lab = real.run.Lab(
+        open_space(schedule), schedule.evaluate, scorer, real.run.Journal(None), threads=1
+    )
+    entry = contest.optimiser(name)
+    assert len(entry.measured) == len(real.contest.WALKS) * real.contest.BUDGET
+    assert entry.steer.value == max(scores.value for _, scores in entry.measured)
+
+
 def test_a_fine_tune_of_another_vocabulary_is_one_line(real: SimpleNamespace, llamas: Path) -> None:
     contest = real.contest.Contest(None, shared(llamas, ("maths", "other")), 0, print)
     with pytest.raises(FastmergeError) as caught:
@@ -241,7 +259,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     first = run_of(real, tmp_path / "parts", llamas, 30, monkeypatch)
     assert len(first["rounds"][0]) < len(whole["rounds"][0])
     assert run_of(real, tmp_path / "parts", llamas, 10_000, monkeypatch) == whole
-    assert list(whole["rounds"][0]) == list(real.run.ORDER)
+    asked = [name for name in real.run.ORDER if name not in real.contest.OPTIMISERS]
+    assert list(whole["rounds"][0]) == asked
     # A walk among copies of one model is that model, item by item.
     assert all(value == 0 for apart in whole["null"].values() for value in apart)
     for family in real.contest.WALKS:

@@ -25,6 +25,7 @@ from fastmerge.retrograde import (
     Trajectory,
     average,
     blend,
+    drive,
     load,
     walk,
 )
@@ -53,6 +54,8 @@ RIVALS = (
 )  # fmt: skip
 COLLAPSED = {"collapsed_slerp": "walk_slerp", "collapsed_ties": "walk_ties",
              "collapsed_dare_ties": "walk_dare_ties"}  # fmt: skip
+# fastmerge search's, over linear coefficients: one has what all arms together have.
+OPTIMISERS = {"cma_es": "cma", "optuna": "tpe", "random_search": "random"}
 DENSITY = {"ties": (0.3, 0.9), "dare_ties": (0.6, 0.95)}  # as benchmarks/retrograde draws them
 FRACTION = (0.1, 0.6)
 
@@ -171,6 +174,36 @@ class Contest:
         if found is None:
             return None
         return Entry(family, found.state, found.steer, ())
+
+    def optimiser(self, name: str) -> Entry:
+        """A search by ``fastmerge search``'s optimiser over the four weights of task arithmetic,
+        with what all arms of the schedule spend.
+        """
+        from fastmerge.search.document import load as load_search
+        from fastmerge.search.study import Study
+
+        self._say(f"round {self._round}: {name}")
+        first, *others = [self.shared["baseline"], *self.shared["pool"]]
+        recipe = {
+            "merge_method": "task_arithmetic",
+            "base_model": first["model"],
+            "models": [{"model": o["model"], "parameters": {"weight": "0..1"}} for o in others],
+        }
+        file = load_search(
+            {
+                "space": recipe,
+                "optimiser": OPTIMISERS[name],
+                "budget": {"candidates": len(WALKS) * BUDGET},
+                "evaluate": {k: v for k, v in self.shared["evaluate"].items() if k != "every"},
+            }
+        )
+        study = Study(file, file.ranges(), self.lab, self._round)
+        self.lab.stage = name
+        drive(study, self.lab.score)
+        best = study.best
+        assert best is not None
+        measured = tuple((trial.state, trial.scores) for trial in study.full)
+        return Entry(name, best.state, best.scores, measured)
 
     def anchored(self) -> list[Expr]:
         """Linear merges with effective weights of a schedule freshly drawn: its prior, no path."""

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import items
 import models
-from contest import COLLAPSED, RIVALS, WALKS, Contest, Entry, linear_of
+from contest import COLLAPSED, OPTIMISERS, RIVALS, WALKS, Contest, Entry, linear_of
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal, write_atomically
@@ -43,6 +43,7 @@ ORDER = (
     "walk_dare_ties", "linear", "walk_slerp_layers", "walk_slerp_best", "walk_slerp_previous",
     "walk_slerp_improve", "walk_slerp_anneal", "ties", "collapsed_ties", "collapsed_dare_ties",
     "collapsed_slerp", "dare_ties", "slerp", "task_arithmetic", "greedy_soup", "model_stock",
+    *OPTIMISERS,
 )  # fmt: skip
 MASKS = 3  # of an entry that draws masks: the mean of so many is reported
 
@@ -54,6 +55,7 @@ class Profile:
     rounds: int
     blocks: int
     sizes: items.Sizes
+    optimised: bool = True  # whether optimisers search, too
 
 
 PROFILES = {
@@ -68,6 +70,7 @@ PROFILES = {
              "gsm8k": 5, "texts": 8},
             subjects=4,
         ),
+        optimised=False,
     ),
     # Three hours on two quiet cores.
     "small": Profile(
@@ -219,6 +222,8 @@ class Run:
                 entry = contest.collapsed(family, walks[COLLAPSED[family]])
             elif family == "uniform":
                 entry = contest.uniform()
+            elif family in OPTIMISERS:
+                entry = contest.optimiser(family) if self.profile.optimised else None
             else:
                 entry = contest.rival(family, singles)
             if entry is not None:

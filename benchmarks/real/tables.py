@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "retrograde"))
 
-from contest import BUDGET, COLLAPSED, WALKS
+from contest import BUDGET, COLLAPSED, OPTIMISERS, WALKS
 from items import COLUMNS, SKILLS, SOURCES
 from stats import across_seeds
 
@@ -161,6 +161,19 @@ def primary(record: Record) -> str:
     return _compared(record, [("", ours["entry"], name, key) for name, key in opponents.items()])
 
 
+def optimised(record: Record) -> str:
+    """Each round's best schedule minus each optimiser, which measured as much as all arms."""
+    pairs = []
+    for number, found in enumerate(record.rounds):
+        own = [found[f] for f in WALKS if f in found]
+        if own:
+            best = max(own, key=lambda one: one["steer"])["entry"]
+            others = [(label(f), found[f]["entry"]) for f in OPTIMISERS if f in found]
+            pairs += [(f"round {number}", best, name, key) for name, key in others]
+    pairs = [p for p in pairs if record.tested(p[1]) and record.tested(p[3])]
+    return _compared(record, pairs) if pairs else "None was tested.\n"
+
+
 def _compared(record: Record, pairs: Sequence[tuple[str, str, str, str]]) -> str:
     found = []
     for names in (COLUMNS, SKILLS):
@@ -199,8 +212,11 @@ def arms(record: Record) -> str:
 def paths(record: Record) -> str:
     """All measured states of a walk minus their collapsed one-shots: steering items, no choice."""
     rows = []
-    for family, walk in COLLAPSED.items():
+    for collapsed, walk in COLLAPSED.items():
         for number, found in enumerate(record.rounds):
+            # The linear arm's states are just the merges that SLERP's collapse to.
+            is_slerp = collapsed == "collapsed_slerp" and collapsed not in found
+            family = "walk_linear" if is_slerp else collapsed
             if family not in found or walk not in found:
                 continue
             ours, theirs = (
@@ -211,8 +227,10 @@ def paths(record: Record) -> str:
                 {n: np.mean([state[n] for state in side], axis=0).tolist() for n in names}
                 for side in (ours, theirs)
             ]
-            rows.append([label(walk), str(number), points(apart(means[0], means[1], names))])
-    return table(["schedule", "round", "minus its one-shots"], rows) if rows else "None.\n"
+            cells = [points(apart(*means, part)) for part in (names, SKILLS)]
+            rows.append([label(walk), str(number), *cells])
+    header = ["schedule", "round", "minus its one-shots", "texts alone"]
+    return table(header, rows) if rows else "None.\n"
 
 
 def families(record: Record) -> str:
@@ -306,6 +324,8 @@ def tables(record: Record, trials: int = 1000) -> str:
         leaderboard(record),
         "## The best schedule against what it must beat (test items)\n",
         primary(record),
+        "## Each round's best schedule against optimisers of equal budget (test items)\n",
+        optimised(record),
         "## Every arm against its own collapsed one-shot (test items)\n",
         arms(record),
         "## All measured states against their one-shots (steering items, nothing chosen)\n",
