@@ -139,12 +139,13 @@ def merge_into(
         # Embeddings of merged tokenizers, say: of a candidate where its template's are.
         rows = {item.name for item in (plan.template or plan).tensors if reads_rows(item.root)}
         on_cpu = {name: targets.pop(name) for name in list(targets) if name in rows}
-        outcomes = _merged_on_cpu(plan, on_cpu, threads, None) if on_cpu else {}
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets, gpu_memory) if keep == "auto" else keep
         while True:
             with suppress(torch.cuda.OutOfMemoryError):
-                return outcomes | _merged_on_gpu(held, plan, targets, place, gpu_memory)
+                outcomes = _merged_on_gpu(held, plan, targets, place, gpu_memory)
+                # Last: a GPU refuses before anything changes.
+                return outcomes | (_merged_on_cpu(plan, on_cpu, threads, None) if on_cpu else {})
             # Not in a handler: there the exception's frames still hold the tensors.
             held.let_go_of_device()
             torch.cuda.empty_cache()

@@ -22,7 +22,7 @@ from fastmerge.compute import lane as lane_module
 from fastmerge.compute.batch import Batch
 from fastmerge.compute.cpu import cpu
 from fastmerge.engine.products import grams
-from fastmerge.errors import ModelError
+from fastmerge.errors import FastmergeError, ModelError
 from fastmerge.kernels import common, leaves
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.planning.of_models import of_models
@@ -343,29 +343,39 @@ def test_the_same_recipe_with_other_weights_needs_nothing_new(zoo, batches) -> N
     assert len(batches) == 1
 
 
-def test_rows_from_several_places_are_the_cpu_s_and_the_rest_is_the_gpu_s(zoo, batches) -> None:
-    base = zoo.base(layers=1, hidden=16, vocab=8)
-    a = zoo.adapter("a", base)
-    new = np.full((2, 16), 0.5, np.float32)
-    tokens = zoo.raw(
-        "tokens",
-        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ("F32", new)},
-    )
+def tokens_of(zoo, base: Path) -> Path:
+    """An adapter that replaces two rows of the embeddings."""
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    tokens = zoo.raw("tokens", {name: ("F32", np.full((2, 16), 0.5, np.float32))})
     (tokens / "model.safetensors").rename(tokens / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA",
-        "r": 3,
-        "lora_alpha": 3,
-        "bias": "none",
-        "target_modules": [],
-        "trainable_token_indices": {"embed_tokens": [3, 5]},
-        "base_model_name_or_path": str(base),
-    }
+        "peft_type": "LORA", "r": 3, "lora_alpha": 3, "bias": "none", "target_modules": [],
+        "trainable_token_indices": {"embed_tokens": [3, 5]}, "base_model_name_or_path": str(base),
+    }  # fmt: skip
     (tokens / "adapter_config.json").write_text(json.dumps(config))
+    return tokens
+
+
+def test_rows_from_several_places_are_the_cpu_s_and_the_rest_is_the_gpu_s(zoo, batches) -> None:
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    a, tokens = zoo.adapter("a", base), tokens_of(zoo, base)
     model = llama.load(base).to(DEVICE)
     merged_into(model, merged("linear", base, f"{base}+{a}", f"{base}+{tokens}"))
     names = [job.name for jobs, *_ in batches for job in jobs]
     assert len(names) == 11 and "model.embed_tokens.weight" not in names
+
+
+@pytest.mark.usefixtures("batches")
+def test_what_a_gpu_does_not_take_changes_no_row(zoo) -> None:
+    base = zoo.base(layers=1, hidden=16, vocab=8)
+    recipe = merged("ties", base, f"{base}+{tokens_of(zoo, base)}") | {
+        "parameters": {"trim": "model"}
+    }
+    model = llama.load(base).to(DEVICE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FastmergeError, match="trim: model is not for models on a GPU"):
+        live.merge_into(model, api.plan(recipe))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.usefixtures("batches")
