@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -135,3 +136,27 @@ def test_a_tokenizer_is_loaded_where_there_is_one(plan: Plan) -> None:
     assert "import AutoModelForCausalLM, AutoTokenizer\n" in with_one
     without = model_card(plan, "mine", ["config.json", "processor_config.json"])
     assert "okenizer" not in without and "import AutoModelForCausalLM\n" in without
+
+
+@pytest.mark.parametrize("said", ["no", "[no, en]", '["no"]'])
+def test_norwegian_is_a_language(said, zoo):
+    base = zoo.base()
+    (base / "README.md").write_text(f"---\nlanguage: {said}\n---\n")
+    models = [{"model": str(base), "parameters": {"weight": 1}}]
+    card = model_card(make_plan({"merge_method": "linear", "models": models}), "mine")
+    assert "no" in yaml.safe_load(card.split("---\n")[1])["language"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"),
+    [
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "T5ForConditionalGeneration"),
+        ("os; system('x')", "AutoModel"),
+    ],
+)
+def test_the_snippet_loads_the_model_with_its_head(kind, auto, zoo):
+    folder = zoo.write("a", {"w": np.ones(4)}, {"architectures": [kind]})
+    models = [{"model": str(folder), "parameters": {"weight": 1}}]
+    card = model_card(make_plan({"merge_method": "linear", "models": models}), "mine")
+    assert f"import {auto}\n" in card and f"model = {auto}.from_pretrained" in card

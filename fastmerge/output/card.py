@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.errors import printable
 from fastmerge.methods import Method
-from fastmerge.models.config import classes_of
+from fastmerge.models.config import CAUSAL, classes_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.output.provenance import (
     Provenance,
@@ -64,10 +64,10 @@ def _front_matter(plan: Plan, said: Provenance) -> str:
     task = donor.get("pipeline_tag")
     if is_plain(task):
         front["pipeline_tag"] = task
-    elif _class_of(plan).endswith("ForCausalLM"):
+    elif _class_of(plan).endswith(CAUSAL):
         front["pipeline_tag"] = "text-generation"
     front |= licence(said.cards)
-    languages = union(card.get("language") for card in said.cards)
+    languages = union(_norwegian(card.get("language")) for card in said.cards)
     if languages:
         front["language"] = languages
     tags = union(card.get("tags") for card in said.cards)
@@ -90,13 +90,24 @@ def union(values: Iterable[Any]) -> list[str]:
     return [item for item in found if ":" not in item][:_MOST_TAGS]
 
 
+def _norwegian(value: Any) -> Any:
+    """A card's language or languages; YAML reads Norwegian's code, ``no``, as false."""
+    if isinstance(value, list):
+        return [_norwegian(item) for item in value]
+    return "no" if value is False else value
+
+
 def _class_of(plan: Plan) -> str:
     """The name of transformers' class for the output, "" where the config has none."""
     return next(iter(classes_of(plan.config)), "")
 
 
 def _use(plan: Plan, title: str, has_tokenizer: bool) -> str:
-    auto = "AutoModelForCausalLM" if _class_of(plan).endswith("ForCausalLM") else "AutoModel"
+    auto, own = "AutoModel", _class_of(plan)
+    if own.endswith(CAUSAL):
+        auto = "AutoModelForCausalLM"
+    elif own.isidentifier() and own.isascii() and "auto_map" not in plan.config:
+        auto = own  # t5's with its head, say
     trust = ", trust_remote_code=True" if "auto_map" in plan.config else ""
     folder = json.dumps(f"path/to/{printable(title)}", ensure_ascii=False)
     lines = [

@@ -260,7 +260,15 @@ class _Adapted:
             return self.tensors
         before, after = self.base.tensors[embedding], self.tensors[embedding]
         tied = self._keeps_tie or self.adapter.tokens
-        if after is before or after.shape != before.shape or tied or not _is_causal(self.base):
+        if after is before or after.shape != before.shape or tied:
+            return self.tensors
+        if _is(self.base, ("ForConditionalGeneration", "ForMaskedLM")):
+            # Untied, bart's encoder and decoder would be without embeddings.
+            self.note(
+                f"'{self.base.label}' ties its head to '{embedding}', which "
+                f"'{self.adapter.path}' changes: it stays tied, to the changed one"
+            )
+        if not _is(self.base, CAUSAL):
             return self.tensors
         return {**self.tensors, _HEAD: replace(before, name=_HEAD)}
 
@@ -309,5 +317,5 @@ def _weight(module: str) -> str:
     return f"{module}.weight"
 
 
-def _is_causal(view: View) -> bool:
-    return any(name.endswith(CAUSAL) for name in classes_of(view.config))
+def _is(view: View, ends_in: tuple[str, ...]) -> bool:
+    return any(name.endswith(ends_in) for name in classes_of(view.config))
