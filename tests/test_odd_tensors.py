@@ -12,6 +12,7 @@ import fastmerge
 from fastmerge import live, ops
 from fastmerge.errors import FastmergeError, RecipeError, ResourceError
 from fastmerge.integrations import fusion_bench, peft, torch_ops
+from fastmerge.methods import unregister
 from fastmerge.search.sweep import parse_range, sweep
 
 torch = pytest.importorskip("torch")
@@ -141,3 +142,16 @@ def test_peft_s_mistakes_are_value_errors_too():
     with pytest.raises(ValueError, match="must be finite") as caught:
         peft.task_arithmetic([X], torch.tensor([float("nan")]))
     assert isinstance(caught.value, FastmergeError)
+
+
+def test_a_method_that_fails_on_a_tensor_without_a_name_says_so_first():
+    @fastmerge.method("fails_at_once", version="1")
+    def fails(tensors):
+        """Fail."""
+        raise KeyError(len(tensors))
+
+    try:
+        with pytest.raises(FastmergeError, match=r"^method fails_at_once failed: KeyError"):
+            ops.merge("fails_at_once", [X, X + 1])
+    finally:
+        unregister("fails_at_once")

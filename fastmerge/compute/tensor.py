@@ -375,5 +375,5 @@ class Computation(Generic[T, O]):
         try:
             made = method.of(base, arrays, root.values, root.operand_values, key)
         except FastmergeError as error:
-            raise type(error)(f"{self._name}: {error}") from error
+            raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from error
         return Outcome(self._combine([self._backend.tensor(made)], _ONE, None, None, out))
