@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from fastmerge.errors import ModelError, ResourceError, first_sentences
+from fastmerge.extras import install
 from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
-_REMOTE = ("s3://", "gs://", "az://", "abfs://", "abfss://", "https://")
+_HF = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?/?", re.ASCII)
+_REMOTE = ("hf://", "s3://", "gs://", "az://", "abfs://", "abfss://", "https://")
 # What `side_files` would take, and the weights. `*` crosses folders in these patterns; the
 # weights of sentence-transformers' modules lie in folders that begin with a digit.
 _HUB_PATTERNS = ("*",)
@@ -72,6 +75,43 @@ def resolve(
 def is_remote(reference: str) -> bool:
     """Whether it is the URL of an object store or of a web server's files."""
     return reference.startswith(_REMOTE) and _URL.match(reference) is None
+
+
+class Repository(NamedTuple):
+    """A repository's files on the Hub, at one commit."""
+
+    url: str  # below which they lie
+    names: tuple[str, ...]
+    headers: dict[str, str]  # of each request; with the user's token, where there is one
+
+
+def repository(reference: str) -> Repository:
+    """What ``hf://owner/name[@revision]`` names, at the commit that its revision is at now, by the
+    Hub's API at HF_ENDPOINT. Raises ModelError, ResourceError where there is no huggingface_hub.
+    """
+    found = _HF.fullmatch(reference)
+    if found is None:
+        raise ModelError(f"{reference}: must be hf://owner/name or hf://owner/name@revision")
+    name, revision = found.groups()
+    try:
+        from huggingface_hub import HfApi, constants, get_token, hf_hub_url
+    except ImportError:
+        raise ResourceError(
+            f"{reference}: the Hub is asked by its library; run: {install('hub')}"
+        ) from None
+    token = get_token()
+    try:
+        info = HfApi(token=token).model_info(name, revision=revision)
+    except (
+        Exception
+    ) as error:  # its own, httpx's, requests' and the OS's errors share no base class
+        reason = first_sentences(str(error)) or type(error).__name__
+        raise ModelError(
+            f"{reference}: the Hub does not say what is in it ({type(error).__name__}: {reason})"
+        ) from error
+    at = hf_hub_url(name, "x", revision=info.sha, endpoint=constants.ENDPOINT)
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return Repository(at[:-2], tuple(each.rfilename for each in info.siblings or ()), headers)
 
 
 def is_path(reference: str) -> bool:

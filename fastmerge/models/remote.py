@@ -21,6 +21,7 @@ from fastmerge.limits import (
 from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
+from fastmerge.models.hub import repository
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
 from fastmerge.models.store import asked, check_plain, library, open_store
 from fastmerge.once import cached_property
@@ -70,7 +71,11 @@ class Remote:
         check_plain(url)
         single = self.label.endswith(".safetensors")
         self._base, _, name = self.label.rpartition("/") if single else (self.label, "", "")
-        self._store = open_store(self._base)
+        sent: dict[str, str] = {}
+        self._listed: tuple[str, ...] | None = None  # where the store cannot list
+        if url.startswith("hf://"):
+            self._base, self._listed, sent = repository(self.label)
+        self._store = open_store(self._base, headers=sent)
         weight_map = None if single else self._weight_map()
         names = [name] if single else sorted(set((weight_map or {SINGLE: SINGLE}).values()))
         read = list(_pool().map(self._header, range(len(names)), names))
@@ -204,15 +209,13 @@ class Remote:
 
     @cached_property
     def _beside(self) -> SideFiles:
+        there = self._listed
         try:
-            names = [
-                name
-                for batch in library().list(self._store)
-                for name in [entry["path"] for entry in batch]
-                if is_known(name) and not is_weights(name) and "/" not in name
-            ]
+            if there is None:
+                there = tuple(e["path"] for batch in library().list(self._store) for e in batch)
         except library().exceptions.BaseError:  # what cannot list is asked for each by its name
-            names = list(_BESIDE)
+            there = _BESIDE
+        names = [n for n in there if is_known(n) and not is_weights(n) and "/" not in n]
         found = SideFiles()
         total = 0
         for name, data in zip(
