@@ -122,6 +122,7 @@ def merge(
     check: bool = False,
     keep_paths: bool = False,
     part: tuple[int, int] | str | None = None,
+    cluster: str | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
 
@@ -135,24 +136,28 @@ def merge(
     local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
     "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
     `finish` joins them, to the bytes of a merge without parts. ``out`` may be the URL of an object
-    store (docs/remote.md). Raises FastmergeError.
+    store (docs/remote.md). ``cluster``: "auto" or the address of a Ray cluster, whose nodes merge
+    the parts; all of them see ``out`` and the models under these paths (docs/parts.md). Raises
+    FastmergeError.
 
     The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
     NaN or infinite values (WARNING).
     """
     folder = a_path(out, "out")
     if ":/" in str(folder):
-        options = {name: value for name, value in locals().items() if name not in _OWN}
-        sent = _merged_to_store(recipe, folder, options)
+        given = {name: value for name, value in locals().items() if name not in _OWN}
+        sent = _merged_to_store(recipe, folder, given)
         if sent is not None:
             return sent
     title = f"merging to {folder.name or folder}"
     chosen, choice = (None, "") if part is None else a_part(part)
+    if chosen and cluster is not None:
+        raise UnsupportedError("part and cluster: a cluster merges all parts; give one of them")
     decided = decide(recipe, seed=seed, models=models)
     if a_flag(keep_paths, "keep_paths"):
         decided = replace(decided, keep_paths=True)
     if not isinstance(decided, Plan):
-        check_part(decided, chosen)
+        check_part(decided, chosen or cluster)
         if a_device(device, "device") not in ("cpu", "auto"):
             raise UnsupportedError(
                 f"device: adapters alone are merged on the CPU, not '{device}'; leave it out"
@@ -167,22 +172,19 @@ def merge(
     if a_flag(check, "check"):
         check_loading(decided)
     _log.info("merging %d tensors to %s", len(decided.tensors), folder)
+    options: dict[str, Any] = {
+        "threads": threads, "memory_limit": memory_limit, "overwrite": overwrite, "fresh": fresh,
+        "io": io, "max_shard_bytes": max_shard_bytes, "device": device, "gpu_memory": gpu_memory,
+        "side_files": model_files(decided, folder.name),
+    }  # fmt: skip
     with shown(progress, title) as told:
-        report = merge_plan(
-            decided,
-            folder,
-            threads=threads,
-            memory_limit=memory_limit,
-            overwrite=overwrite,
-            fresh=fresh,
-            io=io,
-            max_shard_bytes=max_shard_bytes,
-            progress=told,
-            device=device,
-            gpu_memory=gpu_memory,
-            side_files=model_files(decided, folder.name),
-            part=chosen,
-        )
+        if cluster is None:
+            report = merge_plan(decided, folder, part=chosen, progress=told, **options)
+        else:
+            from fastmerge.engine.on_ray import merge_on_cluster
+
+            options["cluster"] = a_text(cluster, "cluster")
+            report = merge_on_cluster(decided, folder, progress=told, **options)
     if choice:
         report = replace(report, notes=(choice, *report.notes))
     for note in report.notes:

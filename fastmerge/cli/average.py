@@ -9,6 +9,7 @@ from fastmerge.cli.app import Json, Quiet, Threads, command
 from fastmerge.cli.fold import Dtype
 from fastmerge.cli.merge import (
     Check,
+    Cluster,
     Device,
     Io,
     MaxShardSize,
@@ -49,6 +50,7 @@ def average(
     keep_paths: Annotated[bool, Option("--keep-paths", help="Write local paths.")] = False,
     check: Check = False,
     part: PartOf = None,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -65,7 +67,7 @@ def average(
     decided = (api.check if check else api.plan)(recipe)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
-    options["part"] = chosen
+    options |= {"part": chosen, "cluster": cluster}
     title = f"averaging {len(recipe['models'])} models to {out.name or out}"
     run_merge(decided, out, title, options, quiet=quiet, json=json)
 

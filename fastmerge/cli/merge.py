@@ -48,6 +48,9 @@ MaxShardSize = Annotated[str, Option(metavar="SIZE", help="Largest weight file."
 PartOf = Annotated[
     str | None, Option(metavar="I/N", help="Only part I of N; auto: by SLURM's array or RANK.")
 ]
+Cluster = Annotated[
+    str | None, Option(metavar="ADDRESS", help="Parts on a Ray cluster: auto, or ray://HOST:PORT.")
+]
 Check = Annotated[bool, Option("--check", help="First ask transformers whether it would load.")]
 
 MOST_WARNINGS = 5  # tensors named, before a count
@@ -73,6 +76,7 @@ def merge(
     ] = False,
     check: Check = False,
     part: PartOf = None,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -85,7 +89,7 @@ def merge(
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
     options["gpu_memory"] = parse_size(gpu_memory, "--gpu-memory")
-    options["part"] = chosen
+    options |= {"part": chosen, "cluster": cluster}
     title = f"merging {f'part {chosen} ' if chosen else ''}to {out.name or out}"
     run_merge(decided, out, title, options, quiet=quiet, json=json)
 

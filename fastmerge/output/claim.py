@@ -33,6 +33,10 @@ _LOOK_SECONDS = 0.5
 _SUFFIX = ".run"
 
 
+class AtWorkError(OutputError):
+    """Another run of the same is at work."""
+
+
 @dataclass
 class Record:
     """What the file of one run says."""
@@ -152,7 +156,7 @@ class Claim:
             if self.previous:
                 last = self.previous[-1]
                 if is_dead(folder, name, last) is False:
-                    raise OutputError(f"{what}: is at work already ({last.who})")
+                    raise AtWorkError(f"{what}: is at work already ({last.who})")
                 number = last.number + 1
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
             flags |= os.O_CLOEXEC | os.O_NOFOLLOW

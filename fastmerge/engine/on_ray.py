@@ -1,0 +1,184 @@
+"""A merge on a cluster: its parts as Ray tasks, which Ray starts again where a node is lost.
+
+The plan is made once, here, and travels. The parts meet in the output's folder, which all nodes
+must see under the same path, as they must the models; everything that makes parts safe (claims,
+journals, one plan) is theirs, so that a task that is started twice, or a driver that is killed,
+costs no more than what was not finished. This module alone knows Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge.compute.cpu import thread_count
+from fastmerge.engine.join import finish
+from fastmerge.engine.merge import merge_plan
+from fastmerge.engine.report import MergeReport
+from fastmerge.errors import FastmergeError, ResourceError, first_sentences
+from fastmerge.extras import install
+from fastmerge.output.claim import WATCH_SECONDS, AtWorkError
+from fastmerge.output.layout import Layout
+from fastmerge.output.share import Part
+from fastmerge.planning.plan import Plan
+from fastmerge.progress import Progress
+from fastmerge.version import __version__
+
+_RETRIES = 3  # of a part whose node or process is lost
+_TELL_SECONDS = 0.2  # between two words of a part on how far it is
+_PARTS_A_NODE = 4  # so that a node that is lost or slow leaves the others little
+
+
+def merge_on_cluster(
+    plan: Plan,
+    out: Path,
+    cluster: str,
+    *,
+    max_shard_bytes: int,
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> MergeReport:
+    """`merge_plan` in parts on the Ray cluster at ``cluster``: "auto" (the one that is here, else
+    one of this machine alone) or an address. ``threads``: of each part, by default a node's least.
+    The bytes are those of one merge. Raises FastmergeError.
+    """
+    started = time.perf_counter()
+    ray = _connected(cluster)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not nodes:
+        raise ResourceError(f"cluster: {cluster} has no node with a CPU; start one")
+    fewest = int(min(node["Resources"]["CPU"] for node in nodes))
+    each = max(1, fewest if threads is None else thread_count(threads))
+    tensors = [(p.name, p.dtype, p.shape) for t in plan.tensors for p in t.written]
+    shards = len(Layout.plan(tensors, max_shard_bytes=max_shard_bytes).shards)
+    count = min(shards, _PARTS_A_NODE * len(nodes))
+    bar = _bar(ray)
+    shared = ray.put(plan)
+    common = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite, "fresh": fresh}
+    common |= {"threads": each, **options}
+    task = ray.remote(
+        max_retries=_RETRIES, num_cpus=min(each, fewest), scheduling_strategy="SPREAD"
+    )(_merge_part)
+    waiting = [
+        task.remote(__version__, shared, str(out.absolute()), Part(number, count), common, bar)
+        for number in range(1, count + 1)
+    ]
+    reports: list[MergeReport] = []
+    total = sum(item.bytes_in + item.nbytes for item in plan.tensors)
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting, timeout=_TELL_SECONDS)
+            reports += [_result(ray, done) for done in ended]
+            if progress is not None:
+                done, name = ray.get(bar.said.remote())
+                progress(min(done, total), total, name)
+    finally:
+        for left in waiting:
+            ray.cancel(left, force=True)
+        ray.kill(bar)
+    joined = finish(out, overwrite=overwrite)
+    first = reports[0]
+    return replace(
+        first,
+        out=out,
+        seconds=time.perf_counter() - started,
+        bytes_read=sum(report.bytes_read for report in reports),
+        bytes_written=joined.bytes_written,
+        tensors=joined.tensors,
+        resumed=sum(report.resumed for report in reports),
+        peak_anonymous_bytes=max(report.peak_anonymous_bytes for report in reports),
+        nonfinite=joined.nonfinite,
+        notes=(
+            *dict.fromkeys(note for report in reports for note in report.notes),
+            *joined.notes,
+            f"{count} part{'s'[: count != 1]} on {len(nodes)} node{'s'[: len(nodes) != 1]}",
+        ),
+        part="",
+    )
+
+
+def _connected(cluster: str) -> Any:
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+    except ImportError as error:
+        raise ResourceError(f"a cluster is reached by Ray; run: {install('ray')}") from error
+    if not ray.is_initialized():
+        address = None if cluster == "auto" else cluster
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            said = first_sentences(str(error))
+            raise ResourceError(f"cluster: {cluster} cannot be reached ({said})") from error
+    return ray
+
+
+def _result(ray: Any, done: Any) -> MergeReport:
+    try:
+        report: MergeReport = ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FastmergeError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ResourceError(
+            f"cluster: a part was lost {_RETRIES + 1} times ({type(error).__name__}); the same "
+            "command goes on where the others are"
+        ) from error
+    return report
+
+
+class _Bar:
+    """How far all parts are; an actor beside the driver."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, int] = {}
+        self._name = ""
+
+    def tell(self, part: int, done: int, name: str) -> None:
+        self._done[part], self._name = done, name
+
+    def said(self) -> tuple[int, str]:
+        return sum(self._done.values()), self._name
+
+
+def _bar(ray: Any) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Bar).remote()
+
+
+def _merge_part(
+    version: str, plan: Plan, out: str, part: Part, options: Mapping[str, Any], bar: Any
+) -> MergeReport:
+    """A task: one part, as `fastmerge merge --part` does it."""
+    if version != __version__:
+        raise FastmergeError(
+            f"cluster: fastmerge {__version__} on {os.uname().nodename}, and {version} where the "
+            "merge was started; install the same on all nodes"
+        )
+    told = 0.0
+
+    def tell(done: int, total: int, name: str) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            bar.tell.remote(part.number, done, name)
+
+    until = time.monotonic() + 2 * WATCH_SECONDS
+    while True:
+        try:
+            return merge_plan(plan, Path(out), part=part, progress=tell, **options)
+        except AtWorkError:  # the run that was lost with its node may take a while to end
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
