@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError, UnsupportedError
+from fastmerge.errors import OutputError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.side_files import LINEAGE_FILE
@@ -152,10 +152,12 @@ class Upload:
         if found and not self._overwrite:
             raise OutputError(
                 f"{self.url}: holds {len(found)} objects already; choose another prefix or add "
-                "--overwrite"
+                f"{argument('overwrite', True)}"
             )
         if found and not found & {INDEX, SINGLE, "config.json", LINEAGE_FILE}:
-            raise OutputError(f"{self.url}: not a model, so --overwrite will not replace it")
+            raise OutputError(
+                f"{self.url}: not a model, so {argument('overwrite', True)} will not replace it"
+            )
         return found
 
     def _written(self, before: set[str]) -> list[str]:
