@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, brief, first_sentences, is_whole
+from fastmerge.errors import FastmergeError, brief, first_sentences, is_whole, near_miss
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -38,7 +38,9 @@ def one_of(value: Any, words: Sequence[str], where: str) -> str:
     """One of ``words``."""
     if not isinstance(value, str) or value not in words:
         shown = f"'{value}'" if isinstance(value, str) else brief(value)
-        raise FastmergeError(f"{where}: unknown {shown}; use {', '.join(words)}")
+        close = near_miss(value, words) if isinstance(value, str) else None
+        hint = f" (did you mean '{close}'?)" if close else ""
+        raise FastmergeError(f"{where}: unknown {shown}; use {', '.join(words)}{hint}")
     return value
 
 

@@ -53,7 +53,8 @@ def report_of(folder: Path) -> str:
 def test_a_callable_returns_a_number_as_the_documentation_s_does(
     schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (example,) = re.findall(r"```python\n(def score.*?)```", DOCS.read_text(), re.DOTALL)
+    fence = r'```python title="measure.py"\n(def score.*?)```'
+    (example,) = re.findall(fence, DOCS.read_text(), re.DOTALL)
     (tmp_path / "measure.py").write_text(example)
     monkeypatch.chdir(tmp_path)
     schedule["evaluate"] = {"callable": "measure:score"}
