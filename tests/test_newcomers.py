@@ -229,6 +229,17 @@ def test_a_map_of_layers_and_kinds(pair, tmp_path, capsys) -> None:
 # ---------------------------------------------------------------- plan
 
 
+def test_a_plan_says_in_a_line_what_is_the_same_everywhere(pair, tmp_path, capsys) -> None:
+    recipe = tmp_path / "r.yml"
+    models = ", ".join(f"{{model: {path}, parameters: {{weight: 0.5}}}}" for path in pair)
+    recipe.write_text(f"merge_method: linear\nmodels: [{models}]\n")
+    assert run("plan", recipe) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = ", ".join(f"weight of {path.name} 0.5" for path in pair)
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("values ")] == [shown]
+    assert not any(line.strip().startswith("layers") for line in lines)
+
+
 def test_a_plan_shows_t_by_layer(pair, tmp_path, capsys) -> None:
     base, chat = pair
     recipe = tmp_path / "r.yml"

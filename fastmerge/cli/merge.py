@@ -271,20 +271,28 @@ def plan(
         rows.append((f"part {chosen}", share))
     if found["seed"] is not None:
         rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
+    everywhere = all(row.values == by_layer[0].values for row in by_layer)
+    if everywhere and by_layer and by_layer[0].values:  # without a table, whose library takes 17 ms
+        heads, values = _heads(list(by_layer[0].values)), by_layer[0].values.values()
+        pairs_of = zip(heads, values, strict=True)
+        rows.append(("values", ", ".join(f"{head} {_shown(value)}" for head, value in pairs_of)))
     rows += [("note", note) for note in found["notes"]]
     pairs(rows)
-    _show_values(by_layer)
+    if not everywhere:
+        _show_values(by_layer)
+
+
+def _heads(names: list[str]) -> list[str]:
+    """Parameters with their models by folder name, where these differ."""
+    parts = [name.partition(" of ") for name in names]
+    heads = [f"{name}{of}{Path(model).name}" for name, of, model in parts]
+    return names if len(set(heads)) < len(heads) else heads
 
 
 def _show_values(rows: Sequence[Row]) -> None:
     """A table of the parameters, a line for each run of layers that have the same."""
     names = list(dict.fromkeys(name for row in rows for name in row.values))
-    if not names:
-        return
-    parts = [name.partition(" of ") for name in names]
-    heads = [f"{name}{of}{Path(model).name}" for name, of, model in parts]
-    if len(set(heads)) < len(heads):  # of folders that are called alike
-        heads = names
+    heads = _heads(names)
     table(
         ("layers", "tensors", *heads),
         (
