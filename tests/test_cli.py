@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated, Optional
 
 import numpy as np
 import pytest
 
 from fastmerge import units
-from fastmerge.cli import console, main
+from fastmerge.cli import console, main, options
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import METHODS
 
@@ -403,3 +404,11 @@ def test_sigint(recipe, tmp_path):
     assert process.returncode == 130 and stdout == b""
     assert errors.splitlines()[-1].startswith("error: interrupted") and "Traceback" not in errors
     assert not out.exists()
+
+
+def test_an_option_is_read_whether_or_not_its_hint_is_made_optional():
+    """Python 3.10's get_type_hints does that to every parameter with the default None."""
+    form = options.Option(help="of the pool")
+    hint = Annotated[int | None, form]
+    assert options._kind_and_form(hint) == options._kind_and_form(Optional[hint])  # noqa: UP045
+    assert options._kind_and_form(Optional[hint])[1] is form  # noqa: UP045

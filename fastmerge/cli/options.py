@@ -14,7 +14,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fastmerge.errors import shortened
 
@@ -92,12 +92,20 @@ def _parser(function: Callable[..., Any], program: str) -> argparse.ArgumentPars
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             _, rest = get_args(hints[name])
             for key, hint in get_type_hints(rest, include_extras=True).items():
-                kind, form = get_args(hint)
-                _add(parser, key, kind, form, None)
+                _add(parser, key, *_kind_and_form(hint), None)
             continue
-        kind, form = get_args(hints[name])
-        _add(parser, name, kind, form, parameter.default)
+        _add(parser, name, *_kind_and_form(hints[name]), parameter.default)
     return parser
+
+
+def _kind_and_form(hint: Any) -> tuple[Any, Any]:
+    """Of ``Annotated[kind, form]``, which Python 3.10 makes an Optional where the default is
+    None.
+    """
+    if get_origin(hint) is Union:
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    kind, form = get_args(hint)
+    return kind, form
 
 
 def _add(
