@@ -102,6 +102,23 @@ def test_out_of_turn_twice_and_never_taken(store: Store) -> None:
         assert reader.held == 0
 
 
+def test_who_waits_is_answered_though_another_lets_go_before_the_request(store: Store) -> None:
+    infos = tensors([900] * 3)
+    waiting = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def between() -> ThreadPoolExecutor:
+            """What another thread does after a span is begun and before its request is sent."""
+            if not waiting:
+                waiting.append(reader.start("t1"))
+                reader.drop("t1")
+            return pool
+
+        reader = Ahead(infos, store.read, between)
+        reader.expect(list(infos), 1800)
+        assert np.array_equal(waiting[0].result(timeout=10), DATA[900:1800])
+
+
 def test_a_fault_reaches_all_who_wait_and_may_be_mended(store: Store) -> None:
     infos = tensors([100] * 5)
     store.fault = OSError("cut")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
@@ -77,11 +77,11 @@ class Ahead:
             self._expected = {name: span for span in spans for name in span.names}
             self._budget = nbytes
             begun = self._advance()
-        self._submit(begun)
+        _submit(begun)
 
     def start(self, name: str) -> Future[Bytes]:
         """The tensor's bytes, once they are there; asked for now, if they are not yet."""
-        begun: list[_Span] = []
+        begun: list[_Reading] = []
         with self._lock:
             if name not in self._held:
                 span = self._expected.get(name)
@@ -89,7 +89,7 @@ class Ahead:
                     span = _alone(self.tensors[name])
                 begun = [self._begin(span), *self._advance()]
             future = self._held[name][1]
-        self._submit(begun)
+        _submit(begun)
         return future
 
     def drop(self, name: str) -> None:
@@ -97,7 +97,7 @@ class Ahead:
         with self._lock:
             self._let_go(name)
             begun = self._advance()
-        self._submit(begun)
+        _submit(begun)
 
     @property
     def held(self) -> int:
@@ -114,7 +114,7 @@ class Ahead:
             if not span.left:
                 self._bytes -= span.nbytes
 
-    def _advance(self) -> list[_Span]:
+    def _advance(self) -> list[_Reading]:
         begun = []
         while self._queue:
             span = self._queue[0]
@@ -126,23 +126,20 @@ class Ahead:
                 break
         return begun
 
-    def _begin(self, span: _Span) -> _Span:
+    def _begin(self, span: _Span) -> _Reading:
+        # The reading keeps the futures: a tensor may be let go of before its requests are sent.
+        futures: dict[str, Future[Bytes]] = {}
         for name in span.names:
             self._expected.pop(name, None)
             if name in self._held:
                 span.left.discard(name)
             else:
-                self._held[name] = (span, Future())
+                futures[name] = Future()
+                self._held[name] = (span, futures[name])
         self._bytes += span.nbytes
-        return span
+        return _Reading(self, span, futures)
 
     # --- outside it ---
-
-    def _submit(self, spans: Sequence[_Span]) -> None:
-        for span in spans:
-            with self._lock:
-                futures = {n: self._held[n][1] for n in span.names if n in self._held}
-            _Reading(self, span, futures).submit()
 
     def failed(self, span: _Span) -> None:
         """Those who wait are told; who asks again is read for again."""
@@ -194,6 +191,11 @@ class _Reading:
                 info = self._ahead.tensors[name]
                 at = info.begin - self._span.begin
                 future.set_result(self._data[at : at + info.nbytes])
+
+
+def _submit(readings: Iterable[_Reading]) -> None:
+    for reading in readings:
+        reading.submit()
 
 
 def _alone(info: FileTensor) -> _Span:
