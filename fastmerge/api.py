@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastmerge.arguments import a_flag, a_path, a_text, one_of
 from fastmerge.collector import MERGING, rarely_collected
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("fastmerge")
 _log.addHandler(logging.NullHandler())
 
-_OWN = ("recipe", "out", "folder")  # of `merge`: what is no option
 SAMPLE = 16  # tensors that `verify` makes again
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 
@@ -102,7 +104,57 @@ def decide(
     )
 
 
+def _url_of(out: str | Path) -> str | None:
+    """The URL of an object store that ``out`` is, None for a path."""
+    if ":/" not in str(a_path(out, "out")):
+        return None
+    from fastmerge.output.upload import store_url
+
+    return store_url(out)
+
+
+def _or_to_store(to_folder: C) -> C:
+    """The same merge, which takes the URL of an object store for ``out`` too: it is merged to a
+    folder of this machine, and uploaded.
+    """
+
+    @wraps(to_folder)
+    def either(recipe: Source | AdapterMerge, out: str | Path, **options: Any) -> MergeReport:
+        report: MergeReport
+        url = _url_of(out)
+        if url is None:
+            report = to_folder(recipe, out, **options)
+            return report
+        from fastmerge.output.upload import Upload
+
+        upload = Upload(url, overwrite=a_flag(options.pop("overwrite", False), "overwrite"))
+        seed, models = options.pop("seed", None), options.pop("models", None)
+        decided = decide(recipe, seed=seed, models=models)
+        if options.get("part") is not None:  # `finish` uploads
+            report = to_folder(decided, upload.folder, **options)
+            return replace(report, url=url)
+        said = key = None
+        if isinstance(decided, Plan):
+            inputs = [model.fingerprint for model in decided.models]
+            shaping = (
+                options.get("max_shard_bytes", MAX_SHARD_BYTES),
+                options.get("keep_paths", False),
+            )
+            key = repr((decided.key, inputs, *shaping))
+            said = upload.merged(key)
+        if said is not None and not options.get("fresh"):
+            report = MergeReport.of(said)
+        else:
+            report = to_folder(decided, upload.folder, overwrite=True, **options)
+            upload.note(key or "adapters", report.as_dict())
+        upload.send()
+        return replace(report, url=url)
+
+    return cast(C, either)
+
+
 @enough_memory("merge")
+@_or_to_store
 @rarely_collected(MERGING)
 def merge(
     recipe: Source | AdapterMerge,
@@ -144,11 +196,6 @@ def merge(
     NaN or infinite values (WARNING).
     """
     folder = a_path(out, "out")
-    if ":/" in str(folder):
-        given = {name: value for name, value in locals().items() if name not in _OWN}
-        sent = _merged_to_store(recipe, folder, given)
-        if sent is not None:
-            return sent
     title = f"merging to {folder.name or folder}"
     chosen, choice = (None, "") if part is None else a_part(part)
     if chosen and cluster is not None:
@@ -194,35 +241,6 @@ def merge(
     return report
 
 
-def _merged_to_store(
-    recipe: Source | AdapterMerge, out: Path, options: dict[str, Any]
-) -> MergeReport | None:
-    """`merge` to the URL ``out``; None where it is a path."""
-    from fastmerge.output.upload import Upload, store_url
-
-    url = store_url(out)
-    if url is None:
-        return None
-    overwrite = a_flag(options.pop("overwrite"), "overwrite")
-    upload = Upload(url, overwrite=overwrite)
-    decided = decide(recipe, seed=options.pop("seed"), models=options.pop("models"))
-    if options["part"] is not None:
-        report = merge(decided, upload.folder, **options)
-        return replace(report, url=url)
-    key = "adapters"
-    if isinstance(decided, Plan):
-        inputs = [model.fingerprint for model in decided.models]
-        key = repr((decided.key, inputs, options["max_shard_bytes"], options["keep_paths"]))
-    said = None if key == "adapters" else upload.merged(key)
-    if said is not None and not options["fresh"]:
-        report = MergeReport.of(said)
-    else:
-        report = merge(decided, upload.folder, overwrite=True, **options)
-        upload.note(key, report.as_dict())
-    upload.send()
-    return replace(report, url=url)
-
-
 def check_part(decided: Plan | AdapterMerge, part: object) -> None:
     """Raises UnsupportedError where ``part`` is asked for of a merge that has none."""
     if part is not None and not isinstance(decided, Plan):
@@ -240,17 +258,15 @@ def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     """
     from fastmerge.engine.join import finish as join
 
-    place = a_path(out, "out")
-    if ":/" in str(place):
-        from fastmerge.output.upload import Upload, store_url
+    url = _url_of(out)
+    if url is None:
+        return join(a_path(out, "out"), overwrite=overwrite)
+    from fastmerge.output.upload import Upload
 
-        url = store_url(place)
-        if url is not None:
-            upload = Upload(url, overwrite=a_flag(overwrite, "overwrite"))
-            report = join(upload.folder, overwrite=True)
-            upload.send()
-            return replace(report, url=url)
-    return join(place, overwrite=overwrite)
+    upload = Upload(url, overwrite=a_flag(overwrite, "overwrite"))
+    report = join(upload.folder, overwrite=True)
+    upload.send()
+    return replace(report, url=url)
 
 
 @enough_memory("fold")
