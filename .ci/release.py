@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 3_000_000
@@ -28,9 +29,9 @@ NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 TOOLS = ("pytest>=8", "hypothesis>=6.100", "ml_dtypes>=0.4")
 
 
-def run(*command: str | Path, **how: object) -> None:
+def run(*command: str | Path, **how: Any) -> None:
     print("$", *command, flush=True)
-    subprocess.run([str(word) for word in command], check=True, **how)  # type: ignore[call-overload]
+    subprocess.run([str(word) for word in command], check=True, **how)
 
 
 def check_sdist(sdist: Path) -> None:

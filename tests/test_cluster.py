@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray", reason="ray is 200 MB on the disk: not in the e
 def cluster() -> Iterator[None]:
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:
+    except Exception as error:  # Ray's is a bare one
         if "timed out" not in str(error):
             raise
         pytest.skip(f"Ray's own processes did not start within its limits: {str(error)[:80]}")

@@ -32,7 +32,7 @@ from contest import COLLAPSED, OPTIMISERS, RIVALS, WALKS, Contest, Entry, linear
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal, write_atomically
 from fastmerge.evaluation.scorers import make_scorer
-from fastmerge.retrograde import Lab, Model, Scores, open_space
+from fastmerge.retrograde import Lab, Model, Scores, load, open_space
 from fastmerge.search.expressions import Expr, as_json, is_random, reseeded
 from fastmerge.search.lab import Measurement
 
@@ -151,8 +151,8 @@ class Run:
             ],
             "evaluate": self.sections["steer"],
         }
-        probe = Contest(None, shared, round_number, self.say)  # type: ignore[arg-type]
-        schedule = probe.schedule("walk_linear", probe.skeleton())
+        step = {"degrade": {"partner": names[0], "method": "linear", "t": 0.5}}
+        schedule = load({**shared, "schedule": {"steps": [step]}})  # any of these models
         cache = self.out / f"grams-{'-'.join(names)}.npz"
         space = open_space(schedule, cache=cache, threads=self.given.threads)
         if not hasattr(self, "scorers"):

@@ -27,15 +27,16 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Check everything, say what would be done, stop.")
+]
 
 
 @command
 def retrograde(
     schedule: SchedulePath,
     out: Out,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Check everything, say what would be done, stop.")
-    ] = False,
+    dry_run: DryRun = False,
     no_evaluate: Annotated[
         bool, Option("--no-evaluate", help="Walk and write the model; measure nothing.")
     ] = False,

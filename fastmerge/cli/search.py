@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastmerge.cli.app import INTERRUPTED, Json, Quiet, Seed, Threads, command, fail
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.retrograde import Data, Measured, Out
+from fastmerge.cli.retrograde import Data, DryRun, Measured, Out
 
 if TYPE_CHECKING:
     from fastmerge.search.study import Study
@@ -20,9 +20,7 @@ SearchPath = Annotated[Path, Argument(metavar="SPACE", help="A search in YAML.")
 def search(
     space: SearchPath,
     out: Out,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Check everything, say what would be done, stop.")
-    ] = False,
+    dry_run: DryRun = False,
     data: Data = None,
     resume: Annotated[
         bool, Option("--resume", help="Continue the search that OUT holds, or a larger budget.")

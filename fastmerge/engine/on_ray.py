@@ -115,7 +115,7 @@ def _connected(cluster: str) -> Any:
         address = None if cluster == "auto" else cluster
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except Exception as error:  # of a node that did not start in time Ray raises a bare one
             said = first_sentences(str(error))
             raise ResourceError(f"cluster: {cluster} cannot be reached ({said})") from error
     return ray

@@ -68,7 +68,7 @@ def require(name: str, ranges: Ranges, where: str) -> None:
         )
 
 
-def random(setup: Setup, start: Scores) -> Moves:  # noqa: ARG001
+def random(setup: Setup, _start: Scores) -> Moves:
     """Points drawn evenly from the ranges."""
     rng = setup.generator("random")
     size = setup.population or _POPULATION
@@ -76,7 +76,7 @@ def random(setup: Setup, start: Scores) -> Moves:  # noqa: ARG001
         yield from halved([_drawn(setup.ranges, rng) for _ in range(size)], setup.stages)
 
 
-def cma(setup: Setup, start: Scores) -> Moves:  # noqa: ARG001
+def cma(setup: Setup, _start: Scores) -> Moves:
     """CMA-ES (Hansen and Ostermeier 2001) on the ranks of each population, begun anew with twice
     the population where it has converged.
     """
@@ -151,7 +151,7 @@ def tpe(setup: Setup, start: Scores) -> Moves:
             study.tell(trial, scores.value)
 
 
-def line(setup: Setup, start: Scores) -> Moves:  # noqa: ARG001
+def line(setup: Setup, _start: Scores) -> Moves:
     """All numbers together from low to high: evenly spaced points, then between the best and its
     neighbours.
     """
