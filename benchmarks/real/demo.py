@@ -9,15 +9,12 @@ from the standard library of the interpreter that runs this. Nothing but package
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -27,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of busy machines
 import models
 import numpy as np
 import yaml
+from items import write_task
 from models import Run, fine_tune, make_baseline, unseen
 
 from fastmerge.errors import FastmergeError
@@ -62,22 +60,6 @@ RUNS = {
 }
 
 
-def _task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
-    """A local task of lm-evaluation-harness over its own file of rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        # Absolute: the harness resolves them against the working directory.
-        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
-        "test_split": "test",
-        **settings,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
-
-
 def write_tasks(folder: Path) -> None:
     """Sums to choose the right one of four, and the likelihood of code: to steer, and held out."""
     rng = np.random.default_rng(SEED)
@@ -92,13 +74,13 @@ def write_tasks(folder: Path) -> None:
             place = int(rng.integers(4))
             choices[0], choices[place] = choices[place], choices[0]
             rows.append({"question": question, "choices": choices, "answer": place})
-        _task(
+        write_task(
             folder, f"sums_{split}", rows, output_type="multiple_choice",
             doc_to_text="{{question}}", doc_to_target="answer", doc_to_choice="{{choices}}",
             metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         )  # fmt: skip
         texts = [{"text": t[:CHARACTERS]} for t in code[begin[1] : begin[1] + counts[1]]]
-        _task(
+        write_task(
             folder, f"code_{split}", texts, output_type="loglikelihood_rolling", doc_to_text="",
             doc_to_target="{{text}}", metric_list=[{"metric": "byte_perplexity"}],
         )  # fmt: skip

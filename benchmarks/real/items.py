@@ -193,23 +193,29 @@ def _link(file: Path, folder: Path) -> None:
         target.symlink_to(file.resolve())
 
 
-def _text_task(folder: Path, skill: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """A task of the harness that reads texts: e^(log-likelihood per byte), bounded."""
+def write_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
+    """A local task of lm-evaluation-harness over its own file of rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{skill}.jsonl"
+    file = folder / f"{name}.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    settings = {
-        "task": skill,
+    task = {
+        "task": name,
         "dataset_path": "json",
         # Absolute: the harness resolves them against the working directory.
         "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
-        "output_type": "loglikelihood_rolling",
         "test_split": "test",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "byte_perplexity"}],
+        **settings,
     }
-    (folder / f"{skill}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+
+
+def _text_task(folder: Path, skill: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """A task of the harness that reads texts: e^(log-likelihood per byte), bounded."""
+    write_task(
+        folder, skill, rows,
+        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[{"metric": "byte_perplexity"}],
+    )  # fmt: skip
 
 
 def evaluate(
