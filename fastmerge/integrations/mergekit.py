@@ -38,6 +38,7 @@ from fastmerge.errors import (
     near_miss,
     nearest,
 )
+from fastmerge.integrations.value_errors import as_value_error
 from fastmerge.models import hub
 from fastmerge.models.side_files import CARD_FILE, CONFIG_FILE, MOE_CONFIG_FILE, is_tokenizer
 from fastmerge.output.provenance import provenance
@@ -82,35 +83,6 @@ _KNOWN = (
 )
 
 
-class RecipeValueError(RecipeError, ValueError):
-    """A RecipeError where mergekit raises ValueError."""
-
-
-class ModelValueError(ModelError, ValueError):
-    """A ModelError where mergekit raises ValueError."""
-
-
-class UnsupportedValueError(UnsupportedError, ValueError):
-    """An UnsupportedError where mergekit raises ValueError."""
-
-
-class ArgumentValueError(FastmergeError, ValueError):
-    """A FastmergeError about a call where mergekit raises ValueError."""
-
-
-_VALUE_ERRORS: Mapping[type[FastmergeError], type[FastmergeError]] = {
-    FastmergeError: ArgumentValueError,
-    RecipeError: RecipeValueError,
-    ModelError: ModelValueError,
-    UnsupportedError: UnsupportedValueError,
-}
-
-
-def as_value_error(error: FastmergeError) -> FastmergeError:
-    """The same, as a ValueError too where it is about recipe, models or arguments."""
-    return _VALUE_ERRORS.get(type(error), type(error))(str(error))
-
-
 def run_merge(
     merge_config: Any,
     out_path: str | Path,
@@ -144,7 +116,7 @@ def run_merge(
         text = str(error)
         if " mismatch in " in text:  # callers look for mergekit's words
             text = f"Tensor size mismatch: {text}"
-        raise _VALUE_ERRORS.get(type(error), type(error))(text) from error
+        raise as_value_error(error, text) from error
 
 
 def prepared(

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.integrations.mergekit import as_value_error
 from fastmerge.integrations.replacement import Places, Replacement
+from fastmerge.integrations.value_errors import as_value_error
 from fastmerge.methods import METHODS, Method
 
 if TYPE_CHECKING:

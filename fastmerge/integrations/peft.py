@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from fastmerge import ops
 from fastmerge.arguments import plain
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.integrations.mergekit import as_value_error
 from fastmerge.integrations.replacement import Places, Replacement
 from fastmerge.integrations.torch_ops import torch_tensors
+from fastmerge.integrations.value_errors import as_value_error
 
 if TYPE_CHECKING:
     import torch
