@@ -138,6 +138,30 @@ def test_a_search_by_gradient_improves_and_resumes(place: Path, tmp_path: Path) 
     assert "A gradient counts 3 times" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_perplexity_is_shown_as_perplexity(place: Path, tmp_path: Path, capsys: Any) -> None:
+    from fastmerge.cli import main
+
+    file = file_of(place, optimiser="random", budget={"candidates": 4})
+    (tmp_path / "space.yml").write_text(json.dumps(file))
+    with pytest.raises(SystemExit):
+        main(["search", str(tmp_path / "space.yml"), str(tmp_path / "out"), "--threads", "1"])
+    written = json.loads((tmp_path / "out" / "search.json").read_text())
+    best = written["candidates"][written["best"]]
+    shown = f"{best['perplexity']:.2f}"
+    assert (
+        f"candidate {best['number']}: perplexity {shown}, the best so far"
+        in capsys.readouterr().err
+    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    held = written["comparison"][0]["holdout"]["perplexity"]
+    assert f"a perplexity of {held:.2f}" in text and f"| {held:.2f} |" in text
+    assert "p (Holm) | perplexity |" in text
+    assert (
+        "| candidate | perplexity | where |" in text and f"| {best['number']} | {shown} |" in text
+    )
+    assert best["score"] == pytest.approx(100 / best["perplexity"], rel=0.05)  # steers as before
+
+
 @pytest.mark.parametrize("kind", REST)
 def test_the_targets_of_a_task_are_its_right_answers(place: Path, kind: str) -> None:
     from fastmerge import llama

@@ -241,6 +241,7 @@ def sweep(
     quiet: Quiet = False,
 ) -> None:
     """Merge RECIPE at many t from one reading of the inner products; models or scores in OUT."""
+    from fastmerge.search.rows import measured
     from fastmerge.search.sweep import BEST, Outlook, Point, best_of, parse_range
     from fastmerge.search.sweep import sweep as run
 
@@ -250,12 +251,7 @@ def sweep(
         say(f"{scored}writes {models}, {format_bytes(outlook.nbytes)}, in {out}", quiet=quiet)
 
     def shown(point: Point) -> str:
-        if point.scores is None:
-            return str(point.out)
-        perplexity = point.scores.perplexity
-        if perplexity is not None:
-            return f"perplexity {perplexity:.2f}"
-        return f"{point.scores.value:.2f} %"
+        return str(point.out) if point.scores is None else measured(point.scores)
 
     def show(point: Point) -> None:
         if not quiet:

@@ -86,10 +86,12 @@ class _Trials:
         best = study.best
         if self._quiet or best is None or best.number == self._best:
             return
+        from fastmerge.search.rows import measured
+
         self._best = best.number
         budget = study.file.budget
         say(
-            f"candidate {best.number}: {best.scores.value:.2f} %, the best so far; "
+            f"candidate {best.number}: {measured(best.scores)}, the best so far; "
             f"{study.spent} of {budget.most} {budget.unit}"
         )
 

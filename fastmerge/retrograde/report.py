@@ -22,6 +22,7 @@ from fastmerge.search.rows import (
     Line,
     figure,
     in_points,
+    of_perplexity,
     split_name,
     with_interval,
 )
@@ -98,7 +99,7 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
             f"**{with_interval(lines[0])} %**"
             f"{' (95 % interval over items)' if lines[0].interval else ''}"
-            f"{_as_perplexity(lines[0])}. "
+            f"{of_perplexity(lines[0].scores)}. "
             + " ".join(filter(None, [verdict_on_path(lines), _how_tested(lines)]))
         )
         parts.append("\n".join(finding(lines)))
@@ -135,11 +136,6 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
         parts += _comparison(result, lines, pictures)
     parts += _setup(result, lines)
     return "\n\n".join(parts) + "\n"
-
-
-def _as_perplexity(line: Line) -> str:
-    found = line.scores.perplexity
-    return "" if found is None else f", a perplexity of {figure(found)}"
 
 
 def _how_tested(lines: Sequence[Line]) -> str:

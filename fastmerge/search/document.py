@@ -12,7 +12,7 @@ from fastmerge.evaluation.settings import Evaluate
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, one_of, real, whole
 from fastmerge.recipe.source import read
-from fastmerge.search.optimisers import OPTIMISERS, STAGED
+from fastmerge.search.optimisers import BATCHED, OPTIMISERS, STAGED
 from fastmerge.search.ranges import Ranges
 
 
@@ -22,9 +22,14 @@ class Optimiser(Section):
     name: str = field(one_of(*OPTIMISERS))
     population: int | None = field(whole(2), None)  # of cma, and of a batch that is staged
     step: float | None = field(real(high=1, above=0), None)  # the first, as a share of the ranges
+    batch: int | None = field(whole(1), None)  # candidates at once, of those that can do with one
 
     def check(self) -> None:
-        for key, known in (("population", ("cma", "random")), ("step", ("cma", "coordinate"))):
+        for key, known in (
+            ("population", ("cma", "random")),
+            ("step", ("cma", "coordinate")),
+            ("batch", BATCHED),
+        ):
             if getattr(self, key) is not None and self.name not in known:
                 raise RecipeError(f"{self.at(key)}: '{key}' is of {' and '.join(known)}; remove it")
 
@@ -64,6 +69,7 @@ class SearchFile(Section):
     budget: Budget = field(Budget)
     evaluate: Evaluate = field(Evaluate)
     seed: int | None = field(whole(0, below=2**63), None)
+    workers: int = field(whole(1), 1)  # processes that score; what is found is the same
     text: str = ""  # the file as written, for the record
     folder: Path = Path()  # what relative paths in the file are relative to
 

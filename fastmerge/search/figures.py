@@ -15,6 +15,7 @@ from fastmerge.extras import install
 from fastmerge.models.architecture import layer_of
 
 if TYPE_CHECKING:
+    from fastmerge.evaluation.scores import Scores
     from fastmerge.methods.types import Float64
     from fastmerge.search.rows import Line
 
@@ -45,7 +46,8 @@ def comparison_png(lines: Sequence[Line], split: str) -> bytes:
             axes.plot(other, place, "|", color=OTHER, markersize=8)
     axes.axvline(lines[0].value, color=RETRACE, linewidth=1, alpha=0.5)
     axes.set_yticks(range(len(lines)), [line.row.name for line in reversed(lines)])
-    axes.set_xlabel(f"{split} score, % (95 % bootstrap interval over items)")
+    score = "score" if lines[0].scores.perplexity is None else "100 / perplexity"
+    axes.set_xlabel(f"{split} {score}, % (95 % bootstrap interval over items)")
     return png(figure)
 
 
@@ -78,30 +80,39 @@ def budget_png(lines: Sequence[Line], baseline: float) -> bytes:
 
 
 def spent_png(
-    searches: Mapping[str, Sequence[tuple[int, float]]], levels: Mapping[str, float], unit: str
+    searches: Mapping[str, Sequence[tuple[int, Scores]]], levels: Mapping[str, Scores], unit: str
 ) -> bytes:
-    """The best steering score so far against what was spent, for each search: (spent in all, score)
-    of every candidate that was scored on all items; ``levels``: what needs no search.
+    """The best on the steering items so far against what was spent, for each search: (spent in all,
+    scores) of every candidate that was scored on all items; ``levels``: what needs no search. Its
+    perplexity where that is what was measured.
     """
     figure, axes = new_figure(8.0, 4.5)
+    is_perplexity = False
+
+    def shown(scores: Scores) -> float:
+        return scores.value if scores.perplexity is None else scores.perplexity
+
     for name, points in searches.items():
-        best, spent, so_far = -math.inf, [], []
-        for cost, score in points:
-            best = best if math.isnan(score) or score < best else score
-            if math.isfinite(best):
-                spent.append(cost)
-                so_far.append(best)
+        best: Scores | None = None
+        spent, so_far = [], []
+        known = [(cost, scores) for cost, scores in points if math.isfinite(scores.value)]
+        for cost, scores in known:
+            best = scores if best is None or scores.value > best.value else best
+            spent.append(cost)
+            so_far.append(shown(best))
+            is_perplexity = is_perplexity or scores.perplexity is not None
         color = RETRACE if len(searches) == 1 else None
         axes.step(spent, so_far, where="post", color=color, linewidth=2, label=name)
-        known = [(cost, score) for cost, score in points if math.isfinite(score)]
         if len(searches) == 1:
-            axes.plot(*zip(*known, strict=True), ".", color=OTHER, markersize=4, label="candidates")
-    for number, (name, value) in enumerate(levels.items()):
+            own = [shown(scores) for _, scores in known]
+            axes.plot(spent, own, ".", color=OTHER, markersize=4, label="candidates")
+    for number, (name, scores) in enumerate(levels.items()):
         color = BASELINE if number == 0 else OTHER
         style = "--" if number == 0 else (0, (1, 1 + number))
-        axes.axhline(value, color=color, linestyle=style, linewidth=1, label=name)
+        axes.axhline(shown(scores), color=color, linestyle=style, linewidth=1, label=name)
     axes.set_xlabel(f"{unit} spent")
-    axes.set_ylabel("best steering score so far, %")
+    title = "perplexity of the best so far" if is_perplexity else "best steering score so far, %"
+    axes.set_ylabel(title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return png(figure)

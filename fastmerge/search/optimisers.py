@@ -1,14 +1,15 @@
 """Who chooses candidates: each a generator of points, which is sent the scores of every one.
 
 All start from the point where the ranges start, whose scores they are given, and go on until nobody
-asks them any more or they have converged. What they draw follows from the seed alone; the libraries
-of `cma` and `tpe` are imported where they are used.
+asks them any more or they have converged. Points that do not wait for one another's scores are
+asked for at once, so that they can be scored side by side. What is drawn follows from the seed
+alone; the libraries of `cma` and `tpe` are imported where they are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,8 +24,9 @@ from fastmerge.methods.types import Float64
 from fastmerge.search.families import ranked
 from fastmerge.search.ranges import Point, Ranges
 
-Asked = tuple[Point, int | None]  # and the most items a task to score it on; None: all
-Moves = Generator[Asked, Scores, None]
+# Points and the most items a task to score them on; None: all. Then their scores, in their order.
+Asked = tuple[Sequence[Point], int | None]
+Moves = Generator[Asked, Sequence[Scores], None]
 
 _KEPT_SHARE = 3  # staged halving keeps a third of a population
 _POPULATION = 12  # of random draws that are staged
@@ -43,6 +45,7 @@ class Setup:
     stages: Sequence[int] = ()
     population: int | None = None
     step: float | None = None
+    batch: int = 1  # of tpe and coordinate, which then choose with less knowledge
     # The gradient of a loss by the numbers, as shares of their ranges.
     slope: Callable[[Point], Float64] | None = None
 
@@ -120,7 +123,8 @@ def tpe(setup: Setup, start: Scores) -> Moves:
     }
     study = optuna.create_study(
         direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=setup.seed % 2**32),
+        # The liar: of a point whose score is not known yet it takes a bad one, and keeps away.
+        sampler=optuna.samplers.TPESampler(seed=setup.seed % 2**32, constant_liar=setup.batch > 1),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=_KEPT_SHARE),
     )
     if not math.isnan(start.value):
@@ -130,25 +134,25 @@ def tpe(setup: Setup, start: Scores) -> Moves:
         )
     state = optuna.trial.TrialState
     while True:
-        trial = study.ask(made)
-        units = ranges.units(tuple(trial.params[name] for name in made))
-        words = tuple(trial.params[name] for name in made)
-        point = ranges.at(units, words)
-        scores, pruned = start, False
+        left = [study.ask(made) for _ in range(setup.batch)]
         for rung, limit in enumerate([*setup.stages, None]):
-            scores = yield point, limit
-            if math.isnan(scores.value):
+            asked = [_of_trial(ranges, trial.params) for trial in left]
+            found = yield asked, limit
+            going_on = []
+            for trial, scores in zip(left, found, strict=True):
+                if math.isnan(scores.value):
+                    study.tell(trial, state=state.FAIL)
+                    continue
+                trial.report(scores.value, _KEPT_SHARE**rung)
+                if limit is None:
+                    study.tell(trial, scores.value)
+                elif trial.should_prune():
+                    study.tell(trial, state=state.PRUNED)
+                else:
+                    going_on.append(trial)
+            left = going_on
+            if not left:
                 break
-            trial.report(scores.value, _KEPT_SHARE**rung)
-            pruned = limit is not None and trial.should_prune()
-            if pruned:
-                break
-        if math.isnan(scores.value):
-            study.tell(trial, state=state.FAIL)
-        elif pruned:
-            study.tell(trial, state=state.PRUNED)
-        else:
-            study.tell(trial, scores.value)
 
 
 def line(setup: Setup, _start: Scores) -> Moves:
@@ -158,22 +162,19 @@ def line(setup: Setup, _start: Scores) -> Moves:
     ranges = setup.ranges
     count = len(ranges.numbers)
     known: dict[float, float] = {}
-    for t in np.linspace(0.0, 1.0, _LINE):
-        scores = yield ranges.at([t] * count), None
-        known[float(t)] = scores.value
     gap = 1.0 / (_LINE - 1)
-    while gap > _SMALLEST:
+    asked = [float(t) for t in np.linspace(0.0, 1.0, _LINE)]
+    while gap >= _SMALLEST:
+        found = yield [ranges.at([t] * count) for t in asked], None
+        known |= {t: scores.value for t, scores in zip(asked, found, strict=True)}
         gap /= 2
         best = _best(known)
-        for t in (best - gap, best + gap):
-            if 0.0 <= t <= 1.0:
-                scores = yield ranges.at([t] * count), None
-                known[t] = scores.value
+        asked = [t for t in (best - gap, best + gap) if 0.0 <= t <= 1.0]
 
 
 def coordinate(setup: Setup, start: Scores) -> Moves:
-    """One number or word at a time, kept where the score rises; half the step after a round
-    without.
+    """One number or word at a time, kept where the score rises, the best of a batch of them; half
+    the step after a round without.
     """
     ranges, rng = setup.ranges, setup.generator("coordinate")
     point, best = ranges.start, _or_worst(start.value)
@@ -181,12 +182,20 @@ def coordinate(setup: Setup, start: Scores) -> Moves:
     numbers = ranges.numbers
     while step > _SMALLEST:
         moved = False
-        for i in rng.permutation(len(ranges.dimensions)):
-            for trial in _beside(ranges, numbers, point, int(i), step):
-                scores = yield trial, None
-                if _or_worst(scores.value) > best:
-                    point, best, moved = trial, scores.value, True
-                    break
+        turns = [
+            (int(i), which)
+            for i in rng.permutation(len(ranges.dimensions))
+            for which in range(len(_beside(ranges, numbers, point, int(i), step)))
+        ]
+        while turns:
+            now, turns = turns[: setup.batch], turns[setup.batch :]
+            asked = [_beside(ranges, numbers, point, i, step)[which] for i, which in now]
+            found = yield asked, None
+            values = [_or_worst(scores.value) for scores in found]
+            top = int(np.argmax(values))
+            if values[top] > best:
+                point, best, moved = asked[top], values[top], True
+                turns = [turn for turn in turns if turn[0] != now[top][0]]
         if not moved:
             step /= 2
 
@@ -205,7 +214,7 @@ def walk(setup: Setup, start: Scores) -> Moves:
         toward = np.where(moves, place, here)
         degraded = here + rng.uniform(0.1, 0.6) * (toward - here)
         state = degraded + rng.uniform(0.2, 0.8) * (best - degraded)
-        scores = yield ranges.at(state), None
+        (scores,) = yield [ranges.at(state)], None
         if _or_worst(scores.value) > top:
             here = best = state
             top = scores.value
@@ -229,7 +238,7 @@ def gradient(setup: Setup, start: Scores) -> Moves:
         best = here
         for length in (step, step / 2, step / 4):
             trial = np.clip(here - length * slope / size, 0.0, 1.0)
-            scores = yield ranges.at(trial), None
+            (scores,) = yield [ranges.at(trial)], None
             value = _or_worst(scores.value)
             if value >= top:  # on the plateaus of few items the loss still falls
                 step = min(0.5, 2 * length) if value > top else length
@@ -240,21 +249,25 @@ def gradient(setup: Setup, start: Scores) -> Moves:
         here = best
 
 
-def halved(points: Sequence[Point], stages: Sequence[int]) -> Generator[Asked, Scores, list[int]]:
+def halved(
+    points: Sequence[Point], stages: Sequence[int]
+) -> Generator[Asked, Sequence[Scores], list[int]]:
     """The points' numbers, best first: each stage keeps a third, and only those that are left are
     scored on all items.
     """
     kept, behind = list(range(len(points))), list[int]()
     for limit in [*stages, None]:
-        values = []
-        for i in kept:
-            scores = yield points[i], limit
-            values.append((i, scores.value))
-        kept = ranked(values)
+        found = yield [points[i] for i in kept], limit
+        kept = ranked([(i, scores.value) for i, scores in zip(kept, found, strict=True)])
         if limit is not None:
             size = math.ceil(len(kept) / _KEPT_SHARE)
             kept, behind = kept[:size], kept[size:] + behind
     return kept + behind
+
+
+def _of_trial(ranges: Ranges, params: Mapping[str, Any]) -> Point:
+    words = tuple(params[own.name] for own in ranges.dimensions)
+    return ranges.at(ranges.units(words), words)
 
 
 def _drawn(ranges: Ranges, rng: np.random.Generator) -> Point:
@@ -315,3 +328,5 @@ OPTIMISERS: dict[str, Callable[[Setup, Scores], Moves]] = {
     "gradient": gradient,
 }
 STAGED = ("cma", "tpe", "random")
+BATCHED = ("tpe", "coordinate")  # one at a time where no `batch` is given
+ONE_AT_A_TIME = ("walk", "gradient")  # each candidate follows from the scores before it

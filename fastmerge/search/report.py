@@ -20,6 +20,7 @@ from fastmerge.search.rows import (
     figure,
     in_points,
     lines_of,
+    of_perplexity,
     split_name,
     with_interval,
 )
@@ -50,10 +51,10 @@ def write(found: Found) -> None:
     text = json.dumps(as_json(found, lines), indent=1) + "\n"
     write_atomically(out / RESULT_FILE, text)
     write_atomically(out / BEST_FILE, found.recipe)
-    levels = {line.row.name: line.row.steer.value for line in lines[1:]}
-    known = {name: value for name, value in levels.items() if math.isfinite(value)}
+    levels = {line.row.name: line.row.steer for line in lines[1:]}
+    known = {name: scores for name, scores in levels.items() if math.isfinite(scores.value)}
     name = study.file.optimiser.name
-    points = [(trial.spent, trial.scores.value) for trial in study.full]
+    points = [(trial.spent, trial.scores) for trial in study.full]
     pictures = {
         "budget.png": spent_png({name: points}, known, study.file.budget.unit),
         "comparison.png": comparison_png(lines, split_name(lines)),
@@ -113,8 +114,14 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "items a task": trial.limit,
         "score": none(trial.scores.value),
         "tasks": {name: none(task.value) for name, task in trial.scores.tasks.items()},
+        **_perplexity(trial.scores),
         "spent": trial.spent,
     }
+
+
+def _perplexity(scores: Scores) -> dict[str, Any]:
+    found = scores.perplexity
+    return {} if found is None else {"perplexity": none(found)}
 
 
 def _line_json(line: Line) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _line_json(line: Line) -> dict[str, Any]:
         if scores is None:
             return None
         tasks = {name: none(task.value) for name, task in scores.tasks.items()}
-        return {"value": none(scores.value), "tasks": tasks}
+        return {"value": none(scores.value), "tasks": tasks, **_perplexity(scores)}
 
     return {
         "name": line.row.name,
@@ -186,7 +193,8 @@ def markdown(found: Found, lines: Sequence[Line], pictures: Mapping[str, bytes])
         f"**{verdict(study, lines)}**",
         "## What it found",
         f"On the {split} items the best scores **{with_interval(lines[0])} %**"
-        f"{' (95 % interval over items)' if lines[0].interval else ''}. Less each rival, in "
+        f"{' (95 % interval over items)' if lines[0].interval else ''}"
+        f"{of_perplexity(lines[0].scores)}. Less each rival, in "
         "percent points, the same items for both"
         + (
             f"; *better* and *worse* mean p < {SIGNIFICANT} after Holm's correction:"
@@ -230,6 +238,9 @@ def _table(lines: Sequence[Line], split: str) -> str:
         ),
         "|---|---|---:|---:|---:|---:|",
     ]
+    perplexity = any(line.scores.perplexity is not None for line in lines)
+    if perplexity:
+        table = [f"{table[0]} perplexity |", f"{table[1]}---:|"]
     for line in lines:
         lead = "-" if line.lead is None else in_points(line.lead)
         p = "-" if line.p is None else f"{line.p:.3f}"
@@ -237,6 +248,8 @@ def _table(lines: Sequence[Line], split: str) -> str:
             f"| {escaped(line.row.name)} | {escaped(line.row.how)} | "
             f"{figure(line.row.steer.value)} | {with_interval(line)} | {lead} | {p} |"
         )
+        if perplexity:
+            table[-1] += f" {figure(line.scores.perplexity)} |"
     return "\n".join(table)
 
 
@@ -276,10 +289,13 @@ def _front(study: Study) -> list[str]:
 
 def _best_table(study: Study) -> str:
     order = sorted(study.full, key=lambda t: (-t.value, t.number))[:_SHOWN]
-    rows = ["| candidate | steering, % | where |", "|---:|---:|---|"]
+    perplexity = any(trial.scores.perplexity is not None for trial in order)
+    title = "perplexity" if perplexity else "steering, %"
+    rows = [f"| candidate | {title} | where |", "|---:|---:|---|"]
     for trial in order:
         where = escaped(study.ranges.shown(trial.point))
-        rows.append(f"| {trial.number} | {figure(trial.scores.value)} | {where} |")
+        value = trial.scores.perplexity if perplexity else trial.scores.value
+        rows.append(f"| {trial.number} | {figure(value)} | {where} |")
     return "\n".join(rows)
 
 

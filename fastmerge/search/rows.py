@@ -80,6 +80,20 @@ def figure(value: float | None, digits: int = 2, sign: str = "") -> str:
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
+def measured(scores: Scores) -> str:
+    """A score as people read it: its percent, or the perplexity where that is what was measured."""
+    perplexity = scores.perplexity
+    if perplexity is None:
+        return f"{figure(scores.value)} %"
+    return f"perplexity {figure(perplexity)}"
+
+
+def of_perplexity(scores: Scores) -> str:
+    """ ", a perplexity of 12.30" behind a score in percent; "" where none was measured."""
+    found = scores.perplexity
+    return "" if found is None else f", a perplexity of {figure(found)}"
+
+
 def in_points(lead: Interval, unit: str = "") -> str:
     """A difference with its interval: '+1.20 [+0.30, +2.10]'."""
     value, low, high = (figure(x, sign="+") for x in lead[:3])

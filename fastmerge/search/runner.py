@@ -44,6 +44,7 @@ from fastmerge.search.search import drive
 from fastmerge.search.study import Study, Trial
 
 SEED = 0  # of a search that names none
+_FREE = ("budget", "seed", "workers")  # keys of a file that do not decide what is asked for next
 
 
 @enough_memory("search")
@@ -240,7 +241,7 @@ def _finite(value: float) -> float:
 def _identity(file: SearchFile, ranges: Ranges) -> str:
     """All that decides a search but its budget: one that is over goes on with a larger."""
     said = yaml.safe_load(file.text)
-    said = {key: value for key, value in said.items() if key not in ("budget", "seed")}
+    said = {key: value for key, value in said.items() if key not in _FREE}
     foreign = [ranges.document(point).method.identity for point in ranges.words()]
     return digest([said, ranges.source, sorted(set(foreign))])
 

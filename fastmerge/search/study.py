@@ -46,7 +46,8 @@ class Trial:
 class Study:
     """A `Search`: ``ask`` gives the state to score next, of at most ``limit`` items a task;
     ``tell`` takes its scores. What the journal knows is not asked again, so that the same calls on
-    the folder of a killed search go on where it was.
+    the folder of a killed search go on where it was. ``ahead`` are those that it asks for next
+    whatever the scores: who has room for several begins them, too, and tells in the order asked.
     """
 
     def __init__(self, file: SearchFile, ranges: Ranges, lab: Lab, seed: int) -> None:
@@ -64,13 +65,15 @@ class Study:
         self._numbers = {name: number for number, name in enumerate(references)}
         self._moves = self._chosen()
         self._asked: Asked | None = next(self._moves, None)
+        self._answers: list[Scores] = []  # to the first of the points that are asked for
 
     # -------- what is asked
 
     def ask(self) -> Expr | None:
         """The state to score next, or None when the search is over."""
-        while self._asked is not None:
-            point, limit = self._asked
+        while (point := self.point) is not None:
+            assert self._asked is not None
+            limit = self._asked[1]
             state = self.expression(point)
             done = self._done_at(state, limit)
             if done is not None:  # once more, or no merge at all: it costs nothing
@@ -95,7 +98,7 @@ class Study:
         """The scores of the state that it asked for: `Scores`, a number, or by task a number or the
         numbers of its items, in percent where they are to be read so. Raises FastmergeError.
         """
-        if self._asked is None or candidate is not self.expression(self._asked[0]):
+        if self.point is None or candidate is not self.expression(self.point):
             raise FastmergeError("tell: this state was not asked for; tell each before the next")
         found = scores_of(scores, "tell")
         kept = self.lab.known(candidate, limit=self.limit)
@@ -104,7 +107,23 @@ class Study:
     @property
     def point(self) -> Point | None:
         """The point of the state that was asked for last."""
-        return None if self._asked is None else self._asked[0]
+        return None if self._asked is None else self._asked[0][len(self._answers)]
+
+    def ahead(self) -> list[Expr]:
+        """The states that are asked for after this one whatever their scores, of at most ``limit``
+        items a task, too: as many as the budget surely lets it ask for.
+        """
+        if self._asked is None:
+            return []
+        points, limit = self._asked
+        found: dict[str, Expr] = {}
+        for point in points[len(self._answers) + 1 :]:
+            if not self._affords(limit, beside=1 + len(found)):
+                break
+            state = self.expression(point)
+            if self._done_at(state, limit) is None and self.lab.known(state, limit=limit) is None:
+                found.setdefault(self.lab.space.fingerprint(state), state)
+        return list(found.values())
 
     def expression(self, point: Point) -> Expr:
         """What the recipe makes of the models at ``point``."""
@@ -180,26 +199,29 @@ class Study:
         """The start, then what the optimiser asks for."""
         settings = self.file.optimiser
         require(settings.name, self.ranges, settings.where)
-        start = yield self.ranges.start, None
+        (start,) = yield [self.ranges.start], None
         setup = Setup(
             self.ranges,
             self.seed,
             self.file.evaluate.stages,
             settings.population,
             settings.step,
+            settings.batch or 1,
             self._slope,
         )
         yield from OPTIMISERS[settings.name](setup, start)
 
-    def _affords(self, limit: int | None) -> bool:
+    def _affords(self, limit: int | None, beside: int = 0) -> bool:
+        """Whether the budget has room for one more, and for ``beside`` others."""
         if not self.trials:
             return True  # the start is always scored: there is no search without
         expected = self._costs.get(limit, 0) if self._budget.unit == "items" else 1
-        return self.spent + max(1, expected) <= self._budget.most
+        return self.spent + (1 + beside) * max(1, expected) <= self._budget.most
 
     def _take(self, state: Expr, scores: Scores) -> None:
-        assert self._asked is not None
-        point, limit = self._asked
+        point = self.point
+        assert self._asked is not None and point is not None
+        limit = self._asked[1]
         items = sum(task.count for task in scores.tasks.values())
         self._costs[limit] = items
         self.spent += items if self._budget.unit == "items" else 1
@@ -209,8 +231,13 @@ class Study:
         self._go_on(scores)
 
     def _go_on(self, scores: Scores) -> None:
+        assert self._asked is not None
+        self._answers.append(scores)
+        if len(self._answers) < len(self._asked[0]):
+            return
+        answers, self._answers = self._answers, []
         try:
-            self._asked = self._moves.send(scores)
+            self._asked = self._moves.send(answers)
         except StopIteration:
             self._asked = None
 
