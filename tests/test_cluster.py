@@ -1,21 +1,49 @@
-"""Parts as Ray tasks on a cluster of this machine, whose workers are killed in the middle."""
+"""Parts, walks and sweeps on a Ray cluster of this machine, whose workers are killed meanwhile."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastmerge
 from fastmerge import FastmergeError, api
 from fastmerge.engine import on_ray
 from fastmerge.errors import ResourceError, UnsupportedError
+from fastmerge.evaluation import on_ray as evaluators_on_ray
+from fastmerge.evaluation.on_ray import RayEvaluators
+from fastmerge.retrograde import driver, load, run
+from fastmerge.retrograde.runner import describe
+from fastmerge.search.families import BASELINES
+from fastmerge.search.sweep import sweep
 
 ray = pytest.importorskip("ray", reason="ray is 200 MB on the disk: not in the extra test")
+
+
+IDS = np.random.default_rng(0).integers(1, 39, (40, 8))
+MARKS = "FASTMERGE_TEST_MARKS"  # a folder: evaluators leave a word in it
+
+
+def score(model: Any, split: str = "steer", limit: int | None = None) -> Mapping[str, Any]:
+    """Per-item likelihood of random token rows: cheap, and it moves with every weight."""
+    import torch
+
+    marks = Path(os.environ[MARKS])
+    (marks / f"evaluator-{os.getpid()}").touch()
+    if (marks / "kill").exists():
+        (marks / "kill").unlink()
+        (marks / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    rows = torch.tensor(IDS[:20] if split == "steer" else IDS[20:])[:limit]
+    with torch.no_grad():
+        logits = model(input_ids=rows, use_cache=False).logits.log_softmax(-1)
+    chosen = logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0].mean(1)
+    return {"likelihood": (1000 * chosen.exp()).tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +127,167 @@ def test_what_a_cluster_does_not_take_is_one_line(
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ResourceError, match=r"a cluster is reached by Ray; run: pip install"):
         fastmerge.merge(recipe(zoo), tmp_path / "out", cluster="auto")
+
+
+# --- measurements side by side ---
+
+
+@pytest.fixture
+def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    monkeypatch.setenv(MARKS, str(folder))
+    return folder
+
+
+@pytest.fixture
+def schedule(zoo: Any) -> dict[str, Any]:
+    base = zoo.base("m0")
+    pool = [zoo.tune(base, f"m{i}", seed=i, size=0.05) for i in (1, 2)]
+    return {
+        "baseline": {"model": str(base), "accuracy": 50.0},
+        "pool": [str(path) for path in pool],
+        "seed": 11,
+        "schedule": {
+            "cycles": 2,
+            "degrade": {"partner": "next", "method": "slerp", "t": 0.3},
+            "retrace": {"toward": "baseline", "method": "dare_ties", "t": 0.4, "density": 0.7},
+        },
+        "evaluate": {"callable": "stand:in"},
+    }
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def at_work(marks: Path) -> set[int]:
+    found = {int(path.name.partition("-")[2]) for path in marks.glob("evaluator-*")}
+    return found - {os.getpid()}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("rule", ["always", "improve"])
+def test_every_file_is_that_of_a_run_without(
+    schedule: dict[str, Any], tmp_path: Path, marks: Path, rule: str
+) -> None:
+    schedule["accept"] = {"rule": rule}
+    schedule["compare"] = {"methods": list(BASELINES), "seeds": 2, "budget": 3}
+    schedule["evaluate"] |= {"stages": [4]}
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    run(schedule, tmp_path / "one" / "out", score=score, threads=1)
+    assert not at_work(marks)
+    (marks / "kill").touch()
+    run(schedule, tmp_path / "many" / "out", score=score, threads=1, cluster="auto")
+    assert (marks / "killed").exists() and len(at_work(marks)) >= 2
+    one, many = tree(tmp_path / "one" / "out"), tree(tmp_path / "many" / "out")
+    assert one.keys() == many.keys()
+    assert [name for name in one if one[name] != many[name]] == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_sweep_s_files_are_those_of_one_without(
+    schedule: dict[str, Any], tmp_path: Path, marks: Path
+) -> None:
+    recipe = {
+        "merge_method": "slerp", "base_model": schedule["baseline"]["model"],
+        "models": [{"model": schedule["baseline"]["model"]}, {"model": schedule["pool"][0]}],
+        "parameters": {"t": 0.5}, "dtype": "float32",
+    }  # fmt: skip
+    for name, cluster in (("one", None), ("many", "auto")):
+        (tmp_path / name).mkdir()
+        (marks / "kill").touch() if cluster else None
+        sweep(
+            recipe, tmp_path / name / "out", [0.0, 0.25, 0.5, 1.0], score=score, cluster=cluster,
+            evaluate={"callable": "stand:in"}, threads=1,
+        )  # fmt: skip
+    assert tree(tmp_path / "one" / "out") == tree(tmp_path / "many" / "out")
+    assert (marks / "killed").exists() and len(at_work(marks)) >= 2
+
+
+@pytest.mark.usefixtures("cluster", "marks")
+def test_a_run_that_was_begun_alone_goes_on_on_a_cluster(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    def stops(trajectory: Any) -> None:
+        if len(trajectory.states) == 3:
+            raise KeyboardInterrupt
+
+    run(schedule, tmp_path / "a" / "out", score=score, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(schedule, tmp_path / "b" / "out", score=score, threads=1, on_step=stops)
+    run(schedule, tmp_path / "b" / "out", score=score, threads=1, cluster="auto", resume=True)
+    assert tree(tmp_path / "a" / "out") == tree(tmp_path / "b" / "out")
+
+
+@pytest.mark.usefixtures("cluster", "marks")
+def test_what_an_evaluator_refuses_is_one_line(schedule: dict[str, Any], tmp_path: Path) -> None:
+    def broken(_: Any) -> float:
+        raise ValueError("not this one")
+
+    with pytest.raises(FastmergeError, match="ValueError: not this one") as no:
+        run(schedule, tmp_path / "out", score=broken, threads=1, cluster="auto")
+    assert "\n" not in str(no.value)
+    schedule["evaluate"]["device"] = "cuda"
+    with pytest.raises(ResourceError, match="has no node with a GPU; use device: cpu"):
+        run(schedule, tmp_path / "out", score=score, threads=1, cluster="auto")
+    schedule["evaluate"]["device"] = "cuda:1"
+    with pytest.raises(UnsupportedError, match="write device: cuda, not cuda:1"):
+        run(schedule, tmp_path / "out", score=score, threads=1, cluster="auto")
+    with pytest.raises(UnsupportedError, match="cluster: measures, and this run measures nothing"):
+        run(schedule, tmp_path / "out", evaluate=False, cluster="auto")
+
+
+def makes(number: int, threads: int) -> Any:
+    def measure(request: Any) -> Any:
+        if request == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number, threads, request
+
+    return measure
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_is_lost_again_and_again_is_given_up_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluators_on_ray, "RETRIES", 1)
+    found = RayEvaluators(makes, "auto", threads=1)
+    try:
+        found.begin("well", "well")
+        with pytest.raises(ResourceError, match="lost 2 times while measuring one candidate") as no:
+            found.answer("dies", "dies")
+        assert "\n" not in str(no.value)
+        number, threads, request = found.answer("well", "well")
+        assert number >= 1 and (threads, request) == (1, "well")
+    finally:
+        found.close()
+
+
+def test_how_much_of_a_walk_waits(schedule: dict[str, Any]) -> None:
+    def rounds(**changed: Any) -> int:
+        return driver.rounds(load(schedule | changed))
+
+    assert rounds(accept={"rule": "always"}) == 1
+    assert rounds(accept={"rule": "improve"}) == 2  # a cycle's two steps side by side
+    assert rounds(accept={"rule": "improve", "judge": "step"}) == 4
+    assert rounds(accept={"rule": "always"}, stop={"patience": 2}) == 4
+    degrade = {"partner": "nearest", "method": "slerp", "t": 0.3}
+    near = schedule["schedule"] | {"degrade": degrade}
+    assert rounds(accept={"rule": "always"}, schedule=near) == 2
+
+
+def test_a_dry_run_says_what_waits(schedule: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "stand.py").write_text("def score(model):\n    return 1.0\n")
+    os.chdir(tmp_path)
+    schedule["evaluate"] = {"callable": "stand:score"}
+    found = describe(schedule | {"accept": {"rule": "improve"}}, cluster="auto")["measurements"]
+    assert (found["at most"], found["one after another"]) == (3 + 4 + 1, 1 + 2 + 1)

@@ -26,6 +26,13 @@ Data = Annotated[
         help="JSON lines for the harness's own tasks, instead of evaluate.data or FASTMERGE_DATA.",
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    Option(
+        metavar="ADDRESS",
+        help="Measure on a Ray cluster: auto, local (this machine), ray://HOST:PORT.",
+    ),
+]
 Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
 DryRun = Annotated[
     bool, Option("--dry-run", help="Check everything, say what would be done, stop.")
@@ -44,6 +51,7 @@ def retrograde(
     resume: Annotated[bool, Option("--resume", help="Continue the run that OUT holds.")] = False,
     seed: Seed = None,
     threads: Threads = None,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -51,7 +59,7 @@ def retrograde(
     from fastmerge.retrograde.runner import describe, run
 
     if dry_run:
-        described = describe(schedule, evaluate=not no_evaluate, data=data)
+        described = describe(schedule, evaluate=not no_evaluate, data=data, cluster=cluster)
         if json:
             print_json(described)
             return
@@ -69,6 +77,7 @@ def retrograde(
                 seed=seed,
                 threads=threads,
                 data=data,
+                cluster=cluster,
                 progress=progress,
                 on_step=steps,
                 on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
@@ -219,7 +228,13 @@ def _show_measurements(found: dict[str, Any] | None) -> None:
         )
     seconds = found["seconds"]
     shown = "shows after the first" if seconds is None else f"at most about {_about(seconds)}"
-    pairs([("measurements in all, at most", found["at most"]), ("time for them", shown)])
+    pairs(
+        [
+            ("measurements in all, at most", found["at most"]),
+            ("of them one after another on any cluster", found["one after another"]),
+            ("time for them", shown),
+        ]
+    )
 
 
 @command
@@ -238,6 +253,7 @@ def sweep(
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the sweep that OUT holds.")] = False,
     threads: Threads = None,
+    cluster: Cluster = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge RECIPE at many t from one reading of the inner products; models or scores in OUT."""
@@ -269,6 +285,7 @@ def sweep(
                 write=None if write is None else write.value,
                 resume=resume,
                 threads=threads,
+                cluster=cluster,
                 progress=progress,
                 on_start=begin,
                 on_point=show,

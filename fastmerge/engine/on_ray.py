@@ -3,13 +3,11 @@
 The plan is made once, here, and travels. The parts meet in the output's folder, which all nodes
 must see under the same path, as they must the models; everything that makes parts safe (claims,
 journals, one plan) is theirs, so that a task that is started twice, or a driver that is killed,
-costs no more than what was not finished. This module alone knows Ray.
+costs no more than what was not finished.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.cpu import thread_count
+from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
 from fastmerge.engine.join import finish
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, ResourceError, first_sentences
-from fastmerge.extras import install
+from fastmerge.errors import FastmergeError, ResourceError
 from fastmerge.output.claim import WATCH_SECONDS, AtWorkError
 from fastmerge.output.layout import Layout
 from fastmerge.output.share import Part
 from fastmerge.planning.plan import Plan
 from fastmerge.progress import Progress
-from fastmerge.version import __version__
 
-_RETRIES = 3  # of a part whose node or process is lost
 _TELL_SECONDS = 0.2  # between two words of a part on how far it is
 _PARTS_A_NODE = 4  # so that a node that is lost or slow leaves the others little
 
@@ -50,25 +46,23 @@ def merge_on_cluster(
     one of this machine alone) or an address. ``threads``: of each part, by default a node's least.
     The bytes are those of one merge. Raises FastmergeError.
     """
-    started = time.perf_counter()
-    ray = _connected(cluster)
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if not nodes:
-        raise ResourceError(f"cluster: {cluster} has no node with a CPU; start one")
-    fewest = int(min(node["Resources"]["CPU"] for node in nodes))
+    begun = time.perf_counter()
+    ray = connected(cluster)
+    nodes = nodes_of(ray, cluster)
+    fewest = int(min(node["CPU"] for node in nodes))
     each = max(1, fewest if threads is None else thread_count(threads))
     tensors = [(p.name, p.dtype, p.shape) for t in plan.tensors for p in t.written]
     shards = len(Layout.plan(tensors, max_shard_bytes=max_shard_bytes).shards)
     count = min(shards, _PARTS_A_NODE * len(nodes))
     bar = _bar(ray)
-    shared = ray.put(plan)
+    shared, started = ray.put(plan), Started()
     common = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite, "fresh": fresh}
     common |= {"threads": each, **options}
     task = ray.remote(
-        max_retries=_RETRIES, num_cpus=min(each, fewest), scheduling_strategy="SPREAD"
+        max_retries=RETRIES, num_cpus=min(each, fewest), scheduling_strategy="SPREAD"
     )(_merge_part)
     waiting = [
-        task.remote(__version__, shared, str(out.absolute()), Part(number, count), common, bar)
+        task.remote(started, shared, str(out.absolute()), Part(number, count), common, bar)
         for number in range(1, count + 1)
     ]
     reports: list[MergeReport] = []
@@ -89,7 +83,7 @@ def merge_on_cluster(
     return replace(
         first,
         out=out,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - begun,
         bytes_read=sum(report.bytes_read for report in reports),
         bytes_written=joined.bytes_written,
         tensors=joined.tensors,
@@ -105,22 +99,6 @@ def merge_on_cluster(
     )
 
 
-def _connected(cluster: str) -> Any:
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-    except ImportError as error:
-        raise ResourceError(f"a cluster is reached by Ray; run: {install('ray')}") from error
-    if not ray.is_initialized():
-        address = None if cluster == "auto" else cluster
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:  # of a node that did not start in time Ray raises a bare one
-            said = first_sentences(str(error))
-            raise ResourceError(f"cluster: {cluster} cannot be reached ({said})") from error
-    return ray
-
-
 def _result(ray: Any, done: Any) -> MergeReport:
     try:
         report: MergeReport = ray.get(done)
@@ -130,7 +108,7 @@ def _result(ray: Any, done: Any) -> MergeReport:
         raise
     except ray.exceptions.RayError as error:
         raise ResourceError(
-            f"cluster: a part was lost {_RETRIES + 1} times ({type(error).__name__}); the same "
+            f"cluster: a part was lost {RETRIES + 1} times ({type(error).__name__}); the same "
             "command goes on where the others are"
         ) from error
     return report
@@ -158,14 +136,10 @@ def _bar(ray: Any) -> Any:
 
 
 def _merge_part(
-    version: str, plan: Plan, out: str, part: Part, options: Mapping[str, Any], bar: Any
+    started: Started, plan: Plan, out: str, part: Part, options: Mapping[str, Any], bar: Any
 ) -> MergeReport:
     """A task: one part, as `fastmerge merge --part` does it."""
-    if version != __version__:
-        raise FastmergeError(
-            f"cluster: fastmerge {__version__} on {os.uname().nodename}, and {version} where the "
-            "merge was started; install the same on all nodes"
-        )
+    started.enter()
     told = 0.0
 
     def tell(done: int, total: int, name: str) -> None:

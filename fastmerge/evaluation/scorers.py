@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -60,20 +62,43 @@ def register(key: str, make: Maker) -> None:
     _MAKERS[key] = make
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """The scorer a schedule asks for, to be made here or, as it pickles, elsewhere; ``function``
+    stands in for ``callable`` in Python.
+    """
+
+    settings: Evaluate
+    make: Callable[[], Scorer]
+
+    @classmethod
+    def of(
+        cls, settings: Evaluate, folder: Path, tokenizer_folder: Path,
+        function: ScoreFunction | None = None,
+    ) -> Scoring:  # fmt: skip
+        """``folder``: of the settings' file; ``tokenizer_folder``: whose tokenizer models use."""
+        if function is not None:
+            return cls(settings, partial(CallableScorer, function, settings))
+        return cls(settings, partial(_MAKERS[settings.way], settings, folder, tokenizer_folder))
+
+    def scorer(self, *, scores: bool = True) -> Scorer:
+        """Makes it. Raises FastmergeError for whatever is missing: the harness, a task, its data, a
+        module, or, where it is to score and not only to tell its key, the device.
+        """
+        # Threads that spin for one whose core another job has (torch's, before its import decides):
+        # two on two busy cores took 20 s of clock and 7 s of CPU for 256 tokens; those that sleep,
+        # 5 and 1.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if scores:
+            _check_device(self.settings)
+        return self.make()
+
+
 def make_scorer(
     settings: Evaluate, folder: Path, tokenizer_folder: Path, function: ScoreFunction | None = None
 ) -> Scorer:
-    """The scorer a schedule asks for; ``function`` stands in for ``callable`` in Python.
-
-    Raises FastmergeError for whatever is missing: the harness, a task, its data, a module.
-    """
-    # Threads that spin for one whose core another job has (torch's, before its import decides): two
-    # on two busy cores took 20 s of clock and 7 s of CPU for 256 tokens; those that sleep, 5 and 1.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _check_device(settings)
-    if function is not None:
-        return CallableScorer(function, settings)
-    return _MAKERS[settings.way](settings, folder, tokenizer_folder)
+    """The scorer of a `Scoring`, made here. Raises FastmergeError as that does."""
+    return Scoring.of(settings, folder, tokenizer_folder, function).scorer()
 
 
 def _check_device(settings: Evaluate) -> None:

@@ -60,7 +60,7 @@ class Merged:
         if self._root is None:
             near = self._near
             root = Path(tempfile.mkdtemp()) if near is None else near / SCORED
-            root.mkdir(exist_ok=True)
+            root.mkdir(parents=True, exist_ok=True)
             self._root = root
             files = api.model_files(self._plan, "model")
             out = self._root / "model"

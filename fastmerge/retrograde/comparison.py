@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from fastmerge.evaluation.scores import Scores
+from fastmerge.retrograde import driver
 from fastmerge.retrograde.schedule import Schedule
 from fastmerge.retrograde.walking import Trajectory, geometry_of
 from fastmerge.search.expressions import (
@@ -12,10 +14,46 @@ from fastmerge.search.expressions import (
     is_random,
     reseeded,
 )
-from fastmerge.search.families import Contender, Pool, search
-from fastmerge.search.lab import Lab
+from fastmerge.search.families import Contender, Family, Pool
+from fastmerge.search.lab import Lab, Wanted
 from fastmerge.search.rows import Row
 from fastmerge.search.space import Space
+
+
+def begin(
+    schedule: Schedule, lab: Lab, seed: int, models: Mapping[int, Scores], budget: int,
+    used: Sequence[int], names: Sequence[str],
+) -> dict[str, Family]:  # fmt: skip
+    """The families called ``names``, their first candidates begun where others measure.
+
+    ``models``: the models' scores; ``used``: the pool models that the walk has merged in.
+    """
+    pool = pool_of(schedule, used)
+    own = [models[i].value for i in sorted(models)]
+    stages = schedule.evaluate.stages if schedule.evaluate else ()
+    found = {}
+    for name in names:
+        family = Family.of(name, pool, lab, own, budget=budget, seed=seed, stages=stages)
+        if family is not None:
+            found[name] = family
+    return found
+
+
+def begin_beside(schedule: Schedule, lab: Lab, seed: int, models: Mapping[int, Scores]) -> None:
+    """Has evaluators that a walk leaves idle measure what it is going to be compared with."""
+    settings = schedule.compare
+    if schedule.stop is not None or settings is None:
+        return  # how many candidates there are shows when it has stopped
+    walked = sum(driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1))
+    names = [name for name in settings.methods if name != "line_search"]  # toward what was used
+    with lab.spare():
+        begin(schedule, lab, seed, models, budget_of(schedule, walked), (), names)
+
+
+def budget_of(schedule: Schedule, walked: int) -> int:
+    """How many evaluations each family gets; ``walked``: how many the walk makes."""
+    settings = schedule.compare
+    return settings.budget if settings and settings.budget else max(1, walked)
 
 
 def compare(
@@ -30,7 +68,6 @@ def compare(
     final = trajectory.states[trajectory.final]
     measured = [s for s in trajectory.scores[1:] if s is not None]
     walked = tuple(scores.value for scores in measured)
-    budget = settings.budget if settings and settings.budget else max(1, len(measured))
     repeats = settings.seeds if settings else 1
     lab.stage = "the walk's final state"
     found = [
@@ -39,35 +76,47 @@ def compare(
         )
     ]
     place = geometry_of(space, lab, final)
+    one = None
     if place is not None and not isinstance(final, Model):
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
+        lab.ahead([(one, "steer", None)])
+    names = settings.methods if settings else ()
+    budget = budget_of(schedule, len(measured))
+    families = begin(
+        schedule, lab, trajectory.seed, trajectory.models, budget, trajectory.used, names
+    )
+    if one is not None and place is not None:
         lab.stage = "the walk's one-shot equivalent"
         how = f"the one linear merge nearest to the walk ({place.residual:.1%} off it)"
         found.append(Contender("one_shot", one, lab.score(one), 0, how))
     found.append(Contender("baseline", Model(0), lab.score(Model(0)), 0, schedule.baseline.label))
-    pool = pool_of(schedule, trajectory.used)
-    own = [trajectory.models[i].value for i in sorted(trajectory.models)]
-    stages = schedule.evaluate.stages if schedule.evaluate else ()
-    for name in settings.methods if settings else ():
+    for name in names:
         lab.stage = name
         if on_row is not None:
             on_row(name)
-        entry = search(name, pool, lab, own, budget=budget, seed=trajectory.seed, stages=stages)
-        if entry is not None:
-            found.append(entry)
+        if name in families:
+            found.append(families[name].search())
+    lab.ahead(wanted for entry in found for wanted in _reported(entry, lab, repeats))
     return tuple(_row(entry, lab, repeats) for entry in found)
 
 
+def _reported(entry: Contender, lab: Lab, repeats: int) -> Iterator[Wanted]:
+    """What a row measures: the entry on the split that is reported, then with other masks."""
+    split = "holdout" if lab.scorer is not None and lab.scorer.has("holdout") else "steer"
+    yield entry.state, split, None
+    if is_random(entry.state):
+        for shift in range(1, repeats):
+            yield reseeded(entry.state, shift), split, None
+
+
 def _row(entry: Contender, lab: Lab, repeats: int) -> Row:
-    assert lab.scorer is not None
-    split = "holdout" if lab.scorer.has("holdout") else "steer"
     lab.stage = entry.name
-    held = lab.score(entry.state, "holdout") if split == "holdout" else None
+    first, *others = _reported(entry, lab, repeats)
+    held = lab.score(*first) if first[1] == "holdout" else None
     again: tuple[float, ...] = ()
-    if repeats > 1 and is_random(entry.state):
-        first = held.value if held is not None else entry.steer.value
-        others = [reseeded(entry.state, shift) for shift in range(1, repeats)]
-        again = (first, *(lab.score(state, split).value for state in others))
+    if others:
+        own = held.value if held is not None else entry.steer.value
+        again = (own, *(lab.score(*each).value for each in others))
     return Row(
         entry.name,
         entry.how,

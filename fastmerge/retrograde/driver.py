@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -157,6 +157,47 @@ def measured(schedule: Schedule, number: int) -> bool:
     if every == "step" or number == len(steps):
         return True
     return every == "cycle" and steps[number - 1].kind == "retrace"
+
+
+def waits(schedule: Schedule, number: int) -> bool:
+    """Whether the step after ``number`` is decided by scores of the walk, or by where its state
+    lies: it must wait until they are known.
+    """
+    rule, steps = schedule.accept, schedule.steps
+    judged = rule.judge == "step" or steps[number - 1].kind == "retrace"
+    if schedule.stop is not None or (
+        rule.rule != "always" and judged and measured(schedule, number)
+    ):
+        return True
+    if number == len(steps):
+        return False
+    coming = steps[number]
+    return coming.toward == "best" or coming.partner in ("nearest", "farthest")
+
+
+def foreseen(schedule: Schedule, state: State, move: Move, scores: Accuracies) -> Iterator[Move]:
+    """The moves after ``move`` that are the same whatever their scores will be, unless one is NaN.
+
+    ``state``: before ``move``; ``scores``: of the models.
+    """
+    found: Move | None = move
+    while found is not None and not waits(schedule, found.number):
+        state = judge(schedule, state, found, None)
+        found = next_step(schedule, state, scores)
+        if found is not None:
+            yield found
+
+
+def rounds(schedule: Schedule) -> int:
+    """How many measurements of a walk are made one after another where there is room for all that
+    can be made side by side.
+    """
+    found, is_open = 0, False
+    for number in range(1, len(schedule.steps) + 1):
+        is_open = is_open or measured(schedule, number)
+        if waits(schedule, number) or number == len(schedule.steps):
+            found, is_open = found + is_open, False
+    return found
 
 
 def stopped(schedule: Schedule, state: State) -> bool:

@@ -7,19 +7,21 @@ walking again over the journal: no step it had measured is measured twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fastmerge import api
-from fastmerge.arguments import a_flag, a_function, a_path
+from fastmerge.arguments import a_flag, a_function, a_path, a_text
 from fastmerge.compute.cpu import thread_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer
-from fastmerge.errors import RecipeError, enough_memory
+from fastmerge.errors import RecipeError, UnsupportedError, enough_memory
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
@@ -43,7 +45,7 @@ from fastmerge.tree.nodes import Merge
 
 if TYPE_CHECKING:
     from fastmerge.evaluation.callables import ScoreFunction
-    from fastmerge.evaluation.scorers import Scorer
+    from fastmerge.evaluation.scorers import Scorer, Scoring
     from fastmerge.search.lab import Measurement
 
 
@@ -58,6 +60,7 @@ def run(
     threads: int | None = None,
     score: ScoreFunction | None = None,
     data: str | Path | None = None,
+    cluster: str | None = None,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
@@ -67,9 +70,12 @@ def run(
 
     ``score`` stands in for the schedule's ``callable``, ``data`` for its ``evaluate.data``.
     ``evaluate`` False walks without measuring.
-    ``resume`` continues a run that was interrupted. Raises FastmergeError, before anything is
-    written, for what the schedule or its models get wrong.
+    ``resume`` continues a run that was interrupted. ``cluster``: a Ray cluster ("auto", "local" or
+    an address) whose nodes measure, side by side where one score does not wait for another; every
+    file is that of a run without, with as many ``threads``. Raises FastmergeError, before anything
+    is written, for what the schedule or its models get wrong.
     """
+    cluster = None if cluster is None else a_text(cluster, "cluster")
     schedule = _given(source, a_flag(evaluate, "evaluate"), data)
     out = a_path(out, "out")
     resume = a_flag(resume, "resume")
@@ -81,7 +87,10 @@ def run(
     seed = None if seed is None else whole_seed(seed)
     template = open_template(schedule)
     check_steps(schedule, template)
-    scorer = _scorer(schedule, template, score)
+    scoring = _scoring(schedule, template, score)
+    scorer = None if scoring is None else scoring.scorer(scores=cluster is None)
+    if scoring is None and cluster is not None:
+        raise UnsupportedError("cluster: measures, and this run measures nothing; leave it out")
     header = {
         "schedule": digest(
             [yaml.safe_load(schedule.text), schedule.evaluate is not None, *schedule.foreign]
@@ -94,9 +103,9 @@ def run(
     known = cached_grams(cache, template)
     if scorer is None and not known and not _needs_distances(schedule):
         return _run_unmeasured(schedule, template, out, seed, threads, progress, on_step)
-    from fastmerge.retrograde.comparison import compare
+    from fastmerge.retrograde.comparison import begin_beside, compare
     from fastmerge.retrograde.report import write
-    from fastmerge.search.lab import Lab
+    from fastmerge.search.lab import Lab, LabMaker
 
     space = space_of(
         template,
@@ -108,21 +117,33 @@ def run(
     )
     journal = Journal(out / JOURNAL_FILE)
     outlook = None if on_score is None else _outlook(schedule, scorer, template)
-    lab = Lab(
-        space,
-        schedule.evaluate,
-        scorer,
-        journal,
-        threads=threads,
-        folder=out,
-        observe=on_score,
-        most=outlook["at most"] if outlook else None,
-        expected=outlook["seconds"] / outlook["at most"]
-        if outlook and outlook["seconds"]
-        else None,
-    )
-    trajectory = walk(schedule, space, lab, seed, on_step=on_step)
-    rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
+    with ExitStack() as kept:
+        evaluators = None
+        if scoring is not None and scorer is not None and cluster is not None:
+            from fastmerge.evaluation.on_ray import evaluators_on
+
+            make = LabMaker(space, scoring, scorer.key, out.absolute())
+            device = scoring.settings.device
+            evaluators = kept.enter_context(
+                evaluators_on(cluster, make, out, device=device, threads=threads)
+            )
+        lab = Lab(
+            space,
+            schedule.evaluate,
+            scorer,
+            journal,
+            threads=threads,
+            folder=out,
+            observe=on_score,
+            most=outlook["at most"] if outlook else None,
+            expected=outlook["seconds"] / outlook["at most"]
+            if outlook and outlook["seconds"]
+            else None,
+            evaluators=evaluators,
+        )
+        beside = None if evaluators is None else partial(begin_beside, schedule, lab, seed)
+        trajectory = walk(schedule, space, lab, seed, on_step=on_step, on_models=beside)
+        rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
     written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)
     result = Result(out, trajectory, rows, space, written)
     write(result)
@@ -184,7 +205,11 @@ def _given(source: Any, evaluate: bool, data: str | Path | None) -> Schedule:
 
 
 def describe(
-    source: Any, *, evaluate: bool = True, data: str | Path | None = None
+    source: Any,
+    *,
+    evaluate: bool = True,
+    data: str | Path | None = None,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """What a run would do, in plain values: models, steps and costs. Reads headers, writes nothing.
 
@@ -193,7 +218,8 @@ def describe(
     schedule = _given(source, evaluate, data)
     template = open_template(schedule)
     check_steps(schedule, template)
-    scorer = _scorer(schedule, template)
+    scoring = _scoring(schedule, template)
+    scorer = None if scoring is None else scoring.scorer(scores=cluster is None)
     measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
     families = schedule.compare.methods if schedule.compare else ()
     budget = (schedule.compare and schedule.compare.budget) or max(1, sum(measured))
@@ -235,7 +261,12 @@ def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[
     from fastmerge.evaluation.outlook import seconds_for
 
     most = _most_measurements(schedule, scorer)
-    found: dict[str, Any] = {"at most": sum(most.values()), "tasks": [], "seconds": None}
+    found: dict[str, Any] = {
+        "at most": sum(most.values()),
+        "one after another": _longest_chain(schedule, scorer),
+        "tasks": [],
+        "seconds": None,
+    }
     readings = getattr(scorer, "readings", None)  # a callable's are its own affair
     if readings is None:
         return found
@@ -248,6 +279,25 @@ def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[
     parameters = sum(tensor.count for tensor in template.tensors)
     found["seconds"] = seconds_for(tokens, parameters, schedule.evaluate)
     return found
+
+
+def _longest_chain(schedule: Schedule, scorer: Scorer) -> int:
+    """How many measurements wait for one another, however many evaluators a cluster has: the
+    models, side by side; the walk, as far as it is judged, and its one-shot equivalent, beside what
+    it is compared with; the report's.
+    """
+    settings, stages = (
+        schedule.compare,
+        1 + len(schedule.evaluate.stages if schedule.evaluate else ()),
+    )
+    own = {"best_single": 0, "greedy_soup": len(schedule.pool)}
+    families = [own.get(name, stages) for name in settings.methods] if settings else []
+    walked = driver.rounds(schedule) + 1
+    beside = max(families, default=0)
+    if schedule.stop is not None:
+        walked += max(0, beside - 1)
+    again = settings is not None and settings.seeds > 1
+    return 1 + max(walked, beside) + int(scorer.has("holdout") or again)
 
 
 def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, int]:
@@ -268,16 +318,16 @@ def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, int]:
     return {"steer": steer, "holdout": rows * (1 + again)}
 
 
-def _scorer(
+def _scoring(
     schedule: Schedule, template: Plan, function: ScoreFunction | None = None
-) -> Scorer | None:
+) -> Scoring | None:
     if schedule.evaluate is None:
         return None
-    from fastmerge.evaluation.scorers import make_scorer
+    from fastmerge.evaluation.scorers import Scoring
     from fastmerge.search.figures import require
 
     require()
-    return make_scorer(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
+    return Scoring.of(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
 
 
 def _write_model(

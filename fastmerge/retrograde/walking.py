@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ class Trajectory:
 
 
 OnStep = Callable[[Trajectory], None]
+OnModels = Callable[[Mapping[int, Scores]], None]
 
 
 def walk(
@@ -56,18 +57,25 @@ def walk(
     seed: int,
     *,
     on_step: OnStep | None = None,
+    on_models: OnModels | None = None,
 ) -> Trajectory:
-    """Takes every step of the schedule. ``lab`` None: nothing is measured. Raises FastmergeError
-    where a step has no model to choose from, or a state cannot be scored.
+    """Takes every step of the schedule. ``lab`` None: nothing is measured. ``on_models`` is told of
+    the models' scores. Raises FastmergeError where a step has no model to choose from, or a state
+    cannot be scored.
     """
-    walker = Scripted(_walk(schedule, space, lab, seed, on_step))
+    walker = Scripted(_walk(schedule, space, lab, seed, on_step, on_models))
     if lab is not None:
         drive(walker, lab.score)
     return walker.result
 
 
 def _walk(
-    schedule: Schedule, space: Space, lab: Lab | None, seed: int, on_step: OnStep | None
+    schedule: Schedule,
+    space: Space,
+    lab: Lab | None,
+    seed: int,
+    on_step: OnStep | None,
+    on_models: OnModels | None,
 ) -> Script[Trajectory]:
     models: dict[int, Scores] = {}
     given = {
@@ -76,14 +84,19 @@ def _walk(
         if e.accuracy is not None
     }
     evaluates = lab is not None and lab.scorer is not None
-    for i in range(len(schedule.pool) + 1) if evaluates else ():
+    numbers = range(len(schedule.pool) + 1) if evaluates else ()
+    _ahead(lab, map(Model, numbers))
+    for i in numbers:
         _say(lab, schedule.labels[i])
         models[i] = yield Model(i), None
+    if on_models is not None and evaluates:
+        on_models(models)
     accuracies = {**given, **{i: scores.value for i, scores in models.items()}}
     states: list[Expr] = [Model(0)]
     scores: list[Scores | None] = [models.get(0)]
     geometry: list[Geometry | None] = [geometry_of(space, lab, Model(0))]
     state = State(seed=seed, baseline_score=accuracies.get(0))
+    foreseen = 0  # the last step that was begun ahead
 
     def so_far() -> Trajectory:
         return Trajectory(
@@ -101,6 +114,13 @@ def _walk(
         if move is None:
             return so_far()
         states.append(make(schedule, move, states))
+        if lab is not None and lab.evaluators is not None and move.number > foreseen:
+            coming = list(states)
+            for after in driver.foreseen(schedule, state, move, accuracies):
+                coming.append(make(schedule, after, coming))
+            numbers = range(move.number, len(coming))
+            _ahead(lab, (coming[n] for n in numbers if driver.measured(schedule, n)))
+            foreseen = len(coming) - 1
         score = None
         if evaluates and driver.measured(schedule, move.number):
             _say(lab, f"step {move.number}")
@@ -110,6 +130,11 @@ def _walk(
         state = driver.judge(schedule, state, move, None if score is None else score.value)
         if on_step is not None:
             on_step(so_far())
+
+
+def _ahead(lab: Lab | None, states: Iterable[Expr]) -> None:
+    if lab is not None:
+        lab.ahead((state, "steer", None) for state in states)
 
 
 def _say(lab: Lab | None, stage: str) -> None:

@@ -165,33 +165,50 @@ _DRAWN: dict[str, Callable[[Pool, np.random.Generator], tuple[Expr, str]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Family:
+    """One family's search, of which nothing was measured yet; ``stages`` are begun ahead."""
+
+    script: Scripted[Contender]
+    lab: Lab
+
+    @classmethod
+    def of(
+        cls, name: str, pool: Pool, lab: Lab, scores: Sequence[float], *, budget: int, seed: int,
+        stages: Sequence[int] = (),
+    ) -> Family | None:  # fmt: skip
+        """None where the models do not allow the family ``name``."""
+        if name == "greedy_soup":
+            return cls(Scripted(_greedy_soup(pool, scores, budget)), lab)
+        found = list(candidates(name, pool, scores, budget, seed))
+        return cls(Scripted(_best_of(name, found, stages, lab)), lab) if found else None
+
+    def search(self) -> Contender:
+        """The family's best."""
+        history = []
+
+        def score(state: Expr) -> Scores:
+            limit = self.script.limit  # of this one: the family goes on when it is told
+            found = self.lab.score(state, limit=limit)
+            if limit is None:
+                history.append(found.value)
+            return found
+
+        drive(self.script, score)
+        return replace(self.script.result, history=tuple(history))
+
+
 def search(
     name: str, pool: Pool, lab: Lab, scores: Sequence[float], *, budget: int, seed: int,
     stages: Sequence[int] = (),
 ) -> Contender | None:  # fmt: skip
     """The family's best, or None where the models do not allow the family."""
-    if name == "greedy_soup":
-        family = Scripted(_greedy_soup(pool, scores, budget))
-    else:
-        found = list(candidates(name, pool, scores, budget, seed))
-        if not found:
-            return None
-        family = Scripted(_best_of(name, found, stages))
-    history = []
-
-    def score(state: Expr) -> Scores:
-        limit = family.limit  # of this one: the family goes on when it is told
-        found = lab.score(state, limit=limit)
-        if limit is None:
-            history.append(found.value)
-        return found
-
-    drive(family, score)
-    return replace(family.result, history=tuple(history))
+    family = Family.of(name, pool, lab, scores, budget=budget, seed=seed, stages=stages)
+    return None if family is None else family.search()
 
 
 def _best_of(
-    name: str, found: Sequence[tuple[Expr, str]], stages: Sequence[int]
+    name: str, found: Sequence[tuple[Expr, str]], stages: Sequence[int], lab: Lab
 ) -> Script[Contender]:
     """The best on all items, of those that were good on the few of each stage."""
     kept = list(range(len(found)))
@@ -199,11 +216,13 @@ def _best_of(
         if len(kept) <= _KEPT_LEAST:
             break
         values = []
+        lab.ahead((found[i][0], "steer", items) for i in kept)
         for i in kept:
             scores = yield found[i][0], items
             values.append((i, scores.value))
         kept = ranked(values)[: max(_KEPT_LEAST, math.ceil(len(kept) / _KEPT_SHARE))]
     full = {}
+    lab.ahead((found[i][0], "steer", None) for i in sorted(kept))
     for i in sorted(kept):
         full[i] = yield found[i][0], None
     best = ranked([(i, scores.value) for i, scores in full.items()])[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from fastmerge import live
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.products import gram_with
 from fastmerge.errors import UnsupportedError
+from fastmerge.evaluation.evaluators import Evaluators, Measure, same_scorer
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.loss import Differentiable, gradients
-from fastmerge.evaluation.scorers import Scorer
+from fastmerge.evaluation.scorers import Scorer, Scoring
 from fastmerge.evaluation.scores import Scores
 from fastmerge.evaluation.settings import Evaluate
-from fastmerge.evaluation.weights import Merged
+from fastmerge.evaluation.weights import SCORED, Merged
 from fastmerge.methods.types import Float64
 from fastmerge.ops import coefficient_gradients
 from fastmerge.planning.inputs import TensorPlan
@@ -29,6 +31,8 @@ from fastmerge.planning.plan import Plan
 from fastmerge.search.expressions import Expr, Model
 from fastmerge.search.geometry import Geometry
 from fastmerge.search.space import Space
+
+Wanted = tuple[Expr, str, int | None]  # a state, the split, and at most how many items a task
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,14 @@ class Lab:
         observe: Callable[[Measurement], None] | None = None,
         most: int | None = None,
         expected: float | None = None,
+        evaluators: Evaluators | None = None,
     ) -> None:
         """``folder``: where a scorer's model folder is made; None is the system's temporary one.
         ``observe`` is told of every measurement, of which there will be ``most`` at most, of
-        ``expected`` seconds each.
+        ``expected`` seconds each. ``evaluators``: who measures instead (of a `LabMaker`).
         """
+        self.evaluators = evaluators
+        self._later = False
         self._most, self._expected = most, expected
         self.stage = ""  # what is being measured, in words; who asks for scores says it
         self._observe = observe
@@ -83,6 +90,24 @@ class Lab:
         if known is not None:
             return known
         return self.keep(state, self._measure(state, split, limit), split, limit)
+
+    def ahead(self, wanted: Iterable[Wanted]) -> None:
+        """Says what scores are going to be asked for: evaluators, where there are any, measure them
+        in this order while others are waited for. What is never asked for is not kept.
+        """
+        if self.evaluators is None or self.scorer is None:
+            return
+        for state, split, limit in wanted:
+            if self.known(state, split, limit) is None:
+                key = self._key("score", state, split, limit)
+                self.evaluators.begin(key, (state, split, limit), later=self._later)
+
+    @contextmanager
+    def spare(self) -> Iterator[None]:
+        """What is said ahead within is measured when nothing else is to be."""
+        self._later = True
+        yield
+        self._later = False
 
     def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
         """What the journal has of a state's scores."""
@@ -140,11 +165,22 @@ class Lab:
         if self._observe is not None:
             self._observe(told)
         begun = time.perf_counter()
-        with self.weights(state) as weights:
-            scores = self.scorer.score(weights, split, limit)
+        if self.evaluators is None:
+            scores = self.measure(state, split, limit)
+        else:
+            key = self._key("score", state, split, limit)
+            scores, place = self.evaluators.answer(key, (state, split, limit))
+            if place is not None:
+                self._keep(self.space.fingerprint(state), place)
         if self._observe is not None:
             self._observe(replace(told, seconds=time.perf_counter() - begun))
         return scores
+
+    def measure(self, state: Expr, split: str, limit: int | None) -> Scores:
+        """The scores, measured here and now."""
+        assert self.scorer is not None
+        with self.weights(state) as weights:
+            return self.scorer.score(weights, split, limit)
 
     def weights(self, state: Expr) -> Merged:
         """The weights of ``state``, for a scorer; a context, at whose end its folder is gone."""
@@ -165,7 +201,7 @@ class Lab:
             meter = None if collapses else GramMeter(self.space)
             model = self._model.load(plan, meter)
             if meter is not None:
-                self._keep(key, meter)
+                self._keep(key, self.space.geometry_of(meter.grams).as_json())
             self._loaded = key, model
         return self._loaded[1]
 
@@ -179,12 +215,39 @@ class Lab:
             meter = GramMeter(self.space)
             for item, array in materialise_plan(self.space.plan(state), threads=self._threads):
                 meter(item, array)
-            self._keep(key, meter)
+            self._keep(key, self.space.geometry_of(meter.grams).as_json())
         return Geometry.from_json(self._journal.get(f"geometry 2:{key}"))
 
-    def _keep(self, key: str, meter: GramMeter) -> None:
-        geometry = self.space.geometry_of(meter.grams)
-        self._journal.put(f"geometry 2:{key}", geometry.as_json())
+    def place(self, state: Expr) -> Any:
+        """What the journal has of where a state lies, which measuring one that does not collapse
+        finds; or None.
+        """
+        return self._journal.get(f"geometry 2:{self.space.fingerprint(state)}")
+
+    def _keep(self, key: str, geometry: Any) -> None:
+        if self._journal.get(f"geometry 2:{key}") is None:
+            self._journal.put(f"geometry 2:{key}", geometry)
+
+
+@dataclass(frozen=True)
+class LabMaker:
+    """Makes, wherever it is called, what measures as a lab of these does; see `Evaluators`."""
+
+    space: Space
+    scoring: Scoring
+    key: str  # of the scorer, whose scores they must be
+    folder: Path  # of the run
+
+    def __call__(self, number: int, threads: int) -> Measure:
+        scorer = same_scorer(self.scoring.scorer(), self.key)
+        own = self.folder / SCORED / str(number)
+        settings = self.scoring.settings
+        lab = Lab(self.space, settings, scorer, Journal(None), threads=threads, folder=own)
+
+        def measure(request: Wanted) -> tuple[Scores, Any]:
+            return lab.measure(*request), lab.place(request[0])
+
+        return measure
 
 
 class GramMeter:

@@ -55,6 +55,10 @@ class Space:
         self._known: dict[Expr, Float64 | None] = {}
         self._values: dict[int, tuple[Blend, _Values]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what goes by the ids of this process's objects."""
+        return {**vars(self), "_known": {}, "_values": {}}
+
     def sources(self, name: str) -> tuple[Leaf, ...]:
         """The models' tensors that one merged tensor is made from."""
         return _sources(self._items[self.names.index(name)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError, argument
 from fastmerge.evaluation.callables import ScoreFunction
+from fastmerge.evaluation.evaluators import Measure, same_scorer
 from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
-from fastmerge.evaluation.scorers import Scorer, make_scorer
+from fastmerge.evaluation.scorers import Scorer, Scoring
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
 from fastmerge.evaluation.weights import SCORED, Merged
@@ -181,6 +182,7 @@ def sweep(
     resume: bool = False,
     threads: int | None = None,
     score: ScoreFunction | None = None,
+    cluster: str | None = None,
     progress: Progress | None = None,
     on_start: Callable[[Outlook], None] | None = None,
     on_point: Callable[[Point], None] | None = None,
@@ -192,31 +194,70 @@ def sweep(
     ``data`` stands in for its own. ``write``: 'all', 'best' or 'none' of the models instead.
     Raises FastmergeError, before a weight is read, where the disk has no room for all of them.
     ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
+    ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes score, side by side.
     """
     out = a_path(out, "out")
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
+    scoring = _scoring(plan, evaluate, data, score)
+    if write is not None:
+        one_of(write, WRITTEN, "write")
+    if scoring is None and write not in (None, "all"):
+        raise FastmergeError(f"write: '{write}' needs scores: give 'evaluate'")
+    if scoring is None and cluster is not None:
+        raise UnsupportedError("cluster: scores, and without 'evaluate' nothing is scored")
+    write = write or ("all" if scoring is None else "best")
+    values = [T.check(plain(value, "values"), "values") for value in a_list(values, "values")]
     with ExitStack() as kept:
-        scoring = _scoring(plan, evaluate, data, score, kept)
-        if write is not None:
-            one_of(write, WRITTEN, "write")
-        if scoring is None and write not in (None, "all"):
-            raise FastmergeError(f"write: '{write}' needs scores: give 'evaluate'")
-        write = write or ("all" if scoring is None else "best")
-        values = [T.check(plain(value, "values"), "values") for value in a_list(values, "values")]
+        scorer = None
+        if scoring is not None:
+            scorer = kept.enter_context(scoring.scorer(scores=cluster is None))
         return _swept(
-            plan, out, values, scoring, write, resume, threads, progress, on_start, on_point
-        )
+            plan, out, values, scoring, scorer, write, resume, threads, cluster, progress,
+            on_start, on_point,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What scores a sweep's models, to be made here or elsewhere."""
+
+    plan: Plan
+    settings: Evaluate
+    folder: Path
+    function: ScoreFunction | None
+
+    @contextmanager
+    def scorer(self, *, scores: bool = True) -> Iterator[Scorer]:
+        """See `Scoring`; for as long as it scores, the tokenizer lies in a folder."""
+        with ExitStack() as kept:
+            tokenizer = folder_of(self.plan.models[0])
+            if self.plan.vocabulary is not None or self.plan.chat_template is not None:
+                tokenizer = kept.enter_context(beside(self.plan, is_tokenizer))
+            made = Scoring.of(self.settings, self.folder, tokenizer, self.function)
+            yield made.scorer(scores=scores)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Makes, wherever it is called, what scores the sweep at one t; see `Evaluators`."""
+
+    swept: Sweep
+    scoring: _Scoring
+    key: str
+    folder: Path
+
+    def __call__(self, number: int, threads: int) -> Measure:
+        with self.scoring.scorer() as scorer:
+            same_scorer(scorer, self.key)
+        own = self.folder / SCORED / str(number)
+        return _scores_at(self.swept, self.scoring.settings, scorer, own, threads)
 
 
 def _scoring(
-    plan: Plan,
-    evaluate: Any,
-    data: str | Path | None,
-    score: ScoreFunction | None,
-    kept: ExitStack,
-) -> tuple[Scorer, Evaluate] | None:
-    """What scores, and its settings; None where nothing is to be scored."""
+    plan: Plan, evaluate: Any, data: str | Path | None, score: ScoreFunction | None
+) -> _Scoring | None:
+    """What scores; None where nothing is to be scored."""
     if evaluate is None:
         if data is not None:
             raise FastmergeError("data: is for 'evaluate', which is not given")
@@ -226,26 +267,23 @@ def _scoring(
     if data is not None:
         settings = settings.with_data(data)
     is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
-    folder = Path(evaluate).parent if is_file else Path()
-    tokenizer = folder_of(plan.models[0])
-    if plan.vocabulary is not None or plan.chat_template is not None:
-        tokenizer = kept.enter_context(beside(plan, is_tokenizer))
-    return make_scorer(settings, folder, tokenizer, score), settings
+    return _Scoring(plan, settings, Path(evaluate).parent if is_file else Path(), score)
 
 
 def _swept(
     plan: Plan,
     out: Path,
     values: Sequence[float],
-    scoring: tuple[Scorer, Evaluate] | None,
+    scoring: _Scoring | None,
+    scorer: Scorer | None,
     write: str,
     resume: bool,
     threads: int | None,
+    cluster: str | None,
     progress: Progress | None,
     on_start: Callable[[Outlook], None] | None,
     on_point: Callable[[Point], None] | None,
 ) -> list[Point]:
-    scorer, settings = scoring or (None, None)
     key = digest([plan.key, None if scorer is None else scorer.key])
     known = _known(out, key, resume)
     outlook = _outlook(plan, values, known, write, scored=scorer is not None)
@@ -255,22 +293,25 @@ def _swept(
     swept = Sweep(plan, threads=threads, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
-    loaded = None if settings is None else Loaded(settings, threads)
     points = []
-    for t in values:
-        point = known.get(t, Point(t, None, None))
-        if point.scores is None and loaded is not None and scorer is not None:
-            with Merged(swept.plan(t), loaded.load, near=out, threads=threads) as weights:
-                point = replace(point, scores=scorer.score(weights, "steer"))
-        if point.out is None and write == "all":
-            folder = out / f"t={repr(t).removesuffix('.0')}"
-            _write(swept.plan(t), folder, threads, overwrite=resume)
-            point = replace(point, out=folder)
-        points.append(point)
-        known[t] = point  # with those of an earlier, finer sweep that are still to come
-        _save(out, key, known)
-        if on_point is not None:
-            on_point(point)
+    with ExitStack() as kept:
+        measured: Callable[[float], Scores] | None = None
+        if scoring is not None and scorer is not None:
+            missing = [t for t in values if known.get(t, Point(t, None, None)).scores is None]
+            measured = _measured(swept, scoring, scorer, out, missing, threads, cluster, kept)
+        for t in values:
+            point = known.get(t, Point(t, None, None))
+            if point.scores is None and measured is not None:
+                point = replace(point, scores=measured(t))
+            if point.out is None and write == "all":
+                folder = out / f"t={repr(t).removesuffix('.0')}"
+                _write(swept.plan(t), folder, threads, overwrite=resume)
+                point = replace(point, out=folder)
+            points.append(point)
+            known[t] = point  # with those of an earlier, finer sweep that are still to come
+            _save(out, key, known)
+            if on_point is not None:
+                on_point(point)
     best = best_of(points)
     if write == "best" and best is not None:
         _write(swept.plan(best.t), out / BEST, threads, overwrite=True)
@@ -279,6 +320,37 @@ def _swept(
         pairs = [(point.t, point.scores.value) for point in points if point.scores is not None]
         write_atomically(out / "sweep.png", sweep_png(pairs))
     return points
+
+
+def _scores_at(
+    swept: Sweep, settings: Evaluate, scorer: Scorer, near: Path, threads: int | None
+) -> Callable[[float], Scores]:
+    loaded = Loaded(settings, threads)
+
+    def scores(t: float) -> Scores:
+        with Merged(swept.plan(t), loaded.load, near=near, threads=threads) as weights:
+            return scorer.score(weights, "steer")
+
+    return scores
+
+
+def _measured(
+    swept: Sweep, scoring: _Scoring, scorer: Scorer, out: Path, values: Sequence[float],
+    threads: int | None, cluster: str | None, kept: ExitStack,
+) -> Callable[[float], Scores]:  # fmt: skip
+    """What gives the scores at one t: here, or of a cluster, which begins with all ``values``."""
+    if cluster is None:
+        return _scores_at(swept, scoring.settings, scorer, out, threads)
+    from fastmerge.evaluation.on_ray import evaluators_on
+
+    make = _Scores(swept, scoring, scorer.key, out.absolute())
+    device = scoring.settings.device
+    evaluators = kept.enter_context(
+        evaluators_on(cluster, make, out, device=device, threads=threads)
+    )
+    for t in values:
+        evaluators.begin(repr(t), t)
+    return lambda t: evaluators.answer(repr(t), t)
 
 
 def _outlook(

@@ -1,0 +1,204 @@
+"""Evaluators as actors of a Ray cluster: one that is lost is started again, and what it was
+measuring is measured again.
+
+Ray's own restarts are not used: an actor whose node is gone waits for another with room, while one
+that is idle beside it could measure what the lost one did.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastmerge.compute.cpu import thread_count
+from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
+from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.evaluation.evaluators import Make
+from fastmerge.evaluation.weights import SCORED
+
+PLACE_SECONDS = 300.0  # in which a cluster without any evaluator must find room for one
+
+
+@contextmanager
+def evaluators_on(
+    cluster: str, make: Make, folder: Path, *, device: str = "cpu", threads: int | None = None
+) -> Iterator[RayEvaluators]:
+    """`RayEvaluators`, for as long as the context lasts. ``folder``: of the run, in which
+    ``SCORED`` is theirs; gone at the end.
+    """
+    scratch = folder / SCORED
+    if scratch.exists():
+        shutil.rmtree(scratch)  # of a run that was killed
+    evaluators = RayEvaluators(make, cluster, device=device, threads=threads)
+    try:
+        yield evaluators
+    finally:
+        evaluators.close()
+        # What one of them is still writing as it ends stays until the next run.
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class RayEvaluators:
+    """`Evaluators` on a Ray cluster, as many as its CPUs or GPUs allow; started as they are needed.
+
+    A request goes to one evaluator; if that is lost, to another, three times at most.
+    """
+
+    def __init__(
+        self, make: Make, cluster: str, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """``cluster``: see `connected`; ``device``: what evaluators compute on, "cpu" or "cuda";
+        ``threads``: of each, by default those of the smallest node, or its GPU's share of them.
+        Raises FastmergeError.
+        """
+        if device.partition(":")[2]:
+            raise UnsupportedError(
+                f"cluster: each evaluator has a GPU of its own; write device: cuda, not {device}"
+            )
+        gpus = int(device == "cuda")
+        ray = connected(cluster)
+        nodes = nodes_of(ray, cluster)
+        if gpus:
+            nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
+            if not nodes:
+                raise ResourceError(
+                    f"cluster: {cluster} has no node with a GPU; use device: cpu, or start one"
+                )
+        share = min(node["CPU"] / (node["GPU"] if gpus else 1) for node in nodes)
+        self.threads = max(1, int(share) if threads is None else thread_count(threads))
+        cpus = min(self.threads, int(min(node["CPU"] for node in nodes)))
+        self.count = int(sum(_room(node, cpus, gpus) for node in nodes))
+        self._actor = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        )(_Evaluator)
+        self._ray, self._cluster, self._started = ray, cluster, Started()
+        self._make = ray.put(make)
+        self._numbers = 0
+        self._actors: list[Any] = []
+        self._idle: list[Any] = []
+        # What has been asked of actors: to find a place, to be made (key None), to measure.
+        self._placing: dict[Any, tuple[Any, int]] = {}
+        self._busy: dict[Any, tuple[Any, str | None]] = {}
+        self._waiting: deque[str] = deque()
+        self._later: deque[str] = deque()
+        self._requests: dict[str, Any] = {}  # asked for, and not answered
+        self._answers: dict[str, Any] = {}  # or the error that a measurement ended with
+        self._lost: dict[str | None, int] = {}
+        self._seen = time.monotonic()  # when an actor was at work last
+
+    def begin(self, key: str, request: Any, *, later: bool = False) -> None:
+        """See `Evaluators`."""
+        if key not in self._requests:
+            self._requests[key] = request
+            (self._later if later else self._waiting).append(key)
+        elif key in self._later and not later:
+            self._later.remove(key)
+            self._waiting.append(key)
+        self._feed()
+
+    def answer(self, key: str, request: Any) -> Any:
+        """See `Evaluators`."""
+        self.begin(key, request)
+        if key in self._waiting:
+            self._waiting.remove(key)
+            self._waiting.appendleft(key)
+        while key not in self._answers:
+            self._feed()
+            self._turn()
+        del self._requests[key]
+        return self._given(self._answers.pop(key))
+
+    def close(self) -> None:
+        """See `Evaluators`."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors, self._idle = [], []
+
+    def _given(self, answer: Any) -> Any:
+        if not isinstance(answer, self._ray.exceptions.RayTaskError):
+            return answer
+        if isinstance(answer.cause, FastmergeError):
+            raise answer.cause from None
+        raise answer
+
+    def _feed(self) -> None:
+        """Gives what waits to those who are idle; starts others while there is room."""
+        while self._idle and (self._waiting or self._later):
+            actor = self._idle.pop()
+            key = (self._waiting or self._later).popleft()
+            self._busy[actor.measure.remote(self._requests[key])] = actor, key
+        left = len(self._waiting) + len(self._later)
+        coming = len(self._placing) + sum(key is None for _, key in self._busy.values())
+        while coming < left and len(self._actors) < self.count:
+            self._numbers += 1
+            coming += 1
+            actor = self._actor.remote()
+            self._actors.append(actor)
+            self._placing[actor.enter.remote(self._started)] = actor, self._numbers
+
+    def _turn(self) -> None:
+        """Waits until something has ended, and takes it."""
+        ray = self._ray
+        ended, _ = ray.wait([*self._placing, *self._busy], timeout=1.0)
+        if self._busy or ended:
+            self._seen = time.monotonic()
+        elif time.monotonic() - self._seen > PLACE_SECONDS:
+            raise ResourceError(
+                f"cluster: no node of {self._cluster} had room for an evaluator in "
+                f"{PLACE_SECONDS:.0f} s; see what else is running there"
+            )
+        for done in ended:
+            placed, number = self._placing.pop(done, (None, 0))
+            actor, key = self._busy.pop(done, (placed, None))
+            try:
+                found = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                found = error
+            except ray.exceptions.RayError as error:
+                self._replace(actor, key, error)
+                continue
+            if key is not None:
+                self._answers[key] = found
+            else:
+                self._given(found)
+            if placed is None:
+                self._idle.append(actor)
+            else:
+                self._busy[actor.make.remote(self._make, number, self.threads)] = actor, None
+
+    def _replace(self, actor: Any, key: str | None, error: Exception) -> None:
+        """Puts what a lost actor was measuring where the next one takes it."""
+        self._actors.remove(actor)
+        self._ray.kill(actor)  # of one that only cannot be reached
+        self._lost[key] = self._lost.get(key, 0) + 1
+        if self._lost[key] > RETRIES:
+            what = "started" if key is None else "measuring one candidate"
+            raise ResourceError(
+                f"cluster: evaluators were lost {RETRIES + 1} times while {what} "
+                f"({type(error).__name__}); is there memory for a model on each?"
+            ) from error
+        if key is not None:
+            self._waiting.appendleft(key)
+
+
+class _Evaluator:
+    """An actor: one evaluator. It is made by a method: what that raises reaches who asked."""
+
+    def enter(self, started: Started) -> None:
+        started.enter()
+
+    def make(self, make: Make, number: int, threads: int) -> None:
+        self._measure = make(number, threads)
+
+    def measure(self, request: Any) -> Any:
+        return self._measure(request)
+
+
+def _room(node: Mapping[str, float], cpus: int, gpus: int) -> int:
+    free = int(node["CPU"] // cpus)
+    return min(free, int(node["GPU"])) if gpus else free
