@@ -219,6 +219,31 @@ SHAPES += [(3, 5, 7), (2, 64, 40), (9, 6, 1), (4, 3, 3, 3), (1, 300, 70)]
 
 
 @every_isa
+@pytest.mark.parametrize("bounds", [(0, 1 << 32), (1 << 31, 1 << 31), (0, 0), (1 << 32, 1 << 32)])
+@pytest.mark.parametrize("delta", ["few", "outlier"])
+def test_a_draw_by_rank_with_all_keys_in_a_few_buckets(memory, delta, bounds):
+    """Where every entry's rank must be counted, and where none need be."""
+    shape = (3, 1500)
+    base = np.zeros(shape, np.float32)
+    rng = np.random.default_rng(3)
+    if delta == "few":  # three magnitudes, most of them 0
+        tuned = rng.choice(
+            np.float32([0, -0.0, 1, -1, 1 + 2**-7]), shape, p=[0.6, 0.1, 0.1, 0.1, 0.1]
+        )
+    else:  # beside it all others lie in the lowest bucket
+        tuned = rng.standard_normal(shape).astype(np.float32)
+        tuned[:, 7] = 2.0**40
+    spec = drawn(shape, key=9)._replace(keep_below=bounds[0], keep_below_top=bounds[1])
+    tensor, origin = memory.put(tuned.ravel(), "F32"), memory.put(base.ravel(), "F32")
+    (want,) = reference.select([memory.read(tensor)], memory.read(origin), [spec])
+    words = np.full(-(-tuned.size // 32), -1, np.int32)
+    mask = _C.View(words.ctypes.data, words.size, "F32", words)
+    (found,) = _C.select(_C.Pool(2), [tensor], origin, [spec], [mask])
+    np.testing.assert_array_equal(words.view(np.uint32), want.mask)
+    assert found.kept == want.kept
+
+
+@every_isa
 @pytest.mark.parametrize("delta", ["normal", "zero", "nan"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_draw_by_rank(memory, shape, delta):

@@ -237,6 +237,14 @@ struct Kernels {
     void (*low_rank[kDTypes])(const LowRankArgs& args);
     // The words of a key's elements from `index` on.
     void (*random_words)(const uint64_t* round_keys, uint64_t index, int64_t count, uint32_t* out);
+    // A draw by rank's own; see kernels/rank.inl.
+    uint32_t (*magnitudes)(const float* deltas, int64_t count, uint32_t* keys);
+    int64_t (*undecided)(const uint32_t* words, int64_t count, uint32_t low, uint32_t span,
+                         uint8_t* kept, uint32_t* places);
+    int64_t (*entries_before)(const uint32_t* keys, const uint32_t* orders, int64_t entries,
+                              uint32_t key, uint32_t order);
+    int64_t (*orders_of)(const uint32_t* keys, const uint32_t* orders, int64_t count, uint32_t key,
+                         uint32_t* out);
     // out = code * scale, one rounding: E4M3, E5M2.
     void (*dequantise[2])(const uint8_t* codes, float scale, float* out, int64_t count);
     uint64_t (*weigh)(const void* words, const uint64_t* keys, int64_t count);

@@ -11,6 +11,7 @@
 #include "kernels/gram.inl"
 #include "kernels/low_rank.inl"
 #include "kernels/pointwise.inl"
+#include "kernels/rank.inl"
 #include "kernels/select.inl"
 
 #define FM_EACH_TYPE(kernel) {&kernel<F32>, &kernel<F16>, &kernel<BF16>}
@@ -39,5 +40,9 @@
      &divergence,                                                      \
      FM_EACH_TYPE(low_rank),                                           \
      &fill_random,                                                     \
+     &magnitudes,                                                      \
+     &undecided,                                                       \
+     &entries_before,                                                  \
+     &orders_of,                                                       \
      {&dequantise<E4M3>, &dequantise<E5M2>},                           \
      &weigh}

@@ -5,14 +5,12 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <utility>
 
 namespace fastmerge {
 
 namespace {
 
-constexpr uint32_t kNaN = 0x7FC00000;  // every NaN is one key
-constexpr int64_t kStrip = 32;         // neighbouring vectors whose elements are read together
+constexpr int64_t kStrip = 32;  // neighbouring vectors whose elements are read together
 constexpr int64_t kTaskElements = 1 << 16;
 
 // murmur3's 32-bit finaliser (Appleby), which spreads the positions in a vector.
@@ -22,16 +20,19 @@ uint32_t mixed(uint32_t h) {
     return h ^ h >> 16;
 }
 
-// The positions in a vector as entries of one magnitude rank: as in a trim the smallest mixed index
-// counts as the largest.
-std::vector<uint32_t> tie_order(int64_t length) {
+// By position in a vector, the order among entries of one magnitude: as in a trim the smallest
+// mixed index counts as the largest.
+std::vector<uint32_t> tie_orders(int64_t length) {
     std::vector<uint64_t> keys(static_cast<size_t>(length));
     for (size_t at = 0; at < keys.size(); ++at) {
         const auto position = static_cast<uint32_t>(at);
         keys[at] = static_cast<uint64_t>(~mixed(position)) << 32 | position;
     }
     std::sort(keys.begin(), keys.end());
-    return std::vector<uint32_t>(keys.begin(), keys.end());  // the low words
+    std::vector<uint32_t> orders(keys.size());
+    for (size_t order = 0; order < keys.size(); ++order)
+        orders[keys[order] & UINT32_MAX] = static_cast<uint32_t>(order);
+    return orders;
 }
 
 // By rank, from the smallest on, the bound below which an entry's word keeps it.
@@ -45,130 +46,130 @@ std::vector<uint64_t> bounds_of(const Sparsify& spec) {
     return bounds;
 }
 
-// Which entries of a vector their words keep. The bound rises with the rank, so a rank that is
-// known to lie in a bucket of keys decides nearly every entry: only where a word lies between its
-// bucket's first bound and its last are the bucket's members put in order.
+// Which entries of a vector their words keep. The bound rises with the rank, so a word outside the
+// bounds decides by itself, and a rank that is known to lie in a bucket of keys decides nearly
+// every other: only where a word lies between its bucket's first bound and its last is the entry's
+// rank counted.
 class Ranker {
    public:
-    Ranker(const std::vector<uint32_t>& order, const std::vector<uint64_t>& bounds)
-        : order_(order), bounds_(bounds), keys_(order.size()) {
-        while (bits_ < kMostBits && size_t{64} << bits_ < order.size()) ++bits_;
-        buckets_.resize((kBinades << bits_) + 1);
-        counts_.resize(2 * buckets_.size());
+    Ranker(const std::vector<uint32_t>& orders, const std::vector<uint64_t>& bounds)
+        : orders_(orders),
+          bounds_(bounds),
+          keys_(orders.size()),
+          places_(orders.size() + kRoom),
+          tied_(orders.size() + kRoom),
+          seen_(orders.size() / 64 + 1),
+          seen_before_(seen_.size()) {
+        while (bits_ < kMostBits && size_t{64} << bits_ < orders.size()) ++bits_;
+        counts_.resize(kCounters * ((kBinades << bits_) + 1));
+        starts_.resize((kBinades << bits_) + 2);
     }
 
-    // Writes 0 or 1 for each position; deltas and words lie `step` apart.
-    void draw(const float* deltas, const uint32_t* words, int64_t step, uint8_t* kept) {
-        count(deltas, step);
-        bound();
+    // Writes 0 or 1 for each position.
+    void draw(const float* deltas, const uint32_t* words, uint8_t* kept) {
+        const Kernels& table = kernels();
+        const auto entries = static_cast<int64_t>(keys_.size());
+        const uint64_t low = bounds_.front(), span = bounds_.back() - low;
+        if (low > UINT32_MAX) return void(std::fill_n(kept, entries, uint8_t{1}));
+        const int64_t open = table.undecided(words, entries, static_cast<uint32_t>(low),
+                                             static_cast<uint32_t>(span - 1), kept, places_.data());
+        if (span == 0) return;
+        count(table.magnitudes(deltas, entries, keys_.data()));
         crossed_.clear();
-        for (size_t at = 0; at < keys_.size(); ++at) {
-            Bucket& own = buckets_[bucket_of(keys_[at])];
-            const uint64_t word = words[static_cast<int64_t>(at) * step];
-            kept[at] = word < own.low;
-            if (word - own.low < own.width) {
-                own.width = 0;
-                own.grow = 1;
-                crossed_.push_back(&own);
-            }
+        for (int64_t i = 0; i < open; ++i) {
+            const uint32_t at = places_[static_cast<size_t>(i)];
+            const size_t bucket = bucket_of(keys_[at]);
+            const uint64_t first = bounds_[starts_[bucket]],
+                           last = bounds_[starts_[bucket + 1] - 1];
+            kept[at] = words[at] < first;
+            if (words[at] - first < last - first) crossed_.push_back(at);
         }
-        if (!crossed_.empty()) order(words, step, kept);
+        rank(table, words, kept);
     }
 
    private:
-    struct Bucket {
-        uint64_t low, width;    // the bound of its first rank, and from there to that of its last
-        uint32_t first, count;  // rank, members
-        uint32_t next, grow;    // where its next member goes, and 1 where its members are gathered
-    };
     // A bucket is a part of a binade, of which there are as many as leave it some 30 members; the
     // lowest has all that is below 2^-16 of the largest.
     static constexpr size_t kBinades = 16;
-    static constexpr int kMostBits = 9;
-    static constexpr size_t kFew = 256;  // fewer are sorted by comparison
+    static constexpr int kMostBits = 12;
+    // Neighbours in one bucket do not wait for each other's count.
+    static constexpr size_t kCounters = 4;
+    static constexpr size_t kRoom = 16;  // a vector
+    static constexpr size_t kMany = 4;   // so many of one key share a look at the others' orders
 
     size_t bucket_of(uint32_t key) const {
         const int32_t over = static_cast<int32_t>(key >> (23 - bits_)) - lowest_;
         return over > 0 ? static_cast<size_t>(over) : 0;
     }
 
-    void count(const float* deltas, int64_t step) {
-        uint32_t most = 0;
-        for (size_t at = 0; at < keys_.size(); ++at) {
-            uint32_t key;
-            std::memcpy(&key, deltas + static_cast<int64_t>(at) * step, sizeof key);
-            keys_[at] = std::min(key & 0x7FFFFFFF, kNaN);
-            most = std::max(most, keys_[at]);
-        }
+    // Each bucket's first rank.
+    void count(uint32_t most) {
         lowest_ =
             static_cast<int32_t>(most >> (23 - bits_)) - static_cast<int32_t>(kBinades << bits_);
         std::fill(counts_.begin(), counts_.end(), 0u);
-        // Two tables in turn: neighbours in one bucket do not wait for each other's count.
-        for (size_t at = 0; at < keys_.size(); ++at) ++counts_[2 * bucket_of(keys_[at]) + (at & 1)];
-    }
-
-    void bound() {
+        for (size_t at = 0; at < keys_.size(); ++at)
+            ++counts_[kCounters * bucket_of(keys_[at]) + at % kCounters];
         uint32_t rank = 0;
-        for (size_t b = 0; b < buckets_.size(); ++b) {
-            const uint32_t count = counts_[2 * b] + counts_[2 * b + 1];
-            if (count == 0) continue;
-            const uint64_t low = bounds_[rank];
-            buckets_[b] = {low, bounds_[rank + count - 1] - low, rank, count, 0, 0};
-            rank += count;
+        for (size_t bucket = 0; bucket + 1 < starts_.size(); ++bucket) {
+            starts_[bucket] = rank;
+            for (size_t c = 0; c < kCounters; ++c) rank += counts_[kCounters * bucket + c];
         }
+        starts_.back() = rank;
     }
 
-    void order(const uint32_t* words, int64_t step, uint8_t* kept) {
-        uint32_t room = 1;  // the first place takes what is not gathered: no branch for each entry
-        for (Bucket* own : crossed_) {
-            own->next = room;
-            room += own->count;
-        }
-        entries_.resize(room);
-        for (size_t tie = 0; tie < order_.size(); ++tie) {
-            const uint32_t key = keys_[order_[tie]];
-            Bucket& own = buckets_[bucket_of(key)];
-            entries_[own.next] = static_cast<uint64_t>(key) << 32 | tie;
-            own.next += own.grow;
-        }
-        for (const Bucket* own : crossed_) {
-            uint64_t* const end = entries_.data() + own->next;
-            uint64_t* const begin = end - own->count;
-            sort(begin, end);
-            for (uint32_t i = 0; i < own->count; ++i) {
-                const uint32_t position = order_[begin[i] & UINT32_MAX];
-                kept[position] = words[position * step] < bounds_[own->first + i];
+    void rank(const Kernels& table, const uint32_t* words, uint8_t* kept) {
+        const auto entries = static_cast<int64_t>(keys_.size());
+        if (crossed_.size() >= kMany)
+            std::sort(crossed_.begin(), crossed_.end(),
+                      [&](uint32_t a, uint32_t b) { return keys_[a] < keys_[b]; });
+        const auto decide = [&](uint32_t at, int64_t rank) {
+            kept[at] = words[at] < bounds_[static_cast<size_t>(rank)];
+        };
+        for (size_t i = 0, next; i < crossed_.size(); i = next) {
+            const uint32_t key = keys_[crossed_[i]];
+            for (next = i; next < crossed_.size() && keys_[crossed_[next]] == key;) ++next;
+            const auto rank_of = [&](uint32_t order) {
+                return table.entries_before(keys_.data(), orders_.data(), entries, key, order);
+            };
+            if (next - i < kMany) {
+                for (size_t c = i; c < next; ++c)
+                    decide(crossed_[c], rank_of(orders_[crossed_[c]]));
+                continue;
+            }
+            const int64_t first = rank_of(0);
+            see(table, key);
+            for (size_t c = i; c < next; ++c) {
+                const uint32_t order = orders_[crossed_[c]];
+                const uint64_t below = seen_[order / 64] & ((uint64_t{1} << order % 64) - 1);
+                decide(crossed_[c], first + seen_before_[order / 64] + __builtin_popcountll(below));
             }
         }
     }
 
-    // Equal keys lie in their ties' order, so a long run's keys are all that is looked at.
-    void sort(uint64_t* begin, uint64_t* end) {
-        const auto size = static_cast<size_t>(end - begin);
-        if (std::is_sorted(begin, end)) return;
-        if (size <= kFew) return std::sort(begin, end);
-        spare_.resize(size);
-        uint64_t *from = begin, *to = spare_.data();
-        for (int shift = 32; shift < 64; shift += 8) {
-            uint32_t places[256] = {};
-            for (size_t i = 0; i < size; ++i) ++places[from[i] >> shift & 255];
-            if (places[from[0] >> shift & 255] == size) continue;  // all the same
-            uint32_t next = 0;
-            for (uint32_t& place : places) next += std::exchange(place, next);
-            for (size_t i = 0; i < size; ++i) to[places[from[i] >> shift & 255]++] = from[i];
-            std::swap(from, to);
+    // The orders of a key's entries as bits, and how many of them lie before each word of those.
+    void see(const Kernels& table, uint32_t key) {
+        const int64_t found = table.orders_of(
+            keys_.data(), orders_.data(), static_cast<int64_t>(keys_.size()), key, tied_.data());
+        std::fill(seen_.begin(), seen_.end(), 0u);
+        for (size_t i = 0; i < static_cast<size_t>(found); ++i)
+            seen_[tied_[i] / 64] |= uint64_t{1} << tied_[i] % 64;
+        uint32_t before = 0;
+        for (size_t i = 0; i < seen_.size(); ++i) {
+            seen_before_[i] = before;
+            before += static_cast<uint32_t>(__builtin_popcountll(seen_[i]));
         }
-        if (from != begin) std::copy(from, from + size, begin);
     }
 
-    const std::vector<uint32_t>& order_;   // positions as entries of one magnitude rank
+    const std::vector<uint32_t>& orders_;  // by position, among equal keys
     const std::vector<uint64_t>& bounds_;  // by rank
     int bits_ = 1;                         // of the mantissa that tell buckets apart
     int32_t lowest_ = 0;                   // the lowest bucket's exponent and bits
-    std::vector<uint32_t> keys_, counts_;
-    std::vector<Bucket> buckets_;
-    std::vector<Bucket*> crossed_;  // by a word
-    std::vector<uint64_t> entries_, spare_;
+    std::vector<uint32_t> keys_;           // by position
+    std::vector<uint32_t> counts_, starts_;
+    std::vector<uint32_t> places_, crossed_;  // whose words lie within the bounds, their bucket's
+    std::vector<uint32_t> tied_;
+    std::vector<uint64_t> seen_;
+    std::vector<uint32_t> seen_before_;
 };
 
 // What one delta's draw needs, whoever draws.
@@ -183,14 +184,16 @@ struct Draw {
 
 class Worker {
    public:
-    Worker(const Draw& draw, const std::vector<uint32_t>& order)
+    Worker(const Draw& draw, const std::vector<uint32_t>& orders)
         : draw_(draw),
-          ranker_(order, draw.bounds),
+          ranker_(orders, draw.bounds),
           length_(draw.spec.length),
           stride_(draw.spec.stride),
           width_(std::min(stride_, kStrip)),
           deltas_(static_cast<size_t>(length_ * width_)),
           words_(deltas_.size()),
+          column_deltas_(stride_ == 1 ? 0 : static_cast<size_t>(length_)),
+          column_words_(column_deltas_.size()),
           kept_(static_cast<size_t>(length_) + 32) {}
 
     // The vectors of the `length` times `stride` elements from `first` on.
@@ -227,8 +230,16 @@ class Worker {
     }
 
     void draw(int64_t first, int64_t column, int64_t width) {
-        ranker_.draw(deltas_.data() + column, words_.data() + column, width, kept_.data());
-        if (stride_ == 1) return pack(first);
+        if (stride_ == 1) {
+            ranker_.draw(deltas_.data(), words_.data(), kept_.data());
+            return pack(first);
+        }
+        for (int64_t position = 0; position < length_; ++position) {
+            const auto at = static_cast<size_t>(position * width + column);
+            column_deltas_[static_cast<size_t>(position)] = deltas_[at];
+            column_words_[static_cast<size_t>(position)] = words_[at];
+        }
+        ranker_.draw(column_deltas_.data(), column_words_.data(), kept_.data());
         for (int64_t position = 0; position < length_; ++position) {
             const int64_t at = first + position * stride_;
             draw_.mask[at / 32] |= uint32_t{kept_[static_cast<size_t>(position)]} << at % 32;
@@ -256,6 +267,8 @@ class Worker {
     int64_t length_, stride_, width_;
     std::vector<float> deltas_;
     std::vector<uint32_t> words_;
+    std::vector<float> column_deltas_;
+    std::vector<uint32_t> column_words_;
     std::vector<uint8_t> kept_;
     float base_[kTile], stored_[kTile];
 };
@@ -281,7 +294,7 @@ void draw_by_rank(Pool& pool, const Part& part, const std::vector<size_t>& which
         draws.push_back(
             {part.inputs[j], part.base, spec, round_keys(spec.key), bounds_of(spec), masks[j]});
     }
-    const std::vector<uint32_t> order = tie_order(alike.length);
+    const std::vector<uint32_t> orders = tie_orders(alike.length);
     // A task takes so many slices that it begins at a word of the mask, which no other then writes.
     const int64_t slice = alike.length * alike.stride;
     const int64_t step = 32 / std::gcd(slice, int64_t{32});
@@ -291,7 +304,7 @@ void draw_by_rank(Pool& pool, const Part& part, const std::vector<size_t>& which
         const Draw& draw = draws[static_cast<size_t>(task / blocks)];
         const int64_t begin = task % blocks * block, end = std::min(count, begin + block);
         std::fill(draw.mask + begin / 32, draw.mask + (end + 31) / 32, 0u);
-        Worker worker(draw, order);
+        Worker worker(draw, orders);
         for (int64_t first = begin; first < end; first += slice) worker.slice(first);
     });
 }
