@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo demo-real test check format sanitize bench docs wheel release-check clean
+.PHONY: help demo demo-real test check format sanitize bench bench-all docs wheel release-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -23,6 +23,7 @@ help:
 	@echo "make format  rewrites the sources as check wants them"
 	@echo "make sanitize the extension's tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
+	@echo "make bench-all  every committed number again: hours (BENCH=NAME for some)"
 	@echo "make docs    the documentation as pages in build/site/; a warning is an error"
 	@echo "make wheel   sdist and wheel in dist/"
 	@echo "make release-check  the wheel, built from the sdist, installed and tested without a compiler"
@@ -70,6 +71,10 @@ sanitize: .venv/.test
 
 bench: .venv/.test .venv/.built
 	$(BIN)/python benchmarks/merge_model.py $(BENCH)
+
+# Hours on a machine that has nothing else to do: every preset, results/ written anew.
+bench-all: .venv/.test .venv/.built
+	$(BIN)/python benchmarks/all.py $(BENCH)
 
 docs: .venv/.test .venv/.built
 	$(BIN)/mkdocs build --strict

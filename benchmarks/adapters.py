@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import write_set
-from process import machine, measure
 
 from fastmerge import _C
+from fastmerge.bench.checkpoints import write_set
+from fastmerge.bench.machine import machine
+from fastmerge.bench.process import measure
 from fastmerge.compute.factors import Difference, nearest_of_rank, spectrum_of, spectrum_of_sum
 
 
@@ -72,7 +73,7 @@ def extraction(folder: Path, models: str, rank: int, runs: int) -> None:
     }
     for _ in range(runs):
         for name, command in commands.items():
-            used = measure([*map(str, command), "--out-path", folder / name], dict(os.environ))
+            used = measure([*map(str, command), "--out-path", folder / name])
             print(f"{name}, {models}, rank {rank}: {used.seconds:.1f} s, {used.cpu_seconds:.1f} s "
                   f"of CPU, {used.peak_anonymous_bytes / 1e6:.0f} MB", flush=True)  # fmt: skip
             shutil.rmtree(folder / name)

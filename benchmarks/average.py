@@ -2,7 +2,7 @@
 
     python benchmarks/average.py --size 0.2b --models 8 --repeat 5
 
-Each repetition runs the floor (floor.py: reads every model once, writes the output's bytes) and
+Each repetition runs the floor (reads every model once, writes the output's bytes) and
 `fastmerge average` as a whole process, one after the other on warm inputs, so that a noisy
 neighbour hits both. ``--torch`` adds what labs write by hand: a loop over safetensors that sums in
 fp32 and saves. Prints one JSON object; the ratios are medians over repetitions.
@@ -18,9 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SHAPES, write_set
-from merge_model import bytes_of, commit, run_floor, settle
-from process import machine, measure
+from record import commit
+
+from fastmerge.bench.checkpoints import SHAPES, write_set
+from fastmerge.bench.floor import run_floor
+from fastmerge.bench.machine import machine
+from fastmerge.bench.pagecache import bytes_of, files_of, settle
+from fastmerge.bench.process import measure
 
 PEER = """
 import sys, torch
@@ -55,12 +59,13 @@ def main() -> None:
 
 def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     models = write_set(folder, options.size, options.models)
+    files = [file for model in models for file in files_of(model)]
     out, floor_out, peer_out = folder / "out", folder / "floor.bin", folder / "peer.safetensors"
     command = [Path(sys.executable).with_name("fastmerge"), "average", *models, "-o", out, "-q"]
     runs: dict[str, list[Any]] = {"floor": [], "fastmerge": [], "torch": []}
     for _ in range(options.repeat):
         settle(models, [out, floor_out, peer_out])
-        runs["floor"].append(run_floor(models, floor_out))
+        runs["floor"].append(run_floor(files, floor_out, bytes_of(models[0])))
         settle(models, [out, floor_out])
         runs["fastmerge"].append(measure(command))
         if options.torch:

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from checkpoints import SHAPES
-
+from fastmerge.bench.checkpoints import SHAPES
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.methods import find
 from fastmerge.tree.collapse import weighted_sum

@@ -18,9 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SHAPES, write_set
-from merge_model import bytes_of, commit, run_floor, settle
-from process import Usage, machine, measure
+from record import commit
+
+from fastmerge.bench.checkpoints import SHAPES, write_set
+from fastmerge.bench.floor import run_floor
+from fastmerge.bench.machine import machine
+from fastmerge.bench.pagecache import bytes_of, files_of, settle
+from fastmerge.bench.process import Usage, measure
 
 
 def main() -> None:
@@ -40,6 +44,7 @@ def main() -> None:
 
 def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     models = write_set(folder, options.size, 3 if options.trim else 2)
+    files = [file for model in models for file in files_of(model)]
     recipe, out, floor_out = folder / "recipe.yml", folder / "out", folder / "floor.bin"
     recipe.write_text(json.dumps(recipe_of(models, trim=options.trim)))
     command = [Path(sys.executable).with_name("fastmerge"), "merge", recipe, out, "-q"]
@@ -54,7 +59,7 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     for _ in range(options.repeat):
         settle(models, [out, floor_out])
-        wall["floor"].append(run_floor(models, floor_out).seconds)
+        wall["floor"].append(run_floor(files, floor_out, bytes_of(models[0])).seconds)
         settle(models, [out, floor_out])
         note("plan", measure([command[0], "plan", recipe]))
         note("one", measure(command))

@@ -27,9 +27,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SHAPES, write_set
-from merge_model import bytes_of, settle
-from process import measure
+from fastmerge.bench.checkpoints import SHAPES, write_set
+from fastmerge.bench.pagecache import bytes_of, settle
+from fastmerge.bench.process import measure
 
 _RAW = """
 import sys, time, obstore

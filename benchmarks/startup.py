@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints import write_set
-from merge_model import HERE, commit
-from process import machine
+from record import HERE, commit
+
+from fastmerge.bench.checkpoints import write_set
+from fastmerge.bench.machine import machine
+from fastmerge.bench.process import measure
 
 UNIT = 'python -c "import numpy"'
 
@@ -60,24 +59,8 @@ def starts(recipe: Path, out: Path) -> list[Start]:
 
 def seconds(command: Sequence[str]) -> tuple[float, float]:
     """Wall and CPU seconds of one process; raises where it fails."""
-    # With bytecode, as after an installation: to compile every module takes as long as to run it.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    began = time.perf_counter()
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    assert child.stderr is not None
-    said = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.perf_counter() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited with {child.returncode}:\n{said.decode()}")
-    return wall, usage.ru_utime + usage.ru_stime
+    used = measure(command)
+    return used.seconds, used.cpu_seconds
 
 
 def bench(pairs: int, folder: Path) -> dict[str, dict[str, float | None]]:

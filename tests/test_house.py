@@ -206,6 +206,37 @@ def test_stub_matches_the_extension() -> None:
     assert {n: (stub[n], compiled[n]) for n in stub if stub[n] != compiled[n]} == {}
 
 
+# --- benchmarks
+# ----------------------------------------------------------------------------
+
+
+def test_one_command_repeats_every_committed_number() -> None:
+    spec = importlib.util.spec_from_file_location("every", ROOT / "benchmarks" / "all.py")
+    assert spec is not None and spec.loader is not None
+    every = importlib.util.module_from_spec(spec)
+    sys.modules["every"] = every  # where dataclasses look for their module
+    spec.loader.exec_module(every)
+    written = [name for preset in every.PRESETS for name in preset.writes]
+    assert len(written) == len(set(written))
+    kept = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    kept = {name for name in kept if not name.startswith("rehearsal")}
+    assert not kept - set(written), "no preset of benchmarks/all.py writes them"
+    for preset in every.PRESETS:
+        assert (ROOT / "benchmarks" / preset.command.split()[0]).is_file()
+        assert not preset.printed or len(preset.writes) == 1
+
+
+def test_nothing_imports_the_benchmarks() -> None:
+    """But the command, when it runs: they are for measuring from outside."""
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path, name in MODULES.items()
+        if not name.startswith("fastmerge.bench")
+        and any(n.startswith("fastmerge.bench") for _, n in _imports(ast.parse(path.read_text())))
+    ]
+    assert wrong == ["fastmerge/cli/bench.py"]
+
+
 # --- the installed package
 # ----------------------------------------------------------------------------
 

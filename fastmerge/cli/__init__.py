@@ -1,6 +1,6 @@
 """The command line: ``fastmerge merge | finish | plan | verify | average | fold | moe |
-extract-lora | info | diff | methods | retrograde | sweep | search | completion``, and mergekit's
-``mergekit-yaml | mergekit-multi | mergekit-moe | mergekit-extract-lora``.
+extract-lora | info | diff | methods | retrograde | sweep | search | bench | completion``, and
+mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe | mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
 exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The order of the imports is the order of the commands in --help.
     from fastmerge.cli import merge, verify, average, fold, moe, loras  # noqa: F401, I001
-    from fastmerge.cli import models, methods, retrograde, search, completion  # noqa: F401
+    from fastmerge.cli import models, methods, retrograde, search, bench, completion  # noqa: F401
     from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
     from fastmerge.cli.app import run
     from fastmerge.cli.streams import prepare

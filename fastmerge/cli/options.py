@@ -29,7 +29,7 @@ class Argument:
 class Option:
     """What goes by name: ``flags`` (by default the parameter's name), the smallest number taken;
     ``either``: a switch that has ``--no-name`` too; ``count``: a number, of how often it is given;
-    ``many``: a list of texts, one for each time.
+    ``many``: a list of texts, one for each time; ``several``: a list of them behind one flag.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class Option:
         either: bool = False,
         count: bool = False,
         many: bool = False,
+        several: bool = False,
     ) -> None:
         self.flags, self.help, self.metavar, self.min = flags, help, metavar, min
-        self.either, self.count, self.many = either, count, many
+        self.either, self.count, self.many, self.several = either, count, many, several
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -135,9 +136,10 @@ def _add(
             action = argparse.BooleanOptionalAction
         parser.add_argument(*flags, dest=name, action=action, default=default, help=about)
         return
-    if form.many:
+    if form.many or form.several:
+        how: dict[str, Any] = {"nargs": "+"} if form.several else {"action": "append"}
         parser.add_argument(
-            *flags, dest=name, action="append", default=default, metavar=form.metavar, help=about
+            *flags, dest=name, default=default, metavar=form.metavar, help=about, **how
         )
         return
     if shown is not None and not required:

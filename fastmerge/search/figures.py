@@ -154,16 +154,24 @@ def require() -> None:
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    figure, (axes,) = new_panels(width, [height])
+    return figure, axes
+
+
+def new_panels(width: float, heights: Sequence[float]) -> tuple[Any, list[Any]]:
+    """A figure, and axes of these heights in inches below one another."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="tight")
+    figure = Figure(figsize=(width, sum(heights)), dpi=120, layout="tight")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    # Numbers as they are: "+7.21e1" above an axis is read by nobody.
-    axes.ticklabel_format(style="plain", useOffset=False)
-    return figure, axes
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    panels = [figure.add_subplot(grid[place]) for place in range(len(heights))]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        # Numbers as they are: "+7.21e1" above an axis is read by nobody.
+        axes.ticklabel_format(style="plain", useOffset=False)
+    return figure, panels
 
 
 def png(figure: Any) -> bytes:

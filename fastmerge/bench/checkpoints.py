@@ -1,5 +1,5 @@
 """Llama-shaped checkpoint sets to merge: one base and fine-tunes whose bf16 deltas tie as real ones
-do.
+do; and adapters.
 
 The base is N(0, 0.02^2), each fine-tune is bf16(base + N(0, s^2)) with s between 2e-4 and 2e-3 by
 tensor: most deltas are then a few bf16 steps, so magnitudes repeat and trims have ties, as in
@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastmerge.errors import UnsupportedError
+from fastmerge.models.checkpoint import Checkpoint
 
 BASE_STD = 0.02
 DELTA_STD = (2e-4, 2e-3)
@@ -87,8 +90,14 @@ SHAPES = {
     "0.2b": Shape(1024, 12, 2816, 16, 4),
     "0.5b": Shape(2048, 8, 5632, 32, 4),  # eight of them fit into a small machine's page cache
     "1.1b": Shape(2048, 22, 5632, 32, 4),  # TinyLlama-1.1B
+    "3b": Shape(3200, 26, 8640, 32, 32),  # OpenLLaMA-3B
     "7b": Shape(4096, 32, 11008, 32, 32),  # Llama-2-7B
 }
+
+
+def bytes_of_size(size: str) -> int:
+    """Of one model's weights."""
+    return 2 * SHAPES[size].parameters
 
 
 def write_set(folder: Path, size: str, models: int, *, sparse: bool = False) -> list[Path]:
@@ -201,3 +210,40 @@ def _bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The bits of finite ``x`` rounded to nearest even."""
     bits = x.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def write_adapter(folder: Path, base: Path, rank: int) -> list[str]:
+    """A LoRA on every linear layer of a llama or its like, float32 as PEFT saves it; the names of
+    the weights that it is on. UnsupportedError where the base has no such layers.
+    """
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    model = Checkpoint.open(base)
+    names = [
+        name
+        for name, info in model.tensors.items()
+        if name.endswith(".weight") and name.split(".")[-2] in TARGETS and len(info.shape) == 2
+    ]
+    if not names:
+        raise UnsupportedError(
+            f"{base}: has no layers called {', '.join(TARGETS[:3])}, ... for an adapter; give one "
+            "of its own as the second model"
+        )
+    tensors = {}
+    for name in names:
+        rows, cols = model.info(name).shape
+        prefix = f"base_model.model.{name.removesuffix('.weight')}."
+        tensors[f"{prefix}lora_A.weight"] = rng.standard_normal((rank, cols), np.float32) * 0.02
+        tensors[f"{prefix}lora_B.weight"] = rng.standard_normal((rows, rank), np.float32) * 0.002
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": rank, "lora_alpha": 2 * rank, "target_modules": list(TARGETS), "bias": "none",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return names

@@ -1,0 +1,120 @@
+"""Runs one child process and says how long it took and how much memory it held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastmerge.errors import ResourceError, first_sentences
+
+_SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process. ``seconds`` from start to exit, or what it says of itself; ``peak_rss_bytes``
+    counts mapped file pages, ``peak_anonymous_bytes`` does not.
+    """
+
+    seconds: float
+    cpu_seconds: float  # user and system, all threads: what a busy machine does not stretch
+    peak_rss_bytes: int = 0
+    peak_anonymous_bytes: int = 0
+    detail: Any = None  # what it printed, as JSON
+
+    def with_seconds(self, seconds: float, detail: Any = None) -> Run:
+        return replace(self, seconds=seconds, detail=detail)
+
+
+@dataclass(frozen=True)
+class Usage(Run):
+    """A run with its whole output."""
+
+    stdout: str = ""
+
+    @property
+    def run(self) -> Run:
+        return Run(self.seconds, self.cpu_seconds, self.peak_rss_bytes, self.peak_anonymous_bytes)
+
+
+def measure(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    *,
+    folder: Path | None = None,
+) -> Usage:
+    """Runs ``command`` (in ``folder``, with more ``environment``) to its end; ResourceError with
+    its last line when it fails. However this ends, the process is gone then.
+
+    Anonymous memory is sampled every 20 ms (RssAnon; the kernel keeps no high-water mark of it);
+    the resident peak is the kernel's.
+    """
+    words = [str(word) for word in command]
+    # With bytecode, as after an installation: to compile every module takes as long as to run it.
+    own = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    began = time.perf_counter()
+    child = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=own | dict(environment or {}), cwd=folder,
+    )  # fmt: skip
+    anonymous = 0
+    over = threading.Event()
+
+    def sample() -> None:
+        nonlocal anonymous
+        while not over.wait(_SAMPLE_SECONDS):
+            anonymous = max(anonymous, _status_bytes(child.pid, "RssAnon"))
+
+    streams: dict[str, str] = {}
+
+    def drain(name: str) -> None:
+        with getattr(child, name) as stream:
+            streams[name] = stream.read()
+
+    threads = [threading.Thread(target=drain, args=(name,)) for name in ("stdout", "stderr")]
+    threads.append(threading.Thread(target=sample))
+    for thread in threads:
+        thread.start()
+    try:
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - began
+        child.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        if child.returncode is None:
+            child.kill()
+            child.wait()
+        over.set()
+        for thread in threads:
+            thread.join()
+    if child.returncode:
+        raise ResourceError(_fault(words, child.returncode, streams))
+    return Usage(
+        seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, anonymous,
+        stdout=streams["stdout"],
+    )  # fmt: skip
+
+
+def _fault(words: Sequence[str], code: int, streams: dict[str, str]) -> str:
+    said = (streams["stderr"].strip() or streams["stdout"].strip()).splitlines()
+    last = first_sentences(said[-1], 300) if said else "it said nothing"
+    what = " ".join(Path(word).name for word in words[:4])
+    if code == -9:
+        return f"{what} ...: was killed; is there enough memory? ({last})"
+    return f"{what} ...: ended with {code}: {last}"
+
+
+def _status_bytes(pid: int, key: str) -> int:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    for line in text.splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0  # a process about to be reaped has no memory lines

@@ -1,0 +1,156 @@
+"""A request to a report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastmerge.bench import ceilings, kernels, tensors, wholes
+from fastmerge.bench.checkpoints import SHAPES, write_set
+from fastmerge.bench.machine import machine
+from fastmerge.bench.request import WHOLES, Request, refuse
+from fastmerge.bench.rows import Row
+from fastmerge.compute.cpu import isa
+from fastmerge.errors import OutputError
+
+Tell = Callable[[str], None]
+FORMAT = 1
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A folder of its own in ``folder``, which is gone afterwards, however it ends: on Ctrl-C, and
+    on SIGTERM, which is taken for it.
+    """
+
+    def interrupted(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupted) if main else None
+    try:
+        made = Path(tempfile.mkdtemp(prefix="fastmerge-bench-", dir=folder))
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror}); give --folder"
+        ) from error
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
+    """Measures everything that is asked for; ``tell`` hears what is going on, a line at a time.
+
+    Raises `WrongResultError` where a result is not what NumPy says, and whatever stands in the way:
+    before anything is written, where that can be known.
+    """
+    isa()
+    request = refuse(request)
+    with workplace(request.folder) as place:
+        report: dict[str, Any] = {
+            "format": FORMAT, "repeat": request.repeat, "threads": request.threads,
+            "machine": machine(place), "ceilings": [], "jobs": [], "notes": [],
+        }  # fmt: skip
+        if request.models:
+            # Before minutes go into ceilings: what cannot be merged is refused.
+            _planned(request.models, request, place)
+        tell("the machine's ceilings")
+        how = request.threads, min(request.repeat, 5), request.ceiling_bytes
+        report["ceilings"] = ceilings.of_memory(*how)
+        if set(request.kinds) & set(WHOLES):
+            report["ceilings"] += ceilings.of_disk(place, *how)
+        report["ceilings"] += ceilings.of_devices(how[1])
+        if "kernels" in request.kinds:
+            report["jobs"] += kernels.bench(
+                request.kernel_entries, request.dtypes, request.isas or (isa(),),
+                max(5, request.repeat), tell,
+            )  # fmt: skip
+        if "ops" in request.kinds:
+            report["jobs"] += _ops(request, tell)
+        if set(request.kinds) & set(WHOLES):
+            for rows, notes in _wholes(request, place, tell):
+                report["jobs"] += rows
+                report["notes"] += notes
+    return report
+
+
+def _ops(request: Request, tell: Tell) -> list[Row]:
+    against = "torch" in request.peers_of("ops")
+    rows: list[Row] = []
+    for dtype in request.dtypes:
+        # NumPy has no bfloat16 of its own.
+        named = dtype if against or dtype != "BF16" else "F32"
+        for size in request.op_tensors:
+            tell(f"ops, {named}, {size}: compared with NumPy, then timed")
+            rows += tensors.bench(
+                size, named, request.ops, request.seconds, threads=request.threads, torch=against
+            )
+    return rows
+
+
+Part = tuple[list[Row], list[str]]
+
+
+def _wholes(request: Request, place: Path, tell: Tell) -> Iterator[Part]:
+    if request.models:
+        for whole in _planned(request.models, request, place):
+            yield wholes.run(whole, place, request, tell)
+        return
+    for number, size in enumerate(request.sizes):
+        # Of several numbers of models and of steps, one size: the first.
+        own = request if number == 0 else replace(request, counts=(), steps=request.steps[:1])
+        folder = request.sets / size if request.sets else place / size
+        parameters = SHAPES[size].parameters
+        tell(f"{own.most_models} models of {parameters / 1e9:.2f} B parameters are made")
+        models = write_set(folder, size, own.most_models, sparse=request.sparse)
+        about = {"size": size, "parameters": parameters}
+        for whole in _listed(models, own, place, "bfloat16", about):
+            yield wholes.run(whole, place, own, tell)
+        if request.sets is None:
+            shutil.rmtree(folder)
+
+
+def _planned(models: Sequence[Path], request: Request, place: Path) -> list[wholes.Whole]:
+    about: Row = {"size": None, "names": [model.name for model in models]}
+    return _listed(models, request, place, None, about)
+
+
+def _listed(
+    models: Sequence[Path], request: Request, place: Path, dtype: str | None, about: Row
+) -> list[wholes.Whole]:
+    made: list[wholes.Whole] = []
+    for kind in ("merge", "walk"):
+        if kind in request.kinds:
+            wholes.refuse_adapters(models, kind)
+    if "merge" in request.kinds:
+        made += wholes.merges(models, request, place, dtype, about)
+    if "walk" in request.kinds:
+        made += wholes.walks(models, request, place, dtype, about)
+    if "fold" in request.kinds:
+        made += wholes.folds(models, request, place, about)
+    return made
+
+
+def writable(path: Path | None, option: str) -> None:
+    """OutputError where a file could not be written at the end: before minutes of work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{option}: {path}: is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{option}: {path}: no folder {path.parent}; create it")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise OutputError(f"{option}: {path}: cannot be written")

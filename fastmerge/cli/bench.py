@@ -1,0 +1,111 @@
+"""``fastmerge bench``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+from fastmerge.cli.app import Quiet, Threads, command
+from fastmerge.cli.console import put, say
+from fastmerge.cli.options import Argument, Option
+from fastmerge.errors import OutputError
+
+
+class Kind(str, Enum):
+    """What is measured."""
+
+    all = "all"
+    kernels = "kernels"
+    merge = "merge"
+    ops = "ops"
+    walk = "walk"
+    fold = "fold"
+
+
+class Cache(str, Enum):
+    """The state of the input files."""
+
+    warm = "warm"
+    cold = "cold"
+    both = "both"
+
+
+@command
+def bench(
+    job: Annotated[
+        Kind, Argument(help="kernels, merge, ops, walk, fold or all (merge, with --models).")
+    ] = Kind.all,
+    models: Annotated[
+        list[str] | None,
+        Option(several=True, metavar="MODEL", help="Your own, the base first; only read."),
+    ] = None,
+    size: Annotated[
+        str,
+        Option(metavar="S,S,...", help="Of models made for it: tiny, 0.2b, 0.5b, 1.1b, 3b, 7b."),
+    ] = "0.2b",
+    methods: Annotated[str, Option(metavar="M,M,...", help="Of merges.")] = "linear,slerp,ties",
+    count: Annotated[
+        str | None, Option(metavar="N,N,...", help="Models of a merge, instead of 2 or 3.")
+    ] = None,
+    steps: Annotated[str, Option(metavar="N,N,...", help="Of a walk.")] = "10",
+    against: Annotated[
+        str | None, Option(metavar="P,P,...", help="mergekit, torch, peft: run them too.")
+    ] = None,
+    cache: Annotated[
+        Cache | None, Option(help="Input files in memory or not; merges by default in both ways.")
+    ] = None,
+    repeat: Annotated[int, Option(help="Runs of each.", min=1)] = 3,
+    folder: Annotated[
+        Path, Option(help="Where models and outputs go meanwhile: the disk that is measured.")
+    ] = Path(),
+    threads: Threads = None,
+    json: Annotated[Path | None, Option(metavar="FILE", help="Every run, as JSON.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="A PNG of the figures.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure merges on this machine beside what it can do at best, as Markdown."""
+    from fastmerge.bench import request as asked
+    from fastmerge.bench.report import as_json, markdown
+    from fastmerge.bench.run import run, writable
+    from fastmerge.compute.cpu import thread_count
+    from fastmerge.models.adapter import is_adapter
+
+    writable(json, "--json")
+    writable(plot, "--plot")
+    if plot is not None:
+        from fastmerge.search.figures import require
+
+        require()
+    opened = asked.opened(models or ())
+    kinds = asked.KINDS if job is Kind.all else (job.value,)
+    if job is Kind.all and opened:
+        kinds = ("fold",) if len(opened) == 2 and is_adapter(opened[1]) else ("merge",)
+    wanted = asked.Request(
+        kinds=kinds,
+        models=opened,
+        sizes=asked.sizes(size),
+        methods=asked.methods(methods),
+        counts=() if count is None else asked.counts(count),
+        steps=asked.steps(steps),
+        against=() if against is None else asked.peer_names(against),
+        repeat=repeat,
+        caches=None if cache is None else asked.CACHES if cache is Cache.both else (cache.value,),
+        threads=thread_count(threads),
+        folder=folder,
+    )
+    report = run(wanted, lambda text: say(f"bench: {text}", quiet=quiet))
+    put(*markdown(report).splitlines())
+    if json is not None:
+        _write(json, as_json(report).encode())
+    if plot is not None:
+        from fastmerge.bench.plots import report_png
+
+        _write(plot, report_png(report))
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
