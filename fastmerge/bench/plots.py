@@ -49,7 +49,7 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(reversed(rows)):
         share = {key: 100 * value for key, value in row["share_of_ceiling"].items()}
         spread = [[share["median"] - share["low"]], [share["high"] - share["median"]]]
-        colour = _COLOURS.get(row["cache"], OTHER)
+        colour = _COLOURS.get(row["cache"].split()[-1], OTHER)
         axes.barh(place, share["median"], xerr=spread, color=colour, height=0.7, capsize=2)
         words = [row.get("size") or row.get("tensor") or "", row.get("dtype", ""),
                  row.get("isa", ""), row["cache"]]  # fmt: skip

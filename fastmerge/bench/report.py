@@ -17,14 +17,16 @@ Columns = dict[str, Cell]  # by heading; one that is empty in every row is left 
 def markdown(report: dict[str, Any], title: str = "fastmerge bench") -> str:
     """Machine, ceilings, a table for each kind, notes."""
     parts = [f"# {title}", about(report["machine"]), _ceilings(report["ceilings"])]
-    for kind, heading, columns, note in _TABLES:
+    said: dict[str, None] = {}  # once, though several tables need it
+    for kind, heading, columns, notes in _TABLES:
         rows = [row for row in report["jobs"] if row["kind"] == kind]
         if rows:
-            parts += [f"## {heading}", table(columns | _of_peers(rows), rows), note]
-    parts.append(
-        f"Medians of {report['repeat']} runs with their quartiles, on {report['threads']} threads. "
-        f"{_CHECKED}"
-    )
+            parts += [f"## {heading}", table(columns | _of_peers(rows), rows)]
+            said |= dict.fromkeys(notes)
+    parts.append("## How it was measured")
+    how = f"Medians with their quartiles of {report['repeat']} runs on {report['threads']} threads"
+    less = f"of other programs {report['peer_repeat']}, of kernels and ops 5 at least"
+    parts += [f"{how}; {less}. {_CHECKED}", *said]
     parts += [f"Note: {note}." for note in report["notes"]]
     return "\n\n".join(parts) + "\n"
 
@@ -144,24 +146,26 @@ _OPS: Columns = {
     "of its ceiling": _share,
 }
 _OF_WHOLES = (
-    "Whole processes, from start to exit, fsync included. The ceiling: reading every input byte "
-    "once and writing every output byte once, at the same time, on the same files in the same "
-    "repetition; the serial floor does one after the other, with one thread. Cold: evicted before "
-    f"each run by {HOW_COLD}; what a disk or a host keeps is not. Of other programs the imports "
-    "are left out, and what they leave to the system to write back."
+    "Merges, walks and folds are whole processes, from start to exit, fsync included. The ceiling: "
+    "reading every input byte once and writing every output byte once, at the same time, on the "
+    "same files in the same repetition; the serial floor does one after the other, with one "
+    f"thread. Cold: evicted before each run by {HOW_COLD}; what a disk or a host keeps is not. Of "
+    "other programs the imports are left out, and what they leave to the system to write back."
 )
 _CHECKED = (
     "Nothing is shown unchecked: of a model every byte against the checksums of the merge and some "
     "tensors against NumPy, of kernels the bits, of ops each entry (of DARE the mean and share)."
 )
+_ONE_SHOT = "One-shot: one merge (multislerp) of the walk's models."
 _IN_MEMORY = (
-    "The ceiling: copying one tensor and reading the others, in the same rounds, on as many "
-    "threads."
+    "Of kernels and ops the ceiling is copying one tensor and reading the others, in the same "
+    "rounds, on as many threads."
 )
+_KERNEL_SECONDS = "Kernels run on one thread; their seconds are the process's CPU seconds."
 _TABLES = (
-    ("merge", "Merges", _WHOLE, _OF_WHOLES),
-    ("walk", "Walks", _WHOLE, f"{_OF_WHOLES} One-shot: one merge (multislerp) of the same models."),
-    ("fold", "Folding an adapter", _WHOLE, _OF_WHOLES),
-    ("kernels", "Kernels", _KERNELS, f"CPU seconds on one thread. {_IN_MEMORY}"),
-    ("ops", "Tensors in memory", _OPS, _IN_MEMORY),
+    ("merge", "Merges", _WHOLE, (_OF_WHOLES,)),
+    ("walk", "Walks", _WHOLE, (_OF_WHOLES, _ONE_SHOT)),
+    ("fold", "Folding an adapter", _WHOLE, (_OF_WHOLES,)),
+    ("kernels", "Kernels", _KERNELS, (_IN_MEMORY, _KERNEL_SECONDS)),
+    ("ops", "Tensors in memory", _OPS, (_IN_MEMORY,)),
 )

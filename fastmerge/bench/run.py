@@ -35,20 +35,26 @@ def workplace(folder: Path) -> Iterator[Path]:
     def interrupted(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupted) if main else None
     try:
         made = Path(tempfile.mkdtemp(prefix="fastmerge-bench-", dir=folder))
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror}); give --folder"
         ) from error
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
+        if main:
+            signal.signal(signal.SIGTERM, interrupted)
         yield made
     finally:
+        for number in numbers:  # a second Ctrl-C would leave half of it
+            signal.signal(number, signal.SIG_IGN)
         shutil.rmtree(made, ignore_errors=True)
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            # None: whoever embeds Python set it, and it cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
@@ -61,7 +67,8 @@ def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
     request = refuse(request)
     with workplace(request.folder) as place:
         report: dict[str, Any] = {
-            "format": FORMAT, "repeat": request.repeat, "threads": request.threads,
+            "format": FORMAT, "repeat": request.repeat,
+            "peer_repeat": min(request.repeat, request.peer_repeat), "threads": request.threads,
             "machine": machine(place), "ceilings": [], "jobs": [], "notes": [],
         }  # fmt: skip
         if request.models:
