@@ -9,9 +9,17 @@ MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its p
 MAX_ADAPTED_LETTERS = 512  # of the name of a tensor that an adapter is for; the longest has 120
 MAX_LAYERS = 10_000  # the deepest published model has 1000
 MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
+MAX_TOKENIZER_BYTES = 64 << 20  # of a tokenizer.json that is read and not only copied
+MAX_TOKENS = 1 << 24  # of one tokenizer; the largest in use has 262 144
 MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
 MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are counted
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
 MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out
+MAX_DATA_BYTES = (
+    512 << 20
+)  # of one split of an evaluation's data, unpacked; the largest takes 50 MB
+MAX_LABEL_LETTERS = (
+    60  # of a name in a picture: one of 20 000 takes half a minute and 300 MB to draw
+)

@@ -18,11 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.arguments import a_path
-from fastmerge.errors import ModelError, ResourceError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError
 from fastmerge.extras import install
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION
-from fastmerge.planning.loading import check_loading, model_class_of, one_line
+from fastmerge.planning.loading import (
+    check_loading,
+    check_own_model,
+    model_class_of,
+    odd,
+    one_line,
+    own_tokenizer,
+)
 
 if TYPE_CHECKING:
     from fastmerge.api import Source
@@ -42,6 +49,8 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     folder = _model_folder(path)
     kwargs.setdefault("dtype", "auto")
     kwargs.setdefault("trust_remote_code", False)  # without it transformers asks on the terminal
+    kwargs.setdefault("use_safetensors", True)
+    check_own_model(folder)
     if (folder / GENERATION).is_file():  # which transformers leaves out in silence if it is damaged
         _generation_config(transformers, folder)
     try:
@@ -49,7 +58,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
             folder, local_files_only=True, output_loading_info=True, **kwargs
         )
     # Shapes that do not fit; code of the model's own, or a class that is not known.
-    except (RuntimeError, ValueError, OSError, ImportError, KeyError) as error:
+    except odd() as error:
         raise ModelError(f"{folder}: does not load: {one_line(error)}") from error
     _check(loading, str(folder))
     return model.eval()
@@ -149,8 +158,11 @@ def beside(plan: Plan, wanted: Callable[[str], bool]) -> Iterator[Path]:
 def _tokenizer(transformers: Any, folder: Path, where: str, kwargs: Mapping[str, Any]) -> Any:
     kwargs = {"trust_remote_code": False, **kwargs}  # without it transformers asks
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        with own_tokenizer(folder) as own:
+            return transformers.AutoTokenizer.from_pretrained(own, local_files_only=True, **kwargs)
+    except FastmergeError:
+        raise
+    except Exception as error:  # tokenizers raises no other class for a file that it cannot read
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{where}: has no tokenizer that loads: {reason[:200]}") from error
 
@@ -179,7 +191,7 @@ def _model_folder(path: str | Path) -> Path:
 def _generation_config(transformers: Any, folder: Path) -> Any:
     try:
         return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except odd() as error:
         raise ModelError(
             f"{folder / GENERATION}: {one_line(error)}; mend it or remove it"
         ) from error

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError
+from fastmerge.output.working import check_ours, open_ours
 
 
 def digest(value: Any) -> str:
@@ -20,25 +23,28 @@ def digest(value: Any) -> str:
 class Journal:
     """Keyed results in a file of JSON lines, each line on disk before the next result is computed.
 
-    What a killed run was writing at the end is a line without its end, and dropped.
+    What a killed run was writing at the end is a line without its end, and dropped. A run's folder
+    may come out of an archive: only a regular file of our own user is read or written.
     """
 
     def __init__(self, path: Path | None) -> None:
-        """``path`` None keeps the results in memory only."""
+        """``path`` None keeps the results in memory only. Raises OutputError, OSError."""
         self._path = path
         self._known: dict[str, Any] = {}
-        if path is None or not path.exists():
+        if path is None or not os.path.lexists(path):
             return
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            with path.open("r+b") as file:
+        with open(open_ours(path), "r+b") as file:
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            if len(whole) < len(text):
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry["key"], str):
+                    raise TypeError
                 self._known[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise OutputError(
                     f"{path}: line {number} is damaged; delete that line, whose result is then "
                     "measured again"
@@ -57,14 +63,34 @@ class Journal:
         self._known[key] = value
         if self._path is None:
             return
-        with self._path.open("ab") as file:
+        with open(open_ours(self._path), "ab") as file:
             file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
+def check_own(out: Path, name: str) -> None:
+    """Raises OutputError where the folder of a run, or what it keeps there under ``name``, is not
+    ours: others' results would decide what is merged. Links above the folder are the user's own.
+    """
+    if os.path.lexists(out):
+        place = Path(os.path.realpath(out))
+        check_ours(place, os.lstat(place), folder=True)
+        if os.path.lexists(place / name):
+            check_ours(place / name, os.lstat(place / name))
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """The whole file or the old one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
+    """The whole file or the old one, never a part, and never through a link that lies there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -17,7 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import RecipeError, brief, is_whole, nearest
+from fastmerge.errors import FastmergeError, RecipeError, brief, is_whole, nearest
+from fastmerge.limits import MAX_DATA_BYTES
+from fastmerge.models.header import open_regular
 
 VARIABLE = "FASTMERGE_DATA"  # the folder of schedules that name none
 _MMLU = "mmlu"
@@ -48,7 +51,7 @@ def _arc(row: Row) -> str | None:
 
 def _hellaswag(row: Row) -> str | None:
     label = str(row["label"])
-    known = label.isdecimal() and int(label) < len(row["endings"])
+    known = label.isdecimal() and len(label) < 10 and int(label) < len(row["endings"])
     return None if known else "'label' is no number of an ending"
 
 
@@ -234,10 +237,10 @@ class LocalData:
             file = self._file(layout, split, where)
             assert file is not None
             try:
-                packed = file.read_bytes()
-                data = gzip.decompress(packed) if file.suffix == ".gz" else packed
+                with open_regular(file) as stored:
+                    data = _unpacked(stored) if file.suffix == ".gz" else _bounded(stored)
                 lines = data.decode("utf-8").split("\n")
-            except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            except (OSError, EOFError, ValueError, zlib.error, FastmergeError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise RecipeError(f"{where}: {file}: cannot be read ({reason})") from None
             self.digests[self._shown(layout, split)] = hashlib.sha256(data).hexdigest()
@@ -252,6 +255,21 @@ class LocalData:
             names = dict.fromkeys(name for row in self._rows[key] for name in row)
             self._rows[key] = [{n: row.get(n) for n in names} for row in self._rows[key]]
         return self._rows[key]
+
+
+def _bounded(file: Any) -> bytes:
+    """The whole file; ValueError where it is larger than any data set of the harness's."""
+    found = bytearray()
+    while piece := file.read(1 << 20):
+        found += piece
+        if len(found) > MAX_DATA_BYTES:
+            raise ValueError(f"over {MAX_DATA_BYTES >> 20} MiB")
+    return bytes(found)
+
+
+def _unpacked(file: io.RawIOBase) -> bytes:
+    with gzip.open(file) as unpacked:
+        return _bounded(unpacked)
 
 
 def local_data(data: str | None, found: Callable[[str], Path], where: str) -> LocalData | None:
@@ -279,7 +297,7 @@ def _process_once(task: Any) -> None:
 def _row(layout: Layout, line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecipeError(f"{where}: is no JSON") from None
     fault = _misfit(row, layout.fields, "the row") or layout.fault(row)
     if fault:

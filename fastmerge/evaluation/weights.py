@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -60,7 +61,9 @@ class Merged:
         if self._root is None:
             near = self._near
             root = Path(tempfile.mkdtemp()) if near is None else near / SCORED
-            root.mkdir(parents=True, exist_ok=True)
+            if near is not None:
+                near.mkdir(parents=True, exist_ok=True)
+                root.mkdir()
             self._root = root
             files = api.model_files(self._plan, "model")
             out = self._root / "model"
@@ -73,8 +76,12 @@ class Merged:
         return {item.name: tensor for item, tensor in made}
 
     def __enter__(self) -> Merged:
-        if self._near is not None and (self._near / SCORED).exists():
-            shutil.rmtree(self._near / SCORED)  # of a run that was killed
+        left = None if self._near is None else self._near / SCORED  # of a run that was killed
+        if left is not None and os.path.lexists(left):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,7 @@
 """One model that PyTorch's distributed checkpoints (DCP) hold: ``.metadata`` and ``.distcp`` files.
 
-Read through torch's own reader, which is imported when such a folder is opened. Its index is a
-pickle: it is opened only where it names nothing but the classes that torch writes there.
+Needs torch, which is imported when such a folder is opened: each piece of a tensor is what its
+``torch.save`` writes, and is read by its reader of weights alone.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import threading
-from collections.abc import Mapping
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import _C
 from fastmerge.dtypes import BY_NAME
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import ModelError, ResourceError
 from fastmerge.limits import MAX_HEADER_BYTES
+from fastmerge.models.distributed_index import Entry, ForeignError, Piece, overlap, read_index
 from fastmerge.models.folder import DISTRIBUTED_INDEX
 from fastmerge.models.header import Stamp, open_regular, read_object, show, stamp_of, unreadable
 from fastmerge.models.links import Home
@@ -35,16 +35,6 @@ if TYPE_CHECKING:
 _SAMPLE_BYTES = 4096
 # What a training loop calls the dictionary with the weights, beside the optimizer's.
 _WRAPPERS = frozenset({"model", "module", "state_dict"})
-# All that torch 2.0 to 2.13 pickles into an index.
-_CLASSES: Mapping[str, set[str] | None] = {
-    "torch.distributed.checkpoint.metadata": None,  # any of its own
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *BY_NAME},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-}
 
 
 class Distributed:
@@ -60,11 +50,10 @@ class Distributed:
         """
         self.path, self._at = path, folder
         self._home = Home(folder)
-        self._metadata = _read_index(self._home.inside(folder / DISTRIBUTED_INDEX))
-        self._keys: dict[str, str] = {}  # in the index, by the tensor's name
+        self._pieces: dict[str, tuple[Piece, ...]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._read_names()
-        self.files = self._find_files()
+        self._read_names(_entries(self._home.inside(folder / DISTRIBUTED_INDEX)))
+        self.files = self._check_pieces()
         self.stamp = tuple(
             _stamp(file) for file in (self._home.root / DISTRIBUTED_INDEX, *self.files)
         )
@@ -137,53 +126,66 @@ class Distributed:
 
     # --- the index ---
 
-    def _read_names(self) -> None:
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-        nested = self._metadata.planner_data
-        nested = nested if isinstance(nested, Mapping) else {}
-        for key, found in self._metadata.state_dict_metadata.items():
-            if not isinstance(found, TensorStorageMetadata):
-                continue  # a step, a learning rate, a random state
-            name = _name_of(key, nested.get(key))
-            named = str(found.properties.dtype).removeprefix("torch.")
-            dtype = BY_NAME.get(named)
-            if dtype is None:
-                if is_of_optimizer(name):
-                    continue
-                raise UnsupportedError(f"{self.path}: tensor {show(name)} is {named}")
-            if name in self.tensors:
+    def _read_names(self, entries: list[Entry]) -> None:
+        keys: dict[str, str] = {}
+        for entry in entries:
+            name, dtype = _name_of(entry), BY_NAME[entry.dtype]
+            if name in keys:
                 raise ModelError(
-                    f"{self.path}: tensor {show(name)} is there twice, as {show(self._keys[name])} "
-                    f"and {show(key)}"
+                    f"{self.path}: tensor {show(name)} is there twice, as {show(keys[name])} "
+                    f"and {show(entry.key)}"
                 )
-            shape = tuple(int(size) for size in found.size)
-            count = math.prod(shape)
-            self._keys[name] = key
-            self.tensors[name] = TensorInfo(name, dtype, shape, dtype.bytes_for(count), count)
-        if all(map(is_of_optimizer, self.tensors)):
+            keys[name] = entry.key
+            count = math.prod(entry.shape)
+            nbytes = dtype.bytes_for(count)
+            self.tensors[name] = TensorInfo(name, dtype, entry.shape, nbytes, count)
+            if is_of_optimizer(name):
+                continue
+            if entry.pieces is None:
+                raise ModelError(
+                    f"{self._at / DISTRIBUTED_INDEX}: does not say where tensor {show(name)} lies"
+                )
+            self._pieces[name] = entry.pieces
+        if not self._pieces:
             raise ModelError(f"{self.path}: its {DISTRIBUTED_INDEX} lists no tensors of a model")
 
-    def _find_files(self) -> tuple[Path, ...]:
-        stored = self._metadata.storage_data
-        if not isinstance(stored, Mapping):
-            raise ModelError(
-                f"{self._at / DISTRIBUTED_INDEX}: says nothing of where the tensors lie"
-            )
-        wanted = {key for name, key in self._keys.items() if not is_of_optimizer(name)}
-        names = {
-            place.relative_path
-            for index, place in stored.items()
-            if getattr(index, "fqn", None) in wanted
-        }
-        files = []
-        for name in sorted(names, key=str):
-            if not isinstance(name, str) or not name or name.startswith("/") or ".." in name:
-                raise ModelError(f"{self._at / DISTRIBUTED_INDEX}: names a file outside the folder")
-            if not (self._at / name).exists():
+    def _check_pieces(self) -> tuple[Path, ...]:
+        """The files; ModelError where a tensor is not what its pieces and their bytes make."""
+        files: dict[str, tuple[Path, int]] = {}
+        for name, pieces in self._pieces.items():
+            info, where = self.tensors[name], f"{self.path}: tensor {show(name)}"
+            covered = sum(piece.elements for piece in pieces)
+            if covered != info.count:
+                raise ModelError(f"{where}: its pieces have {covered} of {info.count} elements")
+            try:
+                twice = overlap(pieces)
+            except ValueError as error:
+                raise ModelError(f"{where}: {error}; save the checkpoint again") from None
+            if twice:
+                raise ModelError(f"{where}: its pieces overlap, so that others are missing")
+            for piece in pieces:
+                if piece.file not in files:
+                    files[piece.file] = self._file(piece.file)
+                least = info.dtype.bytes_for(piece.elements)
+                if piece.length < least or piece.offset + piece.length > files[piece.file][1]:
+                    raise ModelError(
+                        f"{where}: cannot be read ({piece.length} bytes at {piece.offset} of "
+                        f"{show(piece.file)}, for {least}); copy the folder again"
+                    )
+        self._places = {name: path for name, (path, _) in files.items()}
+        return tuple(path for _, (path, _) in sorted(files.items()))
+
+    def _file(self, name: str) -> tuple[Path, int]:
+        if not name or name.startswith("/") or ".." in name or "\0" in name:
+            raise ModelError(f"{self._at / DISTRIBUTED_INDEX}: names a file outside the folder")
+        try:
+            if not os.path.lexists(self._at / name):
                 raise ModelError(f"{self._at}: {show(name)} is missing; copy it again")
-            files.append(self._home.inside(self._at / name))
-        return tuple(files)
+            path = self._home.inside(self._at / name)
+            with open_regular(path) as file:
+                return path, os.fstat(file.fileno()).st_size
+        except OSError as error:
+            unreadable(self._at / name, error)
 
     # --- reading ---
 
@@ -198,82 +200,86 @@ class Distributed:
 
     def _read(self, name: str) -> torch.Tensor:
         import torch
-        from torch.distributed.checkpoint.default_planner import (
-            DefaultLoadPlanner,
-            create_default_local_load_plan,
-        )
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-        if name not in self.tensors:
+        if name not in self._pieces:
             raise ModelError(f"{self.path}: no tensor {show(name)}")
-        info, key = self.tensors[name], self._keys[name]
-        where = f"{self.path}: tensor {show(name)}"
+        info, where = self.tensors[name], f"{self.path}: tensor {show(name)}"
         tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype.name))
-        reader = FileSystemReader(self._home.root)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            reader.set_up_storage_reader(self._metadata, True)
-            planner.set_up_planner({key: tensor}, self._metadata, True)
-            plan = create_default_local_load_plan({key: tensor}, self._metadata)
-            covered = sum(math.prod(item.lengths) for item in plan.items)
-            if covered != info.count:
-                raise ModelError(f"{where}: its pieces have {covered} of {info.count} elements")
-            reader.read_data(plan, planner).wait()
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
-            said = " ".join(str(error).split())[:120] or type(error).__name__
-            raise ModelError(f"{where}: cannot be read ({said}); copy the folder again") from error
-        except pickle.UnpicklingError as error:
-            raise ModelError(f"{where}: is not what torch writes; copy the folder again") from error
+        for piece in self._pieces[name]:
+            path = self._places[piece.file]
+            try:
+                found = _loaded(_slice(path, piece))
+            except OSError as error:
+                unreadable(path, error)
+            except Exception as error:  # what damaged bytes lead torch's reader to
+                said = " ".join(str(error).split())[:120] or type(error).__name__
+                raise ModelError(
+                    f"{where}: cannot be read ({said}); copy the folder again"
+                ) from error
+            if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
+                raise ModelError(f"{where}: is not what torch writes; copy the folder again")
+            if (tuple(found.shape), found.dtype) != (piece.shape, tensor.dtype):
+                raise ModelError(
+                    f"{where}: {show(piece.file)} has {list(found.shape)} of {found.dtype}, where "
+                    f"the index says {list(piece.shape)} of {tensor.dtype}; copy the folder again"
+                )
+            box = zip(piece.begin, piece.shape, strict=True)
+            tensor[tuple(slice(at, at + size) for at, size in box)].copy_(found)
         return tensor
 
 
-def _name_of(key: str, path: Any) -> str:
-    """What the model calls the tensor that the index has under ``key``, whose place in the saved
-    dictionaries is ``path`` where that is known; of the optimizer's, a name that says so.
-    """
-    places = [str(part) for part in path] if isinstance(path, (tuple, list)) else [key]
-    for at, part in enumerate(places):
+def _slice(path: Path, piece: Piece) -> bytearray:
+    with open_regular(path) as file:
+        file.seek(piece.offset)
+        data = bytearray(piece.length)
+        view, at = memoryview(data), 0
+        while at < len(data):
+            count = file.readinto(view[at:])
+            if not count:
+                raise EOFError(f"{at} of {len(data)} bytes are there")
+            at += count
+    return data
+
+
+def _loaded(data: bytearray) -> Any:
+    """What ``torch.save`` wrote, which packs nothing: what is packed could be of any size."""
+    import torch
+
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+    stored = all(each.compress_type == zipfile.ZIP_STORED for each in members)
+    if not stored or sum(each.file_size for each in members) > len(data):
+        raise ValueError("packed, as torch writes nothing")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _name_of(entry: Entry) -> str:
+    """What the model calls the tensor; of the optimizer's, a name that says so."""
+    for at, part in enumerate(entry.path):
         if is_of_optimizer(part):
-            return f"optimizer.{key}"
-        if part in _WRAPPERS and at + 1 < len(places):
-            return ".".join(places[at + 1 :])
-    return ".".join(places)
+            return f"optimizer.{entry.key}"
+        if part in _WRAPPERS and at + 1 < len(entry.path):
+            return ".".join(entry.path[at + 1 :])
+    return entry.key
 
 
-class _Unpickler(pickle.Unpickler):
-    """Takes torch's own classes of an index, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _CLASSES:
-            names = _CLASSES[module]
-            found = super().find_class(module, name)
-            own = isinstance(found, type) and found.__module__ == module
-            if (own if names is None else name in names) and "." not in name:
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _read_index(path: Path) -> Any:
+def _entries(path: Path) -> list[Entry]:
     try:
-        from torch.distributed.checkpoint.metadata import Metadata
+        import torch  # noqa: F401
     except ImportError as error:
         raise ResourceError(
             f"{path.parent}: a PyTorch distributed checkpoint, and reading one needs torch "
             "(pip install torch)"
         ) from error
-    text = _content(path)
     try:
-        found = _Unpickler(io.BytesIO(text)).load()
-    except pickle.UnpicklingError as error:
+        return read_index(_content(path))
+    except ForeignError as error:
         raise ModelError(
             f"{path}: names '{' '.join(str(error).split())[:120]}', which torch writes into no "
             "index; it is damaged, or would run somebody's code"
         ) from error
-    except Exception as error:  # a damaged pickle raises whatever its opcodes lead to
-        raise ModelError(f"{path}: not an index of torch's ({type(error).__name__})") from error
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, Mapping):
-        raise ModelError(f"{path}: not an index of torch's")
-    return found
+    except ValueError as error:
+        raise ModelError(f"{path}: not an index of torch's ({error})") from error
 
 
 def _content(path: Path) -> bytes:

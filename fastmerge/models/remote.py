@@ -14,6 +14,7 @@ from fastmerge import _C
 from fastmerge.errors import ModelError
 from fastmerge.limits import (
     MAX_CONFIG_BYTES,
+    MAX_ENTRIES,
     MAX_FILE_BYTES,
     MAX_HEADER_BYTES,
     MAX_TOTAL_BYTES,
@@ -29,7 +30,7 @@ from fastmerge.once import cached_property
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
 # A connection of S3 brings 50 to 100 MB/s, a 25 Gb/s network 3 GB/s.
 _CONNECTIONS = 32
-# What a web server cannot list.
+# What a web server is asked for.
 _BESIDE = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -209,28 +210,49 @@ class Remote:
 
     @cached_property
     def _beside(self) -> SideFiles:
-        there = self._listed
-        try:
-            if there is None:
-                there = tuple(e["path"] for batch in library().list(self._store) for e in batch)
-        except library().exceptions.BaseError:  # what cannot list is asked for each by its name
-            there = _BESIDE
-        names = [n for n in there if is_known(n) and not is_weights(n) and "/" not in n]
-        found = SideFiles()
+        names = [n for n in self._there() if is_known(n) and not is_weights(n) and "/" not in n]
+        begun: list[tuple[_Object, bytes]] = []
         total = 0
-        for name, data in zip(
-            names, _pool().map(lambda n: self._small(n, MAX_FILE_BYTES), names), strict=True
-        ):
-            total += len(data or b"")
+        for at in range(0, len(names), _CONNECTIONS):
+            some = names[at : at + _CONNECTIONS]
+            got = _pool().map(lambda name: self._first(name, _FIRST_BYTES), some)
+            begun += [each for each in got if each is not None]
+            total = sum(each.size for each, _ in begun)
+            large = next((each for each, _ in begun if each.size > MAX_FILE_BYTES), None)
+            if large is not None:
+                raise ModelError(
+                    f"{self._base}/{large.name}: {large.size} bytes, over {MAX_FILE_BYTES}"
+                )
             if total > MAX_TOTAL_BYTES:
                 raise ModelError(f"{self._base}: more than {MAX_TOTAL_BYTES >> 30} GiB beside it")
-            if data is not None:
-                found[name] = data
+        found = SideFiles()
+        for each, data in begun:
+            found[each.name] = data + bytes(self._range(each, len(data), each.size))
         said = (
             f"{self.label}: of what lies beside the weights, what is known by name is taken along"
         )
         found.notes = (f"{said} ({len(found)} files)",)
         return found
+
+    def _there(self) -> Sequence[str]:
+        """The names of what lies beside the weights, or those to ask for one by one."""
+        if self._listed is not None:
+            return self._listed
+        # A web server answers with as long a text as it likes, which is read whole.
+        if self._base.startswith(("https://", "http://")):
+            return _BESIDE
+        there: list[str] = []
+        try:
+            for batch in library().list(self._store):
+                there += [entry["path"] for entry in batch]
+                if len(there) > MAX_ENTRIES:
+                    raise ModelError(
+                        f"{self._base}: more than {MAX_ENTRIES} objects; give the model a prefix "
+                        "of its own"
+                    )
+        except library().exceptions.BaseError:
+            return _BESIDE
+        return there
 
     # --- requests ---
 
@@ -247,7 +269,7 @@ class Remote:
         def first() -> tuple[_Object, bytes]:
             got = library().get(self._store, name, options={"range": (0, limit)})
             found = _object(name, got.meta)
-            return found, bytes(_whole(name, got.bytes(), min(limit, found.size)))
+            return found, bytes(_whole(name, got, min(limit, found.size)))
 
         try:
             return self._asked(name, first)
@@ -266,7 +288,7 @@ class Remote:
             got = library().get(self._store, file.name, options=options)
             if _object(file.name, got.meta) != file:
                 raise self._changed(file.name)
-            return _whole(file.name, got.bytes(), end - begin)
+            return _whole(file.name, got, end - begin)
 
         try:
             return self._asked(file.name, read)
@@ -282,10 +304,15 @@ class Remote:
         )
 
 
-def _whole(name: str, data: Any, size: int) -> Any:
-    """The buffer; EOFError where it has not as many bytes as were asked for."""
+def _whole(name: str, got: Any, size: int) -> Any:
+    """The body, as a buffer; EOFError where it has not as many bytes as were asked for. What a
+    server sends beyond them is not read.
+    """
+    if not size:
+        return b""
+    data = next(iter(got.stream(min_chunk_size=size)), b"")
     if len(data) != size:
-        raise EOFError(f"{name}: {len(data)} of {size} bytes came")
+        raise EOFError(f"{name}: not the {size} bytes that were asked for came")
     return data
 
 

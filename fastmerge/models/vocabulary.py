@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError, brief
 from fastmerge.extras import install
-from fastmerge.limits import MAX_FILE_BYTES
-from fastmerge.models.header import open_regular, read_object
+from fastmerge.limits import MAX_CONFIG_BYTES, MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, MAX_TOKENS
+from fastmerge.models.header import as_object, open_regular, read_object
 from fastmerge.models.links import Home
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.once import cached_property
@@ -43,7 +45,7 @@ _NUMBER = re.compile(r"[0-9]{1,9}")  # int takes 4300 digits
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Texts and mappings in them that name no file, beside tokens; auto_map, for which transformers
 # refuses a tokenizer of the model's own code.
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     "tokenizer_class", "model_type", "auto_map", "added_tokens_decoder", "extra_special_tokens",
     "additional_special_tokens", "src_lang", "tgt_lang", "language", "task", "errors",
     "padding_side", "truncation_side",
@@ -108,7 +110,7 @@ class Vocabulary:
             return self
         for other, alike in donors.values():
             if alike:
-                document = _with_model(document, other, ids)
+                document = _with_model(document, self.label, other, ids)
         return replace(self, ids=ids, added=added, document=document, changed=True)
 
     def written(self) -> dict[str, bytes | Path]:
@@ -118,15 +120,15 @@ class Vocabulary:
             return files
         for name in _OLDER:
             files.pop(name, None)
-        files[TOKENIZER] = _dumped(_document(self))
-        files[CONFIG] = _dumped(_config(self))
+        files[TOKENIZER] = _dumped(_document(self), self.label)
+        files[CONFIG] = _dumped(_config(self), self.label)
         if SPECIALS in files:
             kept = {
                 role: value
                 for role, value in _object(files[SPECIALS], SPECIALS, self.label).items()
                 if isinstance(value, list) or text_of(value) in self.ids
             }
-            files[SPECIALS] = _dumped(kept)
+            files[SPECIALS] = _dumped(kept, self.label)
         return files
 
 
@@ -138,8 +140,8 @@ def template_of(files: Files, label: str) -> str | None:
         return None
     found = _object(files[CONFIG], CONFIG, label).get("chat_template")
     if isinstance(found, list):  # by name
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
+        named = [item for item in found if isinstance(item, dict) and item.get("name") == "default"]
+        found = named[-1].get("template") if named else None
     return found if isinstance(found, str) else None
 
 
@@ -147,7 +149,7 @@ def with_template(files: Files, template: str, label: str) -> dict[str, bytes | 
     """A tokenizer's files with another chat template, where new and old readers look for it."""
     found = {name: file for name, file in files.items() if name != "chat_template.json"}
     config = _object(files[CONFIG], CONFIG, label) if CONFIG in files else {}
-    found[CONFIG] = _dumped({**config, "chat_template": template})
+    found[CONFIG] = _dumped({**config, "chat_template": template}, label)
     found[TEMPLATE] = template.encode()
     return found
 
@@ -160,7 +162,7 @@ def read_generation(files: Files, label: str) -> Mapping[str, Any]:
 def with_ids(file: bytes | Path, ids: Mapping[str, Any]) -> bytes:
     """A JSON file with other values under the keys that it has of ``ids``."""
     config = _object(file, GENERATION, "")
-    return _dumped({key: ids.get(key, value) for key, value in config.items()})
+    return _dumped({key: ids.get(key, value) for key, value in config.items()}, GENERATION)
 
 
 def is_same(one: Files, other: Files) -> bool:
@@ -211,7 +213,7 @@ def read_vocabulary(label: str, side_files: Files, folder: Path | None) -> Vocab
     following = len(document["model"]["vocab"])
     for entry in _listed(document.get("added_tokens"), "added_tokens", label):
         token, number = entry.get("content"), entry.get("id")
-        if not isinstance(token, str) or type(number) is not int or number < 0:
+        if not isinstance(token, str) or not _is_id(number):
             raise _unreadable(label, "an entry of added_tokens has no content or id")
         # The id that is written counts for nothing: see `_document`.
         if token not in ids:
@@ -233,12 +235,13 @@ def _from_config(
     decoder = config.get("added_tokens_decoder")
     for text, entry in decoder.items() if isinstance(decoder, dict) else ():
         token = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(token, str) or not _NUMBER.fullmatch(str(text)):
+        number = int(text) if _NUMBER.fullmatch(text) else -1
+        if not isinstance(token, str) or not _is_id(number):
             raise _unreadable(
                 label, "an entry of added_tokens_decoder has no content or id", CONFIG
             )
         if token not in ids:
-            ids[token] = int(text)
+            ids[token] = number
             added[token] = {**_PLAIN, "normalized": False, "special": True, **entry}
     _roles(config, ids, added)
 
@@ -274,22 +277,36 @@ def text_of(value: Any) -> str | None:
 def _model_ids(document: Mapping[str, Any], label: str) -> dict[str, int]:
     """Token to id, without added tokens, of any model that tokenizers knows."""
     model = document.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    vocab = model.get("vocab")
     if isinstance(vocab, list):  # Unigram: [piece, score], the place is the id
-        pieces = [item[0] if isinstance(item, list) and item else None for item in vocab]
-        if not all(isinstance(piece, str) for piece in pieces):
+        if not all(map(_is_piece, vocab)):
             raise _unreadable(label, "an entry of model.vocab is no [piece, score]")
-        return {str(piece): number for number, piece in reversed(list(enumerate(pieces)))}
+        unknown = model.get("unk_id")
+        if unknown is not None and not (type(unknown) is int and 0 <= unknown < len(vocab)):
+            raise _unreadable(label, f"model.unk_id is {brief(unknown)}, the number of no piece")
+        return {item[0]: number for number, item in reversed(list(enumerate(vocab)))}
     if not isinstance(vocab, dict):
         raise _unreadable(label, "it has no model.vocab")
-    if not all(type(number) is int and number >= 0 for number in vocab.values()):
-        raise _unreadable(label, "an id in model.vocab is no whole number")
+    if not all(map(_is_id, vocab.values())):
+        raise _unreadable(label, f"an id in model.vocab is no whole number below {MAX_TOKENS}")
     return dict(vocab)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_TOKENS
+
+
+def _is_piece(item: Any) -> bool:
+    if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
+        return False
+    return type(item[1]) in (int, float) and abs(item[1]) < math.inf
 
 
 def _kind(document: Mapping[str, Any]) -> Any:
     model = document["model"]
-    return model.get("type") or ("Unigram" if isinstance(model["vocab"], list) else "BPE")
+    listed = isinstance(model["vocab"], list)
+    return model.get("type") or ("Unigram" if listed else "BPE"), listed
 
 
 def _alike(one: Vocabulary, other: Vocabulary) -> bool:
@@ -303,7 +320,7 @@ def _alike(one: Vocabulary, other: Vocabulary) -> bool:
 
 
 def _with_model(
-    document: Mapping[str, Any], other: Vocabulary, ids: Mapping[str, int]
+    document: Mapping[str, Any], label: str, other: Vocabulary, ids: Mapping[str, int]
 ) -> Mapping[str, Any]:
     """The document with what the other's model knows of the tokens that are new to it.
 
@@ -321,24 +338,34 @@ def _with_model(
         known = set(model["vocab"])
         model["vocab"] = {**model["vocab"], **{t: ids[t] for t in theirs["vocab"] if t in ids}}
         if "merges" in model or "merges" in theirs:
-            mine = [_pair(merge) for merge in model.get("merges") or ()]
+            mine = _merges(model, label)
             seen = set(mine)
-            more = (_pair(merge) for merge in theirs.get("merges") or ())
+            more = _merges(theirs, other.label)
             new = [m for m in more if m not in seen and "".join(m) not in known]
             model["merges"] = [list(pair) for pair in (*mine, *new)]
     return {**document, "model": model}
 
 
-def _pair(merge: Any) -> tuple[str, str]:
-    """A merge of a BPE model, which older files write as one text."""
-    first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return first, second
+def _merges(model: Mapping[str, Any], label: str) -> list[tuple[str, str]]:
+    """The merges of a BPE model, which older files write as one text each."""
+    given = model.get("merges") or []
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in _list_of(given)]
+    for pair in pairs:
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        ):
+            raise _unreadable(label, "an entry of model.merges is no pair of tokens")
+    return [(first, second) for first, second in pairs]
+
+
+def _list_of(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
 
 
 def _document(vocabulary: Vocabulary) -> dict[str, Any]:
     """tokenizer.json with the vocabulary's tokens and ids, and no others."""
     ids = vocabulary.ids
-    document: dict[str, Any] = json.loads(json.dumps(vocabulary.document))
+    document: dict[str, Any] = _copied(vocabulary.document, vocabulary.label)
     model = document["model"]
     added = sorted(vocabulary.added, key=lambda token: ids[token])
     document["added_tokens"] = [
@@ -362,9 +389,9 @@ def _document(vocabulary: Vocabulary) -> dict[str, Any]:
         last = max(last, number)
     model["vocab"] = dict(sorted(own.items(), key=lambda item: item[1]))
     if "merges" in model:
-        pairs = [_pair(merge) for merge in model["merges"] or ()]
+        pairs = _merges(model, vocabulary.label)
         kept = [p for p in pairs if all(t in own for t in (*p, "".join(p)))]
-        if len(kept) != len(pairs) or len(kept) != len(vocabulary.document["model"]["merges"]):
+        if len(kept) != len(pairs):
             model["merges"] = [list(pair) for pair in kept]
     return document
 
@@ -393,7 +420,7 @@ def _place_pieces(model: dict[str, Any], vocabulary: Vocabulary) -> None:
 
 def _config(vocabulary: Vocabulary) -> dict[str, Any]:
     """tokenizer_config.json, its tokens being the vocabulary's."""
-    config: dict[str, Any] = json.loads(json.dumps(vocabulary.config))
+    config: dict[str, Any] = _copied(vocabulary.config, vocabulary.label)
     config = config or {"tokenizer_class": "PreTrainedTokenizerFast"}
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = {
@@ -467,7 +494,7 @@ def _put_older(files: Files, folder: Path, place: Path, label: str) -> None:
         kept = {
             key: value
             for key, value in settings.items()
-            if not isinstance(value, str | dict) or key in _HARMLESS or key.endswith("_token")
+            if not isinstance(value, str | dict) or key in HARMLESS or key.endswith("_token")
         }
         (place / name).write_text(json.dumps(kept))
     for name, file in files.items():
@@ -475,25 +502,26 @@ def _put_older(files: Files, folder: Path, place: Path, label: str) -> None:
             (place / name).write_bytes(_bytes(file))
 
 
-def _bytes(file: bytes | Path) -> bytes:
+def _bytes(file: bytes | Path, limit: int = MAX_FILE_BYTES) -> bytes:
     if isinstance(file, bytes):
         return file
     try:
         with open_regular(file) as opened:
-            return opened.read(MAX_FILE_BYTES) or b""
+            return opened.read(limit) or b""
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _object(file: bytes | Path, name: str, label: str) -> dict[str, Any]:
     where = f"{label}/{name}" if isinstance(file, bytes) else str(file)
+    limit = MAX_TOKENIZER_BYTES if name == TOKENIZER else MAX_CONFIG_BYTES
+    data = _bytes(file, limit + 1)
+    if len(data) > limit:
+        raise ModelError(f"{where}: over {limit} bytes; no tokenizer's, download it again")
     try:
-        found = json.loads(_bytes(file))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where}: not valid JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{where}: must hold an object; download it again")
-    return found
+        return as_object(data)
+    except ValueError as error:
+        raise ModelError(f"{where}: {error}; download it again") from None
 
 
 def _listed(value: Any, what: str, label: str) -> list[dict[str, Any]]:
@@ -507,5 +535,22 @@ def _unreadable(label: str, what: str, name: str = TOKENIZER) -> ModelError:
     return ModelError(f"{label}: {name} cannot be read: {what}; download it again")
 
 
-def _dumped(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def _copied(value: Any, label: str) -> Any:
+    with _shallow(label):
+        return json.loads(json.dumps(value))
+
+
+def _dumped(value: Any, label: str) -> bytes:
+    with _shallow(label):
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _shallow(label: str) -> Iterator[None]:
+    """What can be read can be nested too deeply to be written."""
+    try:
+        yield
+    except RecursionError:
+        raise ModelError(
+            f"{label}: its tokenizer's files are nested too deeply; download them again"
+        ) from None

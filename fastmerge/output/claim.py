@@ -77,7 +77,7 @@ def _read(folder: WorkingFolder, name: str, number: int) -> Record:
     for line in (folder.inside / file).read_bytes().split(b"\n")[:-1]:
         try:
             said = json.loads(line)
-        except ValueError:  # blocks that were never written, after a power cut
+        except (ValueError, RecursionError):  # blocks that were never written, after a power cut
             break
         if isinstance(said, list) and len(said) == 2:
             name_, result = said

@@ -35,6 +35,7 @@ from fastmerge.output.place import check_place, check_target, explain, real_targ
 from fastmerge.output.publish import publish
 from fastmerge.output.working import WorkingFolder, beside, inode
 
+_COUNTS = ("parts", "files", "nbytes", "tensors")
 _MOST_NAMED = 8  # parts that are missing, before a count
 
 
@@ -120,7 +121,7 @@ class _Join:
             if now and run.facts.get("showing") == now:
                 if inode(self.old) and inode(self.old) == run.facts.get("aside"):
                     shutil.rmtree(self.old)
-                return Joined(self.target, **run.facts["counts"], results={})
+                return Joined(self.target, **_counts(run), results={})
         return None
 
     def _give_back(self, claim: Claim) -> None:
@@ -174,7 +175,7 @@ class _Join:
                 continue
             folders.append(f"{part_name(number)}.{runs[-1].number:04d}")
             results |= runs[-1].entries
-            kept |= runs[-1].facts.get("kept", {})
+            kept |= _numbers(runs[-1].facts.get("kept", {}), self.folder.path / folders[-1])
         if missing:
             more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise OutputError(
@@ -249,8 +250,20 @@ class _Join:
         sync_folder(self.folder.inside)
 
 
+def _counts(run: Record) -> dict[str, int]:
+    said = run.facts.get("counts")
+    said = said if isinstance(said, dict) else {}
+    return {name: said[name] if type(said.get(name)) is int else 0 for name in _COUNTS}
+
+
+def _numbers(said: Any, where: Path) -> dict[str, int]:
+    if not isinstance(said, dict) or not all(type(value) is int for value in said.values()):
+        raise OutputError(f"{where}.run: is damaged; run that part again (fresh)")
+    return said
+
+
 def _say_shown(claim: Claim, folder: int, joined: Joined) -> None:
-    counts = {name: getattr(joined, name) for name in ("parts", "files", "nbytes", "tensors")}
+    counts = {name: getattr(joined, name) for name in _COUNTS}
     claim.say(showing=folder, counts=counts)
 
 

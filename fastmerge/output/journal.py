@@ -77,7 +77,7 @@ class Journal:
         for line in text.split(b"\n")[:-1]:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not (_is_entry(entry) if found else _is_head(entry)):
                 self.failed = entry == _FAILED

@@ -30,6 +30,7 @@ from fastmerge.output.working import WorkingFolder, beside
 
 PLAN, FILES, MANIFEST, MODEL, FINISH = "plan", "files", "manifest.json", "model", "finish"
 _MAX_BYTES = 1 << 28
+_MAX_INT = 2**63 - 1
 # What may differ between two parts, and how that is said; the first that does is named.
 _DIFFERENCES = {
     "version": "by fastmerge {theirs}, and this is {ours}",
@@ -170,4 +171,50 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
             f"{folder.path / PLAN / MANIFEST}: no '{missing[0]}'; it is damaged, or another "
             "version's: remove the folder and run all parts again"
         )
-    return Manifest(**{each.name: found[each.name] for each in fields(Manifest)})
+    made = Manifest(**{each.name: found[each.name] for each in fields(Manifest)})
+    fault = _fault(made)
+    if fault is not None:
+        raise OutputError(
+            f"{folder.path / PLAN / MANIFEST}: '{fault}' is not what a part writes; it is damaged: "
+            "remove the folder and run all parts again"
+        )
+    return made
+
+
+def _fault(said: Manifest) -> str | None:
+    """What in it no part writes: a name that leads out of the folder, a number that is none."""
+    count = len(said.shards) if isinstance(said.shards, dict) else 0
+    shares = said.shares if isinstance(said.shares, list) else []
+    fits = {
+        "version": isinstance(said.version, str),
+        "parts": _is_number(said.parts) and said.parts == len(shares),
+        "tensors": _is_number(said.tensors),
+        "shards": bool(said.shards)
+        and _are_files(said.shards, "header_sha256")
+        and not any("/" in n for n in said.shards),
+        "shares": all(
+            isinstance(share, list)
+            and len(share) == 2
+            and all(map(_is_number, share))
+            and share[0] <= share[1] <= count
+            for share in shares
+        ),
+        "files": _are_files(said.files, "sha256"),
+        "lineage": isinstance(said.lineage, dict),
+    }
+    return next((key for key, fit in fits.items() if not fit), None)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_INT
+
+
+def _are_files(value: Any, digest: str) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(facts, dict)
+        and _is_number(facts.get("bytes"))
+        and isinstance(facts.get(digest), str)
+        and not {"", ".", ".."} & set(name.split("/"))
+        and "\0" not in name
+        for name, facts in value.items()
+    )

@@ -174,7 +174,11 @@ class Upload:
         )
         try:
             files = json.loads(bytes(got)).get("files")
-        except (ValueError, AttributeError):  # damaged: then nothing is known of what was written
+        except (
+            ValueError,
+            AttributeError,
+            RecursionError,
+        ):  # damaged: then nothing is known of what was written
             return []
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.extras import install
 from fastmerge.methods.noise import normal, uniform, words
 from fastmerge.methods.types import Float64
@@ -28,7 +28,7 @@ from fastmerge.models.model import Model, numbers_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import identity
 from fastmerge.planning.inputs import View
-from fastmerge.planning.loading import one_line, quiet
+from fastmerge.planning.loading import check_own_model, odd, one_line, own_tokenizer, quiet
 from fastmerge.recipe.mixture import Mixture
 from fastmerge.selection import random_key
 from fastmerge.tree.nodes import Made, Stored
@@ -254,9 +254,12 @@ def _tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with own_tokenizer(folder) as own:
+            return transformers.AutoTokenizer.from_pretrained(
+                own, local_files_only=True, trust_remote_code=False
+            )
+    except FastmergeError:
+        raise
     except Exception as error:  # tokenizers raises no other class for a file that it cannot read
         raise ModelError(f"{folder}: has no tokenizer that loads: {one_line(error)}") from error
 
@@ -264,11 +267,13 @@ def _tokenizer(folder: Path) -> Any:
 def _causal(folder: Path) -> Any:
     import transformers
 
+    check_own_model(folder)
     try:
         with quiet(transformers):
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, dtype="auto"
-            )
-    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+                dtype="auto",
+            )  # fmt: skip
+    except odd() as error:
         raise ModelError(f"{folder}: does not load: {one_line(error)}") from error
     return model.eval()

@@ -9,15 +9,28 @@ its own loading report is the verdict. Code from a model's folder is never run.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.extras import install
+from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import classes_of, layer_count
+from fastmerge.models.header import read_object, show
+from fastmerge.models.links import Home
+from fastmerge.models.side_files import is_tokenizer, side_files
+from fastmerge.models.vocabulary import CONFIG as TOKENIZER_CONFIG
+from fastmerge.models.vocabulary import HARMLESS, SPECIALS
 from fastmerge.planning.plan import Plan
+
+_CODE = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
+_MAX_PATH = 4096  # letters that Linux takes; in a longer one nothing lies
 
 
 def check_loading(plan: Plan, *, strict: bool = True) -> None:
@@ -53,7 +66,7 @@ def check_loading(plan: Plan, *, strict: bool = True) -> None:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except _odd() as error:
+        except odd() as error:
             raise ModelError(
                 f"{model_class.__name__} of transformers {transformers.__version__} cannot be made "
                 f"from the merged config.json: {one_line(error)}"
@@ -101,6 +114,7 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     import transformers
     from transformers.models.auto import modeling_auto
 
+    check_runs_nothing(config, "the merged config.json")
     kind = config.get("model_type")
     known = transformers.CONFIG_MAPPING
     if not isinstance(kind, str) or kind not in known:
@@ -110,7 +124,7 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
         )
     try:
         made = known[kind].from_dict(_floats(config))
-    except _odd() as error:
+    except odd() as error:
         raise ModelError(
             f"transformers {transformers.__version__} does not take the merged config.json: "
             f"{one_line(error)}"
@@ -142,6 +156,77 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return found[0], made
 
 
+def check_runs_nothing(config: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedError where transformers would fetch code that a config names, and run it:
+    attention, experts and such by their repository on the Hub. It asks nobody for a leave.
+    """
+    for key, value in config.items():
+        inner: list[Any] = [value]
+        if isinstance(value, Mapping):
+            check_runs_nothing(value, where)
+            inner = list(value.values())  # one for each part of a model
+        own = inner if key.endswith(_CODE) else []
+        named = next((one for one in own if isinstance(one, str) and "/" in one), None)
+        if named is not None:
+            raise UnsupportedError(
+                f"{where}: {show(key)} names code on the Hub, {show(named)}, which would run; "
+                "remove that line"
+            )
+
+
+def check_own_model(folder: Path) -> None:
+    """Raises FastmergeError where transformers would not load the weights of ``folder`` alone: for
+    a link out of it, code on the Hub, or an adapter, whose base it loads in their place.
+    """
+    side_files(folder)
+    if os.path.lexists(folder / ADAPTER_CONFIG):
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: sends transformers to the base that it names, in place of "
+            "this model; remove it"
+        )
+    place = folder / "config.json"
+    check_runs_nothing(read_object(Home(folder).inside(place)), str(place))
+
+
+@contextlib.contextmanager
+def own_tokenizer(folder: Path) -> Iterator[Path]:
+    """Where transformers makes the tokenizer of ``folder`` from its own files alone: there, or,
+    where its settings name files elsewhere ("vocab" is opened wherever it leads), in a copy that
+    does not. Raises ModelError for links out of the folder.
+    """
+    files, home = side_files(folder), Home(folder)
+    said = {
+        name: read_object(home.inside(folder / name))
+        for name in (TOKENIZER_CONFIG, SPECIALS, "config.json")
+        if (folder / name).exists()
+    }
+    kept = {
+        name: {key: value for key, value in found.items() if not _names_a_file(key, value)}
+        for name, found in said.items()
+    }
+    if kept == said:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fastmerge-tokenizer-") as place:
+        for name, file in files.items():
+            if is_tokenizer(name) and "/" not in name:
+                data = file if isinstance(file, bytes) else file.read_bytes()
+                Path(place, name).write_bytes(data)
+        for name, found in kept.items():
+            Path(place, name).write_text(json.dumps(found))
+        yield Path(place)
+
+
+def _names_a_file(key: str, value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_names_a_file(inner, each) for inner, each in value.items())
+    if isinstance(value, list):
+        return any(_names_a_file(key, each) for each in value)
+    if not isinstance(value, str) or key in HARMLESS or key.endswith(("_token", "template")):
+        return False
+    return len(value) < _MAX_PATH and os.path.lexists(value)
+
+
 def _floats(value: Any) -> Any:
     """``value`` with floats for the infinities and NaN that transformers 5 writes as mappings."""
     if isinstance(value, Mapping):
@@ -151,7 +236,7 @@ def _floats(value: Any) -> Any:
     return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
-def _odd() -> tuple[type[Exception], ...]:
+def odd() -> tuple[type[Exception], ...]:
     """What config and model classes raise for values that they do not take."""
     from huggingface_hub.errors import StrictDataclassError
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fastmerge.search.figures import BASELINE, DEGRADE, OTHER, RETRACE, heat_png, new_figure, png
+from fastmerge.search.figures import (
+    BASELINE,
+    DEGRADE,
+    OTHER,
+    RETRACE,
+    heat_png,
+    label,
+    new_figure,
+    png,
+)
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.result import Result
@@ -44,14 +53,12 @@ def trajectory_png(trajectory: Trajectory) -> bytes:
             zorder=2,
         )
     for number, scores in sorted(trajectory.models.items()):
-        # Between two dollar signs matplotlib reads formulas.
-        label = trajectory.schedule.labels[number].replace("$", r"\$")
         axes.axhline(
             scores.value,
             color=BASELINE if number == 0 else OTHER,
             linestyle="--" if number == 0 else (0, (1, 1 + number)),
             linewidth=1,
-            label=f"{label} ({scores.value:.1f})",
+            label=f"{label(trajectory.schedule.labels[number])} ({scores.value:.1f})",
         )
     for marker, color, text in (("v", DEGRADE, "degrade"), ("^", RETRACE, "retrace")):
         axes.plot([], [], marker=marker, color=color, label=text)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmerge.errors import ResourceError
+from fastmerge.errors import ResourceError, printable
 from fastmerge.extras import install
+from fastmerge.limits import MAX_LABEL_LETTERS
 from fastmerge.models.architecture import layer_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def comparison_png(lines: Sequence[Line], split: str) -> bytes:
         for other in line.row.repeats:
             axes.plot(other, place, "|", color=OTHER, markersize=8)
     axes.axvline(lines[0].value, color=RETRACE, linewidth=1, alpha=0.5)
-    axes.set_yticks(range(len(lines)), [line.row.name for line in reversed(lines)])
+    axes.set_yticks(range(len(lines)), [label(line.row.name) for line in reversed(lines)])
     score = "score" if lines[0].scores.perplexity is None else "100 / perplexity"
     axes.set_xlabel(f"{split} {score}, % (95 % bootstrap interval over items)")
     return png(figure)
@@ -69,7 +70,7 @@ def budget_png(lines: Sequence[Line], baseline: float) -> bytes:
             color=RETRACE if is_walk else None,
             linewidth=2.5 if is_walk else 1.2,
             zorder=3 if is_walk else 2,
-            label=line.row.name,
+            label=label(line.row.name),
         )
     axes.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1, label="baseline")
     axes.set_xlabel("candidates measured on all items")
@@ -102,14 +103,14 @@ def spent_png(
             so_far.append(shown(best))
             is_perplexity = is_perplexity or scores.perplexity is not None
         color = RETRACE if len(searches) == 1 else None
-        axes.step(spent, so_far, where="post", color=color, linewidth=2, label=name)
+        axes.step(spent, so_far, where="post", color=color, linewidth=2, label=label(name))
         if len(searches) == 1:
             own = [shown(scores) for _, scores in known]
             axes.plot(spent, own, ".", color=OTHER, markersize=4, label="candidates")
     for number, (name, scores) in enumerate(levels.items()):
         color = BASELINE if number == 0 else OTHER
         style = "--" if number == 0 else (0, (1, 1 + number))
-        axes.axhline(shown(scores), color=color, linestyle=style, linewidth=1, label=name)
+        axes.axhline(shown(scores), color=color, linestyle=style, linewidth=1, label=label(name))
     axes.set_xlabel(f"{unit} spent")
     title = "perplexity of the best so far" if is_perplexity else "best steering score so far, %"
     axes.set_ylabel(title)
@@ -136,7 +137,7 @@ def by_layer(names: Sequence[str], factors: Float64) -> tuple[list[str], Float64
 def heat_png(names: Sequence[str], factors: Float64, labels: Sequence[str]) -> bytes:
     """Coefficients (tensors, models) by layer and model."""
     titles, means = by_layer(names, factors)
-    models = [label.replace("$", r"\$") for label in labels]
+    models = [label(text) for text in labels]
     figure, axes = new_figure(max(4.0, 1.5 + 0.3 * len(titles)), 1.2 + 0.4 * len(models))
     most = max(1.0, float(np.abs(means[np.isfinite(means)]).max(initial=0.0)))
     shown = axes.imshow(means.T, aspect="auto", cmap="RdBu", vmin=-most, vmax=most)
@@ -145,6 +146,15 @@ def heat_png(names: Sequence[str], factors: Float64, labels: Sequence[str]) -> b
     axes.set_xlabel("layer")
     figure.colorbar(shown, ax=axes, label="coefficient")
     return png(figure)
+
+
+def label(text: str) -> str:
+    """A name of somebody's in a picture: one line of bounded length, shown as it is."""
+    plain = printable(text)
+    if len(plain) > MAX_LABEL_LETTERS:
+        plain = f"{plain[: MAX_LABEL_LETTERS - 3]}..."
+    # Between two dollar signs matplotlib reads formulas; what begins with _ it leaves out of keys.
+    return ("\N{ZERO WIDTH SPACE}" if plain.startswith("_") else "") + plain.replace("$", r"\$")
 
 
 def require() -> None:

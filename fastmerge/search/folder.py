@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError, argument
-from fastmerge.evaluation.journal import Journal, write_atomically
+from fastmerge.evaluation.journal import Journal, check_own, write_atomically
 from fastmerge.evaluation.weights import SCORED
 from fastmerge.output.place import explain
 
@@ -38,6 +38,7 @@ def prepare(
 
 def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, resume: bool) -> int:
     path = out / HEADER_FILE
+    check_own(out, HEADER_FILE)
     if not resume and _holds_no_result(out):
         # It failed before its first result: who repeats it, mended or not, wants it to run. With
         # its seed where it is the same run, which may be at work.
@@ -52,7 +53,7 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
         try:
             found = json.loads(path.read_text())
             recorded = int(found.pop("seed"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise OutputError(f"{path}: is damaged; give a new folder") from None
         if found != header:
             what = next(key for key in header if found.get(key) != header[key])
@@ -86,5 +87,5 @@ def _recorded(path: Path) -> dict[str, Any] | None:
     """A run's header without its seed; None where it is damaged."""
     try:
         return {key: value for key, value in json.loads(path.read_text()).items() if key != "seed"}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge.errors import OutputError
-from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.output.place import explain
 from fastmerge.planning.plan import Plan
@@ -44,17 +45,14 @@ def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None
     """Writes float64 (n, n) matrices by tensor to ``path``, whole or not at all, for the models of
     ``template``. Raises OSError where it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}")
+    file = io.BytesIO()
+    np.savez(
+        file,
+        key=np.array(_gram_key(template)),
+        names=np.array(list(grams)),
+        grams=np.stack(list(grams.values())),
+    )
     try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                key=np.array(_gram_key(template)),
-                names=np.array(list(grams)),
-                grams=np.stack(list(grams.values())),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, file.getvalue())
     except OSError as error:
         raise explain(error, path) from error

@@ -19,7 +19,7 @@ from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError, argument
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.evaluators import Measure, same_scorer
-from fastmerge.evaluation.journal import digest, write_atomically
+from fastmerge.evaluation.journal import check_own, digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import Scorer, Scoring
 from fastmerge.evaluation.scores import Scores, none
@@ -385,6 +385,7 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
     if not out.exists() or not any(out.iterdir()):
         return {}
+    check_own(out, FILE)
     begun = (out / FILE).is_file()
     if not begun and resume:
         raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
@@ -409,7 +410,7 @@ def _table(file: Path, out: Path) -> tuple[str, dict[float, Point]]:
         table = json.loads(file.read_text())
         points = {entry["t"]: _point(entry, out) for entry in table["points"]}
         key = table["key"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OutputError(f"{file}: is damaged; use another folder") from None
     gone = {t: replace(p, out=None) for t, p in points.items() if p.out and not p.out.is_dir()}
     return key, {t: p for t, p in {**points, **gone}.items() if p.scores or p.out}
