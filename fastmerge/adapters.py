@@ -18,7 +18,7 @@ from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.engine.extract import Found, extract
 from fastmerge.engine.merge_adapters import merge_adapter_plan
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, brief, is_whole
+from fastmerge.errors import FastmergeError, argument, brief, is_whole
 from fastmerge.models import hub
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.planning.adapters import plan_adapters
@@ -202,7 +202,7 @@ def plan_extract_lora(
 
 def _rank(rank: int | None, max_rank: int | None) -> int:
     if (rank is None) == (max_rank is None):
-        raise FastmergeError("rank: give it or max_rank, and not both")
+        raise FastmergeError(f"{argument('rank')}: give it or {argument('max_rank')}, and not both")
     if rank is not None:
         return _count(rank, "rank", 1, 1 << 20)
     return _count(max_rank, "max_rank", 1, 1 << 20)

@@ -16,7 +16,15 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
 from fastmerge.engine.in_memory import as_numbers, materialise_plan
 from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, UnsupportedError, brief, enough_memory, is_whole
+from fastmerge.errors import (
+    MODELS_ALONE,
+    FastmergeError,
+    UnsupportedError,
+    brief,
+    enough_memory,
+    in_words,
+    is_whole,
+)
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
@@ -286,7 +294,15 @@ def fold(
     Raises FastmergeError, before anything is written where the adapter is not for this base.
     """
     names = [str(a_path(value, name)) for value, name in ((base, "base"), (adapter, "adapter"))]
-    return merge(fold_recipe(*names, dtype=dtype), out, **options)
+    with in_words(FOLDING):
+        return merge(fold_recipe(*names, dtype=dtype), out, **options)
+
+
+# What errors say where base and adapter are arguments.
+FOLDING = {
+    **MODELS_ALONE,
+    r"; name it behind its base: .*": "; give the base first, then the adapter",
+}
 
 
 def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[str, Any]:

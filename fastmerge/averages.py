@@ -16,7 +16,7 @@ from typing import Any
 from fastmerge import api
 from fastmerge.arguments import a_list, a_path, a_text
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, brief, enough_memory, is_whole
+from fastmerge.errors import MODELS_ALONE, FastmergeError, brief, enough_memory, in_words, is_whole
 from fastmerge.models.series import check_order, ema_weights, find_series
 
 Models = str | Path | Sequence[str | Path]
@@ -47,7 +47,8 @@ def average(
     recipe = average_recipe(
         models, weights=weights, last=last, ema=ema, pattern=pattern, dtype=dtype
     )
-    return api.merge(recipe, out, **options)
+    with in_words(MODELS_ALONE):
+        return api.merge(recipe, out, **options)
 
 
 def average_recipe(

@@ -16,7 +16,7 @@ classes; no message is promised to stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from reprlib import Repr
@@ -102,6 +102,26 @@ def argument(name: str, value: object = None) -> str:
         return name if value is None else f"{name}={value!r}"
     option = f"--{name.replace('_', '-')}"
     return option if value is None or value is True else f"{option} {value}"
+
+
+@contextmanager
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Within it, errors of a recipe that a function made are in its caller's words: ``words`` has
+    what to say for each regular expression.
+    """
+    try:
+        yield
+    except FastmergeError as error:
+        said = str(error)
+        for pattern, own in words.items():
+            said = re.sub(pattern, own, said)
+        if said == str(error):
+            raise
+        raise type(error)(said) from error.__cause__
+
+
+# Of recipes that hold models alone.
+MODELS_ALONE = {r"^recipe\.models\[\d+\]\.model: ": ""}
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from fastmerge import _C, live
 from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.engine.executor import Local
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief, in_words
 from fastmerge.methods import Parameter, find
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.memory import (
@@ -103,11 +103,23 @@ def merge_state_dicts(
         for entry, key in zip(recipe["models"], given, strict=True):
             if key in own:
                 entry["parameters"][name] = own[key]
-    plan = of_state_dicts(recipe, merged, seed)
+    with in_words(_WORDS):
+        plan = of_state_dicts(recipe, merged, seed)
     result = _run(plan, list(opened.values()), out, threads)
     if out is None:
         return {name: result[twins.get(name, name)] for name in common}
     return out
+
+
+# What a message says of the recipe that is made of the arguments, and what of these.
+_WORDS = {
+    r"^recipe\.parameters\.[^:]*: ": "parameters: ",
+    r"^recipe(\.[^:]*)?: ": "",
+    r"; give it (in the model's 'parameters:' or for all at the top|under 'parameters:')": (
+        "; give it in parameters="
+    ),
+    r"needs a 'base_model:'": "needs base=",
+}
 
 
 # ---------------------------------------------------------------- what is asked

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastmerge
-from fastmerge import extras
+from fastmerge import extras, ops
 from fastmerge.cli import main
 from fastmerge.cli.change_map import change_map
 from fastmerge.errors import FastmergeError, nearest
@@ -272,6 +272,102 @@ def test_a_plan_shows_each_models_weight(pair, tmp_path, capsys) -> None:
     assert inside[0]["values"][f"density of {chat}"] == pytest.approx(0.25)
     assert inside[-1]["values"][f"density of {chat}"] == pytest.approx(1)
     assert "normalize" not in inside[0]["values"]  # the same everywhere
+
+
+def test_a_plan_shows_the_ends_of_a_gradient(pair, tmp_path, capsys) -> None:
+    """t of 0 and 1 leave a copy: its layers are shown beside the others."""
+    base, chat = pair
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {base}}}, {{model: {chat}}}]\n"
+        "parameters:\n  t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]\ndtype: bfloat16\n"
+    )
+    assert run("plan", recipe, "--json") == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    mlp = [row for row in values if "mlp.up_proj" in row["tensors"]]
+    assert [row["layers"] for row in mlp] == [[n, n] for n in range(11)]
+    assert mlp[0]["values"] == {"copy": str(base)} and mlp[-1]["values"] == {"copy": str(chat)}
+
+
+def test_a_plan_shows_a_stack(pair, tmp_path, capsys) -> None:
+    base, _ = pair
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        "merge_method: passthrough\nslices:\n"
+        f"- sources: [{{model: {base}, layer_range: [0, 4]}}]\n"
+        f"- sources: [{{model: {base}, layer_range: [2, 6]}}]\n"
+    )
+    assert run("plan", recipe, "--json") == 0
+    rows = {tuple(r["layers"]): r["values"] for r in json.loads(capsys.readouterr().out)["values"]}
+    assert rows[0, 3] == {"copy": str(base)} and rows[4, 7] == {"copy": f"{base}, layer -2"}
+    out = tmp_path / "out"
+    assert run("merge", recipe, out) == 0
+    said = json.loads((out / "fastmerge.json").read_text())["tensors"]
+    moved = said["model.layers.5.mlp.up_proj.weight"]
+    assert moved["copy"] == base.name
+    assert moved["tensors"] == {base.name: ["model.layers.3.mlp.up_proj.weight"]}
+    assert "tensors" not in said["model.layers.1.mlp.up_proj.weight"]
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("merge", "--thread=3", "a", "b"), "did you mean --threads?"),
+        (("--verison",), "no option '--verison'; did you mean '--version'?"),
+        (("merge", "a"), "'fastmerge merge --help' says what it takes"),
+        (("methods", "svd"), "fastmerge methods --adapters svd"),
+        (("extract-lora", "a", "b", "c"), "--rank: give it or --max-rank, and not both"),
+    ],
+)
+def test_a_mistake_in_a_command_is_one_line(words, said, capsys) -> None:
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_help_is_a_command(capsys) -> None:
+    assert run("help") == 0
+    assert "COMMAND ..." in capsys.readouterr().out
+    assert run("help", "merge") == 0
+    assert "usage: fastmerge merge" in capsys.readouterr().out
+
+
+def test_errors_are_in_the_words_of_the_call(pair, tmp_path, monkeypatch, capsys) -> None:
+    base, chat = pair
+    monkeypatch.chdir(base.parent)
+    assert run("average", base.name, f"{chat.name}s", "-o", tmp_path / "x") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {chat.name}s: not a local folder")
+    assert error.rstrip().endswith(f"did you mean ./{chat.name}?")
+    weights = {"a": {"w": np.ones((2, 2), np.float32)}, "b": {"w": np.ones((2, 2), np.float32)}}
+    with pytest.raises(FastmergeError, match=r"^linear needs 'weight' .* give it in parameters=$"):
+        fastmerge.merge_state_dicts(weights, "linear")
+    with pytest.raises(FastmergeError, match=r"^slerp needs base="):
+        fastmerge.merge_state_dicts(weights, "slerp")
+    with pytest.raises(FastmergeError, match="dare_linear draws at random: give it a seed"):
+        ops.merge(
+            "dare_linear",
+            [weights["a"]["w"]] * 2,
+            base=weights["b"]["w"],
+            parameters={"weight": 1, "density": 1},
+        )
+
+
+@pytest.mark.parametrize("first", ["gram", "models", "entries", "tensors"])
+def test_what_a_method_of_ones_own_raises_is_one_line(first) -> None:
+    from fastmerge.methods.register import unregister
+
+    exec(f"def faulty({first}):\n    return gone", scope := {})
+    fastmerge.method(version="1")(scope["faulty"])
+    x = np.ones(8, np.float32)
+    try:
+        with pytest.raises(FastmergeError, match=r"^method faulty failed: NameError: name 'gone'"):
+            ops.merge("faulty", [x, 2 * x], base=x if first == "models" else None)
+    finally:
+        unregister("faulty")
 
 
 # ---------------------------------------------------------------- shells

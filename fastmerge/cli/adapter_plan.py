@@ -36,7 +36,9 @@ def show_adapter_plan(plan: AdapterMerge, out: Path | None, *, overwrite: bool, 
         ("write", format_bytes(found["bytes_out"])),
     ]
     if found["seed"] is not None:
-        rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
+        rows.append(
+            ("seed", f"{found['seed']}{' (follows from the recipe)' * found['seed_derived']}")
+        )
     pairs([*rows, *(("note", note) for note in found["notes"])])
 
 

@@ -39,12 +39,16 @@ def run(words: Sequence[str]) -> None:
     try:
         if first == "--version":
             put(f"{PROGRAM} {__version__}")
-        elif first in ("-h", "--help"):
+        elif first in ("-h", "--help", "help") and not set(words[1:]) & COMMANDS.keys():
             _help()
+        elif first == "help":
+            parse(COMMANDS[next(word for word in words if word in COMMANDS)], ["--help"], PROGRAM)
         elif first in ABSENT:
             fail(f"{first}: {ABSENT[first]}", MISTAKE)
         elif first not in COMMANDS:
-            fail(f"no command '{first}'; {nearest(first, COMMANDS)}", MISTAKE)
+            known = ("--version", "--help") if first.startswith("-") else COMMANDS
+            what = "option" if first.startswith("-") else "command"
+            fail(f"no {what} '{first}'; {nearest(first, known, limit=len(COMMANDS))}", MISTAKE)
         else:
             function = COMMANDS[first]
             code = function(**parse(function, words[1:], PROGRAM, ELSEWHERE.get(first)))

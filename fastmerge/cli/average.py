@@ -20,7 +20,7 @@ from fastmerge.cli.merge import (
     run_merge,
 )
 from fastmerge.cli.options import Argument, Option
-from fastmerge.errors import FastmergeError, brief
+from fastmerge.errors import MODELS_ALONE, FastmergeError, brief, in_words
 
 
 @command
@@ -64,7 +64,8 @@ def average(
         models, weights=_numbers(weights), last=last, ema=ema, pattern=pattern,
         dtype=None if dtype is Dtype.base else dtype.value,
     )  # fmt: skip
-    decided = (api.check if check else api.plan)(recipe)
+    with in_words(MODELS_ALONE):
+        decided = (api.check if check else api.plan)(recipe)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
     options |= {"part": chosen, "cluster": cluster}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastmerge.cli.app import Json, Quiet, Threads, command
 from fastmerge.cli.merge import Check, Device, Io, MaxShardSize, MemoryLimit, limits_of, run_merge
 from fastmerge.cli.options import Argument, Option
+from fastmerge.errors import in_words
 
 
 class Dtype(str, Enum):
@@ -43,7 +44,8 @@ def fold(
 
     limits = limits_of(memory_limit, max_shard_size)
     recipe = api.fold_recipe(base, adapter, dtype=None if dtype is Dtype.base else dtype.value)
-    decided = (api.check if check else api.plan)(recipe)
+    with in_words(api.FOLDING):
+        decided = (api.check if check else api.plan)(recipe)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}
     run_merge(decided, out, f"folding to {out.name or out}", options, quiet=quiet, json=json)

@@ -270,7 +270,9 @@ def plan(
         share += f"read {format_bytes(own['bytes_in'])}, write {format_bytes(own['bytes_out'])}"
         rows.append((f"part {chosen}", share))
     if found["seed"] is not None:
-        rows.append(("seed", f"{found['seed']}{' (from the recipe)' * found['seed_derived']}"))
+        rows.append(
+            ("seed", f"{found['seed']}{' (follows from the recipe)' * found['seed_derived']}")
+        )
     everywhere = all(row.values == by_layer[0].values for row in by_layer)
     if everywhere and by_layer and by_layer[0].values:  # without a table, whose library takes 17 ms
         heads, values = _heads(list(by_layer[0].values)), by_layer[0].values.values()

@@ -71,8 +71,13 @@ def methods(
 
 def _of_models(name: str | None) -> Sequence[Method]:
     from fastmerge.methods import METHODS, find, load
+    from fastmerge.methods.adapters import ADAPTER_METHODS
 
     load()
+    if name in ADAPTER_METHODS and name not in METHODS:
+        raise RecipeError(
+            f"methods: '{name}' merges adapters alone; run: {PROGRAM} methods --adapters {name}"
+        )
     return [*METHODS.values()] if name is None else [find(name, "methods")]
 
 

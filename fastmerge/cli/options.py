@@ -14,9 +14,9 @@ import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from fastmerge.errors import shortened
+from fastmerge.errors import FastmergeError, near_miss, shortened
 
 
 class Argument:
@@ -47,6 +47,18 @@ class Option:
         self.either, self.count, self.many, self.several = either, count, many, several
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose faults are one line, with the option that a misspelt one is nearest to."""
+
+    def error(self, message: str) -> NoReturn:
+        first, _, rest = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in rest.split() if word.startswith("-")]
+        known = self._option_string_actions
+        close = near_miss(flags[0], known) if flags and not first else None
+        hint = f"did you mean {close}?" if close else f"'{self.prog} --help' says what it takes"
+        raise FastmergeError(f"{message}; {hint}")
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """What the command is called on the command line."""
     return function.__name__.replace("_", "-")
@@ -58,9 +70,9 @@ def parse(
     program: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of ``function`` in ``words``; ends the process where they are wrong (exit code
-    2, after the usage) or ask for help (0). ``elsewhere``: flags of other tools' commands, each
-    with what to write instead.
+    """The arguments of ``function`` in ``words``; raises FastmergeError where they are wrong, ends
+    the process where they ask for help (exit code 0). ``elsewhere``: flags of other tools'
+    commands, each with what to write instead.
     """
     parser = _parser(function, program)
     for word in words:
@@ -82,8 +94,8 @@ def flags_of(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _parser(function: Callable[..., Any], program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(function: Callable[..., Any], program: str) -> Parser:
+    parser = Parser(
         prog=f"{program} {name_of(function)}",
         description=inspect.getdoc(function),
         allow_abbrev=False,

@@ -14,7 +14,15 @@ import numpy as np
 
 from fastmerge.errors import FastmergeError, RecipeError, brief, nearest
 from fastmerge.methods.register import register
-from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Factors, Function, Terms
+from fastmerge.methods.shapes import (
+    Combination,
+    Consensus,
+    Elementwise,
+    Factors,
+    Function,
+    Terms,
+    called,
+)
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Base, Float64, Method, Parameter, Values
 
@@ -113,7 +121,7 @@ def _row(
 
     def call(what: Any, *base_if_any: Any, values: Values, operands: Sequence[Values]) -> Any:
         own = {n: tuple(each[n] for each in operands) for n in per_model}
-        return function(what, *base_if_any, **{**values, **own})
+        return called(name, lambda: function(what, *base_if_any, **{**values, **own}))
 
     common: dict[str, Any] = {
         "name": name,

@@ -234,15 +234,15 @@ def per_model(method: Method, values: Values, operands: Sequence[Values]) -> dic
     return given
 
 
-def called(method: Method, function: Callable[[], R]) -> R:
-    """What foreign code returns; raises FastmergeError with the method's name where it fails."""
+def called(name: str, function: Callable[[], R]) -> R:
+    """What foreign code of the method ``name`` returns; raises FastmergeError where it fails."""
     try:
         return function()
     except FastmergeError:
         raise
     except Exception as error:  # whatever foreign code may raise
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise FastmergeError(f"method {method.name} failed: {said}") from error
+        raise FastmergeError(f"method {name} failed: {said}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ class Elementwise(Method):
         each, base = inputs(len(operands))
         given = per_model(self, values, operands)
         return called(
-            self,
+            self.name,
             lambda: compiled(self.function(base if has_base else None, each, given), len(each)),
         )
 
@@ -330,7 +330,7 @@ class Function(Method):
         given = per_model(self, values, operands)
         if self.random:
             given["rng"] = np.random.default_rng(key)
-        made = called(self, lambda: np.asarray(self.function(base, tensors, given)))
+        made = called(self.name, lambda: np.asarray(self.function(base, tensors, given)))
         if made.shape != tensors[0].shape or made.dtype.kind not in "fiub":
             raise FastmergeError(
                 f"method {self.name} returned {made.dtype} {list(made.shape)} for tensors of "

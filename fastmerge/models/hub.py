@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmerge.errors import ModelError, ResourceError, first_sentences
+from fastmerge.errors import ModelError, ResourceError, first_sentences, near_miss
 from fastmerge.extras import install
 from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 
@@ -67,9 +67,18 @@ def resolve(
         reason = first_sentences(str(error)) or type(error).__name__
         raise ModelError(
             f"{reference}: not a local folder, and the Hub did not provide it "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason}){_near_here(reference)}"
         ) from error
     return Path(found)
+
+
+def _near_here(reference: str) -> str:
+    """The folder here that a reference is most likely a misspelling of, as a hint."""
+    try:
+        near = near_miss(reference, [place.name for place in Path().iterdir() if place.is_dir()])
+    except OSError:  # a working folder that is gone, or that others may not list
+        return ""
+    return f"; did you mean ./{near}?" if near else ""
 
 
 def is_remote(reference: str) -> bool:

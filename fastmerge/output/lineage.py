@@ -11,8 +11,9 @@ from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.models.side_files import LINEAGE_FILE as LINEAGE_FILE
 from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.provenance import names, provenance
+from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, leaves
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -38,9 +39,21 @@ def _foreign(plan: Plan) -> dict[str, str]:
     return {"fastmerge_methods": ", ".join(sorted(m.identity for m in methods))} if methods else {}
 
 
-def tensor_lineage(outcome: Outcome, called: Sequence[str]) -> dict[str, Any]:
-    """What one tensor's result followed from, in plain values; ``called`` names the models."""
+def tensor_lineage(item: TensorPlan, outcome: Outcome, called: Sequence[str]) -> dict[str, Any]:
+    """What one tensor's result followed from, in plain values; ``called`` names the models.
+
+    ``copy``: the model whose tensor it is; ``tensors``: the names of tensors that models have under
+    another, as where layers were moved.
+    """
     lines: dict[str, Any] = {}
+    if isinstance(item.root, Stored):
+        lines["copy"] = called[item.root.model]
+    elsewhere = [source for source in leaves((item.root,)) if source.name != item.name]
+    if elsewhere:
+        lines["tensors"] = {
+            called[model]: [source.name for source in elsewhere if source.model == model]
+            for model in dict.fromkeys(source.model for source in elsewhere)
+        }
     if outcome.coefficients is not None:
         lines["coefficients"] = {
             called[source.model]: value if math.isfinite(value) else None

@@ -226,7 +226,7 @@ class ModelFolder:
         return self._writer.parts(item.name)
 
     def computed(self, item: TensorPlan, outcome: Outcome) -> None:
-        said = tensor_lineage(outcome, self._names)
+        said = tensor_lineage(item, outcome, self._names)
         for part in item.written:
             if self._writer.wants(part.name):
                 self._writer.computed(part.name, said)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastmerge.models.architecture import layer_of
 from fastmerge.planning.inputs import TensorPlan
-from fastmerge.tree.nodes import Leaf, Merge, Node
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored
 
 _ALWAYS = ("t", "weight", "density", "scale")  # shown also where they are the same everywhere
 _MOST_KINDS = 4  # named, before a count
@@ -15,7 +15,8 @@ _MOST_KINDS = 4  # named, before a count
 
 class Row(NamedTuple):
     """Tensors of some kinds in layers ``first`` to ``last`` (None: outside of layers) that have the
-    same values. ``values``: by parameter, of a per-model one ``weight of chat``.
+    same values. ``values``: by parameter, of a per-model one ``weight of chat``; ``copy``: the
+    model that they are copied from, and how far its layer lies from theirs.
     """
 
     first: int | None
@@ -41,19 +42,21 @@ class Row(NamedTuple):
 
 
 def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[Row]:
-    """The values of every merged tensor: kinds of tensors that have the same in every layer are one
-    row, for as many layers as they stay the same. ``references``: the plan's models. Of documents
-    that name each other, those of the last.
+    """The values of every tensor that is merged or copied, where any is merged or moved: kinds of
+    tensors that have the same in every layer are one row, for as many layers as they stay the same.
+    ``references``: the plan's models. Of documents that name each other, those of the last.
     """
     kinds: dict[str, dict[int | None, Mapping[str, Any]]] = {}
     for tensor in tensors:
-        if not isinstance(tensor.root, Merge):
+        if isinstance(tensor.root, Merge):
+            values = _values(tensor.root, references)
+        elif isinstance(tensor.root, Stored) and tensor.dtype.mergeable:
+            values = {"copy": _copied(tensor.root, tensor.name, references)}
+        else:
             continue
         layer = layer_of(tensor.name)
         kind = layer.rest if layer else tensor.name
-        kinds.setdefault(kind.removesuffix(".weight"), {})[layer.number if layer else None] = (
-            _values(tensor.root, references)
-        )
+        kinds.setdefault(kind.removesuffix(".weight"), {})[layer.number if layer else None] = values
     constant = _constant([values for layers in kinds.values() for values in layers.values()])
     alike: dict[Any, list[str]] = {}
     for kind, layers in kinds.items():
@@ -75,6 +78,13 @@ def _values(merge: Merge, references: Sequence[str]) -> dict[str, Any]:
         for name, value in own.items():
             found[f"{name} of {_called(node, references)}"] = value
     return found
+
+
+def _copied(source: Stored, name: str, references: Sequence[str]) -> str:
+    model = references[source.model]
+    layer, own = layer_of(name), layer_of(source.name)
+    moved = own.number - layer.number if layer and own else 0
+    return f"{model}, layer {moved:+d}" if moved else model
 
 
 def _called(node: Node, references: Sequence[str]) -> str:
