@@ -289,6 +289,23 @@ def test_a_plan_shows_the_ends_of_a_gradient(pair, tmp_path, capsys) -> None:
     assert mlp[0]["values"] == {"copy": str(base)} and mlp[-1]["values"] == {"copy": str(chat)}
 
 
+def test_an_entry_that_is_never_reached_is_a_note(pair, tmp_path, capsys) -> None:
+    base, chat = pair
+    recipe = tmp_path / "r.yml"
+    head = (
+        f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {base}}}, {{model: {chat}}}]\n"
+    )
+    for rules, unreached in (
+        ("[{value: 0.5}, {filter: mlp, value: 1}]", 1),
+        ("[{filter: mlp, value: 1}, {filter: mlp.up_proj, value: 0.2}, {value: 0.5}]", 1),
+        ("[{filter: mlp.up_proj, value: 1}, {filter: mlp, value: 0.2}, {value: 0.5}]", 0),
+    ):
+        recipe.write_text(f"{head}parameters:\n  t: {rules}\ndtype: bfloat16\n")
+        assert run("plan", recipe, "--json") == 0
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        assert sum("is never reached" in note for note in notes) == unreached
+
+
 def test_a_plan_shows_a_stack(pair, tmp_path, capsys) -> None:
     base, _ = pair
     recipe = tmp_path / "r.yml"

@@ -528,6 +528,12 @@ class Planner:
         for text, where in rules.items():
             if not any(text in n for part in parts for i in part.inputs for n in i.view.tensors):
                 self.note(f"{where}: filter '{text}' matches no tensor")
+        for section in document.sections():
+            for setting in section.parameters.values():
+                for number, rule in enumerate(setting.rules):
+                    if any(rule.within(earlier) for earlier in setting.rules[:number]):
+                        self.note(f"{rule.where}: is never reached: the first entry that fits "
+                                  "counts, and one before it fits all that this fits")  # fmt: skip
 
 
 # ---------------------------------------------------------------- refusals

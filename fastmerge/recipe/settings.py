@@ -26,6 +26,10 @@ class Rule(NamedTuple):
     def matches(self, tensor: str) -> bool:
         return self.filter is None or self.filter in tensor
 
+    def within(self, other: Rule) -> bool:
+        """Whether ``other`` matches every tensor that this does."""
+        return other.filter is None or (self.filter is not None and other.filter in self.filter)
+
 
 @dataclass(frozen=True)
 class Setting:
