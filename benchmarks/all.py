@@ -35,6 +35,17 @@ def _both(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}{suffix}" for name in names for suffix in (".json", ".md"))
 
 
+def _only(names: str) -> str:
+    return "".join(f" --only {name}" for name in names.split())
+
+
+# Of these a thousand tries take a minute, of a header a second: each has its own run.
+KINDS = (
+    "adapter tokenizer pieces tokenizer_config space mixture evaluated lineage manifest part "
+    "journal"
+)
+ROOMS = "parts average fold mixture"  # what is merged in other ways than a recipe's in one go
+
 PRESETS = (
     Preset("merge_model.py --size 1.1b --repeat 5", _both("merge_model-1.1b")),
     Preset("picture.py", ()),  # of merge_model-1.1b
@@ -55,7 +66,9 @@ PRESETS = (
     Preset("scale.py", ("scale.txt",), True),
     Preset("mergekit_tests/run.py", ("mergekit_tests.txt",), True),
     Preset("fuzz.py --headers 1000000 --save", _both("fuzz")),
+    Preset("fuzz.py --seconds 600 --save" + _only(KINDS), _both("fuzz-kinds")),
     Preset("faults.py --sample 22 --save", _both("faults")),
+    Preset("faults.py --sample 22 --save" + _only(ROOMS), _both("faults-rooms")),
     Preset(
         "sanitize.py --save",
         _both("sanitize", "sanitize-address", "sanitize-undefined", "sanitize-thread"),

@@ -40,6 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuzz_seeds import MIXTURE, llama
+
 FILES, MEMORY, THREADS = 1 | 2, 4, 8  # kinds of points, as in faults.c
 WAYS = {  # kinds of points, what happens there, and whether later ones fail too
     "no space": (FILES, errno.ENOSPC, False),
@@ -296,6 +298,26 @@ def write_model(folder: Path, seed: int, *, layers: int = 3) -> Path:
     return folder
 
 
+def write_adapter(folder: Path) -> Path:
+    """On what `write_model` writes."""
+    folder.mkdir()
+    header, at = {}, 0
+    for module in (f"layers.{layer}.mlp.{name}" for layer in range(3) for name in "ab"):
+        for part, shape in (("A", [2, 32]), ("B", [24, 2])):
+            end = at + 4 * shape[0] * shape[1]
+            name = f"base_model.model.model.{module}.lora_{part}.weight"
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+            at = end
+    text = json.dumps(header).encode()
+    data = (b"\0\0\x80\x3f" * at)[:at]
+    (folder / "adapter_model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["a", "b"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def scenarios(root: Path, shim: Shim) -> dict[str, Scenario]:
     import fastmerge
     from fastmerge.engine import merge as engine
@@ -337,6 +359,27 @@ def scenarios(root: Path, shim: Shim) -> dict[str, Scenario]:
         at = late[len(late) * 2 // 3]
         forked(lambda: merge(ties)(out), shim, (FILES, at, -signal.SIGKILL, False, True))
 
+    def parts(out: Path) -> None:
+        """Both parts of a merge, and what joins them."""
+        for number in (1, 2):
+            fastmerge.merge(ties, out, threads=2, max_shard_bytes=7000, part=(number, 2))
+        fastmerge.finish(out)
+
+    def parts_again(out: Path) -> None:
+        try:
+            parts(out)
+        except fastmerge.OutputError:  # the parts are being joined already
+            fastmerge.finish(out)
+
+    def average(out: Path) -> None:
+        fastmerge.average([a, b, c], out, threads=2)
+
+    adapter, mixture = write_adapter(root / "adapter"), root / "mixture.yml"
+    mixture.write_text(MIXTURE.replace("LLAMA", str(llama(root / "llama"))))
+
+    def fold(out: Path) -> None:
+        fastmerge.fold(a, adapter, out, threads=2)
+
     merge({**inner, "merge_method": "linear", "parameters": {"weight": 1.0}})(root / "old")
     found = [
         Scenario("merge", merge(ties)),
@@ -344,6 +387,10 @@ def scenarios(root: Path, shim: Shim) -> dict[str, Scenario]:
         Scenario("overwrite in two steps", merge(ties, overwrite=True), old, exchange=False),
         Scenario("resume", merge(ties), killed),
         Scenario("intermediates", merge(recipe)),
+        Scenario("parts", parts, again=parts_again),
+        Scenario("average", average),
+        Scenario("fold", fold),
+        Scenario("mixture", merge(str(mixture))),
     ]
     return {scenario.name: scenario for scenario in found}
 
@@ -450,7 +497,8 @@ def inside(words: argparse.Namespace) -> int:
         rows = [(*key, count) for key, count in sorted(counts.items())]
         about = {"points of each": words.sample or "all", "faults": sum(counts.values())}
         about |= {"broken": broken, "seconds": round(seconds)}
-        record("faults", "Faults", "| what runs | fault | ends with | faults |", rows, about)
+        name = "faults-rooms" if words.only else "faults"
+        record(name, "Faults", "| what runs | fault | ends with | faults |", rows, about)
     return broken > 0
 
 

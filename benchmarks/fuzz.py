@@ -1,13 +1,14 @@
-"""Mutations of valid headers, indices, configs, recipes and schedules, for as long as is asked.
+"""Mutations of valid files of every kind that a stranger may send, for as long as is asked.
 
     python benchmarks/fuzz.py                 60 seconds
     python benchmarks/fuzz.py --seconds 3600 --seed 7
     python benchmarks/fuzz.py --headers 1000000 --save      and the figures to results/
+    python benchmarks/fuzz.py --only tokenizer --only part  some kinds alone
 
 Of every input: it is taken, or refused with a FastmergeError of one printable line; nothing else is
-raised, and time and memory stay under a bound. Of every header, beside that: the verdict is the
-safetensors library's, but for what `OURS` lists. The first input that breaks a rule is written to
---keep and ends the run with exit code 1.
+raised, nothing is written beside the output, and time and memory stay under a bound. Of every
+header, beside that: the verdict is the safetensors library's, but for what `OURS` lists. The first
+input that breaks a rule is written to --keep and ends the run with exit code 1.
 """
 
 from __future__ import annotations
@@ -18,22 +19,45 @@ import math
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
+from fuzz_seeds import (
+    ADAPTER,
+    BITS,
+    CONFIG,
+    EVALUATED,
+    HEADER,
+    HEADER_DATA_BYTES,
+    MIXTURE,
+    MODEL,
+    RECIPE,
+    SCHEDULE,
+    SPACE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    UNIGRAM,
+    adapter_header,
+    linear,
+    llama,
+)
 
+import fastmerge
 from fastmerge import api
 from fastmerge.errors import FastmergeError
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_header
+from fastmerge.output.working import beside
 
 MAX_GROWTH_BYTES = 1 << 30  # of the whole run: no input here is larger than a few MB
 MAX_MESSAGE = 1700
@@ -49,57 +73,6 @@ OURS = {
     "overflows": "a zero in a shape that hides an overflow from readers of 64 bits",
     "__metadata__": "metadata that no reader can give back",
 }
-
-HEADER: dict[str, object] = {
-    "__metadata__": {"format": "pt", "a": "b"},
-    "model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-    "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
-    "empty": {"dtype": "F16", "shape": [0, 5], "data_offsets": [32, 32]},
-    "scalar": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]},
-    "bytes": {"dtype": "U8", "shape": [3], "data_offsets": [40, 43]},
-}
-HEADER_DATA_BYTES = 43
-BITS = {  # of one item; those of fewer than 8 must fill whole bytes
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
-    "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-
-MODEL = {
-    "model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-    "model.layers.0.mlp.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
-    "model.layers.1.mlp.weight": {"dtype": "BF16", "shape": [4], "data_offsets": [32, 40]},
-    "flags": {"dtype": "U8", "shape": [3], "data_offsets": [40, 43]},
-}
-
-CONFIG = {
-    "model_type": "somebodys", "architectures": ["LlamaForCausalLM"], "hidden_size": 3,
-    "num_hidden_layers": 2, "vocab_size": 2, "tie_word_embeddings": False,
-    "text_config": {"num_hidden_layers": 2}, "torch_dtype": "bfloat16",
-    "quantization_config": None, "rope_scaling": {"factor": 2.0, "type": "linear"},
-}  # fmt: skip
-
-RECIPE = """merge_method: ties
-base_model: BASE
-models:
-  - model: BASE
-  - model: {model: {path: TUNE, revision: null}}
-    parameters:
-      weight: [{filter: mlp, value: [0.1, 0.5]}, {value: 0.2}]
-      density: 0.5
-parameters: {normalize: true, int8_mask: true, lambda: 1.0}
-dtype: bfloat16
-"""
-
-SCHEDULE = """baseline: {model: BASE, accuracy: 50.0}
-pool: [{model: TUNE, name: tune}]
-seed: 3
-schedule:
-  cycles: 2
-  degrade: {partner: next, method: slerp, t: 0.35}
-  retrace: {toward: baseline, method: dare_ties, t: 0.4, density: 0.7}
-accept: always
-"""
 
 ODD = (
     b"null", b"true", b"-0", b"-1", b"0", b"1e3", b"1.0", b"18446744073709551616", b"NaN",
@@ -168,6 +141,10 @@ def drawn_header(rng: random.Random) -> bytes:
     return text.encode() + rng.choice((b"", b" ", b"  \n\t", b"\x00")) * rng.randrange(3)
 
 
+_OWN = {f"{name}.yml" for name in ("recipe", "schedule", "space", "mixture")}
+_OWN |= {"x.safetensors", "journal.jsonl"}  # which are made here
+
+
 class BrokenError(Exception):
     """A rule that an input breaks."""
 
@@ -192,8 +169,13 @@ def refusal(work: Callable[[], object]) -> str | None:
     return None
 
 
+def _interrupted(done: int, total: int, _: str) -> None:
+    if done > total // 2:
+        raise KeyboardInterrupt
+
+
 class Target:
-    """A folder with two small models, and one way in for each kind of input."""
+    """A folder with small models, and one way in for each kind of input."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -208,17 +190,70 @@ class Target:
             "config": json.dumps(CONFIG).encode(),
             "recipe": self._placed(RECIPE),
             "schedule": self._placed(SCHEDULE),
+            "adapter": json.dumps(ADAPTER).encode(),
+            "tokenizer": json.dumps(TOKENIZER).encode(),
+            "pieces": json.dumps(UNIGRAM).encode(),
+            "tokenizer_config": json.dumps(TOKENIZER_CONFIG).encode(),
+            "space": self._placed(SPACE),
+            "mixture": self._placed(MIXTURE),
+            "evaluated": EVALUATED,
         }
+        self.llama = llama(folder / "llama")
+        self.adapter = folder / "adapter"
+        self.adapter.mkdir()
+        (self.adapter / "adapter_model.safetensors").write_bytes(adapter_header())
+        self._tokenized = [self._copied(self.base, name) for name in ("one", "two")]
+        self._tokenizers(TOKENIZER, TOKENIZER)
+        self._work()
         self.verdicts: Counter[str] = Counter()
+        self._there = self._names()
+
+    def _work(self) -> None:
+        """What merges leave: a written model, parts that are done, a merge that was killed."""
+        self.out, kept = self.folder / "out", self.folder / "kept"
+        recipe = linear(self.base, self.tune)
+        fastmerge.merge(recipe, self.out)
+        self.seeds["lineage"] = (self.out / "fastmerge.json").read_bytes()
+        self.out.rename(kept)
+        parts = beside(self.out, "parts")
+        fastmerge.merge(recipe, self.out, part="1/1")
+        parts.rename(self.folder / "parts")
+        self.seeds["manifest"] = (self.folder / "parts" / "plan" / "manifest.json").read_bytes()
+        (run,) = (self.folder / "parts").glob("part-*.run")
+        self.seeds["part"] = run.read_bytes()
+        self._run = run.name
+        with suppress(KeyboardInterrupt):
+            fastmerge.merge(recipe, self.out, threads=1, progress=_interrupted)
+        beside(self.out, "partial").rename(self.folder / "partial")
+        journal = beside(self.out, "journal").read_bytes()
+        beside(self.out, "journal").unlink()
+        self.seeds["journal"] = re.sub(rb'"folder": \d+', b'"folder": 1', journal)
+
+    def _copied(self, model: Path, name: str) -> Path:
+        return Path(shutil.copytree(model, self.folder / name))
+
+    def _tokenizers(self, *documents: object) -> None:
+        for place, document in zip(self._tokenized, documents, strict=True):
+            (place / "tokenizer.json").write_text(json.dumps(document))
+            (place / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+
+    def _names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
 
     def _placed(self, text: str) -> bytes:
-        return text.replace("BASE", str(self.base)).replace("TUNE", str(self.tune)).encode()
+        places = {"BASE": "base", "TUNE": "tune", "LLAMA": "llama"}
+        for word, name in places.items():
+            text = text.replace(word, str(self.folder / name))
+        return text.encode()
 
     def _write(self, path: Path, text: bytes) -> None:
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(HEADER_DATA_BYTES))
 
     def try_one(self, kind: str, text: bytes) -> None:
         getattr(self, f"_{kind}_taken")(text)
+        new = self._names() - self._there - _OWN
+        if new:
+            raise BrokenError(f"writes {', '.join(sorted(new))} beside the output")
 
     def _count(self, kind: str, message: str | None) -> None:
         self.verdicts[f"{kind}: {'taken' if message is None else 'refused'}"] += 1
@@ -270,9 +305,107 @@ class Target:
         path.write_bytes(text)
         self._count("schedule", refusal(lambda: schedule.load(path)))
 
+    def _space_taken(self, text: bytes) -> None:
+        from fastmerge.search import document, runner
 
-def fuzz(seconds: float, seed: int, *, headers: int = 0, keep: Path | None = None) -> Counter[str]:
+        path = self.folder / "space.yml"
+        path.write_bytes(text)
+        self._count("space", refusal(lambda: runner.opened(document.load(path))))
+
+    def _mixture_taken(self, text: bytes) -> None:
+        path = self.folder / "mixture.yml"
+        path.write_bytes(text)
+        self._count("mixture", refusal(lambda: api.plan(path)))
+
+    def _adapter_taken(self, text: bytes) -> None:
+        (self.adapter / "adapter_config.json").write_bytes(text)
+        recipe = linear(f"{self.llama}+{self.adapter}")
+        self._count("adapter", refusal(lambda: api.plan(recipe)))
+
+    def _union(self, kind: str) -> None:
+        """The tokens of two models, and the files that a merge would write of them."""
+        recipe = linear(*self._tokenized, tokenizer_source="union")
+        try:
+            self._count(kind, refusal(lambda: api.plan(recipe).side_files()))
+        finally:
+            self._tokenizers(TOKENIZER, TOKENIZER)
+
+    def _tokenizer_taken(self, text: bytes) -> None:
+        other = json.loads(json.dumps(TOKENIZER).replace('"a"', '"b"').replace("a a", "b b"))
+        self._tokenizers(TOKENIZER, other)
+        (self._tokenized[0] / "tokenizer.json").write_bytes(text)
+        self._union("tokenizer")
+
+    def _pieces_taken(self, text: bytes) -> None:
+        self._tokenizers(UNIGRAM, json.loads(json.dumps(UNIGRAM).replace('"a"', '"b"')))
+        (self._tokenized[1] / "tokenizer.json").write_bytes(text)
+        self._union("pieces")
+
+    def _tokenizer_config_taken(self, text: bytes) -> None:
+        other = json.loads(json.dumps(TOKENIZER).replace('"a"', '"b"').replace("a a", "b b"))
+        self._tokenizers(TOKENIZER, other)
+        (self._tokenized[0] / "tokenizer_config.json").write_bytes(text)
+        self._union("tokenizer_config")
+
+    def _evaluated_taken(self, text: bytes) -> None:
+        from fastmerge.evaluation.journal import Journal
+
+        path = self.folder / "journal.jsonl"
+        path.write_bytes(text)
+        self._count("evaluated", refusal(lambda: Journal(path).holds("score:")))
+
+    def _lineage_taken(self, text: bytes) -> None:
+        place = self.folder / "kept"
+        (place / "fastmerge.json").write_bytes(text)
+        self._count("lineage", refusal(lambda: fastmerge.verify(place).as_dict()))
+
+    def _parts_taken(self, kind: str, name: str, text: bytes) -> None:
+        """What `finish` makes of a folder of parts, which it may refuse or join, nothing else."""
+        parts = beside(self.out, "parts")
+        shutil.copytree(self.folder / "parts", parts)
+        (parts / name).write_bytes(text)
+        parts.chmod(0o700)
+        try:
+            self._count(kind, refusal(lambda: fastmerge.finish(self.out)))
+        finally:
+            for place in (parts, self.out, beside(self.out, "old")):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _manifest_taken(self, text: bytes) -> None:
+        self._parts_taken("manifest", "plan/manifest.json", text)
+
+    def _part_taken(self, text: bytes) -> None:
+        self._parts_taken("part", self._run, text)
+
+    def _journal_taken(self, text: bytes) -> None:
+        """A merge beside a journal and a folder that nobody knows is whole, or refused."""
+        journal, partial = beside(self.out, "journal"), beside(self.out, "partial")
+        shutil.copytree(self.folder / "partial", partial)
+        said = text.replace(b'"folder": 1', f'"folder": {partial.stat().st_ino}'.encode())
+        journal.write_bytes(said)
+        journal.chmod(0o600)
+        try:
+            recipe = linear(self.base, self.tune)
+            message = refusal(lambda: fastmerge.merge(recipe, self.out, threads=1))
+            if message is None and not fastmerge.verify(self.out).whole:
+                raise BrokenError("a planted journal made a model that is not whole")
+            self._count("journal", message)
+        finally:
+            journal.unlink(missing_ok=True)
+            for place in (partial, self.out, beside(self.out, "old")):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def fuzz(
+    seconds: float,
+    seed: int,
+    *,
+    headers: int = 0,
+    keep: Path | None = None,
+    only: Sequence[str] = (),
+) -> Counter[str]:
     """Tries inputs until both bounds are met; returns how many were taken and refused, by kind.
+    ``only``: of these kinds.
 
     Raises BrokenError, with the input kept in the file ``keep``, at the first that breaks a rule.
     """
@@ -283,14 +416,16 @@ def fuzz(seconds: float, seed: int, *, headers: int = 0, keep: Path | None = Non
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk is most of the time
     with tempfile.TemporaryDirectory(prefix="fastmerge-fuzz-", dir=memory) as name:
         target = Target(Path(name))
-        for kind, text in target.seeds.items():
-            target.try_one(kind, text)
+        kinds = list(only or target.seeds)
+        for kind in kinds:
+            target.try_one(kind, target.seeds[kind])
             if target.verdicts[f"{kind}: taken"] != 1:
                 raise BrokenError(f"the valid {kind} is refused")
         tried = 0
         while time.monotonic() < until or tried < headers:
             # A header takes 50 us, a plan 5 ms.
-            kind = "header" if rng.random() < 0.9 else rng.choice(list(target.seeds))
+            kind = rng.choice(kinds)
+            kind = "header" if not only and rng.random() < 0.9 else kind
             tried += kind == "header"
             if kind == "header" and rng.random() < 0.4:
                 text = drawn_header(rng)
@@ -317,12 +452,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--headers", type=int, default=0, help="at least this many of them")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", default=[], metavar="KIND")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-broken"))
     parser.add_argument("--save", action="store_true", help="the figures to results/fuzz")
     words = parser.parse_args()
     begun = time.monotonic()
     try:
-        verdicts = fuzz(words.seconds, words.seed, headers=words.headers, keep=words.keep)
+        verdicts = fuzz(
+            words.seconds, words.seed, headers=words.headers, keep=words.keep, only=words.only
+        )
     except BrokenError as broken:
         print(f"BROKEN: {broken}\n(kept in {words.keep})")
         sys.exit(1)
@@ -339,7 +477,8 @@ def main() -> None:
     if words.save:
         from record import record
 
-        record("fuzz", "Mutated inputs", "| verdict | inputs |", sorted(verdicts.items()), about)
+        name = "fuzz-kinds" if words.only else "fuzz"
+        record(name, "Mutated inputs", "| verdict | inputs |", sorted(verdicts.items()), about)
 
 
 if __name__ == "__main__":

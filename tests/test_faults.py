@@ -31,7 +31,9 @@ def faults(*more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("scenario", ["merge", "overwrite", "overwrite in two steps", "resume"])
+@pytest.mark.parametrize(
+    "scenario", ["merge", "overwrite", "overwrite in two steps", "resume", "parts"]
+)
 def test_no_fault_leaves_half_a_model_or_blocks_the_next_run(scenario: str) -> None:
     ran = faults("--only", scenario, "--interrupts", "2")
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -12,8 +12,9 @@ from fastmerge.models import header
 
 
 @pytest.fixture
-def fuzz() -> ModuleType:
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("fuzz", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,6 +28,15 @@ def test_nothing_breaks(fuzz: ModuleType, tmp_path: Path) -> None:
         assert verdicts[f"{kind}: taken"] >= 1  # the valid one
     assert verdicts["header: refused"] > 50
     assert not (tmp_path / "kept").exists()
+
+
+def test_nothing_breaks_of_the_newer_kinds(fuzz: ModuleType, tmp_path: Path) -> None:
+    kinds = set(fuzz.Target(tmp_path).seeds) - {"header", "index", "config", "recipe", "schedule"}
+    verdicts = fuzz.fuzz(1.5, 2, keep=tmp_path / "broken", only=sorted(kinds))
+    assert len(kinds) == 11
+    for kind in kinds:
+        assert verdicts[f"{kind}: taken"] >= 1  # the valid one
+    assert not (tmp_path / "broken").exists()
 
 
 def test_what_is_broken_is_found(

@@ -22,6 +22,7 @@ from fastmerge.evaluation import local_data
 from fastmerge.evaluation.journal import Journal, write_atomically
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.models import remote, store, vocabulary
+from fastmerge.models.patterns import Patterns
 from fastmerge.models.remote import Remote
 from fastmerge.output.working import beside
 from fastmerge.retrograde import run
@@ -415,3 +416,70 @@ def test_a_link_among_the_files_of_parts(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(FastmergeError, match=r"not a regular file"):
         fastmerge.finish(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- names, spaces, threads
+
+
+def test_names_that_no_folder_has(tmp_path: Path) -> None:
+    """Longer than Linux takes: pathlib raises where os.path says that nothing is there."""
+    long = str(tmp_path / ("x" * 5000))
+    walk = {"baseline": long, "pool": [long], "schedule": {"cycles": 1}}
+    entry = {"model": long, "parameters": {"weight": "0..1"}}
+    space = {"merge_method": "linear", "models": [entry]}
+    search = {"space": space, "optimiser": "random", "budget": {"items": 4}}
+    search |= {"evaluate": {"callable": "own:score"}}
+    step = {"partner": "next", "method": "slerp", "t": 0.4}
+    walk["schedule"] |= {"degrade": step, "retrace": {**step, "toward": "baseline"}}
+    del walk["schedule"]["retrace"]["partner"]
+    for call, *words in (
+        (fastmerge.verify, long),
+        (fastmerge.finish, long),
+        (fastmerge.fold, long, long, tmp_path / "out"),
+        (fastmerge.average, [long, long], tmp_path / "out"),
+        (run, walk, tmp_path / "out"),
+        (fastmerge.search.run, search, tmp_path / "out"),
+        (llama.load, long),
+    ):
+        assert refusal(call, *words)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"low": 0, "high": 1},
+        {"choose": [1, 2]},
+        {"models": 7, "parameters": {"weight": "0..1"}},
+        {"models": {"low": 0, "high": 1}},
+        {"models": [[{"model": "a", "parameters": {"weight": {"low": 0, "high": 1}}}]]},
+        {"models": [7, {"model": "a", "parameters": {"weight": {"low": 0, "high": 1}}}]},
+        {"filter": "a", "parameters": {"weight": "0..1"}},
+    ],
+)
+def test_spaces_that_are_no_recipes(tmp_path: Path, space: dict[str, Any]) -> None:
+    search = {"space": {"merge_method": "linear", **space}, "optimiser": "random"}
+    search |= {"budget": {"items": 4}, "evaluate": {"callable": "own:score"}}
+    refusal(fastmerge.search.run, search, tmp_path / "out")
+
+
+def test_an_expression_that_later_pythons_read_otherwise(recwarn: pytest.WarningsRecorder) -> None:
+    assert Patterns({"[[a]b.*": 1}, "rank_pattern").of("[b", 0) in (0, 1)
+    assert not recwarn.list
+
+
+def test_parts_where_no_thread_is_left(
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.tune(zoo.base("a"), "b", seed=1)
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    recipe |= {"models": [{"model": str(tmp_path / name)} for name in "ab"]}
+
+    def refused(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        said = refusal(fastmerge.merge, recipe, tmp_path / "out", part="1/1")
+    assert "refuses another thread" in said
+    fastmerge.merge(recipe, tmp_path / "out", part="1/1")
+    assert fastmerge.finish(tmp_path / "out").parts == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -72,7 +73,7 @@ def verify_folder(
     """
     isa()
     count = thread_count(threads)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ModelError(f"{folder}: not a folder; give one that fastmerge wrote")
     found = Findings()
     lineage = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
     # A module of that name may be installed, or have lain beside another schedule.
     near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
     loaded = Path(getattr(found, "__file__", None) or "").resolve()
-    if any(file.is_file() and file.resolve() != loaded for file in near):
+    if any(os.path.isfile(file) and file.resolve() != loaded for file in near):
         raise RecipeError(
             f"{where}: beside the schedule lies a '{module}', and another one is loaded "
             f"({loaded}); rename one of them"
@@ -122,7 +123,7 @@ def _text_of(thing: Any, texts: Mapping[str, str]) -> str:
         if name in texts:
             return texts[name]
         file = Path(name)
-        return file.read_text("utf-8") if file.is_file() else inspect.getsource(thing)
+        return file.read_text("utf-8") if os.path.isfile(file) else inspect.getsource(thing)
     except (OSError, TypeError, UnicodeDecodeError):
         return ""  # built in, or made by exec
 

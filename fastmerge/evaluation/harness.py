@@ -282,7 +282,7 @@ class _Sources:
         self.texts: dict[str, str] = {}
         self._folders = [str(_find(folder, path)) for path in settings.include_path]
         for given, path in zip(settings.include_path, self._folders, strict=True):
-            if not Path(path).is_dir():
+            if not os.path.isdir(path):
                 raise RecipeError(f"{settings.at('include_path')}: no such folder: {given}")
         if settings.preset is not None:
             where = settings.at("preset")  # the user wrote the preset, not these tasks
@@ -300,7 +300,7 @@ class _Sources:
             name = entry.name
             if name.endswith((".yaml", ".yml")):
                 file = _find(folder, name)
-                if not file.is_file():
+                if not os.path.isfile(file):
                     raise RecipeError(f"{entry.where}: no such task file: {name}")
                 self.texts[file.name] = file.read_text()
                 self._folders.append(str(file.parent))
@@ -346,7 +346,7 @@ class _Sources:
 def _find(folder: Path, path: str) -> Path:
     """A path of the schedule: from the schedule's folder, else from the working directory."""
     near = folder / Path(path).expanduser()
-    return (near if near.exists() else Path(path).expanduser()).resolve()
+    return (near if os.path.exists(near) else Path(path).expanduser()).resolve()
 
 
 def _task_name(text: str) -> str | None:
@@ -384,7 +384,7 @@ def _data_files(name: str, text: str) -> list[Path]:
         for file in item if isinstance(item, list) else [item]:
             if not isinstance(file, str) or "*" in file:
                 continue
-            if not Path(file).is_file():
+            if not os.path.isfile(file):
                 raise RecipeError(
                     f"{name}: data file '{file}' not found (relative paths start at the working "
                     "directory); write an absolute path"

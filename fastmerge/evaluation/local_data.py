@@ -137,7 +137,7 @@ class LocalData:
         """``where``: what named the folder. Raises FastmergeError where there is none."""
         self._where = where
         self._folder = folder
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise RecipeError(f"{where}: no such folder: {folder}")
         self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.digests: dict[str, str] = {}  # sha256 of what was read, by place within the folder
@@ -226,7 +226,7 @@ class LocalData:
     def _file(self, layout: Layout, split: str, where: str) -> Path | None:
         stem = self._folder / self._shown(layout, split)
         both = [Path(f"{stem}{end}") for end in (".jsonl", ".jsonl.gz")]
-        found = [file for file in both if file.is_file()]
+        found = [file for file in both if os.path.isfile(file)]
         if len(found) > 1:
             raise RecipeError(f"{where}: {found[0]} lies packed beside it, too; remove one")
         return found[0] if found else None

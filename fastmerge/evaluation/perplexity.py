@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class Perplexity:
     def __init__(self, settings: Evaluate, folder: Path, tokenizer_folder: Path) -> None:
         assert settings.perplexity is not None
         near = folder / settings.perplexity
-        path = near if near.exists() else Path(settings.perplexity)
+        path = near if os.path.exists(near) else Path(settings.perplexity)
         try:
             self._text = path.read_text(encoding="utf-8")
         except OSError as error:

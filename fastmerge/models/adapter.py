@@ -107,7 +107,7 @@ class Adapter(Checkpoint):
         Raises FastmergeError for what is missing, malformed, or no LoRA.
         """
         path = Path(path)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
         weights = _weights(path)
         config_file = inside(path, CONFIG)

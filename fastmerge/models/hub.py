@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -130,7 +131,7 @@ def is_path(reference: str) -> bool:
     name, _, pinned = reference.partition("@")
     if not _HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
         return True
-    return "/" in name and not pinned and Path(name).parent.is_dir()
+    return "/" in name and not pinned and os.path.isdir(Path(name).parent)
 
 
 def no_such_path(reference: str, *folders: Path) -> ModelError:

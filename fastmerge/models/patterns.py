@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,7 +41,9 @@ class _Effort:
         if dear or repeats > _MAX_REPEATS or _COSTLY.search(bare):
             raise self.too_dear(text)
         try:
-            return _Expression(re.compile(text), repeats, _ways(bare), self)
+            with warnings.catch_warnings():  # of what a later Python may read in another way
+                warnings.simplefilter("ignore", FutureWarning)
+                return _Expression(re.compile(text), repeats, _ways(bare), self)
         except (re.error, OverflowError, RecursionError) as error:
             raise UnsupportedError(
                 f"{self.where}: {brief(text)} is no regular expression ({error}); write the "

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, ResourceError
 from fastmerge.output.working import WorkingFolder
 
 BEAT_SECONDS = 5.0  # between the signs of life of a run
@@ -173,7 +173,13 @@ class Claim:
         self._stopping = threading.Event()
         self._append([json.dumps({"run": number, **_identity()})], sync=True)
         self._thread = threading.Thread(target=self._beat, name="fastmerge-beat", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.end()
+            raise ResourceError(
+                f"{what}: the system refuses another thread ({error}); raise ulimit -u"
+            ) from error
 
     def add(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Notes tensors that are in their files. Raises OutputError where another run took over."""
@@ -205,7 +211,8 @@ class Claim:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            self._thread.join()
+            if self._thread.ident is not None:
+                self._thread.join()
             os.close(descriptor)
 
     def _beat(self) -> None:

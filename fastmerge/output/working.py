@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from fastmerge.errors import OutputError
@@ -81,7 +82,8 @@ class WorkingFolder:
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with suppress(OSError):  # of a folder that was only looked at nothing is lost
+                os.close(descriptor)
 
 
 def beside(target: Path, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Opened:
         return pairs[0]
 
     def _is_here(self, reference: str) -> bool:
-        here = self._base_folder is not None and (self._base_folder / reference).exists()
+        here = self._base_folder is not None and os.path.exists(self._base_folder / reference)
         return bool(reference) and (here or hub.local(reference) is not None)
 
     def _adapted(self, reference: str, base: str, adapter: str, where: str) -> View:
@@ -118,12 +119,12 @@ class Opened:
     def _find(self, reference: str, where: str) -> Path:
         local = None if self._base_folder is None else self._base_folder / reference
         try:
-            if local is not None and local.exists():
+            if local is not None and os.path.exists(local):
                 return local
             name, _, revision = reference.partition("@")
             if revision and hub.local(reference) is None:
                 here = None if self._base_folder is None else self._base_folder / name
-                found = here if here is not None and here.exists() else hub.local(name)
+                found = here if here is not None and os.path.exists(here) else hub.local(name)
                 if found is not None:
                     self.notes.append(
                         f"'{name}' is a folder here, which has no revisions: '@{revision}' has no "

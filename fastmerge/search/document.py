@@ -95,7 +95,7 @@ class SearchFile(Section):
         found = self.space
         if isinstance(found, str):
             near = self.folder / found
-            documents, _, _ = read(near if near.exists() else Path(found), "recipe")
+            documents, _, _ = read(near if os.path.exists(near) else Path(found), "recipe")
             if len(documents) > 1:
                 raise RecipeError(f"{documents[1].where}: a search takes a recipe of one document")
             found = documents[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,13 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
         # It failed before its first result: who repeats it, mended or not, wants it to run. With
         # its seed where it is the same run, which may be at work.
         resume = asked is None and _recorded(path) == header
-    elif path.is_file() and not resume:
+    elif os.path.isfile(path) and not resume:
         raise OutputError(
             f"{out}: holds a run already; use {argument('resume', True)}, or another folder"
         )
-    elif out.exists() and any(out.iterdir()) and not path.is_file():
+    elif os.path.exists(out) and any(out.iterdir()) and not os.path.isfile(path):
         raise OutputError(f"{out}: is not empty; give a new folder")
-    if path.is_file() and resume:
+    if os.path.isfile(path) and resume:
         try:
             found = json.loads(path.read_text())
             recorded = int(found.pop("seed"))
@@ -76,7 +77,7 @@ def _named(header: Mapping[str, Any]) -> str:
 
 def _holds_no_result(out: Path) -> bool:
     """Whether the folder holds the beginning of a run and nothing that one has measured."""
-    if not (out / HEADER_FILE).is_file():
+    if not os.path.isfile(out / HEADER_FILE):
         return False
     journal = out / JOURNAL_FILE
     known = {HEADER_FILE, GRAM_FILE, JOURNAL_FILE, SCORED}

@@ -93,7 +93,8 @@ class Ranges:
         """Raises FastmergeError for a range that is none, and where there is none at all."""
         self.dimensions: list[Dimension] = []
         models = recipe.get("models")
-        references = [str(m.get("model")) for m in models or () if isinstance(m, LocatedDict)]
+        listed = models if isinstance(models, LocatedList) else ()
+        references = [str(m.get("model")) if isinstance(m, LocatedDict) else "" for m in listed]
         self._labels = labels_of(references)
         self.source = plain(recipe)  # as it is written
         self._pattern = self._found(recipe, (), recipe.where)
@@ -109,11 +110,11 @@ class Ranges:
     def _found(self, value: Any, path: tuple[str | int, ...], where: str) -> Any:
         """The recipe with a slot, or several, in the place of each range."""
         if isinstance(value, LocatedDict):
-            if "choose" in value:
+            if path and "choose" in value:
                 return self._slot(path, Choose(value))
-            if value.keys() & {"low", "high"}:
+            if path and value.keys() & {"low", "high"}:
                 return self._spread(Range(value), path)
-            if isinstance(value.get("filter"), str) and isinstance(path[-1], int):
+            if isinstance(value.get("filter"), str) and isinstance((None, *path)[-1], int):
                 path = (*path[:-1], f"({value['filter']})")
             own = {k: self._found(v, (*path, k), value.at[k]) for k, v in value.items()}
             made = LocatedDict(own)
@@ -179,7 +180,7 @@ class Ranges:
     def _name(self, path: tuple[str | int, ...]) -> tuple[str, str | None, str]:
         """A dimension's name, its model's and its parameter's: 'math.weight', 'math', 'weight'."""
         model = None
-        if path[0] == "models" and isinstance(path[1], int):
+        if path[0] == "models" and len(path) > 1 and isinstance(path[1], int):
             model, path = self._labels[path[1]], path[2:]
         words = [str(part) for part in path if part not in ("parameters", "value")]
         parameter = words[0] if words else ""

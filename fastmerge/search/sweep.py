@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -365,7 +366,7 @@ def _outlook(
 
 def _existing(out: Path) -> Path:
     """The folder itself or the nearest above it that exists."""
-    return next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    return next(folder for folder in (out, *out.absolute().parents) if os.path.isdir(folder))
 
 
 def _write(plan: Plan, folder: Path, threads: int | None, *, overwrite: bool) -> None:
@@ -383,10 +384,10 @@ def _save(out: Path, key: str, known: Mapping[float, Point], best: float | None 
 
 def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
-    if not out.exists() or not any(out.iterdir()):
+    if not os.path.exists(out) or not any(out.iterdir()):
         return {}
     check_own(out, FILE)
-    begun = (out / FILE).is_file()
+    begun = os.path.isfile(out / FILE)
     if not begun and resume:
         raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
     table = _table(out / FILE, out) if begun else None
