@@ -213,7 +213,8 @@ class Claim:
         if descriptor >= 0:
             if self._thread.ident is not None:
                 self._thread.join()
-            os.close(descriptor)
+            with suppress(OSError):  # what has to be there was synced by `say`
+                os.close(descriptor)
 
     def _beat(self) -> None:
         while not self._stopping.wait(BEAT_SECONDS):
