@@ -337,6 +337,7 @@ def test_what_the_kernel_does_not_tell_is_not_called_cold(linear, monkeypatch) -
         (["--json", "."], "--json: .: is a folder"),
         (["--json", "gone/x.json"], "--json: gone/x.json: no folder gone"),
         (["--plot", "gone/x.png"], "--plot: gone/x.png: no folder gone"),
+        (["--json", "x", "--plot", "./x"], "--json and --plot: both are x"),
         (["--threads", "0"], "--threads: 0 threads"),
         (["--repeat", "0"], "0 is less than 1"),
         (["knerels"], "'knerels' is not one of"),
@@ -419,10 +420,15 @@ def test_a_failed_process_is_one_line(tmp_path: Path) -> None:
         process.measure(
             [sys.executable, "-c", "import sys; sys.stderr.write('no such luck\\n'); sys.exit(3)"]
         )
+    ours = np.ones(1 << 28, np.uint8)  # a child's memory is its own, not what it was copied from
     began = time.perf_counter()
-    used = process.measure([sys.executable, "-c", "print('x' * 100_000)"], folder=tmp_path)
+    used = process.measure(
+        [sys.executable, "-c", "import time; print('x' * 100_000); time.sleep(0.2)"],
+        folder=tmp_path,
+    )
     assert 0 < used.seconds <= time.perf_counter() - began
-    assert len(used.stdout) == 100_001 and used.peak_rss_bytes > 0
+    assert len(used.stdout) == 100_001
+    assert 0 < used.peak_anonymous_bytes <= used.peak_rss_bytes < ours.nbytes
 
 
 def test_no_other_command_loads_it() -> None:

@@ -96,7 +96,9 @@ def _scaling(
         axes.plot(
             [scale * row[key] for row in rows], [value(row) for row in rows], "o-", label=name
         )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(value(row) for _, rows in lines for row in rows))
+    if key != "parameters":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(label)
     axes.set_ylabel(unit)
     axes.legend(frameon=False, fontsize=8)

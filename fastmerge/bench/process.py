@@ -52,8 +52,9 @@ def measure(
     """Runs ``command`` (in ``folder``, with more ``environment``) to its end; ResourceError with
     its last line when it fails. However this ends, the process is gone then.
 
-    Anonymous memory is sampled every 20 ms (RssAnon; the kernel keeps no high-water mark of it);
-    the resident peak is the kernel's.
+    Memory is sampled every 20 ms: RssAnon, and the kernel's high-water mark of all that is
+    resident (VmHWM). What wait4 says of the latter begins with this process's own: a child is a
+    copy of it at first.
     """
     words = [str(word) for word in command]
     # With bytecode, as after an installation: to compile every module takes as long as to run it.
@@ -63,13 +64,13 @@ def measure(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=own | dict(environment or {}), cwd=folder,
     )  # fmt: skip
-    anonymous = 0
+    peaks = {"RssAnon": 0, "VmHWM": 0}
     over = threading.Event()
 
     def sample() -> None:
-        nonlocal anonymous
         while not over.wait(_SAMPLE_SECONDS):
-            anonymous = max(anonymous, _status_bytes(child.pid, "RssAnon"))
+            for key, nbytes in _status_bytes(child.pid).items():
+                peaks[key] = max(peaks[key], nbytes)
 
     streams: dict[str, str] = {}
 
@@ -95,7 +96,7 @@ def measure(
     if child.returncode:
         raise ResourceError(_fault(words, child.returncode, streams))
     return Usage(
-        seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, anonymous,
+        seconds, usage.ru_utime + usage.ru_stime, peaks["VmHWM"], peaks["RssAnon"],
         stdout=streams["stdout"],
     )  # fmt: skip
 
@@ -109,12 +110,15 @@ def _fault(words: Sequence[str], code: int, streams: dict[str, str]) -> str:
     return f"{what} ...: ended with {code}: {last}"
 
 
-def _status_bytes(pid: int, key: str) -> int:
+def _status_bytes(pid: int) -> dict[str, int]:
+    """Of the process's memory; nothing of one that is about to be reaped."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
+        return {}
+    found = {}
     for line in text.splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0  # a process about to be reaped has no memory lines
+        key, _, rest = line.partition(":")
+        if key in ("RssAnon", "VmHWM"):
+            found[key] = int(rest.split()[0]) * 1024
+    return found

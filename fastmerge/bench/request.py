@@ -41,7 +41,7 @@ class Request:
     kinds: tuple[str, ...] = KINDS
     models: tuple[Path, ...] = ()
     sizes: tuple[str, ...] = ("0.2b",)
-    methods: tuple[str, ...] = ("linear", "slerp", "ties")
+    methods: tuple[str, ...] = ("linear", "ties")
     counts: tuple[int, ...] = ()  # of models, in place of a method's own
     steps: tuple[int, ...] = (10,)
     against: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ def bench(
         str,
         Option(metavar="S,S,...", help="Of models made for it: tiny, 0.2b, 0.5b, 1.1b, 3b, 7b."),
     ] = "0.2b",
-    methods: Annotated[str, Option(metavar="M,M,...", help="Of merges.")] = "linear,slerp,ties",
+    methods: Annotated[str, Option(metavar="M,M,...", help="Of merges.")] = "linear,ties",
     count: Annotated[
         str | None, Option(metavar="N,N,...", help="Models of a merge, instead of 2 or 3.")
     ] = None,
@@ -73,6 +73,8 @@ def bench(
 
     writable(json, "--json")
     writable(plot, "--plot")
+    if json is not None and plot is not None and json.resolve() == plot.resolve():
+        raise OutputError(f"--json and --plot: both are {json}; give two files")
     if plot is not None:
         from fastmerge.search.figures import require
 
