@@ -126,8 +126,9 @@ def fastmerge(words: list[str]) -> int:
 def known(words: list[str]) -> int:
     """0 where the command and its options are fastmerge's, 2 where they are not."""
     from fastmerge import cli
-    from fastmerge.cli.app import COMMANDS
+    from fastmerge.cli.app import COMMANDS, MISTAKE
     from fastmerge.cli.options import parse
+    from fastmerge.errors import FastmergeError
 
     fastmerge(["--version"])  # fills in the commands
     assert cli and words[0] in COMMANDS, f"no command {words[0]}"
@@ -135,6 +136,8 @@ def known(words: list[str]) -> int:
         parse(COMMANDS[words[0]], words[1:], "fastmerge")
     except SystemExit as stop:
         return int(stop.code or 0)
+    except FastmergeError:
+        return MISTAKE
     return 0
 
 
