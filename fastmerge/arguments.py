@@ -18,13 +18,26 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def a_path(value: Any, where: str) -> Path:
-    """A path that a file system can have: text or `os.PathLike` of text, not empty, no NUL."""
+    """A path that a file system can have: text or `os.PathLike` of text, not empty, no NUL; ``~``
+    is the home, as in a shell and in a reference to a model.
+    """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise FastmergeError(f"{where}: must be a path, not {brief(value)}")
     text = os.fspath(value)
     if not text or "\0" in text:
         raise FastmergeError(f"{where}: {brief(text)} is no path")
-    return Path(text)
+    return expanded(Path(text), where)
+
+
+def expanded(path: Path, where: str) -> Path:
+    """The path with the home that ``~`` means."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        user = path.parts[0]
+        raise FastmergeError(
+            f"{where}: {path}: no user {user} with a home here; write it out"
+        ) from None
 
 
 def a_text(value: Any, where: str) -> str:

@@ -260,3 +260,12 @@ def test_what_a_callback_raises_is_its_own(recipe, tmp_path) -> None:
 
     with pytest.raises(LookupError, match="enough"):
         fastmerge.merge(recipe, tmp_path / "out", progress=stop)
+
+
+def test_the_home_in_an_outputs_path(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report = fastmerge.merge(recipe, "~/out", threads=1)
+    assert report.out == tmp_path / "out"
+    assert fastmerge.verify(Path("~/out")).whole
+    with pytest.raises(FastmergeError, match="out: ~nobody-here/out: no user ~nobody-here"):
+        fastmerge.merge(recipe, "~nobody-here/out")

@@ -178,6 +178,18 @@ def test_an_empty_tensor_is_refused(zoo):
         make_plan(linear(a, b))
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "sce", "magmax"])
+def test_a_tensor_whose_rows_are_empty_is_written_as_it_is(method, zoo, tmp_path):
+    """DINOv3's register tokens, where its config wants none."""
+    none = {"model.register_tokens": np.zeros((1, 0, 32))}
+    a, b = (model(zoo, name, seed=i, tensors=none) for i, name in enumerate("ab"))
+    recipe = linear(a, b) if method == "linear" else linear(b) | {"base_model": a}
+    if method in ("sce", "magmax"):
+        del recipe["models"][0]["parameters"]
+    fastmerge.merge(recipe | {"merge_method": method}, tmp_path / "out", threads=1)
+    assert zoo.read(tmp_path / "out")["model.register_tokens"].shape == (1, 0, 32)
+
+
 def test_a_tensor_that_one_layer_lacks_is_told(zoo):
     lost = {"model.layers.2.mlp.up_proj.weight": None}
     a, b = (model(zoo, name, seed=i, tensors=lost) for i, name in enumerate("ab"))

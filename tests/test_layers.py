@@ -60,6 +60,9 @@ REWRITTEN = {
         {"full_attn_layers": [4], "kda_layers": [1, 2, 3]},  # counted from 1
         {"full_attn_layers": [6], "kda_layers": [1, 2, 3, 4, 5]},
     ),
+    "moe_layers_enum": ("1,2,3", "1,3,4,5"),
+    "dense_layer_indices": ("3", "5"),
+    "attention_kinds": ("[full; linear; full; none]", "[full; linear; full; linear; full; none]"),
 }
 
 

@@ -108,6 +108,12 @@ def test_a_weighted_sum_stays_in_range_until_it_is_divided():
         np.testing.assert_array_equal(method(base, [x, x], [64.0, 64.0], normalize=True), x)
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-310])
+def test_weights_below_fp32_are_divided_by_their_sum(size):
+    x, y = np.eye(2, dtype=np.float32)
+    np.testing.assert_allclose(ops.linear([x, y], [size, 3 * size]), [0.25, 0.75], rtol=1e-6)
+
+
 # ---------------------------------------------------------------- weight 0, and t 0 or 1
 
 
@@ -135,6 +141,9 @@ UNUSED = {
     "della_linear": ("della_linear", [HEAD], {"density": 0.5}),
     "breadcrumbs": ("breadcrumbs", [HEAD], {"density": 0.5, "gamma": 0.1}),
     "breadcrumbs_ties": ("breadcrumbs_ties", [HEAD], {"density": 0.5, "gamma": 0.1}),
+    "consensus_ta": ("consensus_ta", [HEAD], {"agree": 1}),
+    "nearswap": ("nearswap", None, {"t": HEAD}),
+    "magmax": ("magmax", None, {"lambda": HEAD}),
 }
 
 
@@ -448,6 +457,22 @@ def test_equal_tells_every_byte(memory, at):
 
 
 # ---------------------------------------------------------------- factors at their ends
+
+
+def test_a_model_of_weight_0_claims_no_entry(zoo, four):
+    """consensus_ta counts the models that claim an entry."""
+    parameters = {"agree": 2, "mask_lambda": 0.0}  # every model claims every entry
+    found = merged(
+        {
+            "merge_method": "consensus_ta",
+            "base_model": str(four[0]),
+            "models": entries([four[1], four[2]], [1, 0]),
+            "parameters": parameters,
+            "dtype": "float32",
+        }
+    )
+    base = zoo.read(four[0])
+    assert all(np.array_equal(found[name], base[name]) for name in base)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear"])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -61,4 +66,45 @@ sys.exit(0 if len(os.listdir("/proc/self/task")) < 150 else 3)
 """
     )
     done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+ENDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_ends_a_command_in_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """While it reads a recipe from a pipe that nobody writes to."""
+    recipe = tmp_path / "recipe.yml"
+    os.mkfifo(recipe)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastmerge", "merge", recipe, tmp_path / "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
+    pipe = None
+    while pipe is None and process.poll() is None:
+        time.sleep(0.01)
+        with suppress(OSError):  # until there is a reader
+            pipe = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", f"error: {ENDS[number]}\n")
+    assert pipe is not None
+    os.close(pipe)
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    code = (
+        "import os, signal\n"
+        "from fastmerge.cli.signals import listen\n"
+        "listen()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
     assert done.returncode == 0

@@ -3,9 +3,10 @@ extract-lora | info | diff | methods | retrograde | sweep | search | bench | com
 mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe | mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
-exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130. A
-command imports what it needs when it runs: a tiny merge, whole process, takes twice as long as to
-import NumPy (benchmarks/startup.py), and a merge on the CPU never imports torch.
+exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130, as
+SIGTERM (143) and SIGHUP (129). A command imports what it needs when it runs: a tiny merge, whole
+process, takes twice as long as to import NumPy (benchmarks/startup.py), and a merge on the CPU
+never imports torch.
 
 Adding a command: a module here with functions decorated by `app.command`, and its name in `main`.
 """
@@ -22,13 +23,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point of the ``fastmerge`` command; ends the process with its exit code."""
     # The matrices here are k x k; OpenBLAS's waiting threads would spin for 0.1 s of a 1 s merge.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # The order of the imports is the order of the commands in --help.
-    from fastmerge.cli import merge, verify, average, fold, moe, loras  # noqa: F401, I001
-    from fastmerge.cli import models, methods, retrograde, search, bench, completion  # noqa: F401
-    from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
-    from fastmerge.cli.app import run
-    from fastmerge.cli.streams import prepare
+    try:
+        from fastmerge.cli.streams import prepare
 
-    prepare()
-    run(sys.argv[1:] if arguments is None else arguments)
+        prepare()
+        from fastmerge.cli.signals import listen
+
+        listen()
+        # The order of the imports is the order of the commands in --help.
+        from fastmerge.cli import merge, verify, average, fold, moe, loras  # noqa: F401, I001
+        from fastmerge.cli import models, methods, retrograde, search, bench  # noqa: F401
+        from fastmerge.cli import completion  # noqa: F401
+        from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
+        from fastmerge.cli.app import run
+
+        run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        from fastmerge.cli.signals import stopped
+
+        stopped()
     raise SystemExit

@@ -12,8 +12,7 @@ from fastmerge.cli.streams import deliver
 from fastmerge.errors import FastmergeError, command_line, nearest
 from fastmerge.version import __version__
 
-# Exit codes: 1 as diff and cmp have it, 130 = 128 + SIGINT as shells have it.
-DIFFERS, MISTAKE, INTERRUPTED = 1, 2, 130
+DIFFERS, MISTAKE = 1, 2  # exit codes: 1 as diff and cmp have it
 PROGRAM = "fastmerge"
 COMMANDS: dict[str, Callable[..., int | None]] = {}  # in the order of --help
 # By command: other tools' flags, and what to write instead.
@@ -33,7 +32,7 @@ def command(function: F) -> F:
 
 @command_line()
 def run(words: Sequence[str]) -> None:
-    """Runs the command line ``words``; a user's mistake and Ctrl-C end the process in one line."""
+    """Runs the command line ``words``; a user's mistake ends the process in one line."""
     first = words[0] if words else "--help"
     code = None
     try:
@@ -60,8 +59,6 @@ def run(words: Sequence[str]) -> None:
     except OSError as error:  # what no layer could foresee: a full disk, a vanished mount
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}", MISTAKE)
-    except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
     if not words:
         code = MISTAKE
     if code:

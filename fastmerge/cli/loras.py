@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastmerge.cli.app import Json, Quiet, Threads, command
 from fastmerge.cli.console import Progress, print_json, put
-from fastmerge.cli.merge import interrupted, tell
+from fastmerge.cli.merge import interruptible, tell
 from fastmerge.cli.options import Argument, Option
 
 _WORST = 5  # matrices named
@@ -109,11 +109,9 @@ def run_extraction(
     """
     from fastmerge import adapters
 
-    try:
-        with Progress(f"extracting to {out.name or out}", quiet=quiet or json) as progress:
-            found = adapters.extract_lora(tuned, base, out, progress=progress, **options)
-    except KeyboardInterrupt:
-        interrupted(out)
+    title = f"extracting to {out.name or out}"
+    with interruptible(out), Progress(title, quiet=quiet or json) as progress:
+        found = adapters.extract_lora(tuned, base, out, progress=progress, **options)
     if json:
         modules = {name: dict(own) for name, own in found.modules.items()}
         print_json(found.report.as_dict() | {"error": found.error, "modules": modules})

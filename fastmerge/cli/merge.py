@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+from fastmerge.cli.app import Json, Quiet, RecipePath, Seed, Threads, command
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
+from fastmerge.cli.signals import stopped
 from fastmerge.errors import FastmergeError
 from fastmerge.units import (
     format_bytes,
@@ -118,19 +120,32 @@ def run_merge(
     """
     from fastmerge import api
 
-    try:
-        with Progress(title, quiet=quiet or json) as progress:
-            report = api.merge(decided, out, progress=progress, **options)
-    except KeyboardInterrupt:
-        interrupted(out)
+    with interruptible(out), Progress(title, quiet=quiet or json) as progress:
+        report = api.merge(decided, out, progress=progress, **options)
     if json:
         print_json(report.as_dict())
     if not (quiet or json):
         tell(report)
 
 
-def interrupted(out: Path) -> NoReturn:
-    fail(f"interrupted; {out} is untouched, the same command continues", INTERRUPTED)
+@contextmanager
+def interruptible(out: Path) -> Iterator[None]:
+    """Ctrl-C within it is told with what became of ``out``."""
+    before = _which(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _which(out) == before:
+            stopped(f"; {out} is untouched, the same command continues")
+        stopped(f"; {out} is whole")
+
+
+def _which(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def tell(report: MergeReport) -> None:

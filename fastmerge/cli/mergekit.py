@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastmerge.cli.app import ABSENT, ELSEWHERE, command
 from fastmerge.cli.console import Progress, say
-from fastmerge.cli.merge import interrupted, tell
+from fastmerge.cli.merge import interruptible, tell
 from fastmerge.cli.options import Argument, Option
 from fastmerge.errors import FastmergeError
 from fastmerge.units import parse_shard_size
@@ -176,10 +176,8 @@ def merge_given(recipe: Recipe, out: Path, given: dict[str, Any]) -> None:
 
     quiet = bool(given.get("quiet"))
     plan, arguments = prepared(recipe, out, given)
-    try:
-        with Progress(f"merging to {out.name or out}", quiet=quiet) as progress:
-            report = merge_plan(plan, overwrite=True, progress=progress, **arguments)
-    except KeyboardInterrupt:
-        interrupted(out)
+    title = f"merging to {out.name or out}"
+    with interruptible(out), Progress(title, quiet=quiet) as progress:
+        report = merge_plan(plan, overwrite=True, progress=progress, **arguments)
     if not quiet:
         tell(report)

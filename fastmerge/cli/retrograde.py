@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastmerge.cli.app import INTERRUPTED, Json, Quiet, RecipePath, Seed, Threads, command, fail
+from fastmerge.cli.app import Json, Quiet, RecipePath, Seed, Threads, command
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
+from fastmerge.cli.signals import stopped
 from fastmerge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def retrograde(
                 on_score=Measured(quiet=quiet or json, begin=steps.begin),
             )
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues", INTERRUPTED)
+        stopped("; the same command with --resume continues")
     from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
     from fastmerge.retrograde.record import as_json
     from fastmerge.retrograde.report import leaderboard
@@ -291,7 +292,7 @@ def sweep(
                 on_point=show,
             )
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues", INTERRUPTED)
+        stopped("; the same command with --resume continues")
     best = best_of(points)
     if best is not None and not quiet:
         put(f"best: t = {best.t:g}, {shown(best)}; plot: {out / 'sweep.png'}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastmerge.cli.app import INTERRUPTED, Json, Quiet, Seed, Threads, command, fail
+from fastmerge.cli.app import Json, Quiet, Seed, Threads, command
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.cli.retrograde import Data, DryRun, Measured, Out
+from fastmerge.cli.signals import stopped
 
 if TYPE_CHECKING:
     from fastmerge.search.study import Study
@@ -56,7 +57,7 @@ def search(
                 on_score=Measured(quiet=silent, begin=lambda: progress.__exit__(None, None, None)),
             )
     except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume continues", INTERRUPTED)
+        stopped("; the same command with --resume continues")
     from fastmerge.search.report import BEST_FILE, as_json, lines_for, sentences, verdict
 
     lines = lines_for(found)

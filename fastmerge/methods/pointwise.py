@@ -119,7 +119,7 @@ def magmax(on: Primitives, given: Given) -> Any:
 
 def consensus_ta(on: Primitives, given: Given) -> Any:
     """out = base + lambda S where at least ``agree`` of the models' masks |d_i| >= |S - d_i| l_i
-    hold, S = sum_i w_i d_i.
+    hold, S = sum_i w_i d_i. A model of weight 0 claims nothing.
     """
     numbers = [float(given.values["agree"]), float(given.values["lambda"])]
     for own in given.operands:

@@ -247,12 +247,15 @@ def called(name: str, function: Callable[[], R]) -> R:
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Method):
-    """Entry by entry, by a formula of kernels, from numbers that passes before it found."""
+    """Entry by entry, by a formula of kernels, from numbers that passes before it found. ``gain``:
+    the parameter that leaves the base as it is where it is 0.
+    """
 
     formula: Formula
     passes: Callable[[Values], int] = lambda values: 1  # how often the inputs are read
     of_deltas: bool = False
     beside: int = 0
+    gain: str | None = None
 
     def asked(
         self, values: Values, operands: Sequence[Values]

@@ -238,7 +238,7 @@ _ROWS: tuple[Method, ...] = (
     Pointwise(
         "nearswap", "interpolate toward the other model where it is near", "-; as mergekit 0.1.5",
         (Parameter("t", float, REQUIRED, "the distance up to which entries are swapped", low=0),),
-        base="required", min_operands=1, max_operands=1, formula=pointwise.nearswap,
+        base="required", min_operands=1, max_operands=1, formula=pointwise.nearswap, gain="t",
     ),
     Pointwise(
         "arcee_fusion", "take the entries that matter most by their row's divergence",
@@ -250,7 +250,7 @@ _ROWS: tuple[Method, ...] = (
         "magmax", "the delta of largest magnitude, entry by entry",
         "Marczak et al. 2024, arXiv:2407.06322", (_LAMBDA,),
         base="required", min_operands=1, max_operands=None, formula=pointwise.magmax,
-        of_deltas=True,
+        of_deltas=True, gain="lambda",
     ),
     Pointwise(
         "consensus_ta", "task arithmetic where the masks of several models agree",
@@ -265,7 +265,7 @@ _ROWS: tuple[Method, ...] = (
             _LAMBDA,
         ),
         base="required", min_operands=1, max_operands=None, formula=pointwise.consensus_ta,
-        of_deltas=True,
+        of_deltas=True, gain="lambda",
     ),
     Combination(
         "passthrough", "the tensor as it is, or scaled", "-",

@@ -18,6 +18,7 @@ Float64 = NDArray[np.float64]
 # Weights whose sum is this small beside them cancel: what is left of it in fp32 is rounding, and
 # the quotient would be a hundred thousand times the inputs.
 _CANCEL = 1e-5
+_LEAST = 2.0**-64  # below it fp32 rounds a small one among the weights, and from 2**-149 all
 _MOST_SUBSETS = 12  # of so many models every subset is looked at
 
 
@@ -40,10 +41,12 @@ def sum_to_zero(weights: Float64) -> str:
 
 def at_most_one(weights: Float64) -> Float64:
     """``weights`` times the power of two that keeps every sum of what they weigh in fp32's range
-    until it is divided by theirs: exact, so the quotient is the same.
+    until it is divided by theirs, and them themselves: exact, so the quotient is the same.
     """
     size = float(np.abs(weights).sum())
-    return weights * math.ldexp(1.0, -math.frexp(size)[1]) if size > 1 else weights
+    if _LEAST <= size <= 1 or size == 0:
+        return weights
+    return np.asarray(np.ldexp(weights, -math.frexp(size)[1]))
 
 
 @lru_cache(maxsize=256)  # of 36 000 tensors most have the same

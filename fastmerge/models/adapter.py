@@ -20,7 +20,15 @@ from fastmerge.limits import MAX_ADAPTED_LETTERS
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
-from fastmerge.models.header import FileTensor, Header, Stamp, read_header, read_object, show
+from fastmerge.models.header import (
+    FileTensor,
+    Header,
+    Stamp,
+    read_header,
+    read_object,
+    readable,
+    show,
+)
 from fastmerge.models.links import Home
 from fastmerge.models.model import TensorInfo
 from fastmerge.models.patterns import Patterns, Targets
@@ -107,10 +115,11 @@ class Adapter(Checkpoint):
         Raises FastmergeError for what is missing, malformed, or no LoRA.
         """
         path = Path(path)
-        if not os.path.isdir(path):
-            raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
-        weights = _weights(path)
-        config_file = inside(path, CONFIG)
+        with readable(path):
+            if not os.path.isdir(path):
+                raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
+            weights = _weights(path)
+            config_file = inside(path, CONFIG)
         config = read_object(config_file)
         _check_kind(config, config_file)
         header, stamp = read_header(weights, 0)
@@ -174,8 +183,11 @@ class Adapter(Checkpoint):
 
 def is_adapter(path: Path) -> bool:
     """Whether the folder holds an adapter and no model."""
-    whole = any((path / name).exists() for name in (SINGLE, INDEX))
-    return not whole and any((path / n).exists() for n in (CONFIG, WEIGHTS, "adapter_model.bin"))
+    with readable(path):
+        whole = any((path / name).exists() for name in (SINGLE, INDEX))
+        return not whole and any(
+            (path / name).exists() for name in (CONFIG, WEIGHTS, "adapter_model.bin")
+        )
 
 
 # --- the files ---

@@ -21,6 +21,7 @@ from fastmerge.models.header import (
     open_regular,
     read_header,
     read_object,
+    readable,
     show,
     stamp_of,
     unreadable,
@@ -86,6 +87,11 @@ class Checkpoint:
             str(path).encode()
         except UnicodeEncodeError:
             raise ModelError(f"{path}: the path is not UTF-8; rename the folder") from None
+        with readable(path):
+            return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         config: dict[str, Any] = {}
         weight_map: dict[str, str] | None = None
         if path.is_dir():
@@ -233,7 +239,8 @@ def open_model(path: Path) -> Model:
     """The model at ``path``: a `Checkpoint`, or a `Distributed` where PyTorch's distributed
     checkpoint lies there. Raises FastmergeError.
     """
-    folder = find_distributed(path)
+    with readable(path):
+        folder = find_distributed(path)
     if folder is None:
         return Checkpoint.open(path)
     from fastmerge.models.distributed import Distributed

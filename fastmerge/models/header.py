@@ -13,7 +13,8 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -171,6 +172,15 @@ def as_object(data: bytes, *, strict: bool = False) -> dict[str, Any]:
 
 def unreadable(path: Path, error: OSError) -> NoReturn:
     raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says an OSError within it as a ModelError of the file that it names, else of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        unreadable(Path(error.filename or path), error)
 
 
 def stamp_of(path: Path, info: os.stat_result) -> Stamp:

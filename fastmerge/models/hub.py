@@ -154,6 +154,8 @@ def local(reference: str) -> Path | None:
         return None
     try:
         path = Path(reference).expanduser()
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+            raise ModelError(f"{reference}: the folder cannot be read (Permission denied)")
         return path if path.exists() else None
     except RuntimeError:
         user = reference.split("/")[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, ModelError
 from fastmerge.models.header import open_regular
 from fastmerge.models.links import hub_repository
 from fastmerge.models.model import Model
@@ -159,8 +159,15 @@ def is_plain(value: Any) -> bool:
 
 
 def _front_matter(model: Model) -> Mapping[str, Any]:
-    """Of the model's own card; {} where it has none that can be read."""
-    text = "" if model.folder is None else _text(model.folder / CARD_FILE)
+    """Of the model's own card; {} where it has none. ModelError where it may not be read: the
+    output's licence would be said without it.
+    """
+    text = ""
+    if model.folder is not None:
+        card = model.folder / CARD_FILE
+        if card.is_file() and not os.access(card, os.R_OK, effective_ids=True):
+            raise ModelError(f"{card}: cannot be read (Permission denied)")
+        text = _text(card)
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
         return {}

@@ -92,8 +92,13 @@ class Opened:
         return pairs[0]
 
     def _is_here(self, reference: str) -> bool:
-        here = self._base_folder is not None and os.path.exists(self._base_folder / reference)
-        return bool(reference) and (here or hub.local(reference) is not None)
+        return bool(reference) and any(
+            hub.local(place) is not None for place in (self._beside(reference), reference)
+        )
+
+    def _beside(self, reference: str) -> str:
+        """Where it would lie in the recipe's own folder; '' where there is none."""
+        return "" if self._base_folder is None else str(self._base_folder / reference)
 
     def _adapted(self, reference: str, base: str, adapter: str, where: str) -> View:
         view = self.view(base, where)
@@ -117,14 +122,13 @@ class Opened:
         return found
 
     def _find(self, reference: str, where: str) -> Path:
-        local = None if self._base_folder is None else self._base_folder / reference
         try:
-            if local is not None and os.path.exists(local):
+            local = hub.local(self._beside(reference))
+            if local is not None:
                 return local
             name, _, revision = reference.partition("@")
             if revision and hub.local(reference) is None:
-                here = None if self._base_folder is None else self._base_folder / name
-                found = here if here is not None and os.path.exists(here) else hub.local(name)
+                found = hub.local(self._beside(name)) or hub.local(name)
                 if found is not None:
                     self.notes.append(
                         f"'{name}' is a folder here, which has no revisions: '@{revision}' has no "

@@ -43,6 +43,7 @@ _WHICH = {
 }  # fmt: skip
 _OF_TOKENS = {"size", "topk", "local", "cache"}  # in keys whose blocks are of tokens
 _FROM_THE_END = {"shared", "share", "last", "end"}
+_ENUMERATE = {"enum", "idx", "idxs", "indices", "list"}
 # Counts of first layers that differ from those behind them.
 _FIRST = {
     "first_k_dense_replace", "num_dense_layers", "n_dense_layers", "first_num_dense_layers",
@@ -106,6 +107,8 @@ class _Restack:
                     self.section(value, here)
             elif isinstance(value, list):
                 self._list(config, here, value, words, int(one_based))
+            elif isinstance(value, str) and _listed(value, words) is not None:
+                self._list_as_text(config, here, value, words, int(one_based))
             elif isinstance(value, str):
                 self._text(config, here, value, words)
             elif isinstance(value, int) and not isinstance(value, bool):
@@ -145,6 +148,20 @@ class _Restack:
             self._periodic(path[-1], len(value))  # repeated to the last layer
         elif speaks and self.moved:
             self.by_number.append(path[-1])
+
+    def _list_as_text(
+        self, config: dict[str, Any], path: tuple[str, ...], value: str, words: set[str], first: int
+    ) -> None:
+        """Step3's ``moe_layers_enum: "4,5,6"``: a list in another form, which it keeps."""
+        given = config[path[-1]] = _listed(value, words)
+        assert given is not None
+        self._list(config, path, given, words, first)
+        made = config[path[-1]]
+        sign = next((found for found in re.findall(r"[,;]\s*", value)), ",")
+        opening, closing = re.match(r"\W*", value), re.search(r"\W*$", value)
+        assert opening is not None and closing is not None
+        text = f"{opening[0]}{sign.join(map(str, made))}{closing[0]}"
+        config[path[-1]] = value if made == given else text
 
     def _text(
         self, config: dict[str, Any], path: tuple[str, ...], value: str, words: set[str]
@@ -227,6 +244,8 @@ class _Restack:
         found: Any = text_config(layer.view.config)
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
+        if kind is list and isinstance(found, str):
+            found = _listed(found, _words(path[-1]))
         return found if isinstance(found, kind) else None
 
     def _entry(self, layer: Layer, path: tuple[str, ...], kind: type) -> Any:
@@ -251,6 +270,19 @@ def _is_dense(layer: Layer, step: str, dense: str) -> bool:
 
 def _words(key: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", key.lower()))
+
+
+def _listed(value: str, words: set[str]) -> list[Any] | None:
+    """The entries of a list that is written as text, "4,5,6" or "[full; sliding]": whole numbers or
+    words; None for any other text. ``words`` of its key: a single number may be a list, too.
+    """
+    entries = [entry.strip() for entry in re.split(r"[,;]", value.strip().strip("[]()"))]
+    if not words & (_ENUMERATE if len(entries) < 2 else _LAYERS | _OF_LAYERS | _ENUMERATE):
+        return None
+    if not all(re.fullmatch(r"[\w+-]+", entry) for entry in entries):
+        return None
+    whole = all(re.fullmatch(r"\d{1,9}", entry) for entry in entries)
+    return [int(entry) for entry in entries] if whole else entries
 
 
 def _expanded(value: Any) -> list[Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmerge.arguments import expanded
 from fastmerge.errors import RecipeError
 from fastmerge.limits import MAX_RECIPE_BYTES
 from fastmerge.recipe.located import LocatedDict, located
@@ -42,7 +43,7 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
     if isinstance(source, str) and "\n" in source:
         text, origin = source, what
     elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
+        path = expanded(Path(source), what)
         origin = path.name
         try:
             with path.open("rb") as file:  # a pipe will do: `fastmerge merge <(...)`

@@ -128,7 +128,8 @@ def _merge_vector(
         if node.base is not None:
             rows[..., 1:, :] -= rows[..., :1, :]
         rows = rows @ basis
-        local = rows @ gram @ np.swapaxes(rows, -1, -2)
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite weights: counted when written
+            local = rows @ gram @ np.swapaxes(rows, -1, -2)
     result = apply_rule(node, local)
     weights = result.coefficients / (1.0 if result.divisor is None else result.divisor)
     return np.asarray((weights[..., None, :] @ operands)[..., 0, :], dtype=np.float64)

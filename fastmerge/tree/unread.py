@@ -65,12 +65,16 @@ def _reduced(node: Merge) -> Node:
     if isinstance(method, Consensus) and node.values.get("lambda") == 0:
         terms = method.spec(node.values, node.operand_values)
         used = used if terms.agreement.scale else []  # the base alone
+    if isinstance(method, Pointwise) and node.values.get(method.gain or "") == 0:
+        used = []
     if len(used) == len(node.operands):
         return node
     if isinstance(method, Consensus):
         if method.spanning(node.values, node.operand_values) is not None:
             return node  # its deltas count where the model is trimmed, whatever they weigh
         return node.base if not used and node.base is not None else _of(node, used)
+    if isinstance(method, Pointwise) and node.base is not None:
+        return _of(node, used) if used else node.base
     if not isinstance(method, Combination) or not used:
         return node
     single = _single(node)
