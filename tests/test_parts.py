@@ -181,6 +181,27 @@ def test_counts_of_pieces_are_the_counts_of_all(rule: int) -> None:
         cpu(2).select_across(*given, [6], lambda *_: [])
 
 
+@pytest.mark.parametrize("rule", [MIXED, INDEX])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_count_of_numbers_that_change_ends(rule: int, after: int) -> None:
+    """A file that is torn or written to between two passes, which its reader tells afterwards."""
+    size = 70_000
+    delta, base = np.random.default_rng(0).integers(-3, 4, size).astype("f4"), np.zeros(size, "f4")
+    views = [_C.View(each.ctypes.data, size, "F32", each) for each in (delta, base)]
+    passes = []
+
+    def counted(pieces, count):
+        passes.append(pieces)
+        assert len(passes) < 200
+        found = [count(piece) for piece in range(pieces)]
+        if len(passes) == after:
+            delta[100:] = 0
+        return found
+
+    given = ([views[:1]], views[1:], [0], [Sparsify(MAGNITUDE, size // 3, rule)])
+    assert len(cpu(1).select_across(*given, [1], counted)) == 1
+
+
 def test_parts_at_once_share_the_counting(zoo) -> None:
     recipe, out = zoo.root / "recipe.yml", zoo.root / "out"
     recipe.write_text(json.dumps(of_kind("ties of the whole model", zoo)))

@@ -137,12 +137,21 @@ void count_orders(const Deltas& deltas, const std::vector<size_t>& which,
                     [&](const Deltas& piece) { count_piece(piece, which, searches); });
 }
 
+// The numbers change between passes only where a file is torn or written to, which its reader tells
+// afterwards. No bound fits then: the search ends with any.
+void give_up(Search& search) {
+    search.bound->bound = search.first;
+    search.found = true;
+}
+
 void resolve(Search& search) {
     TieBound& bound = *search.bound;
     if (bound.wanted <= search.under) {
+        if (search.from == search.first) return give_up(search);
         search.last = search.from - 1;
         search.inside = search.under - search.below;
     } else if (bound.wanted > search.under + search.gathered_count) {
+        if (search.to == search.last) return give_up(search);
         search.first = search.to + 1;
         search.inside -= search.under + search.gathered_count - search.below;
         search.below = search.under + search.gathered_count;
@@ -157,7 +166,9 @@ void resolve(Search& search) {
         search.below = search.under;
         search.inside = search.gathered_count;
     }
-    if (!search.found) search.aim();
+    if (search.found) return;
+    if (search.inside < 1 || bound.wanted <= search.below) return give_up(search);
+    search.aim();
 }
 
 }  // namespace
