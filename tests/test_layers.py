@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastmerge.errors import FastmergeError
@@ -104,6 +106,58 @@ def test_what_cannot_be_rewritten_is_told_by_name(key, zoo):
     plan = make_plan(stack((a, 0, 3), (a, 0, 4)))
     told = [note for note in plan.notes if "layer number" in note]
     assert told == [f"config.json: {key} {MOVED}"]
+
+
+MADE = {
+    "diffllama": "lambda_init from a layer's number, which no setting can say",
+    "minimax": "the decay of linear attention from a layer's number and their count, which",
+    "beam": "the scale of residuals from a layer's number, which no setting can say",
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_a_class_makes_of_a_layers_number_is_told(kind, zoo):
+    a = model(zoo, "a", model_type=kind, layer_types=["full_attention"] * 4)
+    assert any(MADE[kind] in note for note in make_plan(stack((a, 0, 3), (a, 1, 4))).notes)
+    assert not any(MADE[kind] in note for note in make_plan(stack((a, 0, 2), (a, 2, 4))).notes)
+    cut = any(MADE[kind] in note for note in make_plan(stack((a, 0, 3))).notes)
+    assert cut == (kind == "minimax")
+
+
+def test_minicpms_residuals_keep_their_scale(zoo):
+    """Its classes divide scale_depth by the root of the count of layers."""
+    a = model(zoo, "a", scale_depth=1.4)
+    plan = make_plan(stack((a, 0, 4), (a, 0, 4)))
+    assert plan.config["scale_depth"] == pytest.approx(1.4 * 2**0.5)
+    assert plan.notes == ("config.json: scale_depth: rewritten for the layers as stacked",)
+
+
+def test_a_flag_that_speaks_of_a_layers_number_is_told(zoo):
+    a = model(zoo, "a", scale_attn_by_inverse_layer_idx=True)
+    told = f"config.json: scale_attn_by_inverse_layer_idx {MOVED}"
+    assert make_plan(stack((a, 0, 3), (a, 1, 4))).notes == (told,)
+    assert make_plan(stack((a, 0, 4))).notes == ()
+
+
+@pytest.mark.parametrize("end", [0, 3])
+def test_a_first_or_last_layer_with_tensors_of_its_own_is_told(end, zoo):
+    """rwkv's first layer has one norm more; no setting says so."""
+
+    def made(name, **change):
+        folder = Path(model(zoo, name, **change))
+        more = {f"model.layers.{end}.pre_ln.weight": np.ones(32)}
+        config = json.loads((folder / "config.json").read_text())
+        return str(zoo.write(name, zoo.read(folder) | more, config))
+
+    a = made("a")
+    (note,) = make_plan(stack((a, 1, 4), (a, 0, 3))).notes
+    assert note.startswith("tensor 'pre_ln.weight' is in some layers alone") and note.endswith(
+        "it goes by layer number, and layers were renumbered; check it"
+    )
+    assert make_plan(stack((a, 0, 2), (a, 1, 4))).notes == ()
+    b = made("b", kinds=["own" if i == end else "usual" for i in range(4)])
+    plan = make_plan(stack((b, 1, 4), (b, 0, 3)))
+    assert plan.notes == ("config.json: kinds: rewritten for the layers as stacked",)
 
 
 def test_a_period_holds_where_layers_move_by_multiples_of_it(zoo):

@@ -8,6 +8,7 @@ moved by a multiple of it. What remains is told by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +45,20 @@ _WHICH = {
 _OF_TOKENS = {"size", "topk", "local", "cache"}  # in keys whose blocks are of tokens
 _FROM_THE_END = {"shared", "share", "last", "end"}
 _ENUMERATE = {"enum", "idx", "idxs", "indices", "list"}
+_OF_HALVES = ("decoder_layers", "encoder_layers")  # counted by `config.set_layers`
 # Counts of first layers that differ from those behind them.
 _FIRST = {
     "first_k_dense_replace", "num_dense_layers", "n_dense_layers", "first_num_dense_layers",
     "max_window_layers", "num_hash_layers", "n_hash_layers",
 }  # fmt: skip
+
+
+# What classes make from a layer's number.
+_MADE = {
+    "diffllama": "lambda_init", "minimax": "the decay of linear attention",
+    "beam": "the scale of residuals",
+}  # fmt: skip
+_BY_COUNT = {"minimax"}  # and from how many there are
 
 
 class Layer(NamedTuple):
@@ -74,12 +84,53 @@ def restack(
     silent = silent and not any(word in key for key in told for word in _SAY_KINDS)
     if model_type(part) in MIXED_LAYERS and silent and writer.moved:
         writer.by_number.append("the default of layer_types")
+    writer.residual_scale(config)
     if writer.rewritten:
         note(f"config.json: {', '.join(writer.rewritten)}: rewritten for the layers as stacked")
     if writer.held:
         note(f"config.json: {', '.join(writer.held)}: still true of the layers as stacked")
     for key in writer.by_number:
         note(f"config.json: {key} goes by layer number, and layers were renumbered; check it")
+    kind = model_type(part)
+    if kind in _MADE and (writer.moved or (kind in _BY_COUNT and writer.resized)):
+        count = " and their count" if kind in _BY_COUNT else ""
+        note(
+            f"{kind} makes {_MADE[kind]} from a layer's number{count}, which no setting can say: "
+            "it is another now"
+        )
+    if not writer.numeric:
+        _own_tensors(lead, layers, writer.signatures(), note)
+
+
+def _own_tensors(
+    lead: View, layers: Sequence[Layer], alike: Sequence[Any], note: Callable[[str], None]
+) -> None:
+    """Notes a first or a last layer with other tensors than those behind or before it, of which no
+    setting tells (rwkv's first norm), where another layer takes its place, or it another's.
+    """
+    assert lead.stack is not None
+    names = [lead.layers[lead.stack.layers].get(i, {}).keys() for i in range(len(alike))]
+    groups: dict[str, list[frozenset[str]]] = {}
+    for own, settings in zip(names, alike, strict=True):
+        groups.setdefault(repr(settings), []).append(frozenset(own))
+    if all(len(set(group)) == 1 for group in groups.values()):
+        return
+    found = [
+        frozenset(layer.view.layers.get(lead.stack.layers, {}).get(layer.number, ()))
+        for layer in layers
+    ]
+    inner = {frozenset(own) for own in (names[1:-1] or names)}
+    places = [({frozenset(names[0])}, found[:1]), ({frozenset(names[-1])}, found[-1:])]
+    for known, given in (*places, (inner, found[1:-1])):
+        for held in given:
+            if held in known:
+                continue
+            rest = min(held ^ next(iter(known)))
+            note(
+                f"tensor '{rest}' is in some layers alone, and no setting of config.json says in "
+                "which: it goes by layer number, and layers were renumbered; check it"
+            )
+            return
 
 
 class _Restack:
@@ -90,6 +141,8 @@ class _Restack:
         self.rewritten: list[str] = []
         self.by_number: list[str] = []
         self.held: list[str] = []
+        self.numeric = False  # whether a number says which layers are of which kind
+        self._settings: list[Sequence[Any]] = []  # of the lead's layers, in order
         self.moved = any(layer.number != index for index, layer in enumerate(layers))
         self.resized = len(layers) != total
 
@@ -102,6 +155,7 @@ class _Restack:
             words = _words(key)
             if isinstance(value, dict):
                 if words & _LAYERS and value and all(re.fullmatch(r"\d+", k) for k in value):
+                    self._settings.append([value.get(str(i)) for i in range(self.total)])
                     self._set(config, here, self._keyed(here))
                 elif not words & {"vision", "audio", "quantization", "rope", "label2id"}:
                     self.section(value, here)
@@ -111,8 +165,22 @@ class _Restack:
                 self._list_as_text(config, here, value, words, int(one_based))
             elif isinstance(value, str):
                 self._text(config, here, value, words)
-            elif isinstance(value, int) and not isinstance(value, bool):
+            elif isinstance(value, bool):
+                if value and self.moved and words >= {"layer", "idx"}:
+                    self.by_number.append(key)  # gpt2's scale_attn_by_inverse_layer_idx
+            elif isinstance(value, int):
                 self._number(config, here, value, words)
+
+    def signatures(self) -> list[tuple[Any, ...]]:
+        """What the lead's config says of each of its layers."""
+        return [tuple(own[i] for own in self._settings) for i in range(self.total)]
+
+    def residual_scale(self, config: dict[str, Any]) -> None:
+        """MiniCPM's ``scale_depth``, which its classes divide by the root of the count."""
+        given = config.get("scale_depth")
+        if self.resized and isinstance(given, int | float) and not isinstance(given, bool):
+            scaled = given * math.sqrt(len(self.layers) / self.total)
+            self._set(config, ("scale_depth",), scaled)
 
     def _list(
         self,
@@ -123,7 +191,9 @@ class _Restack:
         first: int,
     ) -> None:
         speaks = bool(words & _LAYERS)
-        if len(_expanded(value) or ()) == self.total:
+        expanded = _expanded(value) or ()
+        if len(expanded) == self.total:
+            self._settings.append(expanded)
             self._set(config, path, [[[self._entry(x, path, list) for x in self.layers], 1]])
             return
         if not value or words & {"mtp", "nextn"} or (words & _NOT_LAYERS and not speaks):
@@ -131,6 +201,7 @@ class _Restack:
         listed = speaks and _numbers(value, self.total + first) and min(value) >= first
         whole = list(range(first, self.total + first))
         if listed and (len(value) != self.total or value == whole):
+            self._settings.append([number + first in value for number in range(self.total)])
             chosen = [
                 index + first
                 for index, layer in enumerate(self.layers)
@@ -140,6 +211,7 @@ class _Restack:
         elif (len(value) in self.lengths and self.total >= 3) or (
             speaks and len(value) >= self.total
         ):
+            self._settings.append(value)
             self._set(config, path, [self._entry(layer, path, list) for layer in self.layers])
         elif speaks and path[-1] in _KINDS:
             for layer in self.layers:  # too short for some layer: refused, unless none is chosen
@@ -170,6 +242,7 @@ class _Restack:
         if not words & {"pattern", "layers", "types"} or is_word:
             return
         if len(value) in self.lengths:
+            self._settings.append(value)
             entries = [self._entry(layer, path, str) for layer in self.layers]
             self._set(config, path, "".join(entries))
         else:
@@ -179,11 +252,12 @@ class _Restack:
         self, config: dict[str, Any], path: tuple[str, ...], value: int, words: set[str]
     ) -> None:
         key = path[-1]
-        if key in (*LAYER_COUNTS, *EXTRA_COUNTS) or value < 0:
+        if key in (*LAYER_COUNTS, *EXTRA_COUNTS, *_OF_HALVES) or value < 0:
             return
         if key == "max_window_layers" and not config.get("use_sliding_window", False):
             return
         if key in _FIRST:
+            self.numeric = self.numeric or 0 < value < self.total
             flags = [
                 layer.number < int(self._given(layer, path, int) or 0) for layer in self.layers
             ]
@@ -204,11 +278,13 @@ class _Restack:
         ):
             ends = words & _FROM_THE_END and (self.moved or self.resized)
             counts = value == self.total and self.resized
+            self.numeric = self.numeric or bool(words & _WHICH)
             if ends or counts or (words & _WHICH and self.moved):
                 self.by_number.append(key)
 
     def _periodic(self, key: str, period: int) -> None:
         """What goes by the remainder of ``period`` holds where layers moved by multiples of it."""
+        self.numeric = self.numeric or period > 1
         if period <= 1 or not self.moved:
             return
         steps = (layer.number - index for index, layer in enumerate(self.layers))
