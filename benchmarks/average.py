@@ -25,22 +25,7 @@ from fastmerge.bench.floor import run_floor
 from fastmerge.bench.machine import machine
 from fastmerge.bench.pagecache import bytes_of, files_of, settle
 from fastmerge.bench.process import measure
-
-PEER = """
-import sys, torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-out, *models = sys.argv[1:]
-files = [safe_open(f"{model}/model.safetensors", "pt") for model in models]
-made = {}
-for name in files[0].keys():
-    first = files[0].get_tensor(name)
-    total = first.float()
-    for file in files[1:]:
-        total += file.get_tensor(name)
-    made[name] = (total / len(files)).to(first.dtype)
-save_file(made, out, metadata={"format": "pt"})
-"""
+from fastmerge.bench.recipes import JOBS
 
 
 def main() -> None:
@@ -60,7 +45,10 @@ def main() -> None:
 def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     models = write_set(folder, options.size, options.models)
     files = [file for model in models for file in files_of(model)]
-    out, floor_out, peer_out = folder / "out", folder / "floor.bin", folder / "peer.safetensors"
+    out, floor_out, peer_out = folder / "out", folder / "floor.bin", folder / "peer"
+    recipe = folder / "linear.yml"
+    recipe.write_text(json.dumps(JOBS["linear"].of(len(models)).recipe(models, None)))
+    peer = [sys.executable, "-m", "fastmerge.bench.peers", "torch", recipe, peer_out]
     command = [Path(sys.executable).with_name("fastmerge"), "average", *models, "-o", out, "-q"]
     runs: dict[str, list[Any]] = {"floor": [], "fastmerge": [], "torch": []}
     for _ in range(options.repeat):
@@ -69,8 +57,8 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         settle(models, [out, floor_out])
         runs["fastmerge"].append(measure(command))
         if options.torch:
-            settle(models, [out])
-            runs["torch"].append(measure([sys.executable, "-c", PEER, peer_out, *models]))
+            settle(models, [out, peer_out])
+            runs["torch"].append(measure(peer))
         print({name: round(done[-1].seconds, 2) for name, done in runs.items() if done},
               file=sys.stderr)  # fmt: skip
     settle([], [out, floor_out, peer_out])

@@ -25,6 +25,7 @@ from fastmerge.bench.floor import run_floor
 from fastmerge.bench.machine import machine
 from fastmerge.bench.pagecache import bytes_of, files_of, settle
 from fastmerge.bench.process import Usage, measure
+from fastmerge.bench.recipes import JOBS
 
 
 def main() -> None:
@@ -94,8 +95,7 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def recipe_of(models: list[Path], *, trim: bool) -> dict[str, Any]:
     if not trim:
-        each = [{"model": str(model), "parameters": {"weight": 0.5}} for model in models]
-        return {"merge_method": "linear", "models": each, "dtype": "bfloat16"}
+        return JOBS["linear"].recipe(models, "bfloat16")
     base, *tunes = models
     return {
         "merge_method": "ties",

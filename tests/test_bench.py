@@ -459,3 +459,15 @@ def test_a_set_is_made_for_the_most_models() -> None:
     assert [job.models for job in asked.merges] == [2, 4, 16, 2]
     assert Request(kinds=("walk",)).most_models == 3
     assert runs.FORMAT == 1 and markdown.__doc__
+
+
+def test_holes_are_for_memory_alone(tmp_path: Path) -> None:
+    asked = Request(
+        kinds=("merge",), sizes=("tiny",), methods=("linear",), sparse=True, repeat=1,
+        folder=tmp_path,
+    )  # fmt: skip
+    report = runs.run(asked)
+    (row,) = report["jobs"]
+    assert row["cache"] == "holes" and "share_of_ceiling" not in row
+    assert row["peak_anonymous_bytes"] > 0 and "against NumPy" in row["checked"]
+    assert "their seconds say nothing" in markdown(report)

@@ -71,6 +71,8 @@ def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
             "peer_repeat": min(request.repeat, request.peer_repeat), "threads": request.threads,
             "machine": machine(place), "ceilings": [], "jobs": [], "notes": [],
         }  # fmt: skip
+        if request.sparse:
+            report["notes"].append("the models are holes, read as zeros: their seconds say nothing")
         if request.models:
             # Before minutes go into ceilings: what cannot be merged is refused.
             _planned(request.models, request, place)

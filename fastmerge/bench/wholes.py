@@ -116,6 +116,8 @@ class _Runner:
 
     @property
     def _state(self) -> str:
+        if self._request.sparse:
+            return "holes"
         if self._cache == "warm" and self._warm_share < 1:
             return f"{self._warm_share:.0%} warm"
         return self._cache
