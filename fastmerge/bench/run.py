@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fastmerge.bench import ceilings, kernels, tensors, wholes
@@ -28,29 +27,22 @@ FORMAT = 1
 
 @contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
-    """A folder of its own in ``folder``, which is gone afterwards, however it ends: on Ctrl-C, and
-    on SIGTERM, which is taken for it.
+    """A folder of its own in ``folder``, which is gone afterwards, however it ends: on Ctrl-C too,
+    and on the signals that the command line takes for it.
     """
-
-    def interrupted(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     try:
         made = Path(tempfile.mkdtemp(prefix="fastmerge-bench-", dir=folder))
     except OSError as error:
         raise OutputError(
             f"{folder}: cannot be written ({error.strerror}); give --folder"
         ) from error
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.getsignal(number) for number in numbers}
     try:
-        if main:
-            signal.signal(signal.SIGTERM, interrupted)
         yield made
     finally:
-        for number in numbers:  # a second Ctrl-C would leave half of it
-            signal.signal(number, signal.SIG_IGN)
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+        # A second Ctrl-C would leave half of it.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
         shutil.rmtree(made, ignore_errors=True)
         for number, handler in before.items():
             # None: whoever embeds Python set it, and it cannot be put back from here.
