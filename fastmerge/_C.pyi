@@ -96,13 +96,15 @@ def combine(
     axis: int | None = None,
     rows: int = 1,
     cols: int = 0,
+    wide: bool = False,
 ) -> int:
     """out = (sum_i c_i x_i) / divisor, fp32 FMA in input order, one rounding; returns how many
     outputs are NaN/Inf.
 
-    coefficients: shape (k,) or (vectors, k), rounded to fp32. An input whose coefficient is exactly
-    0 is skipped (so c = (1, 0) returns x_0 bit for bit, NaN and -0.0 included); all-zero
-    coefficients give +0.
+    ``wide``: in fp64, products and sums each rounded there, then to fp32; no divisor.
+    coefficients: shape (k,) or (vectors, k), rounded to fp32 unless ``wide``. An input whose
+    coefficient is exactly 0 is skipped (so c = (1, 0) returns x_0 bit for bit, NaN and -0.0
+    included); all-zero coefficients give +0.
     """
 
 def select(

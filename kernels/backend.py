@@ -52,12 +52,15 @@ class TritonBackend:
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
+        wide: bool = False,
     ) -> int:
         whole = len(inputs) == 1 and vectors.axis is None and divisor is None
         if whole and isinstance(inputs[0], Computed) and coefficients[0] == 1:
             return inputs[0].into(out)
         tensors = [held(x) for x in inputs]
-        return combine.combine(tensors, coefficients, out, divisor=divisor, **vars(vectors))
+        return combine.combine(
+            tensors, coefficients, out, divisor=divisor, wide=wide, **vars(vectors)
+        )
 
     def select(
         self,
@@ -100,6 +103,10 @@ class TritonBackend:
 
     def divergences(self, x: torch.Tensor, base: torch.Tensor, cols: int) -> NDArray[np.float64]:
         return divergence.divergences(x, base, cols)
+
+    @staticmethod
+    def is_fp32(out: torch.Tensor) -> bool:
+        return out.dtype == torch.float32
 
     def scratch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = torch.empty(count, dtype=torch.float32, device=self.device)

@@ -37,8 +37,8 @@ from fastmerge.kernels.common import (
 @triton.jit
 def _block(
     addresses, terms, divisor, start, end,
-    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK of outputs; returns how many of them, lane by lane, are NaN or infinite."""
     K: tl.constexpr = len(CODES)
@@ -49,22 +49,27 @@ def _block(
     # -0.0 for 0.
     start_bits = tl.full([BLOCK], 0x80000000 if K == 1 else 0, tl.uint32)
     total = start_bits.to(tl.float32, bitcast=True)
+    if WIDE:
+        total = total.to(tl.float64)
     for i in tl.static_range(K):
         x = fetch(addresses[i], offsets, mask, CODES[i], ALIGNED, MASKED)
-        total = tl.fma(x, tl.zeros_like(x) + terms[i], total)
+        if WIDE:
+            total = total + x.to(tl.float64) * terms[i]
+        else:
+            total = tl.fma(x, tl.zeros_like(x) + terms[i], total)
     if DIVIDE:
         total = tl.div_rn(total, tl.zeros_like(total) + divisor)
-    return put(addresses[K], offsets, mask, total, OUT, ALIGNED, MASKED)
+    return put(addresses[K], offsets, mask, total.to(tl.float32), OUT, ALIGNED, MASKED)
 
 
 @triton.jit
 def combine_kernel(
     table, owners, coefficients, bad_counts,
-    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """coefficients: fp32 (segments, k + 1), the divisor last. All CODES inputs have a non-zero
-    coefficient.
+    """coefficients: fp32, or WIDE fp64, (segments, k + 1), the divisor last. All CODES inputs have
+    a non-zero coefficient.
     """
     K: tl.constexpr = len(CODES)
     TAIL: tl.constexpr = BLOCK // 8
@@ -81,14 +86,14 @@ def combine_kernel(
     for step in range(0, whole - begin, BLOCK):
         start = begin + step
         bad += _block(
-            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, BLOCK, False
+            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, WIDE, ALIGNED, BLOCK, False
         )
     # The tail in narrow steps: a second whole block, masked, would double the registers.
     tail_bad = tl.zeros([TAIL], tl.int32)
     for step in range(0, end - whole, TAIL):
         start = whole + step
         tail_bad += _block(
-            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, ALIGNED, TAIL, True
+            addresses, terms, divisor, start, end, CODES, OUT, DIVIDE, WIDE, ALIGNED, TAIL, True
         )
     count = tl.sum(bad, 0) + tl.sum(tail_bad, 0)
     tally(bad_counts + segment, count)
@@ -97,11 +102,11 @@ def combine_kernel(
 @triton.jit
 def combine_vectors_kernel(
     table, coefficients, bad_counts, divisor, rows, cols,
-    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, AXIS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HEAD: tl.constexpr,
+    CODES: tl.constexpr, OUT: tl.constexpr, DIVIDE: tl.constexpr, WIDE: tl.constexpr,
+    AXIS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients per row (AXIS 1) or column (AXIS 0): fp32 (k, vectors). A zero coefficient skips
-    its term.
+    """Coefficients per row (AXIS 1) or column (AXIS 0): fp32, or WIDE fp64, (k, vectors). A zero
+    coefficient skips its term.
     """
     K: tl.constexpr = len(CODES)
     tiles = tl.cdiv(cols, BLOCK_COLS)
@@ -122,16 +127,26 @@ def combine_vectors_kernel(
     start_bits = tl.where(used == 1, 0x80000000, 0).to(tl.uint32)  # see _block
     total = start_bits.to(tl.float32, bitcast=True)
     total = tl.broadcast_to(total, [BLOCK_ROWS, BLOCK_COLS])
+    if WIDE:
+        total = total.to(tl.float64)
     for i in tl.static_range(K):
         term = tl.load(coefficients + i * count + vector, mask=inside, other=0.0)
         term = tl.broadcast_to(term, [BLOCK_ROWS, BLOCK_COLS])
         x = fetch(tl.load(table + HEAD + i), offsets, mask, CODES[i], False, True)
-        total = tl.where(term == 0, total, tl.fma(x, term, total))
+        if WIDE:
+            added = total + x.to(tl.float64) * term
+        else:
+            added = tl.fma(x, term, total)
+        total = tl.where(term == 0, total, added)
     if DIVIDE:
         total = tl.div_rn(total, tl.zeros_like(total) + divisor)
-    bad = put(tl.load(table + HEAD + K), offsets, mask, total, OUT, False, True)
+    bad = put(tl.load(table + HEAD + K), offsets, mask, total.to(tl.float32), OUT, False, True)
     found = tl.sum(tl.sum(bad, 1), 0)
     tally(bad_counts, found)
+
+
+def _numbers(wide: bool) -> type:
+    return np.float64 if wide else np.float32
 
 
 def combine(
@@ -143,10 +158,13 @@ def combine(
     axis: int | None = None,
     rows: int = 1,
     cols: int = 0,
+    wide: bool = False,
 ) -> int:
     """`_C.combine` on the device; waits for it."""
+    if wide and divisor is not None:
+        raise FastmergeError("a wide sum has no divisor; divide the coefficients")
     if axis is None:
-        return int(combine_many([inputs], [coefficients], [out], divisors=[divisor])[0])
+        return int(CombineBatch([inputs], [out]).run([coefficients], [divisor], [wide])[0])
     check(inputs, None, out)
     count = vectors(out.numel(), axis, rows, cols)
     table = np.asarray(coefficients, dtype=np.float64)
@@ -161,7 +179,7 @@ def combine(
             triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols),
             out.device,
             group([0], [[*inputs, out]]).table,
-            upload(table.T.astype(np.float32), out.device),
+            upload(table.T.astype(_numbers(wide)), out.device),
             bad,
             float(np.float32(1.0 if divisor is None else divisor)),
             rows,
@@ -169,6 +187,7 @@ def combine(
             CODES=codes(inputs),
             OUT=codes([out])[0],
             DIVIDE=divisor is not None,
+            WIDE=wide,
             AXIS=axis,
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
@@ -196,16 +215,24 @@ class CombineBatch:
         self,
         coefficients: Sequence[np.ndarray],
         divisors: Sequence[float | None] | None = None,
+        wide: Sequence[bool] | None = None,
     ) -> torch.Tensor:
-        """Launches, does not wait; returns the NaN/Inf counts, int64 on the device."""
+        """Launches, does not wait; returns the NaN/Inf counts, int64 on the device. ``wide``: which
+        are summed in float64.
+        """
         divisors = [None] * len(self.outs) if divisors is None else divisors
-        terms = [np.asarray(c, dtype=np.float64).astype(np.float32).ravel() for c in coefficients]
+        wide = [False] * len(self.outs) if wide is None else wide
+        terms = [
+            np.asarray(c, dtype=np.float64).astype(_numbers(is_wide)).ravel()
+            for c, is_wide in zip(coefficients, wide, strict=True)
+        ]
         for xs, c in zip(self.inputs, terms, strict=True):
             if c.size != len(xs):
                 raise FastmergeError(f"{c.size} coefficients for {len(xs)} inputs; give one each")
-        used = tuple((c != 0).tobytes() for c in terms), tuple(d is not None for d in divisors)
+        given = tuple(d is not None for d in divisors)
+        used = tuple((c != 0).tobytes() for c in terms), given, tuple(wide)
         if used not in self._groups:
-            self._groups[used] = self._grouped(terms, divisors)
+            self._groups[used] = self._grouped(terms, divisors, wide)
         device = self.outs[0].device if self.outs else None
         bad = torch.zeros(len(self.outs), dtype=torch.int64, device=device)
         for key, members, batch in self._groups[used]:
@@ -224,12 +251,13 @@ class CombineBatch:
                 bad.device,
                 batch.table,
                 batch.owners,
-                upload(np.array(numbers, dtype=np.float32), bad.device),
+                upload(np.array(numbers, dtype=_numbers(key[3])), bad.device),
                 counts,
                 CODES=key[0],
                 OUT=key[1],
                 DIVIDE=key[2],
-                ALIGNED=key[3],
+                WIDE=key[3],
+                ALIGNED=key[4],
                 CHUNK=CHUNK,
                 BLOCK=per_lane(len(key[0])) * lanes(),
                 HEAD=HEAD,
@@ -239,7 +267,10 @@ class CombineBatch:
         return bad
 
     def _grouped(
-        self, terms: Sequence[np.ndarray], divisors: Sequence[float | None]
+        self,
+        terms: Sequence[np.ndarray],
+        divisors: Sequence[float | None],
+        wide: Sequence[bool],
     ) -> list[tuple[Any, list[int], Any]]:
         """(compile-time choices, members, table) of each launch; empty tensors are in none."""
         rows = [
@@ -247,8 +278,8 @@ class CombineBatch:
             for xs, factors, out in zip(self.inputs, terms, self.outs, strict=True)
         ]
         keys = [
-            (codes(row[:-1]), codes(row[-1:])[0], divisor is not None, aligned(row))
-            for row, divisor in zip(rows, divisors, strict=True)
+            (codes(row[:-1]), codes(row[-1:])[0], divisor is not None, is_wide, aligned(row))
+            for row, divisor, is_wide in zip(rows, divisors, wide, strict=True)
         ]
         groups = []
         for key, positions in partition(keys).items():

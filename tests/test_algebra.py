@@ -41,13 +41,16 @@ class Float64Backend:
             return flat @ flat.T
         return np.einsum("irc,jrc->rij" if axis == 1 else "irc,jrc->cij", stack, stack)
 
-    def combine(self, inputs, coefficients, out, *, divisor, vectors):
+    def combine(self, inputs, coefficients, out, *, divisor=None, vectors, **_):
         axis, rows, cols = vectors.axis, vectors.rows, vectors.cols
         self.combines += 1
         stack = np.stack([np.asarray(v).reshape(rows, cols) for v in inputs])
         pattern = {None: "i,irc->rc", 1: "ri,irc->rc", 0: "ci,irc->rc"}[axis]
         out.reshape(rows, cols)[:] = np.einsum(pattern, coefficients, stack) / (divisor or 1.0)
         return 0
+
+    def is_fp32(self, _):
+        return False
 
     def scratch(self, count):
         array = np.empty(count)

@@ -93,6 +93,35 @@ def test_combine(pool, memory, types, out_type, count):
 
 
 @every_isa
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("types", "out_type"), every_mix(), ids=str)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_wide_combine(pool, memory, types, out_type, axis):
+    rows, cols = 3, 1111
+    vectors = {None: 1, 0: cols, 1: rows}[axis]
+    c = np.random.default_rng(5).choice([0.0, 1e9, -1.25, 1 / 3], (vectors, len(types)))
+    c = c[0] if axis is None else c
+    tensors = [
+        memory.put(values(rows * cols, i, special=True), t, offset=2 * i + 1)
+        for i, t in enumerate(types)
+    ]
+    out = memory.blank(rows * cols, out_type, offset=3)
+    shape = {"axis": axis, "rows": rows, "cols": cols}
+    bad = _C.combine(pool, tensors, c, _C.MemorySink(out), wide=True, **shape)
+    arrays = [memory.read(t).reshape(rows, cols) for t in tensors]
+    exact = reference.combine(arrays, c, axis=axis, wide=True).astype(np.float32)
+    wanted = reference.round_to(exact, out_type).ravel()
+    assert same(memory.read(out), wanted)
+    assert bad == nonfinite(wanted)
+
+
+def test_a_wide_combine_has_no_divisor(pool, memory):
+    x = memory.put(values(10, 1), "F32")
+    with pytest.raises(ValueError, match="no divisor"):
+        _C.combine(pool, [x], np.ones(1), _C.MemorySink(x), divisor=2.0, wide=True)
+
+
+@every_isa
 def test_combine_is_within_rounding_of_float64(pool, memory):
     tensors = [memory.put(values(5000, i), "F32") for i in range(5)]
     c = np.array([0.1, 0.2, -0.3, 0.4, 0.6])
@@ -387,6 +416,8 @@ def test_every_isa_and_thread_count_gives_the_same_bits(memory):
             normalize=True,
         )
         _C.combine(pool, tensors, np.array([0.3, 0.7]), _C.MemorySink(mixed))
+        wide = memory.blank(count, "F32")
+        _C.combine(pool, tensors, np.array([0.3, 0.7]), _C.MemorySink(wide), wide=True)
         grams = [
             _C.gram(pool, tensors),
             _C.gram(pool, tensors, base),
@@ -394,7 +425,7 @@ def test_every_isa_and_thread_count_gives_the_same_bits(memory):
             _C.gram(pool, tensors, base, axis=1, rows=3, cols=count // 3),
             _C.gram(pool, tensors, base, axis=0, rows=3, cols=count // 3),
         ]
-        parts = [merged.owner, mixed.owner, *grams]
+        parts = [merged.owner, mixed.owner, wide.owner, *grams]
         seen.add((tuple(chosen), b"".join(p.tobytes() for p in parts)))
     _C.set_isa(before)
     assert len(seen) == 1

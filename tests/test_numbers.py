@@ -506,3 +506,79 @@ def test_a_weight_beyond_float32_is_refused(four, weight):
 def test_bounds_are_named_before_float32():
     with pytest.raises(FastmergeError, match=r"'t' must be in \[-1, 2\], not 1e\+300"):
         ops.slerp(np.ones(4, np.float32), np.zeros(4, np.float32), 1e300)
+
+
+# ---------------------------------------------------------------- where sums cancel
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("slerp", {"t": 0.5}),
+        ("nuslerp", {"weight": 1.0}),
+        ("nuslerp", {"weight": 1.0, "nuslerp_flatten": False}),
+    ],
+    ids=str,
+)
+def test_opposite_entries_of_models_that_count_the_same_come_to_nothing(method, values, dtype):
+    """One fused multiply-add left 1e-8 of them."""
+    torch = pytest.importorskip("torch")
+    x, y = torch.randn(2, 9, 70, generator=torch.Generator().manual_seed(3)).to(
+        getattr(torch, dtype)
+    )
+    y[:, 1::3] = -x[:, 1::3]
+    made = ops.merge(method, [x, y], values)
+    assert not made[:, 1::3].any() and made[:, ::3].all()
+
+
+def _misrounded(made: np.ndarray, exact: np.ndarray) -> float:
+    return float((made != exact.astype(np.float32)).mean())
+
+
+@pytest.mark.parametrize("by", ["tensor", "rows", "columns"])
+def test_nuslerp_with_a_base_is_rounded_once_in_float32(by):
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(20, 300)).astype(np.float32)
+    x, y = (base + 0.01 * rng.normal(size=base.shape).astype(np.float32) for _ in range(2))
+    how = {
+        "tensor": {},
+        "rows": {"flatten": False},
+        "columns": {"flatten": False, "row_wise": True},
+    }
+    made = ops.nuslerp(x, y, [0.3, 0.7], base=base, **how[by])
+    u, v = (z.astype(np.float64) - base for z in (x, y))
+    axis = {"tensor": None, "rows": 1, "columns": 0}[by]
+    norms = [np.sqrt((d * d).sum(axis=axis, keepdims=True)) for d in (u, v)]
+    angle = np.arccos((u * v).sum(axis=axis, keepdims=True) / (norms[0] * norms[1]))
+    arc = (np.sin(0.3 * angle) * u + np.sin(0.7 * angle) * v) / np.sin(angle)
+    assert _misrounded(made, base + arc) < 1e-3  # 0.13 to 0.37 in float32
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_model_stock_is_rounded_once_in_float32(by_rows):
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(20, 300)).astype(np.float32)
+    models = [base + 0.01 * rng.normal(size=base.shape).astype(np.float32) for _ in range(3)]
+    models = [m + 0.01 for m in models]  # so that their deltas have a common part
+    made = ops.model_stock(base, models, filter_wise=by_rows)
+    deltas = [m.astype(np.float64) - base for m in models]
+    axis = 1 if by_rows else None
+    size = [np.sqrt((d * d).sum(axis=axis, keepdims=True)) for d in deltas]
+    cosine = (
+        sum(
+            (deltas[i] * deltas[j]).sum(axis=axis, keepdims=True) / (size[i] * size[j])
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        )
+        / 3
+    )
+    ratio = 3 * cosine / (1 + 2 * cosine)
+    exact = base + ratio * sum(deltas) / 3
+    assert _misrounded(made, exact) < 1e-3
+
+
+def test_opposite_rows_are_summed_with_the_digits_that_they_need():
+    """Coefficients of 4e7 that cancel."""
+    x = np.random.default_rng(1).normal(size=(40, 96)).astype(np.float32)
+    made = ops.nuslerp(x, -x, [0.3, 0.7], flatten=False)
+    assert np.abs(made).max() < 1.01 * np.abs(x).max()

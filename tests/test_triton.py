@@ -43,6 +43,7 @@ def test_kernels_equal_the_cpu_kernels(part: str) -> None:
         "triton_pointwise_cases.py",
         "triton_resident_cases.py",
         "triton_stream_cases.py",
+        "triton_wide_cases.py",
     ],
 )
 def test_models_equal_the_cpu_engine(file: str) -> None:

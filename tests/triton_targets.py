@@ -46,16 +46,18 @@ SEGMENTS = {"table": "*i64", "owners": "*i32"}
 
 
 def _combine(codes, **more):
-    arguments = {**SEGMENTS, "coefficients": "*fp32", "bad_counts": "*i64"}
-    constants = {**SHARED, "CODES": codes, "OUT": BF16, "DIVIDE": False, **more}
+    constants = {**SHARED, "CODES": codes, "OUT": BF16, "DIVIDE": False, "WIDE": False, **more}
+    numbers = "*fp64" if constants["WIDE"] else "*fp32"
+    arguments = {**SEGMENTS, "coefficients": numbers, "bad_counts": "*i64"}
     constants["BLOCK"] = lambda lanes: common.per_lane(len(codes)) * lanes
     return combine.combine_kernel, arguments, constants
 
 
-def _combine_vectors(axis):
-    arguments = {"table": "*i64", "coefficients": "*fp32", "bad_counts": "*i64", "divisor": "fp32"}
+def _combine_vectors(axis, wide=False):
+    numbers = "*fp64" if wide else "*fp32"
+    arguments = {"table": "*i64", "coefficients": numbers, "bad_counts": "*i64", "divisor": "fp32"}
     arguments |= {"rows": "i32", "cols": "i32"}
-    constants = {"CODES": (BF16, BF16), "OUT": BF16, "DIVIDE": False, "AXIS": axis}
+    constants = {"CODES": (BF16, BF16), "OUT": BF16, "DIVIDE": False, "WIDE": wide, "AXIS": axis}
     constants |= {"BLOCK_ROWS": 2, "BLOCK_COLS": 1024, "HEAD": common.HEAD}
     return combine.combine_vectors_kernel, arguments, constants
 
@@ -167,7 +169,11 @@ CASES = {
     "combine_16": (_combine((BF16,) * 16, DIVIDE=True), True),
     "combine_f32": (_combine((F32, F32), OUT=F32), True),
     "combine_fp8": (_combine((E4M3, E4M3)), True),
+    "combine_wide": (_combine((F32, F32), OUT=F32, WIDE=True), True),
+    "combine_wide_3": (_combine((BF16,) * 3, OUT=F32, WIDE=True), True),
+    "combine_wide_16": (_combine((BF16,) * 16, OUT=F32, WIDE=True), True),
     "combine_rows": (_combine_vectors(1), False),
+    "combine_wide_rows": (_combine_vectors(1, True), False),
     "combine_columns": (_combine_vectors(0), False),
     "gram_2": (_gram((BF16,) * 2, False), True),
     "gram_based": (_gram((BF16,) * 3, True), True),
@@ -285,7 +291,11 @@ def test_compiles(target, case, tmp_path):
     divides = target == "gfx942" and case.startswith(
         ("consensus", "rank_sample", "pointwise", "divergence")
     )
-    written = case.startswith(("combine", "low_rank")) and case != "combine_1"
+    written = (
+        case.startswith(("combine", "low_rank"))
+        and case != "combine_1"
+        and (not constants.get("WIDE"))
+    )
     assert bool(fused) == written or divides
 
 

@@ -59,13 +59,13 @@ py::array_t<double> bound_gram(Pool& pool, const std::vector<View>& inputs,
 
 int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers& coefficients,
                       Sink& out, std::optional<double> divisor, std::optional<int> axis,
-                      int64_t rows, int64_t cols) {
+                      int64_t rows, int64_t cols, bool wide) {
     const std::vector<Span> tensors = spans(inputs);
     const Vectors vectors = vectors_of(axis, rows, cols);
     const std::vector<double> numbers(coefficients.data(),
                                       coefficients.data() + coefficients.size());
     py::gil_scoped_release release;
-    return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, vectors);
+    return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, vectors, wide);
 }
 
 // Where the bits of `count` elements lie, of each input that has a mask.
@@ -224,7 +224,8 @@ void bind_kernels(py::module_& m) {
     m.def("gram", &bound_gram, "pool"_a, "inputs"_a, "base"_a = py::none(), py::kw_only(),
           "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
     m.def("combine", &bound_combine, "pool"_a, "inputs"_a, "coefficients"_a, "out"_a, py::kw_only(),
-          "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0);
+          "divisor"_a = py::none(), "axis"_a = py::none(), "rows"_a = 1, "cols"_a = 0,
+          "wide"_a = false);
     m.def("select", &bound_select, "pool"_a, "inputs"_a, "base"_a, "specs"_a,
           "masks"_a = py::tuple());
     m.def("consensus", &bound_consensus, "pool"_a, "inputs"_a, "base"_a, "weights"_a,

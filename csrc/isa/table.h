@@ -44,18 +44,22 @@ struct Keep {
     const uint64_t* round_keys = nullptr;  // kRandom: Philox's 20 round keys, one per 64-bit word
 };
 
-struct CombineArgs {
+// Number: what is computed in.
+template <class Number>
+struct CombineArgsOf {
     const void* const* inputs;
-    const float* const* coefficients;  // per input: one value, or one per element
+    const Number* const* coefficients;  // per input: one value, or one per element
     bool per_element;
     // -0 where one coefficient is nonzero, else +0: one value or one per element.
-    const float* starts;
+    const Number* starts;
     int inputs_count;
     float divisor;
     bool divide;
     void* out;
     int64_t count;
 };
+using CombineArgs = CombineArgsOf<float>;
+using WideCombineArgs = CombineArgsOf<double>;  // of fp32, never divided
 
 // One delta's part in a consensus: D = (x - base) * (kept ? on : off), then * weight when rescaled,
 // or after the election where that is of unweighted deltas; share: its part of the divisor.
@@ -224,6 +228,7 @@ struct Kernels {
     void (*gram_columns)(const float* const* inputs, int vectors, int64_t count, double* sums);
     void (*subtract)(const float* base, float* in_out, int64_t count);  // in_out -= base
     void (*combine[kDTypes])(const CombineArgs& args);
+    void (*combine_wide)(const WideCombineArgs& args);
     void (*consensus[kDTypes])(const ConsensusArgs& args);
     void (*count_keys[kDTypes])(const DeltaArgs& args, Window* windows);
     void (*count_ties[kDTypes])(const DeltaArgs& args, TieWindow* windows);

@@ -1,7 +1,6 @@
 // out = (start + sum_j c_j x_j) / divisor in fp32, fused multiply-adds in input order, one
 // rounding. Fused, because torch's add_(x, alpha) is, by which mergekit's linear is bit-equal;
-// where c x = -(c y), it leaves 1e-8 |c x| for the 0 of mergekit's slerp, which rounds products.
-// Starting from -0 where only one coefficient is nonzero makes that product exact, sign of zero
+// where c x = -(c y), it leaves 1e-8 |c x| for 0, which is for combine_wide to find. Starting from -0 where only one coefficient is nonzero makes that product exact, sign of zero
 // included; starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
 template <class T, bool kPerElement, bool kPartial>
@@ -38,4 +37,31 @@ void combine_span(const CombineArgs& args) {
 template <class T>
 void combine(const CombineArgs& args) {
     args.per_element ? combine_span<T, true>(args) : combine_span<T, false>(args);
+}
+
+// The same in fp64, one rounding to fp32: products and sums one after the other, each rounded, so
+// that it needs no fused operation of a device's. It is for sums that cancel, and takes a few
+// percent longer where memory sets the pace.
+inline void combine_wide(const WideCombineArgs& args) {
+    double total[kBlock];
+    for (int64_t begin = 0; begin < args.count; begin += kBlock) {
+        const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;
+        for (int64_t i = 0; i < count; ++i)
+            total[i] = args.starts[args.per_element ? begin + i : 0];
+        for (int j = 0; j < args.inputs_count; ++j) {
+            const float* x = static_cast<const float*>(args.inputs[j]) + begin;
+            if (args.per_element) {
+                const double* c = args.coefficients[j] + begin;
+                for (int64_t i = 0; i < count; ++i) {
+                    const double added = total[i] + static_cast<double>(x[i]) * c[i];
+                    total[i] = c[i] == 0 ? total[i] : added;
+                }
+            } else {
+                const double c = args.coefficients[j][0];
+                for (int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(x[i]) * c;
+            }
+        }
+        float* out = static_cast<float*>(args.out) + begin;
+        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(total[i]);
+    }
 }

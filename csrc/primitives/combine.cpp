@@ -8,23 +8,22 @@ namespace fastmerge {
 namespace {
 
 // The accumulator's start: see kernels/combine.inl.
-float start_of(int nonzero) { return nonzero == 1 ? -0.0f : 0.0f; }
+template <class Number>
+Number start_of(int nonzero) {
+    return nonzero == 1 ? -Number(0) : Number(0);
+}
 
-}  // namespace
+void run(const CombineArgs& args, size_t type) { kernels().combine[type](args); }
+void run(const WideCombineArgs& args, size_t) { kernels().combine_wide(args); }
 
-int64_t combine(Pool& pool, const std::vector<Span>& inputs,
-                const std::vector<double>& coefficients, Sink& out, const double* divisor,
-                const Vectors& vectors) {
+// Number: what it is computed in; `reads`: what the kernel takes.
+template <class Number>
+int64_t combine_in(Pool& pool, const std::vector<Span>& inputs,
+                   const std::vector<Number>& by_vector, Sink& out, float divisor,
+                   const Vectors& vectors, DType reads) {
     const size_t k = inputs.size();
-    check_inputs(inputs, nullptr, out.count());
-    vectors.check(out.count());
     const auto number = static_cast<size_t>(vectors.count());
-    if (coefficients.size() != number * k)
-        throw std::invalid_argument("one coefficient per vector and input is needed");
-    if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
-
-    const std::vector<float> by_vector(coefficients.begin(), coefficients.end());
-    std::vector<float> by_input, starts;  // for columns: one coefficient per element of a row
+    std::vector<Number> by_input, starts;  // for columns: one coefficient per element of a row
     if (vectors.axis == Axis::kColumns) {
         by_input.resize(by_vector.size());
         starts.resize(number);
@@ -34,48 +33,65 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
                 by_input[j * number + v] = by_vector[v * k + j];
                 nonzero += by_vector[v * k + j] != 0;
             }
-            starts[v] = start_of(nonzero);
+            starts[v] = start_of<Number>(nonzero);
         }
     }
     const int64_t row_length =
         vectors.axis == Axis::kAll ? std::max<int64_t>(1, out.count()) : vectors.cols;
 
-    const float over = divisor ? static_cast<float>(*divisor) : 1.0f;
     const auto make = [&] {
-        return [&, used = std::vector<const void*>(k), factors = std::vector<const float*>(k)](
+        return [&, used = std::vector<const void*>(k), factors = std::vector<const Number*>(k)](
                    TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
             const auto item = static_cast<int64_t>(item_bytes(reader.dtype()));
             for (int64_t at = begin; at < end;) {
                 const int64_t row = at / row_length, column = at % row_length;
                 const int64_t count = std::min(end, (row + 1) * row_length) - at;
                 reader.seek(at, count);
-                CombineArgs args = {};
+                CombineArgsOf<Number> args = {};
                 args.inputs = used.data();
                 args.coefficients = factors.data();
                 args.per_element = vectors.axis == Axis::kColumns;
-                float start = 0;
+                Number start = 0;
                 int used_count = 0;
                 for (size_t j = 0; j < k; ++j) {
-                    const float* factor = args.per_element
-                                              ? by_input.data() + j * number + column
-                                              : by_vector.data() + static_cast<size_t>(row) * k + j;
+                    const Number* factor =
+                        args.per_element ? by_input.data() + j * number + column
+                                         : by_vector.data() + static_cast<size_t>(row) * k + j;
                     if (!args.per_element && *factor == 0) continue;
                     used[static_cast<size_t>(used_count)] = reader.inputs()[j];
                     factors[static_cast<size_t>(used_count++)] = factor;
                 }
-                start = start_of(used_count);
+                start = start_of<Number>(used_count);
                 args.starts = args.per_element ? starts.data() + column : &start;
                 args.inputs_count = used_count;
-                args.divide = over != 1.0f;  // which takes a quarter of the time
-                args.divisor = over;
+                args.divide = divisor != 1.0f;  // which takes a quarter of the time
+                args.divisor = divisor;
                 args.out = to + (at - begin) * item;
                 args.count = count;
-                kernels().combine[reader.type()](args);
+                run(args, reader.type());
                 at += count;
             }
         };
     };
-    return fill_sink(pool, inputs, nullptr, out, make, tile_for(inputs));
+    return fill_sink(pool, inputs, nullptr, out, make, tile_for(inputs), reads);
+}
+
+}  // namespace
+
+int64_t combine(Pool& pool, const std::vector<Span>& inputs,
+                const std::vector<double>& coefficients, Sink& out, const double* divisor,
+                const Vectors& vectors, bool wide) {
+    check_inputs(inputs, nullptr, out.count());
+    vectors.check(out.count());
+    if (coefficients.size() != static_cast<size_t>(vectors.count()) * inputs.size())
+        throw std::invalid_argument("one coefficient per vector and input is needed");
+    if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
+    if (wide) {
+        if (divisor) throw std::invalid_argument("a wide sum has no divisor");
+        return combine_in<double>(pool, inputs, coefficients, out, 1.0f, vectors, DType::kF32);
+    }
+    return combine_in<float>(pool, inputs, {coefficients.begin(), coefficients.end()}, out,
+                             divisor ? static_cast<float>(*divisor) : 1.0f, vectors, out.dtype());
 }
 
 void copy(Pool& pool, const Span& source, Sink& out) {

@@ -34,7 +34,7 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
         term.off = 0.0f * term.on;
     }
 
-    return fill_sink(pool, inputs, &base, out, [&] {
+    const auto make = [&] {
         return [&, terms = every, scratch = std::vector<float>(k * kConsensusScratch)](
                    TileReader& reader, int64_t begin, int64_t end, char* to) mutable {
             const auto index = static_cast<uint64_t>(agreement.origin + begin);
@@ -57,7 +57,8 @@ int64_t consensus(Pool& pool, const std::vector<Span>& inputs, const Span& base,
             args.scratch = scratch.data();
             kernels().consensus[reader.type()](args);
         };
-    });
+    };
+    return fill_sink(pool, inputs, &base, out, make, kTile, out.dtype());
 }
 
 }  // namespace fastmerge

@@ -112,11 +112,11 @@ inline int64_t tile_for(const std::vector<Span>& inputs) {
 }
 
 // Fills a sink piece by piece on the pool: make() gives a piece its fill(reader, begin, end, to),
-// which writes the elements [begin, end) of one tile as reader.dtype() to `to`. Returns how many of
-// the elements stored are NaN or Inf.
+// which writes the elements [begin, end) of one tile as reader.dtype() to `to`: the sink's type, or
+// fp32 where `reads` or the inputs say so. Returns how many of the elements stored are NaN or Inf.
 template <class Make>
 int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base, Sink& out,
-                  const Make& make, int64_t tile = kTile) {
+                  const Make& make, int64_t tile, DType reads) {
     const Kernels& table = kernels();
     const auto type = static_cast<size_t>(out.dtype());
     const auto item = static_cast<int64_t>(item_bytes(out.dtype()));
@@ -125,7 +125,7 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
         int64_t begin = 0, end = 0, found = 0;
         out.range(piece, begin, end);
         char* to = static_cast<char*>(out.open(piece));
-        TileReader reader(inputs, base, out.dtype(), tile);
+        TileReader reader(inputs, base, reads, tile);
         auto fill = make();
         const bool narrows = reader.dtype() != out.dtype();
         std::vector<float> wide(narrows ? static_cast<size_t>(tile) : 0);

@@ -23,8 +23,8 @@ class Backend(Protocol[T, O]):
     A tensor T holds one contiguous run of fp32, fp16 or bf16 elements; those of one call, the base
     among them, have the same number of elements and any mix of types. O is where as many elements
     of one type are written, which may be the memory of an input. Numbers go in as float64 and are
-    rounded to fp32. What does not fit together raises ValueError or FastmergeError; callers that
-    answer to users check first.
+    rounded to fp32, but for wide sums. What does not fit together raises ValueError or
+    FastmergeError; callers that answer to users check first.
     """
 
     @property
@@ -50,10 +50,11 @@ class Backend(Protocol[T, O]):
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
+        wide: bool = False,
     ) -> int:
-        """out = sum_i coefficients[..., i] x_i, over ``divisor`` if there is one. Coefficients:
-        (k,) of k inputs, or with an axis (vectors.count, k). Returns how many outputs are NaN or
-        infinite.
+        """out = sum_i coefficients[..., i] x_i, over ``divisor`` if there is one; ``wide``: in
+        float64, without a divisor. Coefficients: (k,) of k inputs, or with an axis (vectors.count,
+        k). Returns how many outputs are NaN or infinite.
         """
         ...
 
@@ -73,6 +74,10 @@ class Backend(Protocol[T, O]):
         """out = base + what the k deltas x_i - base, thinned and weighted, agree on. Returns how
         many outputs are NaN or infinite.
         """
+        ...
+
+    def is_fp32(self, out: O) -> bool:
+        """Whether fp32 is written there."""
         ...
 
     def scratch(self, count: int) -> tuple[T, Any]:

@@ -21,10 +21,10 @@ from fastmerge.compute.on_device import OnDevice
 from fastmerge.compute.tensor import (
     Computation,
     Outcome,
-    cancels,
     consensus_terms,
     effective,
     factors_of,
+    is_wide,
     requests,
 )
 from fastmerge.errors import FastmergeError, UnsupportedError
@@ -218,22 +218,21 @@ class Batch:
         rows: list[Float64] = []
         divisors: list[float | None] = []
         trees: list[Collapsed] = []
+        wide: list[bool] = []
         for place in self._sums:
             work, sources = self._works[place], self._forms[place].sources
             factors, divisor = found[place] = work.factors or found[place]
             assert work.tree is not None
             trees.append(work.tree)
+            wide.append(is_wide(work.tree, factors, self._backend.is_fp32(self._jobs[place].out)))
             same = sources == work.form.sources
             rows.append(factors if same else _spread(factors, work.form.sources, sources))
             divisors.append(divisor)
-        counts = self._combine.run(rows, divisors)
+        counts = self._combine.run(rows, divisors, wide)
         named = [effective(tree, *found[i]) for i, tree in zip(self._sums, trees, strict=True)]
         # Until here the host did not wait.
         for place, own, bad in zip(self._sums, named, counts.tolist(), strict=True):
             outcomes[place] = Outcome(bad, coefficients=own)
-        for place, tree in zip(self._sums, trees, strict=True):
-            if cancels(tree, found[place][0]):
-                outcomes[place] = self._alone(place)
 
     def _measured_factors(
         self, grams: Mapping[int, Float64]

@@ -106,8 +106,11 @@ class CpuBackend:
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
+        wide: bool = False,
     ) -> int:
-        return _C.combine(self.pool, inputs, coefficients, out, divisor=divisor, **vars(vectors))
+        return _C.combine(
+            self.pool, inputs, coefficients, out, divisor=divisor, wide=wide, **vars(vectors)
+        )
 
     def select(
         self, inputs: Sequence[_C.View], base: _C.View, specs: Sequence[Sparsify]
@@ -172,6 +175,10 @@ class CpuBackend:
         processes may count some.
         """
         return _C.select_across(self.pool, inputs, bases, origins, specs, ends, passes)
+
+    @staticmethod
+    def is_fp32(out: _C.Sink) -> bool:
+        return out.dtype == "F32"
 
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
         nbytes = 4 * count

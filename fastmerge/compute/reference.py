@@ -97,10 +97,15 @@ def combine(
     *,
     divisor: float | None = None,
     axis: int | None = None,
+    wide: bool = False,
     arithmetic: type = np.float64,
 ) -> Array:
-    """`_C.combine` of tensors of one shape."""
-    factors = np.asarray(coefficients, np.float64).astype(np.float32)
+    """`_C.combine` of tensors of one shape; a wide one is float64 whatever the ``arithmetic``."""
+    if wide:
+        arithmetic = np.float64
+    factors: Array = np.asarray(coefficients, np.float64)
+    if not wide:
+        factors = factors.astype(np.float32)
     if axis == 1:
         columns = [factors[:, i, None] for i in range(len(inputs))]
     else:
@@ -111,13 +116,13 @@ def combine(
     total: Array = np.broadcast_to(start, inputs[0].shape).astype(arithmetic)
     for tensor, column in zip(inputs, columns, strict=True):
         x = widen(tensor)
-        wide = np.broadcast_to(column, x.shape)
+        each = np.broadcast_to(column, x.shape)
         added: Array
         if arithmetic is np.float32:
-            added = fused_multiply_add(x, wide, total)
+            added = fused_multiply_add(x, each, total)
         else:
-            added = total + x.astype(np.float64) * wide
-        total = np.where(wide != 0, added, total)
+            added = total + x.astype(np.float64) * each
+        total = np.where(each != 0, added, total)
     return total if divisor is None else total / arithmetic(np.float32(divisor))
 
 

@@ -25,7 +25,7 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, device_bytes
 from fastmerge.compute.lane import Lane, Place, reserved
 from fastmerge.compute.on_device import OnDevice
 from fastmerge.compute.tensor import Computation, Outcome, Trim
-from fastmerge.dtypes import BY_CODE
+from fastmerge.dtypes import BY_CODE, F32
 from fastmerge.errors import ResourceError, argument
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
@@ -263,6 +263,7 @@ class _Pieces:
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
+        wide: bool = False,
     ) -> int:
         if isinstance(inputs[0], _Computed):
             return self._compute(inputs[0], out)
@@ -272,7 +273,9 @@ class _Pieces:
             made = lane.empty((end - begin) * width, out.dtype)
             own = coefficients[begin:end] if vectors.axis == 1 else coefficients
             part = replace(vectors, rows=end - begin)
-            bad: int = lane.backend.combine(tensors, own, made, divisor=divisor, vectors=part)
+            bad: int = lane.backend.combine(
+                tensors, own, made, divisor=divisor, vectors=part, wide=wide
+            )
             lane.download(made, out, out.dtype.bytes_for(begin * width))
             return bad
 
@@ -341,6 +344,10 @@ class _Pieces:
             return bad
 
         return sum(self._each([*made.inputs, made.base], WHOLE, out.dtype.bytes_for(1), compute))
+
+    @staticmethod
+    def is_fp32(out: Place) -> bool:
+        return out.dtype is F32
 
     def scratch(self, count: int) -> tuple[_C.View, Place]:
         view, _ = self._cpu.scratch(count)

@@ -22,13 +22,13 @@ from fastmerge.methods import Combination, Consensus, Elementwise, Function, Poi
 from fastmerge.methods.shapes import Given, Primitives, Spans, Terms
 from fastmerge.methods.types import Float64
 from fastmerge.once import cached_property
-from fastmerge.primitives import Agreement, Vectors
+from fastmerge.primitives import Vectors
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored
 
 _ONE = np.ones(1)
-_LARGE = 1e3  # of fp32's 24 bits, ten would go
+_LARGE = 16.0  # of fp32's 24 bits, four would go
 
 
 _vectors = lru_cache(maxsize=64)(Vectors.of)
@@ -77,15 +77,19 @@ def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | 
     return coefficients(tree, gram), None
 
 
-def cancels(tree: Collapsed, factors: Float64) -> bool:
-    """Whether a sum of the parts with these coefficients would lose in fp32 what one of their
-    deltas keeps: multislerp gives a delta of a thousandth of the others' length a thousandfold
-    weight, which the base's must cancel.
+def is_wide(tree: Collapsed, factors: Float64, to_fp32: bool) -> bool:
+    """Whether the parts are summed in float64. Where no Gram matrix is read mergekit's order and
+    bits are kept; elsewhere fp32's rounding must not show: not in an output of fp32, where it moves
+    a quarter of all entries, nor where the sum may cancel. It does for two models that count the
+    same, where their entries are opposite, and for large coefficients: multislerp gives a delta of
+    a thousandth of the others' length a thousandfold weight, which the base's takes back.
     """
-    if tree.reference is None or factors.ndim > 1:
+    if not tree.needs_gram or len(tree.parts) == 1:
         return False
-    largest = float(np.abs(factors).max())
-    return largest > _LARGE and abs(float(factors.sum()) - 1.0) < 1e-9 * largest
+    if to_fp32 or np.abs(factors).max(initial=0.0) > _LARGE:
+        return True
+    pair = factors.astype(np.float32)
+    return len(tree.parts) == 2 and bool(np.any(pair[..., 0] == pair[..., 1]))
 
 
 def effective(
@@ -221,7 +225,7 @@ class Computation(Generic[T, O]):
     def run(self, root: Node, out: O) -> Outcome:
         """Writes the tree's value to ``out`` with one rounding."""
         if not isinstance(root, Merge):
-            return Outcome(self._combine([self._tensor(root)], _ONE, None, None, out))
+            return self._pass(self._tensor(root), out)
         return self.take(steps(root), out)
 
     def take(self, order: Sequence[Step], out: O) -> Outcome:
@@ -289,33 +293,18 @@ class Computation(Generic[T, O]):
             factors, divisor = step.fixed or factors_of(tree, gram)
         except FastmergeError as error:
             raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
-        if cancels(tree, factors):
-            bad = self._sum_deltas(tree.reference or 0, tensors, factors, out)
-        else:
-            bad = self._combine(tensors, factors, divisor, tree.axis, out)
+        vectors = _vectors(self._shape, tree.axis if factors.ndim > 1 else None)
+        wide = is_wide(tree, factors, self._backend.is_fp32(out))
+        bad = self._backend.combine(
+            tensors, factors, out, divisor=divisor, vectors=vectors, wide=wide
+        )
         named = effective(tree, factors, divisor) if self._reported else None
         return Outcome(bad, coefficients=named, gram=gram)
 
-    def _combine(
-        self,
-        tensors: Sequence[T],
-        factors: Float64,
-        divisor: float | None,
-        axis: int | None,
-        out: O,
-    ) -> int:
-        vectors = _vectors(self._shape, axis if factors.ndim > 1 else None)
-        return self._backend.combine(tensors, factors, out, divisor=divisor, vectors=vectors)
-
-    def _sum_deltas(self, reference: int, tensors: Sequence[T], factors: Float64, out: O) -> int:
-        """x_r + sum_i c_i (x_i - x_r): the same where the coefficients sum to 1."""
-        others = [i for i in range(len(tensors)) if i != reference]
-        every = Selection(kept=math.prod(self._shape))
-        return self._backend.consensus(
-            [tensors[i] for i in others], tensors[reference],
-            [float(factors[i]) for i in others], [every] * len(others), out,
-            Agreement(elect=False, normalize=False),
-        )  # fmt: skip
+    def _pass(self, tensor: T, out: O) -> Outcome:
+        """The tensor as it is, rounded."""
+        vectors = _vectors(self._shape, None)
+        return Outcome(self._backend.combine([tensor], _ONE, out, vectors=vectors))
 
     def _consensus(self, step: Step, out: O) -> Outcome:
         root, terms = step.node, step.terms
@@ -333,7 +322,7 @@ class Computation(Generic[T, O]):
             trim = Trim(terms.settled(self._backend.select(tensors, base, wanted)), 0)
         used = [i for i, weight in enumerate(terms.weights) if weight]  # 0 NaN would be NaN
         if not used:
-            return Outcome(self._combine([base], _ONE, None, None, out))
+            return self._pass(base, out)
         agreement = terms.agreement
         if trim.origin != agreement.origin:
             agreement = replace(agreement, origin=trim.origin)
@@ -352,7 +341,7 @@ class Computation(Generic[T, O]):
         self._refuse_untaken(root)
         given = Given(base, tensors, root.values, root.operand_values, self._shape)
         made = method.formula(cast(Primitives, self._backend), given)
-        return Outcome(self._combine([made], _ONE, None, None, out))
+        return self._pass(made, out)
 
     def _elementwise(self, root: Merge, method: Elementwise, out: O) -> Outcome:
         base = None if root.base is None else self._tensor(root.base)
@@ -360,7 +349,7 @@ class Computation(Generic[T, O]):
         self._refuse_untaken(root)
         program = method.program(root.values, root.operand_values, base is not None)
         made = cast(Primitives, self._backend).expression(program, tensors, base)
-        return Outcome(self._combine([made], _ONE, None, None, out))
+        return self._pass(made, out)
 
     def _refuse_untaken(self, root: Merge) -> None:
         refusal = self._backend.takes(root, root.operands)
@@ -376,4 +365,4 @@ class Computation(Generic[T, O]):
             made = method.of(base, arrays, root.values, root.operand_values, key)
         except FastmergeError as error:
             raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from error
-        return Outcome(self._combine([self._backend.tensor(made)], _ONE, None, None, out))
+        return self._pass(self._backend.tensor(made), out)

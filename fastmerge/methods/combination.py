@@ -211,7 +211,8 @@ def karcher(
 
     u <- exp_u(sum_i a_i log_u(u_i)), equal a_i, from the normalised mean, until the step is below
     ``tol`` (Grove and Karcher 1973). Models with norm <= tol are left out of the direction, and
-    models opposite to u do not move it, as in mergekit 0.1.5.
+    models opposite to u do not move it, as in mergekit 0.1.5. Where all are, the result is their
+    mean (mergekit's is 0).
     """
     g, tol = _present(gram), float(values["tol"])
     count = len(g)

@@ -144,7 +144,10 @@ _ROWS: tuple[Method, ...] = (
         "Grove and Karcher 1973, doi:10.1007/BF01214303",
         (
             Parameter("max_iter", int, 10, "most iterations", low=1),
-            Parameter("tol", float, 1e-5, "stop when the tangent step is shorter", low=0),
+            Parameter(
+                "tol", float, 1e-5,
+                "stop when the tangent step is shorter; a norm up to it has no direction", low=0,
+            ),
         ),
         base="operand", min_operands=1, max_operands=None, rule=combination.karcher,
     ),
