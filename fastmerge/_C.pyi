@@ -6,6 +6,7 @@ OSError with the path; neither is meant for users: fastmerge's own layers check 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,25 @@ def gathered(
     types[kinds[i]]: ``dtype``, or any type where that is F32. It has no address; every
     primitive and `copy` read it.
     """
+
+class Alike:
+    """CPU tensors of one shape that a call has checked: torch's, or NumPy's arrays.
+
+    Whatever is like them in all that `fastmerge.compute.arrays.Operands` checks (class, element
+    type, shape, layout, device, memory) is taken by comparison.
+    """
+
+    def __init__(self, tensors: list[Any], dtypes: Sequence[str]) -> None: ...
+    def views(self, tensors: list[Any]) -> list[View] | None:
+        """One of each; None where one differs, for whatever reason."""
+
+    def sink(self, tensor: Any, views: Sequence[View]) -> MemorySink | None:
+        """Where one like the first is written, without a check for NaN; None where it differs, is
+        read-only, or shares a part of a view's memory.
+        """
+
+def usual_threads() -> int:
+    """The CPUs this process may use; 0 where FASTMERGE_NUM_THREADS is set, or nobody knows."""
 
 class Pool:
     def __init__(self, threads: int) -> None: ...

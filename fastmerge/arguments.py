@@ -95,7 +95,7 @@ def a_list(value: Any, where: str) -> list[Any]:
 
 def a_mapping(value: Any, where: str) -> Mapping[Any, Any]:
     """A dictionary or the like."""
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise FastmergeError(f"{where}: must be a mapping of names to values, not {brief(value)}")
     return value
 

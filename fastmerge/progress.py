@@ -39,7 +39,8 @@ def shown(progress: Shown, title: str) -> AbstractContextManager[Progress | None
 
 class Bar(AbstractContextManager["Bar"]):
     """A callable for ``progress=``: nothing when ``quiet``, a bar on a terminal or in a notebook
-    with ipywidgets, else a line per tenth.
+    with ipywidgets, else a line per tenth. Another number of bytes in all is another pass: a search
+    reads its models and later writes one.
     """
 
     def __init__(self, title: str, *, quiet: bool = False, stream: TextIO | None = None) -> None:
@@ -51,12 +52,14 @@ class Bar(AbstractContextManager["Bar"]):
             drawn = self._stream.isatty() or self._notebook()
             self._show = self._show_bar if drawn else self._show_line
         self._started = time.perf_counter()
-        self._first_bytes: int | None = None  # what a resumed merge had done before this run
+        self._first_bytes = 0  # what a resumed merge had done before this run
+        self._total_bytes: int | None = None
         self._next_tenth = 1
 
     def __call__(self, done_bytes: int, total_bytes: int, tensor: str) -> None:
-        if self._first_bytes is None:
-            self._first_bytes = done_bytes
+        if self._total_bytes != total_bytes:
+            self._first_bytes, self._total_bytes = done_bytes, total_bytes
+            self._next_tenth = 1
             self._started = time.perf_counter()
         if self._show is not None:
             try:
@@ -87,7 +90,7 @@ class Bar(AbstractContextManager["Bar"]):
     def _rate(self, done_bytes: int) -> float:
         """Bytes a second in this run."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        return (done_bytes - (self._first_bytes or 0)) / seconds
+        return (done_bytes - self._first_bytes) / seconds
 
     def _show_line(self, done_bytes: int, total_bytes: int, _: str) -> None:
         if done_bytes * 10 < self._next_tenth * total_bytes:

@@ -10,9 +10,10 @@ import torch
 
 import fastmerge
 from fastmerge import _C, ops
-from fastmerge.compute import of_tensors
+from fastmerge.compute import arrays, of_tensors
 from fastmerge.compute.reference import round_to
 from fastmerge.methods import Function, Parameter, combination
+from tests.test_ops import NO_MEMORY
 
 RNG = np.random.default_rng(0)
 BASE, A, B = (RNG.standard_normal((96, 40), dtype=np.float32) for _ in range(3))
@@ -135,3 +136,106 @@ def test_many_threads_merge_different_tensors():
     with ThreadPoolExecutor(32) as threads:
         found = list(threads.map(work, list(range(12)) * 8))
     assert all(own == alone[index % 12] for index, own in enumerate(found))
+
+
+# ---------------------------------------------------------------- tensors like those of before
+
+
+def _taken(*tensors):
+    """After a good call, so that the next compares."""
+    for _ in range(2):
+        ops.linear(list(tensors), [1.0] * len(tensors))
+
+
+@pytest.mark.parametrize("make, message", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_what_is_not_its_memory_is_refused_after_what_is(make, message):
+    tensor = make()
+    for shape in ((5, 7), (5, 5), (1,)):
+        _taken(torch.ones(shape))
+    with pytest.raises(fastmerge.FastmergeError, match=message):
+        ops.linear([tensor], [1.0])
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, torch.func.grad])
+def test_inside_torchs_transforms_is_refused_after_outside(transform):
+    for shape in ((3, 4), (4,)):
+        _taken(torch.ones(shape))
+    with pytest.raises(fastmerge.FastmergeError, match="has no memory of its own"):
+        transform(lambda x: ops.linear([x], [1.0]).sum())(torch.ones(3, 4))
+
+
+STRIDED = {
+    "torch": (torch.ones(6, 6).T.contiguous(), torch.ones(6, 12)[:, ::2]),
+    "numpy": (np.ones((6, 6), np.float32), np.ones((6, 12), np.float32)[:, ::2]),
+}
+
+
+@pytest.mark.parametrize("plain, strided", STRIDED.values(), ids=STRIDED)
+def test_what_is_not_contiguous_is_refused_after_what_is(plain, strided):
+    _taken(plain, plain)
+    with pytest.raises(fastmerge.FastmergeError, match="not contiguous"):
+        ops.linear([plain, strided], [0.5, 0.5])
+    with pytest.raises(fastmerge.FastmergeError, match="not contiguous"):
+        ops.linear([plain, plain], [0.5, 0.5], out=strided)
+
+
+def test_other_types_and_shapes_after_one():
+    x = torch.ones(4, 6)
+    _taken(x, x)
+    assert ops.linear([x, x.bfloat16()], [0.5, 0.5]).dtype == torch.float32
+    assert ops.linear([x.bfloat16()] * 2, [0.5, 0.5]).dtype == torch.bfloat16
+    assert ops.linear([torch.nn.Parameter(x), x], [0.5, 0.5]).dtype == torch.float32
+    with pytest.raises(fastmerge.FastmergeError, match="shapes differ"):
+        ops.linear([x, torch.ones(6, 4)], [0.5, 0.5])
+    with pytest.raises(fastmerge.FastmergeError, match="do not mix"):
+        ops.linear([x, x.numpy()], [0.5, 0.5])
+    with pytest.raises(fastmerge.FastmergeError, match="different devices"):
+        ops.linear([x, x.to("meta")], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_outputs_after_a_call_like_it(kind):
+    whole = np.arange(60, dtype=np.float32)
+    if kind == "torch":
+        whole = torch.from_numpy(whole)
+    x, y, part = whole[:20], whole[20:40], whole[10:30]
+    exact = np.asarray(x) * 0.25 + np.asarray(y) * 0.75
+    _taken(x, y)
+    assert ops.linear([x, y], [0.25, 0.75], out=whole[40:]) is not None
+    np.testing.assert_array_equal(np.asarray(whole[40:]), exact)
+    with pytest.raises(fastmerge.FastmergeError, match="overlaps an input in part"):
+        ops.linear([x, y], [0.25, 0.75], out=part)
+    with pytest.raises(fastmerge.FastmergeError, match="shape"):
+        ops.linear([x, y], [0.25, 0.75], out=whole)
+    np.testing.assert_array_equal(np.asarray(ops.linear([x, y], [0.25, 0.75], out=x)), exact)
+
+
+def test_a_read_only_output_is_refused_after_a_call_like_it():
+    _taken(A, B)
+    out = np.zeros_like(A)
+    out.flags.writeable = False
+    with pytest.raises(fastmerge.FastmergeError, match="read-only"):
+        ops.linear([A, B], [0.5, 0.5], out=out)
+    assert not out.any()
+
+
+def test_autograd_sees_a_second_write_too():
+    out = torch.zeros(4)
+    _taken(torch.ones(4))
+    before = out._version
+    ops.linear([torch.ones(4)], [1.0], out=out)
+    assert out._version > before
+
+
+def test_kinds_are_bounded(monkeypatch):
+    monkeypatch.setattr(arrays, "_MOST_KINDS", 3)
+    for count in range(1, 9):
+        _taken(np.ones(count, np.float32))
+    assert len(arrays._known) <= 3
+
+
+def test_threads_follow_the_environment(monkeypatch):
+    _taken(A, B)
+    monkeypatch.setenv("FASTMERGE_NUM_THREADS", "many")
+    with pytest.raises(fastmerge.FastmergeError, match="not a whole number of threads"):
+        ops.linear([A, B], [0.5, 0.5])

@@ -17,15 +17,6 @@ namespace {
 template <class T>
 using Column = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// Not py::keep_alive: where its table finds no memory, the process ends.
-struct HeldSink {
-    HeldSink(const View& out, bool checked)
-        : held(out),
-          sink(const_cast<void*>(out.span.data), out.span.count, out.span.dtype, checked) {}
-    View held;
-    MemorySink sink;
-};
-
 View gathered(const Column<uint64_t>& rows, const std::vector<std::string>& types,
               const Column<uint8_t>& kinds, int64_t cols, const std::string& dtype,
               py::object owner) {
@@ -109,4 +100,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
     bind_kernels(m);
     bind_io(m);
+    bind_calls(m);
 }

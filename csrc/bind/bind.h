@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "sink.h"
 #include "tensor.h"
 
 namespace fastmerge {
@@ -17,6 +18,16 @@ struct View {
     Span span;
     pybind11::object owner;
     std::shared_ptr<const Elements> elements = nullptr;  // span.elements
+};
+
+// A sink and what keeps its memory alive. Not py::keep_alive: where its table finds no memory, the
+// process ends.
+struct HeldSink {
+    HeldSink(const View& out, bool checked)
+        : held(out),
+          sink(const_cast<void*>(out.span.data), out.span.count, out.span.dtype, checked) {}
+    View held;
+    MemorySink sink;
 };
 
 inline DType parse_dtype(const std::string& code) {
@@ -69,5 +80,6 @@ pybind11::object shared(std::shared_ptr<T> made) {
 
 }  // namespace fastmerge
 
+void bind_calls(pybind11::module_& m);
 void bind_io(pybind11::module_& m);
 void bind_kernels(pybind11::module_& m);

@@ -40,9 +40,29 @@ void combine(const CombineArgs& args) {
 }
 
 // The same in fp64, one rounding to fp32: products and sums one after the other, each rounded, so
-// that it needs no fused operation of a device's. It is for sums that cancel, and takes a few
-// percent longer where memory sets the pace.
+// that it needs no fused operation of a device's. It is for sums that cancel.
+
+// Few inputs, whose sum stays in registers.
+template <int K>
+void combine_wide_few(const WideCombineArgs& args) {
+    const float* x[K];
+    double c[K];
+    for (int j = 0; j < K; ++j) {
+        x[j] = static_cast<const float*>(args.inputs[j]);
+        c[j] = args.coefficients[j][0];
+    }
+    const double start = args.starts[0];
+    float* out = static_cast<float*>(args.out);
+    for (int64_t i = 0; i < args.count; ++i) {
+        double total = start;
+        for (int j = 0; j < K; ++j) total += static_cast<double>(x[j][i]) * c[j];
+        out[i] = static_cast<float>(total);
+    }
+}
+
 inline void combine_wide(const WideCombineArgs& args) {
+    if (!args.per_element && args.inputs_count == 2) return combine_wide_few<2>(args);
+    if (!args.per_element && args.inputs_count == 3) return combine_wide_few<3>(args);
     double total[kBlock];
     for (int64_t begin = 0; begin < args.count; begin += kBlock) {
         const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;

@@ -1,17 +1,21 @@
-"""Tensors of one call, which live in memory: NumPy arrays and torch tensors, never copied."""
+"""Tensors of one call, which live in memory: NumPy arrays and torch tensors, never copied.
+
+What is checked about them takes Python 2 us a tensor, and the kernels of 4 Ki entries 1 us: tensors
+like those of an earlier call are taken by `_C.Alike`'s comparison (`Again`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from fastmerge import _C
 from fastmerge.compute.backend import Backend, triton
-from fastmerge.compute.cpu import cpu, thread_count
-from fastmerge.dtypes import F32
+from fastmerge.compute.cpu import CpuBackend, cpu, thread_count
+from fastmerge.dtypes import F32, DType
 from fastmerge.errors import FastmergeError, UnsupportedError, brief, first_sentences
 from fastmerge.models.memory import (
     Extent,
@@ -59,6 +63,9 @@ def _imported(tensor: Any, where: str) -> Any:
             raise UnsupportedError(f"{where}: a {type(tensor).__name__}: {error}") from error
 
 
+_MOST_KINDS = 1024  # of tensors that are known
+
+
 class Operands(Generic[T]):
     """The inputs of one call: same kind, shape and device, and what their output looks like."""
 
@@ -73,7 +80,6 @@ class Operands(Generic[T]):
                 check_torch(tensor, where)
         first = self._tensors[0]
         self.shape: tuple[int, ...] = tuple(first.shape)
-        self.count = math.prod(self.shape)
         self._torch = is_torch(first)
         self._device = "cpu" if not self._torch or first.is_cpu else str(first.device)
         for tensor in self._tensors[1:]:
@@ -100,23 +106,17 @@ class Operands(Generic[T]):
         )
 
     @property
-    def form(self) -> tuple[object, ...]:
+    def kind(self) -> tuple[object, ...]:
         """What they are but for their numbers: equal for tensors of the same types and shape."""
         return (self.shape, *[tensor.dtype for tensor in self._tensors])
 
     def zeros(self) -> Any:
         """A tensor of zeros like them, as the back end takes it: on the CPU without memory."""
         if self._device == "cpu":
-            return _C.zeros(self.count, self._dtype.code)
+            return _C.zeros(math.prod(self.shape), self._dtype.code)
         import torch
 
         return torch.zeros(self.shape, dtype=getattr(torch, self._dtype.name), device=self._device)
-
-    def equal(self, pool: _C.Pool) -> bool:
-        """Whether they are several in memory with the same bytes."""
-        if len(self.views) < 2 or not _C.equal(pool, self.views[0], self.views[1]):
-            return False
-        return all(_C.equal(pool, self.views[0], other) for other in self.views[2:])
 
     def backend(self, threads: int | None) -> Backend[Any, Any]:
         """The back end of the tensors' device."""
@@ -129,7 +129,7 @@ class Operands(Generic[T]):
         """(tensor, where the back end writes): ``out`` checked, or a new tensor."""
         where = f"{self._where}: out"
         if out is None:
-            result = self._new()
+            result = self._maker()(self._tensors[0])
             if self._device == "cpu":
                 return result, _C.MemorySink(
                     view_of(result, where, dtype=self._dtype), checked=False
@@ -143,16 +143,29 @@ class Operands(Generic[T]):
         self._check_overlap(extent(view), [extent(v) for v in self.views], where)
         return out, _C.MemorySink(view, checked=False)
 
-    def _new(self) -> Any:
-        dtype, like = self._dtype, self._tensors[0]
+    def _maker(self) -> Callable[[Any], Any]:
+        """What makes a new output, given the first tensor."""
+        dtype, shape, device = self._dtype, self.shape, self._device
         if self._torch:
             import torch
 
-            if type(like) is torch.Tensor and self.dtypes[0] is dtype:
-                return torch.empty_like(like)  # 2 us, by shape 5
-            return torch.empty(self.shape, dtype=getattr(torch, dtype.name), device=self._device)
+            if type(self._tensors[0]) is torch.Tensor and self.dtypes[0] is dtype:
+                return torch.empty_like  # 1 us, by shape 5
+            of_torch = getattr(torch, dtype.name)
+            return lambda _: torch.empty(shape, dtype=of_torch, device=device)
         first = self._tensors[self.dtypes.index(dtype)] if dtype in self.dtypes else None
-        return np.empty(self.shape, dtype=dtype.numpy if first is None else first.dtype)
+        of_numpy = dtype.numpy if first is None else first.dtype
+        return lambda _: np.empty(shape, of_numpy)
+
+    def known(self, tensors: Sequence[Any]) -> _Known | None:
+        """What `Again` needs for tensors like these; None where they are on a GPU, of several
+        types, or not the caller's own.
+        """
+        own = all(mine is given for mine, given in zip(self._tensors, tensors, strict=True))
+        if not own or self._device != "cpu" or self.dtypes.count(self._dtype) < len(self.dtypes):
+            return None
+        alike = _C.Alike(self._tensors, [dtype.code for dtype in self.dtypes])
+        return _Known(alike, self._maker(), self.shape, self.dtypes, self.kind)
 
     def _check_out(self, out: Any, where: str) -> None:
         if is_torch(out) != self._torch or not (self._torch or isinstance(out, np.ndarray)):
@@ -177,3 +190,68 @@ class Operands(Generic[T]):
         for begin, end in inputs:
             if out != (begin, end) and out[0] < end and begin < out[1]:
                 raise FastmergeError(f"{where}: overlaps an input in part")
+
+
+class _Known(NamedTuple):
+    """Of tensors on the CPU that were checked before."""
+
+    alike: _C.Alike
+    make: Callable[[Any], Any]  # a new output, given the first tensor
+    shape: tuple[int, ...]
+    dtypes: list[DType]
+    kind: tuple[object, ...]
+
+
+_known: dict[tuple[object, ...], _Known] = {}
+
+
+class Again(Generic[T]):
+    """`Operands` of tensors like some that were checked before."""
+
+    def __init__(self, where: str, tensors: list[T], views: list[_C.View], known: _Known) -> None:
+        self._where, self._tensors, self._known = where, tensors, known
+        self.views = views
+        self.shape, self.dtypes, self.kind = known.shape, known.dtypes, known.kind
+
+    def zeros(self) -> _C.View:
+        return _C.zeros(self.views[0].count, self.dtypes[0].code)
+
+    @staticmethod
+    def backend(threads: int | None) -> CpuBackend:
+        return cpu(thread_count(threads))
+
+    def output(self, out: T | None) -> tuple[T, _C.Sink]:
+        alike, make, *_ = self._known
+        result: T = make(self._tensors[0]) if out is None else out
+        sink = alike.sink(result, () if out is None else self.views)
+        if sink is None:  # of another type, or not to be written
+            return Operands(self._where, self._tensors).output(out)
+        if out is not None and is_torch(out):
+            written(out)
+        return result, sink
+
+
+def operands(where: str, tensors: list[T]) -> Operands[T] | Again[T]:
+    """The tensors of a call, checked; FastmergeError, prefixed with ``where``."""
+    try:
+        kind = (tensors[0].shape, *[tensor.dtype for tensor in tensors])
+        found = _known.get(kind)
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensors, or odd ones
+        return Operands(where, tensors)
+    views = None if found is None else found.alike.views(tensors)
+    if found is not None and views is not None:
+        return Again(where, tensors, views, found)
+    made = Operands(where, tensors)
+    new = made.known(tensors)
+    if new is not None:
+        if len(_known) >= _MOST_KINDS:
+            _known.clear()
+        _known[kind] = new
+    return made
+
+
+def equal(pool: _C.Pool, views: Sequence[_C.View]) -> bool:
+    """Whether they are several in memory with the same bytes."""
+    if len(views) < 2 or not _C.equal(pool, views[0], views[1]):
+        return False
+    return all(_C.equal(pool, views[0], other) for other in views[2:])

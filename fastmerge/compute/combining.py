@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.arguments import a_list, plain
-from fastmerge.compute.arrays import Operands, T
+from fastmerge.compute.arrays import T, operands
 from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
@@ -23,9 +23,9 @@ def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None
     tensors = a_list(tensors, "gram: tensors")
     if not tensors:
         raise FastmergeError("gram: no tensors")
-    operands = Operands("gram", [*tensors] if base is None else [base, *tensors])
-    backend = operands.backend(threads)
-    views = operands.views
+    taken = operands("gram", [*tensors] if base is None else [base, *tensors])
+    backend = taken.backend(threads)
+    views = taken.views
     split = (views, None) if base is None else (views[1:], views[0])
     return backend.gram(*split)
 
@@ -51,9 +51,9 @@ def combined(
     tensors: Sequence[T], factors: Float64, *, out: T | None = None, threads: int | None = None
 ) -> T:
     """`combine` of any numbers: a gradient may be NaN."""
-    operands = Operands("combine", tensors)
-    result, sink = operands.output(out)
-    operands.backend(threads).combine(operands.views, factors, sink)
+    taken = operands("combine", list(tensors))
+    result, sink = taken.output(out)
+    taken.backend(threads).combine(taken.views, factors, sink)
     return result
 
 
@@ -92,7 +92,7 @@ def coefficient_gradients(
                     f"coefficient_gradients: {where} has no tensor '{name}'; "
                     f"{nearest(str(name), tensors)}"
                 )
-        operands = Operands(str(name), [grad, *(tensors[name] for tensors in sources)])
-        products = operands.backend(threads).gram(operands.views, None)[0, 1:]
+        taken = operands(str(name), [grad, *(tensors[name] for tensors in sources)])
+        products = taken.backend(threads).gram(taken.views, None)[0, 1:]
         found[name] = products if base is None else products[:-1] - products[-1]
     return found

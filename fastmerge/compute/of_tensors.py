@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastmerge.arguments import a_list, a_mapping, a_text, plain
-from fastmerge.compute.arrays import Operands, T
+from fastmerge.compute.arrays import Again, Operands, T, equal, operands
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.tensor import Computation, Step, steps
 from fastmerge.errors import FastmergeError, brief, is_whole, nearest
@@ -44,6 +44,7 @@ class _Form:
 
 
 _forms: dict[tuple[object, ...], _Form] = {}
+_checked: dict[tuple[object, ...], Method] = {}  # the last row that took so many, with these names
 
 
 def merge(
@@ -67,17 +68,18 @@ def merge(
         name = a_text(name, f"{row.name}: name")
     tensors = a_list(tensors, f"{row.name}: tensors")
     _check(row, given, len(tensors), base is not None)
-    operands: Operands[T] = Operands(row.name, tensors if base is None else [*tensors, base])
-    form = _form(row, given, len(tensors), operands, base is not None, seed)
+    taken = operands(row.name, tensors if base is None else [*tensors, base])
+    form = _form(row, given, len(tensors), taken, base is not None, seed)
     deltas = base is None and row.of_deltas
-    views = [*operands.views, operands.zeros()] if deltas else operands.views
-    result, sink = operands.output(out)
-    backend, order = operands.backend(threads), form.steps
+    views = [*taken.views, taken.zeros()] if deltas else taken.views
+    result: T
+    result, sink = taken.output(out)
+    backend, order = taken.backend(threads), form.steps
     # Of deltas the base is another tensor than they are, however equal they may be.
-    if isinstance(backend, CpuBackend) and not deltas and operands.equal(backend.pool):
+    if isinstance(backend, CpuBackend) and not deltas and equal(backend.pool, views):
         order = form.of_equals
     computation = Computation(
-        backend, lambda source: views[source.model], name, operands.shape, reported=False
+        backend, lambda source: views[source.model], name, taken.shape, reported=False
     )
     computation.take(order, sink)
     return result
@@ -90,6 +92,9 @@ def _row(method: Any) -> Method:
 
 def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) -> None:
     """Raises FastmergeError for what the method does not take, whatever the tensors are."""
+    asked = (row.name, tuple(given), count, has_base)
+    if _checked.get(asked) is row:
+        return
     for name in given:
         if row.parameter(name) is None:
             hint = nearest(name, [p.name for p in row.parameters])
@@ -100,23 +105,24 @@ def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) ->
         raise FastmergeError(f"{row.name}: needs a base tensor")
     if row.base in ("none", "first", "operand") and has_base:
         raise FastmergeError(f"{row.name}: takes no base tensor of its own; put it in the list")
+    _checked[asked] = row
 
 
 def _form(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    operands: Operands[Any],
+    taken: Operands[Any] | Again[Any],
     has_base: bool,
     seed: int | None,
 ) -> _Form:
     """The call's form, kept where all it says is plain numbers and words."""
     said, seed = _said(given), _seed(row, seed)
-    key = (row.name, said, count, has_base, seed, *operands.form)
+    key = (row.name, said, count, has_base, seed, taken.kind)
     form = _forms.get(key)
     if form is not None and form.row is row:  # another may have been registered by its name
         return form
-    form = _Form(row, _tree(row, given, count, operands, has_base, seed))
+    form = _Form(row, _tree(row, given, count, taken, has_base, seed))
     if said is not None:
         if len(_forms) >= _MOST_FORMS:
             _forms.clear()
@@ -149,17 +155,15 @@ def _tree(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    operands: Operands[Any],
+    taken: Operands[Any] | Again[Any],
     has_base: bool,
     seed: int | None,
 ) -> Node:
     """Raises FastmergeError for parameters that the method does not take."""
     # Every tensor is its own source here: the model index is its place in the list.
-    leaves = [
-        Stored(index, "", operands.shape, dtype) for index, dtype in enumerate(operands.dtypes)
-    ]
+    leaves = [Stored(index, "", taken.shape, dtype) for index, dtype in enumerate(taken.dtypes)]
     if not has_base and row.of_deltas:
-        leaves.append(Stored(count, "", operands.shape))
+        leaves.append(Stored(count, "", taken.shape))
     return without_unread(
         Merge(
             row,

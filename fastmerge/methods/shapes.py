@@ -127,6 +127,8 @@ class Terms:
 
     def settled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
         """What ``select`` answered, with the factors and the ties that it does not decide."""
+        if all(keep.factor == 1 and not keep.every_tie for keep in self.keep):
+            return tuple(selections)
         return tuple(
             own._replace(
                 rescale=own.rescale if keep.factor == 1 else keep.factor,
