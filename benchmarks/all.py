@@ -58,6 +58,7 @@ PRESETS = (
     Preset("fold.py --size 1.1b --rank 16 --repeat 5", _both("fold-1.1b")),
     Preset("kernels.py", _both("kernels")),
     Preset("ops.py --seconds 2", _both("ops")),
+    Preset("exactness.py", _both("exactness")),
     Preset("startup.py --pairs 25", _both("startup")),
     Preset("average.py --size 0.5b --models 8 --repeat 4 --torch", ("average.json",), True),
     Preset("parts.py --size 1.1b --parts 3 --repeat 3", ("parts.json",), True),

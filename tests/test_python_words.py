@@ -1,15 +1,18 @@
 """What a Python caller reads and sees: arguments by their Python names, a bar, one line."""
 
 import ast
+import io
 import re
 from pathlib import Path
 
 import pytest
 
 import fastmerge
-from fastmerge import FastmergeError, OutputError, adapters
+from fastmerge import FastmergeError, OutputError, adapters, retrograde, search
 from fastmerge.cli import main
 from fastmerge.errors import argument, command_line
+from fastmerge.progress import Bar
+from fastmerge.search.sweep import sweep
 
 PACKAGE = Path(fastmerge.__file__).parent
 
@@ -92,6 +95,69 @@ def test_progress_must_be_true_or_a_function(recipe, tmp_path, progress):
     with pytest.raises(FastmergeError, match=r"^progress: must be True or a function"):
         fastmerge.merge(recipe, tmp_path / "out", progress=progress)
     assert list(tmp_path.glob("*out*")) == []
+
+
+def _walked(pair, out, progress):
+    steps = [{"degrade": {"partner": pair[1], "method": "slerp", "t": 0.4}}]
+    schedule = {
+        "baseline": {"model": pair[0], "accuracy": 70.0},
+        "pool": [{"model": pair[1], "accuracy": 50.0}],
+        "schedule": {"steps": steps},
+    }
+    retrograde.run(schedule, out, evaluate=False, threads=1, progress=progress)
+
+
+def _swept(pair, out, progress):
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": pair[0],
+        "models": [{"model": path} for path in pair],
+        "parameters": {"t": 0.5},
+    }
+    sweep(recipe, out, [0.25, 0.75], threads=1, progress=progress)
+
+
+def _half(_model, _split="steer", _limit=None):
+    return {"x": [1.0, 0.0] * 5}
+
+
+def _searched(pair, out, progress):
+    weights = ["0..1", 0.5]
+    models = [
+        {"model": path, "parameters": {"weight": weight}}
+        for path, weight in zip(pair, weights, strict=True)
+    ]
+    file = {
+        "space": {"merge_method": "linear", "models": models},
+        "optimiser": "random",
+        "budget": {"items": 60},
+        "evaluate": {"callable": "stand:in"},
+    }
+    search.run(file, out, score=_half, threads=1, progress=progress)
+
+
+RUNS = {"running": _walked, "sweeping": _swept, "searching": _searched}
+
+
+@pytest.mark.parametrize("title", RUNS)
+def test_long_runs_show_progress_too(zoo, tmp_path, capsys, title):
+    pair = [str(zoo.base(name)) for name in "ab"]
+    RUNS[title](pair, tmp_path / "out", True)
+    shown = capsys.readouterr()
+    assert f"{title} to out: 100 %" in shown.err and f"{title} to out" not in shown.out
+    with pytest.raises(FastmergeError, match=r"^progress: must be True or a function"):
+        RUNS[title](pair, tmp_path / "no", 1)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_bar_shows_each_pass_from_its_start():
+    stream = io.StringIO()
+    with Bar("running", stream=stream) as bar:
+        for total in (100, 30):
+            for done in range(0, total + 1, total // 5):
+                bar(done, total, "x")
+    shown = re.findall(r"running: +(\d+) %", stream.getvalue())
+    assert shown == ["20", "40", "60", "80", "100"] * 2
 
 
 def test_adapters_say_python_names_too(tmp_path):

@@ -152,8 +152,8 @@ class Alike {
             !asked(tensor, n.is_neg).is(py::handle(Py_False)) ||
             !asked(tensor, n.is_contiguous).is(py::handle(Py_True)))
             return nullptr;
-        const int same = PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), shape_.ptr(),
-                                                  Py_EQ);
+        const int same =
+            PyObject_RichCompareBool(attribute(tensor, n.shape).ptr(), shape_.ptr(), Py_EQ);
         if (same < 0) throw py::error_already_set();
         const uint64_t held = number(asked(tensor, n.untyped_storage), n.nbytes);
         const uint64_t end = number(tensor, n.storage_offset) + static_cast<uint64_t>(count_);

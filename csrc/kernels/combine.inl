@@ -1,7 +1,8 @@
 // out = (start + sum_j c_j x_j) / divisor in fp32, fused multiply-adds in input order, one
 // rounding. Fused, because torch's add_(x, alpha) is, by which mergekit's linear is bit-equal;
-// where c x = -(c y), it leaves 1e-8 |c x| for 0, which is for combine_wide to find. Starting from -0 where only one coefficient is nonzero makes that product exact, sign of zero
-// included; starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
+// where c x = -(c y), it leaves 1e-8 |c x| for 0, which is for combine_wide to find. Starting from
+// -0 where only one coefficient is nonzero makes that product exact, sign of zero included;
+// starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
 template <class T, bool kPerElement, bool kPartial>
 FM_INLINE void combine_group(const CombineArgs& args, int64_t at, Part part) {

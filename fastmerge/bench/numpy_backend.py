@@ -82,10 +82,11 @@ class NumpyBackend:
         *,
         divisor: float | None = None,
         vectors: Vectors = WHOLE,
+        wide: bool = False,
     ) -> int:
         made = reference.combine(
             [_shaped(x, vectors) for x in inputs], coefficients, divisor=divisor,
-            axis=vectors.axis, arithmetic=np.float32,
+            axis=vectors.axis, wide=wide, arithmetic=np.float32,
         )  # fmt: skip
         return _put(out, made)
 
@@ -127,6 +128,10 @@ class NumpyBackend:
 
     def expression(self, program: Program, inputs: Sequence[Array], base: Any) -> Array:
         raise NotImplementedError("takes refuses it")
+
+    @staticmethod
+    def is_fp32(_out: Float32, /) -> bool:
+        return True
 
     def scratch(self, count: int) -> tuple[Array, Float32]:
         made = np.empty(count, np.float32)

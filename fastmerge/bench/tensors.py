@@ -34,6 +34,9 @@ SIZES = {"64K": 1 << 16, "1M": 1 << 20, "4M": 1 << 22, "16M": 1 << 24, "64M": 1 
 OPS = ("linear", "slerp", "ties", "dare_linear")
 WEIGHTS, T, DENSITY = [0.3, 0.7], 0.3, 0.5
 _BATCH_SECONDS = 2e-3  # how long a round's calls of one expression take together at least
+# Before each: torch's OpenMP threads look for work for milliseconds after a call, on a core that
+# another expression's second thread then waits for.
+_PAUSE_SECONDS = 10e-3
 
 Call = Callable[[], Any]
 
@@ -62,6 +65,8 @@ def timed(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
     until = time.perf_counter() + seconds
     while len(found[next(iter(calls))]) < 5 or time.perf_counter() < until:
         for name, call in calls.items():
+            time.sleep(_PAUSE_SECONDS)
+            call()  # which wakes its threads
             began = time.perf_counter()
             for _ in range(batch[name]):
                 call()

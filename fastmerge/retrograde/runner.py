@@ -29,7 +29,7 @@ from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import whole_seed
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Shown, shown
 from fastmerge.retrograde import driver
 from fastmerge.retrograde.opening import check_steps, open_template, origin
 from fastmerge.retrograde.result import Result
@@ -61,7 +61,7 @@ def run(
     score: ScoreFunction | None = None,
     data: str | Path | None = None,
     cluster: str | None = None,
-    progress: Progress | None = None,
+    progress: Shown = None,
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
     on_score: Callable[[Measurement], None] | None = None,
@@ -69,7 +69,8 @@ def run(
     """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
 
     ``score`` stands in for the schedule's ``callable``, ``data`` for its ``evaluate.data``.
-    ``evaluate`` False walks without measuring.
+    ``evaluate`` False walks without measuring. ``progress``: True for a bar on stderr of what is
+    read and written, or a function, as in `fastmerge.merge`.
     ``resume`` continues a run that was interrupted. ``cluster``: a Ray cluster ("auto", "local" or
     an address) whose nodes measure, side by side where one score does not wait for another; every
     file is that of a run without, with as many ``threads``. Raises FastmergeError, before anything
@@ -79,11 +80,12 @@ def run(
     schedule = _given(source, a_flag(evaluate, "evaluate"), data)
     out = a_path(out, "out")
     resume = a_flag(resume, "resume")
-    for where, called in (("score", score), ("progress", progress), ("on_step", on_step)):
+    for where, called in (("score", score), ("on_step", on_step)):
         a_function(called, where)
     a_function(on_row, "on_row")
     a_function(on_score, "on_score")
     thread_count(threads)
+    bar = shown(progress, f"running to {out.name or out}")
     seed = None if seed is None else whole_seed(seed)
     template = open_template(schedule)
     check_steps(schedule, template)
@@ -101,53 +103,54 @@ def run(
     seed = prepare(out, header, seed, own, resume=resume)
     cache = out / GRAM_FILE
     known = cached_grams(cache, template)
-    if scorer is None and not known and not _needs_distances(schedule):
-        return _run_unmeasured(schedule, template, out, seed, threads, progress, on_step)
-    from fastmerge.retrograde.comparison import begin_beside, compare
-    from fastmerge.retrograde.report import write
-    from fastmerge.search.lab import Lab, LabMaker
+    with bar as told:
+        if scorer is None and not known and not _needs_distances(schedule):
+            return _run_unmeasured(schedule, template, out, seed, threads, told, on_step)
+        from fastmerge.retrograde.comparison import begin_beside, compare
+        from fastmerge.retrograde.report import write
+        from fastmerge.search.lab import Lab, LabMaker
 
-    space = space_of(
-        template,
-        known,
-        origin=origin(schedule),
-        cache=cache,
-        threads=threads,
-        progress=progress,
-    )
-    journal = Journal(out / JOURNAL_FILE)
-    outlook = None if on_score is None else _outlook(schedule, scorer, template)
-    with ExitStack() as kept:
-        evaluators = None
-        if scoring is not None and scorer is not None and cluster is not None:
-            from fastmerge.evaluation.on_ray import evaluators_on
-
-            make = LabMaker(space, scoring, scorer.key, out.absolute())
-            device = scoring.settings.device
-            evaluators = kept.enter_context(
-                evaluators_on(cluster, make, out, device=device, threads=threads)
-            )
-        lab = Lab(
-            space,
-            schedule.evaluate,
-            scorer,
-            journal,
+        space = space_of(
+            template,
+            known,
+            origin=origin(schedule),
+            cache=cache,
             threads=threads,
-            folder=out,
-            observe=on_score,
-            most=outlook["at most"] if outlook else None,
-            expected=outlook["seconds"] / outlook["at most"]
-            if outlook and outlook["seconds"]
-            else None,
-            evaluators=evaluators,
+            progress=told,
         )
-        beside = None if evaluators is None else partial(begin_beside, schedule, lab, seed)
-        trajectory = walk(schedule, space, lab, seed, on_step=on_step, on_models=beside)
-        rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
-    written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, progress)
-    result = Result(out, trajectory, rows, space, written)
-    write(result)
-    return result
+        journal = Journal(out / JOURNAL_FILE)
+        outlook = None if on_score is None else _outlook(schedule, scorer, template)
+        with ExitStack() as kept:
+            evaluators = None
+            if scoring is not None and scorer is not None and cluster is not None:
+                from fastmerge.evaluation.on_ray import evaluators_on
+
+                make = LabMaker(space, scoring, scorer.key, out.absolute())
+                device = scoring.settings.device
+                evaluators = kept.enter_context(
+                    evaluators_on(cluster, make, out, device=device, threads=threads)
+                )
+            lab = Lab(
+                space,
+                schedule.evaluate,
+                scorer,
+                journal,
+                threads=threads,
+                folder=out,
+                observe=on_score,
+                most=outlook["at most"] if outlook else None,
+                expected=outlook["seconds"] / outlook["at most"]
+                if outlook and outlook["seconds"]
+                else None,
+                evaluators=evaluators,
+            )
+            beside = None if evaluators is None else partial(begin_beside, schedule, lab, seed)
+            trajectory = walk(schedule, space, lab, seed, on_step=on_step, on_models=beside)
+            rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
+        written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, told)
+        result = Result(out, trajectory, rows, space, written)
+        write(result)
+        return result
 
 
 def _run_unmeasured(

@@ -25,7 +25,7 @@ from fastmerge.evaluation.scorers import Scorer, make_scorer
 from fastmerge.models.model import folder_of
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Shown, shown
 from fastmerge.recipe.document import Recipe
 from fastmerge.search.document import SearchFile, load
 from fastmerge.search.expressions import Expr, Model, average
@@ -57,40 +57,43 @@ def run(
     threads: int | None = None,
     score: ScoreFunction | None = None,
     data: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Shown = None,
     on_trial: Callable[[Study], None] | None = None,
     on_score: Callable[[Measurement], None] | None = None,
 ) -> Found:
     """Searches (path, YAML text, dict or `SearchFile`) into the folder ``out``.
 
     ``score`` stands in for ``evaluate.callable``, ``data`` for ``evaluate.data``. ``resume``
-    continues a search that was interrupted, or one that is over with a larger budget. Raises
-    FastmergeError, before anything is written, for what the file or its models get wrong.
+    continues a search that was interrupted, or one that is over with a larger budget. ``progress``:
+    True for a bar on stderr of what is read and written, or a function, as in `fastmerge.merge`.
+    Raises FastmergeError, before anything is written, for what the file or its models get wrong.
     """
     for name, function in (("score", score), ("on_trial", on_trial), ("on_score", on_score)):
         a_function(function, name)
     file = _given(source, data)
     require_plots()
-    study = open_study(
-        file, out, resume=resume, seed=seed, threads=threads, score=score, progress=progress,
-        on_score=on_score, scored=True,
-    )  # fmt: skip
-    told = 0
+    folder = a_path(out, "out")
+    with shown(progress, f"searching to {folder.name or folder}") as told:
+        study = open_study(
+            file, out, resume=resume, seed=seed, threads=threads, score=score, progress=told,
+            on_score=on_score, scored=True,
+        )  # fmt: skip
+        seen = 0
 
-    def measure(state: Expr) -> Any:
-        nonlocal told
-        if on_trial is not None and len(study.trials) != told:
-            told = len(study.trials)
+        def measure(state: Expr) -> Any:
+            nonlocal seen
+            if on_trial is not None and len(study.trials) != seen:
+                seen = len(study.trials)
+                on_trial(study)
+            limit = study.limit
+            lab.stage = f"candidate {len(study.trials)}" + (f", {limit} items" if limit else "")
+            return lab.score(state, limit=limit)
+
+        lab = study.lab
+        drive(study, measure)
+        if on_trial is not None:
             on_trial(study)
-        limit = study.limit
-        lab.stage = f"candidate {len(study.trials)}" + (f", {limit} items" if limit else "")
-        return lab.score(state, limit=limit)
-
-    lab = study.lab
-    drive(study, measure)
-    if on_trial is not None:
-        on_trial(study)
-    return finish(study, out, threads=threads, progress=progress)
+        return finish(study, out, threads=threads, progress=told)
 
 
 def open_study(

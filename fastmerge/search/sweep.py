@@ -34,7 +34,7 @@ from fastmerge.models.side_files import is_tokenizer
 from fastmerge.output.place import check_space
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Shown, shown
 from fastmerge.search.figures import require, sweep_png
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
 from fastmerge.tree.nodes import Leaf, Merge, Node, walk
@@ -184,7 +184,7 @@ def sweep(
     threads: int | None = None,
     score: ScoreFunction | None = None,
     cluster: str | None = None,
-    progress: Progress | None = None,
+    progress: Shown = None,
     on_start: Callable[[Outlook], None] | None = None,
     on_point: Callable[[Point], None] | None = None,
 ) -> list[Point]:
@@ -195,6 +195,7 @@ def sweep(
     ``data`` stands in for its own. ``write``: 'all', 'best' or 'none' of the models instead.
     Raises FastmergeError, before a weight is read, where the disk has no room for all of them.
     ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
+    ``progress``: True for a bar on stderr of what is read, or a function, as in `fastmerge.merge`.
     ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes score, side by side.
     """
     out = a_path(out, "out")
@@ -213,8 +214,9 @@ def sweep(
         scorer = None
         if scoring is not None:
             scorer = kept.enter_context(scoring.scorer(scores=cluster is None))
+        told = kept.enter_context(shown(progress, f"sweeping to {out.name or out}"))
         return _swept(
-            plan, out, values, scoring, scorer, write, resume, threads, cluster, progress,
+            plan, out, values, scoring, scorer, write, resume, threads, cluster, told,
             on_start, on_point,
         )  # fmt: skip
 
