@@ -79,13 +79,13 @@ def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | 
 
 
 def is_wide(tree: Collapsed, factors: Float64, to_fp32: bool) -> bool:
-    """Whether the parts are summed in float64. Where no Gram matrix is read mergekit's order and
+    """Whether the parts are summed in float64. Where no Gram matrix was read mergekit's order and
     bits are kept; elsewhere fp32's rounding must not show: not in an output of fp32, where it moves
     a quarter of all entries, nor where the sum may cancel. It does for two models that count the
     same, where their entries are opposite, and for large coefficients: multislerp gives a delta of
     a thousandth of the others' length a thousandfold weight, which the base's takes back.
     """
-    if not tree.needs_gram or len(tree.parts) == 1:
+    if not tree.is_measured or len(tree.parts) == 1:
         return False
     if to_fp32:
         return True

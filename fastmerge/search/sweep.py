@@ -142,7 +142,8 @@ class Sweep:
     def _root(self, name: str, t: float) -> Merge:
         tree = self._trees[name]
         moved = replace(tree, root=_with_t(tree.root, t), reference=0 if tree.needs_gram else None)
-        return weighted_sum(tree.parts, coefficients(moved, self._grams.get(name)))
+        found = coefficients(moved, self._grams.get(name))
+        return weighted_sum(tree.parts, found, measured=tree.needs_gram)
 
 
 def _sources(tree: Collapsed) -> list[Leaf]:

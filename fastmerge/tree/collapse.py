@@ -35,6 +35,11 @@ class Collapsed:
     reference: int | None
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the coefficients follow from inner products, to be read or read before."""
+        return self.needs_gram or self.root.values == _MEASURED
+
+    @property
     def is_complete(self) -> bool:
         """Whether every part is a source, so that no intermediate tensor is needed."""
         return all(isinstance(part, Leaf) for part in self.parts)
@@ -153,9 +158,16 @@ def combination(node: Merge) -> Combination:
 
 
 AS_THEY_ARE: Mapping[str, Any] = {"normalize": False}  # linear: weights not divided by their sum
+_MEASURED: Mapping[str, Any] = {**AS_THEY_ARE, "measured": True}
 
 
-def weighted_sum(parts: Sequence[Node], weights: Iterable[float]) -> Merge:
-    """One linear merge with these weights as they are."""
+def weighted_sum(
+    parts: Sequence[Node], weights: Iterable[float], *, measured: bool = False
+) -> Merge:
+    """One linear merge with these weights as they are; ``measured``: they were found from inner
+    products, and the sum has the bits of the merge that they were found for.
+    """
     each = tuple({"weight": float(weight)} for weight in weights)
-    return Merge(METHODS["linear"], tuple(parts), None, AS_THEY_ARE, each)
+    return Merge(
+        METHODS["linear"], tuple(parts), None, _MEASURED if measured else AS_THEY_ARE, each
+    )
