@@ -154,9 +154,14 @@ def drawn(gram: Any, *, rng: Any) -> None: ...
 def doubled(gram: Any, *, share: Annotated[float, Option(high=1)] = 2.0) -> None: ...
 
 
+def misnamed(tensors: Any, *, power: Nowhere = 2): ...  # type: ignore[name-defined]  # noqa: F821
+
+
 @pytest.mark.parametrize(
     "function, said",
     [
+        (int, r"its arguments cannot be read \(no signature found"),
+        (misnamed, r"its arguments cannot be read \(name 'Nowhere' is not defined"),
         (nothing, "its first argument must be called one of gram, models, entries, tensors"),
         (untyped, "argument 'power': annotate it as float"),
         (listed, "argument 'power': annotate it as float"),

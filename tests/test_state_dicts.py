@@ -170,6 +170,7 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         ([], {}, "there are none"),
         ("path", {}, "must be a mapping or a list"),
         ([3], {}, "must be a folder, a state dictionary or a module, not int"),
+        ([torch.nn.Linear], {}, "must be a folder, a state dictionary or a module, not type"),
         ([{"w": 3}], {}, "must be a tensor, not int"),
         ([{"w": torch.ones(2, 3).T}], {}, "not contiguous"),
         (MODELS, {"base": "c"}, "no model is called 'c'"),

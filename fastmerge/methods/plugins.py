@@ -100,13 +100,16 @@ def _row(
     def refuse(fault: str) -> FastmergeError:
         return FastmergeError(f"method {name!r}: {fault}")
 
-    arguments = dict(inspect.signature(function).parameters)
+    try:
+        arguments = dict(inspect.signature(function).parameters)
+        hints = get_type_hints(function, include_extras=True)
+    except (ValueError, TypeError, NameError) as error:  # int; an annotation of no known name
+        raise refuse(f"its arguments cannot be read ({error})") from None
     first = next(iter(arguments), None)
     if first not in _FIRST:
         raise refuse(f"its first argument must be called one of {', '.join(_FIRST)}")
     del arguments[first]
     takes_base, draws = arguments.pop("base", None), arguments.pop("rng", None)
-    hints = get_type_hints(function, include_extras=True)
     parameters = []
     for argument in arguments.values():
         try:

@@ -91,7 +91,7 @@ def as_model(source: Any, label: str) -> Model:
         return open_model(Path(source))
     if isinstance(source, Mapping):
         return StateDict(label, source, {})
-    if callable(getattr(source, "state_dict", None)):
+    if callable(getattr(source, "state_dict", None)) and not isinstance(source, type):
         as_dict = getattr(getattr(source, "config", None), "to_dict", None)
         return StateDict(label, source.state_dict(), as_dict() if callable(as_dict) else {})
     if hasattr(source, "tensors") and hasattr(source, "view"):
