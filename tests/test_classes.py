@@ -5,8 +5,10 @@ may be missing, unexpected or of another shape, whatever the family's names and 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import fastmerge
 from fastmerge.errors import FastmergeError
@@ -176,6 +178,25 @@ def test_a_stack_that_its_settings_cannot_describe_is_told_and_checked(kind, tmp
     assert any("goes by layer number" in note for note in make_plan(recipe).notes)
     with pytest.raises(FastmergeError, match=r"missing weight model\.layers\.4"):
         fastmerge.api.check(recipe)
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("whisper", "WhisperForConditionalGeneration"), ("bert", "BertForSequenceClassification"),
+])  # fmt: skip
+@pytest.mark.parametrize("named", [None, ["OwnForCausalLM"]])
+def test_a_class_that_the_config_does_not_name_is_found_by_its_tensors(kind, name, named, tmp_path):
+    a, b = save_two(getattr(transformers, name), tiny_config(kind), tmp_path)
+    for folder in (a, b):
+        config = json.loads(Path(folder, "config.json").read_text()) | {"architectures": named}
+        Path(folder, "config.json").write_text(json.dumps(config))
+    fastmerge.api.check(next(recipes(a, b)))
+    for folder in (a, b):
+        file = Path(folder, "model.safetensors")
+        tensors = load_file(file)
+        del tensors[min(tensors)]
+        save_file(tensors, file)
+    with pytest.raises(FastmergeError, match="missing weight"):
+        fastmerge.api.check(next(recipes(a, b)))
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL.split())

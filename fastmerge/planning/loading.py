@@ -35,7 +35,8 @@ _MAX_PATH = 4096  # letters that Linux takes; in a longer one nothing lies
 
 def check_loading(plan: Plan, *, strict: bool = True) -> None:
     """Raises ModelError where the class of the plan's config finds a tensor missing, in another
-    shape, or (``strict``) one that it has no place for.
+    shape, or (``strict``) one that it has no place for. Where the config names no class of
+    transformers', one of its type with a head that loads it whole will do (``strict``).
 
     Layers behind those that the config counts are no finding. UnsupportedError where transformers
     does not know the config; ResourceError where torch, transformers or accelerate are missing.
@@ -50,28 +51,43 @@ def check_loading(plan: Plan, *, strict: bool = True) -> None:
     import transformers
 
     with quiet(transformers):
-        model_class, config = model_class_of(plan.config)
+        classes, config = _classes_of(plan.config)
         state = {
             tensor.name: torch.empty(
                 tensor.shape, device="meta", dtype=getattr(torch, tensor.dtype.name, torch.float32)
             )
             for tensor in plan.tensors
         }
-        try:
-            _, loading = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except odd() as error:
-            raise ModelError(
-                f"{model_class.__name__} of transformers {transformers.__version__} cannot be made "
-                f"from the merged config.json: {one_line(error)}"
-            ) from error
-    _judge(loading, plan, model_class.__name__, strict)
+        faults: list[ModelError] = []
+        for model_class in classes if strict else classes[:1]:
+            try:
+                _judge(_loaded(model_class, config, state), plan, model_class.__name__, strict)
+                return
+            except ModelError as error:
+                faults.append(error)
+    raise faults[0]
+
+
+def _loaded(model_class: Any, config: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a class says of loading tensors that have shapes and no memory."""
+    import transformers
+
+    try:
+        _, loading = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except odd() as error:
+        raise ModelError(
+            f"{model_class.__name__} of transformers {transformers.__version__} cannot be made "
+            f"from the merged config.json: {one_line(error)}"
+        ) from error
+    found: Mapping[str, Any] = loading
+    return found
 
 
 def _judge(loading: Mapping[str, Any], plan: Plan, name: str, strict: bool) -> None:
@@ -111,6 +127,14 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """transformers' class for a config.json, by its ``architectures``, else the causal language
     model of its ``model_type``; and the config as its object. FastmergeError where it has none.
     """
+    classes, made = _classes_of(config)
+    return classes[0], made
+
+
+def _classes_of(config: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The class that a config names, or else those of its type: the one of `model_class_of`, and
+    all with a head.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -143,17 +167,18 @@ def model_class_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     for name in names:
         for one in found:
             if one.__name__ == name:
-                return one, made
+                return [one], made
     if names:  # a class that no AutoModel lists
         one = getattr(transformers, names[0], None)
         if getattr(one, "config_class", None) is type(made):
-            return one, made
+            return [one], made
     if not found:
         raise UnsupportedError(
             f"model_type '{kind}' is not a causal language model, nor any other that transformers "
             f"{transformers.__version__} loads"
         )
-    return found[0], made
+    headed = [one for one in found[1:] if "For" in one.__name__]
+    return list(dict.fromkeys([found[0], *headed])), made
 
 
 def check_runs_nothing(config: Mapping[str, Any], where: str) -> None:
