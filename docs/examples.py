@@ -1,6 +1,8 @@
 """Runs the examples of the documentation as a reader does who copies and pastes.
 
     python docs/examples.py index.md        # in an empty folder of its own
+    python docs/examples.py --python callers.md     # prints its Python alone, line by line in
+                                                    # its place, for a type checker
 
 A page's fences run from top to bottom in one folder and one Python session:
 
@@ -52,6 +54,16 @@ def fences(page: str) -> Iterator[Fence]:
         indent, language, title, text = match.groups()
         text = re.sub(f"^{indent}", "", text, flags=re.MULTILINE)
         yield Fence(language, title, text, page.count("\n", 0, match.start()) + 1)
+
+
+def python(page: str) -> str:
+    """The page's Python, each line where it is on the page."""
+    lines = [""] * page.count("\n")
+    for fence in fences(page):
+        if fence.language == "python" and fence.title is None:
+            code = fence.text.splitlines()
+            lines[fence.line : fence.line + len(code)] = code
+    return "\n".join(lines) + "\n"
 
 
 def run(page: Path) -> dict[str, Any]:
@@ -152,7 +164,10 @@ def _yaml(text: str) -> None:
 
 
 def main() -> None:
-    (page,) = sys.argv[1:]
+    *options, page = sys.argv[1:]
+    if options == ["--python"]:
+        print(python((Path(__file__).resolve().parent / page).read_text()), end="")
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(__file__).resolve().parent / page
         os.chdir(folder)

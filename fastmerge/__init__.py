@@ -9,13 +9,26 @@ load when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastmerge.lazily import loading
 from fastmerge.version import __version__
 
 if TYPE_CHECKING:
-    from fastmerge import adapters, api, live, llama, ops, retrograde
+    from fastmerge import (
+        adapters,
+        api,
+        averages,
+        evaluation,
+        integrations,
+        live,
+        llama,
+        methods,
+        ops,
+        retrograde,
+        search,
+        state_dicts,
+    )
     from fastmerge.adapters import extract_lora, merge_adapters
     from fastmerge.api import finish, fold, materialise, merge, plan, verify
     from fastmerge.averages import average
@@ -47,9 +60,12 @@ __all__ = [
     "adapters",
     "api",
     "average",
+    "averages",
+    "evaluation",
     "extract_lora",
     "finish",
     "fold",
+    "integrations",
     "live",
     "llama",
     "materialise",
@@ -57,9 +73,12 @@ __all__ = [
     "merge_adapters",
     "merge_state_dicts",
     "method",
+    "methods",
     "ops",
     "plan",
     "retrograde",
+    "search",
+    "state_dicts",
     "verify",
 ]
 
@@ -80,15 +99,9 @@ _HOMES = {
     "method": "fastmerge.methods",
     **{name: "fastmerge.errors" for name in __all__ if name.endswith("Error")},
 }
-_MODULES = ("adapters", "api", "live", "llama", "ops", "retrograde")
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    if name in _MODULES:
-        return import_module(f"fastmerge.{name}")
-    raise AttributeError(f"module 'fastmerge' has no attribute '{name}'")
+if not TYPE_CHECKING:  # which would make every misspelt name one that is there
+    __getattr__ = loading(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

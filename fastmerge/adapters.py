@@ -68,6 +68,11 @@ def extract_lora(
     up to it are dropped. power_iterations: more bring the error nearer to the least. The random
     directions follow from ``seed``; the bits also from NumPy's BLAS and how many threads that has.
     cache: the Hub's, where it is not the usual one.
+
+    threads: pool size, default FASTMERGE_NUM_THREADS or every CPU. overwrite: replaces an ``out``
+    that is there, once the new one is complete; fresh: ignores what an interrupted run left.
+    keep_paths: what is written names the local folders as given. progress: True for a bar on
+    stderr, or a function of bytes done, bytes in all and a name.
     Raises FastmergeError before anything is written.
     """
     plan = plan_extract_lora(
@@ -134,8 +139,15 @@ def merge_adapters(
     SVD; default: the largest of the adapters'. density: the fraction of entries that is kept, one
     or one for each. normalize: divide the weights by their sum. targets: "same", or "any" to take
     each adapter where it is there. base_model: the base of all, whatever they call it. dtype: of
-    the factors; default: the first adapter's. Arithmetic is in float64. Raises FastmergeError
-    before anything is written.
+    the factors; default: the first adapter's. majority_sign_method: of ties, "total" or
+    "frequency". svd_clamp: the quantile of an SVD's factors that bounds their entries. seed: of
+    methods that draw; by default it follows from the call. Arithmetic is in float64.
+
+    threads: pool size, default FASTMERGE_NUM_THREADS or every CPU. overwrite: replaces an ``out``
+    that is there, once the new one is complete; fresh: ignores what an interrupted run left.
+    keep_paths: what is written names the local folders as given. progress: True for a bar on
+    stderr, or a function of bytes done, bytes in all and a name.
+    Raises FastmergeError before anything is written.
     """
     places = [
         str(a_path(item, f"adapters[{i}]")) for i, item in enumerate(a_list(adapters, "adapters"))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 from fastmerge.arguments import a_flag, a_path, a_text, one_of
 from fastmerge.collector import MERGING, rarely_collected
-from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
+from fastmerge.compute.devices import GPU_MEMORY_BYTES, Device, a_device
 from fastmerge.engine.in_memory import as_numbers, materialise_plan
-from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, merge_plan
+from fastmerge.engine.merge import MAX_SHARD_BYTES, MEMORY_LIMIT_BYTES, Io, merge_plan
 from fastmerge.engine.report import MergeReport
 from fastmerge.errors import (
     MODELS_ALONE,
@@ -39,6 +39,8 @@ from fastmerge.recipe.document import Recipe
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastmerge.engine.join import FinishReport
     from fastmerge.engine.verify import Verification
     from fastmerge.planning.adapters import AdapterMerge
@@ -52,6 +54,27 @@ SAMPLE = 16  # tensors that `verify` makes again
 C = TypeVar("C", bound=Callable[..., Any])
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
+"""What a recipe may be given as: the path of a file, YAML text, a dictionary as YAML would have it,
+a list of those (several documents), or a plan that was made of one."""
+
+
+class MergeOptions(TypedDict, total=False):
+    """Arguments of `merge` that `average` and `fold` pass on; meanings and defaults are there."""
+
+    threads: int | None
+    memory_limit: int
+    overwrite: bool
+    fresh: bool
+    seed: int | None
+    device: Device
+    gpu_memory: int
+    io: Io
+    max_shard_bytes: int
+    progress: Shown
+    check: bool
+    keep_paths: bool
+    part: tuple[int, int] | str | None
+    cluster: str | None
 
 
 @enough_memory("plan")
@@ -62,11 +85,27 @@ def plan(
     models: Mapping[str, Any] | None = None,
     truncate_embeddings: bool = False,
 ) -> Plan:
-    """The plan of a merge of models, as `decide`, which has that of adapters alone too."""
+    """What a merge of ``recipe`` would do, decided from the models' headers: every tensor's shape,
+    type and inputs, the config, notes; `Plan.describe` has it in plain values. Give the plan to
+    `merge`, `materialise` or `verify` in the recipe's place and nothing is decided again. Of the
+    weights only integer tensors are read, which are copied where all models have the same.
+
+    ``recipe``: a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
+    returned as it is. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in
+    place of the recipe's. ``models``: what names in the recipe stand for, by name: a folder, a
+    state dictionary, a module, or an object with the protocol `fastmerge.models.model.Model`; names
+    that are not in it are folders, URLs or names on the Hub, as ever. ``truncate_embeddings``:
+    where the recipe asks for no tokenizer, embeddings of different numbers of rows are cut to the
+    fewest, which is right only where all models number their tokens alike.
+
+    Raises FastmergeError for whatever cannot be merged; UnsupportedError for a recipe of adapters
+    alone, whose plan is of another class: `fastmerge.api.decide` has those too.
+    """
     decided = decide(recipe, seed=seed, models=models, truncate_embeddings=truncate_embeddings)
     if not isinstance(decided, Plan):
         raise UnsupportedError(
-            "recipe: merges adapters alone, to an adapter; give it to merge or `fastmerge merge`"
+            "recipe: merges adapters alone, whose plan fastmerge.api.decide(recipe) gives; "
+            "fastmerge.merge(recipe, out) merges them"
         )
     return decided
 
@@ -173,9 +212,9 @@ def merge(
     overwrite: bool = False,
     fresh: bool = False,
     seed: int | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     gpu_memory: int = GPU_MEMORY_BYTES,
-    io: str = "auto",
+    io: Io = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Shown = None,
     models: Mapping[str, Any] | None = None,
@@ -184,21 +223,28 @@ def merge(
     part: tuple[int, int] | str | None = None,
     cluster: str | None = None,
 ) -> MergeReport:
-    """Merges ``recipe`` (path, YAML text, mapping or plan) into the new folder ``out``.
+    """Merges ``recipe`` into the new folder ``out``; the report says what was done.
+
+    ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
+    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
+    recipe's. ``models``: what names in the recipe stand for, by name: a folder, a state dictionary,
+    a module, or an object with the protocol `fastmerge.models.model.Model`.
 
     ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous
     memory in bytes, 64 MiB or more. ``overwrite`` replaces an existing ``out`` once the new one is
     complete; ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done,
     bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
     same call continues; True draws a bar on stderr. ``device``: "cpu", "cuda" or "auto", with the
-    same bits; ``gpu_memory``: bytes of tensors in flight on each GPU. ``models``: as in `plan`.
-    ``check``: first as `check` does, of models. ``keep_paths``: card, recipe and lineage name the
-    local folders as the recipe does, and not only what these are called. ``part``: (i, n), "i/n" or
-    "auto" (by SLURM's array or RANK and WORLD_SIZE): only the i-th of n shares of the weight files;
-    `finish` joins them, to the bytes of a merge without parts. ``out`` may be the URL of an object
-    store (docs/remote.md). ``cluster``: "auto" or the address of a Ray cluster, whose nodes merge
-    the parts; all of them see ``out`` and the models under these paths (docs/parts.md). Raises
-    FastmergeError.
+    same bits; ``gpu_memory``: bytes of tensors in flight on each GPU. ``io``: "auto" writes past
+    the page cache where the file system can, "direct" always, "buffered" never;
+    ``max_shard_bytes``: of one weight file. ``check``: first whether transformers' own class loads
+    what would be written, which takes torch, transformers and accelerate. ``keep_paths``: card,
+    recipe and lineage name the local folders as the recipe does, and not only what these are
+    called. ``part``: (i, n), "i/n" or "auto" (by SLURM's array or RANK and WORLD_SIZE): only the
+    i-th of n shares of the weight files; `finish` joins them, to the bytes of a merge without
+    parts. ``out`` may be the URL of an object store (docs/remote.md). ``cluster``: "auto" or the
+    address of a Ray cluster, whose nodes merge the parts; all of them see ``out`` and the models
+    under these paths (docs/parts.md). Raises FastmergeError.
 
     The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
     NaN or infinite values (WARNING).
@@ -260,9 +306,10 @@ def check_part(decided: Plan | AdapterMerge, part: object) -> None:
 @enough_memory("finish")
 def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     """Joins the parts that `merge` wrote for the folder ``out``: checks that all are there, done,
-    and of one plan, writes index, config, card and lineage, and shows the folder, whole. It needs
-    no recipe and no model, may be run again after a kill, and reads no weights (`verify` does).
-    Raises FastmergeError, which names the parts that are missing.
+    and of one plan, writes index, config, card and lineage, and shows the folder, whole, in the
+    place of one that is there where ``overwrite`` is True. It needs no recipe and no model, may be
+    run again after a kill, and reads no weights (`verify` does). Raises FastmergeError, which names
+    the parts that are missing.
     """
     from fastmerge.engine.join import finish as join
 
@@ -284,14 +331,15 @@ def fold(
     out: str | Path,
     *,
     dtype: str | None = None,
-    **options: Any,
+    **options: Unpack[MergeOptions],
 ) -> MergeReport:
     """Writes the model ``base`` with the LoRA ``adapter`` on it to the new folder ``out``: what
     PEFT's merge_and_unload makes, W + s B A, in fp32 and rounded once.
 
     base, adapter: folders or Hub ids; the adapter as PEFT saves it. dtype: of the output, default
-    the base's. options: those of `merge`, which it is: of the recipe ``base+adapter`` alone.
-    Raises FastmergeError, before anything is written where the adapter is not for this base.
+    the base's. options: the keyword arguments of `merge`, which it is, of the recipe
+    ``base+adapter`` alone. Raises FastmergeError, before anything is written where the adapter is
+    not for this base.
     """
     names = [str(a_path(value, name)) for value, name in ((base, "base"), (adapter, "adapter"))]
     with in_words(FOLDING):
@@ -330,10 +378,12 @@ def verify(
 
     ``against``: a recipe or plan that it is compared with too: names, types and shapes, config and
     side files, and ``sample`` tensors drawn at random (None: all) made again and compared bit for
-    bit; where the recipe has no seed, with the one that the folder was written with. ``progress``
-    and ``models``: as in `merge`. What differs is in the result, one entry for each file or tensor;
-    FastmergeError is raised where nothing can be compared. A checksum tells damage, not intent:
-    whoever can change the weights can change fastmerge.json.
+    bit; where the recipe has no seed, with the one that the folder was written with. ``models``:
+    what names in that recipe stand for, by name. ``threads``: pool size, default
+    FASTMERGE_NUM_THREADS or every CPU. ``progress``: True for a bar on stderr, or a function of
+    bytes done, bytes in all and a tensor's name. What differs is in the result, one entry for each
+    file or tensor; FastmergeError is raised where nothing can be compared. A checksum tells damage,
+    not intent: whoever can change the weights can change fastmerge.json.
     """
     from fastmerge.engine.verify import verify_folder
 
@@ -359,8 +409,9 @@ def verify(
 
 @enough_memory("check")
 def check(recipe: Source, *, seed: int | None = None) -> Plan:
-    """The plan, where transformers' own class loads what it would write: no tensor missing, of
-    another shape or without a place. Reads no weights; nothing of the models' own code is run.
+    """The plan of ``recipe`` (`plan` says what that may be), where transformers' own class loads
+    what it would write: no tensor missing, of another shape or without a place. ``seed``: in place
+    of the recipe's. Reads no weights; nothing of the models' own code is run.
 
     Raises FastmergeError where that is not so, where transformers does not know the config's class,
     or where torch, transformers or accelerate are missing.
@@ -376,9 +427,13 @@ def materialise(
     seed: int | None = None,
     threads: int | None = None,
     models: Mapping[str, Any] | None = None,
-    as_: str = "bits",
+    as_: Literal["bits", "numpy", "ml_dtypes", "torch"] = "bits",
 ) -> Iterator[tuple[str, Any]]:
     """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
+
+    ``recipe``: a path, YAML text, a mapping, a list of mappings or a plan. ``seed``: in place of
+    the recipe's. ``models``: what names in the recipe stand for, by name. ``threads``: pool size,
+    default FASTMERGE_NUM_THREADS or every CPU.
 
     ``as_`` "bits": arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are
     only copied, raw bytes (uint8, one axis). "numpy": numbers, of NumPy's types, bfloat16 widened

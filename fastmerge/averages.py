@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge import api
 from fastmerge.arguments import a_list, a_path, a_text
@@ -19,7 +19,11 @@ from fastmerge.engine.report import MergeReport
 from fastmerge.errors import MODELS_ALONE, FastmergeError, brief, enough_memory, in_words, is_whole
 from fastmerge.models.series import check_order, ema_weights, find_series
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Models = str | Path | Sequence[str | Path]
+"""Checkpoints: a folder, a file or a Hub id, or several of them."""
 
 
 @enough_memory("average")
@@ -32,7 +36,7 @@ def average(
     ema: float | None = None,
     pattern: str | None = None,
     dtype: str | None = None,
-    **options: Any,
+    **options: Unpack[api.MergeOptions],
 ) -> MergeReport:
     """Writes the average of ``models`` to the new folder ``out``: sum w_i x_i / sum w_i, in fp32
     and rounded once.
@@ -41,8 +45,8 @@ def average(
     with ``pattern``, folders of such, of which those whose names fit take part, in natural order
     (``checkpoint-*``). last: only the last so many. weights: one each, default 1. ema: a decay d
     between 0 and 1 instead, m_i = d m_{i-1} + (1 - d) x_i from m_0 = x_0 on. dtype: of the output,
-    default the models' own. options: those of `merge`, which it is, of the recipe that
-    `average_recipe` makes. Config and tokenizer are the first model's. Raises FastmergeError.
+    default the models' own. options: the keyword arguments of `merge`, which it is, of the recipe
+    that `average_recipe` makes. Config and tokenizer are the first model's. Raises FastmergeError.
     """
     recipe = average_recipe(
         models, weights=weights, last=last, ema=ema, pattern=pattern, dtype=dtype

@@ -16,9 +16,10 @@ classes; no message is promised to stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from numbers import Integral
+from pathlib import PurePath
 from reprlib import Repr
 from typing import Any
 
@@ -206,6 +207,18 @@ def brief(value: Any) -> str:
     """``repr(value)`` on one short line, however long, deep or circular the value is."""
     text = " ".join(_BRIEF.repr(value).split())
     return text if len(text) <= _BRIEFEST else f"{text[:_BRIEFEST]} ..."
+
+
+def in_a_line(thing: Any, *names: str) -> str:
+    """A ``__repr__`` of one line: the attributes ``names``, of collections how many are in them."""
+
+    def said(value: Any) -> str:
+        if isinstance(value, Sized) and not isinstance(value, str):
+            return f"<{len(value)}>"
+        return brief(str(value) if isinstance(value, PurePath) else value)
+
+    shown = ", ".join(f"{name}={said(getattr(thing, name))}" for name in names)
+    return f"{type(thing).__name__}({shown})"
 
 
 def is_whole(value: Any) -> bool:

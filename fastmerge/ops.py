@@ -19,7 +19,7 @@ are deltas already, and so is the result. The defaults are mergekit's definition
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,25 @@ from fastmerge.compute.calls import combine, gram, merge
 from fastmerge.compute.combining import coefficient_gradients
 
 Numbers = Sequence[float] | NDArray[Any]
+"""One number for each tensor, as a list or as an array of one axis."""
+
+Votes = Literal["weighted", "plain", "frequency"]
+"""What elects a sign: the sum of the weighted deltas, of the deltas, or of their signs."""
+
+Divisor = Literal["weights", "count"]
+"""What ``normalize`` divides by: the sum of the weights that took part, or how many did."""
+
+Rescale = bool | Literal["l1", "density", "none"]
+"""True is "l1": what stays is scaled to the L1 norm from before; "density": divided by the density;
+False is "none"."""
+
+EqualMagnitudes = Literal["mixed", "index", "all"]
+"""Which of equal magnitudes stay at the threshold: some, spread evenly; those of lowest index; or
+all of them."""
+
+How = Literal["magnitude", "random", "rank"]
+"""How `prune` picks entries."""
+
 Given = dict[str, Any]
 
 __all__ = [
@@ -147,12 +166,12 @@ def model_stock(
 
 
 def task_arithmetic(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
     normalize: bool = False,
-    divisor: str = "weights",
+    divisor: Divisor = "weights",
     lambda_: float = 1.0,
     out: T | None = None,
     threads: int | None = None,
@@ -168,17 +187,17 @@ def task_arithmetic(
 
 
 def ties(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
     normalize: bool = True,
-    divisor: str = "weights",
-    votes: str = "weighted",
+    divisor: Divisor = "weights",
+    votes: Votes = "weighted",
     lambda_: float = 1.0,
-    rescale: bool | str = False,
-    ties: str = "mixed",
+    rescale: Rescale = False,
+    ties: EqualMagnitudes = "mixed",
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -197,7 +216,7 @@ def ties(
 
 
 def dare_linear(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
@@ -205,9 +224,9 @@ def dare_linear(
     seed: int,
     name: str = "",
     normalize: bool = False,
-    divisor: str = "weights",
+    divisor: Divisor = "weights",
     lambda_: float = 1.0,
-    rescale: bool | str = True,
+    rescale: Rescale = True,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -230,7 +249,7 @@ def dare_linear(
 
 
 def dare_ties(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
@@ -238,10 +257,10 @@ def dare_ties(
     seed: int,
     name: str = "",
     normalize: bool = False,
-    divisor: str = "weights",
-    votes: str = "weighted",
+    divisor: Divisor = "weights",
+    votes: Votes = "weighted",
     lambda_: float = 1.0,
-    rescale: bool | str = True,
+    rescale: Rescale = True,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -261,16 +280,16 @@ def dare_ties(
 
 
 def breadcrumbs(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
     gamma: float | Numbers = 0.01,
     normalize: bool = False,
-    divisor: str = "weights",
+    divisor: Divisor = "weights",
     lambda_: float = 1.0,
-    rescale: bool | str = False,
+    rescale: Rescale = False,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -290,17 +309,17 @@ def breadcrumbs(
 
 
 def breadcrumbs_ties(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
     density: float | Numbers = 1.0,
     gamma: float | Numbers = 0.01,
     normalize: bool = False,
-    divisor: str = "weights",
-    votes: str = "weighted",
+    divisor: Divisor = "weights",
+    votes: Votes = "weighted",
     lambda_: float = 1.0,
-    rescale: bool | str = False,
+    rescale: Rescale = False,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -319,7 +338,7 @@ def breadcrumbs_ties(
 
 
 def della(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
@@ -328,10 +347,10 @@ def della(
     name: str = "",
     epsilon: float | Numbers = 0.15,
     normalize: bool = True,
-    divisor: str = "weights",
-    votes: str = "weighted",
+    divisor: Divisor = "weights",
+    votes: Votes = "weighted",
     lambda_: float = 1.0,
-    rescale: bool | str = True,
+    rescale: Rescale = True,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -350,7 +369,7 @@ def della(
 
 
 def della_linear(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: Numbers,
     *,
@@ -359,9 +378,9 @@ def della_linear(
     name: str = "",
     epsilon: float | Numbers = 0.15,
     normalize: bool = False,
-    divisor: str = "weights",
+    divisor: Divisor = "weights",
     lambda_: float = 1.0,
-    rescale: bool | str = True,
+    rescale: Rescale = True,
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
@@ -385,7 +404,7 @@ def della_linear(
 
 
 def sce(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     *,
     select_topk: float = 1.0,
@@ -398,7 +417,7 @@ def sce(
 
 
 def ram(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     *,
     epsilon: float = 1e-5,
@@ -411,7 +430,7 @@ def ram(
 
 
 def ramplus_tl(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     *,
     r: float = 0.1,
@@ -450,7 +469,7 @@ def arcee_fusion(
 
 
 def magmax(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     *,
     lambda_: float = 1.0,
@@ -463,7 +482,7 @@ def magmax(
 
 
 def consensus_ta(
-    base: T,
+    base: T | None,
     tensors: Sequence[T],
     weights: float | Numbers = 1.0,
     *,
@@ -500,9 +519,9 @@ def geometric_median(
 def prune(
     tensor: T,
     density: float,
-    how: str = "magnitude",
+    how: How = "magnitude",
     *,
-    rescale: bool | str = False,
+    rescale: Rescale = False,
     epsilon: float = 0.15,
     gamma: float = 0.0,
     seed: int | None = None,
@@ -518,7 +537,7 @@ def prune(
     'density' divides by the density.
     """
     given: Given = {"weight": 1.0, "density": density, "rescale": rescale}
-    how = one_of(how, ("magnitude", "random", "rank"), "prune: how")
+    one_of(how, get_args(How), "prune: how")
     if how == "magnitude":
         return merge("breadcrumbs", [tensor], given | {"gamma": gamma}, out=out, threads=threads)
     method = "dare_linear" if how == "random" else "della_linear"

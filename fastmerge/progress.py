@@ -19,8 +19,11 @@ from fastmerge.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from rich.progress import Progress as Drawn
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all (read + written), tensor name
-Shown = Progress | bool | None  # True: a bar on stderr
+Progress = Callable[[int, int, str], None]
+"""A function of bytes done, bytes in all (read + written) and the name of a tensor."""
+
+Shown = Progress | bool | None
+"""How a run is shown: True for a bar on stderr, a function to call, False or None for nothing."""
 
 
 def shown(progress: Shown, title: str) -> AbstractContextManager[Progress | None]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def merge_state_dicts(
-    models: Mapping[Hashable, Any] | Sequence[Any],
+    models: Mapping[Any, Any] | Sequence[Any],
     method: Any,
     *,
     parameters: Mapping[str, Any] | None = None,
@@ -67,7 +67,8 @@ def merge_state_dicts(
     the first model has those); or a dictionary of tensors to write into, or a module whose
     parameters are filled; it is returned, and may be one of the models. Tensors that are one memory
     in every model are merged once and are one in the result. Integers are copied where all models
-    agree. Beside the result only a few tensors are held. Results carry no gradient.
+    agree. Beside the result only a few tensors are held. Results carry no gradient. threads: pool
+    size, default FASTMERGE_NUM_THREADS or every CPU.
 
     Raises FastmergeError, where possible before anything is written.
     """

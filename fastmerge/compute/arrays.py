@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# What a call is given and returns. What else speaks DLPack is taken, and comes back as one of them.
 T = TypeVar("T", bound="torch.Tensor | NDArray[Any]")
+"""What a call is given and returns: torch tensors, or NumPy arrays. What else speaks DLPack is
+taken, and comes back as one of them."""
 
 
 def _imported(tensor: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ import math
 import mmap
 import re
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 from fastmerge import _C
 from fastmerge.arguments import one_of
@@ -19,7 +20,11 @@ from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
-DEVICES = ("cpu", "cuda", "auto")  # where the arithmetic can run
+Device = Literal["cpu", "cuda", "auto"] | str
+"""Where the arithmetic runs: the CPU, every GPU of the machine, whichever is faster, or "cuda:N",
+one GPU."""
+
+DEVICES = get_args(get_args(Device)[0])
 GPU_MEMORY_BYTES = 2 << 30
 
 

@@ -24,7 +24,7 @@ from fastmerge.compute.reference import round_to, widen
 from fastmerge.engine.adapters import Made, Piece, write_adapter
 from fastmerge.engine.report import MergeReport
 from fastmerge.engine.window import in_order
-from fastmerge.errors import ModelError, argument
+from fastmerge.errors import ModelError, argument, in_a_line
 from fastmerge.models.adapter import PREFIX
 from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of
@@ -44,6 +44,9 @@ class Found(NamedTuple):
 
     report: MergeReport
     modules: Mapping[str, Mapping[str, Any]]
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "report", "modules")
 
     @property
     def error(self) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from fastmerge.arguments import a_flag, a_path
 from fastmerge.engine.merge import rounding_note
 from fastmerge.engine.report import nonfinite_of
+from fastmerge.errors import in_a_line
 from fastmerge.output.join import join
 
 
@@ -29,6 +30,11 @@ class FinishReport:
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
+
+    def __repr__(self) -> str:
+        return in_a_line(
+            self, "out", "parts", "files", "tensors", "bytes_written", "nonfinite", "notes"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""

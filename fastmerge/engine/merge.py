@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fastmerge.arguments import a_flag, a_function, a_path, a_size, one_of
 from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.cpu import isa
-from fastmerge.compute.devices import GPU_MEMORY_BYTES, a_device
+from fastmerge.compute.devices import GPU_MEMORY_BYTES, Device, a_device
 from fastmerge.engine.executor import Local
 from fastmerge.engine.report import (
     MergeReport,
@@ -31,7 +31,11 @@ from fastmerge.progress import Progress
 
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000
-IO = ("auto", "direct", "buffered")  # how the output is written
+Io = Literal["auto", "direct", "buffered"]
+"""How the output is written: past the page cache where the file system can, always so, or through
+the page cache."""
+
+IO = get_args(Io)
 LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
 _SAMPLE_SECONDS = 0.02  # between looks at the memory in use: each reads a file of /proc
@@ -49,12 +53,12 @@ def merge_plan(
     memory_limit: int = MEMORY_LIMIT_BYTES,
     overwrite: bool = False,
     fresh: bool = False,
-    io: str = "auto",
+    io: Io = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     side_files: Mapping[str, bytes | Path] | None = None,
     observe: Observer | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     gpu_memory: int = GPU_MEMORY_BYTES,
     part: Part | None = None,
 ) -> MergeReport:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.tensor import Outcome
+from fastmerge.errors import in_a_line
 from fastmerge.planning.inputs import TensorPlan
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
@@ -35,6 +36,9 @@ class MergeReport:
     notes: tuple[str, ...] = ()
     part: str = ""  # which one of how many, as 2/7; "" for all
     url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "out", "tensors", "bytes_written", "seconds", "nonfinite", "notes")
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> MergeReport:

@@ -18,7 +18,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.compute.cpu import cpu, isa, thread_count
 from fastmerge.engine.executor import Local
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument, in_a_line
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.side_files import LINEAGE_FILE
@@ -46,6 +46,11 @@ class Verification:
     checked: int  # tensors of which every byte was read for its checksum
     recomputed: tuple[str, ...]  # tensors that were made again from the recipe
     version: str | None  # of fastmerge, that wrote the folder
+
+    def __repr__(self) -> str:
+        return in_a_line(
+            self, "folder", "whole", "differences", "unchecked", "files", "tensors", "checked"
+        )
 
     @property
     def whole(self) -> bool:

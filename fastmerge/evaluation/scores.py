@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.errors import in_a_line
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -20,12 +22,18 @@ class TaskScore:
     items: Mapping[str, tuple[float, ...]] | None = None
     detail: Mapping[str, float] | None = None  # the harness's own numbers, perplexity, ...
 
+    def __repr__(self) -> str:
+        return in_a_line(self, "value", "metric", "count")
+
 
 @dataclass(frozen=True)
 class Scores:
     """The scores of one state on one split; ``value`` is the plain mean over its tasks, percent."""
 
     tasks: Mapping[str, TaskScore]
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "value", "tasks")
 
     @property
     def value(self) -> float:

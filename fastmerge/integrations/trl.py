@@ -2,6 +2,9 @@
 
 ::
 
+    from trl.experimental.merge_model_callback import MergeConfig, MergeModelCallback
+    # before trl 0.24: trl.MergeModelCallback, trl.mergekit_utils.MergeConfig
+
     from fastmerge.integrations import trl
 
     trl.install()  # until trl.uninstall(); or: with trl.installed(): ...
@@ -26,19 +29,27 @@ def _places() -> Places:
     """What holds mergekit's function by name, and ours."""
     import importlib
 
-    refusals = []
+    refusals: list[ImportError] = []
     for name in _MODULES:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            refusals.append(str(error))
+            refusals.append(error)
             continue
         if not callable(getattr(module, "run_merge", None)):
             raise UnsupportedError(
                 f"{name} has no run_merge of mergekit's; install mergekit, or use trl 0.12 to 1.16"
             )
         return {(module, "run_merge"): run_merge}
-    raise ResourceError(f"trl cannot be imported ({'; '.join(refusals)}); pip install trl")
+    missing = [error.name for error in refusals if error.name]
+    needed = next((name for name in missing if name.partition(".")[0] != "trl"), None)
+    if needed is not None:  # of what trl imports, mergekit's own needs among them
+        raise ResourceError(
+            f"trl's merge callback cannot be imported: the module '{needed}' is missing; install "
+            "the package that has it (pip install mergekit brings what mergekit needs)"
+        )
+    said = "; ".join(map(str, refusals))
+    raise ResourceError(f"trl cannot be imported ({said}); pip install trl mergekit")
 
 
 _replacement = Replacement(_places)

@@ -6,6 +6,9 @@ behind them are in csrc/ and kernels/. `register` adds rows of others.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from fastmerge.lazily import loading
 from fastmerge.methods import travel  # noqa: F401 - how rows are pickled
 from fastmerge.methods.plugins import Option, find, known, load, method
 from fastmerge.methods.register import register, unregister
@@ -31,3 +34,9 @@ __all__ = [
     "register",
     "unregister",
 ]
+
+# Its module has the same name, which the function hides: `fastmerge.methods.register.register`.
+register.register = register  # type: ignore[attr-defined]
+
+if not TYPE_CHECKING:  # which would make every misspelt name one that is there
+    __getattr__ = loading(__name__)

@@ -67,8 +67,9 @@ def method(
     ``base`` as its second asks for a base model (None where its default is that and there is none).
     What follows are parameters: float, int, bool or str, a ``Sequence`` of them where each model
     has its own, in an `Option` what else there is to say. The docstring's first line is the
-    summary. ``version``: any text that changes with the code. Raises FastmergeError for what cannot
-    be made a method.
+    summary. ``version``: any text that changes with the code. ``paper``: what `fastmerge methods`
+    cites. ``min_models``, ``max_models``: how many a recipe may give, None for any number. Raises
+    FastmergeError for what cannot be made a method.
     """
 
     for what, said in {"name": name, "version": version, "paper": paper}.items():

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, in_a_line
 from fastmerge.methods import METHODS
 from fastmerge.models import hub
 from fastmerge.models.adapter import CONFIG
@@ -32,6 +32,9 @@ class AdapterPlan:
     recipe_text: str
     notes: tuple[str, ...]
     keep_paths: bool = False
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "references", "seed", "settings")
 
     @property
     def key(self) -> str:

@@ -68,7 +68,7 @@ class Joined:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdapterMerge(AdapterPlan):
     """``models``: the adapters."""
 

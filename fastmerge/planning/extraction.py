@@ -99,7 +99,7 @@ class Saved:
     tuned: TensorInfo
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Extraction(AdapterPlan):
     """``models``: tuned and base. ``modules``: the names of all of the model's."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastmerge.codings import Coding
 from fastmerge.dtypes import DType
-from fastmerge.errors import UnsupportedError
+from fastmerge.errors import UnsupportedError, brief
 from fastmerge.methods import Method
 from fastmerge.models.architecture import (
     Stack,
@@ -58,6 +58,9 @@ class TensorPlan:
     dtype: DType  # as written, where there is no encoding
     root: Node
     encoding: Encoding | None = None
+
+    def __repr__(self) -> str:
+        return f"TensorPlan({brief(self.name)}, {self.dtype.name}, {list(self.shape)})"
 
     @property
     def written(self) -> tuple[TensorPlan, ...]:

@@ -45,7 +45,7 @@ def check_loading(plan: Plan, *, strict: bool = True) -> None:
     if lost:
         raise ResourceError(
             "checking that the result loads needs torch, transformers and accelerate "
-            f"({lost[0]} is missing); install them with: {install('llama', 'accelerate')}"
+            f"({lost[0]} is missing); install them with: {install('llama')}"
         )
     import torch
     import transformers

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastmerge.errors import in_a_line
 from fastmerge.methods import Combination, Consensus, Pointwise
 from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
@@ -43,6 +44,9 @@ class Plan:
     # that what is prepared for one serves them all.
     template: Plan | None = None
     keep_paths: bool = False  # whether what is written may name folders of this machine
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "references", "tensors", "bytes_in", "bytes_out", "methods", "seed")
 
     @property
     def as_numbers(self) -> Plan:

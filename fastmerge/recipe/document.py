@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
-from fastmerge.errors import RecipeError, UnsupportedError, near_miss, nearest
+from fastmerge.errors import RecipeError, UnsupportedError, in_a_line, near_miss, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.mixture import Mixture
@@ -387,6 +387,9 @@ class Recipe:
 
     documents: tuple[AnyDocument, ...]
     text: str  # as given, to be recorded beside the output
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "documents", "text")
 
     @property
     def output(self) -> AnyDocument:

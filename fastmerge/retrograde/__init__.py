@@ -8,8 +8,9 @@ that search: ``load`` reads a schedule, ``open_space`` finds the models' geometr
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastmerge.lazily import loading
 
 if TYPE_CHECKING:
     from fastmerge.evaluation.scores import Scores, TaskScore
@@ -44,23 +45,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Lab": "search.lab",
-    "open_space": "retrograde.opening",
-    "Result": "retrograde.result",
-    "run": "retrograde.runner",
-    **dict.fromkeys(("Schedule", "load"), "retrograde.schedule"),
-    **dict.fromkeys(("Scores", "TaskScore"), "evaluation.scores"),
-    **dict.fromkeys(("Blend", "Model", "average", "blend"), "search.expressions"),
-    **dict.fromkeys(("Search", "drive"), "search.search"),
-    "Space": "search.space",
-    **dict.fromkeys(("Trajectory", "walk"), "retrograde.walking"),
+    "Lab": "fastmerge.search.lab",
+    "open_space": "fastmerge.retrograde.opening",
+    "Result": "fastmerge.retrograde.result",
+    "run": "fastmerge.retrograde.runner",
+    **dict.fromkeys(("Schedule", "load"), "fastmerge.retrograde.schedule"),
+    **dict.fromkeys(("Scores", "TaskScore"), "fastmerge.evaluation.scores"),
+    **dict.fromkeys(("Blend", "Model", "average", "blend"), "fastmerge.search.expressions"),
+    **dict.fromkeys(("Search", "drive"), "fastmerge.search.search"),
+    "Space": "fastmerge.search.space",
+    **dict.fromkeys(("Trajectory", "walk"), "fastmerge.retrograde.walking"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"fastmerge.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'fastmerge.retrograde' has no attribute '{name}'")
+if not TYPE_CHECKING:  # which would make every misspelt name one that is there
+    __getattr__ = loading(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastmerge.engine.report import MergeReport
+from fastmerge.errors import in_a_line
 from fastmerge.retrograde.walking import Trajectory
 from fastmerge.search.space import Space
 
@@ -23,3 +24,6 @@ class Result:
     rows: tuple[Row, ...]
     space: Space
     report: MergeReport | None
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "out", "rows", "report")

@@ -7,8 +7,9 @@ and ``finish(study, out)`` writes the same.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastmerge.lazily import loading
 
 if TYPE_CHECKING:
     from fastmerge.search.document import SearchFile, load
@@ -29,17 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("SearchFile", "load"), "document"),
-    "Found": "found",
-    **dict.fromkeys(("describe", "finish", "open_study", "run"), "runner"),
-    **dict.fromkeys(("Study", "Trial"), "study"),
+    **dict.fromkeys(("SearchFile", "load"), "fastmerge.search.document"),
+    "Found": "fastmerge.search.found",
+    **dict.fromkeys(("describe", "finish", "open_study", "run"), "fastmerge.search.runner"),
+    **dict.fromkeys(("Study", "Trial"), "fastmerge.search.study"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"fastmerge.search.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'fastmerge.search' has no attribute '{name}'")
+if not TYPE_CHECKING:  # which would make every misspelt name one that is there
+    __getattr__ = loading(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

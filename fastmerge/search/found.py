@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmerge.engine.report import MergeReport
+from fastmerge.errors import in_a_line
 from fastmerge.recipe import yaml_text
 from fastmerge.search.rows import Row
 from fastmerge.search.study import Study, Trial
@@ -20,6 +21,9 @@ class Found:
     evaluator: str  # what scored
     rows: tuple[Row, ...]
     report: MergeReport
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "out", "evaluator", "rows", "report")
 
     @property
     def best(self) -> Trial:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError
+from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, in_a_line
 from fastmerge.evaluation.callables import scores_of
 from fastmerge.evaluation.scores import Scores
 from fastmerge.methods.types import Float64
@@ -36,6 +36,9 @@ class Trial:
     limit: int | None
     scores: Scores
     spent: int  # of the budget, in its unit, with this one
+
+    def __repr__(self) -> str:
+        return in_a_line(self, "number", "limit", "scores", "spent")
 
     @property
     def value(self) -> float:
