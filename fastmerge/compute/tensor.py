@@ -54,6 +54,9 @@ class Outcome:
     rounding: tuple[float, float] | None = None
 
 
+_UNSAID = Outcome()  # 1 us of a call of `fastmerge.ops`, which does not ask
+
+
 def gram_of(
     backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
 ) -> Float64:
@@ -217,7 +220,7 @@ class Computation(Generic[T, O]):
     ) -> None:
         """``trims``: those that span all tensors, by their merge. ``gather``: the rows of a leaf
         that is made from merges, of all its sources' tensors; without it there must be none.
-        ``reported``: whether the outcome shall say what each tensor counted for.
+        ``reported``: whether the outcome shall say anything.
         """
         self._backend = backend
         self._gather = gather
@@ -306,8 +309,9 @@ class Computation(Generic[T, O]):
         bad = self._backend.combine(
             tensors, factors, out, divisor=divisor, vectors=vectors, wide=wide
         )
-        named = effective(tree, factors, divisor) if self._reported else None
-        return Outcome(bad, coefficients=named, gram=gram)
+        if not self._reported:
+            return _UNSAID
+        return Outcome(bad, coefficients=effective(tree, factors, divisor), gram=gram)
 
     def _pass(self, tensor: T, out: O) -> Outcome:
         """The tensor as it is, rounded."""
@@ -338,6 +342,8 @@ class Computation(Generic[T, O]):
             [tensors[i] for i in used], base, [terms.weights[i] for i in used],
             [trim.selections[i] for i in used], out, agreement,
         )  # fmt: skip
+        if not self._reported:
+            return _UNSAID
         # How many of them are this tensor's is not known where the trim spans others.
         known = terms.is_counted and root not in self._trims
         kept = tuple(s.kept for s in trim.selections) if known else None
