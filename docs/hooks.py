@@ -1,5 +1,7 @@
-"""What MkDocs fills in while it builds the pages: the facts of each method from the method table,
-links to files of the repository, and the check that no page fetches anything.
+"""What MkDocs fills in while it builds the pages: links to files of the repository, and the checks
+that no page fetches anything and that methods.md says of each method what the method table does:
+
+    python docs/hooks.py        # writes the table's facts into methods.md
 
 MkDocs calls the functions by their names (mkdocs.yml, `hooks`). A warning ends `make docs`.
 """
@@ -24,6 +26,8 @@ log = logging.getLogger("mkdocs.hooks.fastmerge")
 
 _LINK = re.compile(r"(?<!!)\[([^]\[]+)\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^### (\w+)$", re.MULTILINE)
+_BEGIN, _END = "<!-- from the method table: python docs/hooks.py -->", "<!-- end -->"
+_FACTS = re.compile(rf"\n\n{re.escape(_BEGIN)}\n.*?{re.escape(_END)}", re.DOTALL)
 # What a browser fetches by itself: not the links that a reader follows.
 _FETCHED = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\ssrc=["']?(?:https?:)?//"""
@@ -37,8 +41,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    if page.file.src_uri == "methods.md":
-        markdown = with_facts(markdown)
+    if page.file.src_uri == "methods.md" and markdown != with_facts(markdown):
+        log.warning("methods.md: is not what the method table says; run python docs/hooks.py")
     return linked(markdown, page.file.src_uri)
 
 
@@ -79,21 +83,28 @@ def linked(markdown: str, page: str) -> str:
 
 
 def with_facts(markdown: str) -> str:
-    """The facts of the method table below the heading of each method, `### name`."""
+    """The facts of the method table below the heading of each method, `### name`, in the place of
+    those that are there.
+    """
     from fastmerge.methods import METHODS
 
     headings = _HEADING.findall(markdown)
     if sorted(headings) != sorted(METHODS):
         wrong = ", ".join(sorted(set(headings) ^ set(METHODS))) or "some twice"
         log.warning("methods.md: a heading for each method of the table, not so for: %s", wrong)
-    return _HEADING.sub(lambda match: f"{match[0]}\n\n{facts(METHODS[match[1]])}", markdown)
+    plain = _FACTS.sub("", markdown)
+    return _HEADING.sub(
+        lambda match: f"{match[0]}\n\n{_BEGIN}\n\n{facts(METHODS[match[1]])}\n{_END}", plain
+    )
 
 
 def facts(method: Any) -> str:
     """What the table says of one method, in Markdown."""
+    from fastmerge.methods.cost import cost
+
     lines = [f"{method.summary[0].upper()}{method.summary[1:]}.", ""]
     lines += [f"* **Paper:** {_paper(method.paper)}"]
-    lines += [f"* **Models:** {_models(method)}", f"* **Cost:** {_cost(method)}", ""]
+    lines += [f"* **Models:** {_models(method)}", f"* **Cost:** {cost(method)}", ""]
     if method.parameters:
         lines += _table(
             ("parameter", "given", "default", "allowed", "meaning"),
@@ -132,34 +143,6 @@ def _models(method: Any) -> str:
     return f"{count}, {base}{'; draws from the seed' * method.random}"
 
 
-def _cost(method: Any) -> str:
-    """How often the weights are read with the least that can be given; from the row itself."""
-    from fastmerge.methods import REQUIRED, Combination, Consensus, Pointwise
-
-    def given(density: float, *, per_model: bool) -> dict[str, Any]:
-        own = [parameter for parameter in method.parameters if parameter.per_model == per_model]
-        values = {p.name: 1.0 if p.default is REQUIRED else p.default for p in own}
-        return values | ({"density": density} if "density" in values else {})
-
-    def passes(density: float) -> int:
-        own, each = given(density, per_model=False), [given(density, per_model=True)] * 2
-        if isinstance(method, Consensus):
-            return method.passes(own, each)
-        if isinstance(method, Pointwise):
-            return method.passes(own)
-        return 1 + (isinstance(method, Combination) and method.needs_gram)
-
-    words = {1: "once", 2: "twice", 3: "three times", 4: "four times"}
-    whole, trimmed = passes(1.0), passes(0.5)
-    text = f"reads the weights {words[whole]}"
-    if trimmed != whole:
-        text += f", {words[trimmed]} with a density below 1"
-    if max(whole, trimmed) > 1:
-        text += " (from the disk, then from memory)"
-    ranked = method.ranks(given(0.5, per_model=False), [given(0.5, per_model=True)] * 2)
-    return f"{text}; {'CPU and GPU' if method.on_gpu and not ranked else 'CPU'}"
-
-
 def _default(value: object) -> str:
     from fastmerge.methods import REQUIRED
 
@@ -174,3 +157,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     ]
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "methods.md"
+    page.write_text(with_facts(page.read_text()))

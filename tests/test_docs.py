@@ -175,6 +175,28 @@ def test_every_method_has_a_heading_and_every_heading_a_method() -> None:
     assert sorted(headings) == sorted(METHODS)
 
 
+def test_the_facts_of_the_methods_are_the_table_s() -> None:
+    hooks = script(DOCS / "hooks.py")
+    text = (DOCS / "methods.md").read_text()
+    assert text == hooks.with_facts(text), "run python docs/hooks.py"
+    assert text.count("* **Cost:** reads the weights ") == len(METHODS)
+    assert text.count("| parameter | given |") > 15
+    changed = text.replace("reads the weights once", "reads the weights twice", 1)
+    assert hooks.with_facts(changed) == text
+
+
+def test_the_command_prints_each_method_s_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastmerge.cli import main
+
+    for name in METHODS:
+        with pytest.raises(SystemExit):
+            main(["methods", name])
+        assert "reads the weights" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["methods", "--json"])
+    assert all("cost" in row for row in json.loads(capsys.readouterr().out))
+
+
 def test_every_error_class_has_its_remedy() -> None:
     text = (DOCS / "troubleshooting.md").read_text()
     classes = [name for name in vars(errors) if name.endswith("Error")]

@@ -23,7 +23,7 @@ def methods(
     """List the merge methods, or one method's parameters."""
     chosen = _of_adapters(name) if adapters else _of_models(name)
     if json:
-        print_json([_method_row(method) for method in chosen])
+        print_json([_method_row(method) | dict(_cost(method, adapters)) for method in chosen])
         return
     if name is None:
         absent = table(
@@ -50,6 +50,7 @@ def methods(
         [
             ("models", _arity(method.min_operands, method.max_operands)),
             ("base", _BASE[method.base]),
+            *_cost(method, adapters),
             ("paper", method.paper),
         ]
     )
@@ -103,6 +104,15 @@ _BASE = {
 
 def _arity(low: int, high: int | None) -> str:
     return str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+
+
+def _cost(method: Method, adapters: bool) -> list[tuple[str, str]]:
+    """Of the table's rows alone: what somebody registered may read what it likes."""
+    from fastmerge.methods import METHODS
+    from fastmerge.methods.cost import cost
+
+    is_ours = not adapters and METHODS.get(method.name) is method and not method.version
+    return [("cost", cost(method))] if is_ours else []
 
 
 def _default(value: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Protocol
 
+from fastmerge import _C
 from fastmerge.compute.across import Shared
 from fastmerge.compute.cpu import CpuBackend, cpu, thread_count
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
@@ -14,6 +15,7 @@ from fastmerge.compute.stream import Streamer
 from fastmerge.compute.tensor import Outcome, Trim
 from fastmerge.engine.inputs import Inputs, on_host, trims_of, write_tensor
 from fastmerge.engine.window import in_order, window_size
+from fastmerge.errors import FastmergeError, brief
 from fastmerge.output.sink import Sink
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -98,7 +100,7 @@ class Local:
             with self._inputs.reading(item.sources):
                 made = self._inputs.reduced(item, backend.pool)
                 if streamer is None or on_host(item):
-                    slots = [sink.slot(part) for part in item.written]
+                    slots = [_slot(sink, part) for part in item.written]
                     outcome = write_tensor(backend, self._inputs, made, slots, self.trims)
                 else:
                     place = Place(item.dtype, sink.parts(item))
@@ -106,7 +108,7 @@ class Local:
             sink.computed(item, outcome)
             return outcome
 
-        pending = sink.pending(self._plan.tensors)
+        pending = _pending(sink, self._plan)
         window = window_size(self.threads)
         with (
             self._inputs.ahead(pending, self._ahead_bytes),
@@ -115,6 +117,26 @@ class Local:
             yield from finished
         if streamer is not None:
             self.notes += streamer.notes
+
+
+def _pending(sink: Sink, plan: Plan) -> list[TensorPlan]:
+    found = sink.pending(plan.tensors)
+    if not isinstance(found, list) or not all(isinstance(item, TensorPlan) for item in found):
+        raise FastmergeError(
+            f"{type(sink).__name__}.pending gives {brief(found)}; it must be a list of the tensors "
+            "given that it wants"
+        )
+    return found
+
+
+def _slot(sink: Sink, item: TensorPlan) -> _C.Sink:
+    found = sink.slot(item)
+    if not isinstance(found, _C.Sink):
+        raise FastmergeError(
+            f"{type(sink).__name__}.slot gives {brief(found)} for '{item.name}'; it must be a "
+            "fastmerge._C.Sink, such as a MemorySink"
+        )
+    return found
 
 
 def _moved(item: TensorPlan) -> int:

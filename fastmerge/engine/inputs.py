@@ -12,7 +12,7 @@ from fastmerge.compute.across import Shared, find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.leaves import gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
-from fastmerge.errors import ModelError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief
 from fastmerge.methods import find
 from fastmerge.models.model import Model, ReadsAhead
 from fastmerge.planning.inputs import Encoding, TensorPlan
@@ -66,7 +66,14 @@ class Inputs:
 
     def fetch(self, source: Stored) -> _C.View:
         """The tensor's memory: elements, or RAW bytes of a type without kernels."""
-        return self._models[source.model].view(source.name)
+        model = self._models[source.model]
+        found = model.view(source.name)
+        if not isinstance(found, _C.View):
+            raise FastmergeError(
+                f"{model.label}: {type(model).__name__}.view gives {brief(found)} for "
+                f"'{source.name}'; it must be a fastmerge._C.View"
+            )
+        return found
 
     def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
         """The leaf's elements; ModelError as `check`."""

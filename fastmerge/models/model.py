@@ -33,7 +33,10 @@ class Model(Protocol):
     """One model; safe to share between threads. What it cannot give, it raises FastmergeError for.
 
     `fastmerge.models.checkpoint.Checkpoint` is one on disk; a recipe's names may stand for others
-    (``models`` of `fastmerge.api.plan`).
+    (``models`` of `fastmerge.api.plan`); docs/plugins.md has one that is a dictionary. Properties,
+    which plain attributes may be: ``label`` (str), ``config`` (mapping), ``tensors`` (mapping of
+    names to `TensorInfo`), ``fingerprint`` (str), ``stamp`` (tuple), ``folder`` (Path or None),
+    ``places`` (tuple of Path).
     """
 
     @property
@@ -72,7 +75,12 @@ class Model(Protocol):
         ...
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
-        """The tensor's memory: its elements, or bytes if ``raw`` or of a type without kernels."""
+        """The tensor's memory: its elements, or bytes if ``raw`` or of a type without kernels.
+
+        ``_C.View(address, count, code, owner)``: ``count`` elements at ``address``, of the type
+        that safetensors calls ``code``: "F32", "F16", "BF16"; of "RAW" the elements are bytes.
+        ``owner`` is kept alive while the view is.
+        """
         ...
 
     def prefetch(self, name: str) -> None:

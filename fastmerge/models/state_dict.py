@@ -15,6 +15,7 @@ from fastmerge import _C
 from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import FastmergeError, UnsupportedError, brief
 from fastmerge.models.checkpoint import open_model
+from fastmerge.models.foreign import held_to_protocol
 from fastmerge.models.memory import check_torch, dtype_of, is_torch, view_of
 from fastmerge.models.model import Model, TensorInfo, stored_bytes
 from fastmerge.once import cached_property
@@ -95,8 +96,7 @@ def as_model(source: Any, label: str) -> Model:
         as_dict = getattr(getattr(source, "config", None), "to_dict", None)
         return StateDict(label, source.state_dict(), as_dict() if callable(as_dict) else {})
     if hasattr(source, "tensors") and hasattr(source, "view"):
-        model: Model = source
-        return model
+        return held_to_protocol(source, label)
     raise FastmergeError(
         f"{label}: must be a folder, a state dictionary or a module, not {type(source).__name__}"
     )

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Takes each tensor once, several at a time from several threads, in order or nearly."""
+    """Takes each tensor once, several at a time from several threads, in order or nearly.
+
+    `fastmerge.merge` writes to a folder; for another sink run the plan yourself: ``for item,
+    outcome in fastmerge.engine.executor.Local(plan).run(sink)``. docs/plugins.md has one.
+    """
 
     @property
     def scratch_folder(self) -> Path | None:
