@@ -136,6 +136,10 @@ def test_a_search_by_gradient_improves_and_resumes(place: Path, tmp_path: Path) 
     assert [t.point for t in again.study.trials] == [t.point for t in study.trials]
     assert again.study.spent == study.spent
     assert "A gradient counts 3 times" in (tmp_path / "out" / "report.md").read_text()
+    # A worker's slopes are these, too.
+    search.run(file, tmp_path / "beside", threads=2, workers=2)
+    for name in ("search.json", "journal.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
 
 
 def test_perplexity_is_shown_as_perplexity(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastmerge.cli.app import Json, Quiet, Seed, Threads, command
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.retrograde import Data, DryRun, Measured, Out
+from fastmerge.cli.retrograde import Cluster, Data, DryRun, Measured, Out
 from fastmerge.cli.signals import stopped
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ def search(
     ] = False,
     seed: Seed = None,
     threads: Threads = None,
+    workers: Annotated[
+        int | None,
+        Option(help="Processes that measure side by side, instead of the file's; they share CPUs."),
+    ] = None,
+    cluster: Cluster = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -35,7 +41,7 @@ def search(
     from fastmerge.search.runner import describe, run
 
     if dry_run:
-        described = describe(space, data=data)
+        described = describe(space, data=data, workers=workers, cluster=cluster, threads=threads)
         if json:
             print_json(described)
         else:
@@ -52,8 +58,11 @@ def search(
                 seed=seed,
                 threads=threads,
                 data=data,
+                workers=workers,
+                cluster=cluster,
                 progress=progress,
                 on_trial=trials,
+                on_note=partial(say, quiet=silent),
                 on_score=Measured(quiet=silent, begin=lambda: progress.__exit__(None, None, None)),
             )
     except KeyboardInterrupt:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from fastmerge.compute.cpu import thread_count
 from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.evaluation.evaluators import Make
+from fastmerge.evaluation.evaluators import Evaluators, Make
 from fastmerge.evaluation.weights import SCORED
 
 PLACE_SECONDS = 300.0  # in which a cluster without any evaluator must find room for one
@@ -43,7 +42,7 @@ def evaluators_on(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class RayEvaluators:
+class RayEvaluators(Evaluators):
     """`Evaluators` on a Ray cluster, as many as its CPUs or GPUs allow; started as they are needed.
 
     A request goes to one evaluator; if that is lost, to another, three times at most.
@@ -56,6 +55,7 @@ class RayEvaluators:
         ``threads``: of each, by default those of the smallest node, or its GPU's share of them.
         Raises FastmergeError.
         """
+        super().__init__()
         if device.partition(":")[2]:
             raise UnsupportedError(
                 f"cluster: each evaluator has a GPU of its own; write device: cuda, not {device}"
@@ -84,34 +84,8 @@ class RayEvaluators:
         # What has been asked of actors: to find a place, to be made (key None), to measure.
         self._placing: dict[Any, tuple[Any, int]] = {}
         self._busy: dict[Any, tuple[Any, str | None]] = {}
-        self._waiting: deque[str] = deque()
-        self._later: deque[str] = deque()
-        self._requests: dict[str, Any] = {}  # asked for, and not answered
-        self._answers: dict[str, Any] = {}  # or the error that a measurement ended with
         self._lost: dict[str | None, int] = {}
         self._seen = time.monotonic()  # when an actor was at work last
-
-    def begin(self, key: str, request: Any, *, later: bool = False) -> None:
-        """See `Evaluators`."""
-        if key not in self._requests:
-            self._requests[key] = request
-            (self._later if later else self._waiting).append(key)
-        elif key in self._later and not later:
-            self._later.remove(key)
-            self._waiting.append(key)
-        self._feed()
-
-    def answer(self, key: str, request: Any) -> Any:
-        """See `Evaluators`."""
-        self.begin(key, request)
-        if key in self._waiting:
-            self._waiting.remove(key)
-            self._waiting.appendleft(key)
-        while key not in self._answers:
-            self._feed()
-            self._turn()
-        del self._requests[key]
-        return self._given(self._answers.pop(key))
 
     def close(self) -> None:
         """See `Evaluators`."""
@@ -127,14 +101,12 @@ class RayEvaluators:
         raise answer
 
     def _feed(self) -> None:
-        """Gives what waits to those who are idle; starts others while there is room."""
-        while self._idle and (self._waiting or self._later):
-            actor = self._idle.pop()
-            key = (self._waiting or self._later).popleft()
+        """See `Evaluators`."""
+        while self._idle and self._left:
+            actor, key = self._idle.pop(), self._next()
             self._busy[actor.measure.remote(self._requests[key])] = actor, key
-        left = len(self._waiting) + len(self._later)
         coming = len(self._placing) + sum(key is None for _, key in self._busy.values())
-        while coming < left and len(self._actors) < self.count:
+        while coming < self._left and len(self._actors) < self.count:
             self._numbers += 1
             coming += 1
             actor = self._actor.remote()
@@ -142,7 +114,7 @@ class RayEvaluators:
             self._placing[actor.enter.remote(self._started)] = actor, self._numbers
 
     def _turn(self) -> None:
-        """Waits until something has ended, and takes it."""
+        """See `Evaluators`."""
         ray = self._ray
         ended, _ = ray.wait([*self._placing, *self._busy], timeout=1.0)
         if self._busy or ended:

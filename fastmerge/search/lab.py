@@ -137,22 +137,31 @@ class Lab:
             )
         key = self._key("slope", state, "steer", None)
         if self._journal.get(key) is None:
-            model = self.model(state)
-            targets = scorer.targets(model, "steer")
-            loss, grads = gradients(model, targets)
-            rows = np.zeros((len(self.space.names), self.space.count))
-            index = {name: i for i, name in enumerate(self.space.names)}
-            for number in range(self.space.count):
-                plan = self.space.plan(Model(number))
-                for item, tensor in live.tensors(plan, threads=self._threads):
-                    if item.name in grads and item.name in index:
-                        own = {item.name: tensor.float()}
-                        grad = {item.name: grads[item.name].float().cpu().contiguous()}
-                        found = coefficient_gradients(grad, [own], threads=self._threads)
-                        rows[index[item.name], number] = found[item.name][0]
-            self._journal.put(key, {"loss": loss, "rows": rows.tolist(), "items": len(targets)})
+            if self.evaluators is None:
+                found = self.measure_slope(state)
+            else:
+                found = self.evaluators.answer(key, Slope(state))
+            self._journal.put(key, found)
         kept = self._journal.get(key)
         return np.array(kept["rows"]), kept["items"]
+
+    def measure_slope(self, state: Expr) -> dict[str, Any]:
+        """What the journal has of a slope, measured here and now."""
+        assert isinstance(self.scorer, Differentiable)
+        model = self.model(state)
+        targets = self.scorer.targets(model, "steer")
+        loss, grads = gradients(model, targets)
+        rows = np.zeros((len(self.space.names), self.space.count))
+        index = {name: i for i, name in enumerate(self.space.names)}
+        for number in range(self.space.count):
+            plan = self.space.plan(Model(number))
+            for item, tensor in live.tensors(plan, threads=self._threads):
+                if item.name in grads and item.name in index:
+                    own = {item.name: tensor.float()}
+                    grad = {item.name: grads[item.name].float().cpu().contiguous()}
+                    found = coefficient_gradients(grad, [own], threads=self._threads)
+                    rows[index[item.name], number] = found[item.name][0]
+        return {"loss": loss, "rows": rows.tolist(), "items": len(targets)}
 
     def _key(self, kind: str, state: Expr, split: str, limit: int | None) -> str:
         scorer = "told" if self.scorer is None else self.scorer.key
@@ -230,6 +239,13 @@ class Lab:
 
 
 @dataclass(frozen=True)
+class Slope:
+    """A request for `Lab.measure_slope`."""
+
+    state: Expr
+
+
+@dataclass(frozen=True)
 class LabMaker:
     """Makes, wherever it is called, what measures as a lab of these does; see `Evaluators`."""
 
@@ -244,7 +260,9 @@ class LabMaker:
         settings = self.scoring.settings
         lab = Lab(self.space, settings, scorer, Journal(None), threads=threads, folder=own)
 
-        def measure(request: Wanted) -> tuple[Scores, Any]:
+        def measure(request: Wanted | Slope) -> Any:
+            if isinstance(request, Slope):
+                return lab.measure_slope(request.state)
             return lab.measure(*request), lab.place(request[0])
 
         return measure

@@ -7,7 +7,9 @@ had measured is measured twice, and the end is the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.errors import FastmergeError, RecipeError, enough_memory
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import Journal, digest
-from fastmerge.evaluation.scorers import Scorer, make_scorer
+from fastmerge.evaluation.scorers import Scoring
 from fastmerge.models.model import folder_of
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
@@ -42,6 +44,7 @@ from fastmerge.search.report import write
 from fastmerge.search.rows import Row
 from fastmerge.search.search import drive
 from fastmerge.search.study import Study, Trial
+from fastmerge.search.workers import give_evaluators, notes_on, with_workers
 
 SEED = 0  # of a search that names none
 _FREE = ("budget", "seed", "workers")  # keys of a file that do not decide what is asked for next
@@ -57,43 +60,59 @@ def run(
     threads: int | None = None,
     score: ScoreFunction | None = None,
     data: str | Path | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     progress: Shown = None,
     on_trial: Callable[[Study], None] | None = None,
     on_score: Callable[[Measurement], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Found:
     """Searches (path, YAML text, dict or `SearchFile`) into the folder ``out``.
 
     ``score`` stands in for ``evaluate.callable``, ``data`` for ``evaluate.data``. ``resume``
-    continues a search that was interrupted, or one that is over with a larger budget. ``progress``:
-    True for a bar on stderr of what is read and written, or a function, as in `fastmerge.merge`.
-    Raises FastmergeError, before anything is written, for what the file or its models get wrong.
+    continues a search that was interrupted, or one that is over with a larger budget. ``workers``,
+    instead of the file's: processes that measure side by side, each with a model of its own and its
+    share of the ``threads``; ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes
+    do. Every file is that of one process with a worker's threads. ``progress``: True for a bar on
+    stderr of what is read and written, or a function, as in `fastmerge.merge`. Raises
+    FastmergeError, before anything is written, for what the file or its models get wrong.
     """
-    for name, function in (("score", score), ("on_trial", on_trial), ("on_score", on_score)):
+    functions = {"score": score, "on_trial": on_trial, "on_score": on_score, "on_note": on_note}
+    for name, function in functions.items():
         a_function(function, name)
-    file = _given(source, data)
+    file = with_workers(_given(source, data), workers, cluster)
     require_plots()
+    say = on_note or logging.getLogger("fastmerge").warning
     folder = a_path(out, "out")
-    with shown(progress, f"searching to {folder.name or folder}") as told:
-        study = open_study(
+    with ExitStack() as kept:
+        told = kept.enter_context(shown(progress, f"searching to {folder.name or folder}"))
+        study, scoring = _opened(
             file, out, resume=resume, seed=seed, threads=threads, score=score, progress=told,
-            on_score=on_score, scored=True,
+            on_score=on_score, scores_here=cluster is None,
         )  # fmt: skip
-        seen = 0
-
-        def measure(state: Expr) -> Any:
-            nonlocal seen
-            if on_trial is not None and len(study.trials) != seen:
-                seen = len(study.trials)
-                on_trial(study)
-            limit = study.limit
-            lab.stage = f"candidate {len(study.trials)}" + (f", {limit} items" if limit else "")
-            return lab.score(state, limit=limit)
-
-        lab = study.lab
-        drive(study, measure)
-        if on_trial is not None:
-            on_trial(study)
+        give_evaluators(study, scoring, folder, cluster, threads, say, kept)
+        _drive(study, on_trial)
         return finish(study, out, threads=threads, progress=told)
+
+
+def _drive(study: Study, on_trial: Callable[[Study], None] | None) -> None:
+    lab, told = study.lab, 0
+    with lab.spare():  # for who has nothing else to measure
+        lab.ahead((state, "steer", None) for _, _, state in _rivals(study))
+
+    def measure(state: Expr) -> Any:
+        nonlocal told
+        if on_trial is not None and len(study.trials) != told:
+            told = len(study.trials)
+            on_trial(study)
+        limit = study.limit
+        lab.stage = f"candidate {len(study.trials)}" + (f", {limit} items" if limit else "")
+        lab.ahead((coming, "steer", limit) for coming in (state, *study.ahead()))
+        return lab.score(state, limit=limit)
+
+    drive(study, measure)
+    if on_trial is not None:
+        on_trial(study)
 
 
 def open_study(
@@ -113,16 +132,34 @@ def open_study(
     ``scored``: by the file's own scorer, which needs its libraries. Raises FastmergeError as `run`
     does.
     """
+    study, _ = _opened(
+        source, out, resume=resume, seed=seed, threads=threads, score=score, progress=progress,
+        on_score=on_score, scored=scored,
+    )  # fmt: skip
+    return study
+
+
+def _opened(
+    source: Any,
+    out: str | Path,
+    *,
+    resume: bool,
+    seed: int | None,
+    threads: int | None,
+    score: ScoreFunction | None,
+    progress: Progress | None,
+    on_score: Callable[[Measurement], None] | None,
+    scored: bool = True,
+    scores_here: bool = True,
+) -> tuple[Study, Scoring]:
     file = load(source)
     out, resume = a_path(out, "out"), a_flag(resume, "resume")
     a_function(progress, "progress")
     thread_count(threads)
     seed = None if seed is None else whole_seed(seed)
     ranges, template = opened(file)
-    scorer = None
-    if scored:
-        folder = folder_of(template.models[0])
-        scorer = make_scorer(file.evaluate, file.folder, folder, score)
+    scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]), score)
+    scorer = scoring.scorer(scores=scores_here) if scored else None
     header = {"search": _identity(file, ranges), "inputs": [m.fingerprint for m in template.models]}
     own = SEED if file.seed is None else file.seed
     seed = prepare(out, header, seed, own, resume=resume)
@@ -140,7 +177,7 @@ def open_study(
     )
     study = Study(file, ranges, lab, seed)
     study.check_gradient()
-    return study
+    return study, scoring
 
 
 def opened(file: SearchFile) -> tuple[Ranges, Plan]:
@@ -211,25 +248,38 @@ def _rows(study: Study, best: Trial) -> tuple[Row, ...]:
     found = [Row("search", how, best.state, best.scores, None, many, (), history)]
     found.append(Row("start", "where the ranges start", start.state, start.scores, None, 1))
     if lab.scorer is not None:
-        document = study.ranges.document(study.ranges.start)
-        references = list(lab.space.template.references)
-        listed = [references.index(entry.model) for entry in document.models or ()]
-        uniform = average([Model(i) for i in listed], [1.0 / len(listed)] * len(listed))
-        names = study.labels
-        lab.stage = "the uniform average"
-        said = "the mean of " + ", ".join(names[i] for i in listed)
-        found.append(Row("uniform", said, uniform, lab.score(uniform), None, 0))
-        singles = []
-        for i in range(lab.space.count):
-            lab.stage = names[i]
-            singles.append(lab.score(Model(i)))
-        order = sorted(range(len(singles)), key=lambda i: (-_finite(singles[i].value), i))
-        first = order[0]
-        how = f"{names[first]} as it is"
-        found.append(Row("best_single", how, Model(first), singles[first], None, 0))
+        rivals = _rivals(study)
+        lab.ahead((state, "steer", None) for _, _, state in rivals)
+        scores = []
+        for stage, _, state in rivals:
+            lab.stage = stage
+            scores.append(lab.score(state))
+        (_, said, uniform), *singles = rivals
+        found.append(Row("uniform", said, uniform, scores.pop(0), None, 0))
+        first = max(range(len(singles)), key=lambda i: (_finite(scores[i].value), -i))
+        _, said, single = singles[first]
+        found.append(Row("best_single", said, single, scores[first], None, 0))
         if lab.scorer.has("holdout"):
+            lab.ahead((row.state, "holdout", None) for row in found)
             found = [_held(row, lab) for row in found]
     return tuple(found)
+
+
+def _rivals(study: Study) -> list[tuple[str, str, Expr]]:
+    """The uniform average and every model by itself, each with what is said as it is measured and
+    how it is made.
+    """
+    document = study.ranges.document(study.ranges.start)
+    references = list(study.lab.space.template.references)
+    listed = [references.index(entry.model) for entry in document.models or ()]
+    uniform = average([Model(i) for i in listed], [1.0 / len(listed)] * len(listed))
+    names = study.labels
+    said = "the mean of " + ", ".join(names[i] for i in listed)
+    models = range(study.lab.space.count)
+    singles: list[tuple[str, str, Expr]] = [
+        (names[i], f"{names[i]} as it is", Model(i)) for i in models
+    ]
+    return [("the uniform average", said, uniform), *singles]
 
 
 def _held(row: Row, lab: Lab) -> Row:
@@ -256,13 +306,21 @@ def _given(source: Any, data: str | Path | None) -> SearchFile:
     return file.replace(evaluate=file.evaluate.with_data(data))
 
 
-def describe(source: Any, *, data: str | Path | None = None) -> dict[str, Any]:
+def describe(
+    source: Any,
+    *,
+    data: str | Path | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """What a search would do, in plain values: models, ranges, budget. Reads headers, writes
     nothing. Raises FastmergeError for whatever `run` would refuse.
     """
-    file = _given(source, data)
+    file = with_workers(_given(source, data), workers, cluster)
     ranges, template = opened(file)
-    scorer: Scorer = make_scorer(file.evaluate, file.folder, folder_of(template.models[0]))
+    scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]))
+    scorer = scoring.scorer(scores=cluster is None)
     readings = getattr(scorer, "readings", None)
     rows = [] if readings is None else readings("steer")
     held = readings("holdout") if readings is not None and scorer.has("holdout") else []
@@ -272,6 +330,11 @@ def describe(source: Any, *, data: str | Path | None = None) -> dict[str, Any]:
         raise RecipeError(
             f"{file.budget.at('items')}: one candidate takes {each} items, more than the budget"
         )
+    notes = []
+    if cluster is None and file.workers > 1:
+        from fastmerge.evaluation.processes import share
+
+        notes = notes_on(file, file.workers, share(file.workers, threads))
     return {
         "models": list(template.references),
         "optimiser": file.optimiser.name,
@@ -292,5 +355,5 @@ def describe(source: Any, *, data: str | Path | None = None) -> dict[str, Any]:
         else None,
         "items held out": sum(row.items for row in held) or None,
         "tasks": [{"task": r.task, "items": r.items, "tokens": r.tokens} for r in rows],
-        "notes": list(template.notes),
+        "notes": [*template.notes, *notes],
     }
