@@ -66,6 +66,32 @@ def test_the_documentation_s_example_runs(example: Path, capsys: Any) -> None:
     assert code == 0 and json.loads(out)["best"] == written["best"]
 
 
+def test_a_search_says_how_far_it_is(capsys: Any, monkeypatch: Any) -> None:
+    from types import SimpleNamespace
+
+    from fastmerge.cli import search
+    from fastmerge.search.lab import Measurement
+
+    now = iter([0.0, 10.0, 10.5, 40.0, 100.0])
+    monkeypatch.setattr(search.time, "monotonic", lambda: next(now))
+    running = search._Running(quiet=False, begin=lambda: None)
+    budget = SimpleNamespace(most=40, unit="items")
+    study = SimpleNamespace(spent=4, best=None, file=SimpleNamespace(budget=budget))
+    running.measuring(Measurement("candidate 0", "steer", 1, None))
+    running.tried(study)
+    running.measuring(Measurement("candidate 1", "steer", 2, None))
+    running.measuring(Measurement("candidate 2", "steer", 3, None))  # within a second: no line
+    study.spent = 14
+    running.measuring(Measurement("candidate 3", "steer", 4, None))
+    running.measuring(Measurement("the uniform average", "holdout", 5, None))
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring candidate 0",
+        "measuring candidate 1: 4 of 40 items",
+        "measuring candidate 3: 14 of 40 items, at most 1:18 left",
+        "measuring the uniform average on the hold-out",
+    ]
+
+
 def test_the_documentation_s_python_runs(example: Path) -> None:
     text = block("python", 1)
     (example / "space.yml").write_text(SPACE.replace("400", "12"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,12 @@ def test_perplexity_is_shown_as_perplexity(place: Path, tmp_path: Path, capsys: 
 
     file = file_of(place, optimiser="random", budget={"candidates": 4})
     (tmp_path / "space.yml").write_text(json.dumps(file))
+    # What it takes is said before and while it runs.
+    with pytest.raises(SystemExit):
+        main(["search", str(tmp_path / "space.yml"), str(tmp_path / "dry"), "--dry-run"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"items of a candidate \d+ ", words)
+    assert re.search(r"time for all at most about [\d.]+ s", words)
     with pytest.raises(SystemExit):
         main(["search", str(tmp_path / "space.yml"), str(tmp_path / "out"), "--threads", "1"])
     written = json.loads((tmp_path / "out" / "search.json").read_text())

@@ -244,6 +244,13 @@ def test_perplexity_is_shown_as_perplexity(
     assert result.trajectory.state.baseline_score == pytest.approx(100 / 8.5)  # steers as before
 
 
+def test_pictures_say_when_a_perplexity_is_what_they_show() -> None:
+    from fastmerge.search.figures import score_axis
+
+    assert score_axis(perplexed(8.5)) == "steering 100 / perplexity"
+    assert score_axis(Scores({"a": TaskScore(50.0, "acc", 2)}), "hold-out") == "hold-out score"
+
+
 # --- sweeps ---
 
 

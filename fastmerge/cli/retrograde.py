@@ -178,7 +178,7 @@ class Measured:
             known = self._seconds or ([told.expected] if told.expected else [])
             if known:
                 left = sum(known) / len(known) * (1 + told.most - told.number)
-                text += f", at most {'' if self._seconds else 'about '}{_about(left)} left"
+                text += f", at most {'' if self._seconds else 'about '}{about(left)} left"
         say(text)
 
 
@@ -210,7 +210,7 @@ class Written(Enum):
     ALL, BEST, NONE = "all", "best", "none"
 
 
-def _about(seconds: float) -> str:
+def about(seconds: float) -> str:
     """A time that is known to a tenth at best: no seconds from an hour on."""
     if seconds < 3600:
         return format_seconds(seconds)
@@ -228,7 +228,7 @@ def _show_measurements(found: dict[str, Any] | None) -> None:
             right=["items", "tokens, about", "times, at most"],
         )
     seconds = found["seconds"]
-    shown = "shows after the first" if seconds is None else f"at most about {_about(seconds)}"
+    shown = "shows after the first" if seconds is None else f"at most about {about(seconds)}"
     pairs(
         [
             ("measurements in all, at most", found["at most"]),

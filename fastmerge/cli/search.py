@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastmerge.cli.app import Json, Quiet, Seed, Threads, command
 from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
-from fastmerge.cli.retrograde import Cluster, Data, DryRun, Measured, Out
+from fastmerge.cli.retrograde import Cluster, Data, DryRun, Out, about
 from fastmerge.cli.signals import stopped
 
 if TYPE_CHECKING:
+    from fastmerge.search.lab import Measurement
     from fastmerge.search.study import Study
 
 SearchPath = Annotated[Path, Argument(metavar="SPACE", help="A search in YAML.")]
@@ -50,7 +54,7 @@ def search(
     silent = quiet or json
     try:
         with Progress("reading the models", quiet=silent) as progress:
-            trials = _Trials(quiet=silent)
+            running = _Running(quiet=silent, begin=lambda: progress.__exit__(None, None, None))
             found = run(
                 space,
                 out,
@@ -61,9 +65,9 @@ def search(
                 workers=workers,
                 cluster=cluster,
                 progress=progress,
-                on_trial=trials,
+                on_trial=running.tried,
                 on_note=partial(say, quiet=silent),
-                on_score=Measured(quiet=silent, begin=lambda: progress.__exit__(None, None, None)),
+                on_score=running.measuring,
             )
     except KeyboardInterrupt:
         stopped("; the same command with --resume continues")
@@ -85,14 +89,46 @@ def search(
     put(f"report: {out / 'report.html'}")
 
 
-class _Trials:
-    """A line on stderr for each candidate that is the best so far."""
+class _Running:
+    """Lines on stderr: what is being measured, once a second at most, how much of the budget is
+    spent, how long the rest of it takes; and each candidate that is the best so far.
+    """
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool, begin: Callable[[], None]) -> None:
+        """``begin`` is called before the first line."""
+        self._quiet, self._begin = quiet, begin
         self._best: int | None = None
+        self._study: Study | None = None
+        self._begun: tuple[float, int] | None = None  # when, and what had been spent
+        self._said = -math.inf
 
-    def __call__(self, study: Study) -> None:
+    def measuring(self, told: Measurement) -> None:
+        """Before a measurement and after it."""
+        now = time.monotonic()
+        if self._quiet or told.seconds is not None or now - self._said < 1:
+            return
+        self._begin()
+        self._said = now
+        where = " on the hold-out" if told.split == "holdout" else ""
+        spent = self._spent(now) if told.what.startswith("candidate") else ""
+        say(f"measuring {told.what}{where}{spent}")
+
+    def _spent(self, now: float) -> str:
+        if self._study is None:
+            return ""
+        spent, budget = self._study.spent, self._study.file.budget
+        if self._begun is None:
+            self._begun = now, spent  # of this run, which may go on where another ended
+        text = f": {spent} of {budget.most} {budget.unit}"
+        since, before = self._begun
+        if spent > before:
+            left = (now - since) / (spent - before) * (budget.most - spent)
+            text += f", at most {about(left)} left"
+        return text
+
+    def tried(self, study: Study) -> None:
+        """Before every candidate but the first, and at the end."""
+        self._study = study
         best = study.best
         if self._quiet or best is None or best.number == self._best:
             return
@@ -130,5 +166,8 @@ def _show_dry_run(found: dict[str, Any]) -> None:
     shown += [("budget", f"{most} {unit}") for unit, most in found["budget"].items()]
     for key in ("items of a candidate", "candidates on all items, about", "items held out"):
         shown.append((key, "shows after the first" if found[key] is None else str(found[key])))
+    seconds = found["seconds"]
+    time_for = "shows after the first" if seconds is None else f"at most about {about(seconds)}"
+    shown.append(("time for all", time_for))
     pairs(shown)
     pairs(("note", note) for note in found["notes"])

@@ -14,6 +14,7 @@ from fastmerge.search.figures import (
     label,
     new_figure,
     png,
+    score_axis,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def trajectory_png(trajectory: Trajectory) -> bytes:
     if any(not record.accepted for record in records):
         axes.plot([], [], marker="o", color=OTHER, markerfacecolor="white", label="refused")
     axes.set_xlabel("step")
-    axes.set_ylabel("steering score, %")
+    axes.set_ylabel(f"{score_axis(trajectory.models.get(0))}, %")
     axes.set_xticks(range(len(records) + 1))
     axes.set_title("The walk")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)

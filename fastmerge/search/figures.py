@@ -23,13 +23,19 @@ if TYPE_CHECKING:
 DEGRADE, RETRACE, BASELINE, OTHER = "#c0392b", "#1f6fb4", "#222222", "#8a8a8a"
 
 
-def sweep_png(points: Sequence[tuple[float, float]]) -> bytes:
-    """Score against t."""
+def sweep_png(points: Sequence[tuple[float, Scores]]) -> bytes:
+    """Score against t, or the perplexity where that is what was measured."""
     figure, axes = new_figure(6.0, 3.5)
-    axes.plot(*zip(*points, strict=True), "o-", color=RETRACE)
+    values = [(t, _drawn(scores)) for t, scores in points]
+    axes.plot(*zip(*values, strict=True), "o-", color=RETRACE)
     axes.set_xlabel("t")
-    axes.set_ylabel("score, %")
+    is_perplexity = any(scores.perplexity is not None for _, scores in points)
+    axes.set_ylabel("perplexity" if is_perplexity else "score, %")
     return png(figure)
+
+
+def _drawn(scores: Scores) -> float:
+    return scores.value if scores.perplexity is None else scores.perplexity
 
 
 def comparison_png(lines: Sequence[Line], split: str) -> bytes:
@@ -47,8 +53,8 @@ def comparison_png(lines: Sequence[Line], split: str) -> bytes:
             axes.plot(other, place, "|", color=OTHER, markersize=8)
     axes.axvline(lines[0].value, color=RETRACE, linewidth=1, alpha=0.5)
     axes.set_yticks(range(len(lines)), [label(line.row.name) for line in reversed(lines)])
-    score = "score" if lines[0].scores.perplexity is None else "100 / perplexity"
-    axes.set_xlabel(f"{split} {score}, % (95 % bootstrap interval over items)")
+    score = score_axis(lines[0].scores, split)
+    axes.set_xlabel(f"{score}, % (95 % bootstrap interval over items)")
     return png(figure)
 
 
@@ -74,10 +80,16 @@ def budget_png(lines: Sequence[Line], baseline: float) -> bytes:
         )
     axes.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1, label="baseline")
     axes.set_xlabel("candidates measured on all items")
-    axes.set_ylabel("best steering score so far, %")
+    axes.set_ylabel(f"best {score_axis(lines[0].row.steer)} so far, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return png(figure)
+
+
+def score_axis(scores: Scores | None, split: str = "steering") -> str:
+    """What a picture of scores like these shows: one of a perplexity is what steers by it."""
+    name = "100 / perplexity" if scores is not None and scores.perplexity is not None else "score"
+    return f"{split} {name}"
 
 
 def spent_png(
@@ -89,10 +101,6 @@ def spent_png(
     """
     figure, axes = new_figure(8.0, 4.5)
     is_perplexity = False
-
-    def shown(scores: Scores) -> float:
-        return scores.value if scores.perplexity is None else scores.perplexity
-
     for name, points in searches.items():
         best: Scores | None = None
         spent, so_far = [], []
@@ -100,17 +108,17 @@ def spent_png(
         for cost, scores in known:
             best = scores if best is None or scores.value > best.value else best
             spent.append(cost)
-            so_far.append(shown(best))
+            so_far.append(_drawn(best))
             is_perplexity = is_perplexity or scores.perplexity is not None
         color = RETRACE if len(searches) == 1 else None
         axes.step(spent, so_far, where="post", color=color, linewidth=2, label=label(name))
         if len(searches) == 1:
-            own = [shown(scores) for _, scores in known]
+            own = [_drawn(scores) for _, scores in known]
             axes.plot(spent, own, ".", color=OTHER, markersize=4, label="candidates")
     for number, (name, scores) in enumerate(levels.items()):
         color = BASELINE if number == 0 else OTHER
         style = "--" if number == 0 else (0, (1, 1 + number))
-        axes.axhline(shown(scores), color=color, linestyle=style, linewidth=1, label=label(name))
+        axes.axhline(_drawn(scores), color=color, linestyle=style, linewidth=1, label=label(name))
     axes.set_xlabel(f"{unit} spent")
     title = "perplexity of the best so far" if is_perplexity else "best steering score so far, %"
     axes.set_ylabel(title)

@@ -8,7 +8,7 @@ had measured is measured twice, and the end is the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.errors import FastmergeError, RecipeError, enough_memory
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import Journal, digest
+from fastmerge.evaluation.outlook import Reading
 from fastmerge.evaluation.scorers import Scoring
 from fastmerge.models.model import folder_of
 from fastmerge.planning.plan import Plan
@@ -47,6 +48,7 @@ from fastmerge.search.study import Study, Trial
 from fastmerge.search.workers import give_evaluators, notes_on, with_workers
 
 SEED = 0  # of a search that names none
+_TESTED = 4  # rows that meet the hold-out
 _FREE = ("budget", "seed", "workers")  # keys of a file that do not decide what is asked for next
 
 
@@ -306,6 +308,21 @@ def _given(source: Any, data: str | Path | None) -> SearchFile:
     return file.replace(evaluate=file.evaluate.with_data(data))
 
 
+def _seconds(
+    file: SearchFile, rows: Sequence[Reading], held: Sequence[Reading], template: Plan
+) -> float:
+    """About how long all takes at most: what the budget buys, and the rivals and the hold-out."""
+    from fastmerge.evaluation.outlook import seconds_for
+
+    items, tokens = sum(row.items for row in rows), sum(row.tokens for row in rows)
+    most = file.budget.most
+    candidates = most / items if file.budget.unit == "items" else most
+    rivals = 1 + len(template.references)
+    read = (candidates + rivals) * tokens + _TESTED * sum(row.tokens for row in held)
+    parameters = sum(tensor.count for tensor in template.tensors)
+    return seconds_for(round(read), parameters, file.evaluate)
+
+
 def describe(
     source: Any,
     *,
@@ -354,6 +371,7 @@ def describe(
         if each and file.budget.unit == "items"
         else None,
         "items held out": sum(row.items for row in held) or None,
+        "seconds": _seconds(file, rows, held, template) if rows and cluster is None else None,
         "tasks": [{"task": r.task, "items": r.items, "tokens": r.tokens} for r in rows],
         "notes": [*template.notes, *notes],
     }

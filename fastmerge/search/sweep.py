@@ -321,7 +321,7 @@ def _swept(
         _write(swept.plan(best.t), out / BEST, threads, overwrite=True)
         _save(out, key, known, best.t)
     if scorer is not None:
-        pairs = [(point.t, point.scores.value) for point in points if point.scores is not None]
+        pairs = [(point.t, point.scores) for point in points if point.scores is not None]
         write_atomically(out / "sweep.png", sweep_png(pairs))
     return points
 
