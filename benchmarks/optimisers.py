@@ -1,6 +1,6 @@
 """The optimisers of `fastmerge search` at equal budget, on a real llama and texts: a protocol.
 
-    python benchmarks/optimisers.py OUT --models MODELS --data DATA [--minutes M]
+    python benchmarks/optimisers.py OUT --models MODELS --data DATA [--seeds 1,2] [--record]
 
 Written and committed before the first score. **Question**: with as many measured candidates, which
 optimiser finds coefficients that are better on texts that it never saw, and is any better than
@@ -24,6 +24,7 @@ the seeds that are whole. One process and one thread: its seconds are of CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parent / "real"))
 
 import numpy as np
 from items import SKILLS
+from merge_model import HERE
 from models import RUNS, unseen
 from record import record
 
@@ -206,14 +208,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, help="of CPU; no seed is begun after them")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="some of them")
     parser.add_argument("--record", action="store_true", help="write results/optimisers.*")
     given = parser.parse_args()
     scorers.register("texts", Texts)
     runs: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        if given.minutes is not None and time.process_time() > 60 * given.minutes:
-            break
+    for seed in map(int, given.seeds.split(",")):
         runs += contest(given.models.resolve(), given.data.resolve(), given.out, seed)
     whole = sorted({run["seed"] for run in runs})
     if given.record:
@@ -222,9 +222,15 @@ def main() -> None:
             "[95 % over seeds] | hold-out, less random | p (Holm) |"
         )
         title = "Optimisers at equal budget on a real llama"
-        about = {"run": {"seeds": len(whole), "steering items": STEER * len(SKILLS),
-                         "held-out items": HOLDOUT * len(SKILLS)}, "runs": runs}  # fmt: skip
+        about = {
+            "seeds": " ".join(map(str, whole)),
+            "candidates": CANDIDATES,
+            "steering items": STEER * len(SKILLS),
+            "items held out": HOLDOUT * len(SKILLS),
+        }
         record("optimisers", title, head, rows_of(runs), about)
+        file = HERE / "results" / "optimisers.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"runs": runs}, indent=1) + "\n")
     for row in rows_of(runs):
         print(" | ".join(row))
 
