@@ -15,6 +15,7 @@ import pytest
 
 import fastmerge
 from fastmerge import api
+from fastmerge.cli import main
 from fastmerge.errors import FastmergeError, ModelError, ResourceError
 from fastmerge.models import ahead, remote, store
 from tests.test_bad_input_cli import refused
@@ -197,6 +198,52 @@ def test_a_plan_reads_headers_alone(models: list[Path], bucket: Proxy) -> None:
     headers = sum(info.begin == 0 for model in plan.models for info in model.tensors.values())
     assert headers == 0 and len(weights) == 4
     assert sum(weights.values()) < 0.2 * plan.bytes_in
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: Any) -> Any:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert not ended.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_of_a_url_reads_headers_alone(
+    zoo: Any, bucket: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = zoo.base("base", shards=3, hidden=256)
+    (base / "tokenizer.json").write_text(" " * 500_000)
+    url = upload(base)
+    bucket.reset()
+    found = said(capsys, "info", url, "--json")
+    weights = sum(n for name, n in bucket.served.items() if name.endswith(".safetensors"))
+    assert 0 < weights < 0.05 * found["bytes"] and "tokenizer.json" not in bucket.served
+    here = said(capsys, "info", base, "--json")
+    apart = {"path": url, "fingerprint": found["fingerprint"]}
+    assert found == {**here, **apart} and len(here["side_files"]) == 2
+
+
+def test_a_dry_run_reads_headers_alone(
+    zoo: Any, bucket: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = zoo.base("base", shards=3, hidden=256)
+    urls = [upload(base), upload(zoo.tune(base, "tune"))]
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe(urls)))
+    bucket.reset()
+    found = said(capsys, "plan", tmp_path / "recipe.yml", "--json")
+    weights = sum(n for name, n in bucket.served.items() if name.endswith(".safetensors"))
+    assert 0 < weights < 0.05 * found["bytes_in"]
+
+
+def test_a_difference_of_urls(
+    models: list[Path], bucket: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = [upload(model) for model in models]
+    here = said(capsys, "diff", *models, "--json")
+    assert said(capsys, "diff", *urls, "--json") == here and not here["same"]
+    assert said(capsys, "diff", urls[0], models[0], "--json")["same"]
+    bucket.reset(lambda name, number: "cut" if number % 3 == 1 else None)
+    assert said(capsys, "diff", *urls, "--json") == here
 
 
 @pytest.mark.parametrize("wrong", ["500", "cut"])

@@ -16,18 +16,19 @@ _MOST_NAMES = 5
 
 @command
 def info(
-    model: Annotated[str, Argument(help="Folder, file or Hub id; an adapter's too.")],
+    model: Annotated[str, Argument(help="Folder, file, Hub id or URL; an adapter's folder too.")],
     json: Json = False,
 ) -> None:
     """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
     from fastmerge.models.adapter import is_adapter
-    from fastmerge.models.hub import resolve
-    from fastmerge.models.summary import summarise
+    from fastmerge.models.hub import is_remote, resolve
+    from fastmerge.models.summary import open_named, summarise
 
-    path = resolve(model)
-    if is_adapter(path):
-        return _adapter_info(path, json)
-    found = summarise(path)
+    if not is_remote(model):
+        path = resolve(model)
+        if is_adapter(path):
+            return _adapter_info(path, json)
+    found = summarise(open_named(model))
     if json:
         print_json(found.as_dict())
         return
@@ -86,8 +87,8 @@ def _adapter_info(path: Path, json: bool) -> None:
 
 @command
 def diff(
-    a: Annotated[str, Argument(help="Folder, file or Hub id.")],
-    b: Annotated[str, Argument(help="Folder, file or Hub id.")],
+    a: Annotated[str, Argument(help="Folder, file, Hub id or URL.")],
+    b: Annotated[str, Argument(help="Folder, file, Hub id or URL.")],
     limit: Annotated[
         int | None, Option(help="Show only the N tensors that differ most.", min=1)
     ] = None,
@@ -103,14 +104,11 @@ def diff(
 
         require()
     from fastmerge.compute.cpu import isa, thread_count
-    from fastmerge.models.checkpoint import Checkpoint
     from fastmerge.models.diff import compare
-    from fastmerge.models.hub import resolve
+    from fastmerge.models.summary import open_named
 
     isa()
-    found = compare(
-        Checkpoint.open(resolve(a)), Checkpoint.open(resolve(b)), threads=thread_count(threads)
-    )
+    found = compare(open_named(a), open_named(b), threads=thread_count(threads))
     if plot is not None:
         from fastmerge.cli.change_map import write_change_map
 

@@ -85,6 +85,10 @@ class Remote:
         self.tensors: dict[str, FileTensor] = {t.name: t for h in headers for t in h.tensors}
         if weight_map is not None:
             self._check_index(weight_map, headers)
+        self.metadata: dict[str, str] = {}
+        for header in reversed(headers):
+            self.metadata.update(header.metadata)
+        self.total_bytes = sum(info.nbytes for info in self.tensors.values())
         self._digests = [header.digest for header in headers]
         found = self._small("config.json", MAX_CONFIG_BYTES)
         self.config: dict[str, Any] = {}
@@ -208,9 +212,29 @@ class Remote:
             raise ModelError(f"{self._base}/{name}: {found.size} bytes, over {limit}")
         return data
 
+    @property
+    def names_beside(self) -> list[str]:
+        """What is known by name beside the weights: a web server, which lists nothing, is asked for
+        each name.
+        """
+        there = self._there()
+        names = _known_among(there)
+        if there is _BESIDE:
+            found = list(_pool().map(self._is_there, names))
+            names = [name for name, is_there in zip(names, found, strict=True) if is_there]
+            names += ["config.json"] if self.config else []
+        return sorted(names)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            self._asked(name, lambda: library().head(self._store, name))
+        except FileNotFoundError:
+            return False
+        return True
+
     @cached_property
     def _beside(self) -> SideFiles:
-        names = [n for n in self._there() if is_known(n) and not is_weights(n) and "/" not in n]
+        names = _known_among(self._there())
         begun: list[tuple[_Object, bytes]] = []
         total = 0
         for at in range(0, len(names), _CONNECTIONS):
@@ -302,6 +326,10 @@ class Remote:
         return ModelError(
             f"{self._base}/{name}: changed while it was being read; run again when it is complete"
         )
+
+
+def _known_among(names: Sequence[str]) -> list[str]:
+    return [n for n in names if is_known(n) and not is_weights(n) and "/" not in n]
 
 
 def _whole(name: str, got: Any, size: int) -> Any:

@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.config import model_type, text_config
+from fastmerge.models.hub import is_remote, resolve
 from fastmerge.models.names import common_prefix, layer_stacks
+
+if TYPE_CHECKING:
+    from fastmerge.models.remote import Remote
 
 # The config's names for what people ask first, llama's spelling; a config without one leaves it
 # out.
@@ -63,11 +67,26 @@ class Summary:
         return asdict(self)
 
 
-def summarise(path: Path) -> Summary:
-    """Reads headers, config and the fingerprint's samples of the model at ``path`` (FastmergeError
-    if malformed).
+def open_named(reference: str) -> Checkpoint | Remote:
+    """The model that ``reference`` names: a folder, a file, a Hub id or a URL."""
+    if not is_remote(reference):
+        return Checkpoint.open(resolve(reference))
+    from fastmerge.models.remote import Remote
+
+    return Remote(reference)
+
+
+def summarise(model: Path | Checkpoint | Remote) -> Summary:
+    """Reads headers, config and, on the disk, the fingerprint's samples of a model, or of the one
+    at a path (FastmergeError if malformed).
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(model) if isinstance(model, Path) else model
+    if isinstance(checkpoint, Checkpoint):
+        files = {stamp.path.rpartition("/")[2]: stamp.size for stamp in checkpoint.stamp}
+        beside = tuple(checkpoint.side_files())
+    else:
+        files = {each.name: each.size for each in checkpoint.files}
+        beside = tuple(checkpoint.names_beside)
     config = checkpoint.config
     tied = config.get("tie_word_embeddings")
     text = text_config(config)  # multimodal models nest the language model's sizes
@@ -79,7 +98,7 @@ def summarise(path: Path) -> Summary:
             seen.dtype, seen.tensors + 1, seen.parameters + info.count, seen.bytes + info.nbytes
         )
     return Summary(
-        path=str(path),
+        path=checkpoint.label,
         architecture=_architecture(config),
         model_type=model_type(config) or None,
         sizes={name: text[name] for name in _SIZES if isinstance(text.get(name), int)},
@@ -87,8 +106,8 @@ def summarise(path: Path) -> Summary:
         parameters=sum(kind.parameters for kind in by_type.values()),
         bytes=checkpoint.total_bytes,
         types=tuple(by_type.values()),
-        files={stamp.path.rpartition("/")[2]: stamp.size for stamp in checkpoint.stamp},
-        side_files=tuple(checkpoint.side_files()),
+        files=files,
+        side_files=beside,
         tie_word_embeddings=tied if isinstance(tied, bool) else None,
         has_lm_head=find_head(shapes) is not None,
         prefix=common_prefix(checkpoint.tensors),
