@@ -24,7 +24,7 @@ from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
 from fastmerge.models.hub import repository
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
-from fastmerge.models.store import asked, check_plain, library, open_store
+from fastmerge.models.store import asked, check_plain, check_stays, library, open_store
 from fastmerge.once import cached_property
 
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
@@ -289,6 +289,7 @@ class Remote:
 
     def _first(self, name: str, limit: int) -> tuple[_Object, bytes] | None:
         """The file, and at most its first ``limit`` bytes; None where there is none."""
+        check_stays(f"{self._base}/{name}")
 
         def first() -> tuple[_Object, bytes]:
             got = library().get(self._store, name, options={"range": (0, limit)})

@@ -6,11 +6,15 @@ Credentials are those of the environment; nothing here keeps or writes any.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from http.client import HTTPException
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.parse import urljoin, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError, first_sentences
 from fastmerge.extras import install
@@ -18,6 +22,10 @@ from fastmerge.extras import install
 ATTEMPTS = 4  # of what was cut or came wrong, beyond obstore's own of each request
 _RETRIES = 5
 _WAIT_SECONDS = 0.2  # before the second attempt; doubled for each further one
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_SESSIONS = ("AWS_SESSION_TOKEN", "AWS_TOKEN")
+_STAYS_SECONDS = 30.0
 
 R = TypeVar("R")
 
@@ -44,6 +52,38 @@ def check_plain(url: str, kind: type[FastmergeError] = ModelError) -> None:
             "would be written beside the output; give the plain one, and credentials in the "
             "environment"
         )
+
+
+def check_stays(url: str) -> None:
+    """Raises ModelError where the S3 endpoint of the environment redirects ``url`` to another host.
+
+    obstore would follow. On the way to another host or port it leaves out the signature (as it does
+    a Hub token), but not the session token that temporary credentials have. Asked without either.
+    """
+    there = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
+    if not (there and url.startswith("s3") and any(map(os.environ.get, _SESSIONS))):
+        return
+    parts = urlsplit(url)
+    address = f"{there.rstrip('/')}/{parts.netloc}{parts.path}"
+    try:
+        build_opener(_Stays).open(Request(address, method="HEAD"), timeout=_STAYS_SECONDS).close()
+    except HTTPError as answer:
+        answer.close()
+        to = urlsplit(urljoin(address, answer.headers.get("location", "")))
+        if answer.code in range(300, 400) and to.netloc != urlsplit(address).netloc:
+            raise ModelError(
+                f"{url}: the endpoint redirects to {to.hostname}, which would be sent the session "
+                "token of your credentials; give the endpoint that answers in AWS_ENDPOINT_URL"
+            ) from None
+    except (OSError, HTTPException):  # no answer: obstore tries again, and says so
+        return
+
+
+class _Stays(HTTPRedirectHandler):
+    """Follows no redirect: it is an HTTPError then."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def open_store(
