@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -399,6 +401,31 @@ def test_a_run_on_another_machine(zoo, monkeypatch, alive: bool) -> None:
         stale[name].flush()
     fastmerge.finish(out)
     assert tree(out) == wanted
+
+
+def test_machines_without_locks_and_with_clocks_of_their_own(zoo, monkeypatch) -> None:
+    """Years apart, forwards and back; a lock that is asked for fails, as on a mount without any."""
+    recipe, out = of_kind("ties of the whole model", zoo), zoo.root / "out"
+    options = {"max_shard_bytes": SHARD_BYTES}
+    fastmerge.merge(recipe, out, **options)
+    wanted = tree(out)
+    shutil.rmtree(out)
+    own, now = os.uname(), time.time
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, refuses)
+    for number, years in ((2, 30), (3, -20), (1, 0)):
+        named = os.uname_result((own[0], f"host{number}", *own[2:]))
+        monkeypatch.setattr(os, "uname", lambda named=named: named)
+        monkeypatch.setattr(time, "time", lambda years=years: now() + years * 365 * 86400)
+        fastmerge.merge(recipe, out, part=(number, 3), **options)
+        for path in zoo.root.glob(".out.fastmerge-parts/**/*"):
+            os.utime(path, (now() + years * 365 * 86400,) * 2)
+    fastmerge.finish(out)
+    assert tree(out) == wanted and not left(out)
 
 
 def _resumed_shards(out: Path, report) -> list[dict]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fastmerge
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, OutputError
 from fastmerge.models import store
 
 obstore = pytest.importorskip("obstore")
@@ -137,6 +137,8 @@ def test_a_session_token_reaches_no_other_host(
     with pytest.raises(ModelError, match=r"m/model\.safetensors: the endpoint redirects to ") as no:
         fastmerge.average(["s3://bucket/m/model.safetensors", model], tmp_path / "out")
     assert "\n" not in str(no.value) and not any(secret in str(no.value) for secret in SECRETS)
+    with pytest.raises(OutputError, match=r"s3://bucket/out: the endpoint redirects to ") as no:
+        fastmerge.average([model], "s3://bucket/out")
     assert not other.heard
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{other.server_port}")
     fastmerge.average(["s3://bucket/m/model.safetensors", model], tmp_path / "out")

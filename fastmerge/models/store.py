@@ -54,8 +54,8 @@ def check_plain(url: str, kind: type[FastmergeError] = ModelError) -> None:
         )
 
 
-def check_stays(url: str) -> None:
-    """Raises ModelError where the S3 endpoint of the environment redirects ``url`` to another host.
+def check_stays(url: str, kind: type[FastmergeError] = ModelError) -> None:
+    """Raises ``kind`` where the S3 endpoint of the environment redirects ``url`` to another host.
 
     obstore would follow. On the way to another host or port it leaves out the signature (as it does
     a Hub token), but not the session token that temporary credentials have. Asked without either.
@@ -71,7 +71,7 @@ def check_stays(url: str) -> None:
         answer.close()
         to = urlsplit(urljoin(address, answer.headers.get("location", "")))
         if answer.code in range(300, 400) and to.netloc != urlsplit(address).netloc:
-            raise ModelError(
+            raise kind(
                 f"{url}: the endpoint redirects to {to.hostname}, which would be sent the session "
                 "token of your credentials; give the endpoint that answers in AWS_ENDPOINT_URL"
             ) from None

@@ -21,7 +21,7 @@ from fastmerge.errors import OutputError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.side_files import LINEAGE_FILE
-from fastmerge.models.store import asked, check_plain, library, open_store
+from fastmerge.models.store import asked, check_plain, check_stays, library, open_store
 from fastmerge.output.disk import write_file
 from fastmerge.output.working import check_ours, is_loose
 
@@ -55,6 +55,7 @@ class Upload:
         """
         self.url, self._overwrite = url, overwrite
         self._store = open_store(url, OutputError)
+        check_stays(url, OutputError)
         self._check()
         # By the URL, so that the same command goes on where it was.
         name = f"fastmerge-{os.geteuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
