@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,9 @@ def makes(number: int, threads: int) -> Any:
     def measure(request: Any) -> Any:
         if request == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
+        if request == "who":
+            time.sleep(0.3)  # for another to take the next
+            return os.getpid()
         return number, threads, request
 
     return measure
@@ -268,6 +272,23 @@ def test_what_is_lost_again_and_again_is_given_up_in_one_line(
         assert "\n" not in str(no.value)
         number, threads, request = found.answer("well", "well")
         assert number >= 1 and (threads, request) == (1, "well")
+    finally:
+        found.close()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_those_lost_while_they_were_idle_cost_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluators_on_ray, "RETRIES", 1)
+    found = RayEvaluators(makes, "auto", threads=1)
+    try:
+        keys = [f"{number}" for number in range(12)]
+        for key in keys:
+            found.begin(key, "who")
+        there = {found.answer(key, "who") for key in keys}
+        assert len(there) == 2
+        for one in there:
+            os.kill(one, signal.SIGKILL)
+        assert found.answer("well", "well")[2] == "well"
     finally:
         found.close()
 

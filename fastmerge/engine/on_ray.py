@@ -66,14 +66,15 @@ def merge_on_cluster(
         for number in range(1, count + 1)
     ]
     reports: list[MergeReport] = []
+    far = 0
     total = sum(item.bytes_in + item.nbytes for item in plan.tensors)
     try:
         while waiting:
             ended, waiting = ray.wait(waiting, timeout=_TELL_SECONDS)
             reports += [_result(ray, done) for done in ended]
             if progress is not None:
-                done, name = ray.get(bar.said.remote())
-                progress(min(done, total), total, name)
+                far, name = _heard(ray, bar, far)
+                progress(min(far, total), total, name)
     finally:
         for left in waiting:
             ray.cancel(left, force=True)
@@ -114,6 +115,15 @@ def _result(ray: Any, done: Any) -> MergeReport:
     return report
 
 
+def _heard(ray: Any, bar: Any, far: int) -> tuple[int, str]:
+    """How far all parts are, never less than ``far``, and what one of them is at."""
+    try:
+        done, name = ray.get(bar.said.remote())
+    except ray.exceptions.RayActorError:  # lost with its node; the next one is told anew
+        return far, ""
+    return max(far, done), name
+
+
 class _Bar:
     """How far all parts are; an actor beside the driver."""
 
@@ -132,7 +142,7 @@ def _bar(ray: Any) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Bar).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Bar).remote()
 
 
 def _merge_part(

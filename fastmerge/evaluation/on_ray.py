@@ -81,9 +81,11 @@ class RayEvaluators(Evaluators):
         self._numbers = 0
         self._actors: list[Any] = []
         self._idle: list[Any] = []
-        # What has been asked of actors: to find a place, to be made (key None), to measure.
+        # What has been asked of actors: to find a place; to be made (key None) or to measure; to
+        # show that they are there.
         self._placing: dict[Any, tuple[Any, int]] = {}
         self._busy: dict[Any, tuple[Any, str | None]] = {}
+        self._alive: dict[Any, Any] = {}
         self._lost: dict[str | None, int] = {}
         self._seen = time.monotonic()  # when an actor was at work last
 
@@ -116,7 +118,7 @@ class RayEvaluators(Evaluators):
     def _turn(self) -> None:
         """See `Evaluators`."""
         ray = self._ray
-        ended, _ = ray.wait([*self._placing, *self._busy], timeout=1.0)
+        ended, _ = ray.wait([*self._placing, *self._busy, *self._alive], timeout=1.0)
         if self._busy or ended:
             self._seen = time.monotonic()
         elif time.monotonic() - self._seen > PLACE_SECONDS:
@@ -127,29 +129,38 @@ class RayEvaluators(Evaluators):
         for done in ended:
             placed, number = self._placing.pop(done, (None, 0))
             actor, key = self._busy.pop(done, (placed, None))
+            idle = self._alive.pop(done, None)
             try:
                 found = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 found = error
             except ray.exceptions.RayError as error:
-                self._replace(actor, key, error)
+                self._drop(idle or actor)
+                if idle is None:
+                    self._again(key, error)
                 continue
             if key is not None:
                 self._answers[key] = found
             else:
                 self._given(found)
             if placed is None:
-                self._idle.append(actor)
+                self._idle.append(idle or actor)
+                self._lost.pop(None, None)  # what starts now may be lost as often again
             else:
                 self._busy[actor.make.remote(self._make, number, self.threads)] = actor, None
 
-    def _replace(self, actor: Any, key: str | None, error: Exception) -> None:
-        """Puts what a lost actor was measuring where the next one takes it."""
+    def _drop(self, actor: Any) -> None:
+        """Forgets a lost actor; asks those that are idle whether they went with it."""
         self._actors.remove(actor)
         self._ray.kill(actor)  # of one that only cannot be reached
+        self._alive |= {other.enter.remote(self._started): other for other in self._idle}
+        self._idle = []
+
+    def _again(self, key: str | None, error: Exception) -> None:
+        """Puts what a lost actor was measuring where the next one takes it."""
         self._lost[key] = self._lost.get(key, 0) + 1
         if self._lost[key] > RETRIES:
-            what = "started" if key is None else "measuring one candidate"
+            what = "starting" if key is None else "measuring one candidate"
             raise ResourceError(
                 f"cluster: evaluators were lost {RETRIES + 1} times while {what} "
                 f"({type(error).__name__}); is there memory for a model on each?"
