@@ -43,6 +43,7 @@ KILLS = {
     "worker": 8, "node": 3, "driver": 5, "evaluator": 4, "walk": 4,
 }  # fmt: skip
 ON_RAY = ("worker", "node", "driver", "evaluator")
+NODES = 2  # beside the head
 PARTS, LAYERS, WIDTH = 3, 24, 160
 SHARD_BYTES = 1_000_000
 STARTED = "started"
@@ -313,14 +314,14 @@ def left(out: Path) -> list[Path]:
 
 @contextmanager
 def cluster() -> Iterator[Any]:
-    """A head and two nodes of one CPU each, in processes of their own."""
+    """A head and its nodes, of one CPU each, in processes of their own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        found.add_node(num_cpus=1)
-        found.add_node(num_cpus=1)
+        for _ in range(NODES):
+            found.add_node(num_cpus=1)
         yield found
     finally:
         found.shutdown()
@@ -356,11 +357,10 @@ def kill_one(here: Place, rng: random.Random, name: str) -> bool:
 
 
 def kill_node(here: Place, rng: random.Random, name: str) -> bool:
-    """Kills a node while a worker of the name is at work somewhere, and brings another."""
+    """Kills a node while a worker of the name is at work somewhere."""
     if not workers(here, name):
         return False
     here.cluster.remove_node(rng.choice(list(here.cluster.worker_nodes)), allow_graceful=False)
-    here.cluster.add_node(num_cpus=1)
     return True
 
 
@@ -380,6 +380,8 @@ def on_cluster(
             if own < 2 and count.kills < kills and kill(here, rng, "_merge_part"):
                 own, count.kills = own + 1, count.kills + 1
                 look(count, out, wanted)
+                if len(here.cluster.worker_nodes) < NODES:
+                    here.cluster.add_node(num_cpus=1)
         wait(child)
         ended(count, out, wanted)
     return count
