@@ -98,7 +98,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=KILLS, default=list(KILLS))
     parser.add_argument("--kills", type=int, help="of each kind; by default 60 in all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--record", action="store_true", help="write results/kills.*")
+    parser.add_argument(
+        "--record", action="store_true", help="into results/kills.*, where other kinds stay"
+    )
     options = parser.parse_args(words)
     counts: dict[str, Count] = {}
     with tempfile.TemporaryDirectory(prefix="kills-") as made, ExitStack() as kept:
@@ -111,22 +113,28 @@ def main(words: list[str] | None = None) -> None:
             begun = time.perf_counter()
             counts[kind] = RUNS[kind](here, rng, many)
             print(kind, counts[kind], f"{time.perf_counter() - begun:.0f} s", flush=True)
-    rows = [
-        [kind, c.kills, ", ".join(f"{n} {what}" for what, n in sorted(c.seen.items())) or "-",
-         c.noted or "-", c.kept or "-", c.runs]
-        for kind, c in counts.items()
-    ]  # fmt: skip
     total = sum(c.kills for c in counts.values())
-    print(f"{total} kills, nothing lost, nothing half-written, {sum(r[-1] for r in rows)} runs")
+    print(f"{total} kills, nothing lost, nothing half-written")
     if options.record:
-        from record import record
+        write(counts, options.seed)
 
-        record(
-            "kills", f"{total} SIGKILLs at random moments",
-            "| killed | kills | its output then | results noted | kept by the next run | "
-            "runs to the end, the same bytes |",
-            rows, {"seed": options.seed, "kills": total},
-        )  # fmt: skip
+
+def write(counts: dict[str, Count], seed: int) -> None:
+    """The rows of these kinds into the table."""
+    from record import HERE, commit, record
+
+    path = HERE / "results" / "kills.json"
+    known = {row[0]: row for row in json.loads(path.read_text())["result"]} if path.exists() else {}
+    for kind, c in counts.items():
+        seen = ", ".join(f"{many} {what}" for what, many in sorted(c.seen.items())) or "-"
+        known[kind] = [kind, c.kills, seen, c.noted, c.kept, c.runs, f"{commit()}, seed {seed}"]
+    rows = [known[kind] for kind in KILLS if kind in known]
+    record(
+        "kills", "SIGKILLs at random moments",
+        "| killed | kills | its output then | results noted | kept by the next run | "
+        "runs to the end, the same bytes | by |",
+        rows, {"kills": sum(row[1] for row in rows)},
+    )  # fmt: skip
 
 
 # --- models and folders ---
