@@ -70,6 +70,7 @@ PRESETS = (
     Preset("fuzz.py --seconds 600 --save" + _only(KINDS), _both("fuzz-kinds")),
     Preset("faults.py --sample 22 --save", _both("faults")),
     Preset("faults.py --sample 22 --save" + _only(ROOMS), _both("faults-rooms")),
+    Preset("kills.py --record", _both("kills")),
     Preset(
         "sanitize.py --save",
         _both("sanitize", "sanitize-address", "sanitize-undefined", "sanitize-thread"),

@@ -121,18 +121,18 @@ def main(words: list[str] | None = None) -> None:
 
 def write(counts: dict[str, Count], seed: int) -> None:
     """The rows of these kinds into the table."""
-    from record import HERE, commit, record
+    from record import HERE, record
 
     path = HERE / "results" / "kills.json"
     known = {row[0]: row for row in json.loads(path.read_text())["result"]} if path.exists() else {}
     for kind, c in counts.items():
         seen = ", ".join(f"{many} {what}" for what, many in sorted(c.seen.items())) or "-"
-        known[kind] = [kind, c.kills, seen, c.noted, c.kept, c.runs, f"{commit()}, seed {seed}"]
+        known[kind] = [kind, c.kills, seen, c.noted, c.kept, c.runs, seed]
     rows = [known[kind] for kind in KILLS if kind in known]
     record(
         "kills", "SIGKILLs at random moments",
         "| killed | kills | its output then | results noted | kept by the next run | "
-        "runs to the end, the same bytes | by |",
+        "runs to the end, the same bytes | seed |",
         rows, {"kills": sum(row[1] for row in rows)},
     )  # fmt: skip
 
