@@ -214,3 +214,73 @@ def test_a_key_of_one_s_own_says_what_scores(
         sweep(recipe, tmp_path / "other", [0.0], evaluate=tmp_path / "norm.yml")
     with pytest.raises(FastmergeError, match="perplexity, norm_of; found callable and norm_of"):
         load_evaluate({"norm_of": {"tensor": "a"}, "callable": "a:b"})
+
+
+def _key_of(function: Any) -> str:
+    return scorers.CallableScorer(function, load_evaluate({"callable": "stand:in"})).key
+
+
+def _executed(text: str, name: str = "score") -> Any:
+    """A function without a source file, as of `python -` or a notebook that is gone."""
+    made: dict[str, Any] = {"__name__": "__main__"}
+    exec(text, made)
+    return made[name]
+
+
+_WITHOUT_A_FILE = {
+    "a constant": "def score(model):\n    return VALUE",
+    "a lambda": "score = lambda model: VALUE",
+    "nested": "def score(model):\n    def inner():\n        return VALUE\n    return inner()",
+    "a default": "def score(model, by=VALUE):\n    return by",
+    "a closure": "def make(by):\n    return lambda model: by\nscore = make(VALUE)",
+    "a global": "BY = VALUE\ndef score(model):\n    return BY",
+    "a global list": "BY = [1, {'a': VALUE}]\ndef score(model):\n    return BY[1]['a']",
+    "a helper": "def by():\n    return VALUE\ndef score(model):\n    return by()",
+    "a kept helper": (
+        "import functools\n@functools.cache\ndef by():\n    return VALUE\n"
+        "def score(model):\n    return by()"
+    ),
+    "a partial": (
+        "import functools\ndef of(model, by):\n    return by\n"
+        "score = functools.partial(of, by=VALUE)"
+    ),
+    "an object": (
+        "class Score:\n    def __call__(self, model):\n        return VALUE\nscore = Score()"
+    ),
+    "an object's helper": (
+        "class Score:\n    def by(self):\n        return VALUE\n    def __call__(self, model):\n"
+        "        return self.by()\nscore = Score()"
+    ),
+    "an object it reads": (
+        "class Own:\n    def __init__(self):\n        self.by = VALUE\nown = Own()\n"
+        "def score(model):\n    return own.by"
+    ),
+    "a tensor": "import torch\nBY = torch.tensor([VALUE])\ndef score(model):\n    return float(BY)",
+    "a condition": "def score(model):\n    return 1.0 if VALUE > 3 else 0.0",
+}
+
+
+@pytest.mark.parametrize("what", _WITHOUT_A_FILE)
+def test_a_function_without_a_file_is_its_code_and_what_it_reads(what: str) -> None:
+    text = _WITHOUT_A_FILE[what]
+    first, again, other = (_executed(text.replace("VALUE", v)) for v in ("1.0", "1.0", "7.0"))
+    assert _key_of(first) == _key_of(again) != _key_of(other)
+    scorers.CallableScorer(first, load_evaluate({"callable": "stand:in"})).check_kept()
+
+
+def test_two_lambdas_of_one_file_are_two_functions() -> None:
+    ones = [_key_of(lambda model: 1.0) for _ in range(2)]
+    assert ones[0] == ones[1] != _key_of(lambda model: 7.0)
+
+
+def test_what_hides_its_contents_is_not_resumed_without_a_file(tmp_path: Path) -> None:
+    text = (
+        "import itertools, numpy\nBY = numpy.random.default_rng(1)\n"
+        "def score(model):\n    return float(BY.random())"
+    )
+    scorer = scorers.CallableScorer(_executed(text), load_evaluate({"callable": "stand:in"}))
+    with pytest.raises(FastmergeError, match=r"^resume=True: score reads what does not show wh"):
+        scorer.check_kept()
+    (tmp_path / "own.py").write_text(text)
+    settings = load_evaluate({"callable": "own:score"})
+    make_scorer(settings, tmp_path, tmp_path).check_kept()  # its text says how that was made

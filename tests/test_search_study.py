@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,15 @@ import numpy as np
 import pytest
 
 import fastmerge
-from fastmerge import search
+from fastmerge import retrograde, search
 from fastmerge.errors import FastmergeError
 from fastmerge.search import optimisers
+from fastmerge.search.folder import LOCK_FILE
 from fastmerge.search.report import lines_for, verdict
 from fastmerge.search.search import Search, drive
+from fastmerge.search.sweep import sweep
 
+REPOSITORY = Path(__file__).parent.parent
 IDS = np.random.default_rng(0).integers(1, 39, (80, 8))
 
 
@@ -414,3 +421,102 @@ def test_what_cannot_be_searched_is_one_line(
         search.open_study({**file, **change}, tmp_path / "out", threads=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "search.json").exists()
+
+
+def test_a_smaller_budget_forgets_nothing_that_the_folder_holds(
+    models: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def resumed(**budget: int) -> Any:
+        file = file_of(models, budget=budget)
+        return search.run(file, out, score=_of_the_head, threads=1, resume=True)
+
+    search.run(file_of(models, budget={"candidates": 12}), out, score=_of_the_head, threads=1)
+    names = ("search.json", "recipe.yml", "report.md", "model/model.safetensors", "journal.jsonl")
+    before = {name: (out / name).read_bytes() for name in names}
+    said = "budget.*: [57] (candidates|items) buy less than the folder holds already, .* with 12 c"
+    for budget in ({"candidates": 5}, {"items": 7}):
+        with pytest.raises(FastmergeError, match=said):
+            resumed(**budget)
+    assert before == {name: (out / name).read_bytes() for name in names}
+    assert len(resumed(candidates=12).study.trials) == 12  # the same once more
+    assert len(resumed(candidates=14).study.trials) == 14
+
+
+def _of_the_head(model: Any) -> float:
+    return float(model.lm_head.weight.double().norm())
+
+
+def test_a_function_from_python_needs_no_section(models: list[Path], tmp_path: Path) -> None:
+    file = file_of(models, budget={"candidates": 3})
+    del file["evaluate"]
+    found = search.run(file, tmp_path / "run", score=_of_the_head, threads=1)
+    assert found.evaluator == f"score={__name__}._of_the_head"
+    written = (tmp_path / "run" / "report.md").read_text().replace("\\", "")
+    assert f"Scored by score={__name__}._of_the_head." in written
+    study = search.open_study(file, tmp_path / "told", threads=1)
+    while (candidate := study.ask()) is not None:
+        study.tell(candidate, near(study))
+    with pytest.raises(FastmergeError, match="'evaluate' is missing"):
+        search.run(file, tmp_path / "none", threads=1)
+    assert not (tmp_path / "none").exists()
+    file["evaluate"] = {"stages": [1, 2]}
+    with pytest.raises(FastmergeError, match="'stages' not all candidates cost the same"):
+        search.run(file, tmp_path / "none", score=_of_the_head, threads=1)
+
+
+def test_a_second_run_in_one_folder_is_refused(models: list[Path], tmp_path: Path) -> None:
+    """Another process, which is killed then."""
+    out = tmp_path / "out"
+    told(models, out, budget={"candidates": 3})
+    gc.collect()  # nobody has its study any more
+    assert not (out / LOCK_FILE).exists()
+    with _other_process_in(out):
+        for resume in (True, False):
+            with pytest.raises(FastmergeError, match=f"^{out}: another run is at work in it now"):
+                search.open_study(file_of(models), out, threads=1, resume=resume)
+    assert (out / LOCK_FILE).exists()  # a kill takes the lock, not the file
+    study = search.open_study(file_of(models), out, threads=1, resume=True)
+    study.close()
+    assert not (out / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("kind", ["walk", "sweep"])
+def test_walks_and_sweeps_have_their_folder_to_themselves(
+    models: list[Path], tmp_path: Path, kind: str
+) -> None:
+    out, (base, other, _) = tmp_path / "out", map(str, models)
+    step = {"degrade": {"partner": Path(other).name, "method": "slerp", "t": 0.3}}
+    schedule = {"baseline": base, "pool": [other], "schedule": {"steps": [step]}, "seed": 1}
+    recipe = f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {other}}}]\n"
+    recipe += "parameters: {t: 0.5}\n"
+
+    def run(resume: bool) -> None:
+        if kind == "walk":
+            retrograde.run(schedule, out, score=_of_the_head, threads=1, resume=resume)
+        else:
+            sweep(recipe, out, [0.2, 0.4], score=_of_the_head, threads=1, resume=resume)
+
+    run(False)
+    with _other_process_in(out), pytest.raises(FastmergeError, match="another run is at work"):
+        run(True)
+    run(True)
+    assert not (out / LOCK_FILE).exists()
+
+
+@contextmanager
+def _other_process_in(out: Path) -> Iterator[None]:
+    text = (
+        "import sys, time, pathlib; from fastmerge.search.folder import Hold\n"
+        "hold = Hold(pathlib.Path(sys.argv[1])); print('holds', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(out)], stdout=subprocess.PIPE, cwd=REPOSITORY
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"holds\n"
+        try:
+            yield
+        finally:
+            other.kill()
+            other.wait()

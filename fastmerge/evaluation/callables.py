@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, brief
+from fastmerge.errors import FastmergeError, RecipeError, argument, brief
 from fastmerge.evaluation.as_read import AsRead
+from fastmerge.evaluation.identity import identity_of
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import model_of
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
 ScoreFunction = Callable[..., Any]  # of a number, or of numbers by task
 
 
@@ -68,64 +68,14 @@ def _in_user_code(error: BaseException) -> str:
     return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _identity(function: Any, texts: Mapping[str, str]) -> list[str]:
-    """What shows that a function has changed: the texts of its file and its decorators' (which hold
-    helpers and constants too), and the plain values that it closes over or is bound to.
-    """
-    found: list[str] = []
-    seen: dict[int, Any] = {}  # with the objects, so that no other gets an id of theirs
-    left = [function]
-    while left:
-        value = left.pop()
-        if isinstance(value, (*_PLAIN, np.generic, Path)):
-            found.append(repr(value))
-        elif id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, (list, tuple)):
-            left += ["]", *value, f"[{len(value)}"]
-        elif isinstance(value, (set, frozenset)):
-            found.append(repr(sorted(map(repr, value))))
-        elif isinstance(value, np.ndarray):
-            found.append(digest([value.dtype.str, value.shape, value.tobytes().hex()]))
-        elif isinstance(value, dict):
-            left += ["]", *(x for pair in value.items() for x in pair), f"[{len(value)}"]
-        elif isinstance(value, functools.partial):
-            left += [value.func, value.args, value.keywords]
-        elif inspect.ismethod(value):
-            left += [value.__func__, *_attributes(value.__self__)]
-        elif inspect.isfunction(value):
-            found += [value.__qualname__, _text_of(value, texts)]
-            left += [value.__defaults__, value.__kwdefaults__, getattr(value, "__wrapped__", None)]
-            left += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        elif value is function:  # an object that can be called
-            found += [type(value).__qualname__, _text_of(type(value), texts)]
-            left += _attributes(value)
-    return found
-
-
-def _attributes(thing: Any) -> list[Any]:
-    return [] if inspect.isclass(thing) else list(getattr(thing, "__dict__", {}).items())
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
-def _text_of(thing: Any, texts: Mapping[str, str]) -> str:
-    """The text of the file that defines it; in a notebook its own; "" where there is none."""
-    try:
-        # Not getsource alone: it looks through decorators, which may close over something.
-        name = inspect.getsourcefile(thing) or ""
-        if name in texts:
-            return texts[name]
-        file = Path(name)
-        return file.read_text("utf-8") if os.path.isfile(file) else inspect.getsource(thing)
-    except (OSError, TypeError, UnicodeDecodeError):
-        return ""  # built in, or made by exec
+def _name_of(function: Any) -> str:
+    """What a function given from Python is called, with its module's name unless it is a script."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = function if hasattr(function, "__qualname__") else type(function)
+    name = own.__qualname__.replace("<locals>.", "")
+    module = getattr(own, "__module__", None) or "__main__"
+    return name if module == "__main__" else f"{module}.{name}"
 
 
 def _asks_for_folder(signature: inspect.Signature) -> bool:
@@ -156,7 +106,8 @@ class CallableScorer:
         """``own``: the modules that ``function`` was imported with."""
         self._own = own
         self._function = function
-        self._name = str(settings.callable or getattr(function, "__qualname__", "callable"))
+        self._given = own is None
+        self._name = _name_of(function) if own is None else str(settings.callable)
         self._task_name = self._name.rpartition(":")[2].rpartition(".")[2]
         signature = inspect.signature(function)
         # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
@@ -177,8 +128,9 @@ class CallableScorer:
                     "or remove the key"
                 )
         texts = {} if own is None else own.texts
-        identity = _identity(function, texts)
-        identity += sorted(set(texts.values()) - {*identity, ""})
+        found = identity_of(function, texts)
+        identity = [*found.parts, *sorted(set(texts.values()) - {*found.parts, ""})]
+        self._unknown = found.unknown
         self._key = digest([self._name, identity, settings.scoring_settings])
 
     @classmethod
@@ -193,7 +145,18 @@ class CallableScorer:
 
     @property
     def version(self) -> str:
-        return f"callable {self._name}"
+        return f"{'score=' if self._given else 'callable '}{self._name}"
+
+    def check_kept(self) -> None:
+        """Raises FastmergeError where nothing shows whether the function is the one that the scores
+        of an earlier run are of.
+        """
+        if self._unknown:
+            raise FastmergeError(
+                f"{argument('resume', True)}: {self._name} reads what does not show whether it has "
+                f"changed ({self._unknown}), nor is there a file of it: put it in a module and "
+                "name that ('module:function'), or give a new folder"
+            )
 
     def has(self, split: str) -> bool:
         return split == "steer" or "split" in self._takes

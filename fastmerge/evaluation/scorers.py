@@ -101,6 +101,14 @@ def make_scorer(
     return Scoring.of(settings, folder, tokenizer_folder, function).scorer()
 
 
+def check_kept(scorer: Scorer) -> None:
+    """Raises FastmergeError where the scores of an earlier run cannot be told from those of another
+    scorer.
+    """
+    if isinstance(scorer, CallableScorer):
+        scorer.check_kept()
+
+
 def _check_device(settings: Evaluate) -> None:
     import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastmerge.arguments import a_path
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.split import Split
-from fastmerge.recipe.located import LocatedDict
+from fastmerge.recipe.located import LocatedDict, placed
 from fastmerge.recipe.section import Section, expand, field, listed, mapping, one_of, string, whole
 from fastmerge.recipe.source import read
 
@@ -47,6 +47,7 @@ class Task(Section):
         return short if self.items is None else f"{short}[{self.items}]"
 
 
+_STANDS_IN = "python:score"  # a callable that is never imported
 # Keys of a section of which exactly one says what scores; `scorers.register` adds others.
 WAYS = ["tasks", "preset", "callable", "perplexity"]
 
@@ -145,10 +146,32 @@ class Evaluate(Section):
         return found if self.split is None else {**found, "split": self.split.plain()}
 
 
-def load_evaluate(source: Any) -> Evaluate:
-    """A schedule's `evaluate` section on its own, from a file, YAML text or a dict."""
-    documents, _, _ = read(source, "evaluate")
-    return Evaluate(documents[0])
+def for_function(document: LocatedDict) -> LocatedDict:
+    """The document of a schedule or a search that a function given from Python scores: its
+    `evaluate` section need not say what scores, and may be missing.
+    """
+    own = _for_function(document.get("evaluate"))
+    full = LocatedDict({**document, "evaluate": own})
+    full.where, full.at = document.where, {"evaluate": document.where, **document.at}
+    return full
+
+
+def _for_function(section: Any) -> Any:
+    if section is None:
+        return placed("evaluate", callable=_STANDS_IN)
+    if not isinstance(section, LocatedDict) or any(section.get(way) for way in WAYS):
+        return section
+    full = LocatedDict({**section, "callable": _STANDS_IN})
+    full.where, full.at = section.where, {**section.at, "callable": section.where}
+    return full
+
+
+def load_evaluate(source: Any, *, is_scored: bool = False) -> Evaluate:
+    """A schedule's `evaluate` section on its own, from a file, YAML text or a dict; ``is_scored``:
+    by a function given from Python, for which it need not say what scores, nor be there (None).
+    """
+    document = None if source is None and is_scored else read(source, "evaluate")[0][0]
+    return Evaluate(_for_function(document) if is_scored else document)
 
 
 def overlap(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:

@@ -29,6 +29,23 @@ def _is_entry(line: Any) -> bool:
     )
 
 
+def locked(path: Path) -> int:
+    """A descriptor of the file at ``path``, made if need be, whose lock (flock) this process has
+    until it closes it or is killed. Raises BlockingIOError where another has it, OSError.
+    """
+    while True:
+        descriptor = open_ours(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have removed the file after we opened it.
+            if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
 class Journal:
     """The lock of a target, and its finished tensors: a JSON line about the job, one per tensor.
 
@@ -45,26 +62,12 @@ class Journal:
         self.begun = False  # this process owns what the partial folder holds
         self.aside = 0  # the inode of the old model, moved aside to make room for the new one
         try:
-            self._descriptor = self._locked(path)
+            self._descriptor = locked(path)
             self.loose = is_loose(os.fstat(self._descriptor))
         except BlockingIOError:
             raise OutputError(f"{target}: another merge is writing it now ({path})") from None
         except OSError as error:
             raise explain(error, target) from error
-
-    @staticmethod
-    def _locked(path: Path) -> int:
-        while True:
-            descriptor = open_ours(path)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held the lock may have removed the file after we opened it.
-                if os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), path.lstat()):
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
 
     def _entries(self) -> tuple[dict[str, Any], list[Any], int]:
         """The job, the entries that are whole, and the bytes of both; sets ``failed`` and

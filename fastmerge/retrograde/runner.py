@@ -23,6 +23,7 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport, Observer
 from fastmerge.errors import RecipeError, UnsupportedError, enough_memory
 from fastmerge.evaluation.journal import Journal, digest
+from fastmerge.evaluation.settings import load_evaluate
 from fastmerge.methods.types import Float64
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import RECIPE_FILE, SCHEDULE_FILE
@@ -68,16 +69,17 @@ def run(
 ) -> Result:
     """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
 
-    ``score`` stands in for the schedule's ``callable``, ``data`` for its ``evaluate.data``.
-    ``evaluate`` False walks without measuring. ``progress``: True for a bar on stderr of what is
-    read and written, or a function, as in `fastmerge.merge`.
+    ``score`` stands in for what the schedule's ``evaluate`` scores by (a section that may be
+    missing then), ``data`` for its ``evaluate.data``. ``evaluate`` False walks without measuring.
+    ``progress``: True for a bar on stderr of what is read and written, or a function, as in
+    `fastmerge.merge`.
     ``resume`` continues a run that was interrupted. ``cluster``: a Ray cluster ("auto", "local" or
     an address) whose nodes measure, side by side where one score does not wait for another; every
     file is that of a run without, with as many ``threads``. Raises FastmergeError, before anything
     is written, for what the schedule or its models get wrong.
     """
     cluster = None if cluster is None else a_text(cluster, "cluster")
-    schedule = _given(source, a_flag(evaluate, "evaluate"), data)
+    schedule = _given(source, a_flag(evaluate, "evaluate"), data, is_scored=score is not None)
     out = a_path(out, "out")
     resume = a_flag(resume, "resume")
     for where, called in (("score", score), ("on_step", on_step)):
@@ -93,6 +95,10 @@ def run(
     scorer = None if scoring is None else scoring.scorer(scores=cluster is None)
     if scoring is None and cluster is not None:
         raise UnsupportedError("cluster: measures, and this run measures nothing; leave it out")
+    if resume and scorer is not None:
+        from fastmerge.evaluation.scorers import check_kept
+
+        check_kept(scorer)
     header = {
         "schedule": digest(
             [yaml.safe_load(schedule.text), schedule.evaluate is not None, *schedule.foreign]
@@ -100,10 +106,10 @@ def run(
         "inputs": [model.fingerprint for model in template.models],
     }
     own = driver.draw_seed() if schedule.seed is None else schedule.seed
-    seed = prepare(out, header, seed, own, resume=resume)
-    cache = out / GRAM_FILE
-    known = cached_grams(cache, template)
-    with bar as told:
+    seed, hold = prepare(out, header, seed, own, resume=resume)
+    with hold, bar as told:
+        cache = out / GRAM_FILE
+        known = cached_grams(cache, template)
         if scorer is None and not known and not _needs_distances(schedule):
             return _run_unmeasured(schedule, template, out, seed, threads, told, on_step)
         from fastmerge.retrograde.comparison import begin_beside, compare
@@ -196,8 +202,13 @@ def _needs_distances(schedule: Schedule) -> bool:
     return any(step.partner in ("nearest", "farthest") for step in schedule.steps)
 
 
-def _given(source: Any, evaluate: bool, data: str | Path | None) -> Schedule:
-    schedule = source if isinstance(source, Schedule) else load(source)
+def _given(
+    source: Any, evaluate: bool, data: str | Path | None, *, is_scored: bool = False
+) -> Schedule:
+    """``is_scored``: by a function given from Python, for which an `evaluate` section may miss."""
+    schedule = source if isinstance(source, Schedule) else load(source, is_scored=is_scored)
+    if is_scored and schedule.evaluate is None:
+        schedule = schedule.replace(evaluate=load_evaluate(None, is_scored=True))
     if not evaluate:
         return schedule.without_evaluation()
     if data is None:

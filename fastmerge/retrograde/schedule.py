@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
-from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.methods import METHODS, Consensus, Method, known
 from fastmerge.methods.table import T
 from fastmerge.recipe.located import LocatedDict
@@ -403,14 +403,18 @@ class Schedule(Section):
         return self.pool_index(name)
 
 
-def load(source: Any) -> Schedule:
-    """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault."""
+def load(source: Any, *, is_scored: bool = False) -> Schedule:
+    """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault.
+
+    ``is_scored``: by a function given from Python, which needs no `evaluate` section.
+    """
     documents, written, _ = read(source, "schedule")
     if len(documents) > 1:
         raise RecipeError(f"{documents[1].where}: a schedule file holds one document")
     is_file = isinstance(source, os.PathLike) or (isinstance(source, str) and "\n" not in source)
     folder = Path(source).parent if is_file else Path()
-    return Schedule(documents[0]).replace(text=written, folder=folder)
+    document = for_function(documents[0]) if is_scored else documents[0]
+    return Schedule(document).replace(text=written, folder=folder)
 
 
 def uses_t(method: Method) -> bool:

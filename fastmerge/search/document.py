@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import RecipeError
-from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, one_of, real, whole
 from fastmerge.recipe.source import read
@@ -102,8 +102,11 @@ class SearchFile(Section):
         return Ranges(found)
 
 
-def load(source: Any) -> SearchFile:
-    """A search from a file, YAML text or a dict; FastmergeError names the line of the fault."""
+def load(source: Any, *, is_scored: bool = False) -> SearchFile:
+    """A search from a file, YAML text or a dict; FastmergeError names the line of the fault.
+
+    ``is_scored``: by the caller or its function, which needs no `evaluate` section.
+    """
     if isinstance(source, SearchFile):
         return source
     documents, written, _ = read(source, "search")
@@ -111,4 +114,5 @@ def load(source: Any) -> SearchFile:
         raise RecipeError(f"{documents[1].where}: the file of a search holds one document")
     is_file = not isinstance(source, Mapping) and "\n" not in str(source)
     folder = Path(os.fspath(source)).parent if is_file else Path()
-    return SearchFile(documents[0]).replace(text=written, folder=folder)
+    document = for_function(documents[0]) if is_scored else documents[0]
+    return SearchFile(document).replace(text=written, folder=folder)

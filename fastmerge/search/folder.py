@@ -1,16 +1,19 @@
-"""The folder of a run: its header, and whether this run may go on in it."""
+"""The folder of a run: its header, who is at work in it, and whether this run may go on in it."""
 
 from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError, argument
 from fastmerge.evaluation.journal import Journal, check_own, write_atomically
 from fastmerge.evaluation.weights import SCORED
+from fastmerge.output.journal import locked
 from fastmerge.output.place import explain
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
@@ -19,12 +22,60 @@ JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "grams.npz",
     "model",
 )
+LOCK_FILE = ".at-work"
+_held: dict[Path, tuple[int, int]] = {}  # of this process: each lock's descriptor, its users
+
+
+class Hold:
+    """This process's right to write into a run's folder, which is made if need be. Until `close`,
+    at the end of its context or when nobody has it any more, or the process's end, however it ends.
+    Raises FastmergeError where another process is at work.
+    """
+
+    def __init__(self, out: Path) -> None:
+        is_new = not os.path.exists(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out.resolve() / LOCK_FILE
+            descriptor, users = _held.get(path) or (locked(path), 0)
+        except BlockingIOError:
+            raise OutputError(f"{out}: another run is at work in it now ({LOCK_FILE})") from None
+        except OSError as error:
+            raise explain(error, out) from error
+        _held[path] = descriptor, users + 1
+        self.close = weakref.finalize(self, _release, path, os.getpid(), is_new)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _release(path: Path, process: int, is_new: bool) -> None:
+    if os.getpid() != process:  # a child that has its parent's memory
+        return
+    descriptor, users = _held.pop(path)
+    if users > 1:
+        _held[path] = descriptor, users - 1
+        return
+    with suppress(OSError):  # the lock is gone with the descriptor, whatever happens to the file
+        path.unlink(missing_ok=True)
+        if is_new:
+            path.parent.rmdir()  # refused before it wrote anything
+    os.close(descriptor)
+
+
+def entries(out: Path) -> set[str]:
+    """The names in a run's folder, which need not exist; a lock is none."""
+    return {file.name for file in out.iterdir()} - {LOCK_FILE} if os.path.exists(out) else set()
 
 
 def prepare(
     out: Path, said: Mapping[str, Any], asked: int | None, own: int, *, resume: bool
-) -> int:
-    """Makes the run's folder, or checks that it holds this very run; returns the seed.
+) -> tuple[int, Hold]:
+    """Makes the run's folder, or checks that it holds this very run; returns the seed and the
+    right to write there.
 
     ``said``: what decides the run, by name; ``asked``: the seed that the caller wants; ``own``: the
     one of a new run without. Raises FastmergeError.
@@ -32,7 +83,14 @@ def prepare(
     from fastmerge.version import __version__
 
     try:
-        return _prepare(out, {"fastmerge": __version__, **said}, asked, own, resume)
+        if entries(out) and not os.path.isfile(out / HEADER_FILE):
+            raise OutputError(f"{out}: is not empty; give a new folder")
+        hold = Hold(out)
+        try:
+            return _prepare(out, {"fastmerge": __version__, **said}, asked, own, resume), hold
+        except BaseException:
+            hold.close()
+            raise
     except OSError as error:
         raise explain(error, out) from error
 
@@ -48,8 +106,6 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
         raise OutputError(
             f"{out}: holds a run already; use {argument('resume', True)}, or another folder"
         )
-    elif os.path.exists(out) and any(out.iterdir()) and not os.path.isfile(path):
-        raise OutputError(f"{out}: is not empty; give a new folder")
     if os.path.isfile(path) and resume:
         try:
             found = json.loads(path.read_text())
@@ -66,7 +122,6 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
             raise OutputError(f"{out}: was begun with seed {recorded}, not {asked}")
         return recorded
     seed = own if asked is None else asked
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
     return seed
 
@@ -81,7 +136,7 @@ def _holds_no_result(out: Path) -> bool:
         return False
     journal = out / JOURNAL_FILE
     known = {HEADER_FILE, GRAM_FILE, JOURNAL_FILE, SCORED}
-    return {entry.name for entry in out.iterdir()} <= known and not Journal(journal).holds("score:")
+    return entries(out) <= known and not Journal(journal).holds("score:")
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:

@@ -82,6 +82,11 @@ class Lab:
         self._model = None if settings is None else Loaded(settings, threads)
         self._loaded: tuple[str, Any] | None = None
 
+    @property
+    def journal(self) -> Journal:
+        """What the run's folder keeps."""
+        return self._journal
+
     def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
         """The scores of ``state``; the same state and settings are measured once."""
         if self.scorer is None:

@@ -24,7 +24,7 @@ from fastmerge.errors import FastmergeError, RecipeError, enough_memory
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.outlook import Reading
-from fastmerge.evaluation.scorers import Scoring
+from fastmerge.evaluation.scorers import Scoring, check_kept
 from fastmerge.models.model import folder_of
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
@@ -71,18 +71,19 @@ def run(
 ) -> Found:
     """Searches (path, YAML text, dict or `SearchFile`) into the folder ``out``.
 
-    ``score`` stands in for ``evaluate.callable``, ``data`` for ``evaluate.data``. ``resume``
-    continues a search that was interrupted, or one that is over with a larger budget. ``workers``,
-    instead of the file's: processes that measure side by side, each with a model of its own and its
-    share of the ``threads``; ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes
-    do. Every file is that of one process with a worker's threads. ``progress``: True for a bar on
-    stderr of what is read and written, or a function, as in `fastmerge.merge`. Raises
-    FastmergeError, before anything is written, for what the file or its models get wrong.
+    ``score`` stands in for what ``evaluate`` scores by (a section that may be missing then),
+    ``data`` for ``evaluate.data``. ``resume`` continues a search that was interrupted, or one that
+    is over with a larger budget. ``workers``, instead of the file's: processes that measure side by
+    side, each with a model of its own and its share of the ``threads``; ``cluster``: a Ray cluster
+    ("auto", "local" or an address) whose nodes do. Every file is that of one process with a
+    worker's threads. ``progress``: True for a bar on stderr of what is read and written, or a
+    function, as in `fastmerge.merge`. Raises FastmergeError, before anything is written, for what
+    the file or its models get wrong.
     """
     functions = {"score": score, "on_trial": on_trial, "on_score": on_score, "on_note": on_note}
     for name, function in functions.items():
         a_function(function, name)
-    file = with_workers(_given(source, data), workers, cluster)
+    file = with_workers(_given(source, data, score), workers, cluster)
     require_plots()
     say = on_note or logging.getLogger("fastmerge").warning
     folder = a_path(out, "out")
@@ -92,6 +93,7 @@ def run(
             file, out, resume=resume, seed=seed, threads=threads, score=score, progress=told,
             on_score=on_score, scores_here=cluster is None,
         )  # fmt: skip
+        kept.callback(study.close)
         give_evaluators(study, scoring, folder, cluster, threads, say, kept)
         _drive(study, on_trial)
         return finish(study, out, threads=threads, progress=told)
@@ -154,7 +156,7 @@ def _opened(
     scored: bool = True,
     scores_here: bool = True,
 ) -> tuple[Study, Scoring]:
-    file = load(source)
+    file = load(source, is_scored=score is not None or not scored)
     out, resume = a_path(out, "out"), a_flag(resume, "resume")
     a_function(progress, "progress")
     thread_count(threads)
@@ -162,9 +164,11 @@ def _opened(
     ranges, template = opened(file)
     scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]), score)
     scorer = scoring.scorer(scores=scores_here) if scored else None
+    if resume and scorer is not None:
+        check_kept(scorer)
     header = {"search": _identity(file, ranges), "inputs": [m.fingerprint for m in template.models]}
     own = SEED if file.seed is None else file.seed
-    seed = prepare(out, header, seed, own, resume=resume)
+    seed, hold = prepare(out, header, seed, own, resume=resume)
     cache = out / GRAM_FILE
     known = cached_grams(cache, template)
     space = space_of(template, known, cache=cache, threads=threads, progress=progress)
@@ -177,7 +181,7 @@ def _opened(
         folder=out,
         observe=on_score,
     )
-    study = Study(file, ranges, lab, seed)
+    study = Study(file, ranges, lab, seed, hold)
     study.check_gradient()
     return study, scoring
 
@@ -235,6 +239,7 @@ def finish(
     evaluator = "the caller" if lab.scorer is None else lab.scorer.version
     found = Found(out, study, evaluator, rows, written)
     write(found)
+    study.close()
     return found
 
 
@@ -301,8 +306,8 @@ def _identity(file: SearchFile, ranges: Ranges) -> str:
     return digest([said, ranges.source, sorted(set(foreign))])
 
 
-def _given(source: Any, data: str | Path | None) -> SearchFile:
-    file = load(source)
+def _given(source: Any, data: str | Path | None, score: ScoreFunction | None = None) -> SearchFile:
+    file = load(source, is_scored=score is not None)
     if data is None:
         return file
     return file.replace(evaluate=file.evaluate.with_data(data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from fastmerge.evaluation.scores import Scores
 from fastmerge.methods.types import Float64
 from fastmerge.search.document import SearchFile
 from fastmerge.search.expressions import Expr
+from fastmerge.search.folder import Hold
 from fastmerge.search.lab import Lab
 from fastmerge.search.optimisers import OPTIMISERS, Asked, Moves, Setup, require
 from fastmerge.search.ranges import Point, Ranges, labels_of, plain
@@ -53,14 +54,20 @@ class Study:
     whatever the scores: who has room for several begins them, too, and tells in the order asked.
     """
 
-    def __init__(self, file: SearchFile, ranges: Ranges, lab: Lab, seed: int) -> None:
-        """Raises FastmergeError where the optimiser cannot search these ranges."""
+    def __init__(
+        self, file: SearchFile, ranges: Ranges, lab: Lab, seed: int, hold: Hold | None = None
+    ) -> None:
+        """``hold``: of the run's folder, until `close`. Raises FastmergeError where the optimiser
+        cannot search these ranges.
+        """
+        self._hold = hold
         self.file, self.ranges, self.lab, self.seed = file, ranges, lab, seed
         self.trials: list[Trial] = []
         self.limit: int | None = None
         self.spent = 0
         self._free = 0  # answers in a row that cost nothing
         self._budget = file.budget
+        self._is_smaller = self._note_budget()
         self._costs: dict[int | None, int] = {}  # of the last at each limit
         self._done: dict[tuple[str, int | None], Scores] = {}
         self._expressions: dict[Point, Expr] = {}
@@ -87,15 +94,22 @@ class Study:
                 self._go_on(done)
                 continue
             self._free = 0
+            known = self.lab.known(state, limit=limit)
             if not self._affords(limit):
+                if self._is_smaller and known is not None:
+                    self._refuse_smaller()
                 self._asked = None
                 break
             self.limit = limit
-            known = self.lab.known(state, limit=limit)
             if known is None:
                 return state
             self._take(state, known)
         return None
+
+    def close(self) -> None:
+        """Another process may work in the folder now."""
+        if self._hold is not None:
+            self._hold.close()
 
     def tell(self, candidate: Expr, scores: Any) -> None:
         """The scores of the state that it asked for: `Scores`, a number, or by task a number or the
@@ -213,6 +227,26 @@ class Study:
             self._slope,
         )
         yield from OPTIMISERS[settings.name](setup, start)
+
+    def _note_budget(self) -> bool:
+        """Whether the folder was begun with a larger budget, or one in the other unit."""
+        journal, own = self.lab.journal, self._budget
+        before = journal.get("budget")
+        now = {own.unit: own.most}
+        is_smaller = before is not None and own.most < before.get(own.unit, math.inf)
+        if before != now and not is_smaller:
+            journal.put("budget", now)
+        return is_smaller
+
+    def _refuse_smaller(self) -> NoReturn:
+        """What is known beyond the budget would be forgotten by the report, perhaps the best."""
+        budget = self._budget
+        before = self.lab.journal.get("budget")
+        had = " and ".join(f"{most} {unit}" for unit, most in before.items())
+        raise RecipeError(
+            f"{budget.at(budget.unit)}: {budget.most} {budget.unit} buy less than the folder holds "
+            f"already, which was searched with {had}: give no less, or another folder"
+        )
 
     def _affords(self, limit: int | None, beside: int = 0) -> bool:
         """Whether the budget has room for one more, and for ``beside`` others."""

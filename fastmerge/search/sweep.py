@@ -22,7 +22,7 @@ from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.evaluators import Measure, same_scorer
 from fastmerge.evaluation.journal import check_own, digest, write_atomically
 from fastmerge.evaluation.loaded import Loaded
-from fastmerge.evaluation.scorers import Scorer, Scoring
+from fastmerge.evaluation.scorers import Scorer, Scoring, check_kept
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
 from fastmerge.evaluation.weights import SCORED, Merged
@@ -36,6 +36,7 @@ from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan
 from fastmerge.progress import Progress, Shown, shown
 from fastmerge.search.figures import require, sweep_png
+from fastmerge.search.folder import Hold, entries
 from fastmerge.tree.collapse import Collapsed, coefficients, collapse, weighted_sum
 from fastmerge.tree.nodes import Leaf, Merge, Node, walk
 from fastmerge.tree.rewrite import rewrite
@@ -262,15 +263,15 @@ def _scoring(
     plan: Plan, evaluate: Any, data: str | Path | None, score: ScoreFunction | None
 ) -> _Scoring | None:
     """What scores; None where nothing is to be scored."""
-    if evaluate is None:
+    if evaluate is None and score is None:
         if data is not None:
             raise FastmergeError("data: is for 'evaluate', which is not given")
         return None
     require()
-    settings = load_evaluate(evaluate)
+    settings = load_evaluate(evaluate, is_scored=score is not None)
     if data is not None:
         settings = settings.with_data(data)
-    is_file = not isinstance(evaluate, Mapping) and "\n" not in str(evaluate)
+    is_file = isinstance(evaluate, (str, Path)) and "\n" not in str(evaluate)
     return _Scoring(plan, settings, Path(evaluate).parent if is_file else Path(), score)
 
 
@@ -289,16 +290,18 @@ def _swept(
     on_point: Callable[[Point], None] | None,
 ) -> list[Point]:
     key = digest([plan.key, None if scorer is None else scorer.key])
+    if resume and scorer is not None:
+        check_kept(scorer)
     known = _known(out, key, resume)
     outlook = _outlook(plan, values, known, write, scored=scorer is not None)
     check_space(_existing(out), outlook.nbytes)
     if on_start is not None:
         on_start(outlook)
-    swept = Sweep(plan, threads=threads, progress=progress)
-    out.mkdir(parents=True, exist_ok=True)
-    _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
     points = []
     with ExitStack() as kept:
+        kept.enter_context(Hold(out))
+        swept = Sweep(plan, threads=threads, progress=progress)
+        _save(out, key, known)  # a kill before the first point leaves a sweep to resume, too
         measured: Callable[[float], Scores] | None = None
         if scoring is not None and scorer is not None:
             missing = [t for t in values if known.get(t, Point(t, None, None)).scores is None]
@@ -316,10 +319,10 @@ def _swept(
             _save(out, key, known)
             if on_point is not None:
                 on_point(point)
-    best = best_of(points)
-    if write == "best" and best is not None:
-        _write(swept.plan(best.t), out / BEST, threads, overwrite=True)
-        _save(out, key, known, best.t)
+        best = best_of(points)
+        if write == "best" and best is not None:
+            _write(swept.plan(best.t), out / BEST, threads, overwrite=True)
+            _save(out, key, known, best.t)
     if scorer is not None:
         pairs = [(point.t, point.scores) for point in points if point.scores is not None]
         write_atomically(out / "sweep.png", sweep_png(pairs))
@@ -387,14 +390,14 @@ def _save(out: Path, key: str, known: Mapping[float, Point], best: float | None 
 
 def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
     """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
-    if not os.path.exists(out) or not any(out.iterdir()):
+    if not entries(out):
         return {}
     check_own(out, FILE)
     begun = os.path.isfile(out / FILE)
     if not begun and resume:
         raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
     table = _table(out / FILE, out) if begun else None
-    if table is not None and not table[1] and {p.name for p in out.iterdir()} <= {FILE, SCORED}:
+    if table is not None and not table[1] and entries(out) <= {FILE, SCORED}:
         return {}  # it failed before its first result: nothing stands in the way of the same again
     if table is None or not resume:
         raise OutputError(
