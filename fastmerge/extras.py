@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+EXTRAS = {"matplotlib": "plot", "torch": "llama", "transformers": "llama", "lm_eval": "eval"}
+
+
+def missing(*libraries: str) -> list[str]:
+    """Those that are not installed; none is imported."""
+    return [name for name in libraries if find_spec(name) is None]
 
 
 def install(extra: str, *others: str) -> str:

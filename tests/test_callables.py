@@ -281,6 +281,6 @@ def test_what_hides_its_contents_is_not_resumed_without_a_file(tmp_path: Path) -
     scorer = scorers.CallableScorer(_executed(text), load_evaluate({"callable": "stand:in"}))
     with pytest.raises(FastmergeError, match=r"^resume=True: score reads what does not show wh"):
         scorer.check_kept()
-    (tmp_path / "own.py").write_text(text)
-    settings = load_evaluate({"callable": "own:score"})
+    (tmp_path / "fm_hidden.py").write_text(text)
+    settings = load_evaluate({"callable": "fm_hidden:score"})
     make_scorer(settings, tmp_path, tmp_path).check_kept()  # its text says how that was made

@@ -216,3 +216,16 @@ def test_a_loss_leaves_the_model_as_it_was(place: Path) -> None:
     perplexity = scorer.score(model, "steer").tasks["text"].detail["perplexity"]
     # Windows have one weight each here, and their tokens there: of equal lengths, but for the last.
     assert loss == pytest.approx(float(np.log(perplexity)), rel=0.02)
+
+
+def test_no_gradient_beyond_the_budget(place: Path, tmp_path: Path) -> None:
+    file = file_of(place)
+    each = search.describe(file)["items of a candidate"]
+    file["budget"] = {"items": 2 + each * (1 + GRADIENT_COST + 1)}  # no second gradient
+    out = tmp_path / "out"
+    found = search.run(file, out, threads=1)
+    assert found.study.spent == each * (1 + GRADIENT_COST + 1)
+    assert len(found.study.trials) == 2
+    file["budget"] = {"items": each * 2}
+    with pytest.raises(FastmergeError, match="buy less than the folder holds already"):
+        search.run(file, out, threads=1, resume=True)

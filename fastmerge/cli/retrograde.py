@@ -86,10 +86,9 @@ def retrograde(
             )
     except KeyboardInterrupt:
         stopped("; the same command with --resume continues")
-    from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
+    from fastmerge.retrograde.findings import compare_lines, copy_text, finding, verdict_on_path
     from fastmerge.retrograde.record import as_json
     from fastmerge.retrograde.report import leaderboard
-    from fastmerge.retrograde.words import copy_text
 
     lines = compare_lines(result)
     if json:
@@ -102,8 +101,8 @@ def retrograde(
     settings = trajectory.schedule.evaluate
     if settings is not None and settings.preset is not None:
         put(*leaderboard(lines, settings).split("\n"))
-    if copy_text(trajectory):
-        put(copy_text(trajectory))
+    if copy_text(trajectory, lines):
+        put(copy_text(trajectory, lines))
     if verdict_on_path(lines):
         put(verdict_on_path(lines))
     for sentence in finding(lines):
@@ -232,6 +231,7 @@ def _show_measurements(found: dict[str, Any] | None) -> None:
     pairs(
         [
             ("measurements in all, at most", found["at most"]),
+            ("of them of", ", ".join(f"{what} {n}" for what, n in found["of"].items())),
             ("of them one after another on any cluster", found["one after another"]),
             ("time for them", shown),
         ]

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, argument, brief
+from fastmerge.errors import FastmergeError, RecipeError, argument, brief, nearest
 from fastmerge.evaluation.as_read import AsRead
-from fastmerge.evaluation.identity import identity_of
+from fastmerge.evaluation.identity import MAIN, identity_of
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
@@ -41,6 +41,16 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
     own = AsRead(module, folder)
     try:
         found = own.load()
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
+        beside_it = [file.stem for file in folder.glob("*.py")]
+        hint = f"; {nearest(module, beside_it)}" if beside_it else ""
+        file = f"{module.replace('.', '/')}.py"
+        raise RecipeError(
+            f"{where}: no module '{module}' is installed, and no {file} lies beside the file that "
+            f"names it{hint}"
+        ) from None
     except Exception as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
@@ -61,7 +71,8 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
 
 def _in_user_code(error: BaseException) -> str:
     """What went wrong and where, in a line: 'scoring.py:12: ZeroDivisionError: ...'."""
-    frames = traceback.extract_tb(error.__traceback__)
+    found = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in found if not frame.filename.startswith("<frozen ")] or found
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
     if isinstance(error, SyntaxError):
         place = f"{Path(error.filename or '').name}:{error.lineno}: "
@@ -75,7 +86,7 @@ def _name_of(function: Any) -> str:
     own = function if hasattr(function, "__qualname__") else type(function)
     name = own.__qualname__.replace("<locals>.", "")
     module = getattr(own, "__module__", None) or "__main__"
-    return name if module == "__main__" else f"{module}.{name}"
+    return name if module in MAIN else f"{module}.{name}"
 
 
 def _asks_for_folder(signature: inspect.Signature) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 
 from fastmerge.evaluation.journal import digest
 
+MAIN = ("__main__", "__mp_main__")  # a script, and the same where a process was spawned for it
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _LIBRARY = Path(os.__file__).parent
 _INSTALLED = {"site-packages", "dist-packages"}
@@ -87,7 +88,7 @@ class _Walk:
         elif isinstance(value, CodeType):
             self._code(value)
         elif isinstance(value, type):
-            self.found += [value.__module__, value.__qualname__]
+            self.found += [_module_of(value), value.__qualname__]
             self._of_class(value)
         elif value is self._function and not isinstance(value, BuiltinFunctionType):
             self.found += [type(value).__qualname__, _text_of(type(value), self._texts)]
@@ -144,7 +145,7 @@ class _Walk:
             return
         kind = type(value)
         package = kind.__module__.partition(".")[0]
-        self.found += [kind.__module__, kind.__qualname__]
+        self.found += [_module_of(kind), kind.__qualname__]
         if isinstance(value, BuiltinFunctionType):
             self.found.append(value.__qualname__)
             if not isinstance(value.__self__, (ModuleType, type)):
@@ -178,6 +179,10 @@ _OF_EVERY_CLASS = {
     "__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__", "__static_attributes__",
     "__abstractmethods__", "_abc_impl",
 }  # fmt: skip
+
+
+def _module_of(kind: type) -> str:
+    return "" if kind.__module__ in MAIN else kind.__module__
 
 
 def _globals_of(code: CodeType) -> Iterator[str]:

@@ -59,11 +59,12 @@ class Perplexity:
 
     def readings(self, split: str) -> list[Reading]:
         """What one measurement reads."""
-        tokens, length = len(self._ids), self._settings.max_length
-        if length and (self._settings.limit or self._settings.split):
-            windows = len(self._chosen(split, max(1, -(-tokens // length))))
-            tokens = min(tokens, min(windows, self._settings.limit or windows) * length)
-        return [Reading(self._name, 1, tokens)]
+        tokens, length, items = len(self._ids), self._settings.max_length, 1
+        if length:  # without one the model says it, which is not loaded yet
+            windows = len(self._chosen(split, len(range(0, tokens - 1, length))))
+            items = min(windows, self._settings.limit or windows)
+            tokens = min(tokens, items * length)
+        return [Reading(self._name, items, tokens)]
 
     def score(self, weights: Any, split: str, limit: int | None = None) -> Scores:
         """See `Scorer`; an item is a window of the text."""

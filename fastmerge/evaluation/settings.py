@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastmerge.arguments import a_path
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.split import Split
+from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict, placed
 from fastmerge.recipe.section import Section, expand, field, listed, mapping, one_of, string, whole
 from fastmerge.recipe.source import read
@@ -57,6 +58,9 @@ class Evaluate(Section):
     registered.
     """
 
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        keys_of_others(), "what an 'evaluate' section may say stands here; give those keys alone"
+    )
     every: str = field(one_of("step", "cycle", "end"), "step")
     tasks: tuple[Task, ...] = field(listed(Task), ())
     holdout: tuple[Task, ...] = field(listed(Task), ())
@@ -137,6 +141,14 @@ class Evaluate(Section):
     def way(self) -> str:
         """The one key that says what scores."""
         return next(w for w in WAYS if self.registered.get(w) or getattr(self, w, None))
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """What scoring imports; a callable that is handed a folder need not have transformers."""
+        if self.callable is not None or self.registered:
+            return ("torch",)
+        harness = ("lm_eval",) if self.tasks or self.preset else ()
+        return ("torch", "transformers", *harness)
 
     @property
     def scoring_settings(self) -> dict[str, Any]:

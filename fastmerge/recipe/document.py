@@ -18,6 +18,7 @@ from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, UnsupportedError, in_a_line, near_miss, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
+from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.mixture import Mixture
 from fastmerge.recipe.reference import reference
@@ -146,14 +147,13 @@ AS_BASE = "as_base"  # under out_dtype
 _WHOLE = "default"  # what mergekit calls the one module of a model that has no others
 
 _MOE = "it is a mixture's; list its models under 'experts:' and remove 'merge_method:'"
-_SCHEDULE = "this is a schedule; run `fastmerge retrograde`"
 
 
 class Document(_Parametrised):
     """One document: a method, its inputs and what it writes."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("baseline", "pool", "schedule"), _SCHEDULE),
+        **keys_of_others("recipe", "mixture"),
         **dict.fromkeys(("gate_mode", "experts_per_token", "shared_experts"), _MOE),
     }
     merge_method: str = field(string)

@@ -87,11 +87,12 @@ class Section:
         data = self.written_out(data)
         self.where, self._at = data.where, data.at
         ignored = []
-        for name in data:
+        for name in data:  # before other keys: a file of another kind has more that are unknown
             if name in self.refused and data[name] is not None:
                 raise UnsupportedError(
                     f"{data.at[name]}: '{name}' is not supported: {self.refused[name]}"
                 )
+        for name in data:
             if name in self.fields or name in self.refused:
                 continue
             if not self.tolerant or self.misspells(name):

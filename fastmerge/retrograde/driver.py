@@ -233,6 +233,13 @@ def _partner(
         return pool[earlier % len(pool)], "next in the pool"
     values = state.distances if policy in ("nearest", "farthest") else scores
     known = [i for i in pool if i in values and not math.isnan(values[i])]
+    if not known and policy in ("weakest", "strongest") and any(i in scores for i in pool):
+        given = any(entry.accuracy is not None for entry in schedule.pool)
+        raise RecipeError(
+            f"step {number}: every pool model scores NaN, so none is the {policy}"
+            f"{'; given accuracies count only where nothing is measured' if given else ''}: mend "
+            "what scores, or name the partner"
+        )
     if not known:
         what = "distance" if policy in ("nearest", "farthest") else "accuracy"
         raise RecipeError(

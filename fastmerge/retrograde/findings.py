@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastmerge.evaluation.statistics import untested
-from fastmerge.search.rows import Line, figure, in_points, lines_of
+from fastmerge.retrograde.words import is_copy
+from fastmerge.search.rows import Line, figure, in_points, lines_of, split_name
+from fastmerge.search.rows import measured as score_text
 
 if TYPE_CHECKING:
     from fastmerge.retrograde.result import Result
+    from fastmerge.retrograde.walking import Trajectory
 
 
 def compare_lines(result: Result) -> list[Line]:
@@ -28,13 +32,16 @@ _RIVALS = {
 
 
 def finding(lines: Sequence[Line]) -> list[str]:
-    """The plain answer, one line for each rival: does the schedule beat what costs less?"""
+    """The plain answer, one line for each rival: does the schedule beat what costs less? First the
+    one that scores highest, if that is higher than the schedule.
+    """
     rivals = {line.row.name: line for line in lines[1:]}
+    ranked = sorted(rivals, key=lambda name: _or_least(rivals[name].value), reverse=True)
+    ahead = [name for name in ranked[:1] if rivals[name].value > lines[0].value]
+    order = dict.fromkeys([*ahead, *(name for name in _RIVALS if name in rivals), *ranked])
     sentences = []
-    for name, title in _RIVALS.items():
-        if name not in rivals:
-            continue
-        line = rivals[name]
+    for name in order:
+        line, title = rivals[name], _RIVALS.get(name, f"the best {name}")
         if line.lead is None:
             gap = lines[0].value - line.value
             sentences.append(
@@ -44,6 +51,33 @@ def finding(lines: Sequence[Line]) -> list[str]:
             continue
         sentences.append(f"- against {title}: {in_points(line.lead, ' points')}, {line.outcome}")
     return sentences
+
+
+def copy_text(trajectory: Trajectory, lines: Sequence[Line]) -> str:
+    """The plain words for a walk that came to nothing, and what came of the merges that it was
+    compared with; "" for a walk that did not.
+    """
+    if not is_copy(trajectory):
+        return ""
+    level = next((line.value for line in lines if line.row.name == "baseline"), math.inf)
+    merges = [line for line in lines[1:] if line.row.name not in ("one_shot", "baseline")]
+    higher = [line for line in merges if line.value > level]
+    why = "No state of the walk beat the baseline" if higher else "Nothing beat the baseline"
+    if not trajectory.models:
+        why = "The walk ended where it began"
+    text = f"{why}: the model written is a copy of {trajectory.schedule.labels[0]}."
+    if not higher:
+        return text
+    best = max(higher, key=lambda line: line.value)
+    return (
+        f"{text} Of {len(merges)} one-shot merge{'' if len(merges) == 1 else 's'} {len(higher)} "
+        f"scored higher on the {split_name(lines)} items, the best {best.row.name} "
+        f"({score_text(best.scores)})."
+    )
+
+
+def _or_least(value: float) -> float:
+    return value if value == value else float("-inf")
 
 
 def verdict_on_path(lines: Sequence[Line]) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from fastmerge.evaluation.journal import write_atomically
 from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.output.card import escaped, fenced
-from fastmerge.retrograde.findings import compare_lines, finding, verdict_on_path
+from fastmerge.retrograde.findings import compare_lines, copy_text, finding, verdict_on_path
 from fastmerge.retrograde.plots import coefficients_png, trajectory_png
 from fastmerge.retrograde.record import as_json
-from fastmerge.retrograde.words import copy_text, measured, score_title, step_table
+from fastmerge.retrograde.words import measured, score_title, step_table
 from fastmerge.search.figures import budget_png, comparison_png
 from fastmerge.search.page import page
 from fastmerge.search.rows import (
@@ -92,8 +92,8 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
         ),
     ]
-    if copy_text(trajectory):
-        parts.append(f"**{escaped(copy_text(trajectory))}**")
+    if copy_text(trajectory, lines):
+        parts.append(f"**{escaped(copy_text(trajectory, lines))}**")
     if lines:
         parts.append(
             f"## What it found\n\nOn the {split_name(lines)} items, the final model scores "
@@ -153,12 +153,13 @@ def _count(number: int, thing: str) -> str:
 
 def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> list[str]:
     split = split_name(lines)
+    steer = "" if split == "steering" else "steering, % | "  # else the same column twice
     table = [
         (
-            f"| merge | how | candidates | steering, % | {split}, % [95 % interval] | "
+            f"| merge | how | candidates | {steer}{split}, % [95 % interval] | "
             "schedule less this, points | p (Holm) |"
         ),
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"|---|---|---:|{'---:|' if steer else ''}---:|---:|---:|",
     ]
     perplexity = any(line.scores.perplexity is not None for line in lines)
     if perplexity:
@@ -175,7 +176,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         p = "-" if line.p is None else f"{line.p:.3f}"
         table.append(
             f"| {escaped(line.row.name)} | {escaped(line.row.how)} | {line.row.evaluations} | "
-            f"{figure(line.row.steer.value)} | {value} | {lead} | {p} |"
+            f"{f'{figure(line.row.steer.value)} | ' if steer else ''}{value} | {lead} | {p} |"
         )
         if perplexity:
             table[-1] += f" {figure(line.scores.perplexity)} |"
@@ -189,8 +190,13 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
         "Every family drew as many candidates as it says, and the best on the steering score was "
         f"chosen{'' if split == 'steering' else f'; only that one met the {split} items'}. "
         "Intervals resample items (paired for differences); they say nothing about other training "
-        "seeds. `one_shot` is the one merge that lies nearest to the walk: the null hypothesis of "
-        "the whole idea."
+        "seeds."
+        + (
+            " `one_shot` is the one merge that lies nearest to the walk: the null hypothesis of "
+            "the whole idea."
+            if any(line.row.name == "one_shot" for line in lines)
+            else ""
+        )
     )
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:

@@ -276,7 +276,8 @@ def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[
 
     most = _most_measurements(schedule, scorer)
     found: dict[str, Any] = {
-        "at most": sum(most.values()),
+        "at most": sum(sum(parts.values()) for parts in most.values()),
+        "of": {what: n for parts in most.values() for what, n in parts.items() if n},
         "one after another": _longest_chain(schedule, scorer),
         "tasks": [],
         "seconds": None,
@@ -285,7 +286,8 @@ def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[
     if readings is None:
         return found
     tokens = 0
-    for split, count in most.items():
+    for split, parts in most.items():
+        count = sum(parts.values())
         for one in readings(split) if scorer.has(split) else ():
             row = {"task": one.task, "split": split, "items": one.items, "tokens": one.tokens}
             found["tasks"].append({**row, "times": count})
@@ -314,9 +316,9 @@ def _longest_chain(schedule: Schedule, scorer: Scorer) -> int:
     return 1 + max(walked, beside) + int(scorer.has("holdout") or again)
 
 
-def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, int]:
-    """How many scores a run measures at most, by split: the models, the walk, what it is compared
-    with, and of the rows of the report the hold-out and other masks.
+def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, dict[str, int]]:
+    """How many scores a run measures at most, by split and what they are of: the models, the walk,
+    what it is compared with, and of the rows of the report the hold-out and other masks.
     """
     numbers = range(1, len(schedule.steps) + 1)
     walked = sum(driver.measured(schedule, number) for number in numbers)
@@ -326,10 +328,16 @@ def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, int]:
     stages = 1 + len(schedule.evaluate.stages if schedule.evaluate else ())
     rows = 3 + (len(settings.methods) if settings else 0)
     again = (settings.seeds if settings else 1) - 1
-    steer = 1 + len(schedule.pool) + walked + 1 + len(families) * budget * stages
+    steer = {
+        "the models": 1 + len(schedule.pool),
+        "the walk": walked,
+        "its one-shot equivalent": 1,
+        "the families": len(families) * budget * stages,
+    }
     if not scorer.has("holdout"):
-        return {"steer": steer + rows * again, "holdout": 0}
-    return {"steer": steer, "holdout": rows * (1 + again)}
+        return {"steer": {**steer, "rows with other masks": rows * again}, "holdout": {}}
+    held = {"rows on the hold-out": rows, "rows with other masks": rows * again}
+    return {"steer": steer, "holdout": held}
 
 
 def _scoring(
@@ -340,7 +348,7 @@ def _scoring(
     from fastmerge.evaluation.scorers import Scoring
     from fastmerge.search.figures import require
 
-    require()
+    require(*schedule.evaluate.libraries)
     return Scoring.of(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
 
 

@@ -9,13 +9,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.methods import METHODS, Consensus, Method, known
 from fastmerge.methods.table import T
+from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, listed, one_of, real, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings
@@ -235,6 +236,7 @@ class Compare(Section):
 class Schedule(Section):
     """A retrograde run. Models have numbers: 0 the baseline, 1.. the pool, then base_model."""
 
+    refused: ClassVar[Mapping[str, str]] = keys_of_others("schedule")
     baseline: Entry = field(Entry)
     pool: tuple[Entry, ...] = field(listed(Entry), ())
     base_model: str | None = field(string, None)
@@ -269,6 +271,9 @@ class Schedule(Section):
     def written_out(cls, data: LocatedDict) -> LocatedDict:
         keys = {"baseline": "model", "pool": "model", "accept": "rule", "compare": "methods"}
         return expand(data, keys)
+
+    def belongs(self, name: str) -> str:
+        return "put it under 'evaluate:'" if name in Evaluate.fields else ""
 
     def check(self) -> None:
         labels = [self.baseline.label, *(entry.label for entry in self.pool)]

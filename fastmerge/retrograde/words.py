@@ -92,15 +92,6 @@ def is_copy(trajectory: Trajectory) -> bool:
     return same or trajectory.states[trajectory.final] == Model(0)
 
 
-def copy_text(trajectory: Trajectory) -> str:
-    """The plain words for a walk that came to nothing; "" for one that did not."""
-    if not is_copy(trajectory):
-        return ""
-    label = trajectory.schedule.labels[0]
-    why = "Nothing beat the baseline" if trajectory.models else "The walk ended where it began"
-    return f"{why}: the model written is a copy of {label}."
-
-
 def step_table(trajectory: Trajectory, *, geometry: bool = True) -> list[str]:
     """Every step as a row of a Markdown table; with how far its candidate lies, if ``geometry``."""
     titles = ["step", "kind", "from", "with", "method", score_title(trajectory), "verdict"]

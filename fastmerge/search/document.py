@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.settings import Evaluate, for_function
+from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, one_of, real, whole
 from fastmerge.recipe.source import read
@@ -64,6 +65,7 @@ def _recipe(value: Any) -> LocatedDict | str:
 class SearchFile(Section):
     """A search over the points of one recipe."""
 
+    refused: ClassVar[Mapping[str, str]] = keys_of_others("search")
     space: LocatedDict | str = field(_recipe)
     optimiser: Optimiser = field(Optimiser)
     budget: Budget = field(Budget)
@@ -76,6 +78,9 @@ class SearchFile(Section):
     @classmethod
     def written_out(cls, data: LocatedDict) -> LocatedDict:
         return expand(data, {"optimiser": "name", "budget": "items"})
+
+    def belongs(self, name: str) -> str:
+        return "put it under 'evaluate:'" if name in Evaluate.fields else ""
 
     def check(self) -> None:
         if self.evaluate.stages and self.optimiser.name not in STAGED:

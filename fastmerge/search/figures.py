@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge.errors import ResourceError, printable
-from fastmerge.extras import install
+from fastmerge.extras import EXTRAS, install, missing
 from fastmerge.limits import MAX_LABEL_LETTERS
 from fastmerge.models.architecture import layer_of
 
@@ -165,10 +165,19 @@ def label(text: str) -> str:
     return ("\N{ZERO WIDTH SPACE}" if plain.startswith("_") else "") + plain.replace("$", r"\$")
 
 
-def require() -> None:
-    """Raises FastmergeError where plots cannot be drawn: before hours of evaluation, not after."""
+def require(*libraries: str) -> None:
+    """Raises FastmergeError where plots cannot be drawn, or one of the ``libraries`` that score is
+    missing: before hours of evaluation, not after, and for all of them at once.
+    """
+    absent = missing(*libraries)
+    extras = sorted({EXTRAS[name] for name in absent})
+    said = f"scores need {' and '.join(absent)}" if absent else ""
     if find_spec("matplotlib") is None:
-        raise ResourceError(f"plots need matplotlib; install it with: {install('plot')}")
+        extras.append(EXTRAS["matplotlib"])
+        said = f"plots need matplotlib{f', {said}' if said else ''}"
+    if said:
+        which = "it" if len(absent) + ("matplotlib" in said) == 1 else "them"
+        raise ResourceError(f"{said}; install {which} with: {install(','.join(extras))}")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:

@@ -168,6 +168,10 @@ class Lab:
                     rows[index[item.name], number] = found[item.name][0]
         return {"loss": loss, "rows": rows.tolist(), "items": len(targets)}
 
+    def knows_slope(self, state: Expr) -> bool:
+        """Whether `slope` measures nothing any more."""
+        return self._journal.get(self._key("slope", state, "steer", None)) is not None
+
     def _key(self, kind: str, state: Expr, split: str, limit: int | None) -> str:
         scorer = "told" if self.scorer is None else self.scorer.key
         return f"{kind}:{digest([self.space.fingerprint(state), scorer, split, limit])}"

@@ -231,12 +231,13 @@ def markdown(found: Found, lines: Sequence[Line], pictures: Mapping[str, bytes])
 
 
 def _table(lines: Sequence[Line], split: str) -> str:
+    steer = "" if split == "steering" else "steering, % | "  # else the same column twice
     table = [
         (
-            f"| merge | how | steering, % | {split}, % [95 % interval] | "
+            f"| merge | how | {steer}{split}, % [95 % interval] | "
             "search less this, points | p (Holm) |"
         ),
-        "|---|---|---:|---:|---:|---:|",
+        f"|---|---|{'---:|' if steer else ''}---:|---:|---:|",
     ]
     perplexity = any(line.scores.perplexity is not None for line in lines)
     if perplexity:
@@ -246,7 +247,8 @@ def _table(lines: Sequence[Line], split: str) -> str:
         p = "-" if line.p is None else f"{line.p:.3f}"
         table.append(
             f"| {escaped(line.row.name)} | {escaped(line.row.how)} | "
-            f"{figure(line.row.steer.value)} | {with_interval(line)} | {lead} | {p} |"
+            f"{f'{figure(line.row.steer.value)} | ' if steer else ''}{with_interval(line)} | "
+            f"{lead} | {p} |"
         )
         if perplexity:
             table[-1] += f" {figure(line.scores.perplexity)} |"

@@ -84,7 +84,7 @@ def run(
     for name, function in functions.items():
         a_function(function, name)
     file = with_workers(_given(source, data, score), workers, cluster)
-    require_plots()
+    require_plots(*file.evaluate.libraries)
     say = on_note or logging.getLogger("fastmerge").warning
     folder = a_path(out, "out")
     with ExitStack() as kept:

@@ -27,6 +27,10 @@ _MOST_FREE = 1000  # answers in a row that cost nothing: the optimiser turns in 
 _NUDGE = 1e-3  # of the ranges, for the coefficients' own derivatives: points have six digits
 
 
+class _SpentError(Exception):
+    """The budget has no room for a gradient: the search is over."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One candidate, scored; ``limit``: on how many items a task at most, None: all."""
@@ -66,6 +70,7 @@ class Study:
         self.limit: int | None = None
         self.spent = 0
         self._free = 0  # answers in a row that cost nothing
+        self._slope_items = 0  # of the last gradient
         self._budget = file.budget
         self._is_smaller = self._note_budget()
         self._costs: dict[int | None, int] = {}  # of the last at each limit
@@ -261,6 +266,11 @@ class Study:
         limit = self._asked[1]
         items = sum(task.count for task in scores.tasks.values())
         self._costs[limit] = items
+        if not self.trials and self._budget.unit == "items" and items > self._budget.most:
+            raise RecipeError(
+                f"{self._budget.at('items')}: one candidate takes {items} items, more than the "
+                f"budget of {self._budget.most}"
+            )
         self.spent += items if self._budget.unit == "items" else 1
         self._done[self.lab.space.fingerprint(state), limit] = scores
         number = len(self.trials)
@@ -275,14 +285,21 @@ class Study:
         answers, self._answers = self._answers, []
         try:
             self._asked = self._moves.send(answers)
-        except StopIteration:
+        except (StopIteration, _SpentError):
             self._asked = None
 
     def _slope(self, point: Point) -> Float64:
         """The gradient of the loss by the numbers at ``point``, as shares of their ranges: through
         the coefficients, whose own derivatives the Gram matrices give.
         """
-        by_coefficient, items = self.lab.slope(self.expression(point))
+        state = self.expression(point)
+        cost = GRADIENT_COST * (self._slope_items or self._costs.get(None, 0))
+        if self._budget.unit == "items" and self.spent + cost > self._budget.most:
+            if self._is_smaller and self.lab.knows_slope(state):
+                self._refuse_smaller()
+            raise _SpentError
+        by_coefficient, items = self.lab.slope(state)
+        self._slope_items = items
         self.spent += GRADIENT_COST * items if self._budget.unit == "items" else 1
         units = self.ranges.units(point)
         found = np.zeros(len(units))

@@ -267,8 +267,8 @@ def _scoring(
         if data is not None:
             raise FastmergeError("data: is for 'evaluate', which is not given")
         return None
-    require()
     settings = load_evaluate(evaluate, is_scored=score is not None)
+    require(*settings.libraries)
     if data is not None:
         settings = settings.with_data(data)
     is_file = isinstance(evaluate, (str, Path)) and "\n" not in str(evaluate)
