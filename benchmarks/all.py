@@ -69,7 +69,7 @@ PRESETS = (
     Preset("fuzz.py --headers 1000000 --save", _both("fuzz")),
     Preset("fuzz.py --seconds 600 --save" + _only(KINDS), _both("fuzz-kinds")),
     Preset("faults.py --sample 22 --save", _both("faults")),
-    Preset("faults.py --sample 22 --save" + _only(ROOMS), _both("faults-rooms")),
+    Preset("faults.py --sample 4 --interrupts 1 --save" + _only(ROOMS), _both("faults-rooms")),
     Preset("kills.py --record", _both("kills")),
     Preset(
         "sanitize.py --save",
