@@ -50,6 +50,7 @@ dtype: bfloat16
 @pytest.fixture
 def models(zoo, monkeypatch):
     """A folder with what the pages name: a base and fine-tunes of it, adapters, checkpoints."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a page's callable adds its folder
     base = zoo.base("base")
     names = ("chat", "code", "math", "stories", "blur", "dolphin", "owl", "mistral")
     checkpoints = [f"runs/7b/checkpoint-{step}" for step in (200, 400, 1000)]

@@ -232,7 +232,7 @@ def _show_measurements(found: dict[str, Any] | None) -> None:
         [
             ("measurements in all, at most", found["at most"]),
             ("of them of", ", ".join(f"{what} {n}" for what, n in found["of"].items())),
-            ("of them one after another on any cluster", found["one after another"]),
+            ("of them one after another", f"{found['one after another']} on any cluster"),
             ("time for them", shown),
         ]
     )
