@@ -40,6 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+
 from fuzz_seeds import MIXTURE, llama
 
 FILES, MEMORY, THREADS = 1 | 2, 4, 8  # kinds of points, as in faults.c

@@ -31,6 +31,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import safetensors
+
+sys.path.append(str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+
 from fuzz_seeds import (
     ADAPTER,
     BITS,

@@ -144,7 +144,7 @@ def test_what_is_larger_than_the_room_goes_alone() -> None:
         with room.taken(nbytes):
             with lock:
                 inside[0] += nbytes
-                assert inside[0] <= 100 or inside[0] == nbytes
+                assert inside[0] <= 100 or inside[0] == 300  # beside it only one of no bytes
                 most[0] = max(most[0], inside[0])
             time.sleep(0.001)
             with lock:

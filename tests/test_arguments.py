@@ -222,7 +222,7 @@ def test_arguments_of_a_walk(recipe, values, tmp_path) -> None:
             "retrace": {"toward": "baseline", "method": "slerp", "t": 0.5},
         },
     }
-    assert walk(retrograde.load, {}, values) == []
+    assert walk(retrograde.load, {"source": schedule}, values) == []
     for key in ("baseline", "pool", "schedule", "accept", "evaluate", "compare", "seed", "keep"):
 
         def load(value, key=key):

@@ -404,6 +404,8 @@ def test_a_stopped_benchmark_leaves_nothing(number: int, said: str, tmp_path: Pa
     child = subprocess.Popen(
         [sys.executable, "-m", "fastmerge", "bench", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background job ignores Ctrl-C, and what it starts does.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     assert child.stderr is not None
     for line in child.stderr:

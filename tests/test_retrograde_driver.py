@@ -110,7 +110,7 @@ def test_equal_accuracies_choose_the_first_in_the_pool() -> None:
 def test_models_without_a_finite_score_are_not_ranked() -> None:
     scores = {1: math.nan, 2: 44.0}
     assert partners(play(make(1), [1.0] * 2, scores)) == [2]
-    with pytest.raises(FastmergeError, match="no pool model has a known accuracy"):
+    with pytest.raises(FastmergeError, match="every pool model scores NaN"):
         next_step(make(1), State(seed=0), {1: math.nan})
 
 

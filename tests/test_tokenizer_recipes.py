@@ -171,7 +171,7 @@ def test_a_sweep_is_scored_with_the_tokenizer_that_it_makes(aligned, tmp_path, m
         seen.append(vocabulary(tokenizer))
         raise fastmerge.FastmergeError("enough")
 
-    monkeypatch.setattr(sweep, "make_scorer", scorer)
+    monkeypatch.setattr(sweep.Scoring, "of", scorer)
     given = recipe({"base": a, "b": b}, weights=(1, 1), tokenizer_source=str(b))
     text = tmp_path / "text.txt"
     text.write_text(TEXTS[0])
@@ -228,8 +228,8 @@ def test_damaged_tokenizers_are_named(maker):
     file = b / "tokenizer.json"
     (b / "tokenizer_config.json").write_text("{}")  # it names tokens too
     for text, wanted in (
-        ("{", "not valid JSON"),
-        ("[]", "must hold an object"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ("{}", "no model.vocab"),
         ('{"model": {"vocab": {"a": -1}}}', "no whole number"),
         ('{"model": {"vocab": [1]}}', "no [piece, score]"),

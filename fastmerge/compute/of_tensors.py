@@ -183,10 +183,9 @@ def _passed(node: Node) -> Merge:
 def _seed(method: Method, seed: Any) -> int | None:
     if not method.random:
         return None
-    if seed is None:
-        raise FastmergeError(f"{method.name} draws at random: give it a seed")
     if not is_whole(seed) or not 0 <= seed < 1 << 64:
-        raise FastmergeError(f"{method.name}: 'seed' must be a whole number in [0, 2^64)")
+        given = "it draws at random" if seed is None else f"not {brief(seed)}"
+        raise FastmergeError(f"{method.name}: 'seed' must be a whole number in [0, 2^64); {given}")
     return int(seed)
 
 

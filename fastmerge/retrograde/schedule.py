@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
 from fastmerge import dtypes
+from fastmerge.arguments import a_flag
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.methods import METHODS, Consensus, Method, known
@@ -418,7 +419,7 @@ def load(source: Any, *, is_scored: bool = False) -> Schedule:
         raise RecipeError(f"{documents[1].where}: a schedule file holds one document")
     is_file = isinstance(source, os.PathLike) or (isinstance(source, str) and "\n" not in source)
     folder = Path(source).parent if is_file else Path()
-    document = for_function(documents[0]) if is_scored else documents[0]
+    document = for_function(documents[0]) if a_flag(is_scored, "is_scored") else documents[0]
     return Schedule(document).replace(text=written, folder=folder)
 
 

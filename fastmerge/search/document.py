@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fastmerge.arguments import a_flag
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.recipe.kinds import keys_of_others
@@ -119,5 +120,5 @@ def load(source: Any, *, is_scored: bool = False) -> SearchFile:
         raise RecipeError(f"{documents[1].where}: the file of a search holds one document")
     is_file = not isinstance(source, Mapping) and "\n" not in str(source)
     folder = Path(os.fspath(source)).parent if is_file else Path()
-    document = for_function(documents[0]) if is_scored else documents[0]
+    document = for_function(documents[0]) if a_flag(is_scored, "is_scored") else documents[0]
     return SearchFile(document).replace(text=written, folder=folder)
