@@ -78,11 +78,14 @@ def measure(
         with getattr(child, name) as stream:
             streams[name] = stream.read()
 
-    threads = [threading.Thread(target=drain, args=(name,)) for name in ("stdout", "stderr")]
-    threads.append(threading.Thread(target=sample))
-    for thread in threads:
-        thread.start()
+    # Of daemons: an interrupt between the lines below must not leave one that the exit waits for.
+    threads = [
+        threading.Thread(target=drain, args=(name,), daemon=True) for name in ("stdout", "stderr")
+    ]
+    threads.append(threading.Thread(target=sample, daemon=True))
     try:
+        for thread in threads:
+            thread.start()
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -92,7 +95,8 @@ def measure(
             child.wait()
         over.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
     if child.returncode:
         raise ResourceError(_fault(words, child.returncode, streams))
     return Usage(
