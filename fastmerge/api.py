@@ -324,6 +324,13 @@ def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     return replace(report, url=url)
 
 
+# What errors say where base and adapter are arguments.
+FOLDING = {
+    **MODELS_ALONE,
+    r"; name it behind its base: .*": "; give the base first, then the adapter",
+}
+
+
 @enough_memory("fold")
 def fold(
     base: str | Path,
@@ -344,13 +351,6 @@ def fold(
     names = [str(a_path(value, name)) for value, name in ((base, "base"), (adapter, "adapter"))]
     with in_words(FOLDING):
         return merge(fold_recipe(*names, dtype=dtype), out, **options)
-
-
-# What errors say where base and adapter are arguments.
-FOLDING = {
-    **MODELS_ALONE,
-    r"; name it behind its base: .*": "; give the base first, then the adapter",
-}
 
 
 def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[str, Any]:

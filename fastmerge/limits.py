@@ -17,9 +17,7 @@ MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home,
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
 MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out
-MAX_DATA_BYTES = (
-    512 << 20
-)  # of one split of an evaluation's data, unpacked; the largest takes 50 MB
-MAX_LABEL_LETTERS = (
-    60  # of a name in a picture: one of 20 000 takes half a minute and 300 MB to draw
-)
+# Of one split of an evaluation's data, unpacked; the largest takes 50 MB.
+MAX_DATA_BYTES = 512 << 20
+# Of a name in a picture: one of 20 000 takes half a minute and 300 MB to draw.
+MAX_LABEL_LETTERS = 60

@@ -171,9 +171,16 @@ def test_tokenizers_are_read_up_to_a_size(tmp_path: Path, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------- servers
 
 
+class Server(ThreadingHTTPServer):
+    """Counts the bytes that it has sent."""
+
+    sent = 0
+
+
 class Hostile(BaseHTTPRequestHandler):
     """Sends what is asked for and more, for as long as somebody listens."""
 
+    server: Server
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -187,7 +194,7 @@ class Hostile(BaseHTTPRequestHandler):
         try:
             while True:
                 self.wfile.write(b"x" * (1 << 20))
-                self.server.sent += 1 << 20  # type: ignore[attr-defined]
+                self.server.sent += 1 << 20
         except OSError:
             self.close_connection = True
 
@@ -196,20 +203,19 @@ class Hostile(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     pytest.importorskip("obstore")
     monkeypatch.setattr(store, "_WAIT_SECONDS", 0.01)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
-    server.sent = 0  # type: ignore[attr-defined]
+    server = Server(("127.0.0.1", 0), Hostile)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-def test_what_a_server_sends_beyond_the_range_is_not_read(hostile: ThreadingHTTPServer) -> None:
+def test_what_a_server_sends_beyond_the_range_is_not_read(hostile: Server) -> None:
     said = refusal(Remote, f"http://127.0.0.1:{hostile.server_port}/m")
     assert "not the 64 bytes that were asked for" in said
-    assert hostile.sent < 1 << 30  # type: ignore[attr-defined]
+    assert hostile.sent < 1 << 30
 
 
 def test_side_files_are_weighed_before_they_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_what_the_pages_name_is_there_after_the_import() -> None:
     assert {"fastmerge.search.run", "fastmerge.evaluation.scorers.register"} <= names
     also = {f"fastmerge.{path.stem}" for path in (ROOT / "fastmerge").glob("[a-z]*.py")}
     also |= {f"fastmerge.{path.parent.name}" for path in (ROOT / "fastmerge").glob("*/__init__.py")}
-    also |= {"fastmerge.methods.register.register", "fastmerge.integrations.peft.installed"}
+    also |= {"fastmerge.methods.registry.register", "fastmerge.integrations.peft.installed"}
     wanted = sorted(names | also)
     done = subprocess.run(
         [sys.executable, "-c", FORKED, *wanted], capture_output=True, text=True, check=True

@@ -375,7 +375,7 @@ def test_errors_are_in_the_words_of_the_call(pair, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("first", ["gram", "models", "entries", "tensors"])
 def test_what_a_method_of_ones_own_raises_is_one_line(first) -> None:
-    from fastmerge.methods.register import unregister
+    from fastmerge.methods import unregister
 
     exec(f"def faulty({first}):\n    return gone", scope := {})
     fastmerge.method(version="1")(scope["faulty"])

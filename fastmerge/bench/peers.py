@@ -67,8 +67,11 @@ def torch(recipe: str, out: str) -> Callable[[], Any]:
     def merge() -> None:
         places: list[dict[str, Any]] = []
         for entry in entries:
-            opened: list[Any] = [safe_open(file, "pt") for file in files_of(Path(entry))]
-            places.append({name: file for file in opened for name in file.keys()})  # noqa: SIM118
+            held: dict[str, Any] = {}
+            for file in files_of(Path(entry)):
+                opened: Any = safe_open(file, "pt")
+                held |= dict.fromkeys(opened.keys(), opened)
+            places.append(held)
         made = {}
         for name in places[0]:
             tensors = [place[name].get_tensor(name) for place in places]

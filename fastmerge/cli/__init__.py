@@ -3,12 +3,12 @@ extract-lora | info | diff | methods | retrograde | sweep | search | bench | com
 mergekit's ``mergekit-yaml | mergekit-multi | mergekit-moe | mergekit-extract-lora``.
 
 Answers go to stdout, progress and remarks to stderr. A user's mistake is one line on stderr and
-exit code 2 (after the usage, where it is in the arguments), Ctrl-C one line and exit code 130, as
+exit code 2, Ctrl-C one line and exit code 130, as
 SIGTERM (143) and SIGHUP (129). A command imports what it needs when it runs: a tiny merge, whole
 process, takes twice as long as to import NumPy (benchmarks/startup.py), and a merge on the CPU
 never imports torch.
 
-Adding a command: a module here with functions decorated by `app.command`, and its name in `main`.
+Adding a command: a module here with functions decorated by `app.command`, its name in `_MODULES`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NoReturn
+
+# In the order of their commands in --help.
+_MODULES = (
+    "merge", "verify", "average", "fold", "moe", "loras", "models", "methods", "retrograde",
+    "search", "bench", "completion", "mergekit", "mergekit_moe", "mergekit_loras",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -30,11 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         from fastmerge.cli.signals import listen
 
         listen()
-        # The order of the imports is the order of the commands in --help.
-        from fastmerge.cli import merge, verify, average, fold, moe, loras  # noqa: F401, I001
-        from fastmerge.cli import models, methods, retrograde, search, bench  # noqa: F401
-        from fastmerge.cli import completion  # noqa: F401
-        from fastmerge.cli import mergekit, mergekit_moe, mergekit_loras  # noqa: F401
+        for name in _MODULES:
+            import_module(f"fastmerge.cli.{name}")
         from fastmerge.cli.app import run
 
         run(sys.argv[1:] if arguments is None else arguments)

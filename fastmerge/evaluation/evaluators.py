@@ -7,17 +7,22 @@ what it is going to ask for; so what it decides and writes is the same for any n
 from __future__ import annotations
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scorers import Scorer
+from fastmerge.evaluation.weights import SCORED
 
 Measure = Callable[[Any], Any]  # from what is asked for to what it comes to; both pickle
 # Makes an evaluator where it runs, from its number, which no other has had, and its threads.
 Make = Callable[[int, int], Measure]
+E = TypeVar("E", bound="Evaluators")
 
 
 class Evaluators(ABC):
@@ -85,6 +90,23 @@ class Evaluators(ABC):
     @abstractmethod
     def _given(self, answer: Any) -> Any:
         """An answer; raises the error that a measurement ended with."""
+
+
+@contextmanager
+def within(folder: Path, open_them: Callable[[], E]) -> Iterator[E]:
+    """The evaluators that ``open_them`` makes, for as long as the context lasts. ``folder``: of the
+    run, in which ``SCORED`` is theirs; gone at the end.
+    """
+    scratch = folder / SCORED
+    if scratch.exists():
+        shutil.rmtree(scratch)  # of a run that was killed
+    evaluators = open_them()
+    try:
+        yield evaluators
+    finally:
+        evaluators.close()
+        # What one of them is still writing as it ends stays until the next run.
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def same_scorer(scorer: Scorer, key: str) -> Scorer:

@@ -7,39 +7,25 @@ that is idle beside it could measure what the lost one did.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.cpu import thread_count
 from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
-from fastmerge.evaluation.evaluators import Evaluators, Make
-from fastmerge.evaluation.weights import SCORED
+from fastmerge.evaluation.evaluators import Evaluators, Make, within
 
 PLACE_SECONDS = 300.0  # in which a cluster without any evaluator must find room for one
 
 
-@contextmanager
 def evaluators_on(
     cluster: str, make: Make, folder: Path, *, device: str = "cpu", threads: int | None = None
-) -> Iterator[RayEvaluators]:
-    """`RayEvaluators`, for as long as the context lasts. ``folder``: of the run, in which
-    ``SCORED`` is theirs; gone at the end.
-    """
-    scratch = folder / SCORED
-    if scratch.exists():
-        shutil.rmtree(scratch)  # of a run that was killed
-    evaluators = RayEvaluators(make, cluster, device=device, threads=threads)
-    try:
-        yield evaluators
-    finally:
-        evaluators.close()
-        # What one of them is still writing as it ends stays until the next run.
-        shutil.rmtree(scratch, ignore_errors=True)
+) -> AbstractContextManager[RayEvaluators]:
+    """`RayEvaluators` `within` the run's ``folder``."""
+    return within(folder, lambda: RayEvaluators(make, cluster, device=device, threads=threads))
 
 
 class RayEvaluators(Evaluators):

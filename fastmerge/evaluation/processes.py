@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, current_process, get_context, parent_process
@@ -24,13 +23,11 @@ from typing import Any
 
 from fastmerge.compute.cpu import thread_count
 from fastmerge.errors import FastmergeError, ResourceError, enough_memory
-from fastmerge.evaluation.evaluators import Evaluators, Make
-from fastmerge.evaluation.weights import SCORED
+from fastmerge.evaluation.evaluators import Evaluators, Make, within
 
 _TRIES = 2  # of one measurement, each in a process that died of it or beside it
 
 
-@contextmanager
 def evaluators_here(
     make: Make,
     folder: Path,
@@ -38,19 +35,9 @@ def evaluators_here(
     *,
     threads: int | None = None,
     say: Callable[[str], None] | None = None,
-) -> Iterator[Processes]:
-    """`Processes`, for as long as the context lasts. ``folder``: of the run, in which ``SCORED`` is
-    theirs; gone at the end.
-    """
-    scratch = folder / SCORED
-    if scratch.exists():
-        shutil.rmtree(scratch)  # of a run that was killed
-    evaluators = Processes(make, count, threads=threads, say=say)
-    try:
-        yield evaluators
-    finally:
-        evaluators.close()
-        shutil.rmtree(scratch, ignore_errors=True)
+) -> AbstractContextManager[Processes]:
+    """`Processes` `within` the run's ``folder``."""
+    return within(folder, lambda: Processes(make, count, threads=threads, say=say))
 
 
 @dataclass(eq=False)

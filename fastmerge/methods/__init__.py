@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastmerge.lazily import loading
 from fastmerge.methods import travel  # noqa: F401 - how rows are pickled
 from fastmerge.methods.plugins import Option, find, known, load, method
-from fastmerge.methods.register import register, unregister
+from fastmerge.methods.registry import register, unregister
 from fastmerge.methods.shapes import Combination, Consensus, Elementwise, Function, Pointwise
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.types import REQUIRED, Method, Parameter
@@ -34,9 +34,6 @@ __all__ = [
     "register",
     "unregister",
 ]
-
-# Its module has the same name, which the function hides: `fastmerge.methods.register.register`.
-register.register = register  # type: ignore[attr-defined]
 
 if not TYPE_CHECKING:  # which would make every misspelt name one that is there
     __getattr__ = loading(__name__)

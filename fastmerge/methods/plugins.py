@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 
 from fastmerge.errors import FastmergeError, RecipeError, brief, nearest
-from fastmerge.methods.register import register
+from fastmerge.methods.registry import register
 from fastmerge.methods.shapes import (
     Combination,
     Consensus,

@@ -175,11 +175,8 @@ class Upload:
         )
         try:
             files = json.loads(bytes(got)).get("files")
-        except (
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ):  # damaged: then nothing is known of what was written
+        # Damaged: then nothing is known of what was written.
+        except (ValueError, AttributeError, RecursionError):
             return []
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]

@@ -257,6 +257,7 @@ class Planner:
             tensors = build.whole(parts[0]) if whole else build.stacked(parts)
         if document is not None:
             self._unused_filters(document, parts)
+            self._unreached_rules(document)
         if is_output:
             self._beside(lead)
         config = output_config(lead.config, dtype, tensors)
@@ -528,12 +529,14 @@ class Planner:
         for text, where in rules.items():
             if not any(text in n for part in parts for i in part.inputs for n in i.view.tensors):
                 self.note(f"{where}: filter '{text}' matches no tensor")
-        for section in document.sections():
-            for setting in section.parameters.values():
-                for number, rule in enumerate(setting.rules):
-                    if any(rule.within(earlier) for earlier in setting.rules[:number]):
-                        self.note(f"{rule.where}: is never reached: the first entry that fits "
-                                  "counts, and one before it fits all that this fits")  # fmt: skip
+
+    def _unreached_rules(self, document: Document) -> None:
+        settings = [s for section in document.sections() for s in section.parameters.values()]
+        for rule in (rule for setting in settings for rule in setting.unreached):
+            self.note(
+                f"{rule.where}: is never reached: the first entry that fits counts, and one before "
+                "it fits all that this fits"
+            )
 
 
 # ---------------------------------------------------------------- refusals

@@ -39,6 +39,15 @@ class Setting:
 
     rules: tuple[Rule, ...]
 
+    @property
+    def unreached(self) -> list[Rule]:
+        """Those that no tensor gets to: an earlier one matches all that they do."""
+        return [
+            rule
+            for number, rule in enumerate(self.rules)
+            if any(rule.within(earlier) for earlier in self.rules[:number])
+        ]
+
     def checked(self, parameter: Parameter) -> Setting:
         """The same with every value of ``parameter``'s kind and in its bounds; raises
         FastmergeError.

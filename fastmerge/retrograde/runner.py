@@ -302,10 +302,8 @@ def _longest_chain(schedule: Schedule, scorer: Scorer) -> int:
     models, side by side; the walk, as far as it is judged, and its one-shot equivalent, beside what
     it is compared with; the report's.
     """
-    settings, stages = (
-        schedule.compare,
-        1 + len(schedule.evaluate.stages if schedule.evaluate else ()),
-    )
+    settings = schedule.compare
+    stages = 1 + len(schedule.evaluate.stages if schedule.evaluate else ())
     own = {"best_single": 0, "greedy_soup": len(schedule.pool)}
     families = [own.get(name, stages) for name in settings.methods] if settings else []
     walked = driver.rounds(schedule) + 1

@@ -111,8 +111,10 @@ class Lab:
     def spare(self) -> Iterator[None]:
         """What is said ahead within is measured when nothing else is to be."""
         self._later = True
-        yield
-        self._later = False
+        try:
+            yield
+        finally:
+            self._later = False
 
     def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
         """What the journal has of a state's scores."""
