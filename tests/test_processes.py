@@ -88,11 +88,18 @@ def test_a_signal_ends_a_command_in_one_line(number: signal.Signals, tmp_path: P
         time.sleep(0.01)
         with suppress(OSError):  # until there is a reader
             pipe = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
+    # Python sees a signal that comes just before it waits only when it has waited.
+    while process.poll() is None and not _is_asleep(process.pid):
+        time.sleep(0.01)
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", f"error: {ENDS[number]}\n")
     assert pipe is not None
     os.close(pipe)
     assert process.returncode == 128 + number
+
+
+def _is_asleep(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
