@@ -37,13 +37,13 @@ from fastmerge.search.expressions import Expr, as_json, is_random, reseeded
 from fastmerge.search.lab import Measurement
 
 HERE = Path(__file__).resolve().parent
-# Of a round, what answers most first: a run may stop anywhere.
+# Of a round, what answers most first: a run may stop anywhere. Optimisers follow the last round:
+# one of them measures as many models as all arms.
 ORDER = (
     "walk_linear", "walk_slerp", "walk_ties", "uniform", "line_search", "anchored", "random_step",
     "walk_dare_ties", "linear", "walk_slerp_layers", "walk_slerp_best", "walk_slerp_previous",
     "walk_slerp_improve", "walk_slerp_anneal", "ties", "collapsed_ties", "collapsed_dare_ties",
     "collapsed_slerp", "dare_ties", "slerp", "task_arithmetic", "greedy_soup", "model_stock",
-    *OPTIMISERS,
 )  # fmt: skip
 MASKS = 3  # of an entry that draws masks: the mean of so many is reported
 
@@ -188,7 +188,7 @@ class Run:
         return key
 
     def search(self) -> None:
-        """Every family of every round, on the steering items."""
+        """On the steering items: every family of every round, then every round's optimisers."""
         self._share = self.given.search_share
         main = self.contest(list(models.RUNS), 0)
         lab = main.lab
@@ -198,12 +198,16 @@ class Run:
         self.record["singles"] = {
             name: self.keep(lab, Model(i), singles[i]) for i, name in enumerate(main.names)
         }
-        for number in range(self.profile.rounds):
-            found: dict[str, Any] = {}
-            self.record["rounds"].append(found)
-            contest = Contest(lab, main.shared, number, self.say)
+        rounds: list[dict[str, Any]] = self.record["rounds"]
+        contests = [Contest(lab, main.shared, n, self.say) for n in range(self.profile.rounds)]
+        for number, contest in enumerate(contests):
+            rounds.append({})
             for entry, owner in self.families(contest, number, singles):
-                found[entry.family] = self.noted(entry, owner)
+                rounds[number][entry.family] = self.noted(entry, owner)
+                self.write()
+        for found, contest in zip(rounds, contests, strict=True):
+            for family in OPTIMISERS if self.profile.optimised else ():
+                found[family] = self.noted(contest.optimiser(family), contest)
                 self.write()
 
     def families(
@@ -222,8 +226,6 @@ class Run:
                 entry = contest.collapsed(family, walks[COLLAPSED[family]])
             elif family == "uniform":
                 entry = contest.uniform()
-            elif family in OPTIMISERS:
-                entry = contest.optimiser(family) if self.profile.optimised else None
             else:
                 entry = contest.rival(family, singles)
             if entry is not None:
