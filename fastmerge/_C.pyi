@@ -198,11 +198,13 @@ def low_rank(
     *,
     factors: NDArray[np.float32] | None = None,
     by_column: bool = False,
+    matrices: int = 1,
 ) -> View:
     """base + scale * (left @ right): an F32 matrix that has no address; every primitive and `copy`
     compute it where they read it.
 
-    left: (rows, rank) and right: (rank, cols), F32 with an address. Entry (i, j) is fp32: the sum
+    left: (rows, rank) and right: (rank, cols), F32 with an address; of several ``matrices``, which
+    take no factors, all lefts one after another and all rights. Entry (i, j) is fp32: the sum
     of left[i, k] * right[k, j] from +0 in the order of k, each a fused multiply-add; one more of
     that sum, the scale and the base's entry; with ``factors``, that times the row's factor, or
     (by_column) the column's. (Hu et al., arXiv:2106.09685, section 4.1; factors: DoRA, Liu et al.,

@@ -163,19 +163,22 @@ def low_rank(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 numbers, flat: ``base + scale * left @ right``.
+    """fp32 numbers, flat: ``base + scale * left @ right``, of a matrix or of several.
 
-    base: flat, of an input type. left: fp32, (rows, rank). right: fp32, (rank, cols). out: as in
-    `dequantised`; not the base.
+    base: flat, of an input type. left: fp32, ([matrices,] rows, rank). right: fp32, ([matrices,]
+    rank, cols). out: as in `dequantised`; not the base.
     """
-    (rows, rank), cols = left.shape, right.shape[1]
+    (rows, rank), cols = left.shape[-2:], right.shape[-1]
     if out is None:
-        out = torch.empty(rows * cols, dtype=torch.float32, device=base.device)
+        out = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
     raw = base.view(_RAW[base.element_size()])
-    launch(
-        low_rank_kernel, _programs(rows, cols), base.device, raw, left, right, out, rows, cols,
-        rank, scale, CODE=CODES[base.dtype], ROWS=ROWS, COLS=COLS,
-    )  # fmt: skip
+    for number in range(base.numel() // (rows * cols)):
+        part = slice(number * rows * cols, (number + 1) * rows * cols)
+        own = (each if each.dim() == 2 else each[number] for each in (left, right))
+        launch(
+            low_rank_kernel, _programs(rows, cols), base.device, raw[part], *own, out[part], rows,
+            cols, rank, scale, CODE=CODES[base.dtype], ROWS=ROWS, COLS=COLS,
+        )  # fmt: skip
     return out
 
 

@@ -141,6 +141,34 @@ def test_as_peft_merges_them(
     assert near(deltas(tmp_path / "out"), peft_deltas(model), 2e-6)
 
 
+def test_of_rslora_it_is_the_sum_that_peft_has_a_root_of_the_rank_too_large(
+    zoo, tmp_path: Path
+) -> None:
+    """PEFT 0.21 keeps ``use_rslora`` for the merged adapter, and lora_alpha at its rank: the scale
+    is the rank's root, where the factors are those for 1.
+    """
+    adapters = [write_adapter(tmp_path / f"a{i}", seed=i, use_rslora=True) for i in range(2)]
+    model, names = peft_model(zoo, adapters)
+    one, two = map(deltas, adapters)
+    for method, row in ADAPTER_METHODS.items():
+        if row.random or method == "task_arithmetic":
+            continue
+        asked = {"density": 0.6} if row.prune else {}
+        rank = 5 if method.endswith("svd") else 8 if method == "cat" else 4
+        cut = rank if method.endswith("svd") else None
+        model.add_weighted_adapter(
+            names, [0.7, 0.4], method, combination_type=method, svd_rank=cut, **asked
+        )
+        out = tmp_path / method
+        fastmerge.merge_adapters(
+            adapters, out, weights=[0.7, 0.4], method=method, rank=cut, **asked
+        )
+        ours, theirs = deltas(out), peft_deltas(model, method)
+        assert near({n: math.sqrt(rank) * own for n, own in ours.items()}, theirs, 2e-6), method
+        if method == "cat":
+            assert near(ours, {n: 0.7 * one[n] + 0.4 * two[n] for n in one}, 1e-6)
+
+
 def _draw_as_we_do(monkeypatch, torch, row, density: float, seed: int, adapters: int) -> None:
     """torch.bernoulli with fastmerge's own draws, in the order in which PEFT asks: what is to be
     compared is what follows from them.

@@ -118,6 +118,19 @@ def test_a_product_of_thin_matrices_is_added(dtype, rows, cols, rank) -> None:
     assert np.array_equal(bits(got), bits(wanted))
 
 
+def test_products_of_a_stack_are_each_matrix_s() -> None:
+    rng = np.random.default_rng(4)
+    count, rows, cols, rank = 3, 5, 70, 3
+    base = rng.normal(size=(count, rows, cols)).astype(np.float32)
+    left = rng.normal(size=(count, rows, rank)).astype(np.float32)
+    right = rng.normal(size=(count, rank, cols)).astype(np.float32)
+    views = [raw(each, "F32") for each in (base, left, right)]
+    wanted = cpu(1).array(_C.low_rank(*views, rank, 0.7, matrices=count))
+    given = [torch.from_numpy(each).to(DEVICE) for each in (base, left, right)]
+    got = leaves.low_rank(given[0].reshape(-1), *given[1:], 0.7).cpu().numpy()
+    assert np.array_equal(bits(got), bits(wanted))
+
+
 # --- whole merges ---
 
 

@@ -176,11 +176,11 @@ View bound_dequantised(const std::string& coding, const View& codes, const View&
 View bound_low_rank(const View& base, const View& left, const View& right, int64_t rank,
                     float scale,
                     const std::optional<py::array_t<float, py::array::c_style>>& factors,
-                    bool by_column) {
+                    bool by_column, int64_t matrices) {
     std::vector<float> each;
     if (factors) each.assign(factors->data(), factors->data() + factors->size());
     auto made = std::make_shared<LowRank>(base.span, left.span, right.span, rank, scale,
-                                          std::move(each), by_column);
+                                          std::move(each), by_column, matrices);
     return View{
         {nullptr, made->count(), DType::kF32, made.get()}, py::make_tuple(base, left, right), made};
 }
@@ -242,7 +242,7 @@ void bind_kernels(py::module_& m) {
         "bad_scale", [](const View& scales) { return bad_scale(scales.span); }, "scales"_a,
         py::call_guard<py::gil_scoped_release>());
     m.def("low_rank", &bound_low_rank, "base"_a, "left"_a, "right"_a, "rank"_a, "scale"_a,
-          py::kw_only(), "factors"_a = py::none(), "by_column"_a = false);
+          py::kw_only(), "factors"_a = py::none(), "by_column"_a = false, "matrices"_a = 1);
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);
     m.def("select_across", &bound_select_across, "pool"_a, "inputs"_a, "bases"_a, "origins"_a,
           "specs"_a, "ends"_a = py::tuple(), "passes"_a = py::none());

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from fastmerge.tree.nodes import (
     Made,
     Node,
     Rows,
+    Stack,
     Stored,
 )
 
@@ -97,7 +99,7 @@ def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.V
     left, right = thin(leaf, backend, fetch)
     parts = (base, backend.tensor(left), backend.tensor(right), leaf.rank, leaf.scale)
     if leaf.magnitude is None:
-        return _C.low_rank(*parts)
+        return _C.low_rank(*parts, matrices=1 if left.ndim == 2 else len(left))
     vectors = lengthened(leaf, left.shape[0], right.shape[1])
     squares = backend.gram([_C.low_rank(*parts)], None, vectors).reshape(-1)
     factors = factors_of(backend.array(fetch(leaf.magnitude)), squares)
@@ -107,11 +109,38 @@ def _low_rank(leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.V
 def thin(
     leaf: LowRank, backend: CpuBackend, fetch: Callable[[Stored], _C.View]
 ) -> tuple[Float32, Float32]:
-    """The factors whose product, times the scale, is added: fp32, (rows, rank) and (rank, cols)."""
-    b = backend.array(fetch(leaf.b)).reshape(-1, leaf.rank)
-    a = backend.array(fetch(leaf.a)).reshape(leaf.rank, -1)
-    left, right = (a.T, b.T) if leaf.transposed else (b, a)
+    """The factors whose product, times the scale, is added: fp32, (rows, rank) and (rank, cols);
+    of all matrices of a stack with as many in front.
+    """
+    a, b = fetch(leaf.a), fetch(leaf.b)
+    stack = leaf.stack
+    if stack is None or stack.one is None:
+        left, right = turned(leaf, backend.array(a), backend.array(b))
+    else:
+        size = leaf.rank * leaf.a.shape[1]
+        own = a.slice(stack.one * size, (stack.one + 1) * size)
+        left = backend.array(_every(b, stack, leaf.b.shape[1])).reshape(-1, leaf.rank)
+        right = backend.array(own).reshape(leaf.rank, -1)
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
+
+
+def turned(leaf: LowRank, a: Any, b: Any) -> tuple[Any, Any]:
+    """The factors that are multiplied, of those stored: NumPy's arrays, or torch's tensors."""
+    if leaf.stack is None:
+        a, b = a.reshape(leaf.rank, -1), b.reshape(-1, leaf.rank)
+    else:
+        a = a.reshape(leaf.stack.matrices, leaf.rank, -1)
+        b = b.reshape(-1, leaf.rank, leaf.stack.matrices).swapaxes(0, 2).swapaxes(1, 2)
+    return (a.swapaxes(-2, -1), b.swapaxes(-2, -1)) if leaf.transposed else (b, a)
+
+
+def _every(b: _C.View, stack: Stack, cols: int) -> _C.View:
+    """The columns of B, as it is stored, that are of one matrix."""
+    size = BY_CODE[b.dtype].bytes_for(1)
+    column = np.arange(stack.one, cols, stack.matrices, dtype=np.uint64)
+    row = np.arange(stack.begin, stack.end, dtype=np.uint64)
+    addresses = (b.address + size * (row[:, None] * cols + column)).ravel().astype(np.uint64)
+    return _C.gathered(addresses, [b.dtype], np.zeros(addresses.size, np.uint8), 1, b.dtype, b)
 
 
 def lengthened(leaf: LowRank, rows: int, cols: int) -> Vectors:

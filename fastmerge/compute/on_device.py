@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from fastmerge.compute.leaves import factors_of, lengthened, matrices
+from fastmerge.compute.leaves import factors_of, lengthened, matrices, turned
 from fastmerge.tree.nodes import Dequantised, Leaf, LowRank, Node, Stored, walk
 
 if TYPE_CHECKING:
@@ -116,9 +116,14 @@ def _chain(leaves: Iterable[Leaf]) -> dict[Leaf, None]:
 
 def _thin(leaf: LowRank, fetch: Callable[[Stored], Tensor]) -> tuple[Tensor, Tensor]:
     """`compute.leaves.thin` on the device."""
-    b = fetch(leaf.b).reshape(-1, leaf.rank).float()
-    a = fetch(leaf.a).reshape(leaf.rank, -1).float()
-    left, right = (a.T, b.T) if leaf.transposed else (b, a)
+    a, b = fetch(leaf.a), fetch(leaf.b)
+    stack = leaf.stack
+    if stack is None or stack.one is None:
+        left, right = turned(leaf, a.float(), b.float())
+    else:
+        own = slice(stack.one * leaf.rank, (stack.one + 1) * leaf.rank)
+        right = a.reshape(leaf.a.shape)[own].float()
+        left = b.reshape(leaf.b.shape)[stack.begin : stack.end, stack.one :: stack.matrices].float()
     return left.contiguous(), right.contiguous()
 
 
@@ -137,7 +142,7 @@ def factor_bytes(root: Node) -> int:
     """Device memory that a tree's adapters take beyond what they store: factors and lengths."""
     leaves = (node for node in walk(root) if isinstance(node, Leaf))
     return sum(
-        4 * (math.prod(leaf.a.shape) + math.prod(leaf.b.shape)) + 8 * max(leaf.shape)
+        4 * leaf.factor_count + 8 * max(leaf.shape)
         for leaf in _chain(leaves)
         if isinstance(leaf, LowRank)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from fastmerge.models.header import (
 )
 from fastmerge.models.links import Home
 from fastmerge.models.model import TensorInfo
+from fastmerge.models.parameters import BASE_LAYER, Parameters
 from fastmerge.models.patterns import Patterns, Targets
 
 CONFIG = "adapter_config.json"
@@ -40,7 +42,7 @@ PREFIX = "base_model.model."  # PEFT's own wrappers
 _MAX_RANK = 1 << 20
 # Settings under which the weights are not W + s B A, and what PEFT calls them.
 _OTHER_FORMS = (
-    "use_qalora", "layer_replication", "target_parameters", "arrow_config", "use_bdlora",
+    "use_qalora", "layer_replication", "arrow_config", "use_bdlora",
     "kasa_config", "monteclora_config", "alora_invocation_tokens", "megatron_config",
 )  # fmt: skip
 # Initialisations that change the base itself, so that the factors are for another.
@@ -57,7 +59,17 @@ _PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".token_adapter.trainable_tokens_delta": "tokens",
 }
-_BASE_LAYER = ".base_layer."  # the module's own weight or bias, stored with its factors
+# What PEFT's modules call their parts, each by an adapter's name too, in a state that was saved
+# without save_pretrained, which leaves that out; and what modules_to_save took the place of.
+_NAMED = (
+    re.compile(r"(.*\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight|\.bias)"),
+    re.compile(
+        r"(.*\.(?:lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta))"
+        r"\.(?!weight$)([^.]+)()"
+    ),
+    re.compile(r"(.*)\.modules_to_save\.([^.]+)(\..+)"),
+)
+_ORIGINAL = ".original_module."
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ class Factors:
     in the adapter's file, of shapes (rank, in, ...) and (out, rank, ...). embedding: of an
     embedding, whose weight is (in, out). magnitude: DoRA's (Liu et al., 2024, arXiv:2402.09353,
     equation 5), ``out`` numbers: the lengths that the rows of W + s B A are given. bias: ``out``
-    numbers that are added to the module's bias, times the scale.
+    numbers that are added to the module's bias, times the scale. parameter: the one of the module
+    that is changed. matrices: of one named by target_parameters, how many lie one after another,
+    each of these sizes, with factors of its own in ``a`` and ``b`` (models/parameters.py).
     """
 
     module: str
@@ -81,6 +95,13 @@ class Factors:
     embedding: bool = False
     magnitude: str | None = None
     bias: str | None = None
+    parameter: str = "weight"
+    matrices: int | None = None
+
+    @property
+    def target(self) -> str:
+        """The name of the tensor that is changed."""
+        return f"{self.module}.{self.parameter}"
 
 
 @dataclass(frozen=True)
@@ -98,15 +119,19 @@ _Parts = dict[str, FileTensor]  # of one module
 class Adapter(Checkpoint):
     """One adapter on disk; safe to share between threads.
 
-    config: adapter_config.json. factors: by module, in file order. saved: tensors that replace the
+    config: adapter_config.json. factors: by module (or parameter, where that is not its weight), in
+    file order. saved: tensors that replace the
     base's (``modules_to_save``, biases, resized embeddings): the name in the model that was trained
-    to the name in the file. tokens: rows that are replaced, by module.
+    to the name in the file. tokens: rows that are replaced, by module. named: the adapter that the
+    tensors are named for, where they are.
     """
 
     factors: dict[str, Factors]
     saved: dict[str, str]
     tokens: dict[str, Tokens]
     targets: Targets
+    parameters: Parameters
+    named: str | None
 
     @classmethod
     def open(cls, path: Path) -> Adapter:
@@ -135,16 +160,21 @@ class Adapter(Checkpoint):
     ) -> None:
         super().__init__(path, config, files, stamp, headers)
         where = str(path / CONFIG)
-        self.targets = Targets(config, where)
-        modules, self.saved = _sorted(self.tensors.values(), str(files[0]))
+        self.targets, self.parameters = Targets(config, where), Parameters(config)
+        modules, self.saved, self.named = _sorted(self.tensors.values(), str(files[0]))
         scales = _Scales(config, where)
         self.factors, self.tokens = {}, {}
+        ordinary = {name for name in modules if self.targets.tell(name)}
+        parameters = self.parameters.of(modules, ordinary, where)
         for name, found in modules.items():
             parts = dict(found)
             rows = parts.pop("tokens", None)
             if rows is not None:
                 self.tokens[name] = _tokens(name, rows, config, where)
-            if parts:
+            if name in parameters:
+                own = _of_parameter(parameters[name], parts, scales, config, str(files[0]))
+                self.factors[own.target.removesuffix(".weight")] = own
+            elif parts:
                 # PEFT scales the embeddings' factors by the rank that the head would have.
                 scale = partial(scales.of, name, checked=not self._is_only_tied(name))
                 self.factors[name] = _factors(name, parts, scale, config, str(files[0]))
@@ -161,6 +191,16 @@ class Adapter(Checkpoint):
         return self.config.get("base_model_name_or_path") or None
 
     @property
+    def remark(self) -> str | None:
+        """What is to be told of how its tensors are named."""
+        if self.named is None:
+            return None
+        return (
+            f"'{self.path}' names its tensors for the adapter '{self.named}', as state_dict does: "
+            "they are taken as save_pretrained writes them"
+        )
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, rising."""
         return tuple(sorted({each.rank for each in self.factors.values()}))
@@ -173,7 +213,9 @@ class Adapter(Checkpoint):
 
     def _check_targets(self, where: str) -> None:
         """PEFT leaves out what the config does not name, in silence."""
-        for name in self.factors:
+        for name, own in self.factors.items():
+            if own.matrices is not None:
+                continue
             if self.targets.tell(name) is False and not self._is_only_tied(name):
                 raise ModelError(
                     f"{where}: target_modules, exclude_modules and layers_to_transform leave out "
@@ -238,6 +280,11 @@ def _check_kind(config: Mapping[str, Any], where: Path) -> None:
         )
     for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         _check_names(config.get(key), f"{where}: '{key}'")
+    given = config.get("target_parameters")
+    if not (given is None or _all(given, lambda x: isinstance(x, str))):
+        raise ModelError(
+            f"{where}: 'target_parameters' must be a list of names, not {brief(given)}"
+        )
     layers = config.get("layers_to_transform")
     if not (layers is None or is_whole(layers) or _all(layers, is_whole)):
         raise ModelError(f"{where}: 'layers_to_transform' must be layer numbers")
@@ -258,14 +305,21 @@ def _all(value: Any, is_one: Any) -> bool:
 # --- the tensors ---
 
 
-def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]]:
-    """The tensors by module and part, and those that replace the base's, by its name for them."""
+def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str], str | None]:
+    """The tensors by module and part, those that replace the base's, by its name for them, and the
+    adapter that all are named for.
+    """
     modules: dict[str, _Parts] = {}
     saved: dict[str, str] = {}
+    names: dict[str | None, str] = {}
     for info in tensors:
         check_letters(info.name, where)
-        plain = info.name.removeprefix(PREFIX)
+        plain, named = _without_adapter(info.name.removeprefix(PREFIX))
+        if _ORIGINAL in plain:
+            continue
         ending = next((end for end in _PARTS if plain.endswith(end)), None)
+        if named is not None or ending is not None:
+            names.setdefault(named, info.name)
         if not info.dtype.mergeable:
             raise UnsupportedError(
                 f"{where}: tensor {show(info.name)} is {info.dtype.name}, which has no kernels; "
@@ -280,9 +334,31 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
                 f"{where}: tensor {show(info.name)} is no part of a LoRA that is known "
                 f"(known: {', '.join(end.lstrip('.') for end in _PARTS)})"
             )
-        elif saved.setdefault(plain.replace(_BASE_LAYER, "."), info.name) != info.name:
+        elif saved.setdefault(_of_base(plain), info.name) != info.name:
             raise ModelError(f"{where}: tensor {show(info.name)} is there twice")
-    return modules, saved
+    if len(names) > 1:
+        first, second, *_ = names.values()
+        raise ModelError(
+            f"{where}: tensors {show(first)} and {show(second)} are of two adapters; save one of "
+            "them with save_pretrained"
+        )
+    return modules, saved, next(iter(names), None)
+
+
+def _without_adapter(name: str) -> tuple[str, str | None]:
+    """A tensor's name as save_pretrained writes it, and the adapter's that it has beside."""
+    for pattern in _NAMED:
+        found = pattern.fullmatch(name)
+        if found is not None:
+            return f"{found[1]}{found[3]}", found[2]
+    return name, None
+
+
+def _of_base(name: str) -> str:
+    """The base's name for a tensor, without the layers that PEFT put around its module."""
+    while f"{BASE_LAYER}." in name:
+        name = name.replace(f"{BASE_LAYER}.", ".")
+    return name
 
 
 def check_letters(name: str, where: str) -> None:
@@ -337,6 +413,38 @@ def _factors(
     )  # fmt: skip
 
 
+def _of_parameter(
+    target: str, parts: _Parts, scales: _Scales, config: Mapping[str, Any], where: str
+) -> Factors:
+    """Of what target_parameters names: as many products as the rank that the config says goes into
+    the factors'.
+    """
+    module, _, parameter = target.rpartition(".")
+    if set(parts) != {"a", "b"}:
+        there = next(iter(parts.values()))
+        raise ModelError(
+            f"{where}: '{target}', which target_parameters names, needs a lora_A and a lora_B and "
+            f"nothing else ({show(there.name)} is there); save the adapter again"
+        )
+    for key in ("use_dora", "lora_bias"):
+        if config.get(key):
+            raise ModelError(
+                f"{where}: '{key}' is set, which PEFT does not take for what target_parameters "
+                f"names ('{target}'); one of the two files is stale"
+            )
+    a, b = parts["a"], parts["b"]
+    rank = scales.rank_of(target)
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank:
+        raise ModelError(
+            f"{where}: the factors of '{target}' are {list(a.shape)} and {list(b.shape)}, not "
+            f"(experts x {rank}, in) and (out, {rank} x experts)"
+        )
+    return Factors(
+        module, a.name, b.name, rank, b.shape[0], a.shape[1], scales.of(target, rank),
+        parameter=parameter, matrices=a.shape[0] // rank,
+    )  # fmt: skip
+
+
 def _tokens(module: str, rows: TensorInfo, config: Mapping[str, Any], where: str) -> Tokens:
     """``trainable_token_indices``: the rows of the embeddings, or of each module by its name."""
     given = config.get("trainable_token_indices")
@@ -370,11 +478,15 @@ class _Scales:
         where = f"{self._where}: '{key}'"
         return Patterns({k: check(v, f"{where} of '{k}'") for k, v in given.items()}, where)
 
+    def rank_of(self, module: str) -> int:
+        """What the config says of a module's rank."""
+        return int(self._ranks.of(module, self._rank))
+
     def of(self, module: str, rank: int, *, checked: bool = True) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r), of a module whose factors have this rank, which
         is ``checked`` against what the config says.
         """
-        said = self._ranks.of(module, self._rank)
+        said = self.rank_of(module)
         if checked and said != rank:
             raise ModelError(
                 f"{self._where}: rank {said} for '{module}', whose factors have rank {rank}; one "

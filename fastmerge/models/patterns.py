@@ -108,15 +108,15 @@ class Patterns:
 
     def of(self, module: str, default: V) -> Any | V:
         """The value for a module of this name."""
-        starts = list(_starts(module))
-        found = [self._plain[module[at:]] for at in starts if module[at:] in self._plain]
+        begins = list(starts(module))
+        found = [self._plain[module[at:]] for at in begins if module[at:] in self._plain]
         for pattern, number, value in self._others:
-            if any(pattern.fits(module, at) for at in starts):
+            if any(pattern.fits(module, at) for at in begins):
                 found.append((number, value))
         return min(found, key=lambda each: each[0])[1] if found else default
 
 
-def _starts(module: str) -> Iterable[int]:
+def starts(module: str) -> Iterable[int]:
     """Where its parts begin: at 0, and behind each dot."""
     return (0, *(at + 1 for at, letter in enumerate(module) if letter == "."))
 
@@ -127,7 +127,10 @@ class Targets:
     """
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self._wanted = _names(config.get("target_modules"), f"{where}: target_modules")
+        wanted = config.get("target_modules")
+        if wanted is None and config.get("target_parameters"):
+            wanted = []
+        self._wanted = _names(wanted, f"{where}: target_modules")
         self._unwanted = _names(config.get("exclude_modules"), f"{where}: exclude_modules")
         layers = config.get("layers_to_transform")
         numbers = [layers] if isinstance(layers, int) else layers
@@ -158,7 +161,7 @@ class Targets:
         places = []  # the first stack's first number counts, however many stacks are named
         for number in re.finditer(rf"(?<=\.){LAYER_NUMBER}(?=\.)", module):
             before = module[: number.start() - 1]
-            orders = [self._stacks.get(before[at:]) for at in _starts(before)]
+            orders = [self._stacks.get(before[at:]) for at in starts(before)]
             places += [
                 (order, number.start(), int(number[1])) for order in orders if order is not None
             ]
@@ -176,7 +179,7 @@ def _names(value: Any, where: str) -> frozenset[str] | _Expression | None:
 def _is_among(module: str, names: frozenset[str] | _Expression) -> bool:
     if isinstance(names, _Expression):
         return names.fits(module)
-    return any(module[at:] in names for at in _starts(module))
+    return any(module[at:] in names for at in starts(module))
 
 
 def followed(section: Any, moves: Mapping[str, Iterable[str]], where: str) -> Any:

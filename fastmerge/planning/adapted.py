@@ -18,7 +18,7 @@ from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.adapter import Adapter, Factors
 from fastmerge.models.architecture import ends, layer_of
-from fastmerge.models.config import CAUSAL, classes_of, is_tied
+from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type, text_config
 from fastmerge.models.header import show
 from fastmerge.models.names import moved_part, prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
@@ -26,10 +26,11 @@ from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
 from fastmerge.once import cached_property
 from fastmerge.planning.config import set_tokens
+from fastmerge.planning.experts import IN_OUT, Module, Place, stacked
 from fastmerge.planning.inputs import TensorPlan, View
 from fastmerge.planning.precision import as_numbers
 from fastmerge.tree.collapse import weighted_sum
-from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stored
+from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stack, Stored
 
 _MAX_PREFIXES = 4  # beginnings that a wrapper gives its parts; llava has three
 _HEAD = "lm_head.weight"
@@ -62,12 +63,17 @@ class _Adapted:
             )
 
     def view(self) -> View:
+        if self.adapter.remark:
+            self.note(self.adapter.remark)
         names = self._names()
         self._check_whole(names)
         for wanted, stored in self.saved.items():
             self._replace(names[wanted], stored)
         for module, factors in self.factors.items():
-            self._add(names[_weight(module)], factors)
+            if factors.matrices is not None:
+                self._add_to_parameter(names[factors.target], factors)
+                continue
+            self._add(names[factors.target], factors)
             if factors.bias is not None:
                 self._add_bias(names[f"{module}.bias"], factors.bias, factors.scale)
         for module, tokens in self.adapter.tokens.items():
@@ -94,17 +100,18 @@ class _Adapted:
     def _names(self) -> dict[str, str]:
         """The base's name for each tensor that the adapter changes; a tied head's is added."""
         wanted = dict.fromkeys(self._wanted())
-        names = {name: name for name in wanted if name in self.tensors}
+        there = self.tensors.keys() | self._stacked.keys()
+        names = {name: name for name in wanted if name in there}
         lost = [name for name in wanted if name not in names]
-        for _ in range(_MAX_PREFIXES):
+        for _ in range(_MAX_PREFIXES if lost else 0):
             taken = set(names.values())
-            rest = [name for name in self.tensors if name not in taken]
+            rest = [name for name in (*self.tensors, *self._stacked) if name not in taken]
             pair = renamed(lost, rest) or moved_part(lost, rest)
             if pair is None:
                 break
             a, b = pair
             moved = {n: b + n[len(a) :] for n in lost if n.startswith(a)}
-            names |= {name: to for name, to in moved.items() if to in self.tensors}
+            names |= {name: to for name, to in moved.items() if to in there}
             lost = [name for name in lost if name not in names]
             hint = prefix_hint(a, str(self.adapter.path), b, self.base.label)
             self.note(f"{hint.partition('; rename')[0]}: they are taken for the same tensors")
@@ -125,7 +132,7 @@ class _Adapted:
         return names
 
     def _wanted(self) -> Iterator[str]:
-        yield from map(_weight, self.factors)
+        yield from (factors.target for factors in self.factors.values())
         yield from (f"{f.module}.bias" for f in self.factors.values() if f.bias is not None)
         yield from map(_weight, self.adapter.tokens)
         yield from self.saved
@@ -143,23 +150,33 @@ class _Adapted:
 
     def _check_whole(self, names: Mapping[str, str]) -> None:
         """Modules in all other layers of the stack, that the config means as well, have factors."""
-        adapter, base = self.adapter, self.base
-        have = {names[_weight(module)] for module in self.factors}
-        kinds = {(place.stack, place.rest) for place in map(layer_of, have) if place is not None}
+        base = self.base
+        have = {names[factors.target]: factors for factors in self.factors.values()}
+        kinds = {
+            (place.stack, place.rest): factors.matrices is not None
+            for name, factors in have.items()
+            if (place := layer_of(name)) is not None
+        }
         lost = [
             name
-            for name in base.tensors
+            for name in (*base.tensors, *self._stacked)
             if name not in have
             and (place := layer_of(name)) is not None
             and (place.stack, place.rest) in kinds
             and place.number < base.count(place.stack)
-            and adapter.targets.tell(name.removesuffix(".weight")) is not False
+            and self._means(name, parameter=kinds[place.stack, place.rest])
         ]
         if lost:
             rest = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise self._stranger(
                 f"has no factors for '{lost[0]}'{rest}, which its target_modules mean"
             )
+
+    def _means(self, name: str, *, parameter: bool) -> bool:
+        """Whether the adapter's config means a tensor of the base, or does not say."""
+        if parameter:
+            return self.adapter.parameters.tell(name)
+        return self.adapter.targets.tell(name.removesuffix(".weight")) is not False
 
     def _stranger(self, what: str) -> FastmergeError:
         named = self.adapter.base_name
@@ -215,6 +232,62 @@ class _Adapted:
             lengths, shape,
         )  # fmt: skip
         self.tensors[name] = TensorPlan(name, shape, tensor.dtype, root)
+
+    def _add_to_parameter(self, name: str, factors: Factors) -> None:
+        """To what ``target_parameters`` names: one matrix or a stack, which may be stored as one
+        tensor for each expert.
+        """
+        own, matrices = self._stacked.get(name), factors.matrices or 1
+        made = (factors.out_size, factors.in_size)
+        places = (Place(name),) if own is None else own.places
+        for place in places:
+            tensor, leaf = self._leaf(place.name)
+            shape, of_one = tensor.shape, made
+            if place.one is not None:
+                of_one = (place.end - place.begin, made[1])
+                fits = shape == of_one and own is not None and own.matrices == matrices
+                fits = fits and made[0] == max(each.end for each in places)
+                turned = False
+            else:
+                count = shape[0] if len(shape) == 3 else 1
+                flat = count == matrices and shape[-2:] == made
+                turned = count == matrices and len(shape) == 3 and shape[-2:] == made[::-1]
+                turned = turned and (not flat or self._is_in_out)
+                fits = len(shape) in (2, 3) and (flat or turned)
+            if not fits:
+                raise self._stranger(
+                    f"makes {matrices} of {made[0]} x {made[1]} for '{factors.target}', but "
+                    f"'{place.name}' of '{self.base.label}' is {list(shape)}"
+                )
+            stack = Stack(matrices, place.one, place.begin, place.end)
+            root = LowRank(
+                leaf, self._stored(factors.a), self._stored(factors.b), factors.scale, turned, None,
+                shape, stack=stack,
+            )  # fmt: skip
+            self.tensors[place.name] = TensorPlan(place.name, shape, tensor.dtype, root)
+
+    @cached_property
+    def _stacked(self) -> dict[str, Module]:
+        """What the base's modules have in other forms than its files."""
+        named = any(factors.matrices is not None for factors in self.factors.values())
+        return stacked(self.tensors) if named else {}
+
+    @cached_property
+    def _is_in_out(self) -> bool:
+        """Whether experts are stored as (in, out), where their shapes do not tell: by those that
+        tell, else by the model's class.
+        """
+        told = set()
+        for factors in self.factors.values():
+            tensor = self.tensors.get(factors.target)
+            made = (factors.out_size, factors.in_size)
+            if factors.matrices and tensor and len(tensor.shape) == 3 and made[0] != made[1]:
+                told.add(tensor.shape[1:] == made[::-1])
+        if len(told) == 1:
+            return told.pop()
+        return any(
+            model_type(part) in IN_OUT for part in (self.base.config, text_config(self.base.config))
+        )
 
     @cached_property
     def _is_conv1d(self) -> bool:

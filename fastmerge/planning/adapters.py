@@ -154,6 +154,8 @@ class _Merging:
     def plan(self, seed: int | None) -> AdapterMerge:
         for entry, adapter in zip(self.recipe.models, self.adapters, strict=True):
             _check_kind(adapter, entry.model, entry.at("model"))
+            if adapter.remark:
+                self.notes.append(adapter.remark)
         base = self._base()
         self._check_targets()
         joined = tuple(self._joined(module) for module in self._modules)
@@ -383,6 +385,11 @@ def _check_kind(adapter: Adapter, name: str, where: str) -> None:
     """Raises UnsupportedError for what is no sum of products of two factors."""
     instead = "fold it into its base, and merge the models"
     for module, own in adapter.factors.items():
+        if own.matrices is not None:
+            raise UnsupportedError(
+                f"{where}: '{name}' adapts a parameter ({show(module)}, by target_parameters), "
+                f"which PEFT does not merge either; {instead}"
+            )
         if own.magnitude is not None:
             raise UnsupportedError(
                 f"{where}: '{name}' is a DoRA adapter, whose magnitudes belong to its own base; "

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,13 +107,25 @@ class Dequantised(Leaf):
         return f"{self.codes.key} times {self.scales.key} {self.coding!r}"
 
 
+class Stack(NamedTuple):
+    """Factors of several matrices in one (models/parameters.py): rows e*rank + k of A and columns
+    k*matrices + e of B are matrix e's. one: the only one that is meant, of whose product the rows
+    from ``begin`` to ``end`` are; None: all.
+    """
+
+    matrices: int
+    one: int | None = None
+    begin: int = 0
+    end: int = 0
+
+
 @dataclass(frozen=True)
 class LowRank(Leaf):
     """``base + scale * B @ A``: what an adapter makes of a weight (models/adapter.py).
 
     a: (rank, in, ...), b: (out, rank, ...). transposed: the weight is (in, out), to which the
     product's transpose is added. magnitude: ``out`` numbers, the lengths that DoRA gives the sum's
-    rows, or its columns where it is transposed.
+    rows, or its columns where it is transposed. stack: of experts, whose factors are in one.
     """
 
     base: Leaf  # not made from merges
@@ -124,13 +136,21 @@ class LowRank(Leaf):
     magnitude: Stored | None
     shape: tuple[int, ...]
     dtype: DType = F32
+    stack: Stack | None = None
 
     def __hash__(self) -> int:
         return hash((self.a.model, self.a.name))
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // (1 if self.stack is None else self.stack.matrices)
+
+    @property
+    def factor_count(self) -> int:
+        """Numbers of A and B that it is made with."""
+        if self.stack is not None and self.stack.one is not None:
+            return (self.stack.end - self.stack.begin + self.a.shape[1]) * self.rank
+        return math.prod(self.a.shape) + math.prod(self.b.shape)
 
     @property
     def own(self) -> Stored | None:
@@ -145,6 +165,8 @@ class LowRank(Leaf):
     def key(self) -> str:
         lengths = None if self.magnitude is None else self.magnitude.key
         factors = f"{self.b.key} {self.a.key} {self.transposed} {lengths}"
+        if self.stack is not None:
+            factors += f" {tuple(self.stack)}"
         return f"{self.base.key} + {self.scale.hex()} * {factors}"
 
 
