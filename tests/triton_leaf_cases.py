@@ -215,6 +215,41 @@ def test_adapters_over_one_base(method, config, zoo, tmp_path) -> None:
     assert not any("CPU" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("form", ["stack", "each"])
+def test_an_adapter_on_stacked_experts(form, zoo, tmp_path) -> None:
+    rng = np.random.default_rng(6)
+    count, rows, cols, rank = 3, 10, 6, 2
+    head = "model.layers.0.mlp.experts"
+    made = rng.normal(size=(count, rows, cols))
+    named = {f"{head}.gate_up_proj": made}
+    if form == "each":
+        halves = {"gate_proj": made[:, :5], "up_proj": made[:, 5:]}
+        named = {
+            f"{head}.{i}.{part}.weight": half[i] for part, half in halves.items() for i in range(3)
+        }
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 1}
+    base = zoo.raw("base", {n: ("BF16", bf16(own)) for n, own in named.items()}, config)
+    models = []
+    for name in "ab":
+        shapes = {"A": (count * rank, cols), "B": (rows, count * rank)}
+        factors = {
+            f"base_model.model.{head}.lora_{part}.weight": (
+                "F32", rng.normal(size=shape).astype(np.float32)
+            )
+            for part, shape in shapes.items()
+        }  # fmt: skip
+        folder = zoo.raw(name, factors)
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        said = {
+            "peft_type": "LORA", "r": rank, "lora_alpha": 5,
+            "target_parameters": ["experts.gate_up_proj"],
+        }  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+        models.append(f"{base}+{folder}")
+    report = same_bytes(merged("ties", base, *models), tmp_path)
+    assert not any("CPU" in note for note in report.notes)
+
+
 def test_an_adapter_over_codes(zoo, tmp_path) -> None:
     base = zoo.base(layers=1)
     codes = coded(zoo, "coded", base)

@@ -119,7 +119,7 @@ def thin(
     else:
         size = leaf.rank * leaf.a.shape[1]
         own = a.slice(stack.one * size, (stack.one + 1) * size)
-        left = backend.array(_every(b, stack, leaf.b.shape[1])).reshape(-1, leaf.rank)
+        left = backend.array(_every(b, stack, stack.one, leaf.b.shape[1])).reshape(-1, leaf.rank)
         right = backend.array(own).reshape(leaf.rank, -1)
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
 
@@ -134,10 +134,10 @@ def turned(leaf: LowRank, a: Any, b: Any) -> tuple[Any, Any]:
     return (a.swapaxes(-2, -1), b.swapaxes(-2, -1)) if leaf.transposed else (b, a)
 
 
-def _every(b: _C.View, stack: Stack, cols: int) -> _C.View:
+def _every(b: _C.View, stack: Stack, one: int, cols: int) -> _C.View:
     """The columns of B, as it is stored, that are of one matrix."""
     size = BY_CODE[b.dtype].bytes_for(1)
-    column = np.arange(stack.one, cols, stack.matrices, dtype=np.uint64)
+    column = np.arange(one, cols, stack.matrices, dtype=np.uint64)
     row = np.arange(stack.begin, stack.end, dtype=np.uint64)
     addresses = (b.address + size * (row[:, None] * cols + column)).ravel().astype(np.uint64)
     return _C.gathered(addresses, [b.dtype], np.zeros(addresses.size, np.uint8), 1, b.dtype, b)

@@ -70,16 +70,16 @@ def stacked(tensors: Mapping[str, TensorPlan]) -> dict[str, Module]:
         parts = sorted({part for _, part in group})
         if parts == [1]:  # experts without a gate
             parameter = f"{parameter.removesuffix('gate_up_proj')}up_proj"
-        count = max(expert for expert, _ in group) + 1
+        count = max(number for number, _ in group) + 1
         if len(group) != count * len(parts):
             continue  # not all are there
         places = []
-        for expert in range(count):
+        for number in range(count):
             begin = 0
             for part in parts:
-                name = group[expert, part]
+                name = group[number, part]
                 end = begin + tensors[name].shape[0]
-                places.append(Place(name, expert, begin, end))
+                places.append(Place(name, number, begin, end))
                 begin = end
         module = Module(tuple(places), count)
         found[parameter] = module
