@@ -59,7 +59,7 @@ struct CombineArgsOf {
     int64_t count;
 };
 using CombineArgs = CombineArgsOf<float>;
-using WideCombineArgs = CombineArgsOf<double>;  // of fp32, never divided
+using WideCombineArgs = CombineArgsOf<double>;  // never divided; of fp32 where per_element
 
 // One delta's part in a consensus: D = (x - base) * (kept ? on : off), then * weight when rescaled,
 // or after the election where that is of unweighted deltas; share: its part of the divisor.
@@ -228,7 +228,7 @@ struct Kernels {
     void (*gram_columns)(const float* const* inputs, int vectors, int64_t count, double* sums);
     void (*subtract)(const float* base, float* in_out, int64_t count);  // in_out -= base
     void (*combine[kDTypes])(const CombineArgs& args);
-    void (*combine_wide)(const WideCombineArgs& args);
+    void (*combine_wide[kDTypes])(const WideCombineArgs& args);
     void (*consensus[kDTypes])(const ConsensusArgs& args);
     void (*count_keys[kDTypes])(const DeltaArgs& args, Window* windows);
     void (*count_ties[kDTypes])(const DeltaArgs& args, TieWindow* windows);

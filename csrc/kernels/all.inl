@@ -30,7 +30,7 @@
      &gram_columns,                                                    \
      &subtract,                                                        \
      FM_EACH_TYPE(combine),                                            \
-     &combine_wide,                                                    \
+     FM_EACH_TYPE(combine_wide),                                       \
      FM_EACH_TYPE(consensus),                                          \
      FM_EACH_TYPE(count_keys),                                         \
      FM_EACH_TYPE(count_ties),                                         \

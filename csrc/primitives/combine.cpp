@@ -14,7 +14,7 @@ Number start_of(int nonzero) {
 }
 
 void run(const CombineArgs& args, size_t type) { kernels().combine[type](args); }
-void run(const WideCombineArgs& args, size_t) { kernels().combine_wide(args); }
+void run(const WideCombineArgs& args, size_t type) { kernels().combine_wide[type](args); }
 
 // Number: what it is computed in; `reads`: what the kernel takes.
 template <class Number>
@@ -88,7 +88,8 @@ int64_t combine(Pool& pool, const std::vector<Span>& inputs,
     if (out.dtype() == DType::kRaw) throw std::invalid_argument("the output must not be RAW");
     if (wide) {
         if (divisor) throw std::invalid_argument("a wide sum has no divisor");
-        return combine_in<double>(pool, inputs, coefficients, out, 1.0f, vectors, DType::kF32);
+        const DType reads = vectors.axis == Axis::kColumns ? DType::kF32 : out.dtype();
+        return combine_in<double>(pool, inputs, coefficients, out, 1.0f, vectors, reads);
     }
     return combine_in<float>(pool, inputs, {coefficients.begin(), coefficients.end()}, out,
                              divisor ? static_cast<float>(*divisor) : 1.0f, vectors, out.dtype());

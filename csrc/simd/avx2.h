@@ -16,6 +16,7 @@ struct Mask {
 struct Doubles {
     __m256d low, high;
 };
+using Wide = Doubles;  // one Floats in fp64
 
 FM_INLINE __m128i load_half(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));
@@ -224,4 +225,13 @@ FM_INLINE __m256d widen_high(Floats a) { return _mm256_cvtps_pd(_mm256_extractf1
 FM_INLINE Doubles accumulate(Doubles c, const Floats* x) {
     return {_mm256_add_pd(_mm256_add_pd(c.low, widen_low(x[0])), widen_high(x[0])),
             _mm256_add_pd(_mm256_add_pd(c.high, widen_low(x[1])), widen_high(x[1]))};
+}
+FM_INLINE Wide spread(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
+// c + a * b, the product and the sum each rounded.
+FM_INLINE Wide add_product(Floats a, Wide b, Wide c) {
+    return {_mm256_add_pd(c.low, _mm256_mul_pd(widen_low(a), b.low)),
+            _mm256_add_pd(c.high, _mm256_mul_pd(widen_high(a), b.high))};
+}
+FM_INLINE Floats narrow(Wide a) {
+    return {_mm256_set_m128(_mm256_cvtpd_ps(a.high), _mm256_cvtpd_ps(a.low))};
 }

@@ -16,6 +16,10 @@ struct Mask {
 struct Doubles {
     __m512d v;
 };
+// One Floats in fp64.
+struct Wide {
+    __m512d low, high;
+};
 
 FM_INLINE __m256i load_half(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -198,11 +202,25 @@ FM_INLINE Doubles subtract_single(Doubles a, Doubles b) {
 FM_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
     return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
+FM_INLINE Wide widen(Floats a) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)),
+            _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+}
 FM_INLINE Doubles add_half(Doubles c, __m512 half) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(half));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(half, 1));
-    return {_mm512_add_pd(_mm512_add_pd(c.v, low), high)};
+    const Wide wide = widen(Floats{half});
+    return {_mm512_add_pd(_mm512_add_pd(c.v, wide.low), wide.high)};
 }
 FM_INLINE Doubles accumulate(Doubles c, const Floats* x) {
     return add_half(add_half(c, first_half(x)), last_half(x));
+}
+FM_INLINE Wide spread(double a) { return {_mm512_set1_pd(a), _mm512_set1_pd(a)}; }
+// c + a * b, the product and the sum each rounded.
+FM_INLINE Wide add_product(Floats a, Wide b, Wide c) {
+    const Wide x = widen(a);
+    return {_mm512_add_pd(c.low, _mm512_mul_pd(x.low, b.low)),
+            _mm512_add_pd(c.high, _mm512_mul_pd(x.high, b.high))};
+}
+FM_INLINE Floats narrow(Wide a) {
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.low)),
+                               _mm512_cvtpd_ps(a.high), 1)};
 }

@@ -16,6 +16,10 @@ struct Mask {
 struct Doubles {
     float64x2_t v[kSumLanes / 2];
 };
+// One Floats in fp64.
+struct Wide {
+    float64x2_t low, high;
+};
 
 // Loads and stores by bytes: tensors promise no alignment.
 FM_INLINE uint8x16_t load_bytes(const void* from) {
@@ -162,3 +166,10 @@ FM_INLINE Doubles accumulate(Doubles c, const Floats* x) {
     for (int i = 0; i < kSumLanes / 2; ++i) c.v[i] = vaddq_f64(c.v[i], wide.v[i]);
     return c;
 }
+FM_INLINE Wide spread(double a) { return {vdupq_n_f64(a), vdupq_n_f64(a)}; }
+// c + a * b, the product and the sum each rounded.
+FM_INLINE Wide add_product(Floats a, Wide b, Wide c) {
+    return {vaddq_f64(c.low, vmulq_f64(vcvt_f64_f32(vget_low_f32(a.v)), b.low)),
+            vaddq_f64(c.high, vmulq_f64(vcvt_high_f64_f32(a.v), b.high))};
+}
+FM_INLINE Floats narrow(Wide a) { return {vcvt_high_f32_f64(vcvt_f32_f64(a.low), a.high)}; }

@@ -16,6 +16,10 @@ struct Mask {
 struct Doubles {
     double v[kSumLanes];
 };
+// One Floats in fp64.
+struct Wide {
+    double v[kLanes];
+};
 
 #define FM_EACH for (int lane = 0; lane < kLanes; ++lane)
 
@@ -207,6 +211,21 @@ FM_INLINE Doubles accumulate(Doubles c, const Floats* x) {
     FM_EACH c.v[lane] += x[0].v[lane];
     FM_EACH c.v[lane + kLanes] += x[1].v[lane];
     return c;
+}
+FM_INLINE Wide spread(double a) {
+    Wide r;
+    FM_EACH r.v[lane] = a;
+    return r;
+}
+// c + a * b, the product and the sum each rounded.
+FM_INLINE Wide add_product(const Floats& a, const Wide& b, Wide c) {
+    FM_EACH c.v[lane] += static_cast<double>(a.v[lane]) * b.v[lane];
+    return c;
+}
+FM_INLINE Floats narrow(const Wide& a) {
+    Floats r;
+    FM_EACH r.v[lane] = static_cast<float>(a.v[lane]);
+    return r;
 }
 #undef FM_EACH_SUM
 #undef FM_EACH
