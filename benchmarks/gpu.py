@@ -128,7 +128,8 @@ def build() -> None:
 
 def run_tests(log: Path, seconds: float, *, rehearse: bool) -> dict[str, Any]:
     """The whole GPU test suite: whether it passed, its last lines; all that it says in ``log``."""
-    names = ("triton_cases.py", "triton_resident_cases.py", "triton_stream_cases.py")
+    cases = ("", "_draw", "_resident", "_stream")
+    names = [f"triton{case}_cases.py" for case in cases]
     # A file that cannot be imported must not keep the others from running.
     pytest = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     pytest = [sys.executable, *pytest, *(str(ROOT / "tests" / name) for name in names), "-k"]

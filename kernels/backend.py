@@ -28,8 +28,6 @@ class TritonBackend:
     def takes(node: Any, parts: Sequence[Any], /) -> str | None:
         if not node.method.on_gpu:
             return f"is merged by {node.method.name}, which has no GPU kernel"
-        if node.method.ranks(node.values, node.operand_values):
-            return f"is merged by {node.method.name}, whose ranks in rows the GPU does not take"
         most = MAX_INPUTS - node.method.beside
         if len(parts) > most:
             return f"has {len(parts)} inputs and the GPU kernels take {most}"

@@ -8,7 +8,7 @@ same bit on every GPU, on AMD and in Triton's interpreter (but for the sign and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -223,6 +223,20 @@ def partition(keys: Sequence[Any]) -> dict[Any, list[int]]:
     for position, key in enumerate(keys):
         found.setdefault(key, []).append(position)
     return found
+
+
+def runs(members: Sequence[int], needs: Sequence[int], room: int) -> Iterator[list[int]]:
+    """The members in runs of neighbours whose needs together fit the room, or a single one."""
+    some: list[int] = []
+    left = room
+    for member, need in zip(members, needs, strict=True):
+        if some and need > left:
+            yield some
+            some, left = [], room
+        some.append(member)
+        left -= need
+    if some:
+        yield some
 
 
 def aligned(tensors: Sequence[torch.Tensor]) -> bool:

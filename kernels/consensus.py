@@ -34,7 +34,7 @@ from fastmerge.kernels.common import (
 )
 from fastmerge.kernels.masks import KEEP_ALL, RULE, load_rule, rule_of, survives
 from fastmerge.primitives import FREQUENCY, WEIGHTED
-from fastmerge.selection import Selection
+from fastmerge.selection import RANKED, Selection
 
 BY_SIGNS = tl.constexpr(FREQUENCY)
 
@@ -230,7 +230,10 @@ class ConsensusBatch:
                     f"{len(row) - 2} inputs, {len(weights[n])} weights and {len(selections[n])} "
                     "selections; give one each"
                 )
-            rules.append([rule_of(s, self._keys[n][2]) for s in selections[n]])
+            origin = self._origins[n]
+            if any(s.kind == RANKED for s in selections[n]) and origin % 32:
+                raise FastmergeError(f"origin {origin}: a mask's piece starts at a multiple of 32")
+            rules.append([rule_of(s, self._keys[n][2], origin) for s in selections[n]])
             key = (
                 *self._keys[n],
                 tuple(mode for mode, _ in rules[n]),

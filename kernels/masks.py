@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, Selection
+from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, RANKED, Selection
 
 # How one delta's entries are kept, a compile-time choice per delta.
 KEEP_ALL: tl.constexpr = tl.constexpr(0)
@@ -17,7 +17,9 @@ KEEP_INDEX: tl.constexpr = tl.constexpr(3)  # key > threshold, or tied and flat 
 # As these two, but for those that the same says of a ceiling.
 BAND_MIXED: tl.constexpr = tl.constexpr(4)
 BAND_INDEX: tl.constexpr = tl.constexpr(5)
-# Rule columns per delta: threshold; last (both rules) or keep_below; key; ceiling and its last.
+KEEP_MASKED: tl.constexpr = tl.constexpr(6)  # the entry's bit in 32-bit words
+# Rule columns per delta: threshold; last (both rules) or keep_below; key; ceiling and its last. Of
+# a mask: the address of the word of flat index 0, and the number of its last word.
 RULE = 5
 
 
@@ -92,7 +94,7 @@ def load_rule(rule, MODE: tl.constexpr, WIDE: tl.constexpr):
     ceiling, end = first, last
     if MODE == BAND_MIXED or MODE == BAND_INDEX:
         ceiling, end = tl.load(rule + 3), tl.load(rule + 4)
-    if MODE >= KEEP_MIXED and not WIDE:
+    if MODE >= KEEP_MIXED and MODE != KEEP_MASKED and not WIDE:
         first = (first << 32) | (last ^ 0xFFFFFFFF)
         ceiling = (ceiling << 32) | (end ^ 0xFFFFFFFF)
     return (
@@ -127,6 +129,10 @@ def survives(
         kept = tl.full([BLOCK], 1, tl.int1)
     elif MODE == KEEP_RANDOM:
         kept = random_words(key, first, BLOCK).to(tl.int64) < last
+    elif MODE == KEEP_MASKED:
+        words = limit.to(tl.int64, bitcast=True).to(tl.pointer_type(tl.int32))
+        word = tl.load(words + tl.minimum(index // 32, last))
+        kept = ((word >> (index % 32).to(tl.int32)) & 1) != 0
     else:
         INDEX_RULE: tl.constexpr = MODE == KEEP_INDEX or MODE == BAND_INDEX
         kept = _above(delta, index, limit, last, INDEX_RULE, WIDE)
@@ -135,8 +141,14 @@ def survives(
     return kept
 
 
-def rule_of(selection: Selection, wide: bool) -> tuple[int, list[int]]:
-    """A Selection as the kernels' mode and its RULE signed 64-bit numbers."""
+def rule_of(selection: Selection, wide: bool, origin: int = 0) -> tuple[int, list[int]]:
+    """A Selection as the kernels' mode and its RULE signed 64-bit numbers. ``origin``: the flat
+    index of the first element, whose bit is the first of the mask.
+    """
+    if selection.kind == RANKED:
+        words = selection.mask
+        address, first = words.data_ptr(), origin // 32
+        return KEEP_MASKED.value, [address - 4 * first, first + words.numel() - 1, 0, 0, 0]
     if selection.kind == RANDOM:
         return KEEP_RANDOM.value, [0, selection.keep_below, _signed(selection.key), 0, 0]
     if selection.kind != MAGNITUDE:

@@ -18,7 +18,7 @@ programs run does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,8 +40,10 @@ from fastmerge.kernels.common import (
     lanes,
     launch,
     partition,
+    runs,
     upload,
 )
+from fastmerge.kernels.draw import DrawBatch
 from fastmerge.kernels.gram import reduce_kernel
 from fastmerge.kernels.masks import RULE, rule_of
 from fastmerge.kernels.ranking import (
@@ -107,6 +109,8 @@ class SelectBatch:
         self._keys = [(codes(row), row[0].numel() > NARROW, aligned(row)) for row in self._rows]
         self._tables: dict[tuple[int, ...], _Tables] = {}
         self._groups = Groups(self._rows)  # of what is measured
+        self._deltas = [(i, d) for i, row in enumerate(self._rows) for d in range(len(row) - 1)]
+        self._draws = DrawBatch([[self._rows[i][0], self._rows[i][1 + d]] for i, d in self._deltas])
 
     def run(self, specs: Sequence[Sequence[Sparsify]]) -> list[list[Selection]]:
         """The selections, one per input of each tensor; waits for the device."""
@@ -120,6 +124,11 @@ class SelectBatch:
         for row, given in zip(self._rows, wanted, strict=True):
             _check(row[0].numel(), given)
         found = self._trimmed(wanted)
+        drawn = {n: wanted[i][d] for n, (i, d) in enumerate(self._deltas)}
+        drawn = {n: spec for n, spec in drawn.items() if spec.kind == RANKED}
+        for n, mask in self._draws.run(drawn).items():
+            i, d = self._deltas[n]
+            found[i][d] = found[i][d]._replace(mask=mask)
         self._measure(wanted, found)
         chosen: list[list[Selection]] = [[] for _ in self._widths]
         for (n, _), selections in zip(self._parts, found, strict=True):
@@ -136,10 +145,13 @@ class SelectBatch:
             for row, given in zip(self._rows, wanted, strict=True)
         ]
         for (key, ranked), members in partition(list(zip(self._keys, rules, strict=True))).items():
-            for some in self._batches(members) if any(ranked) else []:
-                if some not in self._tables:
-                    self._tables[some] = _Tables([self._rows[i] for i in some])
-                tables, own = self._tables[some], [wanted[i] for i in some]
+            needs = [
+                gathered_bytes(self._rows[i][0].numel()) * (len(self._rows[i]) - 1) for i in members
+            ]
+            for some in runs(members, needs, BUFFER_BYTES) if any(ranked) else []:
+                if (those := tuple(some)) not in self._tables:
+                    self._tables[those] = _Tables([self._rows[i] for i in some])
+                tables, own = self._tables[those], [wanted[i] for i in some]
                 skips = np.array([[spec.skip for spec in given] for given in own], dtype=np.int64)
                 keeps = np.array([[spec.keep for spec in given] for given in own], dtype=np.int64)
                 searched = np.array([rule != SKIP.value for rule in ranked])
@@ -157,21 +169,8 @@ class SelectBatch:
                             )
         return found
 
-    def _batches(self, members: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """The members in runs that gather at most BUFFER_BYTES, or a single tensor."""
-        some: list[int] = []
-        left = BUFFER_BYTES
-        for i in members:
-            need = gathered_bytes(self._rows[i][0].numel()) * (len(self._rows[i]) - 1)
-            if some and need > left:
-                yield tuple(some)
-                some, left = [], BUFFER_BYTES
-            some.append(i)
-            left -= need
-        yield tuple(some)
-
     def _measure(self, specs: Sequence[Sequence[Sparsify]], found: list[list[Selection]]) -> None:
-        """Fills in the L1 factors that were asked for and how many entries a random mask keeps."""
+        """Fills in the L1 factors that were asked for and how many entries a draw keeps."""
         keys = [
             (*key, tuple(rule_of(s, key[1])[0] for s in chosen))
             if any(_is_measured(spec, row[0].numel()) for spec in given)
@@ -231,8 +230,6 @@ class SelectBatch:
 
 def _check(count: int, specs: Sequence[Sparsify]) -> None:
     for spec in specs:
-        if spec.kind == RANKED:
-            raise UnsupportedError("the GPU does not rank the entries of rows; use device cpu")
         if not (0 <= spec.keep <= count and 0 <= spec.skip <= count - spec.keep):
             both = f"keep {spec.keep}, skip {spec.skip}"
             raise FastmergeError(f"{both}: use 0 to {count}, the element count, together")
@@ -488,11 +485,13 @@ class _Batch:
 
 
 def _is_measured(spec: Sparsify, count: int) -> bool:
-    """Whether the L1 masses, or the number of entries kept at random, must be counted."""
+    """Whether the L1 masses, or the number of entries that a draw keeps, must be counted."""
     if not count:
         return False
     if spec.kind == RANDOM:
         return 0 < spec.keep_below < 1 << 32
+    if spec.kind == RANKED:
+        return True
     return spec.kind == MAGNITUDE and spec.rescale and 0 < spec.keep < count
 
 

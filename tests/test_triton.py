@@ -39,6 +39,7 @@ def test_kernels_equal_the_cpu_kernels(part: str) -> None:
 @pytest.mark.parametrize(
     "file",
     [
+        "triton_draw_cases.py",
         "triton_leaf_cases.py",
         "triton_pointwise_cases.py",
         "triton_resident_cases.py",

@@ -98,6 +98,14 @@ CASES = {
         "dare_ties", 2, True, {"normalize": False, "lambda": 1.0, "rescale": True},
         weighted(0.5, 0.8, density=0.5), seed=7,
     ),
+    "della": merge(
+        "della", 2, True, {"normalize": True, "lambda": 0.9, "rescale": True},
+        weighted(0.5, 0.8, density=0.5, epsilon=0.2), seed=7,
+    ),
+    "della_linear": merge(
+        "della_linear", 3, True, {"normalize": False, "lambda": 1.0, "rescale": "density"},
+        [*weighted(0.5, 0.8, density=0.4, epsilon=0.1), {"weight": 1.0, "density": 1.0}], seed=3,
+    ),
     "slerp of slerp": [
         Merge(find("slerp"), (a, Source(2, a.operands[0].name)), None, {"t": 0.6}, ({}, {}))
         for a in merge("slerp", 2, False, {"t": 0.3})
@@ -185,6 +193,17 @@ OTHERS = {
     ],
     "karcher": [merge("karcher", 3, False, {"max_iter": 2, "tol": 1e-5})],
     "ties": [trimmed(0.7), trimmed(1.0)],
+    "della": [
+        merge(
+            "della",
+            2,
+            True,
+            {"normalize": True, "lambda": 1.0, "rescale": rescale},
+            weighted(0.5, 0.3, density=density, epsilon=epsilon),
+            seed=8,
+        )
+        for rescale, density, epsilon in ((True, 0.3, 0.25), (False, 0.5, 0.0), (True, 1.0, 0.1))
+    ],
     "magmax": [merge("magmax", 3, True, {"lambda": 2.0})],
 }
 
@@ -387,17 +406,18 @@ def test_a_trim_over_the_model_is_refused_by_name():
         Batch([Job("x", root, x.clone())], lambda _: x)
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "model_stock"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "della", "model_stock"])
 def test_state_dicts_on_the_device_equal_those_of_the_cpu(method):
     named = [{str(t): x for t, x in enumerate(own)} for own in models(3)]
     for own in named:
         own["n"] = torch.tensor([3], device=DEVICE)
-    base = {"slerp": 0, "ties": 2, "model_stock": 2}.get(method)
+    base = {"slerp": 0, "ties": 2, "della": 2, "model_stock": 2}.get(method)
     given = named[:2] if method == "slerp" else named
     rows = {
         "slerp": {"t": 0.3},
         "model_stock": {},
         "ties": {"weight": [0.4, 0.7], "density": 0.5},
+        "della": {"weight": [0.4, 0.7], "density": 0.5},
     }
     options = {"base": base, "parameters": rows.get(method, {"weight": 1.0})}
     on_cpu = [{name: x.cpu() for name, x in own.items()} for own in given]

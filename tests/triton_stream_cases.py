@@ -59,7 +59,9 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", *POINTWISE])
+@pytest.mark.parametrize(
+    "method", ["slerp", "ties", "dare_ties", "della", "della_linear", *POINTWISE]
+)
 @pytest.mark.usefixtures("device")
 def test_the_same_bytes_as_on_the_cpu(method, zoo, tmp_path):
     given = recipe(zoo, method)
@@ -132,7 +134,7 @@ def of_wide(wide, method: str, parameters: dict | None = None) -> dict:
     base, *tunes = wide
     head = {"merge_method": method, "base_model": str(base), "dtype": "bfloat16"}
     models = tunes
-    own = {"weight": 0.6, **({"density": 0.5} if method in ("ties", "dare_ties") else {})}
+    own = {"weight": 0.6, **({"density": 0.5} if method in ("ties", "dare_ties", "della") else {})}
     if method in ("slerp", "model_stock", *POINTWISE):
         own = {}
         models = wide[:2] if method == "slerp" else tunes
@@ -149,6 +151,7 @@ SPLIT = {
     "ties": ({}, CHUNKS),
     "ties over the model": ({"trim": "model"}, CHUNKS),
     "dare_ties": ({}, CHUNKS),
+    "della": ({}, CHUNKS),
     "nuslerp": ({"nuslerp_flatten": False}, ROWS),
     "nuslerp by columns": ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, ROWS),
     "model_stock": ({"filter_wise": True}, ROWS),

@@ -20,6 +20,7 @@ from fastmerge.kernels import (
     common,
     consensus,
     divergence,
+    draw,
     gram,
     leaves,
     pointwise,
@@ -110,9 +111,9 @@ def _rank(ranked, sample, kind=BF16):
     return ranking.rank_kernel, arguments, constants
 
 
-def _measure():
+def _measure(mode=1):
     arguments = {**SEGMENTS, "rules": "*i64", "partials": "*fp64", "kept_counts": "*i64"}
-    constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (1, 1), "WIDE": False}
+    constants = {**SHARED, "CODES": (BF16, BF16, BF16), "MODES": (mode, mode), "WIDE": False}
     constants |= {
         "STEP": lambda lanes: ranking.VECTOR.value * lanes,
         "LANES": all_lanes,
@@ -124,6 +125,36 @@ def _measure():
 def _nth():
     arguments = {"buffer": "*i64", "queries": "*i64", "answers": "*i64"}
     return ranking.nth_kernel, arguments, {"QUERY": select.QUERY, "STEP": 2048}
+
+
+DRAWN = {"CODES": (BF16, BF16), "HEAD": common.HEAD, "DRAW": draw.DRAW}
+
+
+def _sample(width):
+    arguments = {**SEGMENTS, "draws": "*i64", "samples": "*i64", "count": "i32"}
+    constants = {**DRAWN, "SPLITTERS": width, "RUN": min(draw.RUN, width)}
+    return draw.sample_kernel, arguments, {**constants, "BLOCK": lambda lanes: 8 * lanes}
+
+
+def _count(strided):
+    pointers = ("draws", "firsts", "splitters")
+    arguments = {**SEGMENTS, **dict.fromkeys(pointers, "*i64"), "counts": "*i32", "steps": "i32"}
+    constants = {**DRAWN, "STRIDED": strided, "CHUNK": common.CHUNK}
+    return draw.count_kernel, arguments, {**constants, "BLOCK": lambda lanes: 8 * lanes}
+
+
+def _decide(strided):
+    pointers = ("draws", "splitters", "before", "bounds")
+    arguments = {**SEGMENTS, **dict.fromkeys(pointers, "*i64"), "kept": "*i32"}
+    arguments |= {"undecided": "*i32", "steps": "i32"}
+    constants = {**DRAWN, "STRIDED": strided, "SPLITTERS": draw.SPLITTERS, "CHUNK": common.CHUNK}
+    return draw.decide_kernel, arguments, {**constants, "BLOCK": lambda lanes: 8 * lanes}
+
+
+def _look():
+    pointers = ("table", "draws", "owners", "indices", "values", "vectors", "words")
+    arguments = {**dict.fromkeys(pointers, "*i64"), "count": "i32"}
+    return draw.look_kernel, arguments, {**DRAWN, "BLOCK": lambda lanes: 8 * lanes}
 
 
 def _pointwise(formula, k, mode=0):
@@ -198,6 +229,15 @@ CASES = {
     "rank_sample": (_rank((1, 1), True), False),
     "nth": (_nth(), False),
     "measure": (_measure(), True),
+    "measure_masked": (_measure(6), True),
+    "consensus_masked": (_consensus((6, 6), rescaled=True), True),
+    "draw_sample": (_sample(draw.SPLITTERS), False),
+    "draw_sample_1": (_sample(1), False),
+    "draw_count": (_count(False), False),
+    "draw_count_strided": (_count(True), False),
+    "draw_decide": (_decide(False), False),
+    "draw_decide_strided": (_decide(True), False),
+    "draw_look": (_look(), False),
     "pointwise_near_swap": (_pointwise("near_swap", 1), True),
     "pointwise_reinforced": (_pointwise("reinforced", 3), True),
     "pointwise_sce": (_pointwise("select_and_erase", 3, 2), True),
@@ -219,7 +259,7 @@ CASES = {
 
 def _registers(case, constants):
     """The limit that the launch of this case sets; None where it sets none."""
-    if case.startswith(("rank", "nth", "measure", "pointwise")):
+    if case.startswith(("rank", "nth", "measure", "pointwise", "draw")):
         return common.MOST_REGISTERS
     if case.startswith("consensus"):
         return common.register_limit(2 * len(constants["MODES"]))
@@ -289,7 +329,7 @@ def test_compiles(target, case, tmp_path):
         fused = re.findall(r"\bfma\.rn\S*f32\S*", code)
     # These are written with FMA; elsewhere one would be a contraction. (AMD divides with FMAs.)
     divides = target == "gfx942" and case.startswith(
-        ("consensus", "rank_sample", "pointwise", "divergence")
+        ("consensus", "rank_sample", "pointwise", "divergence", "draw_count", "draw_decide")
     )
     written = (
         case.startswith(("combine", "low_rank"))

@@ -12,12 +12,13 @@ from typing import Literal, get_args
 from fastmerge import _C
 from fastmerge.arguments import one_of
 from fastmerge.compute.on_device import factor_bytes, made_count
-from fastmerge.compute.tensor import steps
+from fastmerge.compute.tensor import consensus_terms, steps
 from fastmerge.dtypes import DType
 from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError, argument
 from fastmerge.extras import install
 from fastmerge.methods import Consensus, Function, Pointwise
 from fastmerge.primitives import Vectors
+from fastmerge.selection import RANKED
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
 
 Device = Literal["cpu", "cuda", "auto"] | str
@@ -63,6 +64,7 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     sparse = [node for node in merges if isinstance(node.method, Consensus)]
     deltas = max((len(node.operands) for node in sparse), default=0)
     gathered = deltas * int(gathered_bytes(count))
+    gathered += max((_drawn_bytes(node, shape) for node in sparse), default=0)
     products = 0
     for node in merges:
         if node.axis is not None:
@@ -80,6 +82,17 @@ def device_bytes(root: Node, shape: tuple[int, ...], dtype: DType) -> int:
     sources += 4 * made_count(root) + factor_bytes(root)
     most = sources + dtype.bytes_for(count) + intermediates + gathered
     return most + products + (1 << 20)
+
+
+def _drawn_bytes(node: Merge, shape: tuple[int, ...]) -> int:
+    """Device memory of a merge's draws by rank: masks, and what those of one launch take."""
+    from fastmerge.kernels.draw import BUFFER_BYTES, drawn_bytes
+
+    count = math.prod(shape)
+    specs = [keep.of(shape, 0) for keep in consensus_terms(node).keep]
+    needs = [int(drawn_bytes(count, s.length)) for s in specs if s.kind == RANKED and count]
+    most: int = max([BUFFER_BYTES, *needs])
+    return len(needs) * count // 8 + min(sum(needs), most)
 
 
 def choose_devices(

@@ -202,6 +202,14 @@ class _Computed(NamedTuple):
     factors: Float64 | None
 
 
+def _piece(lane: Lane, selection: Selection, begin: int, end: int) -> Selection:
+    """With the mask's words of these elements on the device, where it has a mask."""
+    if selection.mask is None:
+        return selection
+    words = selection.mask.slice(begin // 32, -(-end // 32))
+    return selection._replace(mask=lane.upload(words))
+
+
 def _viewed(tensor: _C.View | _Computed) -> _C.View:
     return tensor.view if isinstance(tensor, _Computed) else tensor
 
@@ -301,8 +309,9 @@ class _Pieces:
     ) -> int:
         def agree(lane: Lane, tensors: list[torch.Tensor], begin: int, end: int) -> int:
             made = lane.empty(end - begin, out.dtype)
+            own = [_piece(lane, selection, begin, end) for selection in selections]
             bad: int = lane.backend.consensus(
-                tensors[:-1], tensors[-1], weights, selections, made,
+                tensors[:-1], tensors[-1], weights, own, made,
                 replace(agreement, origin=agreement.origin + begin),
             )  # fmt: skip
             lane.download(made, out, out.dtype.bytes_for(begin))

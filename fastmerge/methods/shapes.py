@@ -172,10 +172,6 @@ class Consensus(Method):
         # A trim that spans tensors: once to count the entries, once for those that tie.
         return 1 + first + (self.spanning(values, operands) is not None)
 
-    def ranks(self, values: Values, operands: Sequence[Values], /) -> bool:
-        keep = self.spec(values, operands).keep
-        return any(k.kind == RANKED and k.epsilon for k in keep)
-
     def spanning(self, values: Values, operands: Sequence[Values]) -> Spans | None:
         """``spans`` where it is asked for and anything is trimmed, else None."""
         spans = self.spans

@@ -129,10 +129,6 @@ class Method:
         """How many tensors some kernel takes together with one for each operand."""
         return 0
 
-    def ranks(self, _values: Values, _operands: Sequence[Values], /) -> bool:
-        """Whether it draws by the entries' ranks, which not every back end has."""
-        return False
-
     @property
     def identity(self) -> str:
         """Name and version: what a result is known by that another merge may take up."""
