@@ -35,7 +35,7 @@ from fastmerge.planning.loading import check_loading
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
 from fastmerge.progress import Shown, shown
-from fastmerge.recipe.document import Recipe
+from fastmerge.recipe.document import AS_BASE, Recipe
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
@@ -344,7 +344,8 @@ def fold(
     PEFT's merge_and_unload makes, W + s B A, in fp32 and rounded once.
 
     base, adapter: folders or Hub ids; the adapter as PEFT saves it. dtype: of the output, default
-    the base's. options: the keyword arguments of `merge`, which it is, of the recipe
+    the base's (of codes in fp8 or MXFP4 what its config names; "as_base" writes codes and scales
+    again). options: the keyword arguments of `merge`, which it is, of the recipe
     ``base+adapter`` alone. Raises FastmergeError, before anything is written where the adapter is
     not for this base.
     """
@@ -358,7 +359,7 @@ def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[st
     recipe: dict[str, Any] = {"merge_method": "passthrough"}
     recipe["models"] = [{"model": f"{base}+{adapter}"}]
     if dtype is not None:
-        recipe["dtype"] = a_text(dtype, "dtype")
+        recipe["out_dtype" if dtype == AS_BASE else "dtype"] = a_text(dtype, "dtype")
     return recipe
 
 

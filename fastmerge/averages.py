@@ -16,8 +16,18 @@ from typing import TYPE_CHECKING, Any
 from fastmerge import api
 from fastmerge.arguments import a_list, a_path, a_text
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import MODELS_ALONE, FastmergeError, brief, enough_memory, in_words, is_whole
+from fastmerge.errors import (
+    MODELS_ALONE,
+    FastmergeError,
+    UnsupportedError,
+    brief,
+    enough_memory,
+    in_words,
+    is_whole,
+)
+from fastmerge.models.adapter import is_adapter
 from fastmerge.models.series import check_order, ema_weights, find_series
+from fastmerge.recipe.document import AS_BASE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +55,8 @@ def average(
     with ``pattern``, folders of such, of which those whose names fit take part, in natural order
     (``checkpoint-*``). last: only the last so many. weights: one each, default 1. ema: a decay d
     between 0 and 1 instead, m_i = d m_{i-1} + (1 - d) x_i from m_0 = x_0 on. dtype: of the output,
-    default the models' own. options: the keyword arguments of `merge`, which it is, of the recipe
+    default the models' own (of codes in fp8 or MXFP4 what their config names; "as_base" writes
+    codes and scales again). options: the keyword arguments of `merge`, which it is, of the recipe
     that `average_recipe` makes. Config and tokenizer are the first model's. Raises FastmergeError.
     """
     recipe = average_recipe(
@@ -75,6 +86,12 @@ def average_recipe(
             raise FastmergeError(f"last: {last} of {len(chosen)} models; give fewer")
         chosen = chosen[-int(last) :]
     _check_once(chosen)
+    for name in chosen:
+        if is_adapter(Path(name)):  # whose factors' average is not that of what they add
+            raise UnsupportedError(
+                f"{name}: a LoRA adapter, not a model; name it behind its base, BASE+{name}, or "
+                "merge adapters alone by a recipe (merge_method: svd)"
+            )
     each = _weights(weights, ema, len(chosen))
     recipe: dict[str, Any] = {
         "merge_method": "linear",
@@ -85,7 +102,7 @@ def average_recipe(
         "parameters": {"normalize": True},
     }
     if dtype is not None:
-        recipe["dtype"] = a_text(dtype, "dtype")
+        recipe["out_dtype" if dtype == AS_BASE else "dtype"] = a_text(dtype, "dtype")
     return recipe
 
 

@@ -14,7 +14,7 @@ import pytest
 import fastmerge
 from fastmerge.averages import average_recipe
 from fastmerge.compute.reference import round_to
-from fastmerge.errors import FastmergeError, ModelError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.series import ema_weights, natural
 from tests.test_bad_input_cli import refused
 from tests.test_retrograde_run import invoke
@@ -294,3 +294,13 @@ def test_damaged_and_hostile_checkpoints(
         fastmerge.average([folder], tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_adapters_alone_are_refused(zoo: Any) -> None:
+    """Factors averaged one by one would add other deltas than the adapters do."""
+    base, folder = zoo.base(), zoo.root / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    for models in ([folder], [base, folder]):
+        with pytest.raises(UnsupportedError, match=r"lora: a LoRA adapter.*BASE\+.*lora, or merge"):
+            average_recipe(models)

@@ -40,6 +40,8 @@ def with_b(**keys) -> dict:
         ({"architecture": "mixtrl"}, "unknown architecture 'mixtrl'; did you mean 'Mixtral'"),
         ({"architecture": "qwen"}, "Qwen MoE takes exactly one shared expert, not 0"),
         ({"architecture": "qwen3"}, "there is no layout for a mixture of 'llama' models"),
+        ({"architecture": "qwen"}, "not 0; list a `source_model` under `shared_experts:`"),
+        ({"architecture": "qwen3"}, r"qwen3\); try it without `architecture:`"),
         ({"shared_experts": SHARED * 2}, "Mixtral takes no shared expert, not 2"),
         ({"merge_method": "linear"}, "'merge_method' is not supported: a mixture of experts is no"),
         ({"dtype": "float31"}, "unknown dtype 'float31'"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import fastmerge
 from fastmerge import extras, ops
@@ -457,3 +458,48 @@ def test_nothing_is_printed_where_nobody_asks(zoo, tmp_path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""
+
+
+def an_adapter(folder: Path, *modules: str) -> Path:
+    """Factors of rank 1, of zeros, for matrices of a zoo's llama that are 32 x 32."""
+    folder.mkdir()
+    names = [f"base_model.model.model.layers.0.self_attn.{module}" for module in modules]
+    factors = {f"{name}.lora_A.weight": np.zeros((1, 32), np.float32) for name in names}
+    factors |= {f"{name}.lora_B.weight": np.zeros((32, 1), np.float32) for name in names}
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]}
+    config["target_modules"] = list(modules)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_plan_tells_models_on_one_base_apart(zoo, capsys) -> None:
+    """Three models that share a base's tensors, and a slice of one model's layers over others of
+    its own: each has a column.
+    """
+    base = zoo.base()
+    one, two = (an_adapter(zoo.root / name, "q_proj") for name in ("one", "two"))
+    adapted = {
+        "merge_method": "linear",
+        "models": [
+            {"model": f"{base}+{adapter}", "parameters": {"weight": weight}}
+            for adapter, weight in ((one, 0.6), (two, 0.3))
+        ],
+    }
+    sources = [
+        {"model": str(base), "layer_range": layers, "parameters": {"weight": weight}}
+        for layers, weight in (([0, 1], 0.75), ([1, 2], 0.25))
+    ]
+    stacked = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    shown = []
+    for number, recipe in enumerate((adapted, stacked)):
+        path = zoo.root / f"{number}.yml"
+        path.write_text(json.dumps(recipe))
+        assert run("plan", path, "--json") == 0
+        shown += json.loads(capsys.readouterr().out)["values"]
+    assert {json.dumps(row["values"]) for row in shown} == {
+        json.dumps({f"weight of {base}+{one}": 0.6, f"weight of {base}+{two}": 0.3}),
+        json.dumps(
+            {f"weight of {base} from layer 0": 0.75, f"weight of {base} from layer 1": 0.25}
+        ),
+    }

@@ -10,9 +10,12 @@ import pytest
 import safetensors
 
 from fastmerge import _C, api
+from fastmerge.averages import average
+from fastmerge.cli import main
 from fastmerge.compute.reference import CODES, dequantised
 from fastmerge.errors import FastmergeError
 from fastmerge.models.patterns import followed
+from fastmerge.models.summary import summarise
 from fastmerge.output.sink import ModelFolder
 from tests.test_low_precision import (
     FP8,
@@ -476,3 +479,55 @@ def keep_q(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if "q_proj" in name}
     save_file(kept, file)
+
+
+def test_averages_and_folds_as_the_base_is_stored(formats, zoo):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "tuned"))
+    api.merge(linear(x, y, weight=1.0, out_dtype="as_base"), zoo.root / "recipe")
+    average([x, y], zoo.root / "averaged", dtype="as_base")
+    assert raw_tensors(zoo.root / "averaged") == raw_tensors(zoo.root / "recipe")
+
+    lora, name = zoo.root / "lora", "base_model.model.model.layers.0.self_attn.q_proj"
+    lora.mkdir()
+    factors = {"A": torch.ones(1, 32), "B": torch.ones(32, 1)}
+    save_file(
+        {f"{name}.lora_{which}.weight": each for which, each in factors.items()},
+        lora / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "layers_to_transform": [0]}
+    config["target_modules"] = ["q_proj"]
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    report = api.fold(x, lora, zoo.root / "folded", dtype="as_base")
+    assert any(note.startswith("1 tensors are rounded to the codes of") for note in report.notes)
+    before, after = raw_tensors(x), raw_tensors(zoo.root / "folded")
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    assert {each for each in before if before[each] != after[each]} == {
+        weight, f"{weight}_scale_inv",
+    }  # fmt: skip
+    merged = dict(api.materialise(copy(zoo.root / "folded", dtype="float32")))[weight]
+    np.testing.assert_allclose(merged, formats.numbers["x"][weight] + 1, rtol=2**-4)
+
+
+def raw_tensors(folder: Path) -> dict[str, tuple]:
+    stored_as = load_file(folder / "model.safetensors")
+    return {n: (t.dtype, t.view(torch.uint8).tolist()) for n, t in stored_as.items()}
+
+
+def test_info_and_diff_say_that_weights_are_codes(formats, zoo, capsys):
+    a = zoo.base()
+    x, y = formats.fp8("x", a), formats.fp8("y", zoo.tune(a, "tuned"))
+    found = summarise(x)
+    assert found.codes == "fp8 (e4m3, a scale for 16 x 16), 14 tensors"
+    assert found.parameters == summarise(a).parameters and summarise(a).codes is None
+    for words, code in ((["info", x], 0), (["diff", x, y], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        assert int(stop.value.code or 0) == code
+        said = "".join(capsys.readouterr())
+        assert "fp8 (e4m3, a scale for 16 x 16), 14 tensors" in said
+    assert "x is fp8" in said and "y is fp8" in said and "`dtype: bfloat16` writes the" in said
+    packed = json.loads((x / "config.json").read_text())
+    packed["quantization_config"]["weight_block_size"] = [3, 3]
+    (x / "config.json").write_text(json.dumps(packed))
+    assert "config.json says fp8" in str(summarise(x).codes)

@@ -39,7 +39,9 @@ def average(
     pattern: Annotated[
         str | None, Option(help="Models in the folders by name, such as 'checkpoint-*'.")
     ] = None,
-    dtype: Annotated[Dtype, Option(help="Of the output.")] = Dtype.base,
+    dtype: Annotated[
+        Dtype, Option(help="Of the output; as_base: codes again, as fp8 or MXFP4 models have.")
+    ] = Dtype.base,
     threads: Threads = None,
     memory_limit: MemoryLimit = "512MiB",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT at the end.")] = False,

@@ -19,6 +19,7 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    as_base = "as_base"
 
 
 @command
@@ -26,7 +27,9 @@ def fold(
     base: Annotated[str, Argument(help="Folder or Hub id.")],
     adapter: Annotated[str, Argument(help="Folder or Hub id of a LoRA for it.")],
     out: Annotated[Path, Argument(metavar="OUT", help="Folder to write.")],
-    dtype: Annotated[Dtype, Option(help="Of the output.")] = Dtype.base,
+    dtype: Annotated[
+        Dtype, Option(help="Of the output; as_base: codes again, as fp8 or MXFP4 models have.")
+    ] = Dtype.base,
     threads: Threads = None,
     memory_limit: MemoryLimit = "512MiB",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT at the end.")] = False,

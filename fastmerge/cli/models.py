@@ -45,6 +45,7 @@ def info(
             )
             for kind in found.types
         ),
+        *([("codes", found.codes)] if found.codes else []),
         (
             "prefix",
             f"{found.prefix or 'none'}; layers {f'{found.layers}.N' if found.layers else 'none'}",
@@ -105,10 +106,18 @@ def diff(
         require()
     from fastmerge.compute.cpu import isa, thread_count
     from fastmerge.models.diff import compare
-    from fastmerge.models.summary import open_named
+    from fastmerge.models.summary import codes_of, open_named
 
     isa()
-    found = compare(open_named(a), open_named(b), threads=thread_count(threads))
+    models = open_named(a), open_named(b)
+    found = compare(*models, threads=thread_count(threads))
+    for model in models:
+        codes = codes_of(model)
+        if codes:
+            say(
+                f"note: {model.label} is {codes}: codes are compared, not what they stand for; a "
+                "recipe with `merge_method: passthrough` and `dtype: bfloat16` writes the numbers"
+            )
     if plot is not None:
         from fastmerge.cli.change_map import write_change_map
 

@@ -61,6 +61,14 @@ class LowPrecision:
         both = (name for coded in self.tensors.values() for name in coded[:2])
         return frozenset((*both, *self.static))
 
+    def __str__(self) -> str:
+        """For people: the kind, and how its codes have scales."""
+        codings = dict.fromkeys(
+            str(coded.coding).removeprefix(f"{self.kind}, ") for coded in self.tensors.values()
+        )
+        several = ", ..." if len(codings) > 2 else ""
+        return f"{self.kind} ({'; '.join(list(codings)[:2])}{several})"
+
 
 def find_low_precision(
     config: Mapping[str, Any], tensors: Mapping[str, Typed], label: str

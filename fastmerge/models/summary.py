@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmerge.errors import ModelError
 from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.config import model_type, text_config
 from fastmerge.models.hub import is_remote, resolve
+from fastmerge.models.low_precision import find_low_precision
 from fastmerge.models.names import common_prefix, layer_stacks
+from fastmerge.models.quantised import find_quantised
 
 if TYPE_CHECKING:
     from fastmerge.models.remote import Remote
@@ -43,7 +47,10 @@ class StoredType:
 
 @dataclass(frozen=True)
 class Summary:
-    """One checkpoint. ``parameters`` counts what is stored: a tied lm_head once."""
+    """One checkpoint. ``parameters`` counts what is stored: a tied lm_head once; of codes that
+    fastmerge reads, the numbers that they stand for. ``codes``: which these are, for people, or
+    what kind of codes it has instead; None of a model without.
+    """
 
     path: str
     architecture: str | None
@@ -61,6 +68,7 @@ class Summary:
     layers: str | None  # what stands before the numbers of its layers: "model.layers"
     metadata: dict[str, str]
     fingerprint: str
+    codes: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -97,13 +105,14 @@ def summarise(model: Path | Checkpoint | Remote) -> Summary:
         by_type[info.dtype.code] = StoredType(
             seen.dtype, seen.tensors + 1, seen.parameters + info.count, seen.bytes + info.nbytes
         )
+    codes, parameters = _numbers(checkpoint)
     return Summary(
         path=checkpoint.label,
         architecture=_architecture(config),
         model_type=model_type(config) or None,
         sizes={name: text[name] for name in _SIZES if isinstance(text.get(name), int)},
         tensors=len(checkpoint.tensors),
-        parameters=sum(kind.parameters for kind in by_type.values()),
+        parameters=parameters,
         bytes=checkpoint.total_bytes,
         types=tuple(by_type.values()),
         files=files,
@@ -114,7 +123,29 @@ def summarise(model: Path | Checkpoint | Remote) -> Summary:
         layers=next(iter(layer_stacks(checkpoint.tensors)), None),
         metadata=checkpoint.metadata,
         fingerprint=checkpoint.fingerprint,
+        codes=codes,
     )
+
+
+def codes_of(model: Checkpoint | Remote) -> str | None:
+    """What codes a model's weights are stored as, for people; None where they are numbers."""
+    return _numbers(model)[0]
+
+
+def _numbers(model: Checkpoint | Remote) -> tuple[str | None, int]:
+    """`codes_of`, and how many numbers the model has."""
+    every = sum(info.count for info in model.tensors.values())
+    try:
+        found = find_low_precision(model.config, model.tensors, model.label)
+    except ModelError as error:
+        return str(error), every
+    if found is None:
+        other = find_quantised(model.config, model.tensors, None)
+        packed = other is not None and other.packed is not None
+        return (f"{other.kind}, which is not merged" if other and packed else None), every
+    rest = sum(info.count for name, info in model.tensors.items() if name not in found.consumed)
+    coded = sum(math.prod(each.shape) for each in found.tensors.values())
+    return f"{found}, {len(found.tensors)} tensors", rest + coded
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:

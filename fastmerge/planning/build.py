@@ -147,6 +147,7 @@ class Builder:
             each,
             self._seed,
             name,
+            labels=part.labels,
         )
         self._try_rule(root, part)
         return TensorPlan(name, shape, dtype, root)

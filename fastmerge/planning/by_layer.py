@@ -74,9 +74,11 @@ def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[R
 
 def _values(merge: Merge, references: Sequence[str]) -> dict[str, Any]:
     found = dict(merge.values)
-    for node, own in zip(merge.operands, merge.operand_values, strict=True):
+    names = merge.labels or [_called(node, references) for node in merge.operands]
+    places = merge.numbers if merge.labels and merge.numbers else range(len(merge.operands))
+    for place, own in zip(places, merge.operand_values, strict=True):
         for name, value in own.items():
-            found[f"{name} of {_called(node, references)}"] = value
+            found[f"{name} of {names[place]}"] = value
     return found
 
 

@@ -235,6 +235,16 @@ class Part:
     layers: int | None
     where: str
 
+    @cached_property  # one for all tensors, of which there may be 90 000
+    def labels(self) -> tuple[str, ...]:
+        """The operands' names for people: a slice may have one model twice, of other layers."""
+        items = [self.inputs[i] for i in self.operands]
+        names = [item.view.label for item in items]
+        return tuple(
+            f"{name} from layer {item.start}" if names.count(name) > 1 else name
+            for name, item in zip(names, items, strict=True)
+        )
+
     @property
     def varies(self) -> bool:
         """Whether any parameter depends on the tensor."""

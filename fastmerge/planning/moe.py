@@ -87,7 +87,8 @@ class Layout:
         low, high = self.shared
         if not low <= len(shared) <= high:
             asked = "no" if not high else "exactly one" if low else "at most one"
-            return f"takes {asked} shared expert, not {len(shared)}"
+            remedy = "" if shared else "; list a `source_model` under `shared_experts:`"
+            return f"takes {asked} shared expert, not {len(shared)}{remedy}"
         prompts = any(any(one.prompts) for one in shared)
         if shared and self.shared_gate and not prompts and not mixture.draws_gates:
             return (
@@ -199,7 +200,7 @@ def find_layout(mixture: Mixture, views: Mapping[str, View]) -> Layout:
         table = "; ".join(f"{e.name}: {', '.join(e.sources)}" for e in candidates)
         raise UnsupportedError(
             f"{mixture.at('base_model')}: there is no layout for a mixture of '{base}' models "
-            f"({table})"
+            f"({table}){'' if mixture.architecture is None else '; try it without `architecture:`'}"
         )
     reasons = "; ".join(f"{layout.name} {refusals[layout]}" for layout in fitting)
     raise UnsupportedError(f"{where}: no layout fits: {reasons}")

@@ -71,12 +71,10 @@ def dequantised(view: View, found: LowPrecision) -> View:
 
 
 def _said(view: View, found: LowPrecision) -> str:
-    codings = dict.fromkeys(str(coded.coding) for coded in found.tensors.values())
-    several = ", ..." if len(codings) > 2 else ""
     static = f"; its {len(found.static)} scales of activations are left out" if found.static else ""
     return (
-        f"model '{view.label}' is {found.kind} ({'; '.join(list(codings)[:2])}{several}): its "
-        f"{len(found.tensors)} coded tensors are merged as the numbers they stand for{static}"
+        f"model '{view.label}' is {found}: its {len(found.tensors)} coded tensors are merged as "
+        f"the numbers they stand for{static}"
     )
 
 
@@ -103,7 +101,7 @@ def as_stored(
         format_of_lead = next((f for m in sorted(own) if (f := models[m].low_precision)), None)
     tensors: dict[str, TensorPlan] = {}
     static: dict[str, TensorPlan] = {}
-    coded = 0
+    coded = rounded = 0
     for name, tensor in result.tensors.items():
         leaf = _lead_of(tensor.root, own)
         if isinstance(leaf, Dequantised):
@@ -117,13 +115,17 @@ def as_stored(
             tensors[name] = replace(tensor, encoding=_encoding(tensor, leaf, found))
             static |= _static(name, leaf, model, found)
             coded += 1
+            rounded += tensor.root is not leaf
         elif isinstance(leaf, Stored) and leaf.dtype.mergeable and tensor.dtype.mergeable:
             tensors[name] = replace(tensor, dtype=leaf.dtype)
         else:
             tensors[name] = tensor
     if not coded or format_of_lead is None:
         return replace(result, tensors=tensors)
-    note(f"{coded} tensors are rounded to the codes of '{lead.label}' ({format_of_lead.kind})")
+    if rounded:
+        note(
+            f"{rounded} tensors are rounded to the codes of '{lead.label}' ({format_of_lead.kind})"
+        )
     if static:
         note(f"{len(static)} scales of activations are those of the model that leads: check them")
     config = with_section(result.config, format_of_lead.key, format_of_lead.section)

@@ -271,6 +271,8 @@ class Merge:
     name: str = ""
     # The operands' places in the recipe, by which random methods draw; () where all are there.
     numbers: tuple[int, ...] = ()
+    # What the recipe calls what stands at those places, for people.
+    labels: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[Node, ...]:
