@@ -389,6 +389,11 @@ def verify(
     from fastmerge.engine.verify import verify_folder
 
     place = a_path(folder, "folder")
+    if ":/" in str(place) and not place.exists():  # a URL, whose two slashes are one in a Path
+        raise UnsupportedError(
+            f"{str(place).replace(':/', '://', 1)}: verify reads folders of this machine; download "
+            "it, or compare it with another model by `fastmerge diff`"
+        )
     if sample is not None and (not is_whole(sample) or sample < 0):
         raise FastmergeError(f"sample: {brief(sample)} is not a number of tensors, or None for all")
 

@@ -113,7 +113,7 @@ def _chosen(models: Models, pattern: str | None) -> list[str]:
     names = [os.fspath(name) for name in given]  # a URL's two slashes are one in a Path
     if pattern is not None:
         text = a_text(pattern, "pattern")
-        names = [str(found) for name in names for found in find_series(Path(name), text)]
+        names = [str(found) for name in names for found in find_series(name, text)]
     if not names:
         raise FastmergeError("models: none; give one or more")
     return names

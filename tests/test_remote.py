@@ -16,7 +16,7 @@ import pytest
 import fastmerge
 from fastmerge import api
 from fastmerge.cli import main
-from fastmerge.errors import FastmergeError, ModelError, ResourceError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.models import ahead, remote, store
 from tests.test_bad_input_cli import refused
 
@@ -334,3 +334,20 @@ def test_a_trim_over_all_tensors_is_refused(models: list[Path], tmp_path: Path) 
     said["parameters"] = {"weight": 1, "density": 0.5, "trim": "model"}
     with pytest.raises(FastmergeError, match="trim: model reads all tensors two or three times"):
         fastmerge.merge(said, tmp_path / "out")
+
+
+def test_what_takes_folders_alone_says_so_of_a_url(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"^s3://b/m: verify reads folders of this machine"):
+        fastmerge.verify("s3://b/m")
+    with pytest.raises(UnsupportedError, match=r"^s3://b: pattern looks into folders of this"):
+        fastmerge.average(["s3://b"], tmp_path / "out", pattern="step-*")
+
+
+def test_an_endpoint_over_http_names_its_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "REGION": "here"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(store, "_WAIT_SECONDS", 0.0)
+    with pytest.raises(ModelError, match="http:// takes AWS_ALLOW_HTTP=true"):
+        remote.Remote("s3://b/m")

@@ -282,3 +282,9 @@ def test_a_folder_above_the_model_says_where_the_model_is(zoo):
     for above in (inner.parent, inner.parent.parent):
         with pytest.raises(FastmergeError, match=f"the model is in {inner}: give that"):
             api.plan(linear(above, inner))
+
+
+def test_a_folder_of_several_models_says_how_many_there_are(zoo):
+    inner = [zoo.write(name, {"w": np.ones(4)}) for name in ("step-1", "step-2")]
+    with pytest.raises(FastmergeError, match=rf"2 models are in it, as {inner[0]}: give one"):
+        api.plan(linear(zoo.root, inner[1]))

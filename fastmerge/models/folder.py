@@ -76,6 +76,9 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     inner = (folder / "snapshots", folder) if folder.name.startswith("models--") else (folder,)
     within = sorted(file.parent for at in inner for file in at.glob(f"*/{SINGLE[:5]}*.safetensors"))
     hint = f"; the model is in {within[0]}: give that" if within else ""
+    several = len(set(within))
+    if several > 1 and inner == (folder,):
+        hint = f"; {several} models are in it, as {within[0]}: give one (`average` has --pattern)"
     raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
 
 

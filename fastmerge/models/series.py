@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, argument
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument
 from fastmerge.models.header import show
+from fastmerge.models.hub import is_remote
 
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
 
@@ -20,14 +21,20 @@ def natural(name: str) -> tuple[int | str, ...]:
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
 
 
-def find_series(folder: Path, pattern: str) -> list[Path]:
-    """The folders and .safetensors files in ``folder`` whose names fit ``pattern`` (``*``, ``?``,
+def find_series(folder_name: str, pattern: str) -> list[Path]:
+    """The folders and .safetensors files in a folder whose names fit ``pattern`` (``*``, ``?``,
     ``[...]``), in natural order. Raises ModelError where there are none.
     """
     if "/" in pattern or not pattern:
         raise FastmergeError(
             f"pattern: {show(pattern)} is no pattern of names; give the folder before it as a model"
         )
+    if is_remote(folder_name):
+        raise UnsupportedError(
+            f"{folder_name}: {argument('pattern')} looks into folders of this machine; give the "
+            "URL of each model"
+        )
+    folder = Path(folder_name)
     try:
         with os.scandir(folder) as entries:
             names = [

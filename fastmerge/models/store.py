@@ -149,6 +149,8 @@ def asked(
                 raise kind(f"{where}: there is no such bucket") from error
             if attempt == ATTEMPTS - 1:
                 said = first_sentences(str(error).split(" - ")[-1])
+                if said.endswith("builder error"):  # all that obstore says of it
+                    said += ": an endpoint by http:// takes AWS_ALLOW_HTTP=true"
                 raise kind(f"{where}: cannot be {done}, tried {ATTEMPTS} times ({said})") from error
             time.sleep(_WAIT_SECONDS * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
