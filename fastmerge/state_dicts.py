@@ -77,6 +77,8 @@ def merge_state_dicts(
     if not given:
         raise FastmergeError("models: there are none")
     if base is not None and not (isinstance(base, Hashable) and base in given):
+        if isinstance(base, Mapping) or callable(getattr(base, "state_dict", None)):
+            raise FastmergeError("base: is a model itself; put it among models=, and give its id")
         raise FastmergeError(f"base: no model is called {brief(base)}")
     names = {key: _name(key, number) for number, key in enumerate(given)}
     opened = {names[key]: as_model(source, names[key]) for key, source in given.items()}

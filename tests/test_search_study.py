@@ -401,6 +401,7 @@ MISTAKES: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "filter": ({"weight": [{"filter": "mlp", "value": "0..1"}]}, "no filter matches tensor"),
     "slices": ({"slices": [{"sources": []}]}, "a slice needs at least one source"),
+    "three dots": ({"weight": "0...1"}, "no number of the recipe is a range"),
 }
 
 

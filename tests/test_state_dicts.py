@@ -174,6 +174,8 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         ([{"w": 3}], {}, "must be a tensor, not int"),
         ([{"w": torch.ones(2, 3).T}], {}, "not contiguous"),
         (MODELS, {"base": "c"}, "no model is called 'c'"),
+        (MODELS, {"base": MODELS["a"]}, "base: is a model itself; put it among models="),
+        (MODELS, {"base": torch.nn.Linear(1, 1)}, "base: is a model itself"),
         (MODELS, {"parameters": {"weight": [1, 2]}}, "2 values for 3 models"),
         (MODELS, {"parameters": {"weight": {"c": 1}}}, "no model is called 'c'"),
         (MODELS, {"parameters": {"wieght": 1}}, "did you mean 'weight'"),

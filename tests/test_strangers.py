@@ -304,3 +304,17 @@ def test_a_suggested_command_quotes_its_arguments(tmp_path: Path) -> None:
     words = shlex.split(message[message.index("python -c") :])
     assert words[:2] == ["python", "-c"] and len(words) == 3
     assert repr(str(folder)) in words[2]
+
+
+def test_a_plan_names_code_that_an_output_would_bring(zoo) -> None:
+    base = zoo.base()
+    for name in ("modeling_x.py", "configuration_x.py"):
+        (base / name).write_text("pass\n")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"] = {"attn_implementation": "somebody/kernel"}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}]}
+    notes = fastmerge.plan(recipe).notes
+    assert f"code of '{base}' is copied, not run: 'configuration_x.py' and 1 more" in notes
+    hub = [note for note in notes if "'attn_implementation' names code on the Hub" in note]
+    assert len(hub) == 1 and "'somebody/kernel', which transformers would fetch" in hub[0]

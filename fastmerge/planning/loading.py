@@ -185,18 +185,23 @@ def check_runs_nothing(config: Mapping[str, Any], where: str) -> None:
     """Raises UnsupportedError where transformers would fetch code that a config names, and run it:
     attention, experts and such by their repository on the Hub. It asks nobody for a leave.
     """
+    for key, named in code_on_the_hub(config):
+        raise UnsupportedError(
+            f"{where}: {show(key)} names code on the Hub, {show(named)}, which would run; "
+            "remove that line"
+        )
+
+
+def code_on_the_hub(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a config that name code on the Hub, and which."""
     for key, value in config.items():
         inner: list[Any] = [value]
         if isinstance(value, Mapping):
-            check_runs_nothing(value, where)
+            yield from code_on_the_hub(value)
             inner = list(value.values())  # one for each part of a model
-        own = inner if key.endswith(_CODE) else []
-        named = next((one for one in own if isinstance(one, str) and "/" in one), None)
-        if named is not None:
-            raise UnsupportedError(
-                f"{where}: {show(key)} names code on the Hub, {show(named)}, which would run; "
-                "remove that line"
-            )
+        for one in inner if key.endswith(_CODE) else ():
+            if isinstance(one, str) and "/" in one:
+                yield key, one
 
 
 def check_own_model(folder: Path) -> None:

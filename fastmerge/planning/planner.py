@@ -29,6 +29,7 @@ from fastmerge.errors import (
 )
 from fastmerge.methods import METHODS, Method
 from fastmerge.models import hub
+from fastmerge.models.header import show
 from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
@@ -46,6 +47,7 @@ from fastmerge.planning.inputs import (
     check_quantised,
 )
 from fastmerge.planning.layers import check_layers, settle_layers
+from fastmerge.planning.loading import code_on_the_hub
 from fastmerge.planning.modules import by_part, find_parts
 from fastmerge.planning.opened import Opened
 from fastmerge.planning.plan import Plan
@@ -258,9 +260,9 @@ class Planner:
         if document is not None:
             self._unused_filters(document, parts)
             self._unreached_rules(document)
-        if is_output:
-            self._beside(lead)
         config = output_config(lead.config, dtype, tensors)
+        if is_output:
+            self._beside(lead, config)
         if not whole:
             set_layers(config, parts, lead, self.note)
         set_tokens(config, aligned.rows, aligned.ids)
@@ -321,11 +323,20 @@ class Planner:
         # The most common; of several the first in the recipe's order.
         return Counter(given).most_common(1)[0][0]
 
-    def _beside(self, lead: View) -> None:
-        """Says what is copied from beside the lead's weights."""
+    def _beside(self, lead: View, config: Mapping[str, Any]) -> None:
+        """Says what is copied from beside the lead's weights, and what of it can run."""
         side = lead.donor.side_files()
         for line in side.notes if isinstance(side, SideFiles) else ():
             self.note(line)
+        code = [show(name) for name in side if name.endswith(".py")]
+        if code:
+            more = f" and {len(code) - 1} more" if len(code) > 1 else ""
+            self.note(f"code of '{lead.label}' is copied, not run: {code[0]}{more}")
+        for key, named in code_on_the_hub(config):
+            self.note(
+                f"config.json: {show(key)} names code on the Hub, {show(named)}, which "
+                "transformers would fetch and run; remove that line if you do not trust it"
+            )
 
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)

@@ -17,7 +17,8 @@ from fastmerge.recipe.located import LocatedDict, LocatedList, placed
 from fastmerge.recipe.section import Section, field, listed, real, string, whole
 
 _NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+))"
-_SHORT = re.compile(rf"\s*{_NUMBER}\s*\.\.\s*{_NUMBER}\s*")  # 0..1
+# 0..1; not 0...1, which is 0 to .1 as little as 0. to 1
+_SHORT = re.compile(rf"\s*{_NUMBER}\s*\.\.(?!\.)\s*{_NUMBER}\s*")
 _DIGITS = 6  # of a point's numbers: its recipe as text is the point
 
 Choice = str | bool | float
