@@ -15,24 +15,43 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace fastmerge {
 
 namespace {
 
 // Threads inherit the creator's floating-point mode, and a caller has its own; another library may
 // have asked for flushing denormals to zero (torch.set_flush_denormal), which would change results.
+#if defined(__x86_64__)
+// Of SSE's alone, which is all that computes here: fesetenv sets x87's too, in 0.1 us.
+using FloatMode = unsigned;
+constexpr FloatMode kDefaultMode = 0x1F80;  // all exceptions masked, to nearest, no flushing
+FloatMode float_mode() { return _mm_getcsr(); }
+void set_default_mode() { _mm_setcsr(kDefaultMode); }
+void set_mode(const FloatMode& mode) { _mm_setcsr(mode); }
+#else
+using FloatMode = std::fenv_t;
+FloatMode float_mode() {
+    FloatMode mode;
+    std::fegetenv(&mode);
+    return mode;
+}
+void set_default_mode() { std::fesetenv(FE_DFL_ENV); }
+void set_mode(const FloatMode& mode) { std::fesetenv(&mode); }
+#endif
+
 class DefaultFloats {
    public:
-    DefaultFloats() {
-        std::fegetenv(&before_);
-        std::fesetenv(FE_DFL_ENV);
-    }
-    ~DefaultFloats() { std::fesetenv(&before_); }
+    DefaultFloats() { set_default_mode(); }
+    ~DefaultFloats() { set_mode(before_); }
     DefaultFloats(const DefaultFloats&) = delete;
     DefaultFloats& operator=(const DefaultFloats&) = delete;
 
    private:
-    std::fenv_t before_;
+    const FloatMode before_ = float_mode();
 };
 
 struct Job {

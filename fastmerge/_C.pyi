@@ -50,6 +50,45 @@ def gathered(
     primitive and `copy` read it.
     """
 
+class Program:
+    """What a merge does with its tensors, all of one element type and count, once Python has
+    decided what does not depend on their numbers.
+    """
+
+class Sum(Program):
+    """`combine` of the tensors at ``parts`` of a call; with a ``rule``, by the coefficients that it
+    makes of their `gram`, and whether they are summed in fp64. ``reference``: which of the parts
+    the others' deltas are taken to, for `gram`.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[int],
+        coefficients: Sequence[float] = (),
+        *,
+        divisor: float | None = None,
+        rule: Callable[[NDArray[np.float64]], tuple[Sequence[float], bool]] | None = None,
+        reference: int | None = None,
+    ) -> None: ...
+
+class Vote(Program):
+    """`select` and `consensus` of all tensors but the last, their base; with as many tensors as
+    requests they are deltas. No request is for a draw by rank.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Sparsify],
+        weights: Sequence[float],
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+        origin: int,
+        votes: int,
+        counted: bool,
+    ) -> None: ...
+
 class Alike:
     """CPU tensors of one shape that a call has checked: torch's, or NumPy's arrays.
 
@@ -64,6 +103,23 @@ class Alike:
     def sink(self, tensor: Any, views: Sequence[View]) -> MemorySink | None:
         """Where one like the first is written, without a check for NaN; None where it differs, is
         read-only, or shares a part of a view's memory.
+        """
+
+    def run(
+        self,
+        program: Program,
+        pool: Pool,
+        tensors: list[Any],
+        out: Any,
+        make: Callable[[Any], Any],
+        keeps_equal: Callable[[], bool] | None,
+    ) -> Any:
+        """A program's result for tensors like these, in ``out``, or where that is None in what
+        ``make`` gives for the first: as `views`, `sink` and the kernels do, without an object for
+        each. None where a tensor or ``out`` is not as it was, and nothing is written then.
+
+        With ``keeps_equal``, tensors that are all equal give the first where it returns true. The
+        GIL is released for more than 4 Ki entries.
         """
 
 def usual_threads() -> int:

@@ -239,3 +239,88 @@ def test_threads_follow_the_environment(monkeypatch):
     monkeypatch.setenv("FASTMERGE_NUM_THREADS", "many")
     with pytest.raises(fastmerge.FastmergeError, match="not a whole number of threads"):
         ops.linear([A, B], [0.5, 0.5])
+
+
+# ---------------------------------------------------------------- programs of C++ alone
+
+
+PROGRAMS = {
+    "linear": lambda x, y, z, o: ops.linear([x, y], [0.3, 0.7], out=o),
+    "linear of three": lambda x, y, z, o: ops.linear([x, y, z], [1, 2, 4], out=o),
+    "linear of equals": lambda x, y, z, o: ops.linear([x, x.clone()], [0.3, 0.7], out=o),
+    "sum of equals": lambda x, y, z, o: ops.linear(
+        [x, x.clone()], [0.3, 0.9], normalize=False, out=o
+    ),
+    "one of weight 0": lambda x, y, z, o: ops.linear([x, y, z], [0.3, 0, 0.7], out=o),
+    "slerp": lambda x, y, z, o: ops.slerp(x, y, 0.3, out=o),
+    "slerp of opposites": lambda x, y, z, o: ops.slerp(x, -x, 0.5, out=o),
+    "nuslerp": lambda x, y, z, o: ops.nuslerp(x, y, [1, 2], base=z, out=o),
+    "model_stock": lambda x, y, z, o: ops.model_stock(z, [x, y], out=o),
+    "task_arithmetic": lambda x, y, z, o: ops.task_arithmetic(z, [x, y], [0.3, 0.7], out=o),
+    "ties": lambda x, y, z, o: ops.ties(z, [x, y], [0.3, 0.7], density=[0.5, 0.2], out=o),
+    "ties of deltas": lambda x, y, z, o: ops.ties(
+        None, [x, y, z], [1, 2, 3], density=0.4, votes="plain", divisor="count", out=o
+    ),
+    "ties with one of weight 0": lambda x, y, z, o: ops.ties(z, [x, y], [0, 1], density=0.5, out=o),
+    "ties of equals": lambda x, y, z, o: ops.ties(
+        z, [z.clone(), z.clone()], [1, 2], density=0.5, out=o
+    ),
+    "ties that keep all ties": lambda x, y, z, o: ops.ties(
+        z, [x.round(), y.round()], [1, 2], density=0.5, ties="all", out=o
+    ),
+    "breadcrumbs": lambda x, y, z, o: ops.breadcrumbs(
+        z, [x, y], [1, 2], density=0.5, gamma=0.1, out=o
+    ),
+    "dare": lambda x, y, z, o: ops.dare_linear(z, [x, y], [1, 2], density=0.5, seed=3, out=o),
+    "dare by density": lambda x, y, z, o: ops.dare_ties(
+        z, [x, y], [1, 2], density=0.5, seed=3, rescale="density", out=o
+    ),
+    "della": lambda x, y, z, o: ops.della(z, [x, y], [1, 2], density=0.5, seed=3, out=o),
+    "combine": lambda x, y, z, o: ops.combine([x, y, z], [0.25, -0.0, 2], out=o),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", PROGRAMS.values(), ids=PROGRAMS)
+def test_a_program_gives_the_bits_of_the_computation(call, dtype, monkeypatch):
+    x, y, z = (torch.from_numpy(array).to(dtype) for array in (A, B, BASE))
+
+    def bits(out=None):
+        return call(x, y, z, out).view(torch.uint8).numpy().tobytes()
+
+    of_tensors._forms.clear()
+    arrays._known.clear()
+    first, programs = bits(), bits()  # the first call checks, the second may be a program
+    assert programs == bits(torch.empty_like(x)) == first
+    of_tensors._forms.clear()
+    monkeypatch.setattr(of_tensors, "program_of", lambda *_, **__: None)
+    assert bits() == first
+
+
+def test_errors_of_a_rule_name_the_tensor_at_every_call():
+    for _ in range(3):
+        with pytest.raises(fastmerge.FastmergeError, match=r"^w: linear: .*sum to 0") as caught:
+            ops.merge("linear", [A, B], {"weight": [1.0, -1.0]}, name="w")
+        assert "\n" not in str(caught.value)
+
+
+def test_programs_of_many_names_are_bounded():
+    def drawn(index):
+        return ops.dare_linear(BASE, [A], [1.0], density=0.5, seed=1, name=f"w{index}").tobytes()
+
+    made = [drawn(index) for index in range(2 * of_tensors._MOST_NAMES)]
+    assert len(set(made)) == len(made)
+    assert made == [drawn(index) for index in range(2 * of_tensors._MOST_NAMES)]
+    for form in of_tensors._forms.values():
+        assert len(form.programs) <= of_tensors._MOST_NAMES
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 2048, 2049, 8192, 8193])
+def test_small_trims_keep_exactly_as_many(count):
+    x = np.round(RNG.standard_normal(count, dtype=np.float32) * 4)  # with many ties
+    for density in (0.01, 0.5, 0.99):
+        keep = max(1, int(density * count))
+        made = ops.ties(None, [x], [1.0], density=density)
+        threshold = np.sort(np.abs(x))[::-1][keep - 1]
+        assert (np.abs(made) > threshold).sum() == (np.abs(x) > threshold).sum()
+        assert (made != 0).sum() == min(keep, (x != 0).sum())

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "isa/table.h"
 #include "sink.h"
 #include "tensor.h"
 
@@ -36,6 +37,12 @@ inline DType parse_dtype(const std::string& code) {
     if (code == "BF16") return DType::kBF16;
     if (code == "RAW") return DType::kRaw;
     throw std::invalid_argument("dtype must be F32, F16, BF16 or RAW, not '" + code + "'");
+}
+
+inline Votes votes_of(int number) {
+    if (number < 0 || number > static_cast<int>(Votes::kLast))
+        throw std::invalid_argument("votes are 0 (weighted), 1 (plain) or 2 (frequency)");
+    return static_cast<Votes>(number);
 }
 
 inline const char* dtype_code(DType dtype) {

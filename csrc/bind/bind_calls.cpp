@@ -1,5 +1,6 @@
-// What repeated calls of fastmerge.ops need not do again in Python: 2 us a tensor, where the
-// kernels of 4 Ki entries take 1.
+// What repeated calls of fastmerge.ops need not do again in Python: checks take it 2 us a tensor and
+// what comes between the kernels 10, where the kernels of 4 Ki entries take 1.
+#include <pybind11/functional.h>
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -10,12 +11,20 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind/bind.h"
+#include "bind/selection.h"
+#include "pool.h"
+#include "primitives/combine.h"
+#include "primitives/consensus.h"
+#include "primitives/gram.h"
+#include "primitives/select.h"
 #include "sink.h"
 
 namespace py = pybind11;
@@ -60,6 +69,104 @@ uint64_t number(py::handle of, const py::str& name) {
     return found;
 }
 
+// The GIL is let go of where others can use the time: not for kernels of a few microseconds, after
+// which a caller among many threads would wait for its turn.
+class Unlocked {
+   public:
+    explicit Unlocked(int64_t count) {
+        if (count > kHeld) released_.emplace();
+    }
+
+   private:
+    static constexpr int64_t kHeld = 4096;
+    std::optional<py::gil_scoped_release> released_;
+};
+
+// What a merge does with its tensors, all of one element type and count, once Python has decided
+// everything that does not depend on their numbers.
+class Program {
+   public:
+    virtual ~Program() = default;
+    virtual void run(Pool& pool, const std::vector<Span>& tensors, Sink& out) const = 0;
+};
+
+// sum_i c_i x_i / divisor; with a rule, of coefficients that it makes of the Gram matrix.
+class Sum : public Program {
+   public:
+    // Coefficients, and whether they are summed in fp64.
+    using Rule = std::function<std::pair<std::vector<double>, bool>(const py::array_t<double>&)>;
+
+    Sum(std::vector<size_t> parts, std::vector<double> coefficients, std::optional<double> divisor,
+        std::optional<Rule> rule, std::optional<size_t> reference)
+        : parts_(std::move(parts)),
+          coefficients_(std::move(coefficients)),
+          divisor_(divisor),
+          rule_(std::move(rule)),
+          reference_(reference) {}
+
+    void run(Pool& pool, const std::vector<Span>& tensors, Sink& out) const override {
+        std::vector<Span> taken;
+        for (const size_t part : parts_) taken.push_back(tensors.at(part));
+        if (!rule_) return add(pool, taken, coefficients_, out, false);
+        const auto [coefficients, wide] = (*rule_)(products(pool, taken));
+        add(pool, taken, coefficients, out, wide);
+    }
+
+   private:
+    void add(Pool& pool, const std::vector<Span>& taken, const std::vector<double>& coefficients,
+             Sink& out, bool wide) const {
+        const Unlocked unlocked(out.count());
+        combine(pool, taken, coefficients, out, divisor_ ? &*divisor_ : nullptr, {}, wide);
+    }
+
+    // Of the parts, or of the reference and what the others differ by from it.
+    py::array_t<double> products(Pool& pool, std::vector<Span> taken) const {
+        const auto size = static_cast<py::ssize_t>(taken.size());
+        std::optional<Span> base;
+        if (reference_) {
+            base = taken.at(*reference_);
+            taken.erase(taken.begin() + static_cast<std::ptrdiff_t>(*reference_));
+        }
+        std::vector<double> found;
+        {
+            const Unlocked unlocked(taken.front().count);
+            found = gram(pool, taken, base ? &*base : nullptr, {});
+        }
+        return py::array_t<double>({size, size}, found.data());
+    }
+
+    const std::vector<size_t> parts_;
+    const std::vector<double> coefficients_;
+    const std::optional<double> divisor_;
+    const std::optional<Rule> rule_;
+    const std::optional<size_t> reference_;
+};
+
+// What survives of the deltas to the last tensor, or of tensors that are deltas, merged.
+class Vote : public Program {
+   public:
+    Vote(std::vector<Sparsify> specs, std::vector<float> weights, const Agreement& agreement)
+        : specs_(std::move(specs)), weights_(std::move(weights)), agreement_(agreement) {}
+
+    void run(Pool& pool, const std::vector<Span>& tensors, Sink& out) const override {
+        static const Zeros zeros;
+        std::vector<Part> parts = {{tensors, {nullptr, out.count(), out.dtype(), &zeros}, 0}};
+        Part& part = parts.front();
+        if (tensors.size() > specs_.size()) {
+            part.base = tensors.back();
+            part.inputs.pop_back();
+        }
+        const Unlocked unlocked(out.count());
+        const std::vector<Selection> kept = select(pool, parts, specs_);
+        consensus(pool, part.inputs, part.base, weights_, kept, out, agreement_);
+    }
+
+   private:
+    const std::vector<Sparsify> specs_;
+    const std::vector<float> weights_;
+    const Agreement agreement_;
+};
+
 // Tensors of one shape in the CPU's memory that a call has taken: whatever is like them, in all
 // that was checked, is taken again by a comparison.
 class Alike {
@@ -86,31 +193,46 @@ class Alike {
 
     // A view of each, or None where one is not as it was.
     py::object views(const py::list& tensors) const {
-        if (tensors.size() != each_.size()) return py::none();
+        const std::optional<std::vector<Span>> spans = all_taken(tensors);
+        if (!spans) return py::none();
         py::list found(each_.size());
-        for (size_t i = 0; i < each_.size(); ++i) {
-            const std::optional<Span> span = taken(tensors[i], each_[i], false);
-            if (!span) return py::none();
-            found[i] = View{*span, py::reinterpret_borrow<py::object>(tensors[i])};
-        }
+        for (size_t i = 0; i < each_.size(); ++i)
+            found[i] = View{(*spans)[i], py::reinterpret_borrow<py::object>(tensors[i])};
         return found;
     }
 
     // Where a tensor like the first is written, or None where it is another, is not to be written,
     // or shares a part of a view's memory; all of it may be shared.
     py::object sink(const py::handle& tensor, const std::vector<View>& views) const {
-        const std::optional<Span> span = taken(tensor, each_[0], true);
+        std::vector<Span> spans;
+        for (const View& view : views)
+            if (!view.elements) spans.push_back(view.span);
+        const std::optional<Span> span = written(tensor, spans);
         if (!span) return py::none();
-        const auto end = [](const Span& s) { return s.at(s.count); };
-        for (const View& view : views) {
-            if (view.elements) continue;
-            const bool same = span->at(0) == view.span.at(0) && end(*span) == end(view.span);
-            if (!same && span->at(0) < end(view.span) && view.span.at(0) < end(*span))
-                return py::none();
-        }
         auto made = std::make_shared<HeldSink>(
             View{*span, py::reinterpret_borrow<py::object>(tensor)}, false);
         return shared(std::shared_ptr<MemorySink>(made, &made->sink));
+    }
+
+    // A program's result for tensors like these, in `out` or in what `make` gives for the first;
+    // None where one of them, or `out`, is not as it was. Where `keeps_equal` is given, tensors that
+    // are all equal give the first, if it says so.
+    py::object run(const Program& program, Pool& pool, const py::list& tensors, py::object out,
+                   const py::object& make, const py::object& keeps_equal) const {
+        const std::optional<std::vector<Span>> spans = all_taken(tensors);
+        if (!spans) return py::none();
+        const bool given = !out.is_none();
+        if (!given) out = make(tensors[0]);
+        const std::optional<Span> to = written(out, given ? *spans : std::vector<Span>());
+        if (!to) return py::none();
+        MemorySink sink(const_cast<void*>(to->data), to->count, to->dtype, false);
+        if (!keeps_equal.is_none() && all_equal(pool, *spans) && keeps_equal().cast<bool>()) {
+            const Unlocked unlocked(count_);
+            combine(pool, {spans->front()}, {1.0}, sink, nullptr, {});
+        } else {
+            program.run(pool, *spans, sink);
+        }
+        return out;
     }
 
    private:
@@ -119,6 +241,37 @@ class Alike {
         DType code;
         bool is_array;
     };
+
+    std::optional<std::vector<Span>> all_taken(const py::list& tensors) const {
+        if (tensors.size() != each_.size()) return {};
+        std::vector<Span> found;
+        found.reserve(each_.size());
+        for (size_t i = 0; i < each_.size(); ++i) {
+            const std::optional<Span> span = taken(tensors[i], each_[i], false);
+            if (!span) return {};
+            found.push_back(*span);
+        }
+        return found;
+    }
+
+    std::optional<Span> written(py::handle tensor, const std::vector<Span>& inputs) const {
+        const std::optional<Span> span = taken(tensor, each_[0], true);
+        if (!span) return {};
+        const auto end = [](const Span& s) { return s.at(s.count); };
+        for (const Span& input : inputs) {
+            const bool same = span->at(0) == input.at(0) && end(*span) == end(input);
+            if (!same && span->at(0) < end(input) && input.at(0) < end(*span)) return {};
+        }
+        return span;
+    }
+
+    static bool all_equal(Pool& pool, const std::vector<Span>& spans) {
+        if (spans.size() < 2) return false;
+        const Unlocked unlocked(spans[0].count);
+        for (size_t i = 1; i < spans.size(); ++i)
+            if (!equal(pool, spans[0], spans[i])) return false;
+        return true;
+    }
 
     std::optional<Span> taken(py::handle tensor, const One& one, bool written) const {
         if (py::type::handle_of(tensor).ptr() != one.type.ptr()) return {};
@@ -183,6 +336,27 @@ int usual_threads() {
 void bind_calls(py::module_& m) {
     using namespace pybind11::literals;
 
+    py::class_<Program>(m, "Program");
+    def_init(
+        py::class_<Sum, Program>(m, "Sum"),
+        +[](const std::vector<size_t>& parts, const std::vector<double>& coefficients,
+            std::optional<double> divisor, const std::optional<Sum::Rule>& rule,
+            std::optional<size_t> reference) {
+            return std::make_unique<Sum>(parts, coefficients, divisor, rule, reference);
+        },
+        "parts"_a, "coefficients"_a = py::tuple(), py::kw_only(), "divisor"_a = py::none(),
+        "rule"_a = py::none(), "reference"_a = py::none());
+    def_init(
+        py::class_<Vote, Program>(m, "Vote"),
+        +[](const std::vector<Sparsify>& specs, const std::vector<float>& weights, bool elect,
+            bool normalize, float scale, int64_t origin, int votes, bool counted) {
+            const Agreement agreement = {elect,  normalize,       scale,
+                                         origin, votes_of(votes), counted};
+            return std::make_unique<Vote>(specs, weights, agreement);
+        },
+        "specs"_a, "weights"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a, "origin"_a,
+        "votes"_a, "counted"_a);
+
     def_init(
         py::class_<Alike>(m, "Alike"),
         +[](const py::list& tensors, const std::vector<std::string>& codes) {
@@ -190,6 +364,8 @@ void bind_calls(py::module_& m) {
         },
         "tensors"_a, "dtypes"_a)
         .def("views", &Alike::views, "tensors"_a)
-        .def("sink", &Alike::sink, "tensor"_a, "views"_a);
+        .def("sink", &Alike::sink, "tensor"_a, "views"_a)
+        .def("run", &Alike::run, "program"_a, "pool"_a, "tensors"_a, "out"_a, "make"_a,
+             "keeps_equal"_a);
     m.def("usual_threads", &usual_threads);
 }

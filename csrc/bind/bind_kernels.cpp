@@ -133,8 +133,6 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
                         const std::vector<float>& weights, std::vector<Selection> selections,
                         Sink& out, const std::vector<std::optional<View>>& masks, bool elect,
                         bool normalize, float scale, int64_t origin, int votes, bool counted) {
-    if (votes < 0 || votes > static_cast<int>(Votes::kLast))
-        throw std::invalid_argument("votes are 0 (weighted), 1 (plain) or 2 (frequency)");
     const std::vector<Span> tensors = spans(inputs);
     const std::vector<uint32_t*> bits = bits_of(masks, origin + base.span.count);
     for (size_t j = 0; j < selections.size(); ++j) {
@@ -143,8 +141,7 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
             throw std::invalid_argument("what is drawn by rank needs its mask");
     }
     py::gil_scoped_release release;
-    const Agreement agreement = {elect,  normalize, scale, origin, static_cast<Votes>(votes),
-                                 counted};
+    const Agreement agreement = {elect, normalize, scale, origin, votes_of(votes), counted};
     return consensus(pool, tensors, base.span, weights, selections, out, agreement);
 }
 

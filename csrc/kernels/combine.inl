@@ -33,9 +33,38 @@ FM_INLINE void combine_group(const CombineArgs& args, int64_t at, Part part) {
     write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, part, total);
 }
 
+// As combine_group of few inputs, whose places and coefficients stay in registers: the caches then
+// give as many bytes as they can.
+template <class T, int K>
+int64_t combine_few(const CombineArgs& args) {
+    const char* x[K];
+    Floats c[K];
+    for (int j = 0; j < K; ++j) {
+        x[j] = static_cast<const char*>(args.inputs[j]);
+        c[j] = spread(args.coefficients[j][0]);
+    }
+    const Floats start = spread(args.starts[0]), divisor = spread(args.divisor);
+    const bool divide = args.divide;
+    char* out = static_cast<char*>(args.out);
+    const int64_t whole = args.count - args.count % kGroup;
+    for (int64_t at = 0; at < whole; at += kGroup) {
+        Floats total[2] = {start, start}, entries[2];
+        for (int j = 0; j < K; ++j) {
+            read<false>(T(), x[j] + at * T::kBytes, {}, entries);
+            for (int v = 0; v < 2; ++v) total[v] = multiply_add(entries[v], c[j], total[v]);
+        }
+        if (divide)
+            for (int v = 0; v < 2; ++v) total[v] = total[v] / divisor;
+        write<false>(T(), out + at * T::kBytes, {}, total);
+    }
+    return whole;
+}
+
 template <class T, bool kPerElement>
 void combine_span(const CombineArgs& args) {
     int64_t at = 0;
+    if (!kPerElement && args.inputs_count == 2) at = combine_few<T, 2>(args);
+    if (!kPerElement && args.inputs_count == 3) at = combine_few<T, 3>(args);
     for (; at + kGroup <= args.count; at += kGroup)
         combine_group<T, kPerElement, false>(args, at, {});
     if (at < args.count)

@@ -104,6 +104,7 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
         }
     };
     if (count <= kSampleAll) {
+        keys.reserve(static_cast<size_t>(count));
         for (const Part& part : deltas.parts)
             for_each_tile(0, part.base.count,
                           [&](int64_t begin, int64_t end) { read(part, begin, end - begin); });
@@ -130,15 +131,29 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
     return keys;
 }
 
-Search bracket(const Deltas& deltas, size_t j, int64_t keep) {
+// The threshold among all the keys, which no pass need count then.
+void settle(std::vector<int32_t>& keys, Threshold& threshold) {
+    const auto nth = keys.begin() + (threshold.keep - 1);
+    std::nth_element(keys.begin(), nth, keys.end(), std::greater<int32_t>());
+    threshold.key = *nth;
+    threshold.above = std::count_if(keys.begin(), nth, [&](int32_t key) { return key > *nth; });
+    threshold.ties = std::count(keys.begin(), keys.end(), threshold.key);
+}
+
+Search bracket(const Deltas& deltas, size_t j, Threshold& threshold) {
     std::vector<int32_t> keys = sample_keys(deltas, j);
+    Search search;
+    search.threshold = &threshold;
     const auto size = static_cast<int64_t>(keys.size());
-    const double share = static_cast<double>(keep) / static_cast<double>(deltas.count());
-    const bool exact = size == deltas.count();
-    const auto half =
-        exact ? 0 : static_cast<int64_t>(kSigmas * std::sqrt(size * share * (1 - share))) + 8;
+    if (size == deltas.count()) {
+        settle(keys, threshold);
+        search.found = true;
+        return search;
+    }
+    const double share = static_cast<double>(threshold.keep) / static_cast<double>(deltas.count());
+    const auto half = static_cast<int64_t>(kSigmas * std::sqrt(size * share * (1 - share))) + 8;
     // Ranks from the largest key down, the first being 0.
-    const int64_t rank = exact ? keep - 1 : static_cast<int64_t>(share * size);
+    const auto rank = static_cast<int64_t>(share * size);
     const int64_t first = std::max<int64_t>(0, rank - half);
     const int64_t last = std::min(size - 1, rank + half);
     const auto descending = std::greater<int32_t>();
@@ -147,9 +162,8 @@ Search bracket(const Deltas& deltas, size_t j, int64_t keep) {
         std::nth_element(keys.begin() + first + 1, keys.begin() + last, keys.end(), descending);
     std::sort(keys.begin() + first, keys.begin() + last + 1, descending);
 
-    Search search;
-    search.narrow(exact || rank + half < size ? keys[static_cast<size_t>(last)] : 0,
-                  exact || rank - half >= 0 ? keys[static_cast<size_t>(first)] : kLargestKey);
+    search.narrow(rank + half < size ? keys[static_cast<size_t>(last)] : 0,
+                  rank - half >= 0 ? keys[static_cast<size_t>(first)] : kLargestKey);
     // The two most frequent keys of the bracket are counted without being gathered: a fifth of a
     // bf16 delta can have one magnitude.
     int64_t best[2] = {0, 0};
@@ -261,10 +275,13 @@ void resolve(Search& search) {
 void find_thresholds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<Threshold>& thresholds) {
     std::vector<Search> searches(which.size());
-    deltas.pool.run(static_cast<int64_t>(which.size()), [&](int64_t i) {
-        const auto at = static_cast<size_t>(i);
-        searches[at] = bracket(deltas, which[at], thresholds[at].keep);
-        searches[at].threshold = &thresholds[at];
+    const auto number = static_cast<int64_t>(which.size());
+    const int64_t together = deltas.count() <= kTile ? number : 1;  // less than to wake a thread
+    deltas.pool.run(blocks_of(number, together), [&](int64_t task) {
+        for (int64_t i = task * together; i < std::min(number, (task + 1) * together); ++i) {
+            const auto at = static_cast<size_t>(i);
+            searches[at] = bracket(deltas, which[at], thresholds[at]);
+        }
     });
     run_searches(
         which, searches,

@@ -1,7 +1,8 @@
 """Tensors of one call, which live in memory: NumPy arrays and torch tensors, never copied.
 
 What is checked about them takes Python 2 us a tensor, and the kernels of 4 Ki entries 1 us: tensors
-like those of an earlier call are taken by `_C.Alike`'s comparison (`Again`).
+like those of an earlier call are `known`, and `_C.Alike` takes them by comparison, for `Again`, or
+merges them at once (`Known.run`).
 """
 
 from __future__ import annotations
@@ -158,15 +159,15 @@ class Operands(Generic[T]):
         of_numpy = dtype.numpy if first is None else first.dtype
         return lambda _: np.empty(shape, of_numpy)
 
-    def known(self, tensors: Sequence[Any]) -> _Known | None:
-        """What `Again` needs for tensors like these; None where they are on a GPU, of several
+    def known(self, tensors: Sequence[Any]) -> Known | None:
+        """What the next call needs for tensors like these; None where they are on a GPU, of several
         types, or not the caller's own.
         """
         own = all(mine is given for mine, given in zip(self._tensors, tensors, strict=True))
         if not own or self._device != "cpu" or self.dtypes.count(self._dtype) < len(self.dtypes):
             return None
         alike = _C.Alike(self._tensors, [dtype.code for dtype in self.dtypes])
-        return _Known(alike, self._maker(), self.shape, self.dtypes, self.kind)
+        return Known(alike, self._maker(), self.shape, self.dtypes, self.kind)
 
     def _check_out(self, out: Any, where: str) -> None:
         if is_torch(out) != self._torch or not (self._torch or isinstance(out, np.ndarray)):
@@ -193,7 +194,7 @@ class Operands(Generic[T]):
                 raise FastmergeError(f"{where}: overlaps an input in part")
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """Of tensors on the CPU that were checked before."""
 
     alike: _C.Alike
@@ -202,14 +203,37 @@ class _Known(NamedTuple):
     dtypes: list[DType]
     kind: tuple[object, ...]
 
+    def run(
+        self,
+        program: _C.Program,
+        tensors: list[T],
+        out: T | None,
+        threads: int | None,
+        keeps_equal: Callable[[], bool] | None = None,
+    ) -> T | None:
+        """`_C.Alike.run`: the result, or None where something is not as it was."""
+        pool = cpu(thread_count(threads)).pool
+        made: T | None = self.alike.run(program, pool, tensors, out, self.make, keeps_equal)
+        if out is not None and made is not None and is_torch(out):
+            written(out)
+        return made
 
-_known: dict[tuple[object, ...], _Known] = {}
+
+_known: dict[tuple[object, ...], Known] = {}
+
+
+def known(tensors: Sequence[Any]) -> Known | None:
+    """What is known of tensors of these types and shape, whatever else they are."""
+    try:
+        return _known.get((tensors[0].shape, *[tensor.dtype for tensor in tensors]))
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensors, or odd ones
+        return None
 
 
 class Again(Generic[T]):
     """`Operands` of tensors like some that were checked before."""
 
-    def __init__(self, where: str, tensors: list[T], views: list[_C.View], known: _Known) -> None:
+    def __init__(self, where: str, tensors: list[T], views: list[_C.View], known: Known) -> None:
         self._where, self._tensors, self._known = where, tensors, known
         self.views = views
         self.shape, self.dtypes, self.kind = known.shape, known.dtypes, known.kind
@@ -234,11 +258,7 @@ class Again(Generic[T]):
 
 def operands(where: str, tensors: list[T]) -> Operands[T] | Again[T]:
     """The tensors of a call, checked; FastmergeError, prefixed with ``where``."""
-    try:
-        kind = (tensors[0].shape, *[tensor.dtype for tensor in tensors])
-        found = _known.get(kind)
-    except (AttributeError, IndexError, RuntimeError, TypeError):  # no tensors, or odd ones
-        return Operands(where, tensors)
+    found = known(tensors)
     views = None if found is None else found.alike.views(tensors)
     if found is not None and views is not None:
         return Again(where, tensors, views, found)
@@ -247,7 +267,7 @@ def operands(where: str, tensors: list[T]) -> Operands[T] | Again[T]:
     if new is not None:
         if len(_known) >= _MOST_KINDS:
             _known.clear()
-        _known[kind] = new
+        _known[new.kind] = new
     return made
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from fastmerge import _C
 from fastmerge.arguments import a_list, plain
-from fastmerge.compute.arrays import T, operands
+from fastmerge.compute.arrays import T, known, operands
 from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
@@ -44,17 +46,31 @@ def combine(
     if len(coefficients) != len(given):
         raise FastmergeError(f"combine: {len(given)} tensors but {len(coefficients)} coefficients")
     factors = [_EACH.check(plain(value, where), "combine") for value in coefficients]
-    return combined(given, np.array(factors), out=out, threads=threads)
+    return combined([*given], tuple(factors), out=out, threads=threads)
 
 
 def combined(
-    tensors: Sequence[T], factors: Float64, *, out: T | None = None, threads: int | None = None
+    tensors: list[T],
+    factors: tuple[float, ...],
+    *,
+    out: T | None = None,
+    threads: int | None = None,
 ) -> T:
     """`combine` of any numbers: a gradient may be NaN."""
-    taken = operands("combine", list(tensors))
+    like = known(tensors)
+    if like is not None:
+        made = like.run(_sum(factors), tensors, out, threads)
+        if made is not None:
+            return made
+    taken = operands("combine", tensors)
     result, sink = taken.output(out)
-    taken.backend(threads).combine(taken.views, factors, sink)
+    taken.backend(threads).combine(taken.views, np.array(factors), sink)
     return result
+
+
+@lru_cache(maxsize=256)
+def _sum(factors: tuple[float, ...]) -> _C.Program:
+    return _C.Sum(range(len(factors)), factors)
 
 
 def coefficient_gradients(

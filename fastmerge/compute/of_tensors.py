@@ -2,6 +2,8 @@
 
 What a call says is checked and planned once, and kept for calls that say the same of tensors of the
 same shape and types (`_Form`): kernels of 4 Ki entries take 2 us, checking and planning 50 to 200.
+What then is left to Python takes it 10: tensors on the CPU that are like those of before go to C++
+at once, with the call's program. Whatever else they are, the full path below takes or refuses.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastmerge import _C
 from fastmerge.arguments import a_list, a_mapping, a_text, plain
-from fastmerge.compute.arrays import Again, Operands, T, equal, operands
+from fastmerge.compute.arrays import Again, Known, Operands, T, equal, known, operands
 from fastmerge.compute.cpu import CpuBackend
+from fastmerge.compute.programs import program_of
 from fastmerge.compute.tensor import Computation, Step, steps
+from fastmerge.dtypes import F32
 from fastmerge.errors import FastmergeError, brief, is_whole, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
 from fastmerge.once import cached_property
 from fastmerge.tree.nodes import Merge, Node, Stored
 from fastmerge.tree.unread import keeps_equal, without_unread
 
-_MOST_FORMS = 1024
+_MOST_FORMS, _MOST_NAMES = 1024, 64
 _PLAIN = frozenset((int, float, bool, str, type(None)))  # equal where they are written alike
 
 
@@ -38,9 +43,35 @@ class _Form:
         return steps(self.tree if isinstance(self.tree, Merge) else _passed(self.tree))
 
     @cached_property
+    def _keeps_equal(self) -> bool:
+        return keeps_equal(self.tree)
+
+    def keeps_equal(self) -> bool:
+        """Whether tensors that are all equal come out as they are."""
+        return self._keeps_equal
+
+    @cached_property
     def of_equals(self) -> list[Step]:
         """The same of tensors that are all equal: one of them, where they come out as they are."""
-        return steps(_passed(Stored(0, ""))) if keeps_equal(self.tree) else self.steps
+        return steps(_passed(Stored(0, ""))) if self._keeps_equal else self.steps
+
+    @cached_property
+    def programs(self) -> dict[str, _C.Program | None]:
+        """By the tensor's name, which draws and errors follow."""
+        return {}
+
+    def program(self, name: str, known: Known) -> _C.Program | None:
+        """For tensors that are ``known``; None where Python has a part in the merge."""
+        try:
+            return self.programs[name]
+        except KeyError:  # another thread may clear them at any time
+            pass
+        to_fp32 = known.dtypes[0] is F32
+        made = program_of(self.steps, name, known.shape, to_fp32=to_fp32)
+        if len(self.programs) >= _MOST_NAMES:
+            self.programs.clear()
+        self.programs[name] = made
+        return made
 
 
 _forms: dict[tuple[object, ...], _Form] = {}
@@ -67,15 +98,27 @@ def merge(
     if type(name) is not str or name:
         name = a_text(name, f"{row.name}: name")
     tensors = a_list(tensors, f"{row.name}: tensors")
+    inputs = tensors if base is None else [*tensors, base]
     _check(row, given, len(tensors), base is not None)
-    taken = operands(row.name, tensors if base is None else [*tensors, base])
-    form = _form(row, given, len(tensors), taken, base is not None, seed)
+    said = row, given, len(tensors), base is not None, seed
+    # Of deltas the base is another tensor than they are, however equal they may be.
     deltas = base is None and row.of_deltas
+    form: _Form | None = None
+    like = known(inputs)
+    if like is not None:
+        form = _form(like, *said)
+        program = form.program(name, like)
+        if program is not None:
+            keeps = None if deltas else form.keeps_equal
+            made: T | None = like.run(program, inputs, out, threads, keeps)
+            if made is not None:
+                return made
+    taken = operands(row.name, inputs)
+    form = form or _form(taken, *said)
     views = [*taken.views, taken.zeros()] if deltas else taken.views
     result: T
     result, sink = taken.output(out)
     backend, order = taken.backend(threads), form.steps
-    # Of deltas the base is another tensor than they are, however equal they may be.
     if isinstance(backend, CpuBackend) and not deltas and equal(backend.pool, views):
         order = form.of_equals
     computation = Computation(
@@ -109,10 +152,10 @@ def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) ->
 
 
 def _form(
+    taken: Operands[Any] | Again[Any] | Known,
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    taken: Operands[Any] | Again[Any],
     has_base: bool,
     seed: int | None,
 ) -> _Form:
@@ -134,17 +177,19 @@ def _said(given: Mapping[str, Any]) -> bytes | None:
     """The parameters as bytes, which differ where any value or its type does (1 and True, 0.0 and
     -0.0); None where one is of no plain kind.
     """
-    found = {}
+    numbers = given
     for name, value in given.items():
+        kind = type(value)
+        if kind in _PLAIN or (kind is list and _PLAIN.issuperset(map(type, value))):
+            continue
+        value = plain(value, name)
+        if type(value) in (list, tuple):
+            value = [plain(own, name) for own in value]
         if type(value) not in _PLAIN and not _is_plain_list(value):
-            value = plain(value, name)
-            if type(value) in (list, tuple):
-                value = [plain(own, name) for own in value]
-            if type(value) not in _PLAIN and not _is_plain_list(value):
-                return None
-        found[name] = value
+            return None
+        numbers = {**numbers, name: value}
     # Version 2 has no back references, by which equal values may be written differently.
-    return marshal.dumps(found, 2)
+    return marshal.dumps(numbers if type(numbers) is dict else dict(numbers), 2)
 
 
 def _is_plain_list(value: Any) -> bool:
@@ -155,7 +200,7 @@ def _tree(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    taken: Operands[Any] | Again[Any],
+    taken: Operands[Any] | Again[Any] | Known,
     has_base: bool,
     seed: int | None,
 ) -> Node:

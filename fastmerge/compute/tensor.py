@@ -81,6 +81,11 @@ def factors_of(tree: Collapsed, gram: Float64 | None) -> tuple[Float64, float | 
     return coefficients(tree, gram), None
 
 
+def named(error: FastmergeError, name: str) -> FastmergeError:
+    """An error of the tensor ``name``."""
+    return type(error)(f"{name}: {error}" if name else str(error))
+
+
 def is_wide(tree: Collapsed, factors: Float64, to_fp32: bool) -> bool:
     """Whether the parts are summed in float64. Where no Gram matrix was read mergekit's order and
     bits are kept; elsewhere fp32's rounding must not show: not in an output of fp32, where it moves
@@ -303,7 +308,7 @@ class Computation(Generic[T, O]):
         try:
             factors, divisor = step.fixed or factors_of(tree, gram)
         except FastmergeError as error:
-            raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
+            raise named(error, self._name) from None
         vectors = _vectors(self._shape, tree.axis if factors.ndim > 1 else None)
         wide = is_wide(tree, factors, self._backend.is_fp32(out))
         bad = self._backend.combine(
@@ -378,5 +383,5 @@ class Computation(Generic[T, O]):
         try:
             made = method.of(base, arrays, root.values, root.operand_values, key)
         except FastmergeError as error:
-            raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from error
+            raise named(error, self._name) from error
         return self._pass(self._backend.tensor(made), out)

@@ -214,7 +214,7 @@ def _register_combine() -> None:
                 f"combine: {len(tensors)} tensors but coefficients of shape "
                 f"{list(coefficients.shape)}"
             )
-        factors = coefficients.detach().to("cpu", torch.float64).numpy()
+        factors = tuple(coefficients.detach().to("cpu", torch.float64).tolist())
         whole = [tensor.contiguous() for tensor in tensors]
         made: torch.Tensor = combining.combined(whole, factors, threads=threads)
         return made

@@ -125,9 +125,14 @@ class Terms:
         """Whether ``select`` tells how many entries stay: not where ties may add some."""
         return not any(keep.every_tie for keep in self.keep)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether what ``select`` answers stands as it is."""
+        return all(keep.factor == 1 and not keep.every_tie for keep in self.keep)
+
     def settled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
         """What ``select`` answered, with the factors and the ties that it does not decide."""
-        if all(keep.factor == 1 and not keep.every_tie for keep in self.keep):
+        if self.is_settled:
             return tuple(selections)
         return tuple(
             own._replace(

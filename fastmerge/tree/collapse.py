@@ -19,6 +19,7 @@ import numpy as np
 from fastmerge.methods import METHODS
 from fastmerge.methods.shapes import Combination, Factors
 from fastmerge.methods.types import Float64
+from fastmerge.once import cached_property
 from fastmerge.tree.nodes import Leaf, Merge, Node
 from fastmerge.tree.rewrite import fold
 
@@ -38,6 +39,12 @@ class Collapsed:
     def is_measured(self) -> bool:
         """Whether the coefficients follow from inner products, to be read or read before."""
         return self.needs_gram or self.root.values == _MEASURED
+
+    @cached_property
+    def is_own(self) -> bool:
+        """Whether the parts' Gram matrix is the root's rule's own: no other rule is in the tree."""
+        own = None if self.root.base is None else 0  # what the rule takes it over
+        return (self.parts, self.reference) == (self.root.inputs, own)
 
     @property
     def is_complete(self) -> bool:
@@ -92,10 +99,7 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     in the tree reads it.
     """
     root = tree.root
-    own = None if root.base is None else 0  # what the root's rule takes its Gram matrix over
-    if (
-        gram is not None and (tree.parts, tree.reference) == (root.inputs, own) and _is_finite(gram)
-    ):  # what follows would multiply by ones
+    if gram is not None and tree.is_own and _is_finite(gram):  # what follows multiplies by ones
         found = apply_rule(root, gram)
         return found.coefficients if found.divisor is None else found.coefficients / found.divisor
     count = len(tree.parts)
