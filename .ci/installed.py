@@ -22,8 +22,8 @@ from pathlib import Path
 # compiler, and the sources.
 ELSEWHERE = (
     "torch", "transformers", "peft", "mergekit", "triton", "lm_eval", "obstore", "moto",
-    "matplotlib", "tokenizers", "huggingface_hub", "mkdocs", "datasets", "llama.",
-    "retrograde", "sweep", "faults", "ROOT",
+    "matplotlib", "tokenizers", "huggingface_hub", "mkdocs", "datasets", "llama.", '"cma"', '"tpe"',
+    "retrograde", "sweep", "faults", "kills.py", "ROOT",
 )  # fmt: skip
 BESIDE = ("tests", "docs", "benchmarks", "pyproject.toml", "README.md")
 

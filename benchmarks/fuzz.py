@@ -225,8 +225,9 @@ class Target:
         (run,) = (self.folder / "parts").glob("part-*.run")
         self.seeds["part"] = run.read_bytes()
         self._run = run.name
-        with suppress(KeyboardInterrupt):
-            fastmerge.merge(recipe, self.out, threads=1, progress=_interrupted)
+        while not beside(self.out, "partial").exists():  # none is left where all was under way
+            with suppress(KeyboardInterrupt):
+                fastmerge.merge(recipe, self.out, threads=1, progress=_interrupted)
         beside(self.out, "partial").rename(self.folder / "partial")
         journal = beside(self.out, "journal").read_bytes()
         beside(self.out, "journal").unlink()

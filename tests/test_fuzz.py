@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import safetensors
 
 from fastmerge.models import header
 
@@ -22,6 +23,11 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+# Older ones refuse types that came later, complex64 (0.7) the last.
+KNOWS_EVERY_TYPE = tuple(map(int, safetensors.__version__.split(".")[:2])) >= (0, 7)
+
+
+@pytest.mark.skipif(not KNOWS_EVERY_TYPE, reason="an older safetensors has other verdicts")
 def test_nothing_breaks(fuzz: ModuleType, tmp_path: Path) -> None:
     verdicts = fuzz.fuzz(1.5, 1, headers=150, keep=tmp_path / "kept")
     for kind in ("header", "index", "config", "recipe", "schedule"):
