@@ -11,7 +11,7 @@ from fastmerge import api
 from fastmerge.errors import FastmergeError, few_of_a_kind
 from fastmerge.models.hub import resolve
 from fastmerge.models.names import common_prefix, renamed
-from fastmerge.models.summary import summarise
+from fastmerge.models.summary import open_named, summarise
 
 LLAMA = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
 
@@ -282,6 +282,20 @@ def test_a_folder_above_the_model_says_where_the_model_is(zoo):
     for above in (inner.parent, inner.parent.parent):
         with pytest.raises(FastmergeError, match=f"the model is in {inner}: give that"):
             api.plan(linear(above, inner))
+
+
+def test_a_base_with_an_adapter_is_no_folder_to_look_at(zoo):
+    reference = f"{zoo.base()}+{zoo.root / 'lora'}"
+    with pytest.raises(FastmergeError, match=r"which recipes take; `fastmerge fold` writes it"):
+        open_named(reference)
+
+
+def test_a_distributed_checkpoint_is_no_folder_to_look_at(zoo):
+    folder = zoo.root / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").touch()
+    with pytest.raises(FastmergeError, match=r"`fastmerge average .*dcp -o OUT` writes it as safe"):
+        open_named(str(folder))
 
 
 def test_a_folder_of_several_models_says_how_many_there_are(zoo):

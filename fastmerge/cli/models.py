@@ -21,11 +21,11 @@ def info(
 ) -> None:
     """Say what MODEL is: architecture, parameters, types, files, fingerprint."""
     from fastmerge.models.adapter import is_adapter
-    from fastmerge.models.hub import is_remote, resolve
-    from fastmerge.models.summary import open_named, summarise
+    from fastmerge.models.hub import is_remote
+    from fastmerge.models.summary import open_named, place_of, summarise
 
     if not is_remote(model):
-        path = resolve(model)
+        path = place_of(model)
         if is_adapter(path):
             return _adapter_info(path, json)
     found = summarise(open_named(model))

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.config import model_type, text_config
-from fastmerge.models.hub import is_remote, resolve
+from fastmerge.models.folder import find_distributed
+from fastmerge.models.hub import is_remote, local, resolve
 from fastmerge.models.low_precision import find_low_precision
 from fastmerge.models.names import common_prefix, layer_stacks
 from fastmerge.models.quantised import find_quantised
@@ -75,10 +76,27 @@ class Summary:
         return asdict(self)
 
 
+def place_of(reference: str) -> Path:
+    """Where a model of the disk or the Hub lies; UnsupportedError for a base with an adapter."""
+    base, plus, _ = reference.partition("+")
+    if plus and local(reference) is None and local(base) is not None:
+        raise UnsupportedError(
+            f"{reference}: a base with an adapter, which recipes take; `fastmerge fold` writes it "
+            "to a folder: give that"
+        )
+    place = resolve(reference)
+    if find_distributed(place) is not None:
+        raise UnsupportedError(
+            f"{reference}: a distributed checkpoint of PyTorch's, which recipes take; `fastmerge "
+            f"average {reference} -o OUT` writes it as safetensors: give that"
+        )
+    return place
+
+
 def open_named(reference: str) -> Checkpoint | Remote:
     """The model that ``reference`` names: a folder, a file, a Hub id or a URL."""
     if not is_remote(reference):
-        return Checkpoint.open(resolve(reference))
+        return Checkpoint.open(place_of(reference))
     from fastmerge.models.remote import Remote
 
     return Remote(reference)
