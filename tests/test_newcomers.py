@@ -460,6 +460,20 @@ def test_nothing_is_printed_where_nobody_asks(zoo, tmp_path) -> None:
     assert done.stdout == done.stderr == ""
 
 
+def test_a_plan_calls_a_change_of_type_a_copy(pair, tmp_path, capsys) -> None:
+    base, chat = pair
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        "merge_method: passthrough\ndtype: float16\nslices:\n"
+        f"- sources: [{{model: {base}, layer_range: [0, 1]}}]\n"
+        f"- sources: [{{model: {chat}, layer_range: [1, 2]}}]\n"
+    )
+    assert run("plan", recipe, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["values"]
+    inside = {row["layers"][0]: row["values"] for row in rows if row["layers"][0] is not None}
+    assert inside == {0: {"copy": str(base)}, 1: {"copy": str(chat)}}
+
+
 def an_adapter(folder: Path, *modules: str) -> Path:
     """Factors of rank 1, of zeros, for matrices of a zoo's llama that are 32 x 32."""
     folder.mkdir()

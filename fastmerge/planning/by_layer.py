@@ -49,7 +49,11 @@ def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[R
     kinds: dict[str, dict[int | None, Mapping[str, Any]]] = {}
     for tensor in tensors:
         if isinstance(tensor.root, Merge):
-            values = _values(tensor.root, references)
+            converted = _converted(tensor.root)
+            if converted is None:
+                values = _values(tensor.root, references)
+            else:
+                values = {"copy": _copied(converted, tensor.name, references)}
         elif isinstance(tensor.root, Stored) and tensor.dtype.mergeable:
             values = {"copy": _copied(tensor.root, tensor.name, references)}
         else:
@@ -80,6 +84,13 @@ def _values(merge: Merge, references: Sequence[str]) -> dict[str, Any]:
         for name, value in own.items():
             found[f"{name} of {names[place]}"] = value
     return found
+
+
+def _converted(merge: Merge) -> Stored | None:
+    """What a merge writes in another type, and does no more."""
+    alone = merge.method.name == "passthrough" and merge.operand_values[0].get("scale") is None
+    source = merge.operands[0]
+    return source if alone and isinstance(source, Stored) else None
 
 
 def _copied(source: Stored, name: str, references: Sequence[str]) -> str:
