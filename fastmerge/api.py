@@ -28,6 +28,7 @@ from fastmerge.errors import (
 from fastmerge.models.side_files import CARD_FILE, RECIPE_FILE
 from fastmerge.models.state_dict import as_model
 from fastmerge.output.card import model_card
+from fastmerge.output.disk import facts_of
 from fastmerge.output.provenance import provenance
 from fastmerge.output.share import a_part
 from fastmerge.planning.adapter_plan import AdapterPlan, is_of_adapters
@@ -174,30 +175,35 @@ def _or_to_store(to_folder: C) -> C:
             return report
         from fastmerge.output.upload import Upload
 
-        upload = Upload(url, overwrite=a_flag(options.pop("overwrite", False), "overwrite"))
-        seed, models = options.pop("seed", None), options.pop("models", None)
-        decided = decide(recipe, seed=seed, models=models)
-        if options.get("part") is not None:  # `finish` uploads
-            report = to_folder(decided, upload.folder, **options)
-            return replace(report, url=url)
-        said = key = None
-        if isinstance(decided, Plan):
-            inputs = [model.fingerprint for model in decided.models]
-            shaping = (
-                options.get("max_shard_bytes", MAX_SHARD_BYTES),
-                options.get("keep_paths", False),
-            )
-            key = repr((decided.key, inputs, *shaping))
+        overwrite = a_flag(options.pop("overwrite", False), "overwrite")
+        with Upload(url, overwrite=overwrite) as upload:
+            seed, models = options.pop("seed", None), options.pop("models", None)
+            decided = decide(recipe, seed=seed, models=models)
+            if options.get("part") is not None:  # `finish` uploads
+                upload.check_part()
+                report = to_folder(decided, upload.folder, overwrite=overwrite, **options)
+                return replace(report, url=url)
+            upload.check_whole()
+            upload.lock()
+            key = _job(decided, upload.folder.name, options)
             said = upload.merged(key)
-        if said is not None and not options.get("fresh"):
-            report = MergeReport.of(said)
-        else:
-            report = to_folder(decided, upload.folder, overwrite=True, **options)
-            upload.note(key or "adapters", report.as_dict())
-        upload.send()
+            if said is not None and not options.get("fresh"):
+                report = MergeReport.of(said)
+            else:
+                report = to_folder(decided, upload.folder, overwrite=True, **options)
+                upload.note(key, report.as_dict())
+            upload.send()
         return replace(report, url=url)
 
     return cast(C, either)
+
+
+def _job(decided: Plan | AdapterMerge, name: str, options: Mapping[str, Any]) -> str:
+    """What two merges have in common that write the same bytes to a folder of that ``name``."""
+    keep_paths = options.get("keep_paths", False)
+    beside = model_files(decided, name) if isinstance(decided, Plan) else {}
+    known = sorted((file, facts_of(content)["sha256"]) for file, content in beside.items())
+    return repr((decided.key, known, options.get("max_shard_bytes", MAX_SHARD_BYTES), keep_paths))
 
 
 @enough_memory("merge")
@@ -312,15 +318,18 @@ def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     the parts that are missing.
     """
     from fastmerge.engine.join import finish as join
+    from fastmerge.engine.join import joined_before
 
     url = _url_of(out)
     if url is None:
         return join(a_path(out, "out"), overwrite=overwrite)
     from fastmerge.output.upload import Upload
 
-    upload = Upload(url, overwrite=a_flag(overwrite, "overwrite"))
-    report = join(upload.folder, overwrite=True)
-    upload.send()
+    with Upload(url, overwrite=a_flag(overwrite, "overwrite")) as upload:
+        upload.lock()
+        again = upload.is_joined()
+        report = joined_before(upload.folder) if again else join(upload.folder, overwrite=True)
+        upload.send()
     return replace(report, url=url)
 
 

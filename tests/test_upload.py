@@ -171,3 +171,144 @@ def test_an_upload_that_fails_is_aborted(
     left = listing.getresponse().read()
     assert b"ListMultipartUploadsResult" in left and b"<UploadId>" not in left
     assert not objects(there)
+
+
+class Killed(BaseException):
+    """What ends a process at this point."""
+
+
+def dying(monkeypatch: Any, at: int, *, after: bool) -> list[str]:
+    """Uploads end as if killed before or after the ``at``-th object; the names that were sent."""
+    put, sent = upload.Upload._put, list[str]()
+
+    def killed(self: Any, name: str) -> str:
+        if len(sent) == at and not after:
+            raise Killed
+        tag = put(self, name)
+        sent.append(name)
+        if len(sent) == at + 1 and after:
+            raise Killed
+        return tag
+
+    monkeypatch.setattr(upload.Upload, "_put", killed)
+    return sent
+
+
+# Of 8 objects: before or after a shard, another, one beside them, the index; over an old model.
+@pytest.mark.parametrize(
+    ("at", "after", "old"),
+    [(0, False, True), (1, True, False), (4, False, True), (7, False, False), (7, True, True)],
+)
+def test_the_same_command_goes_on_where_an_upload_was_killed(
+    models: list[Path], tmp_path: Path, monkeypatch: Any, at: int, after: bool, old: bool
+) -> None:
+    said = {"max_shard_bytes": 20_000, "overwrite": old}
+    fastmerge.merge(recipe(models), tmp_path / "out", max_shard_bytes=20_000)
+    if old:  # of more files, and what is left of it without its index is no model
+        fastmerge.merge(recipe(models), there, max_shard_bytes=10_000)
+        for name in ("config.json", "README.md"):
+            obstore.delete(obstore.store.from_url(there), name)
+    with monkeypatch.context() as patched:
+        sent = dying(patched, at, after=after)
+        with pytest.raises(Killed):
+            fastmerge.merge(recipe(models), there, **said)
+    index = "model.safetensors.index.json"
+    assert (index in objects(there)) == (after and at == 7)
+    with monkeypatch.context() as patched:
+        again = dying(patched, 99, after=False)
+        fastmerge.merge(recipe(models), there, **said)
+    assert objects(there) == files(tmp_path / "out")
+    assert set(again) == set(files(tmp_path / "out")) - set(sent[: at + 1 - after])
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_what_others_wrote_meanwhile_is_not_taken_for_ones_own(
+    models: list[Path], monkeypatch: Any
+) -> None:
+    with monkeypatch.context() as patched:
+        dying(patched, 1, after=True)
+        with pytest.raises(Killed):
+            fastmerge.merge(recipe(models), there)
+    name = next(iter(objects(there)))
+    obstore.put(obstore.store.from_url(there), name, b"another's")
+    with pytest.raises(OutputError, match=r"out: holds 1 objects already; choose another"):
+        fastmerge.merge(recipe(models), there)
+    fastmerge.merge(recipe(models), there, overwrite=True)
+
+
+def test_another_merge_does_not_replace_one_that_was_killed_when_whole(
+    models: list[Path], monkeypatch: Any
+) -> None:
+    with monkeypatch.context() as patched:
+        dying(patched, 5, after=True)
+        with pytest.raises(Killed):
+            fastmerge.merge(recipe(models), there)
+    first = objects(there)
+    assert "model.safetensors" in first
+    other = {**recipe(models), "parameters": {"t": 0.9}}
+    with pytest.raises(OutputError, match=r"out: holds 6 objects already"):
+        fastmerge.merge(other, there)
+    assert objects(there) == first
+    fastmerge.merge(other, there, overwrite=True)
+    assert objects(there)["model.safetensors"] != first["model.safetensors"]
+
+
+def test_finish_goes_on_with_an_upload_that_failed(
+    models: list[Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    fastmerge.merge(recipe(models), tmp_path / "out", max_shard_bytes=20_000)
+    for number in (1, 2):
+        fastmerge.merge(recipe(models), there, part=(number, 2), max_shard_bytes=20_000)
+    with monkeypatch.context() as patched:
+        dying(patched, 1, after=True)
+        with pytest.raises(Killed):
+            fastmerge.finish(there)
+    waits = r"out: a whole merge waits in .* to be sent there; `fastmerge finish s3://models/out` s"
+    with pytest.raises(OutputError, match=waits):
+        fastmerge.merge(recipe(models), there, part=(1, 2), max_shard_bytes=20_000)
+    report = fastmerge.finish(there)
+    assert (report.parts, report.files, report.tensors) == (0, 2, 21) and "joined" in report.notes[
+        0
+    ]
+    assert objects(there) == files(tmp_path / "out")
+    emptied(there)
+    refused(capsys, ["finish", there], r"s3://models/out: no part of it lies in .* same TMPDIR")
+
+
+def test_a_merge_in_parts_is_named_by_its_url(models: list[Path]) -> None:
+    fastmerge.merge(recipe(models), there, part=(1, 2))
+    with pytest.raises(OutputError, match=r"in parts; end that with `fastmerge finish s3://mod"):
+        fastmerge.merge(recipe(models), there)
+
+
+def test_a_tokenizer_that_changed_since_is_not_the_old_one(
+    models: list[Path],
+    bucket: Proxy,  # noqa: F811
+) -> None:
+    bucket.reset(lambda path, number: "403", ("PUT",))
+    with pytest.raises(OutputError, match="refuses"):
+        fastmerge.merge(recipe(models), there)
+    bucket.reset()
+    (models[0] / "tokenizer.json").write_text('{"a": 2}')
+    fastmerge.merge(recipe(models), there)
+    assert objects(there)["tokenizer.json"] == b'{"a": 2}'
+
+
+def test_two_merges_to_one_place_at_once(models: list[Path], monkeypatch: Any) -> None:
+    other = {**recipe(models), "parameters": {"t": 0.9}}
+    send, seen = upload.Upload.send, []
+
+    def interrupted(self: Any) -> None:
+        monkeypatch.setattr(upload.Upload, "send", send)
+        for again in (
+            lambda: fastmerge.merge(other, there, overwrite=True),
+            lambda: fastmerge.finish(there, overwrite=True),
+        ):
+            with pytest.raises(OutputError, match="another merge or finish here is at work on it"):
+                again()
+            seen.append(again)
+        send(self)
+
+    monkeypatch.setattr(upload.Upload, "send", interrupted)
+    fastmerge.merge(recipe(models), there)
+    assert len(seen) == 2 and "model.safetensors" in objects(there)

@@ -13,6 +13,7 @@ from fastmerge.engine.merge import rounding_note
 from fastmerge.engine.report import nonfinite_of
 from fastmerge.errors import in_a_line
 from fastmerge.output.join import join
+from fastmerge.output.whole import Lineage
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FinishReport:
 
     out: Path
     seconds: float
-    parts: int
+    parts: int  # 0: joined by an earlier run, which could not upload them
     files: int  # of weights
     bytes_written: int
     tensors: int
@@ -55,4 +56,24 @@ def finish(out: Path, *, overwrite: bool = False) -> FinishReport:
         tensors=joined.tensors,
         nonfinite=nonfinite_of(joined.results),
         notes=rounding_note(joined.results),
+    )
+
+
+def joined_before(out: Path) -> FinishReport:
+    """The report on the whole model in ``out``, which an earlier `finish` made and could not
+    upload: of no parts now.
+    """
+    started = time.perf_counter()
+    lineage = Lineage.read(out)
+    results = {} if lineage is None else lineage.said.get("tensors", {})
+    files = [path.stat().st_size for path in out.glob("*.safetensors")]
+    return FinishReport(
+        out=out,
+        seconds=time.perf_counter() - started,
+        parts=0,
+        files=len(files),
+        bytes_written=sum(files),
+        tensors=len(results),
+        nonfinite=nonfinite_of(results),
+        notes=("an earlier run had joined its parts", *rounding_note(results)),
     )

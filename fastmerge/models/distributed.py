@@ -65,6 +65,15 @@ class Distributed:
         self._lock = threading.Lock()
         self._held: dict[str, torch.Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process reads the same files by."""
+        return {name: own for name, own in vars(self).items() if name not in ("_lock", "_held")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._held = {}
+
     @property
     def label(self) -> str:
         return str(self.path)

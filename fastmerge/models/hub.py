@@ -120,8 +120,16 @@ def repository(reference: str) -> Repository:
             f"{reference}: the Hub does not say what is in it ({type(error).__name__}: {reason})"
         ) from error
     at = hf_hub_url(name, "x", revision=info.sha, endpoint=constants.ENDPOINT)
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    return Repository(at[:-2], tuple(each.rfilename for each in info.siblings or ()), headers)
+    names = tuple(each.rfilename for each in info.siblings or ())
+    return Repository(at[:-2], names, token_header())
+
+
+def token_header() -> dict[str, str]:
+    """What each request to the Hub has with it: the user's token, where there is one."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {"authorization": f"Bearer {token}"} if token else {}
 
 
 def is_path(reference: str) -> bool:

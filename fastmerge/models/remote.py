@@ -22,9 +22,9 @@ from fastmerge.limits import (
 from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
-from fastmerge.models.hub import repository
+from fastmerge.models.hub import repository, token_header
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
-from fastmerge.models.store import asked, check_plain, check_stays, library, open_store
+from fastmerge.models.store import EmptyError, asked, check_plain, check_stays, library, open_store
 from fastmerge.once import cached_property
 
 _FIRST_BYTES = 1 << 20  # of a weight file: the header of nearly every one in use
@@ -49,7 +49,10 @@ class _Object(NamedTuple):
 
     @property
     def tagged(self) -> bool:
-        return self.tag.startswith(('"', "W/"))
+        """Whether a server can be asked for this one alone: a weak ETag (W/"...") never matches in
+        If-Match (RFC 9110, 13.1.1), and is compared in each answer, as a date is.
+        """
+        return self.tag.startswith('"')
 
 
 class Remote:
@@ -95,6 +98,16 @@ class Remote:
         if found is not None:
             self.config = self._parsed("config.json", lambda: as_object(found))
         self.stamp: tuple[Hashable, ...] = tuple((self._base, *each) for each in self.files)
+        self._ahead = Ahead(self.tensors, self._bytes_of, _pool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process reads the same objects by: with credentials of its own."""
+        return {name: own for name, own in vars(self).items() if name not in ("_store", "_ahead")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        of_hub = self.label.startswith("hf://")
+        self._store = open_store(self._base, headers=token_header() if of_hub else {})
         self._ahead = Ahead(self.tensors, self._bytes_of, _pool)
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
@@ -219,7 +232,7 @@ class Remote:
         """
         there = self._there()
         names = _known_among(there)
-        if there is _BESIDE:
+        if tuple(there) == _BESIDE:
             found = list(_pool().map(self._is_there, names))
             names = [name for name, is_there in zip(names, found, strict=True) if is_there]
             names += ["config.json"] if self.config else []
@@ -234,7 +247,8 @@ class Remote:
 
     @cached_property
     def _beside(self) -> SideFiles:
-        names = _known_among(self._there())
+        there = self._there()
+        names = _known_among(there)
         begun: list[tuple[_Object, bytes]] = []
         total = 0
         for at in range(0, len(names), _CONNECTIONS):
@@ -252,10 +266,12 @@ class Remote:
         found = SideFiles()
         for each, data in begun:
             found[each.name] = data + bytes(self._range(each, len(data), each.size))
-        said = (
-            f"{self.label}: of what lies beside the weights, what is known by name is taken along"
+        what = "what is known by name is taken along"
+        if tuple(there) == _BESIDE:
+            what = "which cannot be listed, a tokenizer's files are asked for and taken along"
+        found.notes = (
+            f"{self.label}: of what lies beside the weights, {what} ({len(found)} files)",
         )
-        found.notes = (f"{said} ({len(found)} files)",)
         return found
 
     def _there(self) -> Sequence[str]:
@@ -265,18 +281,23 @@ class Remote:
         # A web server answers with as long a text as it likes, which is read whole.
         if self._base.startswith(("https://", "http://")):
             return _BESIDE
-        there: list[str] = []
-        try:
-            for batch in library().list(self._store):
-                there += [entry["path"] for entry in batch]
-                if len(there) > MAX_ENTRIES:
-                    raise ModelError(
-                        f"{self._base}: more than {MAX_ENTRIES} objects; give the model a prefix "
-                        "of its own"
-                    )
-        except library().exceptions.BaseError:
-            return _BESIDE
-        return there
+        refused = library().exceptions.PermissionDeniedError
+
+        def listed() -> list[str]:
+            there: list[str] = []
+            try:
+                for batch in library().list(self._store):
+                    there += [entry["path"] for entry in batch]
+                    if len(there) > MAX_ENTRIES:
+                        raise ModelError(
+                            f"{self._base}: more than {MAX_ENTRIES} objects; give the model a "
+                            "prefix of its own"
+                        )
+            except refused:  # may read, but not list
+                return list(_BESIDE)
+            return there
+
+        return asked(self._base, listed)
 
     # --- requests ---
 
@@ -300,6 +321,11 @@ class Remote:
             return self._asked(name, first)
         except FileNotFoundError:
             return None
+        except EmptyError:
+            found = _object(name, self._asked(name, lambda: library().head(self._store, name)))
+            if found.size:
+                raise self._changed(name) from None
+            return found, b""
 
     def _range(self, file: _Object, begin: int, end: int) -> Any:
         """Those bytes of the file, as a buffer."""
@@ -317,7 +343,7 @@ class Remote:
 
         try:
             return self._asked(file.name, read)
-        except FileNotFoundError:
+        except (FileNotFoundError, EmptyError):
             raise self._changed(file.name) from None
 
     def _asked(self, name: str, ask: Callable[[], R]) -> R:

@@ -45,7 +45,12 @@ def library() -> Any:
 
 def check_plain(url: str, kind: type[FastmergeError] = ModelError) -> None:
     """Raises ``kind`` for a URL that holds credentials."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # which repeats what may be a password
+        raise kind(
+            f"{url.partition('://')[0]}://...: not a URL that can be read; write scheme://host/path"
+        ) from None
     if parts.username or parts.password or parts.query or parts.fragment:
         raise kind(
             f"{parts.scheme}://{parts.hostname}{parts.path}: a URL with credentials or a query "
@@ -77,6 +82,10 @@ def check_stays(url: str, kind: type[FastmergeError] = ModelError) -> None:
             ) from None
     except (OSError, HTTPException):  # no answer: obstore tries again, and says so
         return
+
+
+class EmptyError(Exception):
+    """A range was asked for of an object that has no bytes (HTTP's 416)."""
 
 
 class _Stays(HTTPRedirectHandler):
@@ -120,7 +129,7 @@ def asked(
 ) -> R:
     """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError,
     or OutputError if ``writing``, in one line, which begins with ``where``; ``changed()`` where
-    the object has another ETag; FileNotFoundError.
+    the object has another ETag; FileNotFoundError, EmptyError.
     """
     faults = library().exceptions
     kind: type[FastmergeError] = OutputError if writing else ModelError
@@ -139,7 +148,14 @@ def asked(
             if "NoSuchBucket" in str(error):
                 raise kind(f"{where}: there is no such bucket") from None
             raise
+        except faults.NotSupportedError as error:
+            raise kind(
+                f"{where}: the server sends whole files where it is asked for a part of one (no "
+                "ranges); download the model, or serve it by one that knows them"
+            ) from error
         except (faults.BaseError, EOFError) as error:
+            if "416 Range Not Satisfiable" in str(error):
+                raise EmptyError from error
             if "ExpiredToken" in str(error) or "InvalidAccessKeyId" in str(error):
                 raise kind(
                     f"{where}: the store refuses to {gives} it; set credentials that may {may} it, "

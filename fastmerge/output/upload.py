@@ -7,6 +7,7 @@ that is removed. An object appears when its last part has arrived, whole or not 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,23 @@ from fastmerge.errors import OutputError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.side_files import LINEAGE_FILE
-from fastmerge.models.store import asked, check_plain, check_stays, library, open_store
-from fastmerge.output.disk import write_file
-from fastmerge.output.working import check_ours, is_loose
+from fastmerge.models.store import (
+    EmptyError,
+    asked,
+    check_plain,
+    check_stays,
+    library,
+    open_store,
+)
+from fastmerge.output.disk import facts_of, write_file
+from fastmerge.output.journal import locked
+from fastmerge.output.working import beside, check_ours, is_loose
 
 _URL = re.compile(r"([a-z][a-z0-9]*):/{1,2}(?=[^/])(.+)")  # a Path has made one slash of two
 _TAKES = ("s3", "gs", "az", "abfs", "abfss")
 # S3 takes 10 000 parts; 8 at a time are 64 MiB of memory.
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME = 8 << 20, 9000, 8
-_MERGED = "merged.json"
+_MERGED, _SENT, _LOCK = ".merged.json", ".sent.jsonl", ".lock"
 
 
 def store_url(out: str | os.PathLike[str]) -> str | None:
@@ -47,16 +57,20 @@ def store_url(out: str | os.PathLike[str]) -> str | None:
 
 
 class Upload:
-    """The prefix of a store that takes a model; ``folder`` is where it is merged before."""
+    """The prefix of a store that takes a model; ``folder`` is where it is merged before. Use it as
+    a context manager.
+
+    A file beside the folder says what was sent, so that the same command goes on where it was, and
+    knows its own objects from those of others.
+    """
 
     def __init__(self, url: str, *, overwrite: bool = False) -> None:
         """Raises OutputError where the store cannot be reached or, without ``overwrite``, has
-        anything below the prefix.
+        anything below the prefix that no earlier run of this sent.
         """
         self.url, self._overwrite = url, overwrite
         self._store = open_store(url, OutputError)
         check_stays(url, OutputError)
-        self._check()
         # By the URL, so that the same command goes on where it was.
         name = f"fastmerge-{os.geteuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
         self._place = Path(tempfile.gettempdir(), name)
@@ -66,10 +80,74 @@ class Upload:
         if is_loose(status):
             raise OutputError(f"{self._place}: other users could write to it; remove it")
         self.folder = self._place / url.rpartition("/")[2]
+        self._parts = beside(self.folder, "parts")
+        self._lock = -1
+        self._sent, self._stale = self._read_sent()
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Keeps what the next run goes on with."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        with suppress(OSError):  # there is something to keep
+            self._place.rmdir()
+
+    def lock(self) -> None:
+        """Raises OutputError where another process of this machine is merging or sending to it."""
+        try:
+            self._lock = locked(self._place / _LOCK)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.url}: another merge or finish here is at work on it; wait for it"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            # Without locks, as parts may be: two that finish send the same bytes.
+
+    def check_whole(self) -> None:
+        """Raises OutputError where it is being merged in parts."""
+        if os.path.lexists(self._parts):
+            raise OutputError(
+                f"{self.url}: is being merged in parts; end that with `fastmerge finish {self.url}`"
+                f", or remove {self._parts} if nobody works on it"
+            )
+
+    def check_part(self) -> None:
+        """Raises OutputError where a model waits to be sent, which parts would replace."""
+        if self.folder.is_dir() and not self._overwrite and not os.path.lexists(self._parts):
+            raise OutputError(
+                f"{self.url}: a whole merge waits in {self.folder} to be sent there; `fastmerge "
+                f"finish {self.url}` sends it, {argument('overwrite', True)} replaces it"
+            )
+
+    def is_joined(self) -> bool:
+        """Whether there is no part to join, but a whole model to send. Raises OutputError where
+        there is neither.
+        """
+        if os.path.lexists(self._parts):
+            return False
+        if not self.folder.is_dir():
+            raise OutputError(
+                f"{self.url}: no part of it lies in {self._place}: nothing to finish; parts and "
+                "finish need the same TMPDIR"
+            )
+        return True
 
     def merged(self, key: str) -> dict[str, Any] | None:
         """What an earlier run of the job ``key`` said of the folder, which it could not upload;
-        None, and no folder, where there is none.
+        None, and no folder, where there is none. Raises OutputError where another job has sent some
+        of its own.
         """
         note = self._place / _MERGED
         if note.is_file() and self.folder.is_dir():
@@ -77,6 +155,7 @@ class Upload:
             if said["key"] == key:
                 found: dict[str, Any] = said["report"]
                 return found
+        self._check(of="")
         note.unlink(missing_ok=True)
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
@@ -89,16 +168,33 @@ class Upload:
 
     def send(self) -> None:
         """Uploads the folder, and removes it. Raises OutputError; then it is kept."""
+        try:
+            self._send()
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{self.url}: {error.filename or self.folder} is gone, which was to be sent; run "
+                "again"
+            ) from error
+
+    def _send(self) -> None:
         names = sorted(
             path.relative_to(self.folder).as_posix()
             for path in self.folder.rglob("*")
             if path.is_file()
         )
         last = INDEX if INDEX in names else SINGLE
-        before = self._check()
-        stale = [name for name in self._written(before) if name not in names]
+        lineage = self.folder / LINEAGE_FILE
+        job = facts_of(lineage)["sha256"] if LINEAGE_FILE in names else "unknown"
+        before = self._check(of=job)
+        there = {name: tag for name, tag in before.items() if self._is_sent(name, tag, job)}
+        if there.keys() != set(names):
+            there.pop(last, None)  # it comes after all others
+        self._stale += [
+            name for name in self._written(before) if name not in names and name not in self._stale
+        ]
+        self._say([*self._stale])
         for name in (INDEX, SINGLE):
-            if name in before:
+            if name in before and name not in there:
                 self._asked(name, lambda name=name: library().delete(self._store, name))
         # Weights first: what is small is only there when they are.
         ordered = sorted(names, key=lambda name: (name == last, not name.endswith(".safetensors")))
@@ -106,11 +202,49 @@ class Upload:
         for name in ordered:
             if name == last:
                 self._check_sent(tags)
-            tags[name] = self._put(name)
+            if name not in there:
+                self._say({"name": name, "tag": "", "job": job})
+                there[name] = self._put(name)
+                self._say({"name": name, "tag": there[name], "job": job})
+            tags[name] = there[name]
         self._check_sent(tags)
-        for name in stale:
-            self._asked(name, lambda name=name: library().delete(self._store, name))
-        shutil.rmtree(self._place)
+        for name in self._stale:
+            if name in before:
+                self._asked(name, lambda name=name: library().delete(self._store, name))
+        shutil.rmtree(self.folder)
+        for kept in (_MERGED, _SENT, _LOCK):
+            (self._place / kept).unlink(missing_ok=True)
+
+    # --- what was sent ---
+
+    def _say(self, said: Any) -> None:
+        with (self._place / _SENT).open("a") as file:
+            file.write(json.dumps(said) + "\n")
+
+    def _read_sent(self) -> tuple[dict[str, tuple[str, str]], list[str]]:
+        """By name: the ETag, "" for one that was on its way, and its job; what is to go at last."""
+        sent: dict[str, tuple[str, str]] = {}
+        stale: list[str] = []
+        path = self._place / _SENT
+        for line in path.read_text().split("\n")[:-1] if path.is_file() else ():
+            said = json.loads(line)
+            if isinstance(said, list):
+                stale = said
+            else:
+                sent[said["name"]] = said["tag"], said["job"]
+        return sent, stale
+
+    def _is_sent(self, name: str, tag: str, job: str) -> bool:
+        """Whether the object is the one that this job has sent."""
+        return bool(tag) and self._sent.get(name) == (tag, job)
+
+    def _is_ours(self, name: str, tag: str, size: int, job: str | None) -> bool:
+        """Whether an earlier run (of ``job``, if given) wrote the object, or was about to."""
+        said, of = self._sent.get(name, ("", ""))
+        if not of or (job is not None and of != job):
+            return False
+        path = self.folder / name
+        return said == tag if said else path.is_file() and path.stat().st_size == size
 
     # --- requests ---
 
@@ -124,7 +258,7 @@ class Upload:
                 self._store, name, path, chunk_size=part, max_concurrency=_PARTS_AT_A_TIME
             ),
         )
-        return str(put.get("e_tag"))
+        return _tag(put)
 
     def _check_sent(self, tags: Mapping[str, str]) -> None:
         """Raises OutputError where an object is not the one that was written."""
@@ -133,53 +267,64 @@ class Upload:
             try:
                 meta = self._asked(name, lambda name=name: library().head(self._store, name))
             except FileNotFoundError:
-                meta = {"size": -1, "e_tag": None}
-            if meta["size"] != size or (meta.get("e_tag") and str(meta["e_tag"]) != tag):
+                meta = {"size": -1}
+            if meta["size"] != size or _tag(meta) not in ("", tag):
                 raise OutputError(
                     f"{self.url}/{name}: somebody else wrote it meanwhile; nothing there loads "
                     "yet: run again when nobody writes to that prefix"
                 )
 
-    def _check(self) -> set[str]:
-        """What is below the prefix; OutputError where anything is that may not be."""
+    def _check(self, of: str | None = None) -> dict[str, str]:
+        """What is below the prefix, and its ETags; OutputError where anything is that may not be.
+        An earlier run's own may; of the job ``of`` alone, if given.
+        """
 
-        def names() -> set[str]:
-            return {str(entry["path"]) for batch in library().list(self._store) for entry in batch}
+        def listed() -> list[Mapping[str, Any]]:
+            return [entry for batch in library().list(self._store) for entry in batch]
 
         try:
-            found = asked(self.url, names, writing=True)
+            found = asked(self.url, listed, writing=True)
         except FileNotFoundError:
-            return set()
-        if found and not self._overwrite:
+            return {}
+        others = [
+            entry["path"]
+            for entry in found
+            if not self._is_ours(entry["path"], _tag(entry), entry["size"], of)
+        ]
+        if others and not self._overwrite:
             raise OutputError(
-                f"{self.url}: holds {len(found)} objects already; choose another prefix or add "
+                f"{self.url}: holds {len(others)} objects already; choose another prefix or add "
                 f"{argument('overwrite', True)}"
             )
-        if found and not found & {INDEX, SINGLE, "config.json", LINEAGE_FILE}:
+        names = {str(entry["path"]) for entry in found}
+        if others and not self._sent and not names & {INDEX, SINGLE, "config.json", LINEAGE_FILE}:
             raise OutputError(
                 f"{self.url}: not a model, so {argument('overwrite', True)} will not replace it"
             )
-        return found
+        return {str(entry["path"]): _tag(entry) for entry in found}
 
-    def _written(self, before: set[str]) -> list[str]:
+    def _written(self, before: Mapping[str, str]) -> list[str]:
         """Of what is there, what the merge that made it says that it wrote."""
         if LINEAGE_FILE not in before:
             return []
-        got = self._asked(
-            LINEAGE_FILE,
-            lambda: (
-                library()
-                .get(self._store, LINEAGE_FILE, options={"range": (0, MAX_HEADER_BYTES)})
-                .bytes()
-            ),
-        )
+
+        def read() -> bytes:
+            options = {"range": (0, MAX_HEADER_BYTES)}
+            return bytes(library().get(self._store, LINEAGE_FILE, options=options).bytes())
+
         try:
-            files = json.loads(bytes(got)).get("files")
+            got = self._asked(LINEAGE_FILE, read)
+            files = json.loads(got).get("files")
         # Damaged: then nothing is known of what was written.
-        except (ValueError, AttributeError, RecursionError):
+        except (EmptyError, ValueError, AttributeError, RecursionError):
             return []
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]
 
     def _asked(self, name: str, ask: Any) -> Any:
         return asked(f"{self.url}/{name}", ask, writing=True)
+
+
+def _tag(meta: Mapping[str, Any]) -> str:
+    """An object's ETag, which some stores quote in some answers alone; "" where there is none."""
+    return str(meta.get("e_tag") or "").strip('"')
