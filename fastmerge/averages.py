@@ -26,6 +26,7 @@ from fastmerge.errors import (
     is_whole,
 )
 from fastmerge.models.adapter import is_adapter
+from fastmerge.models.folder import SINGLE
 from fastmerge.models.series import check_order, ema_weights, find_series
 from fastmerge.recipe.document import AS_BASE
 
@@ -123,6 +124,8 @@ def _check_once(names: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for name in names:
         place = os.path.realpath(name)
+        if os.path.basename(place) == SINGLE:  # of a folder, which may be named as well
+            place = os.path.dirname(place)
         if place in seen and os.path.exists(place):
             raise FastmergeError(f"{name}: is there twice; keep one, and give it a larger weight")
         seen[place] = name

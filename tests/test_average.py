@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastmerge
+from fastmerge import api
 from fastmerge.averages import average_recipe
 from fastmerge.compute.reference import round_to
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
@@ -169,6 +170,25 @@ def test_what_does_not_fit_is_one_line(
     assert not list(zoo.root.glob("*out*"))
 
 
+def test_a_folder_and_the_file_in_it_are_one_model(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo.base("A")
+    monkeypatch.chdir(zoo.root)
+    for words in (["A", "A/model.safetensors"], ["A/model.safetensors", "A"]):
+        refused(capsys, ["average", *words, "-o", "out"], "is there twice; keep one")
+
+
+def test_a_save_without_its_index_is_one_line(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (zoo.root / "step").mkdir()
+    (zoo.root / "step" / "__0_0.distcp").write_bytes(b"")
+    monkeypatch.chdir(zoo.root)
+    said = r"step: a PyTorch distributed checkpoint without its \.metadata: either its save did not"
+    refused(capsys, ["average", "step", "-o", "out"], said)
+
+
 # --- PyTorch's distributed checkpoints ---
 
 
@@ -206,6 +226,16 @@ def test_distributed_checkpoints(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md", "fastmerge.json", "fastmerge_recipe.yml", "model.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_of_distributed_checkpoints_travels(
+    zoo: Any, series: list[Path], tmp_path: Path
+) -> None:
+    models = [trained(zoo, model, tmp_path / f"step{i}") for i, model in enumerate(series[:2])]
+    plan = api.plan(average_recipe(models))
+    fastmerge.merge(pickle.loads(pickle.dumps(plan)), tmp_path / "out")
+    assert written(zoo, tmp_path / "out") == mean(zoo, series[:2], [1.0] * 2)
 
 
 @pytest.mark.filterwarnings("ignore")

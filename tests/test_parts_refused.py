@@ -188,3 +188,58 @@ def test_the_commands(zoo, capsys) -> None:
     code, said, _ = run("finish", str(out))
     assert code == 0 and said.startswith(f"{out}: 48 tensors of 2 parts, ")
     assert fastmerge.verify(out, recipe).whole
+
+
+@pytest.mark.parametrize("kind", ["gone", "cut", "zeroed", "all gone"])
+def test_a_part_whose_files_are_lost_is_run_again_alone(zoo, kind: str) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    folder = zoo.root / ".out.fastmerge-parts"
+    fastmerge.merge(recipe, zoo.root / "whole", max_shard_bytes=SHARD_BYTES)
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    shard = max(folder.glob("part-00002.0001/*"))
+    size = shard.stat().st_size
+    if kind == "all gone":
+        shutil.rmtree(shard.parent)
+    else:
+        shard.unlink()
+        if kind != "gone":
+            shard.write_bytes(bytes(size - 5 if kind == "cut" else size))
+    refused(lambda: fastmerge.finish(out), "part 2/2 had written it; run that part again")
+    again = fastmerge.merge(recipe, out, part=(2, 2), max_shard_bytes=SHARD_BYTES)
+    assert again.resumed < again.tensors
+    fastmerge.finish(out)
+    for file in (zoo.root / "whole").glob("model*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_files_of_parts_have_one_mode(zoo) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    for number, umask in ((1, 0o077), (2, 0o022)):
+        before = os.umask(umask)
+        try:
+            fastmerge.merge(recipe, out, part=(number, 2), max_shard_bytes=SHARD_BYTES)
+        finally:
+            os.umask(before)
+    before = os.umask(0o027)
+    try:
+        fastmerge.finish(out)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+
+
+def test_damage_in_what_parts_share_is_one_line(zoo) -> None:
+    recipe, out = of_kind("ties of the whole model", zoo), zoo.root / "out"
+    folder = zoo.root / ".out.fastmerge-parts"
+    fastmerge.merge(recipe, out, part=(1, 2), max_shard_bytes=SHARD_BYTES)
+    for file in folder.glob("shared-*"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    refused(
+        lambda: fastmerge.merge(recipe, out, part=(2, 2), max_shard_bytes=SHARD_BYTES),
+        "/.out.fastmerge-parts/shared-", "is damaged",
+    )  # fmt: skip
+    manifest = folder / "plan" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    refused(lambda: fastmerge.finish(out), str(manifest), "it is damaged: remove the folder")

@@ -351,3 +351,21 @@ def test_an_endpoint_over_http_names_its_leave(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(store, "_WAIT_SECONDS", 0.0)
     with pytest.raises(ModelError, match="http:// takes AWS_ALLOW_HTTP=true"):
         remote.Remote("s3://b/m")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("403", "cannot be listed, a tokenizer's files are asked for"), ("500", "tried 4 times")],
+)
+def test_a_store_that_does_not_list_is_told_from_one_that_fails(
+    models: list[Path], bucket: Proxy, monkeypatch: pytest.MonkeyPatch, wrong: str, said: str
+) -> None:
+    url = upload(models[1])
+    monkeypatch.setattr(store, "_RETRIES", 1)
+    model = remote.Remote(url)
+    bucket.reset(lambda name, number: wrong if name == "models" else None)
+    if wrong == "500":
+        with pytest.raises(ModelError, match=said):
+            model.side_files()
+    else:
+        assert said in model.side_files().notes[0]

@@ -73,6 +73,11 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         raise UnsupportedError(
             f"{folder}: GGUF files, which are quantised; get the safetensors ones"
         )
+    if any(folder.glob("*.distcp")):
+        raise ModelError(
+            f"{folder}: a PyTorch distributed checkpoint without its {DISTRIBUTED_INDEX}: either "
+            "its save did not end, or a copy left out the hidden file"
+        )
     inner = (folder / "snapshots", folder) if folder.name.startswith("models--") else (folder,)
     within = sorted(file.parent for at in inner for file in at.glob(f"*/{SINGLE[:5]}*.safetensors"))
     hint = f"; the model is in {within[0]}: give that" if within else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ _BESIDE = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
 )  # fmt: skip
+# What a store says that may be read but not listed, or that knows no lists.
+_NO_LIST = re.compile(r"status code: (401|403|404|405|501)\b")
 
 R = TypeVar("R")
 
@@ -281,7 +284,6 @@ class Remote:
         # A web server answers with as long a text as it likes, which is read whole.
         if self._base.startswith(("https://", "http://")):
             return _BESIDE
-        refused = library().exceptions.PermissionDeniedError
 
         def listed() -> list[str]:
             there: list[str] = []
@@ -293,7 +295,9 @@ class Remote:
                             f"{self._base}: more than {MAX_ENTRIES} objects; give the model a "
                             "prefix of its own"
                         )
-            except refused:  # may read, but not list
+            except library().exceptions.BaseError as error:
+                if _NO_LIST.search(str(error)) is None:
+                    raise
                 return list(_BESIDE)
             return there
 

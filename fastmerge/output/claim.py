@@ -31,6 +31,7 @@ BEAT_SECONDS = 5.0  # between the signs of life of a run
 WATCH_SECONDS = 60.0  # without one, a run on another machine counts as dead
 _LOOK_SECONDS = 0.5
 _SUFFIX = ".run"
+_RUN = re.compile(r"([^.]+)\.(\d{4,9})\.run", re.ASCII)
 
 
 class AtWorkError(OutputError):
@@ -56,13 +57,14 @@ class Record:
         return f"process {self.head.get('pid', '?')} on {self.head.get('host', '?')}"
 
 
-def records(folder: WorkingFolder, name: str) -> list[Record]:
-    """The runs of ``name``, the first one first. Raises OutputError, OSError."""
-    pattern = re.compile(re.escape(name) + r"\.(\d{4,9})" + re.escape(_SUFFIX))
-    numbers = [
-        int(found[1]) for found in map(pattern.fullmatch, os.listdir(folder.inside)) if found
-    ]
-    return [_read(folder, name, number) for number in sorted(numbers)]
+def records(folder: WorkingFolder, name: str, files: Iterable[str] | None = None) -> list[Record]:
+    """The runs of ``name``, the first one first; ``files``: of the folder, if they are known.
+    Raises OutputError, OSError.
+    """
+    there = os.listdir(folder.inside) if files is None else files
+    found = map(_RUN.fullmatch, there)
+    numbers = sorted(int(run[2]) for run in found if run and run[1] == name)
+    return [_read(folder, name, number) for number in numbers]
 
 
 def file_of(name: str, number: int) -> str:

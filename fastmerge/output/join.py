@@ -6,9 +6,9 @@ and before the last rename the run notes the new model's inode.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError, argument
-from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
 from fastmerge.output.disk import sync_folder, write_files
@@ -27,6 +26,7 @@ from fastmerge.output.parts import (
     MODEL,
     PLAN,
     Manifest,
+    file_fault,
     open_parts,
     part_name,
     read_manifest,
@@ -89,9 +89,9 @@ class _Join:
             check_target(self.target, self.overwrite)
             manifest = read_manifest(self.folder)
             results, kept, folders = self._results(manifest)
+            self._check_files(manifest, folders)
             model = self._gather(manifest, folders)
             try:
-                self._check_files(manifest, model)
                 self._write(manifest, model, results, kept)
                 joined = Joined(
                     self.target,
@@ -168,8 +168,12 @@ class _Join:
         missing: list[str] = []
         results: dict[str, dict[str, Any]] = {}
         kept: dict[str, int] = {}
+        files: dict[str, list[str]] = {}
+        for file in os.listdir(self.folder.inside):
+            files.setdefault(file.partition(".")[0], []).append(file)
         for number in range(1, manifest.parts + 1):
-            runs = records(self.folder, part_name(number))
+            name = part_name(number)
+            runs = records(self.folder, name, files.get(name, ()))
             if not runs or "done" not in runs[-1].facts:
                 missing.append(f"{number}/{manifest.parts} ({_state(runs)})")
                 continue
@@ -206,27 +210,22 @@ class _Join:
                 shutil.rmtree(entry) if inode(entry) else entry.unlink()
         return model
 
-    def _check_files(self, manifest: Manifest, model: WorkingFolder) -> None:
+    def _check_files(self, manifest: Manifest, folders: list[str]) -> None:
         """Raises OutputError for a file that is not there, or not as it was planned."""
-        for name, facts in manifest.shards.items():
-            path = model.inside / name
-            fault = ""
-            if not os.path.lexists(path):
-                fault = "is missing"
-            else:
-                model.check(name)
-                if path.stat().st_size != facts["bytes"]:
-                    fault = f"has {path.stat().st_size} bytes, not {facts['bytes']}"
-                elif _header_sha256(path) != facts["header_sha256"]:
-                    fault = "has another header than was planned"
-            if fault:
-                number = list(manifest.shards).index(name)
-                part = next(i for i, (a, b) in enumerate(manifest.shares, 1) if a <= number < b)
-                raise OutputError(
-                    f"{model.path / name}: {fault}: somebody changed it after part "
-                    f"{part}/{manifest.parts} had written it; remove {self.folder.path} and run "
-                    "all parts again"
-                )
+        shards = list(manifest.shards.items())
+        begun = os.path.lexists(self.folder.inside / MODEL)
+        mend = f"remove {self.folder.path} and run all parts" if begun else "run that part"
+        for number, (folder, (begin, end)) in enumerate(zip(folders, manifest.shares, strict=True)):
+            for name, facts in shards[begin:end]:
+                moved = os.path.lexists(self.folder.inside / MODEL / name)
+                file = f"{MODEL if moved else folder}/{name}"
+                fault = file_fault(self.folder.inside / file, facts)
+                if fault:
+                    raise OutputError(
+                        f"{self.folder.path / file}: {fault}: somebody changed it after part "
+                        f"{number + 1}/{manifest.parts} had written it; {mend} again"
+                    )
+                self.folder.check(file)
 
     def _write(
         self,
@@ -247,6 +246,11 @@ class _Join:
         names = (*manifest.files, LINEAGE_FILE, *manifest.shards)
         text = lineage_file(manifest.lineage, results, kept, names, {**manifest.shards, **written})
         write_files(model.inside, {LINEAGE_FILE: text})
+        # Parts may have run with other umasks; who may read the one file may read all.
+        mode = stat.S_IMODE((model.inside / LINEAGE_FILE).stat().st_mode)
+        for name in manifest.shards:
+            if stat.S_IMODE((model.inside / name).stat().st_mode) != mode:
+                (model.inside / name).chmod(mode)
         sync_folder(self.folder.inside)
 
 
@@ -273,9 +277,3 @@ def _state(runs: list[Record]) -> str:
     last = runs[-1]
     state = {True: "stopped", False: f"at work: {last.who}", None: f"last seen: {last.who}"}
     return f"{state[is_dead_here(last)]}, {len(last.entries)} tensors done"
-
-
-def _header_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
-        return hashlib.sha256(file.read(length)).hexdigest()

@@ -28,6 +28,7 @@ from fastmerge.output.parts import (
     MODEL,
     Manifest,
     agree,
+    file_fault,
     open_parts,
     part_name,
 )
@@ -94,7 +95,7 @@ class PartWriter(Shards):
             manifest = self._manifest(everyone, key, inputs_key, extra, lineage)
             agree(self._folder, manifest, extra)
             self._name = part_name(part.number)
-            if not fresh and self._is_done():
+            if not fresh and self._is_done(manifest):
                 return
             self._claim_part(fresh)
             self._open_files(
@@ -137,11 +138,18 @@ class PartWriter(Shards):
         assert self._run is not None
         return self._run
 
-    def _is_done(self) -> bool:
-        """Whether an earlier run finished the part; then its results are this one's."""
+    def _is_done(self, manifest: Manifest) -> bool:
+        """Whether an earlier run finished the part, and its files are there; then its results are
+        this one's.
+        """
         runs = records(self._folder, self._name)
         if runs and "done" in runs[-1].facts:
-            self.done = True
+            there = self._run_folder(runs[-1])
+            # `finish` moves files, and looks at them itself.
+            self.done = os.path.lexists(self._folder.inside / MODEL) or not any(
+                file_fault(there / shard.name, manifest.shards[shard.name]) for shard in self.shards
+            )
+        if self.done:
             self.results = {n: r for n, r in runs[-1].entries.items() if self.is_own(n)}
             self.resumed = frozenset(self.results)
         return self.done

@@ -14,6 +14,7 @@ The first part makes ``plan``, by one rename; every other compares itself with i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import ModelError, OutputError
+from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import read_object
 from fastmerge.output.disk import sync_folder, write_files
 from fastmerge.output.working import WorkingFolder, beside
@@ -164,7 +166,14 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
     path = folder.inside / PLAN / MANIFEST
     if not os.path.lexists(path):
         raise OutputError(f"{folder.path}: no part has begun in it; run one, or remove it")
-    found = read_object(path, max_bytes=_MAX_BYTES)
+    try:
+        found = read_object(path, max_bytes=_MAX_BYTES)
+    except ModelError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise OutputError(
+            f"{folder.path / PLAN / MANIFEST}: {said}; it is damaged: remove the folder and run "
+            "all parts again"
+        ) from None
     missing = [each.name for each in fields(Manifest) if each.name not in found]
     if missing:
         raise OutputError(
@@ -179,6 +188,21 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
             "remove the folder and run all parts again"
         )
     return made
+
+
+def file_fault(path: Path, facts: Mapping[str, Any]) -> str:
+    """What is wrong with a finished weight file: nothing (""), if it has the size and the header
+    that its ``facts`` say.
+    """
+    if not os.path.lexists(path):
+        return "is missing"
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        return f"has {size} bytes, not {facts['bytes']}"
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
+        header = hashlib.sha256(file.read(length)).hexdigest()
+    return "" if header == facts["header_sha256"] else "has another header than was planned"
 
 
 def _fault(said: Manifest) -> str | None:

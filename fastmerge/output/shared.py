@@ -7,12 +7,14 @@ another make every pass once, and those that run together each a share of it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable
 
+from fastmerge.errors import OutputError
 from fastmerge.output import claim
 from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
 from fastmerge.output.parts import part_name
@@ -20,6 +22,7 @@ from fastmerge.output.working import WorkingFolder
 
 _PREFIX = "shared-"
 _LOOK_SECONDS = 0.1
+_DIGEST_BYTES = 32  # sha256, before the data: a bit that flips would be another threshold
 
 
 class SharedFiles:
@@ -36,13 +39,20 @@ class SharedFiles:
         if not os.path.lexists(self._folder.inside / file):
             return None
         self._folder.check(file)
-        return (self._folder.inside / file).read_bytes()
+        found = (self._folder.inside / file).read_bytes()
+        digest, data = found[:_DIGEST_BYTES], found[_DIGEST_BYTES:]
+        if hashlib.sha256(data).digest() != digest:
+            raise OutputError(
+                f"{self._folder.path / file}: is damaged: not what a part wrote; remove it and run "
+                "again"
+            )
+        return data
 
     def put(self, name: str, data: bytes) -> None:
         """Equal from every part that does."""
         descriptor, own = tempfile.mkstemp(prefix="new-", dir=self._folder.inside)
         with open(descriptor, "wb") as file:
-            file.write(data)
+            file.write(hashlib.sha256(data).digest() + data)
             file.flush()
             os.fsync(file.fileno())
         os.rename(own, self._folder.inside / (_PREFIX + name))
