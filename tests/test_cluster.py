@@ -130,6 +130,27 @@ def test_what_a_cluster_does_not_take_is_one_line(
         fastmerge.merge(recipe(zoo), tmp_path / "out", cluster="auto")
 
 
+def test_a_node_that_cannot_load_what_it_is_sent_is_one_line() -> None:
+    said = RuntimeError("The remote function failed to import on the worker.\n\nTraceback ...")
+    error = ray.exceptions.RayTaskError("_merge_part", "Traceback ...", said)
+
+    class Lost:
+        exceptions = ray.exceptions
+
+        def get(self, _: Any) -> Any:
+            raise error
+
+    with pytest.raises(ResourceError, match="cluster: a node cannot load what it was sent") as no:
+        on_ray._result(Lost(), None)
+    assert "\n" not in str(no.value)
+
+
+def test_an_address_with_a_password_is_not_shown(zoo: Any, tmp_path: Path) -> None:
+    with pytest.raises(FastmergeError, match="an address with a name or a password") as no:
+        fastmerge.merge(recipe(zoo), tmp_path / "out", cluster="ray://me:secret@head:10001")
+    assert "secret" not in str(no.value)
+
+
 # --- measurements side by side ---
 
 

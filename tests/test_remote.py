@@ -316,6 +316,7 @@ def test_damaged_headers(models: list[Path]) -> None:
         (b"\x10" + bytes(7) + b"{" + b" " * 15, r"model\.safetensors: bad header: not JSON"),
         (b"\xff" * 100, r"model\.safetensors: not safetensors, or truncated \(100 bytes\)"),
         (b"short", r"model\.safetensors: not safetensors, or truncated \(5 bytes\)"),
+        (b"version https://git-lfs", r"model\.safetensors: a Git LFS pointer, not the file"),
     ):
         obstore.put(there, "model.safetensors", data)
         with pytest.raises(FastmergeError, match=said):

@@ -48,6 +48,11 @@ def connected(cluster: str) -> Any:
         import ray
     except ImportError as error:
         raise ResourceError(f"a cluster is reached by Ray; run: {install('ray')}") from error
+    if "@" in cluster:
+        raise FastmergeError(
+            "cluster: an address with a name or a password in it would be shown; write "
+            "ray://HOST:PORT"
+        )
     if not ray.is_initialized():
         address = None if cluster == "auto" else cluster
         try:
@@ -56,6 +61,19 @@ def connected(cluster: str) -> Any:
             said = first_sentences(str(error))
             raise ResourceError(f"cluster: {cluster} cannot be reached ({said})") from error
     return ray
+
+
+def refusal_of(error: Any) -> FastmergeError | None:
+    """What a task's error (a RayTaskError) says in one line; None for one that is a fault here."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, FastmergeError):
+        return cause
+    if "failed to import on the worker" in str(cause or error):
+        return ResourceError(
+            "cluster: a node cannot load what it was sent; install the same fastmerge, and what "
+            "your own functions import, on all nodes"
+        )
+    return None
 
 
 def nodes_of(ray: Any, cluster: str) -> list[Mapping[str, float]]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.cpu import thread_count
-from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
+from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of, refusal_of
 from fastmerge.engine.join import finish
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, ResourceError
+from fastmerge.errors import ResourceError
 from fastmerge.output.claim import WATCH_SECONDS, AtWorkError
 from fastmerge.output.layout import Layout
 from fastmerge.output.share import Part
@@ -104,8 +104,9 @@ def _result(ray: Any, done: Any) -> MergeReport:
     try:
         report: MergeReport = ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FastmergeError):
-            raise error.cause from None
+        refusal = refusal_of(error)
+        if refusal is not None:
+            raise refusal from None
         raise
     except ray.exceptions.RayError as error:
         raise ResourceError(

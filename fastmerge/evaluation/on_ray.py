@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.compute.cpu import thread_count
-from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of
-from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.engine.cluster import RETRIES, Started, connected, nodes_of, refusal_of
+from fastmerge.errors import ResourceError, UnsupportedError
 from fastmerge.evaluation.evaluators import Evaluators, Make, within
 
 PLACE_SECONDS = 300.0  # in which a cluster without any evaluator must find room for one
@@ -84,8 +84,9 @@ class RayEvaluators(Evaluators):
     def _given(self, answer: Any) -> Any:
         if not isinstance(answer, self._ray.exceptions.RayTaskError):
             return answer
-        if isinstance(answer.cause, FastmergeError):
-            raise answer.cause from None
+        refusal = refusal_of(answer)
+        if refusal is not None:
+            raise refusal from None
         raise answer
 
     def _feed(self) -> None:

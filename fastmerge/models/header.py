@@ -25,7 +25,7 @@ from fastmerge.errors import ModelError
 from fastmerge.limits import MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES
 from fastmerge.models.model import TensorInfo
 
-_LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
+LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 _SMALL = 1 << 19  # sizes of which three multiply to bits without an overflow
 
@@ -196,7 +196,7 @@ def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
             if size < 8:
                 raise ModelError(f"{path}: truncated: {size} bytes, not even a header length")
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            if length == _LFS_POINTER:
+            if length == LFS_POINTER:
                 raise ModelError(f"{path}: a Git LFS pointer, not the file; run: git lfs pull")
             if length > MAX_HEADER_BYTES:
                 raise ModelError(

@@ -22,7 +22,7 @@ from fastmerge.limits import (
 )
 from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
-from fastmerge.models.header import FileTensor, Header, as_object, parse_header, show
+from fastmerge.models.header import LFS_POINTER, FileTensor, Header, as_object, parse_header, show
 from fastmerge.models.hub import repository, token_header
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
 from fastmerge.models.store import EmptyError, asked, check_plain, check_stays, library, open_store
@@ -195,6 +195,8 @@ class Remote:
             )
         found, begin = got
         length = int.from_bytes(begin[:8], "little")
+        if length == LFS_POINTER:
+            raise ModelError(f"{where}: a Git LFS pointer, not the file; upload the file itself")
         if found.size < 8 or length > min(MAX_HEADER_BYTES, found.size - 8):
             raise ModelError(f"{where}: not safetensors, or truncated ({found.size} bytes)")
         if 8 + length > len(begin):
