@@ -198,6 +198,22 @@ def test_a_folder_of_everything_is_no_model(zoo, monkeypatch: pytest.MonkeyPatch
         side_files(base)
 
 
+def test_many_shards_are_no_folder_of_everything(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastmerge.output import whole
+
+    for of in (module, whole):
+        monkeypatch.setattr(of, "MAX_ENTRIES", 10)
+    base = zoo.base(shards=21)
+    out = zoo.root / "out"
+    fastmerge.average([base], out, max_shard_bytes=100)
+    assert len(list(out.glob("*.safetensors"))) == 21
+    assert not fastmerge.verify(out).differences
+    fastmerge.average([out], zoo.root / "again")
+    fill(out, tuple(f"data/{number}" for number in range(12)))
+    with pytest.raises(FastmergeError, match="more than 10 other files"):
+        fastmerge.verify(out)
+
+
 def test_a_file_that_grows_is_not_copied_without_end(
     zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,10 +292,10 @@ class Remote:
             try:
                 for batch in library().list(self._store):
                     there += [entry["path"] for entry in batch]
-                    if len(there) > MAX_ENTRIES:
+                    if len(there) > MAX_ENTRIES + len(self.files):
                         raise ModelError(
-                            f"{self._base}: more than {MAX_ENTRIES} objects; give the model a "
-                            "prefix of its own"
+                            f"{self._base}: more than {MAX_ENTRIES} other objects; give the "
+                            "model a prefix of its own"
                         )
             except library().exceptions.BaseError as error:
                 if _NO_LIST.search(str(error)) is None:

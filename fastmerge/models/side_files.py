@@ -159,7 +159,7 @@ class _Gathering:
     def _sorted(self, folder: Path) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                self._entries += 1
+                self._entries += entry.name not in self._weights  # 10 000 shards are a model's
                 if self._entries > MAX_ENTRIES:
                     raise ModelError(
                         f"{self._root}: more than {MAX_ENTRIES} files beside the weights; give "

@@ -177,18 +177,22 @@ def _check_unlisted(folder: Path, lineage: Lineage, found: Findings) -> None:
     if not lineage.files:
         found.unchecked.append(f"files that were added: fastmerge {lineage.version} kept no list")
         return
-    for name in _names(folder):
+    for name in _names(folder, len(known)):
         if name not in known:
             found.differ(name, "was not written by the merge")
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Every file in the folder and its folders, but for version control and caches."""
+def _names(folder: Path, known: int) -> Iterator[str]:
+    """Every file in the folder and its folders, but for version control and caches; beside so many
+    ``known`` ones, there may not be more than a model has.
+    """
     entries = 0
     for place, folders, files in os.walk(folder):
         entries += len(folders) + len(files)
-        if entries > MAX_ENTRIES:
-            raise ModelError(f"{folder}: more than {MAX_ENTRIES} files; not what a merge wrote")
+        if entries > known + MAX_ENTRIES:
+            raise ModelError(
+                f"{folder}: more than {MAX_ENTRIES} other files; not what a merge wrote"
+            )
         folders[:] = sorted(name for name in folders if not is_silent(name))
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in sorted(file for file in files + links if not is_silent(file)):
