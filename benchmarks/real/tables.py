@@ -64,15 +64,26 @@ class Record:
         self.rounds: list[dict[str, Any]] = self.plain["rounds"]
         self.leaders: list[dict[str, Any]] = self.plain.get("leaders", [])
 
-    def tested(self, key: str) -> Items:
-        """A model's test items by column, those of all blocks; MMLU's subjects pooled."""
+    def blocks(self, key: str) -> set[str]:
+        """The blocks of test items that a model was measured on."""
+        return self.states.get(key, {"scores": {}})["scores"].keys() - {"steer"}
+
+    def tested(self, key: str, blocks: set[str] | None = None) -> Items:
+        """A model's test items by column, those of all ``blocks`` or of these; MMLU's subjects
+        pooled.
+        """
         found: dict[str, list[float]] = {}
         titles = {source.task: source.column for source in SOURCES}
-        for block, tasks in sorted(self.states.get(key, {"scores": {}})["scores"].items()):
-            for task, values in tasks.items() if block != "steer" else ():
+        for block in sorted(self.blocks(key) if blocks is None else blocks):
+            for task, values in self.states[key]["scores"][block].items():
                 name = "mmlu" if task.startswith("mmlu_") else task
                 found.setdefault(titles.get(name, name), []).extend(values)
         return found
+
+    def pair(self, a: str, b: str) -> tuple[Items, Items]:
+        """Two models' test items of the blocks that both were measured on."""
+        both = self.blocks(a) & self.blocks(b)
+        return self.tested(a, both), self.tested(b, both)
 
     def steering(self, key: str) -> Items:
         """A model's steering items by task."""
@@ -90,10 +101,8 @@ def scores(items: Items) -> Scores:
 
 
 def apart(ours: Items, theirs: Items, names: Sequence[str]) -> Interval | None:
-    """ours - theirs over those of ``names`` that both have with the same items."""
-    shared = [
-        n for n in names if n in ours and n in theirs and len(ours[n]) == len(theirs[n])
-    ]  # fmt: skip
+    """ours - theirs over those of ``names`` that both have."""
+    shared = [n for n in names if n in ours and n in theirs]
     a, b = (scores({name: items[name] for name in shared}) for items in (ours, theirs))
     return difference(a, b, resamples=RESAMPLES, seed=SEED) if shared else None
 
@@ -123,10 +132,10 @@ def leaderboard(record: Record) -> str:
         if record.rounds and family in record.rounds[0]:
             rows.append((label(family), record.rounds[0][family]["entry"]))
     lines = []
+    rows = [(name, key) for name, key in rows if record.blocks(key)]
+    blocks = set.intersection(*(record.blocks(key) for _, key in rows)) if rows else set()
     for name, key in rows:
-        found = record.tested(key)
-        if not found:
-            continue
+        found = record.tested(key, blocks)
         cells = [f"{100 * np.mean(found[c]):.1f}" if c in found else "–" for c in COLUMNS]
         known = scores({c: found[c] for c in COLUMNS if c in found})
         around = interval(known, resamples=RESAMPLES, seed=SEED)
@@ -137,7 +146,7 @@ def leaderboard(record: Record) -> str:
             average += f" of {len(known.tasks)}"
         texts = scores({s: found[s] for s in SKILLS if s in found})
         lines.append([name, *cells, average, f"{texts.value:.2f}"])
-    counts = record.tested(rows[0][1])
+    counts = record.tested(rows[0][1], blocks) if rows else {}
     lines.append(["*items*", *(str(len(counts.get(c, ()))) for c in COLUMNS), "", str(
         sum(len(counts.get(s, ())) for s in SKILLS))])  # fmt: skip
     return table(["model", *COLUMNS, "average", "texts"], lines)
@@ -177,7 +186,7 @@ def optimised(record: Record) -> str:
 def _compared(record: Record, pairs: Sequence[tuple[str, str, str, str]]) -> str:
     found = []
     for names in (COLUMNS, SKILLS):
-        each = [apart(record.tested(a), record.tested(b), names) for _, a, _, b in pairs]
+        each = [apart(*record.pair(a, b), names) for _, a, _, b in pairs]
         same = [a == b for _, a, _, b in pairs]
         adjusted = holm(
             [math.nan if f is None or s else f.p for f, s in zip(each, same, strict=True)]
@@ -213,6 +222,7 @@ def paths(record: Record) -> str:
     """All measured states of a walk minus their collapsed one-shots: steering items, no choice."""
     rows = []
     for collapsed, walk in COLLAPSED.items():
+        every: list[list[Items]] = []
         for number, found in enumerate(record.rounds):
             # The linear arm's states are just the merges that SLERP's collapse to.
             is_slerp = collapsed == "collapsed_slerp" and collapsed not in found
@@ -222,27 +232,35 @@ def paths(record: Record) -> str:
             ours, theirs = (
                 [record.steering(key) for key in found[name]["measured"]] for name in (walk, family)
             )
-            names = list(ours[0])
-            means = [
-                {n: np.mean([state[n] for state in side], axis=0).tolist() for n in names}
-                for side in (ours, theirs)
-            ]
-            cells = [points(apart(*means, part)) for part in (names, SKILLS)]
-            rows.append([label(walk), str(number), *cells])
+            means = [_mean(ours), _mean(theirs)]
+            every.append(means)
+            rows.append([label(walk), str(number), *_cells(means)])
+        if len(every) > 1:
+            means = [_mean(side) for side in zip(*every, strict=True)]
+            rows.append([label(walk), "all", *_cells(means)])
     header = ["schedule", "round", "minus its one-shots", "texts alone"]
     return table(header, rows) if rows else "None.\n"
+
+
+def _mean(states: Sequence[Items]) -> Items:
+    """Item by item."""
+    return {n: np.mean([state[n] for state in states], axis=0).tolist() for n in states[0]}
+
+
+def _cells(means: Sequence[Items]) -> list[str]:
+    return [points(apart(*means, part)) for part in (list(means[0]), SKILLS)]
 
 
 def families(record: Record) -> str:
     """What each family entered: its steering score, its test average, over rounds."""
     rows = []
-    baseline = record.tested(record.plain["singles"]["start"])
+    start = record.plain["singles"]["start"]
     for family in dict.fromkeys(f for found in record.rounds for f in found):
         own = [found[family] for found in record.rounds if family in found]
-        tested = [record.tested(one["entry"]) for one in own]
-        against = [apart(t, baseline, COLUMNS) for t in tested if t]
+        entries = list(dict.fromkeys(one["entry"] for one in own if record.blocks(one["entry"])))
+        against = [apart(*record.pair(entry, start), COLUMNS) for entry in entries]
         cells = [points(found) for found in against]
-        if len(against) >= 3 and all(against):
+        if len(entries) >= 3 and all(against):
             over = across_seeds([found.value for found in against if found is not None])
             cells.append(f"rounds {over.mean:+.2f} [{over.low:+.2f}, {over.high:+.2f}]")
         steer = ", ".join(f"{one['steer']:.2f}" for one in own)

@@ -4,8 +4,8 @@
 // -0 where only one coefficient is nonzero makes that product exact, sign of zero included;
 // starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
-// A group, without asking for memory ahead, as read() does: of two fp32 inputs that cost 17 % of
-// the time, of two bf16 ones nothing.
+// A group, without asking for memory ahead, as read() does: that cost sums of two and three inputs of
+// 8 to 64 MiB 4 to 25 % of their time, bf16 and fp32 alike.
 template <bool kPartial, class T>
 FM_INLINE void terms(T type, const char* group, Part part, Floats* x) {
     kPartial ? read_part(type, group, part, x) : load_group(type, group, x);
@@ -50,7 +50,7 @@ int64_t combine_few(const CombineArgs& args) {
     for (int64_t at = 0; at < whole; at += kGroup) {
         Floats total[2] = {start, start}, entries[2];
         for (int j = 0; j < K; ++j) {
-            read<false>(T(), x[j] + at * T::kBytes, {}, entries);
+            terms<false>(T(), x[j] + at * T::kBytes, {}, entries);
             for (int v = 0; v < 2; ++v) total[v] = multiply_add(entries[v], c[j], total[v]);
         }
         if (divide)
