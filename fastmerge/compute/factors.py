@@ -134,15 +134,20 @@ def nearest_of_rank(
     orthonormal after every product) and 5.1. The test matrix has rank + oversampling columns of
     random signs, the bits of Philox under ``key``, whatever NumPy's own generators do. Exact, but
     for the rounding of float32 products, where the difference has this rank, and where the columns
-    are as many as its smaller side.
+    are as many as its smaller side. The difference must not be zero.
     """
     rows, cols = difference.shape
     count = min(rank + oversampling, rows, cols)
-    found = _conditioned(difference.times(_signs(cols, count, key)))
-    for _ in range(power_iterations if count < min(rows, cols) else 0):
-        y = _conditioned(difference.transposed_times(found))
-        found = _conditioned(difference.times(y))
-    q = _orthonormal(found)
+    if count == rows:  # all there is: signs at random may be of less (a third of all 3 x 3 are)
+        q = np.eye(rows)
+    elif count == cols:
+        q = _orthonormal(difference.times(np.eye(cols, dtype=np.float32)))
+    else:
+        found = _conditioned(difference.times(_signs(cols, count, key)))
+        for _ in range(power_iterations):
+            y = _conditioned(difference.transposed_times(found))
+            found = _conditioned(difference.times(y))
+        q = _orthonormal(found)
     # difference ~ q w^T, whose SVD follows from w^T w = v s^2 v^T: q v s (w v / s)^T.
     w = difference.transposed_times(q.astype(np.float32)).astype(np.float64)
     squares, v = np.linalg.eigh(w.T @ w)

@@ -30,6 +30,7 @@ from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of
 from fastmerge.planning.adapter_plan import peft_config
 from fastmerge.planning.extraction import Extraction, Saved, Target
+from fastmerge.planning.peft_names import is_expert
 from fastmerge.progress import Progress
 from fastmerge.selection import random_key
 
@@ -79,7 +80,12 @@ def extract(
     reduced = replace(plan, targets=tuple(targets))
     kept = {name: rank for name, rank in ranks.items() if rank}
     base = {"base_model_name_or_path": names_of(plan)[1]}
-    config = peft_config({**plan.config, **base}, kept, reduced.target_names)
+    found = reduced.named
+    keyed = {key: rank for n, rank in kept.items() for key in found.rank_keys.get(n, (n,))}
+    r = None if found.rank_of is None else kept[found.rank_of]
+    config = peft_config({**plan.config, **base}, keyed, found.modules, r)
+    if found.parameters:
+        config["target_parameters"] = found.parameters
     report, modules = write_adapter(
         plan, pieces, config, _method(plan), out,
         threads=run.threads, overwrite=overwrite, fresh=fresh, progress=progress,
@@ -121,6 +127,8 @@ class _Run:
 
         with closing(in_order(above, self.plan.targets, self.threads)) as finished:
             ranks = {target.module: rank for target, rank in finished}
+        experts = [name for name in ranks if is_expert(f"{name}.weight")]
+        ranks |= dict.fromkeys(experts, max((ranks[name] for name in experts), default=0))
         if not any(ranks.values()):
             raise ModelError(
                 f"no singular value is above {choice.sv_epsilon:g} ({argument('sv_epsilon')}); "
@@ -176,7 +184,11 @@ class _Run:
 
     def _spectrum(self, difference: Difference, target: Target) -> Spectrum:
         """Checked first: LAPACK's answer to a NaN is an error without the tensor's name."""
-        if not difference.norm() < _MOST_NORM:
+        norm = difference.norm()
+        if not norm:  # an expert that was not tuned, or a layer of whose biases some were
+            rows, cols = target.shape
+            return Spectrum(np.zeros((rows, 0)), np.zeros(0), np.zeros((0, cols)))
+        if not norm < _MOST_NORM:
             raise ModelError(
                 f"'{self.plan.references[0]}': {show(target.tuned.name)} has NaN or infinite "
                 f"values, or some near {_MOST_NORM:g}, or its base has; nothing near it is of low "

@@ -83,14 +83,18 @@ def _is_adapter(reference: str) -> bool:
 
 
 def peft_config(
-    shared: Mapping[str, Any], ranks: Mapping[str, int], targets: Collection[str]
+    shared: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    targets: Collection[str],
+    r: int | None = None,
 ) -> dict[str, Any]:
-    """adapter_config.json of factors that are applied with scale 1: ``r`` and ``lora_alpha`` are
-    the most common of the ``ranks`` by module, and the patterns have the others. ``targets``: what
-    PEFT finds the modules by.
+    """adapter_config.json of factors that are applied with scale 1: ``r`` and ``lora_alpha`` are,
+    unless given, the most common of the ``ranks`` by module, and the patterns have the others.
+    ``targets``: what PEFT finds the modules by.
     """
     each = list(ranks.values())
-    r = max(sorted(set(each), reverse=True), key=each.count, default=0)
+    if r is None:
+        r = max(sorted(set(each), reverse=True), key=each.count, default=0)
     others = {name: rank for name, rank in ranks.items() if rank != r}
     return {
         "peft_type": "LORA",

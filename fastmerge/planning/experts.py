@@ -19,7 +19,7 @@ _PARTS = {
     "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
     "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
 }  # fmt: skip
-_EXPERT = re.compile(rf"(.+\.experts)\.{LAYER_NUMBER}\.({'|'.join(_PARTS)})\.weight")
+EXPERT = re.compile(rf"(.+\.experts)\.{LAYER_NUMBER}\.({'|'.join(_PARTS)})\.weight")
 # What else is called otherwise, as it is stored and in the module.
 _RENAMED = (
     (".block_sparse_moe.gate.weight", ".mlp.gate.weight"),
@@ -61,7 +61,7 @@ def stacked(tensors: Mapping[str, TensorPlan]) -> dict[str, Module]:
                 found[made] = Module(
                     (Place(name),), 1 if len(tensor.shape) < 3 else tensor.shape[0]
                 )
-        expert = _EXPERT.fullmatch(name)
+        expert = EXPERT.fullmatch(name)
         if expert is not None and len(tensor.shape) == 2:
             parameter, part = _PARTS[expert[3]]
             group = groups.setdefault(f"{expert[1]}.{parameter}", {})

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastmerge.dtypes import DType
@@ -20,6 +20,7 @@ from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.once import cached_property
 from fastmerge.planning.adapter_plan import AdapterPlan, short_names
+from fastmerge.planning.peft_names import Named, as_loaded, check_experts, is_expert, named
 
 # Whose projections are transformers' Conv1D, which stores (in, out); as of 5.23.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -109,9 +110,10 @@ class Extraction(AdapterPlan):
     modules: tuple[str, ...]
 
     @property
-    def target_names(self) -> list[str]:
+    def named(self) -> Named:
         """What PEFT finds the targets by."""
-        return short_names((t.module for t in self.targets), self.modules, dotted=True)
+        kind = model_type(self.models[0].config)
+        return named([target.module for target in self.targets], self.modules, kind)
 
 
 def plan_extraction(
@@ -150,6 +152,7 @@ class _Extractor:
         for name in self._weights:
             self._module(name.removesuffix(".weight"), name, keep)
         self._tie()
+        self._complete_experts()
         self._check_patterns(keep)
         if not self.targets:
             raise ModelError(
@@ -158,6 +161,7 @@ class _Extractor:
                 + "; choose other models or patterns"
             )
         self._say()
+        self._rename()
         return Extraction(
             models=(self.tuned, self.base),
             references=self.references,
@@ -170,7 +174,7 @@ class _Extractor:
             choice=self.choice,
             targets=tuple(self.targets),
             saved=tuple(self.saved),
-            modules=self._modules,
+            modules=self._loaded,
         )
 
     # -------- the two models
@@ -192,6 +196,17 @@ class _Extractor:
             found.update(dict.fromkeys(".".join(parts[: i + 1]) for i in range(len(parts))))
         if self._tied_head:
             found[self._tied_head] = None
+        return tuple(found)
+
+    @cached_property
+    def _loaded(self) -> tuple[str, ...]:
+        """The modules' names once they are loaded, as far as those are known."""
+        found = []
+        for name in self._modules:
+            try:
+                found.append(as_loaded(f"{name}.", self.tuned.config).removesuffix("."))
+            except UnsupportedError:
+                found.append(name)
         return tuple(found)
 
     @cached_property
@@ -292,6 +307,21 @@ class _Extractor:
             elif not self._same(name):
                 self.undecomposable.append(module)
 
+    def _complete_experts(self) -> None:
+        """Where any expert's matrix has factors, those that are equal have some too: zeros."""
+        have = {target.module for target in self.targets}
+        experts = [name for name in self._weights if is_expert(name)]
+        wanted = [name for name in experts if name.removesuffix(".weight") in have]
+        rest = [name for name in experts if name.removesuffix(".weight") not in have]
+        check_experts(
+            wanted,
+            (name for name in rest if not self._same(name)),
+            model_type(self.tuned.config),
+        )
+        if wanted:
+            self.targets += (self._target(n.removesuffix(".weight"), n, False) for n in rest)
+            self.equal -= len(rest)
+
     def _save(self, module: str) -> None:
         """All of the module, where any of it differs: PEFT loads it whole."""
         own = [n for n in (f"{module}.weight", f"{module}.bias") if n in self.tuned.tensors]
@@ -350,6 +380,20 @@ class _Extractor:
         if self.choice.embed_lora:
             self.notes.append(f"{name.removesuffix('.weight')} is the head too, and saved whole")
 
+    def _rename(self) -> None:
+        """Modules by the names that PEFT finds them under."""
+        config = self.tuned.config
+
+        def now(name: str) -> str:
+            return as_loaded(f"{name}.", config).removesuffix(".")
+
+        self.targets = [replace(each, module=now(each.module)) for each in self.targets]
+        self.saved = [
+            replace(each, name=f"{PREFIX}{now(each.name.removeprefix(PREFIX))}")
+            for each in self.saved
+        ]
+        self.whole = {now(name): None for name in self.whole}
+
     # -------- what is said
 
     def _check_patterns(self, keep: Iterable[str]) -> None:
@@ -377,16 +421,22 @@ class _Extractor:
             for name in self.tuned.tensors
             if not name.endswith((".weight", ".bias", COMPUTED)) and not self._same(name)
         ]
+        stack = next((name for name in loose if len(self._shapes[name]) > 2), None)
+        if stack is not None and not self.choice.skip_undecomposable:
+            raise UnsupportedError(
+                f"{show(stack)} differs and is {list(self._shapes[stack])}: factors are taken of "
+                f"single matrices; give {argument('skip_undecomposable', True)} to leave stacks out"
+            )
         if loose:
             self.notes.append(
-                f"differ and are left out, as no adapter has a place for them: {len(loose)} "
+                f"differ and are left out, as no factors are taken of them: {len(loose)} "
                 f"parameters ({loose[0]}, ...)"
             )
 
     def _config(self) -> Mapping[str, Any]:
         task = next((task for end, task in _TASKS.items() if self._class.endswith(end)), None)
         has_bias = any(saved.name.endswith(".base_layer.bias") for saved in self.saved)
-        saved: Sequence[str] = short_names(self.whole, self._modules, dotted=False)
+        saved: Sequence[str] = short_names(self.whole, self._loaded, dotted=False)
         return {
             "task_type": task,
             "base_model_name_or_path": self.references[1],
