@@ -437,3 +437,34 @@ def test_a_state_dict_is_folded_as_what_save_pretrained_writes(tmp_path: Path, s
     assert one.keys() == two.keys()
     for name, array in one.items():
         assert np.array_equal(array, two[name]), name
+
+
+@pytest.mark.parametrize("rows", [44, 35])
+def test_a_resized_vocabulary_that_is_saved_whole_too(tmp_path: Path, rows: int) -> None:
+    """PEFT saves such embeddings under three names: its own parts', and plain."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    made = []
+    for _ in range(2):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(rows, mean_resizing=False)
+        made.append(base)
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    trained = peft.get_peft_model(made[0], lora)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    trained.save_pretrained(tmp_path / "adapter")
+    names = load_numpy(tmp_path / "adapter/adapter_model.safetensors")
+    assert "base_model.model.lm_head.modules_to_save.weight" in names
+    merged = peft.PeftModel.from_pretrained(made[1], tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "theirs")
+    fastmerge.fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    wanted = load_file(tmp_path / "theirs/model.safetensors")
+    ours = load_file(tmp_path / "ours/model.safetensors")
+    assert ours.keys() == wanted.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-7)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["vocab_size"] == rows

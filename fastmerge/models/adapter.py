@@ -70,6 +70,7 @@ _NAMED = (
     re.compile(r"(.*)\.modules_to_save\.([^.]+)(\..+)"),
 )
 _ORIGINAL = ".original_module."
+_WHOLE = ".modules_to_save."  # beside the plain name, where PEFT saves resized embeddings too
 
 
 @dataclass(frozen=True)
@@ -311,20 +312,20 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
     """
     modules: dict[str, _Parts] = {}
     saved: dict[str, str] = {}
+    spare: dict[str, FileTensor] = {}
     names: dict[str | None, str] = {}
     for info in tensors:
         check_letters(info.name, where)
         plain, named = _without_adapter(info.name.removeprefix(PREFIX))
         if _ORIGINAL in plain:
             continue
+        if _WHOLE in plain:
+            spare[_of_base(plain.replace(_WHOLE, "."))] = info
+            continue
         ending = next((end for end in _PARTS if plain.endswith(end)), None)
         if named is not None or ending is not None:
             names.setdefault(named, info.name)
-        if not info.dtype.mergeable:
-            raise UnsupportedError(
-                f"{where}: tensor {show(info.name)} is {info.dtype.name}, which has no kernels; "
-                "save the adapter in float32 or bfloat16"
-            )
+        _check_type(info, where)
         if ending is not None:
             parts = modules.setdefault(plain.removesuffix(ending), {})
             if parts.setdefault(_PARTS[ending], info) is not info:
@@ -336,6 +337,9 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
             )
         elif saved.setdefault(_of_base(plain), info.name) != info.name:
             raise ModelError(f"{where}: tensor {show(info.name)} is there twice")
+    for name, info in spare.items():
+        _check_type(info, where)
+        saved.setdefault(name, info.name)
     if len(names) > 1:
         first, second, *_ = names.values()
         raise ModelError(
@@ -343,6 +347,14 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
             "them with save_pretrained"
         )
     return modules, saved, next(iter(names), None)
+
+
+def _check_type(info: FileTensor, where: str) -> None:
+    if not info.dtype.mergeable:
+        raise UnsupportedError(
+            f"{where}: tensor {show(info.name)} is {info.dtype.name}, which has no kernels; "
+            "save the adapter in float32 or bfloat16"
+        )
 
 
 def _without_adapter(name: str) -> tuple[str, str | None]:
