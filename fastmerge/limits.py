@@ -5,6 +5,7 @@ What is larger is refused in one line, before memory or minutes are spent on it.
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors header, the library's own limit; of an index
 MAX_CONFIG_BYTES = 16 << 20  # the largest config.json on the Hub takes 0.5 MB
+MAX_NESTING = 100  # of mappings and lists in JSON; the deepest config has 8
 MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its product is quadratic
 MAX_ADAPTED_LETTERS = 512  # of the name of a tensor that an adapter is for; the longest has 120
 MAX_LAYERS = 10_000  # the deepest published model has 1000
@@ -14,6 +15,7 @@ MAX_TOKENS = 1 << 24  # of one tokenizer; the largest in use has 262 144
 MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
 MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are counted
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
+MAX_DEPTH = 16  # of folders in a model's folder: chat templates and modules lie one deep
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
 MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out

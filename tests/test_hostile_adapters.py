@@ -167,3 +167,28 @@ def test_factors_that_leave_their_type_are_told(tmp_path: Path) -> None:
     assert fastmerge.verify(tmp_path / "out").whole
     fine = fastmerge.merge_adapters(pair, tmp_path / "fine", weights=[1, 1], method="cat")
     assert not fine.nonfinite
+
+
+def test_many_names_of_rows_are_not_tried_for_each_module(tmp_path: Path) -> None:
+    rows = {
+        f"base_model.model.m{i}.token_adapter.trainable_tokens_delta": np.ones((1, 4), np.float32)
+        for i in range(3000)
+    }
+    said = (
+        {f"k{i}": [0] for i in range(200_000)} | {"m7": [7]} | {f"m{i}": [0] for i in range(3000)}
+    )
+    folder = adapter(tmp_path / "odd", more=rows, trainable_token_indices=said)
+    begun = time.process_time()
+    found = Adapter.open(folder).tokens
+    assert time.process_time() - begun < 20
+    assert len(found) == 3000 and found["m7"].indices == (0,) and found["m8"].indices == (0,)
+
+
+def test_the_first_name_of_rows_that_fits_counts(tmp_path: Path) -> None:
+    rows = {
+        "base_model.model.a.b.token_adapter.trainable_tokens_delta": np.ones((1, 4), np.float32)
+    }
+    for first, second in (("b", "a.b"), ("a.b", "b")):
+        said = {"c": [1], first: [2], second: [3]}
+        folder = adapter(tmp_path / first, more=rows, trainable_token_indices=said)
+        assert Adapter.open(folder).tokens["a.b"].indices == (2,)

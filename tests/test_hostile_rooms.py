@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -152,6 +153,23 @@ def test_tokenizers_that_are_none(model: dict[str, Any]) -> None:
         own.with_tokens((theirs, token) for token in theirs.ids).written()
 
     assert refusal(union).startswith("own")
+
+
+def test_a_score_beyond_all_floats_and_roles_by_the_thousand() -> None:
+    scores = {"unk_id": 0, "vocab": [["<unk>", 0.0], ["a", 10**400]]}
+    files = {"tokenizer.json": json.dumps({"model": scores}).encode()}
+    assert "no [piece, score]" in refusal(vocabulary.read_vocabulary, "m", files, None)
+    roles = {"extra_special_tokens": [f"x{i}" for i in range(100_000)]}
+    files = {
+        "tokenizer.json": json.dumps(BPE).encode(),
+        "tokenizer_config.json": json.dumps(roles).encode(),
+    }
+    begun = time.process_time()
+    found = vocabulary.read_vocabulary("m", files, None)
+    assert time.process_time() - begun < 20  # each looked for the largest id so far
+    assert found is not None
+    first = found.ids["x0"]
+    assert [found.ids[f"x{i}"] for i in range(100_000)] == list(range(first, first + 100_000))
 
 
 def test_a_chat_template_among_odd_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,64 @@ def test_names_are_no_markup(zoo) -> None:
             assert "<img" not in line.replace("\\<", "") and "![a](" not in line
             assert "<script" not in line.replace("\\<", "") and "www.e" not in line
     assert escaped("a_b _c_ https://x.y") == r"a_b \_c\_ https:&#47;&#47;x.y"
+
+
+# --- strangers' cards ---
+
+_BOMBS = (
+    "[" * 900_000,
+    "- " * 450_000,
+    "? " * 450_000,
+    "{a: " * 220_000,
+    'license: "' + "\\u0041" * 150_000,
+)
+
+
+@pytest.mark.parametrize("text", _BOMBS, ids=lambda text: text[:6])
+def test_a_card_takes_bounded_time(zoo, text: str) -> None:
+    """A megabyte of brackets took PyYAML a quarter of an hour."""
+    base = zoo.base()
+    tune = zoo.tune(base, "tune")
+    (base / "README.md").write_text(f"---\n{text}\n---\n")
+    begun = time.process_time()
+    model_card(fastmerge.api.plan({"merge_method": "linear", "models": entry(base, tune)}), "x")
+    assert time.process_time() - begun < 20
+
+
+def test_what_a_leaderboard_wrote_hides_no_licence(zoo) -> None:
+    base = zoo.base()
+    results = "".join(f"  - {{name: task {i}, value: {i}}}\n" for i in range(20_000))
+    languages = "".join(f"- l{i}\n" for i in range(1100))
+    said = f'model-index:\n- results:\n{results}"license": cc-by-nc-4.0\nlanguage:\n{languages}'
+    (base / "README.md").write_text(f"---\n{said}---\n")
+    said = front(merged(zoo.root / "out", base, zoo.tune(base, "t"))["README.md"])
+    assert said["license"] == "cc-by-nc-4.0" and len(said["language"]) == 50
+    (base / "README.md").write_text("---\n{license: mit, tags: [x]}\n---\n")
+    assert front(merged(zoo.root / "two", base)["README.md"])["license"] == "mit"
+
+
+def test_a_git_configuration_takes_bounded_time(zoo) -> None:
+    base = zoo.base()
+    (base / ".git").mkdir()
+    own = "\turl = git@hf.co:me/mine.git\n"
+    (base / ".git" / "config").write_text("url=" * 200_000 + "\n" + own)
+    begun = time.process_time()
+    said = front(merged(zoo.root / "out", base)["README.md"])
+    assert said["base_model"] == ["me/mine"] and time.process_time() - begun < 20
+
+
+def test_no_card_and_no_repository_by_a_link(zoo, tmp_path: Path) -> None:
+    base = zoo.base()
+    (tmp_path / "private").write_text(
+        "---\nlicense: hunter2\n---\nurl = https://huggingface.co/me/secret\n"
+    )
+    (base / ".git").mkdir()
+    (base / ".git" / "config").symlink_to(tmp_path / "private")
+    assert "secret" not in merged(zoo.root / "out", base)["README.md"]
+    (base / "README.md").symlink_to(tmp_path / "private")
+    with pytest.raises(fastmerge.FastmergeError, match=r"README\.md: a link out of the model's"):
+        merged(zoo.root / "two", base)
+    (base / "README.md").unlink()
+    (base / "CARD").write_text("---\nlicense: mit\n---\n")
+    (base / "README.md").symlink_to("CARD")
+    assert front(merged(zoo.root / "three", base)["README.md"])["license"] == "mit"

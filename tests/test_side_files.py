@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import types
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import fastmerge
 from fastmerge import FastmergeError
 from fastmerge.models import side_files as module
+from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.hub import _HUB_IGNORED, _HUB_PATTERNS
 from fastmerge.models.side_files import side_files
+from fastmerge.output.disk import facts_of, write_file
 
 MODULES = '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]'
 BELONGS = (
@@ -274,3 +277,108 @@ def test_overwrite_takes_a_model_folder_as_it_is_downloaded(zoo) -> None:
     fill(old, (".cache/huggingface/download/x.lock",))
     fastmerge.merge(recipe(base, zoo.tune(base, "tune", seed=3)), old, overwrite=True)
     assert not (old / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin", "model.safetensors"])
+def test_a_module_is_a_folder(zoo, name: str) -> None:
+    """modules.json brought in what sends transformers to another base, or a pickle, or the donor's
+    own weights in the merged ones' place.
+    """
+    base = zoo.base()
+    (base / "modules.json").write_text(f'[{{"path": "{name}"}}]')
+    if not (base / name).exists():
+        (base / name).write_text("{}")
+    assert name not in side_files(base) and "modules.json" in side_files(base)
+
+
+def test_folders_that_are_called_as_weights_stay(zoo) -> None:
+    base = zoo.base()
+    fill(base, ("model-00001-of-00002.safetensors/x.txt", "a/pytorch_model.bin/x.txt"))
+    found = side_files(base)
+    assert not any(name.endswith("x.txt") for name in found)
+    assert "model-00001-of-00002.safetensors/" in "".join(found.notes)
+
+
+def test_folders_in_folders_are_followed_so_far(zoo, tmp_path: Path) -> None:
+    """700 of them ended in a RecursionError, of os.walk's and rmtree's too."""
+    base = zoo.base()
+    plan = fastmerge.api.plan(recipe(base, zoo.tune(base, "tune")))
+    out = tmp_path / "out"
+    fastmerge.merge(plan, out)
+    for folder in (base, out):
+        (folder / ("d/" * 700)).mkdir(parents=True)
+        (folder / ("d/" * 3) / "x.txt").write_text("x")
+    found = side_files(base)
+    assert "d/d/d/x.txt" in found and "more than 16 deep" in found.notes[0]
+    with pytest.raises(FastmergeError, match="folders more than 16 deep"):
+        fastmerge.verify(out)
+    with pytest.raises(FastmergeError, match="which no merge wrote"):
+        fastmerge.merge(plan, out, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", [b"vocab\xff.json", b"a\nb.txt", b"\x1b]52;c;QQ==\x07", b"a\r.txt"]
+)
+def test_names_that_cannot_be_shown_stay(zoo, tmp_path: Path, name: bytes) -> None:
+    """They go to terminals and into fastmerge.json, which `verify` then could not read."""
+    base = zoo.base()
+    (base / os.fsdecode(name)).write_text("x")
+    plan = fastmerge.api.plan(recipe(base, zoo.tune(base, "tune")))
+    assert "names that cannot be shown" in "".join(plan.notes)
+    assert all(note.isprintable() for note in plan.notes)
+    fastmerge.merge(plan, tmp_path / "out")
+    assert os.fsdecode(name) not in os.listdir(tmp_path / "out")
+    assert fastmerge.verify(tmp_path / "out").whole
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_is_exchanged_for_a_link_after_the_check_is_not_read(
+    zoo, tmp_path: Path, what: str
+) -> None:
+    base = zoo.base()
+    fill(base, ("assets/key", "tokenizer.json"))
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("hunter2")
+    found = side_files(base)
+    taken = base / "assets" if what == "folder" else base / "assets" / "key"
+    taken.rename(tmp_path / "old")
+    taken.symlink_to(tmp_path / "secrets" / ("" if what == "folder" else "key"))
+    for read in (lambda file: write_file(tmp_path / "copy", file), facts_of):
+        with pytest.raises(FastmergeError, match=r"assets/key: was exchanged for a link"):
+            read(found["assets/key"])
+    assert facts_of(found["tokenizer.json"])["bytes"]
+    assert (tmp_path / "copy").read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_is_exchanged_for_a_link_all_the_time_is_never_read(zoo, name: str) -> None:
+    base, secret = zoo.base(), zoo.base("secret", seed=9, hidden=64)
+    own, link = base / "own", base / "link"
+    (base / name).rename(own)
+    link.symlink_to(secret / name)
+    os.link(own, base / name)
+    ends = threading.Event()
+
+    def swap() -> None:
+        while not ends.is_set():
+            for source in (link, own):
+                spare = base / "spare"
+                spare.unlink(missing_ok=True)
+                os.link(source, spare, follow_symlinks=False)
+                spare.rename(base / name)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    refused = 0
+    try:
+        for _ in range(200):
+            try:
+                model = Checkpoint.open(base)
+                shape = model.tensors["model.norm.weight"].shape
+                assert shape == (32,) and model.config["hidden_size"] == 32
+            except FastmergeError:
+                refused += 1
+    finally:
+        ends.set()
+        thread.join()
+    assert refused

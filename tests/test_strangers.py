@@ -318,3 +318,23 @@ def test_a_plan_names_code_that_an_output_would_bring(zoo) -> None:
     assert f"code of '{base}' is copied, not run: 'configuration_x.py' and 1 more" in notes
     hub = [note for note in notes if "'attn_implementation' names code on the Hub" in note]
     assert len(hub) == 1 and "'somebody/kernel', which transformers would fetch" in hub[0]
+
+
+@pytest.mark.parametrize("opening", ['{"text_config":', '{"x":', '{"quantization_config":', "["])
+def test_what_is_nested_deeply_is_refused_before_somebody_walks_it(zoo, opening: str) -> None:
+    """Between what the parser takes and what a walk one call further in does lay a few levels."""
+    base = zoo.base()
+    asked = {
+        "merge_method": "linear",
+        "models": [{"model": str(base)}],
+        "parameters": {"weight": 1},
+    }
+    for depth in (limits.MAX_NESTING, 500, *range(960, 981), 100_000):
+        closing = ("}" if ":" in opening else "]") * depth
+        (base / "config.json").write_text(f'{{"a":{opening * depth}1{closing}}}')
+        assert "nested too deeply" in refusal(fastmerge.api.plan, asked)
+    (base / "config.json").write_text(f'{{"a":{"[" * 98}{"]" * 98}}}')
+    fastmerge.api.plan(asked)
+    shape = "[" * 973 + "]" * 973
+    text = f'{{"x":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}'.encode()
+    refusal(read_header, header(base / "x.safetensors", text), 0)

@@ -21,6 +21,7 @@ from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument, in_a_line
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.header import open_regular, read_object, show
+from fastmerge.models.links import Home
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.checksum import sha256_of
 from fastmerge.output.provenance import names
@@ -173,11 +174,14 @@ class _Comparison:
             files.pop("config.json", None)
             self._compare("config.json", self._config, self._plan.config)
         for name, content in files.items():
-            self._compare(name, partial(_sha256, self._folder / name), _sha256(content))
+            self._compare(name, partial(self._sha256_in, name), _sha256(content))
 
     def _config(self) -> dict[str, Any]:
         path = self._folder / "config.json"
-        return read_object(path) if path.exists() else {}
+        return read_object(Home(self._folder).inside(path)) if path.exists() else {}
+
+    def _sha256_in(self, name: str) -> str:
+        return _sha256(Home(self._folder).inside(self._folder / name))
 
     def _compare(self, name: str, read: Callable[[], Any], wanted: Any) -> None:
         try:

@@ -33,7 +33,7 @@ from fastmerge.models.header import (
 from fastmerge.models.links import Home
 from fastmerge.models.model import TensorInfo
 from fastmerge.models.parameters import BASE_LAYER, Parameters
-from fastmerge.models.patterns import Patterns, Targets
+from fastmerge.models.patterns import Patterns, Targets, starts
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -146,9 +146,10 @@ class Adapter(Checkpoint):
                 raise ModelError(f"{path}: no such folder; an adapter is a folder with {CONFIG}")
             weights = _weights(path)
             config_file = inside(path, CONFIG)
-        config = read_object(config_file)
+        home = Home(path)
+        config = read_object(config_file, home.inside(config_file))
         _check_kind(config, config_file)
-        header, stamp = read_header(weights, 0)
+        header, stamp = read_header(weights, 0, home.inside(weights))
         return cls(path, config, (weights,), (stamp,), (header,))
 
     def __init__(
@@ -164,6 +165,7 @@ class Adapter(Checkpoint):
         self.targets, self.parameters = Targets(config, where), Parameters(config)
         modules, self.saved, self.named = _sorted(self.tensors.values(), str(files[0]))
         scales = _Scales(config, where)
+        rows_of = _Rows(config, where)
         self.factors, self.tokens = {}, {}
         ordinary = {name for name in modules if self.targets.tell(name)}
         parameters = self.parameters.of(modules, ordinary, where)
@@ -171,7 +173,7 @@ class Adapter(Checkpoint):
             parts = dict(found)
             rows = parts.pop("tokens", None)
             if rows is not None:
-                self.tokens[name] = _tokens(name, rows, config, where)
+                self.tokens[name] = rows_of.tokens(name, rows)
             if name in parameters:
                 own = _of_parameter(parameters[name], parts, scales, config, str(files[0]))
                 self.factors[own.target.removesuffix(".weight")] = own
@@ -457,19 +459,30 @@ def _of_parameter(
     )  # fmt: skip
 
 
-def _tokens(module: str, rows: TensorInfo, config: Mapping[str, Any], where: str) -> Tokens:
-    """``trainable_token_indices``: the rows of the embeddings, or of each module by its name."""
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        ends = [key for key in given if f".{module}".endswith(f".{key}")]
-        given = given[ends[0]] if ends else None
-    listed = given if isinstance(given, list) and all(is_whole(i) and i >= 0 for i in given) else []
-    if not rows.shape or len(listed) != rows.shape[0]:
-        raise ModelError(
-            f"{where}: 'trainable_token_indices' must be the numbers of the rows in "
-            f"{show(rows.name)}, which is {list(rows.shape)}, not {brief(given)}"
-        )
-    return Tokens(module, rows.name, tuple(int(index) for index in listed))
+class _Rows:
+    """``trainable_token_indices``: the rows of the embeddings, or of each module by its name or the
+    end of it after a dot; the first that is given counts.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._where = where
+        self._given = config.get("trainable_token_indices")
+        by_name = self._given if isinstance(self._given, dict) else {}
+        self._orders = {key: order for order, key in enumerate(by_name)}
+
+    def tokens(self, module: str, rows: TensorInfo) -> Tokens:
+        given = self._given
+        if isinstance(given, dict):
+            ends = [module[at:] for at in starts(module) if module[at:] in given]
+            given = given[min(ends, key=self._orders.__getitem__)] if ends else None
+        listed = given if isinstance(given, list) else []
+        listed = listed if all(is_whole(i) and i >= 0 for i in listed) else []
+        if not rows.shape or len(listed) != rows.shape[0]:
+            raise ModelError(
+                f"{self._where}: 'trainable_token_indices' must be the numbers of the rows in "
+                f"{show(rows.name)}, which is {list(rows.shape)}, not {brief(given)}"
+            )
+        return Tokens(module, rows.name, tuple(int(index) for index in listed))
 
 
 class _Scales:

@@ -106,9 +106,12 @@ class Checkpoint:
         if beside.is_symlink() and not beside.exists():
             raise ModelError(f"{beside}: a link to nothing ({os.readlink(beside)}); mend the link")
         if beside.exists():
-            Home(beside.parent).inside(beside)
-            config = read_object(beside)
-        opened = [read_header(file, index) for index, file in enumerate(files)]
+            config = read_object(beside, Home(beside.parent).inside(beside))
+        places = [_place(path, file) for file in files]
+        opened = [
+            read_header(file, index, place)
+            for index, (file, place) in enumerate(zip(files, places, strict=True))
+        ]
         headers = tuple(header for header, _ in opened)
         if weight_map is not None:
             check_index(path / INDEX, weight_map, files, headers)
@@ -191,7 +194,7 @@ class Checkpoint:
         for index, path in enumerate(self.files):
             digest.update(self.stamp[index].size.to_bytes(8, "little") + self._digests[index])
             try:
-                with open_regular(path) as opened:
+                with open_regular(_place(self.path, path)) as opened:
                     descriptor = opened.fileno()
                     # Read-ahead would turn every 4 KiB into 128.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -224,8 +227,9 @@ class Checkpoint:
             if index not in self._mappings:
                 path = self.files[index]
                 try:
-                    mapping = _C.Mapping(str(path))
-                    now = stamp_of(path, os.stat(path))
+                    with open_regular(_place(self.path, path)) as opened:
+                        mapping = _C.Mapping(f"/proc/self/fd/{opened.fileno()}")
+                        now = stamp_of(path, os.fstat(opened.fileno()))
                 except OSError as error:
                     unreadable(path, error)
                 # Reading on would use the offsets of a header that is no longer there.
@@ -233,6 +237,11 @@ class Checkpoint:
                     raise _changed(path)
                 self._mappings[index] = mapping
             return self._mappings[index]
+
+
+def _place(model: Path, file: Path) -> Path:
+    """Where a file of the model really lies; ModelError where that is not in its folder."""
+    return Home(model).inside(file) if model.is_dir() else file
 
 
 def open_model(path: Path) -> Model:

@@ -26,8 +26,7 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     index, single = folder / INDEX, folder / SINGLE
     home = Home(folder)
     if index.exists():
-        home.inside(index)
-        weight_map = _read_weight_map(index)
+        weight_map = _read_weight_map(index, home.inside(index))
         names = sorted(set(weight_map.values()))
         if single.exists() and names != [SINGLE]:
             raise ModelError(
@@ -101,9 +100,9 @@ def find_distributed(path: Path) -> Path | None:
     return weights[0] if len(weights) == 1 else None
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path, place: Path) -> dict[str, str]:
     try:
-        return weight_map_of(read_object(index, strict=True, max_bytes=MAX_HEADER_BYTES))
+        return weight_map_of(read_object(index, place, strict=True, max_bytes=MAX_HEADER_BYTES))
     except ValueError as error:
         raise ModelError(f"{index}: {error}") from None
 

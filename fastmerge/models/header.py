@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from fastmerge.dtypes import BY_CODE
-from fastmerge.errors import ModelError
-from fastmerge.limits import MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES
+from fastmerge.errors import ModelError, brief
+from fastmerge.limits import MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_NESTING
+from fastmerge.models.links import Resolved
 from fastmerge.models.model import TensorInfo
 
 LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
+_QUOTES = "'\""
 _SMALL = 1 << 19  # sizes of which three multiply to bits without an overflow
 
 
@@ -134,7 +136,24 @@ def _parse_object(data: bytes, hook: Hook | None) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos})") from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
+    if _is_deep(found):
+        raise ValueError("nested too deeply")
     return found
+
+
+def _is_deep(found: dict[str, Any]) -> bool:
+    """Whether mappings and lists are nested deeper than whoever walks them may recurse."""
+    level: list[Any] = [found]
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def open_regular(path: Path) -> FileIO:
@@ -142,7 +161,8 @@ def open_regular(path: Path) -> FileIO:
     Raises ModelError, OSError.
     """
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = path.descriptor(flags) if isinstance(path, Resolved) else os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ModelError(f"{path}: not a regular file")
@@ -150,10 +170,17 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_object(
-    path: Path, *, strict: bool = False, max_bytes: int = MAX_CONFIG_BYTES
+    path: Path,
+    place: Path | None = None,
+    *,
+    strict: bool = False,
+    max_bytes: int = MAX_CONFIG_BYTES,
 ) -> dict[str, Any]:
+    """The JSON object in a file. ``place``: where ``path`` leads, if that was checked. Raises
+    ModelError.
+    """
     try:
-        with open_regular(path) as file:
+        with open_regular(place or path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise ModelError(f"{path}: {size} bytes, over {max_bytes}; not a config")
@@ -187,9 +214,12 @@ def stamp_of(path: Path, info: os.stat_result) -> Stamp:
     return Stamp(str(path.resolve()), info.st_size, info.st_mtime_ns, info.st_ino)
 
 
-def read_header(path: Path, file: int) -> tuple[Header, Stamp]:
+def read_header(path: Path, file: int, place: Path | None = None) -> tuple[Header, Stamp]:
+    """The header of the ``file``-th file of its model. ``place``: where ``path`` leads, if that was
+    checked. Raises ModelError.
+    """
     try:
-        with open_regular(path) as opened:
+        with open_regular(place or path) as opened:
             descriptor = opened.fileno()
             status = os.fstat(descriptor)
             size = status.st_size
@@ -283,10 +313,12 @@ def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTens
     code, shape, offsets = entry
     dtype = BY_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise ValueError(f"tensor {show(name)} has unknown dtype {show(str(code))}")
+        raise ValueError(
+            f"tensor {show(name)} has unknown dtype {show(brief(code).strip(_QUOTES))}"
+        )
     if not _are_sizes(shape):
         raise ValueError(
-            f"tensor {show(name)} has shape {show(str(shape))}; need non-negative integers"
+            f"tensor {show(name)} has shape {show(brief(shape))}; need non-negative integers"
         )
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(
@@ -294,7 +326,7 @@ def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTens
         )
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(
-            f"tensor {show(name)} has data_offsets {show(str(offsets))}; need [begin, end]"
+            f"tensor {show(name)} has data_offsets {show(brief(offsets))}; need [begin, end]"
         )
     count = math.prod(shape)
     # A zero in the shape must not hide an overflow from readers that multiply in 64 bits.

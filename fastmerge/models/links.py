@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from fastmerge.errors import ModelError
+
+_INNER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def hub_repository(path: Path) -> Path | None:
@@ -17,6 +20,31 @@ def hub_repository(path: Path) -> Path | None:
         if above.name == "snapshots" and above.parent.name.startswith("models--"):
             return above.parent
     return None
+
+
+class Resolved(type(Path())):  # type: ignore[misc]
+    """A path in which no link was left when it was looked at, opened only if none is in it since:
+    who may write to a folder can exchange a file that was checked, or a folder, for a link.
+    """
+
+    def descriptor(self, flags: int) -> int:
+        """`os.open`, of no link; ModelError where one has come into it, OSError."""
+        folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in self.parts[1:-1]:
+                inner = os.open(part, _INNER, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            return os.open(self.name, flags | os.O_NOFOLLOW, dir_fd=folder)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise ModelError(
+                    f"{self}: was exchanged for a link since it was checked; give the model a "
+                    "folder where nobody else may write"
+                ) from None
+            raise OSError(error.errno, error.strerror, str(self)) from error
+        finally:
+            os.close(folder)
 
 
 class Home:
@@ -31,12 +59,12 @@ class Home:
         if repository is not None:
             self._places.append(repository / "blobs")
 
-    def inside(self, path: str | Path) -> Path:
+    def inside(self, path: str | Path) -> Resolved:
         """Where ``path`` really lies. Raises ModelError if it leads out of the folder or nowhere.
 
         Links above the folder are the user's own.
         """
-        place = Path(os.path.realpath(path))
+        place = Resolved(os.path.realpath(path))
         link = os.path.islink(path)
         if link and not place.exists():
             raise ModelError(

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError
-from fastmerge.limits import MAX_ENTRIES, MAX_FILE_BYTES, MAX_MODULES_BYTES, MAX_TOTAL_BYTES
+from fastmerge.limits import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_FILE_BYTES,
+    MAX_MODULES_BYTES,
+    MAX_TOTAL_BYTES,
+)
 from fastmerge.models.header import open_regular, show
 from fastmerge.models.links import Home
 
@@ -174,9 +180,11 @@ class _Gathering:
                 continue
             if entry.name.startswith("."):
                 self._leave(name, "hidden")
+            elif not entry.name.isprintable():  # control characters, or bytes that are not UTF-8
+                self._leave(name, "names that cannot be shown")
             elif entry.is_dir():
                 self._subfolder(entry, name)
-            elif is_weights(entry.name) and name.split("/")[0] not in self._modules:
+            elif is_weights(entry.name) and not self._of_module(name):
                 own = name in self._weights if self._weights else name.endswith(".safetensors")
                 if not own and (entry.name == "adapter_config.json" or ".index." not in name):
                     self._leave(name, "weights in another form")
@@ -187,14 +195,23 @@ class _Gathering:
         if entry.is_symlink():
             self._home.inside(entry.path)
             self._leave(f"{name}/", "links to folders")
-        elif name in OTHER_FORMATS:
+        elif name in OTHER_FORMATS or is_weights(entry.name):  # a shard's name is the output's
             self._leave(f"{name}/", "weights in another form")
-        elif name.split("/")[0] not in self._modules and any(
+        elif name.count("/") >= MAX_DEPTH:
+            self._leave(f"{name}/", f"folders more than {MAX_DEPTH} deep")
+        elif not self._of_module(f"{name}/") and any(
             is_weights(inner) for inner in os.listdir(entry.path)
         ):
             self._leave(f"{name}/", "models of their own")
         else:
             self._folder(Path(entry.path), f"{name}/")
+
+    def _of_module(self, name: str) -> bool:
+        """Whether it lies in the folder of a module. What lies beside the model's own weights would
+        take their place: an adapter_config.json there sends loaders to another base.
+        """
+        folder, inner, _ = name.partition("/")
+        return bool(inner) and folder in self._modules
 
     def _file(self, path: str, name: str) -> None:
         place = self._home.inside(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,6 +49,7 @@ HARMLESS = frozenset({
     "additional_special_tokens", "src_lang", "tgt_lang", "language", "task", "errors",
     "padding_side", "truncation_side",
 })  # fmt: skip
+_MAX_SCORE = 1e300  # of a piece, a logarithm; an int beyond any float is none
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
 
 
@@ -255,10 +255,12 @@ def _roles(
         extra = config.get(key)
         wanted += extra if isinstance(extra, list) else []
         wanted += list(extra.values()) if isinstance(extra, dict) else []
+    last = max(ids.values(), default=-1)
     for value in wanted:
         token = text_of(value)
         if token and token not in ids:
-            ids[token] = max(ids.values(), default=-1) + 1
+            last += 1
+            ids[token] = last
             info = value if isinstance(value, dict) else {}
             known = {key: info[key] for key in _PLAIN if key in info}
             added[token] = {**_PLAIN, "normalized": False, **known, "content": token}
@@ -300,7 +302,7 @@ def _is_id(value: Any) -> bool:
 def _is_piece(item: Any) -> bool:
     if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
         return False
-    return type(item[1]) in (int, float) and abs(item[1]) < math.inf
+    return type(item[1]) in (int, float) and abs(item[1]) < _MAX_SCORE
 
 
 def _kind(document: Mapping[str, Any]) -> Any:

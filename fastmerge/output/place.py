@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError, argument
-from fastmerge.limits import MAX_HEADER_BYTES
+from fastmerge.limits import MAX_DEPTH, MAX_HEADER_BYTES
 from fastmerge.models.adapter import CONFIG
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_object
@@ -148,6 +148,8 @@ def _foreign(target: Path) -> list[str]:
     for folder, folders, files in os.walk(target):
         inside = os.path.relpath(folder, target)
         prefix = "" if inside == "." else f"{inside}/"
+        if prefix.count("/") > MAX_DEPTH:  # no model's: os.walk and rmtree recurse
+            files, folders[:] = [*files, *folders], []
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files + links):
             whole = prefix + name

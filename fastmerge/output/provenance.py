@@ -14,15 +14,21 @@ from typing import Any, Protocol
 
 from fastmerge.errors import FastmergeError, ModelError
 from fastmerge.models.header import open_regular
-from fastmerge.models.links import hub_repository
+from fastmerge.models.links import Home, hub_repository
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE
 
+# Of the keys that are read: 1100 languages take 7 KB, and PyYAML takes a second for "[" so often.
+_MAX_FRONT_LETTERS = 1 << 14
 _MAX_CARD_BYTES = 1 << 20
+_FRONT_KEYS = (
+    "base_model", "language", "library_name", "license", "license_link", "license_name",
+    "pipeline_tag", "tags",
+)  # fmt: skip
+_FRONT_KEY = re.compile(r"^['\"]?([\w-]+)['\"]?[ \t]*:(?=\s|$)", re.MULTILINE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_REMOTE = re.compile(
-    r"url\s*=.*\b(?:huggingface\.co|hf\.co)[/:]([\w.-]+/[\w.-]+?)(?:\.git)?\s*$", re.MULTILINE
-)
+_REMOTE = re.compile(r".*\b(?:huggingface\.co|hf\.co)[/:]([\w.-]+/[\w.-]+?)(?:\.git)?")
+_MAX_URL_LETTERS = 400
 # An absolute path of two parts or more, and its last one; URLs and fractions are none.
 _ABSOLUTE = re.compile(
     r"(?<![\w./:~\\])~?/(?:[^\s/'\"`,;:|()\[\]{}<>]+/)+([^\s/'\"`,;:|()\[\]{}<>]*)"
@@ -137,10 +143,20 @@ def _hub_ids(model: Model, card: Mapping[str, Any]) -> tuple[str, ...]:
         cached = hub_repository(Path(os.path.realpath(model.folder)))
         if cached is not None:
             return (_id_of(cached),)
-        remote = _REMOTE.search(_text(model.folder / ".git" / "config"))
+        remote = _git_remote(model.folder)
         if remote is not None:
-            return (remote[1],)
+            return (remote,)
     return tuple(name for name in as_list(card.get("base_model")) if _HUB_ID.fullmatch(name))
+
+
+def _git_remote(folder: Path) -> str | None:
+    """The first repository on the Hub that the folder's git configuration names."""
+    for line in _text(folder, ".git/config").splitlines():
+        key, equals, url = line[:_MAX_URL_LETTERS].partition("=")
+        found = _REMOTE.fullmatch(url.strip()) if equals and key.strip() == "url" else None
+        if found is not None:
+            return found[1]
+    return None
 
 
 def is_hub_id(name: str) -> bool:
@@ -167,16 +183,21 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
         card = model.folder / CARD_FILE
         if card.is_file() and not os.access(card, os.R_OK, effective_ids=True):
             raise ModelError(f"{card}: cannot be read (Permission denied)")
-        text = _text(card)
+        if card.is_symlink():
+            Home(model.folder).inside(card)
+        text = _text(model.folder, CARD_FILE)
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
+        return {}
+    front = _wanted(parts[1])
+    if len(front) > _MAX_FRONT_LETTERS:
         return {}
     import yaml
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(parts[1])):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front)):
             return {}  # a few lines of them unfold to gigabytes
-        found = yaml.safe_load(parts[1])
+        found = yaml.safe_load(front)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     except (LookupError, AttributeError, TypeError):  # !!bool 7, !!int '', !!timestamp x: PyYAML's
@@ -184,9 +205,22 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _text(path: Path) -> str:
+def _wanted(front: str) -> str:
+    """Of front matter the lines of the keys that are read: a leaderboard's results beside them are
+    a hundred times as long. Of one in braces, all.
+    """
+    if front.lstrip().startswith("{"):
+        return front
+    keys = list(_FRONT_KEY.finditer(front))
+    ends = [*(key.start() for key in keys), len(front)][1:]
+    parts = zip(keys, ends, strict=False)
+    return "".join(front[key.start() : end] for key, end in parts if key[1] in _FRONT_KEYS)
+
+
+def _text(folder: Path, name: str) -> str:
+    """The beginning of a file in the folder; "" where it cannot be read, or is a link out."""
     try:
-        with open_regular(path) as file:
+        with open_regular(Home(folder).inside(folder / name)) as file:
             return (file.read(_MAX_CARD_BYTES) or b"").decode(errors="replace")
     except (OSError, FastmergeError):
         return ""

@@ -16,7 +16,13 @@ from typing import Any
 
 from fastmerge import _C
 from fastmerge.errors import ModelError, UnsupportedError, brief, printable, shortened
-from fastmerge.limits import MAX_DIFFERENCES, MAX_ENTRIES, MAX_FILE_BYTES, MAX_HEADER_BYTES
+from fastmerge.limits import (
+    MAX_DEPTH,
+    MAX_DIFFERENCES,
+    MAX_ENTRIES,
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+)
 from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.adapter import WEIGHTS, inside
 from fastmerge.models.folder import INDEX, check_index, find_files
@@ -192,6 +198,10 @@ def _names(folder: Path, known: int) -> Iterator[str]:
         if entries > known + MAX_ENTRIES:
             raise ModelError(
                 f"{folder}: more than {MAX_ENTRIES} other files; not what a merge wrote"
+            )
+        if os.path.relpath(place, folder).count("/") > MAX_DEPTH:
+            raise ModelError(
+                f"{folder}: folders more than {MAX_DEPTH} deep; not what a merge wrote"
             )
         folders[:] = sorted(name for name in folders if not is_silent(name))
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
