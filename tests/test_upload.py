@@ -312,3 +312,31 @@ def test_two_merges_to_one_place_at_once(models: list[Path], monkeypatch: Any) -
     monkeypatch.setattr(upload.Upload, "send", interrupted)
     fastmerge.merge(recipe(models), there)
     assert len(seen) == 2 and "model.safetensors" in objects(there)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link"])
+def test_what_lies_where_uploads_are_merged(models: list[Path], tmp_path: Path, kind: str) -> None:
+    """Anybody can make a name in a folder for temporary files."""
+    begun = upload.Upload(there)
+    place = begun._place
+    begun.close()
+    assert not place.exists()
+    if kind == "file":
+        place.write_text("x")
+    else:
+        place.symlink_to(tmp_path if kind == "link" else "nothing")
+    with pytest.raises(FastmergeError, match=f"{place.name}: (not a folder|a link)"):
+        fastmerge.merge(recipe(models), there)
+    assert not objects(there)
+
+
+@pytest.mark.parametrize("text", [b"", b'{"key": "', b"[]", b"{}", b"[" * 5000])
+def test_a_note_that_is_damaged_counts_for_nothing(models: list[Path], text: bytes) -> None:
+    """Of a disk that was full, and JSON that no upload writes."""
+    begun = upload.Upload(there)
+    begun.close()
+    begun._place.mkdir(mode=0o700)
+    (begun._place / upload._MERGED).write_bytes(text)
+    begun.folder.mkdir()
+    assert fastmerge.merge(recipe(models), there).url == there
+    assert not begun._place.exists()

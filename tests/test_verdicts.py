@@ -27,6 +27,7 @@ OURS = {
         with_entry(json.dumps({"dtype": "F32", "shape": [1] * 64 + [2], "data_offsets": [0, 8]})),
         "65 dimensions",
     ),
+    "list": (with_entry('["F32",[2],[0,8]]'), "must have dtype, shape and data_offsets"),
     "object": (with_entry(ENTRY.replace('"F32"', '{"F32":null}')), "unknown dtype"),
 }
 OVERFLOW = with_entry('{"dtype":"F32","shape":[9223372036854775807,8,0],"data_offsets":[0,0]}')

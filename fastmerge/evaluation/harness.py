@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from fastmerge.errors import RecipeError, ResourceError, nearest
+from fastmerge.errors import RecipeError, ResourceError, brief, nearest
 from fastmerge.evaluation import likelihoods
 from fastmerge.evaluation.answers import right_answer
 from fastmerge.evaluation.journal import digest
@@ -32,10 +32,13 @@ from fastmerge.evaluation.outlook import Reading, tokens_each
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.split import Split
+from fastmerge.evaluation.texts import bytes_of, text_of
 from fastmerge.evaluation.weights import model_of
 from fastmerge.extras import install
+from fastmerge.limits import MAX_RECIPE_BYTES
 from fastmerge.llama import load_tokenizer
 from fastmerge.recipe.located import placed
+from fastmerge.recipe.yaml_text import Constructor
 
 _MMLU_SUBJECTS = 57
 BUILT_IN = True  # whether names may be tasks of the harness's own
@@ -294,7 +297,7 @@ class _Sources:
             self.titles[name] = title
         for path in self._folders:
             for file in sorted(Path(path).glob("**/*.y*ml")):
-                self.texts[file.name] = file.read_text()
+                self.texts[file.name] = text_of(file, settings.at("include_path"), MAX_RECIPE_BYTES)
         self._known = known = {_task_name(text) for text in self.texts.values()}
         for entry in (*self.steering, *self.holdout):
             name = entry.name
@@ -302,7 +305,7 @@ class _Sources:
                 file = _find(folder, name)
                 if not os.path.isfile(file):
                     raise RecipeError(f"{entry.where}: no such task file: {name}")
-                self.texts[file.name] = file.read_text()
+                self.texts[file.name] = text_of(file, entry.where, MAX_RECIPE_BYTES)
                 self._folders.append(str(file.parent))
                 found = _task_name(self.texts[file.name])
                 if found is None:
@@ -312,7 +315,7 @@ class _Sources:
             self.names[entry.name] = name
         for file_name, text in dict(self.texts).items():
             for data in _data_files(file_name, text):
-                self.texts[str(data)] = hashlib.sha256(data.read_bytes()).hexdigest()
+                self.texts[str(data)] = hashlib.sha256(bytes_of(data, file_name)).hexdigest()
         self.local = local_data(
             settings.data, lambda path: _find(folder, path), settings.at("data")
         )
@@ -345,8 +348,11 @@ class _Sources:
 
 def _find(folder: Path, path: str) -> Path:
     """A path of the schedule: from the schedule's folder, else from the working directory."""
-    near = folder / Path(path).expanduser()
-    return (near if os.path.exists(near) else Path(path).expanduser()).resolve()
+    try:
+        near = folder / Path(path).expanduser()
+        return (near if os.path.exists(near) else Path(path).expanduser()).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user who has no home
+        raise RecipeError(f"{brief(path)}: no path that can be opened ({error})") from None
 
 
 def _task_name(text: str) -> str | None:
@@ -354,7 +360,7 @@ def _task_name(text: str) -> str | None:
     return found[1] if found else None
 
 
-class _AnyTag(yaml.SafeLoader):
+class _AnyTag(Constructor, yaml.SafeLoader):
     """Reads task files without running their !function tags."""
 
 
@@ -368,8 +374,10 @@ def _data_files(name: str, text: str) -> list[Path]:
     """
     try:
         document = yaml.load(text, Loader=_AnyTag)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (RecursionError, AttributeError, IndexError, KeyError):  # `!!bool 7`: PyYAML's
+        raise RecipeError(f"{name}: not valid YAML: too deep, or a value not as its tag") from None
     if not isinstance(document, Mapping) or document.get("dataset_path") not in (
         "json",
         "csv",

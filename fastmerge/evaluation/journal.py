@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError
+from fastmerge.limits import MAX_JOURNAL_BYTES
 from fastmerge.output.working import check_ours, open_ours
 
 
@@ -34,6 +35,9 @@ class Journal:
         if path is None or not os.path.lexists(path):
             return
         with open(open_ours(path), "r+b") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JOURNAL_BYTES:
+                raise OutputError(f"{path}: {size} bytes, over {MAX_JOURNAL_BYTES}; not a run's")
             text = file.read()
             whole = text[: text.rfind(b"\n") + 1]
             if len(whole) < len(text):

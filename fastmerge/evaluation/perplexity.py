@@ -17,6 +17,7 @@ from fastmerge.evaluation.loss import Target
 from fastmerge.evaluation.outlook import Reading
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.texts import text_of
 from fastmerge.evaluation.weights import model_of
 
 
@@ -27,14 +28,7 @@ class Perplexity:
         assert settings.perplexity is not None
         near = folder / settings.perplexity
         path = near if os.path.exists(near) else Path(settings.perplexity)
-        try:
-            self._text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(
-                f"{settings.at('perplexity')}: {path}: cannot be read ({error.strerror})"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{settings.at('perplexity')}: {path}: {error}") from error
+        self._text = text_of(path, settings.at("perplexity"))
         self._settings = settings
         self._name = path.stem
         ids = llama.load_tokenizer(tokenizer_folder)(self._text)["input_ids"]

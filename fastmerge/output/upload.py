@@ -33,6 +33,7 @@ from fastmerge.models.store import (
 )
 from fastmerge.output.disk import facts_of, write_file
 from fastmerge.output.journal import locked
+from fastmerge.output.place import explain
 from fastmerge.output.working import beside, check_ours, is_loose
 
 _URL = re.compile(r"([a-z][a-z0-9]*):/{1,2}(?=[^/])(.+)")  # a Path has made one slash of two
@@ -74,8 +75,12 @@ class Upload:
         # By the URL, so that the same command goes on where it was.
         name = f"fastmerge-{os.geteuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
         self._place = Path(tempfile.gettempdir(), name)
-        self._place.mkdir(mode=0o700, exist_ok=True)
-        status = os.lstat(self._place)
+        try:
+            with suppress(FileExistsError):
+                self._place.mkdir(mode=0o700)
+            status = os.lstat(self._place)
+        except OSError as error:
+            raise explain(error, self._place) from error
         check_ours(self._place, status, folder=True)
         if is_loose(status):
             raise OutputError(f"{self._place}: other users could write to it; remove it")
@@ -151,8 +156,11 @@ class Upload:
         """
         note = self._place / _MERGED
         if note.is_file() and self.folder.is_dir():
-            said = json.loads(note.read_bytes())
-            if said["key"] == key:
+            try:
+                said = json.loads(note.read_bytes())
+            except (ValueError, RecursionError):  # the disk was full: the merge is made again
+                said = {}
+            if isinstance(said, dict) and said.get("key") == key and "report" in said:
                 found: dict[str, Any] = said["report"]
                 return found
         self._check(of="")

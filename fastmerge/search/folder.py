@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError, argument
+from fastmerge.errors import ModelError, OutputError, argument
 from fastmerge.evaluation.journal import Journal, check_own, write_atomically
 from fastmerge.evaluation.weights import SCORED
+from fastmerge.models.header import read_object
 from fastmerge.output.journal import locked
 from fastmerge.output.place import explain
 
@@ -108,12 +109,14 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
         )
     if os.path.isfile(path) and resume:
         try:
-            found = json.loads(path.read_text())
-            recorded = int(found.pop("seed"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise OutputError(f"{path}: is damaged; give a new folder") from None
+            found = read_object(path)
+        except ModelError:
+            found = {}
+        recorded = found.pop("seed", None)
+        if type(recorded) is not int or not header.keys() >= found.keys():
+            raise OutputError(f"{path}: is damaged; give a new folder")
         if found != header:
-            what = next(key for key in header if found.get(key) != header[key])
+            what = next(key for key in header if key not in found or found[key] != header[key])
             raise OutputError(
                 f"{out}: was begun with other '{what}'; use the same "
                 f"{_named(header)} and models, or another folder"
@@ -142,6 +145,6 @@ def _holds_no_result(out: Path) -> bool:
 def _recorded(path: Path) -> dict[str, Any] | None:
     """A run's header without its seed; None where it is damaged."""
     try:
-        return {key: value for key, value in json.loads(path.read_text()).items() if key != "seed"}
-    except (ValueError, AttributeError, RecursionError):
+        return {key: value for key, value in read_object(path).items() if key != "seed"}
+    except ModelError:
         return None

@@ -15,7 +15,7 @@ from fastmerge.evaluation.journal import digest, write_atomically
 from fastmerge.methods.types import Float64
 from fastmerge.output.place import explain
 from fastmerge.planning.plan import Plan
-from fastmerge.tree.nodes import Leaf, Stored, walk
+from fastmerge.tree.nodes import Leaf, Merge, Stored, walk
 
 
 def _gram_key(template: Plan) -> str:
@@ -26,19 +26,27 @@ def _gram_key(template: Plan) -> str:
 
 
 def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
-    """What an earlier run of the same models left; nothing where there was none."""
+    """What an earlier run of the same models left; nothing where there was none. Raises OutputError
+    for what no run leaves there: its folder may come out of an archive.
+    """
     if not os.path.isfile(path):
         return {}
+    count = {len(t.root.operands) for t in template.tensors if isinstance(t.root, Merge)}
     try:
-        with np.load(path) as file:
+        with zipfile.ZipFile(path) as packed:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
+                raise ValueError("packed: of any size, when it is unpacked")
+        with np.load(path, allow_pickle=False) as file:
             if str(file["key"]) != _gram_key(template):
                 return {}
-            names = [str(name) for name in file["names"]]
-            return dict(zip(names, file["grams"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            names, grams = [str(name) for name in file["names"]], file["grams"]
+        if grams.dtype != np.float64 or {grams.shape} != {(len(names), n, n) for n in count}:
+            raise ValueError("not a matrix for each tensor")
+        return dict(zip(names, grams, strict=True))
+    except Exception as error:  # of NumPy, zipfile, zlib and tokenize, which share no base class
         raise OutputError(
             f"{path}: is damaged; delete it, and the inner products are found again"
-        ) from None
+        ) from error
 
 
 def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
