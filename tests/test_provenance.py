@@ -190,6 +190,13 @@ def test_names_are_no_markup(zoo) -> None:
             assert "<img" not in line.replace("\\<", "") and "![a](" not in line
             assert "<script" not in line.replace("\\<", "") and "www.e" not in line
     assert escaped("a_b _c_ https://x.y") == r"a_b \_c\_ https:&#47;&#47;x.y"
+    for name, shown in {
+        "# x": r"\# x", "- x": r"\- x", "---": r"\---", "+": r"\+", "1. x": r"1\. x",
+        "12)": r"12\)",
+        "1.5B": "1.5B", "    x": "&#32;&#32;&#32;&#32;x", "__x__": r"\_\_x\_\_", "a_b": "a_b",
+        "$$x$$": "&#36;&#36;x&#36;&#36;",
+    }.items():  # fmt: skip
+        assert escaped(name) == shown
 
 
 # --- strangers' cards ---

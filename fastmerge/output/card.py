@@ -194,11 +194,19 @@ def bullets(items: Iterable[str]) -> str:
 
 def escaped(text: str) -> str:
     """A stranger's text in a line of Markdown: shown as it is, and no markup, HTML or link."""
-    text = re.sub(r"([\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    text = re.sub(r"([\\`*\[\]<>|&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(text))
+    # What makes headings, lists, rules and code at the beginning of an item.
+    text = re.sub(r"^([#+-]|\d{1,9}(?=[.)](?:\s|$)))", _unmarked, text)
+    text = re.sub(r"^ +", lambda spaces: "&#32;" * len(spaces[0]), text)
+    text = text.replace("$", "&#36;")  # of formulas
     # GitHub and the Hub make links of bare addresses.
     return re.sub(
         r"(?i)://|\bwww\.", lambda m: m[0].replace("/", "&#47;").replace(".", "&#46;"), text
     )
+
+
+def _unmarked(mark: re.Match[str]) -> str:
+    return f"{mark[0]}\\" if mark[0].isdecimal() else f"\\{mark[0]}"
 
 
 def fenced(text: str, language: str) -> str:
