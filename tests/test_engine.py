@@ -336,8 +336,9 @@ def test_finished_tensors_are_not_computed_again(killable, tmp_path, monkeypatch
         fastmerge.merge(killable, out, threads=1)
     monkeypatch.undo()
     report = fastmerge.merge(killable, out)
-    # 32 of these tensors share a 4 MiB buffer, two of which may not be full; 4 are under way.
-    assert report.resumed >= 150 - 2 * 32 - 4
+    # 32 of these tensors share a 4 MiB buffer: two may not be full, and one not be on the disk yet;
+    # 4 are under way.
+    assert report.resumed >= 150 - 3 * 32 - 4
     lineage = json.loads((out / LINEAGE_FILE).read_text())["tensors"]
     assert len(lineage) == 200 and all(line["kept"] for line in lineage.values())
 
