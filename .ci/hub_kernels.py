@@ -29,7 +29,7 @@ from .consensus import consensus, consensus_many
 from .errors import FastmergeError, UnsupportedError
 from .gram import gram, gram_many
 from .select import select, select_many
-from .selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, RANKED, Selection, Sparsify
+from .selection import ALL, EVERY, INDEX, MAGNITUDE, MIXED, RANDOM, RANKED, Selection, Sparsify
 
 __version__ = "{VERSION}"
 '''

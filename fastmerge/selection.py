@@ -1,7 +1,7 @@
 """What a sparse merge keeps of each delta: the request (`Sparsify`) and the answer (`Selection`).
 
 The CPU, Triton and reference back ends share them. ``kind`` is one of ALL, MAGNITUDE,
-RANDOM, RANKED; ``tie_rule`` one of MIXED, INDEX.
+RANDOM, RANKED; ``tie_rule`` one of MIXED, INDEX, EVERY.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 ALL, MAGNITUDE, RANDOM, RANKED = 0, 1, 2, 3
-MIXED, INDEX = 0, 1
+MIXED, INDEX, EVERY = 0, 1, 2
 
 
 class Sparsify(NamedTuple):
@@ -18,7 +18,9 @@ class Sparsify(NamedTuple):
 
     MAGNITUDE keeps exactly the ``keep`` largest |delta| (fp32, NaN counts as largest) after the
     ``skip`` largest of all, which are dropped. Of entries that tie, those of smallest *mixed index*
-    (MIXED) or smallest flat index (INDEX) count as larger. RANDOM keeps element i when word i%4 of
+    (MIXED) or smallest flat index (INDEX) count as larger; EVERY takes all that tie with the last,
+    more than ``keep``, and spares the search among them and the count (`Selection.kept` stays
+    ``keep``). RANDOM keeps element i when word i%4 of
     Philox4x32-10 at counter i//4 under ``key`` is below ``keep_below``. RANKED does so with a
     bound that rises with the entry's rank in its vector, evenly from ``keep_below`` for the
     smallest magnitude to ``keep_below_top`` for the largest (`rank_bound`). A vector is ``length``

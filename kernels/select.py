@@ -55,7 +55,7 @@ from fastmerge.kernels.ranking import (
     nth_kernel,
     rank_kernel,
 )
-from fastmerge.selection import INDEX, MAGNITUDE, RANDOM, RANKED, Selection, Sparsify
+from fastmerge.selection import EVERY, INDEX, MAGNITUDE, RANDOM, RANKED, Selection, Sparsify
 
 SAMPLES = 1 << 17
 ROOM = 1 << 17  # values that a delta of more entries can gather, or 1/64 of them if that is more
@@ -160,10 +160,10 @@ class SelectBatch:
                 over = _answers(tables, skips, (*key, ranked)) if skips.any() else skips
                 for n, i in enumerate(some):
                     for d in np.flatnonzero(searched):
-                        cut = _cut(int(last[n, d]), ranked[d], wide=key[1])
+                        cut = _cut(int(last[n, d]), ranked[d], own[n][d], wide=key[1])
                         found[i][d] = found[i][d]._replace(threshold_bits=cut[0], tie_bound=cut[1])
                         if skips[n, d]:
-                            cut = _cut(int(over[n, d]), ranked[d], wide=key[1])
+                            cut = _cut(int(over[n, d]), ranked[d], own[n][d], wide=key[1])
                             found[i][d] = found[i][d]._replace(
                                 ceiling_bits=cut[0], ceiling_bound=cut[1]
                             )
@@ -254,9 +254,11 @@ def _unsearched(spec: Sparsify, count: int) -> Selection:
     return Selection.asked(spec, spec.keep)._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
 
 
-def _cut(value: int, rule: int, *, wide: bool) -> tuple[int, int]:
+def _cut(value: int, rule: int, spec: Sparsify, *, wide: bool) -> tuple[int, int | None]:
     """The threshold and tie bound that keep `masks.rank_of` down to value."""
     bits = 33 if wide else 32
+    if spec.tie_rule == EVERY:
+        return value >> bits, None
     order = (1 << bits) - 1 - (value & ((1 << bits) - 1))
     if rule != BY_INDEX.value:
         order = (order >> 1) << 32 | (order & 1) if wide else order << 32

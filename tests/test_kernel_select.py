@@ -12,6 +12,7 @@ from fastmerge.compute import reference
 from fastmerge.methods.shapes import Keep
 from fastmerge.selection import (
     ALL,
+    EVERY,
     INDEX,
     MAGNITUDE,
     MIXED,
@@ -103,6 +104,25 @@ def test_all_entries_tied(pool, memory, count, rule, delta):
     specs = [Sparsify(MAGNITUDE, keep, rule) for keep in (1, count // 2, count - 1, count)]
     found = check(pool, memory, [base + np.float32(delta)] * 4, base, specs)
     assert found[3].tie_bound is None
+
+
+@every_isa
+@pytest.mark.parametrize("count", [7, 40_000, LARGE])
+def test_every_entry_that_ties_with_the_last_is_kept(pool, memory, count):
+    """With the threshold of an exact trim; what lies above a ceiling loses its ties, too."""
+    base, (tuned, _) = fine_tunes(count)
+    tensor, origin = memory.put(tuned, "BF16"), memory.put(base, "BF16")
+    keys = reference.magnitude_keys(memory.read(tensor), memory.read(origin))
+    for keep, skip in ((count // 3, 0), (count // 2, count // 5), (count, 0), (0, count // 2)):
+        specs = [Sparsify(MAGNITUDE, keep, rule, skip=skip) for rule in (MIXED, EVERY)]
+        exact, every = (Selection(*s) for s in _C.select(pool, [tensor] * 2, origin, specs))
+        (wanted,) = reference.select([memory.read(tensor)], memory.read(origin), specs[1:])
+        assert every == wanted and every.kept == keep
+        assert every.threshold_bits == exact.threshold_bits
+        assert every.ceiling_bits == exact.ceiling_bits
+        ceiling = (keys <= every.ceiling_bits) if not skip else keys < every.ceiling_bits
+        kept = (keys >= every.threshold_bits) & ceiling if keep else np.zeros(count, np.bool_)
+        np.testing.assert_array_equal(reference.survivors(every, keys), kept)
 
 
 @every_isa

@@ -23,7 +23,7 @@ from fastmerge.kernels.consensus import consensus, consensus_many
 from fastmerge.kernels.gram import gram, gram_many, gram_partials, gram_total
 from fastmerge.kernels.select import select, select_many
 from fastmerge.primitives import VOTES
-from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
+from fastmerge.selection import ALL, EVERY, INDEX, MAGNITUDE, MIXED, RANDOM, Selection, Sparsify
 
 torch.set_num_threads(1)
 DEVICE = "cpu" if common.interpreted() else "cuda"
@@ -283,6 +283,7 @@ def test_select_equals_cpu(kind, dtype, sampled, monkeypatch):
         Sparsify(MAGNITUDE, size // 2, MIXED, rescale=True, skip=size // 100),
         Sparsify(MAGNITUDE, 7, INDEX, skip=size // 3),
         Sparsify(MAGNITUDE, 0, skip=size // 3),
+        Sparsify(MAGNITUDE, size // 3, EVERY, skip=size // 100),
     ]
     found = select([x] * len(specs), base, specs)
     for got, want in zip(found, cpu_select([x] * len(specs), base, specs), strict=True):

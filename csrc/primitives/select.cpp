@@ -160,7 +160,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         (ceiling ? selection.ceiling_bits : selection.threshold_bits) = thresholds[i].key;
         (ceiling ? selection.ceiling_bound : selection.tie_bound).reset();
         const int64_t wanted = thresholds[i].keep - thresholds[i].above;
-        if (wanted == thresholds[i].ties) continue;
+        if (wanted == thresholds[i].ties || selection.tie_rule == TieRule::kEvery) continue;
         tied.push_back(trimmed[i]);
         of_ceiling.push_back(ceiling);
         TieBound bound;

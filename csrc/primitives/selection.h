@@ -9,7 +9,7 @@
 namespace fastmerge {
 
 enum class Sparsity : int { kAll = 0, kMagnitude = 1, kRandom = 2, kRanked = 3, kLast = kRanked };
-enum class TieRule : int { kMixed = 0, kIndex = 1, kLast = kIndex };
+enum class TieRule : int { kMixed = 0, kIndex = 1, kEvery = 2, kLast = kEvery };
 
 struct Sparsify {
     Sparsity kind = Sparsity::kAll;

@@ -20,6 +20,7 @@ from fastmerge.methods.types import Float64
 from fastmerge.primitives import FREQUENCY, WEIGHTED
 from fastmerge.selection import (
     ALL,
+    EVERY,
     MAGNITUDE,
     MIXED,
     RANDOM,
@@ -218,7 +219,7 @@ def _cut(keys: NDArray[np.uint32], rank: int, tie_rule: int) -> tuple[int, int |
     threshold = int(np.sort(keys)[len(keys) - rank])
     tied = np.flatnonzero(keys == threshold)
     wanted = rank - int(np.count_nonzero(keys > threshold))
-    if wanted == len(tied):
+    if wanted == len(tied) or tie_rule == EVERY:
         return threshold, None
     order = mixed_indices(len(keys))[tied] if tie_rule == MIXED else tied
     return threshold, int(np.sort(order)[wanted - 1]) + 1
@@ -228,8 +229,9 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     count = len(keys)
     found = Selection.asked(spec, count)
     if spec.kind == MAGNITUDE and spec.keep == 0:
-        found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0)
+        found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0, kept=0)
     elif spec.kind == MAGNITUDE:
+        found = found._replace(kept=spec.keep)
         threshold, bound = _cut(keys, spec.skip + spec.keep, spec.tie_rule)
         found = found._replace(threshold_bits=threshold, tie_bound=bound)
         if spec.skip:
@@ -238,7 +240,8 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     elif spec.kind == RANKED:
         found = found._replace(mask=drawn_mask(keys, spec))
     kept = survivors(found, keys)
-    found = found._replace(kept=int(np.count_nonzero(kept)))
+    if spec.tie_rule != EVERY:
+        found = found._replace(kept=int(np.count_nonzero(kept)))
     if spec.kind != ALL and spec.rescale and found.kept < count:
         size = keys.view(np.float32).astype(np.float64)
         before, after = size.sum(), size[kept].sum()

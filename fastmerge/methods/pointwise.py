@@ -12,7 +12,7 @@ import numpy as np
 
 from fastmerge.methods.shapes import Given, Primitives
 from fastmerge.methods.types import Float64, Values
-from fastmerge.selection import MAGNITUDE, Selection, Sparsify
+from fastmerge.selection import EVERY, MAGNITUDE, Selection, Sparsify
 
 
 def nearswap(on: Primitives, given: Given) -> Any:
@@ -32,9 +32,14 @@ def ramplus_tl(on: Primitives, given: Given) -> Any:
     """
     epsilon = float(given.values["epsilon"])
     active = [on.pointwise("active", [x], given.base, [epsilon, 1]) for x in given.tensors]
-    alone = on.pointwise("active", given.tensors, given.base, [epsilon, 1])
-    counts = on.gram([*active, alone])
-    every, unique = (row.astype(np.float32) for row in (np.diagonal(counts)[:-1], counts[-1, :-1]))
+    if len(active) == 2:  # what both moved is their product, and half of the reading spared
+        counts = on.gram(active)
+        every, unique = np.diagonal(counts), np.diagonal(counts) - counts[0, 1]
+    else:
+        alone = on.pointwise("active", given.tensors, given.base, [epsilon, 1])
+        counts = on.gram([*active, alone])
+        every, unique = np.diagonal(counts)[:-1], counts[-1, :-1]
+    every, unique = every.astype(np.float32), unique.astype(np.float32)
     shared = every - unique
     # fp32, as in mergekit 0.1.5.
     share = shared / np.maximum(unique, np.float32(epsilon))
@@ -105,7 +110,7 @@ def arcee_fusion(on: Primitives, given: Given) -> Any:
     importance = on.pointwise("importance", given.tensors, given.base, factors=factors)
     zero = on.pointwise("zero", given.tensors, given.base)
     # The entry of rank int(q (n - 1)) from below is the n - rank largest.
-    ranks = [Sparsify(MAGNITUDE, count - int(q * (count - 1))) for q in (0.25, 0.5, 0.75)]
+    ranks = [Sparsify(MAGNITUDE, count - int(q * (count - 1)), EVERY) for q in (0.25, 0.5, 0.75)]
     found = on.select([importance] * 3, zero, ranks)
     first, median, third = np.array([s.threshold_bits for s in found], np.uint32).view(np.float32)
     least = median + np.float32(1.5) * (third - first)

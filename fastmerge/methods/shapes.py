@@ -24,6 +24,7 @@ from fastmerge.methods.types import Float64, Method, Values
 from fastmerge.primitives import Agreement
 from fastmerge.selection import (
     ALL,
+    EVERY,
     MAGNITUDE,
     MIXED,
     RANDOM,
@@ -94,7 +95,8 @@ class Keep(NamedTuple):
             kept, skip = keep_count(self.density, count), 0
             if self.gamma is not None:
                 kept, skip = band_counts(self.density, self.gamma, count)
-            return Sparsify(MAGNITUDE, kept, self.tie_rule, rescale=self.rescale, skip=skip)
+            ties = EVERY if self.every_tie else self.tie_rule
+            return Sparsify(MAGNITUDE, kept, ties, rescale=self.rescale, skip=skip)
         if self.kind == RANDOM or (self.kind == RANKED and not self.epsilon):
             below = keep_below(self.density)
             return Sparsify(RANDOM, keep_below=below, key=key, rescale=self.rescale)
@@ -128,17 +130,14 @@ class Terms:
     @property
     def is_settled(self) -> bool:
         """Whether what ``select`` answers stands as it is."""
-        return all(keep.factor == 1 and not keep.every_tie for keep in self.keep)
+        return all(keep.factor == 1 for keep in self.keep)
 
     def settled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
-        """What ``select`` answered, with the factors and the ties that it does not decide."""
+        """What ``select`` answered, with the factors that follow from the densities."""
         if self.is_settled:
             return tuple(selections)
         return tuple(
-            own._replace(
-                rescale=own.rescale if keep.factor == 1 else keep.factor,
-                tie_bound=None if keep.every_tie else own.tie_bound,
-            )
+            own if keep.factor == 1 else own._replace(rescale=keep.factor)
             for keep, own in zip(self.keep, selections, strict=True)
         )
 
