@@ -124,10 +124,11 @@ def test_unreadable_file(capsys, pair, monkeypatch):
     """As for a file of another user; root, who may run the tests, could read it all the same."""
     opened = os.open
 
-    def refuse(path, *args, **kwargs):
-        if str(path).endswith("tune/model.safetensors"):
+    def refuse(path, *args, dir_fd=None, **kwargs):
+        folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        if os.path.join(folder, path).endswith("tune/model.safetensors"):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **kwargs)
+        return opened(path, *args, dir_fd=dir_fd, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse)
     check(capsys, pair, recipe(pair), r"tune/model\.safetensors: cannot be read \(Permission")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import ModelError, UnsupportedError
+from fastmerge.errors import ModelError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import Header, read_object, show
 from fastmerge.models.links import Home
@@ -82,7 +82,10 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     hint = f"; the model is in {within[0]}: give that" if within else ""
     several = len(set(within))
     if several > 1 and inner == (folder,):
-        hint = f"; {several} models are in it, as {within[0]}: give one (`average` has --pattern)"
+        hint = (
+            f"; {several} models are in it, as {within[0]}: give one (`average` has "
+            f"{argument('pattern')})"
+        )
     raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
 
 

@@ -32,9 +32,9 @@ class Resolved(type(Path())):  # type: ignore[misc]
         folder = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for part in self.parts[1:-1]:
-                inner = os.open(part, _INNER, dir_fd=folder)
-                os.close(folder)
-                folder = inner
+                # In this order an interrupt never closes one twice, which may be another's by then.
+                outer, folder = folder, os.open(part, _INNER, dir_fd=folder)
+                os.close(outer)
             return os.open(self.name, flags | os.O_NOFOLLOW, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
