@@ -1,5 +1,5 @@
-// What repeated calls of fastmerge.ops need not do again in Python: checks take it 2 us a tensor and
-// what comes between the kernels 10, where the kernels of 4 Ki entries take 1.
+// What repeated calls of fastmerge.ops need not do again in Python: checks take it 2 us a tensor
+// and what comes between the kernels 10, where the kernels of 4 Ki entries take 1.
 #include <pybind11/functional.h>
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/numpy.h>
@@ -215,8 +215,8 @@ class Alike {
     }
 
     // A program's result for tensors like these, in `out` or in what `make` gives for the first;
-    // None where one of them, or `out`, is not as it was. Where `keeps_equal` is given, tensors that
-    // are all equal give the first, if it says so.
+    // None where one of them, or `out`, is not as it was. Where `keeps_equal` is given, tensors
+    // that are all equal give the first, if it says so.
     py::object run(const Program& program, Pool& pool, const py::list& tensors, py::object out,
                    const py::object& make, const py::object& keeps_equal) const {
         const std::optional<std::vector<Span>> spans = all_taken(tensors);
@@ -350,8 +350,7 @@ void bind_calls(py::module_& m) {
         py::class_<Vote, Program>(m, "Vote"),
         +[](const std::vector<Sparsify>& specs, const std::vector<float>& weights, bool elect,
             bool normalize, float scale, int64_t origin, int votes, bool counted) {
-            const Agreement agreement = {elect,  normalize,       scale,
-                                         origin, votes_of(votes), counted};
+            const Agreement agreement = {elect, normalize, scale, origin, votes_of(votes), counted};
             return std::make_unique<Vote>(specs, weights, agreement);
         },
         "specs"_a, "weights"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a, "origin"_a,

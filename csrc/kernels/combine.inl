@@ -4,8 +4,8 @@
 // -0 where only one coefficient is nonzero makes that product exact, sign of zero included;
 // starting from +0 elsewhere is what mergekit 0.1.5's accumulator does.
 
-// A group, without asking for memory ahead, as read() does: that cost sums of two and three inputs of
-// 8 to 64 MiB 4 to 25 % of their time, bf16 and fp32 alike.
+// A group, without asking for memory ahead, as read() does: that cost sums of two and three inputs
+// of 8 to 64 MiB 4 to 25 % of their time, bf16 and fp32 alike.
 template <bool kPartial, class T>
 FM_INLINE void terms(T type, const char* group, Part part, Floats* x) {
     kPartial ? read_part(type, group, part, x) : load_group(type, group, x);

@@ -64,8 +64,7 @@ const void* LowRank::read(int64_t first, int64_t count, DType, void* buffer) con
                 args.base = base_.read(begin, args.count, stored);
                 args.left = left + row * rank_;
                 args.right = right + block * rank_ + (column - block);
-                if (!factors_.empty())
-                    args.factors = factors_.data() + (by_column_ ? column : row);
+                if (!factors_.empty()) args.factors = factors_.data() + (by_column_ ? column : row);
                 args.out = static_cast<float*>(buffer) + (begin - first);
                 kernels().low_rank[static_cast<size_t>(base_.dtype)](args);
             }

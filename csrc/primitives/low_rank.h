@@ -24,9 +24,10 @@ class LowRank : public Elements {
 
     Span base_, left_;
     int64_t rank_, cols_, rows_;  // of one matrix
-    // Each matrix's right, cut into blocks of that many columns, each of which is rank rows: a block stays in
-    // the first-level cache for all rows of a read. In place, rows of 8 KiB lie in the same sets of
-    // that cache: 1.4 times the CPU time at rank 16, 1.7 at 64 (loaded machine, 5632 x 2048).
+    // Each matrix's right, cut into blocks of that many columns, each of which is rank rows: a
+    // block stays in the first-level cache for all rows of a read. In place, rows of 8 KiB lie in
+    // the same sets of that cache: 1.4 times the CPU time at rank 16, 1.7 at 64 (loaded machine,
+    // 5632 x 2048).
     std::vector<float> right_;
     float scale_;
     std::vector<float> factors_;
