@@ -222,6 +222,25 @@ def test_the_same_command_goes_on_where_an_upload_was_killed(
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_note_of_what_was_sent_that_is_torn(models: list[Path], monkeypatch: Any) -> None:
+    """Of a full disk: what it says is not known, what comes after it is."""
+    with monkeypatch.context() as patched:
+        dying(patched, 1, after=True)
+        with pytest.raises(Killed):
+            fastmerge.merge(recipe(models), there)
+    (note,) = Path(tempfile.gettempdir()).glob(f"fastmerge-*/{upload._SENT}")
+    lines = note.read_text().splitlines()
+    note.write_text("\n".join([*lines[:-1], lines[-1][:9]]))
+    with pytest.raises(OutputError, match=r"out: holds 1 objects already"):
+        fastmerge.merge(recipe(models), there)
+    with monkeypatch.context() as patched:
+        dying(patched, 1, after=True)
+        with pytest.raises(Killed):
+            fastmerge.merge(recipe(models), there, overwrite=True)
+    fastmerge.merge(recipe(models), there, overwrite=True)
+    assert "model.safetensors" in objects(there)
+
+
 def test_what_others_wrote_meanwhile_is_not_taken_for_ones_own(
     models: list[Path], monkeypatch: Any
 ) -> None:

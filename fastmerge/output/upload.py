@@ -227,15 +227,19 @@ class Upload:
 
     def _say(self, said: Any) -> None:
         with (self._place / _SENT).open("a") as file:
-            file.write(json.dumps(said) + "\n")
+            # On a line of its own whatever the last run could write of its last.
+            file.write("\n" + json.dumps(said) + "\n")
 
     def _read_sent(self) -> tuple[dict[str, tuple[str, str]], list[str]]:
         """By name: the ETag, "" for one that was on its way, and its job; what is to go at last."""
         sent: dict[str, tuple[str, str]] = {}
         stale: list[str] = []
         path = self._place / _SENT
-        for line in path.read_text().split("\n")[:-1] if path.is_file() else ():
-            said = json.loads(line)
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                said = json.loads(line)
+            except ValueError:  # empty, or the disk was full: what it would say is not known
+                continue
             if isinstance(said, list):
                 stale = said
             else:
