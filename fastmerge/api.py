@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
-from fastmerge.arguments import a_flag, a_path, a_text, one_of
+from fastmerge.arguments import a_flag, a_path, a_text, is_url, one_of
 from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, Device, a_device
 from fastmerge.engine.in_memory import as_numbers, materialise_plan
@@ -36,7 +36,7 @@ from fastmerge.planning.loading import check_loading
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan, whole_seed
 from fastmerge.progress import Shown, shown
-from fastmerge.recipe.document import AS_BASE, Recipe
+from fastmerge.recipe.document import Recipe, typed
 from fastmerge.recipe.source import read
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def decide(
 
 def _url_of(out: str | Path) -> str | None:
     """The URL of an object store that ``out`` is, None for a path."""
-    if ":/" not in str(a_path(out, "out")):
+    if not is_url(a_path(out, "out")):
         return None
     from fastmerge.output.upload import store_url
 
@@ -368,7 +368,7 @@ def fold_recipe(base: str, adapter: str, *, dtype: str | None = None) -> dict[st
     recipe: dict[str, Any] = {"merge_method": "passthrough"}
     recipe["models"] = [{"model": f"{base}+{adapter}"}]
     if dtype is not None:
-        recipe["out_dtype" if dtype == AS_BASE else "dtype"] = a_text(dtype, "dtype")
+        recipe |= typed(a_text(dtype, "dtype"))
     return recipe
 
 
@@ -398,7 +398,7 @@ def verify(
     from fastmerge.engine.verify import verify_folder
 
     place = a_path(folder, "folder")
-    if ":/" in str(place) and not place.exists():  # a URL, whose two slashes are one in a Path
+    if is_url(place) and not place.exists():
         raise UnsupportedError(
             f"{str(place).replace(':/', '://', 1)}: verify reads folders of this machine; download "
             "it, or compare it with another model by `fastmerge diff`"

@@ -29,6 +29,11 @@ def a_path(value: Any, where: str) -> Path:
     return expanded(Path(text), where)
 
 
+def is_url(path: Path) -> bool:
+    """Whether it has the form of a URL, of whose two slashes a Path has made one."""
+    return ":/" in str(path)
+
+
 def expanded(path: Path, where: str) -> Path:
     """The path with the home that ``~`` means."""
     try:

@@ -28,7 +28,7 @@ from fastmerge.errors import (
 from fastmerge.models.adapter import is_adapter
 from fastmerge.models.folder import SINGLE
 from fastmerge.models.series import check_order, ema_weights, find_series
-from fastmerge.recipe.document import AS_BASE
+from fastmerge.recipe.document import typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,7 +103,7 @@ def average_recipe(
         "parameters": {"normalize": True},
     }
     if dtype is not None:
-        recipe["out_dtype" if dtype == AS_BASE else "dtype"] = a_text(dtype, "dtype")
+        recipe |= typed(a_text(dtype, "dtype"))
     return recipe
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,21 @@ def score(model: Any, split: str = "steer", limit: int | None = None) -> Mapping
     return {"likelihood": (1000 * chosen.exp()).tolist()}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+@contextmanager
+def within_its_limits() -> Iterator[None]:
+    """Skips where Ray's own processes did not start within Ray's time."""
     try:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
     except Exception as error:  # Ray's is a bare one
         if "timed out" not in str(error):
             raise
         pytest.skip(f"Ray's own processes did not start within its limits: {str(error)[:80]}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with within_its_limits():
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

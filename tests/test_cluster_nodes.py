@@ -7,6 +7,7 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastmerge.errors import ResourceError
 from fastmerge.evaluation.on_ray import RayEvaluators
 from fastmerge.retrograde import run
 from fastmerge.search.sweep import sweep
-from tests.test_cluster import MARKS, files, marks, recipe, schedule, tree  # noqa: F401 (fixtures)
+from tests.test_cluster import MARKS, files, marks, recipe, schedule, tree, within_its_limits  # noqa: F401 (fixtures)
 from tests.test_cluster import score as scored
 from tests.test_remote import recipe as slerp
 from tests.test_remote import server, upload  # noqa: F401 (a fixture)
@@ -35,21 +36,16 @@ def nodes(server: Any) -> Iterator[Any]:  # noqa: F811
     from ray.cluster_utils import Cluster
 
     assert server  # whose address and credentials the nodes inherit
-    found, own = None, {"num_cpus": 0, "include_dashboard": False}
-    try:
-        found = Cluster(initialize_head=True, head_node_args=own)
-        for _ in range(NODES):
-            found.add_node(num_cpus=1)
-        ray.init(found.address, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # Ray's is a bare one
-        if found is not None:
-            found.shutdown()
-        if "timed out" not in str(error):
-            raise
-        pytest.skip(f"Ray's own processes did not start within its limits: {str(error)[:80]}")
-    yield found
-    ray.shutdown()
-    found.shutdown()
+    own = {"num_cpus": 0, "include_dashboard": False}
+    with ExitStack() as ends:
+        with within_its_limits():
+            found = Cluster(initialize_head=True, head_node_args=own)
+            ends.callback(found.shutdown)
+            for _ in range(NODES):
+                found.add_node(num_cpus=1)
+            ray.init(found.address, log_to_driver=False, logging_level="ERROR")
+            ends.callback(ray.shutdown)
+        yield found
 
 
 @pytest.fixture

@@ -74,10 +74,12 @@ def test_empty_files_and_weak_tags(zoo: Any, server: Server, tmp_path: Path, way
         assert (tmp_path / "out" / name).read_bytes() == (server.folder / name).read_bytes()
 
 
-def test_a_change_behind_a_weak_tag_is_noticed(server: Server, tmp_path: Path) -> None:
+def test_a_change_behind_a_weak_tag_is_noticed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = odd(server, "weak")
     plan = api.plan(fastmerge.averages.average_recipe([url]))
-    server.RequestHandlerClass.tag = 2  # type: ignore[attr-defined]
+    monkeypatch.setattr(server.RequestHandlerClass, "tag", 2)
     with pytest.raises(ModelError, match=r"safetensors: changed while it was being read"):
         fastmerge.merge(plan, tmp_path / "out")
 
@@ -89,10 +91,10 @@ def test_a_server_without_ranges_is_one_line(server: Server, tmp_path: Path, cap
 
 
 def test_a_plan_travels_to_another_process_without_what_opens_it(
-    zoo: Any, server: Server, tmp_path: Path
+    zoo: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = api.plan(fastmerge.averages.average_recipe([odd(server, "")]))
-    plan.models[0]._store = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(plan.models[0], "_store", None)
     fastmerge.merge(pickle.loads(pickle.dumps(plan)), tmp_path / "out")
     assert same_weights(zoo, server.folder, tmp_path / "out")
 

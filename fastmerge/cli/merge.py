@@ -135,7 +135,9 @@ def interruptible(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if ":/" in str(out):
+        from fastmerge.arguments import is_url
+
+        if is_url(out):
             stopped(f"; {out} is a model once all of it is there, the same command continues")
         if _which(out) == before:
             stopped(f"; {out} is untouched, the same command continues")

@@ -121,10 +121,9 @@ class Adapter(Checkpoint):
     """One adapter on disk; safe to share between threads.
 
     config: adapter_config.json. factors: by module (or parameter, where that is not its weight), in
-    file order. saved: tensors that replace the
-    base's (``modules_to_save``, biases, resized embeddings): the name in the model that was trained
-    to the name in the file. tokens: rows that are replaced, by module. named: the adapter that the
-    tensors are named for, where they are.
+    file order. saved: tensors that replace the base's (``modules_to_save``, biases, resized
+    embeddings): the name in the model that was trained to the name in the file. tokens: rows that
+    are replaced, by module. named: the adapter that the tensors are named for, where they are.
     """
 
     factors: dict[str, Factors]

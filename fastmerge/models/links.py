@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from fastmerge.errors import ModelError
 
@@ -22,7 +22,7 @@ def hub_repository(path: Path) -> Path | None:
     return None
 
 
-class Resolved(type(Path())):  # type: ignore[misc]
+class Resolved(PosixPath):
     """A path in which no link was left when it was looked at, opened only if none is in it since:
     who may write to a folder can exchange a file that was checked, or a folder, for a link.
     """

@@ -149,6 +149,11 @@ _WHOLE = "default"  # what mergekit calls the one module of a model that has no 
 _MOE = "it is a mixture's; list its models under 'experts:' and remove 'merge_method:'"
 
 
+def typed(dtype: str) -> dict[str, str]:
+    """What a recipe says of its output's type, ``AS_BASE`` among them."""
+    return {"out_dtype" if dtype == AS_BASE else "dtype": dtype}
+
+
 class Document(_Parametrised):
     """One document: a method, its inputs and what it writes."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +19,12 @@ from fastmerge.methods.types import Float64
 from fastmerge.output.place import explain
 from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Leaf, Merge, Stored, walk
+
+# What NumPy's reader and what it calls raise for bytes that it did not write.
+_DAMAGE = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError,
+    TypeError, ValueError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def _gram_key(template: Plan) -> str:
@@ -43,7 +52,7 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
         if grams.dtype != np.float64 or {grams.shape} != {(len(names), n, n) for n in count}:
             raise ValueError("not a matrix for each tensor")
         return dict(zip(names, grams, strict=True))
-    except Exception as error:  # of NumPy, zipfile, zlib and tokenize, which share no base class
+    except _DAMAGE as error:
         raise OutputError(
             f"{path}: is damaged; delete it, and the inner products are found again"
         ) from error
