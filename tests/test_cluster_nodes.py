@@ -20,12 +20,13 @@ from fastmerge.errors import ResourceError
 from fastmerge.evaluation.on_ray import RayEvaluators
 from fastmerge.retrograde import run
 from fastmerge.search.sweep import sweep
-from tests.test_cluster import MARKS, files, marks, recipe, schedule, tree, within_its_limits  # noqa: F401 (fixtures)
-from tests.test_cluster import score as scored
+from tests.cluster_runs import MARKS, files, recipe, tree, within_its_limits
+from tests.cluster_runs import score as scored
 from tests.test_remote import recipe as slerp
 from tests.test_remote import server, upload  # noqa: F401 (a fixture)
 
 ray = pytest.importorskip("ray", reason="ray is 200 MB on the disk: not in the extra test")
+pytest_plugins = "tests.cluster_runs"
 
 NODES, GPUS = 3, 2
 
@@ -65,7 +66,7 @@ def kill_this_node() -> None:
 
 
 def score(model: Any, split: str = "steer", limit: int | None = None) -> Mapping[str, Any]:
-    """That of test_cluster; the node of the first to find the mark is gone."""
+    """That of cluster_runs; the node of the first to find the mark is gone."""
     folder = Path(os.environ[MARKS])
     try:
         (folder / "kill node").rename(folder / "killed node")
@@ -117,7 +118,7 @@ def test_a_merge_whose_node_is_killed(
 
 @pytest.mark.usefixtures("whole")
 def test_a_walk_whose_evaluators_node_is_killed(
-    schedule: dict[str, Any], tmp_path: Path, marks: Path  # noqa: F811
+    schedule: dict[str, Any], tmp_path: Path, marks: Path
 ) -> None:  # fmt: skip
     for name, cluster in (("one", None), ("many", "auto")):
         (tmp_path / name).mkdir()
@@ -129,7 +130,7 @@ def test_a_walk_whose_evaluators_node_is_killed(
 
 @pytest.mark.usefixtures("whole")
 def test_a_sweep_whose_evaluators_node_is_killed(
-    schedule: dict[str, Any], tmp_path: Path, marks: Path  # noqa: F811
+    schedule: dict[str, Any], tmp_path: Path, marks: Path
 ) -> None:  # fmt: skip
     said = {
         "merge_method": "slerp", "base_model": schedule["baseline"]["model"],
