@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar
@@ -201,6 +202,14 @@ class Zoo:
         return folder
 
     read = staticmethod(read_checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def _here() -> Iterator[None]:
+    """The working folder is every test's own: Ray's workers import from where they are started."""
+    here = Path.cwd()
+    yield
+    os.chdir(here)
 
 
 @pytest.fixture

@@ -259,9 +259,11 @@ def test_how_much_of_a_walk_waits(schedule: dict[str, Any]) -> None:
     assert rounds(accept={"rule": "always"}, schedule=near) == 2
 
 
-def test_a_dry_run_says_what_waits(schedule: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dry_run_says_what_waits(
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "stand.py").write_text("def score(model):\n    return 1.0\n")
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     schedule["evaluate"] = {"callable": "stand:score"}
     found = describe(schedule | {"accept": {"rule": "improve"}}, cluster="auto")["measurements"]
     assert (found["at most"], found["one after another"]) == (3 + 4 + 1, 1 + 2 + 1)
