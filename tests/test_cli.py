@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -247,6 +248,11 @@ def test_version(run):
     from importlib.metadata import version
 
     assert run("--version") == (0, f"fastmerge {version('fastmerge')}\n", "")
+
+
+def test_a_caller_s_garbage_is_still_collected(run):
+    run("--version")
+    assert gc.get_freeze_count() == 0
 
 
 def test_wrong_usage_is_2(run):
