@@ -110,8 +110,8 @@ def combine_vectors_kernel(
     """
     K: tl.constexpr = len(CODES)
     tiles = tl.cdiv(cols, BLOCK_COLS)
-    pid = tl.program_id(0)
-    r = (pid // tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    pid = tl.program_id(0).to(tl.int64)
+    r = (pid // tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = (pid % tiles) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (r < rows)[:, None] & (c < cols)[None, :]
     offsets = r[:, None] * cols + c[None, :]
@@ -120,18 +120,20 @@ def combine_vectors_kernel(
     else:
         vector, inside, count = c[None, :], (c < cols)[None, :], cols
     used = tl.zeros_like(vector.to(tl.int32))
-    for i in tl.static_range(K):
-        used += (tl.load(coefficients + i * count + vector, mask=inside, other=0.0) != 0).to(
-            tl.int32
-        )
+    own = coefficients + vector
+    for _ in tl.static_range(K):
+        used += (tl.load(own, mask=inside, other=0.0) != 0).to(tl.int32)
+        own += count
     start_bits = tl.where(used == 1, 0x80000000, 0).to(tl.uint32)  # see _block
     total = start_bits.to(tl.float32, bitcast=True)
     total = tl.broadcast_to(total, [BLOCK_ROWS, BLOCK_COLS])
     if WIDE:
         total = total.to(tl.float64)
+    own = coefficients + vector
     for i in tl.static_range(K):
-        term = tl.load(coefficients + i * count + vector, mask=inside, other=0.0)
+        term = tl.load(own, mask=inside, other=0.0)
         term = tl.broadcast_to(term, [BLOCK_ROWS, BLOCK_COLS])
+        own += count
         x = fetch(tl.load(table + HEAD + i), offsets, mask, CODES[i], False, True)
         if WIDE:
             added = total + x.to(tl.float64) * term

@@ -153,16 +153,17 @@ def gram_vectors_kernel(
     B1: tl.constexpr = TILE[3]
     pid = tl.program_id(0).to(tl.int64)
     sums = _zeros(TILE, LANES)
+    none = pid * 0  # in 64 bits the last step's end does not overflow
     if AXIS == 1:
         within = tl.arange(0, LANES)[:, None] * STEP + tl.arange(0, STEP)[None, :]
-        for start in range(0, cols, LANES * STEP):
+        for start in range(none, cols, LANES * STEP):
             c = start + within
             sums = _add_tile(
                 sums, table, pid * cols + c, c < cols, CODES, BASED, False, True, TILE, 1, HEAD
             )
     else:
         c = pid * LANES + tl.arange(0, LANES)
-        for start in range(0, rows, STEP):
+        for start in range(none, rows, STEP):
             r = start + tl.arange(0, STEP)
             mask = (r < rows)[:, None] & (c < cols)[None, :]
             offsets = r[:, None].to(tl.int64) * cols + c[None, :]

@@ -383,3 +383,26 @@ def test_mixed_index_is_one_definition():
     for first in (0, 12345, (1 << 32) - 5, (7 << 32) + 3):
         found = reference.mixed_indices(10, first)
         assert [int(i) for i in found] == [mixed_index(first + i) for i in range(10)]
+
+
+@pytest.mark.parametrize("rule", [MIXED, INDEX])
+def test_ties_that_lie_together_take_one_pass_more(pool, memory, rule):
+    """All at the tensor's end: by flat index the first guess of where the last one lies is far off,
+    and so would be every half of what is left.
+    """
+    size, ties, keep = 1 << 22, 3000, 1000
+    x, calls = np.zeros(size, np.float32), []
+    x[-ties:] = 1
+
+    def passes(number, count):
+        calls.append(number)
+        return [count(piece) for piece in range(number)]
+
+    inputs, base = [[memory.put(x, "F32")]], memory.put(np.zeros_like(x), "F32")
+    spec = Sparsify(MAGNITUDE, keep, rule)
+    (found,) = _C.select_across(pool, inputs, [base], [0], [spec], [1], passes)
+    orders = np.arange(size - ties, size, dtype=np.uint64)
+    if rule == MIXED:
+        orders = reference.mixed_indices(ties, size - ties)
+    assert found.tie_bound == np.sort(orders)[keep - 1] + 1
+    assert len(calls) <= 3  # one for the threshold

@@ -46,6 +46,12 @@ struct Search {
     }
 
     void aim() {
+        // Not spread evenly, and so few that one more pass gathers all of them.
+        if (passes > 0 && inside <= static_cast<int64_t>(kGatherAtMost)) {
+            from = first;
+            to = last;
+            return;
+        }
         const double width = static_cast<double>(last - first) + 1;
         const double share =
             (static_cast<double>(bound->wanted - below) - 0.5) / static_cast<double>(inside);

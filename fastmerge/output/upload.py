@@ -38,8 +38,8 @@ from fastmerge.output.working import beside, check_ours, is_loose
 
 _URL = re.compile(r"([a-z][a-z0-9]*):/{1,2}(?=[^/])(.+)")  # a Path has made one slash of two
 _TAKES = ("s3", "gs", "az", "abfs", "abfss")
-# S3 takes 10 000 parts; 8 at a time are 64 MiB of memory.
-_PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME = 8 << 20, 9000, 8
+# S3 takes 10 000 parts; 8 at a time are 64 MiB of memory, of parts of an object above 75 GB fewer.
+_PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME, _SENDING_BYTES = 8 << 20, 9000, 8, 64 << 20
 _MERGED, _SENT, _LOCK = ".merged.json", ".sent.jsonl", ".lock"
 
 
@@ -264,10 +264,11 @@ class Upload:
         path = self.folder / name
         size = path.stat().st_size
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        at_a_time = max(1, min(_PARTS_AT_A_TIME, _SENDING_BYTES // part))
         put = self._asked(
             name,
             lambda: library().put(
-                self._store, name, path, chunk_size=part, max_concurrency=_PARTS_AT_A_TIME
+                self._store, name, path, chunk_size=part, max_concurrency=at_a_time
             ),
         )
         return _tag(put)
