@@ -22,6 +22,7 @@ def rarely_collected(objects: int) -> Iterator[None]:
 
     Of a plan of 90 000 tensors it took half the time, of its merge a quarter. The thresholds are
     the process's: of several at work the largest holds, and the last one gives back what was there.
+    What was made meanwhile is then among the old, unlooked at: a first look at it took 0.2 s.
     """
     global _before
     with _lock:
@@ -34,6 +35,9 @@ def rarely_collected(objects: int) -> Iterator[None]:
     finally:
         with _lock:
             _asked.remove(objects)
+            if not gc.get_freeze_count():  # else whoever calls has put others there to stay
+                gc.freeze()
+                gc.unfreeze()  # among the old, where all that was frozen comes back to
             _set()
 
 

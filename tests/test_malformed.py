@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fastmerge.errors import FastmergeError
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX
+from fastmerge.models.header import _any_header, _plain_header
 
 
 def entry(
@@ -297,3 +298,48 @@ def test_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("fastmerge.models.header.os.open", denied)
     assert "cannot be read (Permission denied)" in refusal(path)
+
+
+# --- read at once, or looked at key by key ---
+
+_TWICE = b'"a":%b,"a":%b' % ((json.dumps(A4).encode(),) * 2)
+TRICKY = {
+    "as many colons as pairs": b'{"__metadata__":{"k":"\\u003a\\u003a\\u003a\\u003a"},%b}' % _TWICE,
+    "a name in two ways": b'{"a":%b,"\\u0061":%b}' % ((json.dumps(A4).encode(),) * 2),
+    "a mapping for a shape": b'{"b":{"dtype":"U8","shape":{"x":1},"data_offsets":[0,4]}}',
+    "metadata twice": b'{"__metadata__":{"a":"::"},"__metadata__":{"b":":"},%b}' % _TWICE[:56],
+    "a list with the length of a tensor": b'{"b":[1,2,3],%b}' % _TWICE,
+    "minus zero": b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[-0,4]}}',
+    "colons in a name": b'{"a:b":%b}' % json.dumps(A4).encode(),
+    "colons in metadata": b'{"__metadata__":{"a:b":"c: \\"d\\"\\n"},"a":%b}'
+    % json.dumps(A4).encode(),
+    "null metadata": b'{"__metadata__":null,"a":%b}' % json.dumps(A4).encode(),
+}
+
+
+def _header(file: bytes) -> bytes:
+    return file[8 : 8 + int.from_bytes(file[:8], "little")]
+
+
+def _content(read: Callable[[bytes, int, int], Any], data: bytes) -> Any:
+    try:
+        return read(data, 0, 8 + len(data))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("case", [*TRICKY, *WELL_FORMED, *MALFORMED])
+def test_a_header_that_is_read_at_once_is_what_a_look_at_every_key_finds(case: str) -> None:
+    data = TRICKY.get(case) or _header(WELL_FORMED.get(case) or MALFORMED[case][0])
+    if not data.startswith(b"{"):
+        return  # refused before
+    found = _content(_plain_header, data)
+    assert found is None or found == _content(_any_header, data)
+
+
+def test_most_headers_are_read_at_once() -> None:
+    for case in ("colons in metadata", "null metadata"):
+        assert _content(_plain_header, TRICKY[case]) is not None
+    for case in ("scalar", "zero-size"):
+        assert _content(_plain_header, _header(WELL_FORMED[case])) is not None
+    assert _content(_plain_header, TRICKY["colons in a name"]) is None

@@ -77,3 +77,21 @@ def test_a_collector_that_is_off_stays_off() -> None:
             assert gc.get_threshold()[0] == 0
     finally:
         gc.set_threshold(*before)
+
+
+def test_what_was_made_meanwhile_is_among_the_old() -> None:
+    assert gc.get_freeze_count() == 0
+    with rarely_collected(1_000_000):
+        made = [[] for _ in range(1000)]
+    old = {id(each) for each in gc.get_objects(generation=2)}
+    assert all(id(each) in old for each in made)
+
+
+def test_what_others_have_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        with rarely_collected(5000):
+            pass
+        assert gc.get_freeze_count() > 10_000  # freed since, some; never all
+    finally:
+        gc.unfreeze()

@@ -13,7 +13,6 @@ What config.json says and what the tensors are must agree; nothing is guessed fr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +26,11 @@ from fastmerge.once import cached_property
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 _SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 # Of activations and of the cache: they change nothing in what a weight is.
-_STATIC = re.compile(r".*(\.|_)(input|activation|output|act|prob|kv|[kqv])_scale(_inv|_ub)?")
+_STATIC = tuple(
+    f"{before}{what}"
+    for what in ("input", "activation", "output", "act", "prob", "kv", "k", "q", "v")
+    for before in "._"
+)
 _MX_GROUP = 32
 Blocks = list[tuple[str, tuple[int, int] | None]]  # what the config says, and the block it means
 
@@ -63,11 +66,10 @@ class LowPrecision:
 
     def __str__(self) -> str:
         """For people: the kind, and how its codes have scales."""
-        codings = dict.fromkeys(
-            str(coded.coding).removeprefix(f"{self.kind}, ") for coded in self.tensors.values()
-        )
-        several = ", ..." if len(codings) > 2 else ""
-        return f"{self.kind} ({'; '.join(list(codings)[:2])}{several})"
+        codings = dict.fromkeys(coded.coding for coded in self.tensors.values())
+        said = list(dict.fromkeys(str(each).removeprefix(f"{self.kind}, ") for each in codings))
+        several = ", ..." if len(said) > 2 else ""
+        return f"{self.kind} ({'; '.join(said[:2])}{several})"
 
 
 def find_low_precision(
@@ -87,7 +89,8 @@ def find_low_precision(
             return None
         static = tuple(name for name in tensors if _is_static(name))
         made = LowPrecision(kind, key, section, found, static, _written(config))
-        rest = {name: tensors[name] for name in tensors.keys() - made.consumed}
+        gone = made.consumed
+        rest = {name: tensor for name, tensor in tensors.items() if name not in gone}
         other = packed_in(rest, declared=False)
         if other is not None:
             raise _ContradictionError(f"'{other}' is {rest[other].dtype.name}, with no place in it")
@@ -132,7 +135,8 @@ def _written(config: Mapping[str, Any]) -> DType:
 
 
 def _is_static(name: str) -> bool:
-    return "_scale" in name[-10:] and _STATIC.fullmatch(name) is not None
+    of, scale, rest = name.rpartition("_scale")
+    return bool(scale) and rest in ("", "_inv", "_ub") and of.endswith(_STATIC)
 
 
 # ---------------------------------------------------------------- fp8
@@ -205,17 +209,20 @@ def _scaled(
             continue
         if isinstance(fmt, str) and fmt in _FP8.values() and fmt != code:
             raise _ContradictionError(f"'{name}' is {tensor.dtype.name}, where fmt says {fmt}")
-        scale = next((name + end for end in endings if name + end in tensors), None)
-        if scale is None:
+        for end in endings:
+            scale = name + end
+            if scale in tensors:
+                break
+        else:
             either = " or ".join(f"'{name}{end}'" for end in endings)
             raise _ContradictionError(
                 f"'{name}' is {tensor.dtype.name} without its scales, {either}"
             )
-        kind = (code, tensor.shape, tensors[scale].dtype, tensors[scale].shape)
+        beside = tensors[scale]
+        kind = (code, tensor.shape, beside.dtype.code, beside.shape)
         coding = known.get(kind)  # of 45 000 tensors most are of a few kinds
         if coding is None:
-            coding = _coding(code, name, tensor.shape, scale, tensors[scale], allowed)
-            known[kind] = coding
+            coding = known[kind] = _coding(code, name, tensor.shape, scale, beside, allowed)
         scales.add(scale)
         found[name] = Coded(name, scale, coding, tensor.shape)
     for name in tensors if found else ():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 from fastmerge import _C
 from fastmerge.dtypes import BF16, BY_CODE, DType
 from fastmerge.errors import UnsupportedError
+from fastmerge.records import record
 
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@record(slots=True)
 class TensorInfo:
     """One tensor, before a weight of it is read."""
 

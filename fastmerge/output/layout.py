@@ -13,11 +13,12 @@ from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import show
 from fastmerge.once import cached_property
+from fastmerge.records import record
 
 _ALIGN = 4096  # where a shard's data begins: readers' maps and direct reads start on a page
 
 
-@dataclass(frozen=True, slots=True)
+@record(slots=True)
 class Slot:
     """Where one output tensor goes."""
 

@@ -46,12 +46,13 @@ class Builder:
         for item in others:
             _check_names(own(lead), own(item.view), part.lead, item)
         result = {}
+        every, varies = [item.view.tensors for item in part.inputs], part.varies
         for name, tensor in own(lead).items():
             if name in lead.extra:  # beyond the config's layers: see planning/layers.py
                 result[name] = tensor
                 continue
-            sources = [item.view.tensors[name] for item in part.inputs]
-            t = position(lead, name) if part.varies else 0.0
+            sources = [tensors[name] for tensors in every]
+            t = position(lead, name) if varies else 0.0
             result[name] = self._tensor(part, name, sources, t)
         return result
 
@@ -122,17 +123,15 @@ class Builder:
         """One output tensor from its inputs (parallel to ``part.inputs``) at gradient position
         ``t``.
         """
-        first = sources[0]
+        first, mergeable = sources[0], True
         for item, tensor in zip(part.inputs, sources, strict=True):
             if tensor.shape != first.shape:
                 raise _shapes(name, part.inputs[0], first, item, tensor)
+            mergeable = mergeable and tensor.dtype.mergeable
         method, shape = part.method, first.shape
-        each = tuple(
-            values.at(sources[i].name, t)
-            for values, i in zip(part.each, part.operands, strict=True)
-        )
+        shared, each = part.fixed or part.at(name, sources, t)
         is_copy = method.name == "passthrough" and each[0]["scale"] is None
-        if not all(tensor.dtype.mergeable for tensor in sources):
+        if not mergeable:
             self._check_copied(part, name, sources, is_copy)
             lead = sources[part.base if part.base is not None else part.operands[0]]
             return TensorPlan(name, shape, lead.dtype, lead.root)
@@ -141,9 +140,9 @@ class Builder:
             return TensorPlan(name, shape, dtype, first.root)
         root = Merge(
             method,
-            tuple(sources[i].root for i in part.operands),
+            tuple([sources[i].root for i in part.operands]),
             None if part.base is None else sources[part.base].root,
-            part.shared.at(name, t),
+            shared,
             each,
             self._seed,
             name,
@@ -223,8 +222,8 @@ def position(view: View, name: str) -> float:
 
 def _promoted(sources: Sequence[TensorPlan]) -> DType:
     """The smallest type that holds all of the inputs' (bfloat16 with float16 gives float32)."""
-    first = sources[0].dtype
-    return first if all(tensor.dtype == first for tensor in sources) else F32
+    kinds = [tensor.dtype for tensor in sources]
+    return kinds[0] if kinds.count(kinds[0]) == len(kinds) else F32
 
 
 # ---------------------------------------------------------------- refusals

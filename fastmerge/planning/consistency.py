@@ -109,10 +109,11 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
         )
     stack = "" if lead.stack is None else lead.stack.layers
     if causal and stack.endswith("model.layers") and is_known(text_config(result.config)):
-        around = [n for n in result.tensors if layer_of(n) is None and n != result.head]
+        inside = f"{stack}."  # spares most names the look for a number
+        around = [n for n in result.tensors if not n.startswith(inside) and layer_of(n) is None]
         for what, there in (
             ("input embeddings", result.embedding is not None),
-            ("norm behind its layers", any(name != result.embedding for name in around)),
+            ("norm behind its layers", bool({*around} - {result.head, result.embedding})),
         ):
             if not there:
                 note(f"'{lead.label}' has no {what}: transformers would make new ones")

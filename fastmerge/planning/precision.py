@@ -53,16 +53,15 @@ def _copied(parts: Sequence[Part], views: Sequence[View]) -> bool:
 
 def dequantised(view: View, found: LowPrecision) -> View:
     """The view with numbers in place of codes, and without the section that says so."""
-    by_codes = {coded.codes: name for name, coded in found.tensors.items()}
+    by_codes = {coded.codes: (name, coded) for name, coded in found.tensors.items()}
     gone = found.consumed
     tensors: dict[str, TensorPlan] = {}
     for stored, tensor in view.tensors.items():
-        name = by_codes.get(stored)
-        if name is None:
-            if stored not in gone:
-                tensors[stored] = tensor
+        if stored not in gone:
+            tensors[stored] = tensor
+        if stored not in by_codes:
             continue
-        coded = found.tensors[name]
+        name, coded = by_codes[stored]
         codes, scales = tensor.root, view.tensors[coded.scales].root
         assert isinstance(codes, Stored) and isinstance(scales, Stored)  # nothing merges them
         leaf = Dequantised(codes, scales, coded.coding, coded.shape)

@@ -16,6 +16,7 @@ from fastmerge.codings import Coding
 from fastmerge.dtypes import F32, DType
 from fastmerge.methods import Combination, Method
 from fastmerge.once import cached_property
+from fastmerge.records import record
 
 
 class Leaf:
@@ -53,7 +54,7 @@ class Leaf:
         """What decides its numbers, as text; models by their place in the plan."""
 
 
-@dataclass(frozen=True)
+@record()
 class Stored(Leaf):
     """One tensor of one input model: ``model`` indexes Plan.models, ``name`` is its name there."""
 
@@ -78,7 +79,7 @@ class Stored(Leaf):
         return f"{self.model}/{self.name!r}"
 
 
-@dataclass(frozen=True)
+@record()
 class Dequantised(Leaf):
     """The numbers of a tensor that is stored as codes of few bits, and scales in another.
 
@@ -256,7 +257,7 @@ class Made(Leaf):
         return f"made {self.text}"
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Merge:
     """One merge of operands, in recipe order; ``base`` apart unless the method takes it as one."""
 
