@@ -67,19 +67,21 @@ class Sum(Program):
         coefficients: Sequence[float] = (),
         *,
         divisor: float | None = None,
-        rule: Callable[[NDArray[np.float64]], tuple[Sequence[float], bool]] | None = None,
+        rule: Callable[[list[list[float]]], tuple[Sequence[float], bool]] | None = None,
         reference: int | None = None,
     ) -> None: ...
 
 class Vote(Program):
     """`select` and `consensus` of all tensors but the last, their base; with as many tensors as
-    requests they are deltas. No request is for a draw by rank.
+    requests they are deltas. No request is for a draw by rank. ``factors``: `Selection.rescale`
+    where they are not 1.
     """
 
     def __init__(
         self,
         specs: Sequence[Sparsify],
         weights: Sequence[float],
+        factors: Sequence[float],
         *,
         elect: bool,
         normalize: bool,

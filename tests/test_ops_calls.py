@@ -315,6 +315,55 @@ def test_programs_of_many_names_are_bounded():
         assert len(form.programs) <= of_tensors._MOST_NAMES
 
 
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("count", [1, 31, 33, 2048, 2049, 65_599, 140_001])
+def test_a_draw_that_is_kept_is_the_one_that_is_drawn_again(count, isa):
+    x, y, base = RNG.standard_normal((3, count), dtype=np.float32)
+    before = _C.isa()
+    _C.set_isa(isa)
+    try:
+        for call in (
+            lambda: ops.dare_linear(base, [x, y], [0.3, 0.7], density=[0.5, 0.3], seed=3),
+            lambda: ops.dare_ties(None, [x, y], [0.3, 0.7], density=[1.0, 0.3], seed=3, threads=2),
+        ):
+            of_tensors._forms.clear()
+            arrays._known.clear()
+            first = call()  # draws to measure, and again to merge
+            assert call().tobytes() == call().tobytes() == first.tobytes()
+    finally:
+        _C.set_isa(before)
+
+
+def test_what_is_named_otherwise_is_refused_after_a_call_that_was_taken():
+    def drawn(**how):
+        return ops.dare_linear(BASE, [A], [1.0], density=0.5, **{"seed": 1} | how)
+
+    taken = [drawn() for _ in range(3)]
+    assert drawn(seed=np.int64(1)).tobytes() == taken[0].tobytes()
+    for how, wrong in (
+        ({"seed": True}, "'seed' must be a whole number"),
+        ({"seed": 1.0}, "'seed' must be a whole number"),
+        ({"name": 3}, "name: must be text, not 3"),
+        ({"name": []}, "name: must be text"),
+    ):
+        with pytest.raises(fastmerge.FastmergeError, match=wrong):
+            drawn(**how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0, 1.5])
+def test_slerp_in_numbers_gives_the_bits_of_slerp_in_arrays(t, dtype, monkeypatch):
+    x, y = (torch.from_numpy(array).to(dtype) for array in (A, B))
+    for other in (y, -x, x.clone(), x * 0, torch.full_like(x, float("nan"))):
+        of_tensors._forms.clear()
+        made = [ops.slerp(x, other, t).view(torch.uint8).numpy().tobytes() for _ in range(3)]
+        of_tensors._forms.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(of_tensors, "program_of", lambda *_, **__: None)
+            wanted = ops.slerp(x, other, t).view(torch.uint8).numpy().tobytes()
+        assert made == [wanted] * 3
+
+
 @pytest.mark.parametrize("count", [1, 2, 63, 2048, 2049, 8192, 8193])
 def test_small_trims_keep_exactly_as_many(count):
     x = np.round(RNG.standard_normal(count, dtype=np.float32) * 4)  # with many ties

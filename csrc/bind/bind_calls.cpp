@@ -34,11 +34,10 @@ namespace {
 
 // torch's attributes and methods, as Python looks them up.
 struct Names {
-    py::str dtype = name("dtype"), shape = name("shape"), layout = name("layout"),
-            is_cpu = name("is_cpu"), is_nested = name("is_nested"), is_neg = name("is_neg"),
-            is_contiguous = name("is_contiguous"), data_ptr = name("data_ptr"),
-            untyped_storage = name("untyped_storage"), nbytes = name("nbytes"),
-            storage_offset = name("storage_offset");
+    py::str dtype = name("dtype"), shape = name("shape"), is_cpu = name("is_cpu"),
+            is_neg = name("is_neg"), is_contiguous = name("is_contiguous"),
+            data_ptr = name("data_ptr"), untyped_storage = name("untyped_storage"),
+            nbytes = name("nbytes"), storage_offset = name("storage_offset");
 
    private:
     static py::str name(const char* text) {
@@ -93,8 +92,10 @@ class Program {
 // sum_i c_i x_i / divisor; with a rule, of coefficients that it makes of the Gram matrix.
 class Sum : public Program {
    public:
-    // Coefficients, and whether they are summed in fp64.
-    using Rule = std::function<std::pair<std::vector<double>, bool>(const py::array_t<double>&)>;
+    // Coefficients, and whether they are summed in fp64, of the matrix's rows: Python takes lists
+    // of a few numbers in less time than it takes to make an array.
+    using Rows = std::vector<std::vector<double>>;
+    using Rule = std::function<std::pair<std::vector<double>, bool>(const Rows&)>;
 
     Sum(std::vector<size_t> parts, std::vector<double> coefficients, std::optional<double> divisor,
         std::optional<Rule> rule, std::optional<size_t> reference)
@@ -120,8 +121,8 @@ class Sum : public Program {
     }
 
     // Of the parts, or of the reference and what the others differ by from it.
-    py::array_t<double> products(Pool& pool, std::vector<Span> taken) const {
-        const auto size = static_cast<py::ssize_t>(taken.size());
+    Rows products(Pool& pool, std::vector<Span> taken) const {
+        const auto size = static_cast<std::ptrdiff_t>(taken.size());
         std::optional<Span> base;
         if (reference_) {
             base = taken.at(*reference_);
@@ -132,7 +133,10 @@ class Sum : public Program {
             const Unlocked unlocked(taken.front().count);
             found = gram(pool, taken, base ? &*base : nullptr, {});
         }
-        return py::array_t<double>({size, size}, found.data());
+        Rows rows;
+        for (auto row = found.begin(); row != found.end(); row += size)
+            rows.emplace_back(row, row + size);
+        return rows;
     }
 
     const std::vector<size_t> parts_;
@@ -145,8 +149,16 @@ class Sum : public Program {
 // What survives of the deltas to the last tensor, or of tensors that are deltas, merged.
 class Vote : public Program {
    public:
-    Vote(std::vector<Sparsify> specs, std::vector<float> weights, const Agreement& agreement)
-        : specs_(std::move(specs)), weights_(std::move(weights)), agreement_(agreement) {}
+    // factors: what survives of each delta is multiplied by, where that is not 1.
+    Vote(std::vector<Sparsify> specs, std::vector<float> weights, std::vector<float> factors,
+         const Agreement& agreement)
+        : specs_(std::move(specs)),
+          weights_(std::move(weights)),
+          factors_(std::move(factors)),
+          agreement_(agreement) {
+        if (factors_.size() != specs_.size())
+            throw std::invalid_argument("one factor per request is needed");
+    }
 
     void run(Pool& pool, const std::vector<Span>& tensors, Sink& out) const override {
         static const Zeros zeros;
@@ -157,13 +169,38 @@ class Vote : public Program {
             part.inputs.pop_back();
         }
         const Unlocked unlocked(out.count());
-        const std::vector<Selection> kept = select(pool, parts, specs_);
+        std::vector<std::vector<uint32_t>> drawn(specs_.size());
+        std::vector<Selection> kept = chosen(pool, parts, drawn);
+        for (size_t j = 0; j < kept.size(); ++j)
+            if (factors_[j] != 1.0f) kept[j].rescale = factors_[j];
         consensus(pool, part.inputs, part.base, weights_, kept, out, agreement_);
     }
 
    private:
+    // What is drawn at random to be measured is kept, up to so many entries in all (32 MiB):
+    // drawing it again takes half of DARE's time.
+    static constexpr int64_t kMostDrawn = int64_t{1} << 28;
+
+    std::vector<Selection> chosen(Pool& pool, const std::vector<Part>& parts,
+                                  std::vector<std::vector<uint32_t>>& drawn) const {
+        const int64_t count = parts.front().base.count;
+        if (std::all_of(specs_.begin(), specs_.end(), is_settled)) {
+            std::vector<Selection> kept;
+            for (const Sparsify& spec : specs_) kept.push_back(asked(spec, count));
+            return kept;
+        }
+        std::vector<uint32_t*> masks(specs_.size());
+        if (agreement_.origin == 0 && count <= kMostDrawn / static_cast<int64_t>(specs_.size()))
+            for (size_t j = 0; j < specs_.size(); ++j) {
+                if (specs_[j].kind != Sparsity::kRandom) continue;
+                drawn[j].resize(static_cast<size_t>(blocks_of(count, 32)));
+                masks[j] = drawn[j].data();
+            }
+        return select(pool, parts, specs_, masks);
+    }
+
     const std::vector<Sparsify> specs_;
-    const std::vector<float> weights_;
+    const std::vector<float> weights_, factors_;
     const Agreement agreement_;
 };
 
@@ -186,7 +223,6 @@ class Alike {
             one.dtype = attribute(tensor, names().dtype);
             one.code = parse_dtype(codes[i]);
             one.is_array = py::isinstance<py::array>(tensor);
-            if (!one.is_array) one.layout = attribute(tensor, names().layout);
             each_.push_back(std::move(one));
         }
     }
@@ -225,7 +261,7 @@ class Alike {
         if (!given) out = make(tensors[0]);
         const std::optional<Span> to = written(out, given ? *spans : std::vector<Span>());
         if (!to) return py::none();
-        MemorySink sink(const_cast<void*>(to->data), to->count, to->dtype, false);
+        MemorySink sink(const_cast<void*>(to->data), to->count, to->dtype, false, pool.threads());
         if (!keeps_equal.is_none() && all_equal(pool, *spans) && keeps_equal().cast<bool>()) {
             const Unlocked unlocked(count_);
             combine(pool, {spans->front()}, {1.0}, sink, nullptr, {});
@@ -237,7 +273,7 @@ class Alike {
 
    private:
     struct One {
-        py::object type, dtype, layout;
+        py::object type, dtype;
         DType code;
         bool is_array;
     };
@@ -295,13 +331,12 @@ class Alike {
         return Span{data, count_, one.code};
     }
 
-    // Of a torch tensor: what models/memory.py's check_torch and view_of ask for.
+    // Of a torch tensor: what models/memory.py's check_torch and view_of ask for. A sparse or
+    // packed one has no storage, a nested one no shape: torch raises.
     const void* memory(py::handle tensor, const One& one) const {
         const Names& n = names();
         if (!attribute(tensor, n.dtype).is(one.dtype) ||
-            !attribute(tensor, n.layout).is(one.layout) ||
             !attribute(tensor, n.is_cpu).is(py::handle(Py_True)) ||
-            !attribute(tensor, n.is_nested).is(py::handle(Py_False)) ||
             !asked(tensor, n.is_neg).is(py::handle(Py_False)) ||
             !asked(tensor, n.is_contiguous).is(py::handle(Py_True)))
             return nullptr;
@@ -348,13 +383,14 @@ void bind_calls(py::module_& m) {
         "rule"_a = py::none(), "reference"_a = py::none());
     def_init(
         py::class_<Vote, Program>(m, "Vote"),
-        +[](const std::vector<Sparsify>& specs, const std::vector<float>& weights, bool elect,
-            bool normalize, float scale, int64_t origin, int votes, bool counted) {
+        +[](const std::vector<Sparsify>& specs, const std::vector<float>& weights,
+            const std::vector<float>& factors, bool elect, bool normalize, float scale,
+            int64_t origin, int votes, bool counted) {
             const Agreement agreement = {elect, normalize, scale, origin, votes_of(votes), counted};
-            return std::make_unique<Vote>(specs, weights, agreement);
+            return std::make_unique<Vote>(specs, weights, factors, agreement);
         },
-        "specs"_a, "weights"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a, "origin"_a,
-        "votes"_a, "counted"_a);
+        "specs"_a, "weights"_a, "factors"_a, py::kw_only(), "elect"_a, "normalize"_a, "scale"_a,
+        "origin"_a, "votes"_a, "counted"_a);
 
     def_init(
         py::class_<Alike>(m, "Alike"),

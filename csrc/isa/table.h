@@ -114,9 +114,11 @@ struct TieWindow {
 };
 
 // fp64 sums of |delta| over all entries and over the kept ones, in lanes, and the kept entries'
-// number.
+// number. `drawn`, where it is not null: for the bits of a random draw's kept entries, by flat
+// index; in whole words.
 struct Mass {
     Keep keep;
+    uint32_t* drawn;
     double all[kSumLanes];
     double kept[kSumLanes];
     int64_t count;

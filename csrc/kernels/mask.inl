@@ -36,6 +36,19 @@ FM_INLINE void masked_words(const Keep& keep, uint64_t index, Words* words) {
     for (int v = 0; v < 2; ++v) words[v] = (spread(own) & bits(bit[v])) ^ bits(bit[v]);
 }
 
+// Writes a group's bits in the mask, of which every four are in its two vectors by turns.
+FM_INLINE void write_mask(const Mask* kept, uint64_t index, uint32_t* mask) {
+    uint32_t both = 0;
+    for (int v = 0; v < 2; ++v) {
+        uint32_t own = lane_bits(kept[v]);
+        own = (own | own << 8) & 0x00FF00FFu;
+        own = (own | own << 4) & 0x0F0F0F0Fu;
+        both |= own << 4 * v;
+    }
+    static_assert(kGroup % 8 == 0, "a group's bits are whole bytes");
+    std::memcpy(reinterpret_cast<char*>(mask) + index / 8, &both, kGroup / 8);
+}
+
 // What decides by itself whether a group's entries survive, where the rule's kind has that.
 FM_INLINE void words_of(const Keep& keep, int kind, uint64_t index, Words* words) {
     if (kind == Keep::kRandom) random_words(keep, index, words);

@@ -150,24 +150,26 @@ void count_ties(const DeltaArgs& args, TieWindow* windows) {
 }
 
 template <class T, int kKind, bool kPartial>
-FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Keep& keep_rule,
-                             uint64_t index, int64_t at, Part part, Doubles& all, Doubles& kept,
-                             Words& counter) {
+FM_INLINE void measure_group(const Deltas<T, kPartial>& deltas, const Mass& mass, uint64_t index,
+                             int64_t at, Part part, Doubles& all, Doubles& kept, Words& counter) {
+    const Keep& keep_rule = mass.keep;
     Words random[2] = {spread(0u), spread(0u)};
     words_of(keep_rule, kKind, index, random);
     Words key[2];
     Floats size[2], kept_size[2];
+    Mask stays[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
         const bool orders = kKind == Keep::kAboveOrTie || kKind == Keep::kBand;
         const Words order =
             orders && keep_rule.mixed ? mixed_order(index, v) : flat_order(index, v);
-        Mask kept_here = survives(keep_rule, kKind, key[v], order, random[v]);
-        if (kPartial) kept_here = kept_here & present(v, part);
-        counter = count(counter, kept_here);
+        stays[v] = survives(keep_rule, kKind, key[v], order, random[v]);
+        if (kPartial) stays[v] = stays[v] & present(v, part);
+        counter = count(counter, stays[v]);
         size[v] = floats(key[v]);
-        kept_size[v] = keep(kept_here, size[v]);
+        kept_size[v] = keep(stays[v], size[v]);
     }
+    if (kKind == Keep::kRandom && mass.drawn) write_mask(stays, index, mass.drawn);
     all = accumulate(all, size);
     kept = accumulate(kept, kept_size);
 }
@@ -180,10 +182,10 @@ void measure_tile(const DeltaArgs& args, int j, Mass& mass) {
     Words counter = spread(0u);
     int64_t at = 0;
     for (; at + kGroup <= args.count; at += kGroup)
-        measure_group<T, kKind>(Deltas<T, false>{x, base}, mass.keep,
+        measure_group<T, kKind>(Deltas<T, false>{x, base}, mass,
                                 args.index + static_cast<uint64_t>(at), at, {}, all, kept, counter);
     if (at < args.count)
-        measure_group<T, kKind>(Deltas<T, true>{x, base}, mass.keep,
+        measure_group<T, kKind>(Deltas<T, true>{x, base}, mass,
                                 args.index + static_cast<uint64_t>(at), at,
                                 {0, static_cast<int>(args.count - at)}, all, kept, counter);
     store_sums(mass.all, all);

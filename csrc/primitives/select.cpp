@@ -19,7 +19,7 @@ struct Sums {
 
 void measure_piece(const Deltas& deltas, const std::vector<size_t>& which,
                    const std::vector<RoundKeys>& keys, const std::vector<Selection>& selections,
-                   Sums& sums) {
+                   const std::vector<uint32_t*>& drawn, Sums& sums) {
     int64_t blocks = 0;
     for (const Part& part : deltas.parts) blocks += blocks_of(part.base.count, kSumBlock);
     const size_t k = which.size();
@@ -29,8 +29,10 @@ void measure_piece(const Deltas& deltas, const std::vector<size_t>& which,
     for_each_block<Masses>(
         deltas, which, kSumBlock, [&] { return Masses{std::vector<Mass>(k)}; },
         [&](Masses& masses, const DeltaArgs& args, size_t type) {
-            for (size_t i = 0; i < k; ++i)
+            for (size_t i = 0; i < k; ++i) {
                 masses.of[i].keep = keep_in_tile(selections[which[i]], keys[i], args.index);
+                masses.of[i].drawn = drawn[i];
+            }
             kernels().measure[type](args, masses.of.data());
         },
         [&](const Masses& masses, int64_t block) {
@@ -43,15 +45,22 @@ void measure_piece(const Deltas& deltas, const std::vector<size_t>& which,
         });
 }
 
-// sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries.
+// sum |delta| and sum |kept delta| in fixed blocks and order, and the number of kept entries; what
+// was drawn at random is kept where there is a mask for it.
 void measure(const Deltas& deltas, const std::vector<size_t>& which,
-             const std::vector<Sparsify>& specs, std::vector<Selection>& selections) {
+             const std::vector<Sparsify>& specs, const std::vector<uint32_t*>& masks,
+             std::vector<Selection>& selections) {
     const size_t k = which.size();
     std::vector<RoundKeys> keys;
-    for (const size_t j : which) keys.push_back(round_keys(selections[j].key));
+    std::vector<uint32_t*> drawn;
+    for (const size_t j : which) {
+        keys.push_back(round_keys(selections[j].key));
+        const bool draws = selections[j].kind == Sparsity::kRandom && j < masks.size();
+        drawn.push_back(draws ? masks[j] : nullptr);
+    }
     const auto found = run_pass(deltas, [&](const Deltas& piece) {
         Sums sums;
-        measure_piece(piece, which, keys, selections, sums);
+        measure_piece(piece, which, keys, selections, drawn, sums);
         Bytes bytes;
         bytes.put_all(sums.all);
         bytes.put_all(sums.kept);
@@ -78,6 +87,7 @@ void measure(const Deltas& deltas, const std::vector<size_t>& which,
         }
         Selection& selection = selections[which[i]];
         selection.kept = count;
+        if (drawn[i]) selection.mask = drawn[i];
         // mergekit 0.1.5 leaves a delta alone whose L1 norm is below 1e-7.
         if (specs[which[i]].rescale && !(all_sum < 1e-7) && !(kept_sum < 1e-7))
             selection.rescale = static_cast<float>(all_sum / kept_sum);
@@ -118,12 +128,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
     };
     for (size_t j = 0; j < specs.size(); ++j) {
         const Sparsify& spec = specs[j];
-        Selection& selection = selections[j];
-        selection.kind = spec.kind;
-        selection.tie_rule = spec.tie_rule;
-        selection.keep_below = spec.keep_below;
-        selection.key = spec.key;
-        selection.kept = count;
+        Selection& selection = selections[j] = asked(spec, count);
         if (spec.kind == Sparsity::kMagnitude) {
             if (spec.keep < 0 || spec.skip < 0 || spec.skip > count ||
                 spec.keep > count - spec.skip)
@@ -175,7 +180,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         Selection& selection = selections[tied[i]];
         (of_ceiling[i] ? selection.ceiling_bound : selection.tie_bound) = bounds[i].bound;
     }
-    if (!measured.empty()) measure(deltas, measured, specs, selections);
+    if (!measured.empty()) measure(deltas, measured, specs, masks, selections);
     return selections;
 }
 

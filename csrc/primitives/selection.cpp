@@ -4,6 +4,16 @@
 
 namespace fastmerge {
 
+Selection asked(const Sparsify& spec, int64_t count) {
+    Selection selection;
+    selection.kind = spec.kind;
+    selection.tie_rule = spec.tie_rule;
+    selection.keep_below = spec.keep_below;
+    selection.key = spec.key;
+    selection.kept = count;
+    return selection;
+}
+
 RoundKeys round_keys(uint64_t key) {
     RoundKeys keys;
     auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
@@ -71,7 +81,11 @@ Keep keep_in_tile(const Selection& selection, const RoundKeys& keys, uint64_t in
     } else if (selection.kind == Sparsity::kRandom) {
         keep.kind = Keep::kRandom;
         keep.word_max = static_cast<uint32_t>(selection.keep_below - 1);
-        if (selection.keep_below == 0) {  // no key is above the largest
+        if (selection.mask) {
+            keep.kind = Keep::kMasked;
+            keep.mask = selection.mask;
+            keep.word_max = 0;
+        } else if (selection.keep_below == 0) {  // no key is above the largest
             keep.kind = Keep::kAbove;
             keep.threshold = 0x7FFFFFFF;
         } else if (selection.keep_below > 0xFFFFFFFFu) {

@@ -28,13 +28,19 @@ struct Selection {
     std::optional<uint64_t> tie_bound;  // none: every tied entry survives
     int32_t ceiling_bits = 0x7FFFFFFF;  // what lies above is dropped
     std::optional<uint64_t> ceiling_bound = 0;
-    const uint32_t* mask = nullptr;  // kRanked: bits by flat index
+    const uint32_t* mask = nullptr;  // kRanked, kRandom where it was kept: bits by flat index
     TieRule tie_rule = TieRule::kMixed;
     uint64_t keep_below = 0;
     uint64_t key = 0;
     float rescale = 1.0f;
     int64_t kept = 0;
 };
+
+// As far as it follows from the request alone, and whether that is all.
+Selection asked(const Sparsify& spec, int64_t count);
+inline bool is_settled(const Sparsify& spec) {
+    return spec.kind == Sparsity::kAll || (spec.kind == Sparsity::kRandom && !spec.rescale);
+}
 
 using RoundKeys = std::array<uint64_t, 20>;
 RoundKeys round_keys(uint64_t key);

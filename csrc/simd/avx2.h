@@ -140,7 +140,10 @@ FM_INLINE Floats choose(Mask m, Floats yes, Floats no) {
     return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(m.v))};
 }
 FM_INLINE Floats keep(Mask m, Floats a) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(m.v))}; }
-FM_INLINE int lane_bits(Mask m) { return _mm256_movemask_ps(_mm256_castsi256_ps(m.v)); }
+// A bit for each lane.
+FM_INLINE uint32_t lane_bits(Mask m) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(m.v)));
+}
 FM_INLINE bool any(Mask m) { return !_mm256_testz_si256(m.v, m.v); }
 // a - 1 in the lanes of m.
 FM_INLINE Words decrease(Words a, Mask m) { return {_mm256_add_epi32(a.v, m.v)}; }

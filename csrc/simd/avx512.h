@@ -145,6 +145,7 @@ FM_INLINE Floats choose(Mask m, Floats yes, Floats no) {
 }
 FM_INLINE Floats keep(Mask m, Floats a) { return {_mm512_maskz_mov_ps(m.v, a.v)}; }
 FM_INLINE bool any(Mask m) { return m.v != 0; }
+FM_INLINE uint32_t lane_bits(Mask m) { return m.v; }
 FM_INLINE Words decrease(Words a, Mask m) {
     return {_mm512_mask_sub_epi32(a.v, m.v, a.v, _mm512_set1_epi32(1))};
 }

@@ -102,6 +102,10 @@ FM_INLINE Floats keep(Mask m, Floats a) {
     return {vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a.v), m.v))};
 }
 FM_INLINE bool any(Mask m) { return vmaxvq_u32(m.v) != 0; }
+FM_INLINE uint32_t lane_bits(Mask m) {
+    static constexpr uint32_t kBits[kLanes] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(m.v, vld1q_u32(kBits)));
+}
 FM_INLINE Words decrease(Words a, Mask m) { return {vaddq_u32(a.v, m.v)}; }
 FM_INLINE Words count(Words counter, Mask m) { return {vsubq_u32(counter.v, m.v)}; }
 FM_INLINE int64_t sum(Words a) { return static_cast<int64_t>(vaddlvq_u32(a.v)); }

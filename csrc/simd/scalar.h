@@ -138,6 +138,12 @@ FM_INLINE Floats keep(Mask m, Floats a) {
     return floats(masked);
 }
 FM_INLINE bool any(Mask m) { return (m.v[0] | m.v[1] | m.v[2] | m.v[3]) != 0; }
+// A bit for each lane.
+FM_INLINE uint32_t lane_bits(Mask m) {
+    uint32_t found = 0;
+    FM_EACH found |= (m.v[lane] & 1u) << lane;
+    return found;
+}
 // a - 1 in the lanes of m.
 FM_INLINE Words decrease(Words a, Mask m) {
     FM_EACH a.v[lane] += m.v[lane];

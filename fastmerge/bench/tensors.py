@@ -286,7 +286,7 @@ def own_costs(seconds: float, threads: int) -> list[Row]:
 
     def slerp() -> None:
         _C.gram(pool, views)
-        _C.combine(pool, views, pair, sink)
+        _C.combine(pool, views, pair, sink, wide=True)  # as fp32's measured sums are
 
     def combine() -> None:
         _C.combine(pool, views, pair, sink)

@@ -30,12 +30,13 @@ _MOST_FORMS, _MOST_NAMES = 1024, 64
 _PLAIN = frozenset((int, float, bool, str, type(None)))  # equal where they are written alike
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Form:
     """How a call's tensors are merged; a leaf's model is the tensor's place in the call."""
 
     row: Method
     tree: Node
+    known: Known | None = None  # its tensors, once a call has found them to be
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -64,8 +65,9 @@ class _Form:
         """For tensors that are ``known``; None where Python has a part in the merge."""
         try:
             return self.programs[name]
-        except KeyError:  # another thread may clear them at any time
+        except (KeyError, TypeError):  # another thread may clear them at any time
             pass
+        name = a_text(name, f"{self.row.name}: name")
         to_fp32 = known.dtypes[0] is F32
         made = program_of(self.steps, name, known.shape, to_fp32=to_fp32)
         if len(self.programs) >= _MOST_NAMES:
@@ -75,7 +77,6 @@ class _Form:
 
 
 _forms: dict[tuple[object, ...], _Form] = {}
-_checked: dict[tuple[object, ...], Method] = {}  # the last row that took so many, with these names
 
 
 def merge(
@@ -93,28 +94,36 @@ def merge(
 
     ``parameters`` by their names in recipes; per model one number, or one for each tensor.
     """
-    row = _row(method)
-    given = {} if parameters is None else a_mapping(parameters, f"{row.name}: parameters")
-    if type(name) is not str or name:
+    key = _key(method, tensors, parameters, base, seed)
+    form = None if key is None else _forms.get(key)
+    if form is None or form.row is not METHODS.get(method):  # or registered anew
+        form = None
+        row = _row(method)
+        given = {} if parameters is None else a_mapping(parameters, f"{row.name}: parameters")
         name = a_text(name, f"{row.name}: name")
-    tensors = a_list(tensors, f"{row.name}: tensors")
-    inputs = tensors if base is None else [*tensors, base]
-    _check(row, given, len(tensors), base is not None)
-    said = row, given, len(tensors), base is not None, seed
+        tensors = a_list(tensors, f"{row.name}: tensors")
+        _check(row, given, len(tensors), base is not None)
+    else:
+        row = form.row
+    inputs = [*tensors] if base is None else [*tensors, base]
     # Of deltas the base is another tensor than they are, however equal they may be.
     deltas = base is None and row.of_deltas
-    form: _Form | None = None
-    like = known(inputs)
-    if like is not None:
-        form = _form(like, *said)
-        program = form.program(name, like)
-        if program is not None:
+    if form is not None:
+        form.known = like = form.known or known(inputs)
+        program = None if like is None else form.program(name, like)
+        if like is not None and program is not None:
             keeps = None if deltas else form.keeps_equal
             made: T | None = like.run(program, inputs, out, threads, keeps)
             if made is not None:
                 return made
+        name = a_text(name, f"{row.name}: name")
     taken = operands(row.name, inputs)
-    form = form or _form(taken, *said)
+    if form is None:
+        form = _Form(row, _tree(row, given, len(tensors), taken, base is not None, seed))
+        if key is not None:
+            if len(_forms) >= _MOST_FORMS:
+                _forms.clear()
+            _forms[key] = form
     views = [*taken.views, taken.zeros()] if deltas else taken.views
     result: T
     result, sink = taken.output(out)
@@ -135,9 +144,6 @@ def _row(method: Any) -> Method:
 
 def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) -> None:
     """Raises FastmergeError for what the method does not take, whatever the tensors are."""
-    asked = (row.name, tuple(given), count, has_base)
-    if _checked.get(asked) is row:
-        return
     for name in given:
         if row.parameter(name) is None:
             hint = nearest(name, [p.name for p in row.parameters])
@@ -148,29 +154,27 @@ def _check(row: Method, given: Mapping[str, Any], count: int, has_base: bool) ->
         raise FastmergeError(f"{row.name}: needs a base tensor")
     if row.base in ("none", "first", "operand") and has_base:
         raise FastmergeError(f"{row.name}: takes no base tensor of its own; put it in the list")
-    _checked[asked] = row
 
 
-def _form(
-    taken: Operands[Any] | Again[Any] | Known,
-    row: Method,
-    given: Mapping[str, Any],
-    count: int,
-    has_base: bool,
-    seed: int | None,
-) -> _Form:
-    """The call's form, kept where all it says is plain numbers and words."""
-    said, seed = _said(given), _seed(row, seed)
-    key = (row.name, said, count, has_base, seed, taken.kind)
-    form = _forms.get(key)
-    if form is not None and form.row is row:  # another may have been registered by its name
-        return form
-    form = _Form(row, _tree(row, given, count, taken, has_base, seed))
-    if said is not None:
-        if len(_forms) >= _MOST_FORMS:
-            _forms.clear()
-        _forms[key] = form
-    return form
+def _key(
+    method: Any, tensors: Any, parameters: Any, base: Any, seed: Any
+) -> tuple[object, ...] | None:
+    """What a call says but for its tensors' numbers, its name and where it goes: calls of one key
+    take the same parameters for tensors of one shape and types. None where that is not plain.
+    """
+    if type(tensors) is not list and type(tensors) is not tuple:
+        return None
+    try:
+        if type(seed) is not int and seed is not None:
+            seed = plain(seed, "seed")
+            if type(seed) is not int:
+                return None
+        said = _said(parameters or {})
+        first, *others = tensors if base is None else [*tensors, base]
+        key = (method, said, len(tensors), seed, first.shape, first.dtype)
+        return None if said is None else (*key, *[tensor.dtype for tensor in others])
+    except (AttributeError, FastmergeError, RuntimeError, TypeError, ValueError):
+        return None  # odd ones: others see what they are
 
 
 def _said(given: Mapping[str, Any]) -> bytes | None:
@@ -200,7 +204,7 @@ def _tree(
     row: Method,
     given: Mapping[str, Any],
     count: int,
-    taken: Operands[Any] | Again[Any] | Known,
+    taken: Operands[Any] | Again[Any],
     has_base: bool,
     seed: int | None,
 ) -> Node:
@@ -216,7 +220,7 @@ def _tree(
             leaves[count] if len(leaves) > count else None,
             {p.name: _value(row, p.name, given) for p in row.parameters if not p.per_model},
             tuple(_operand_values(row, given, index, count) for index in range(count)),
-            seed,
+            _seed(row, seed),
         )
     )
 

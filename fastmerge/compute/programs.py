@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from fastmerge import _C
-from fastmerge.compute.tensor import Step, factors_of, is_wide, named
+from fastmerge.compute.tensor import Step, is_wide, named, sums_wide
 from fastmerge.errors import FastmergeError
 from fastmerge.methods import Consensus
-from fastmerge.methods.types import Float64
 from fastmerge.selection import RANKED
-from fastmerge.tree.collapse import Collapsed
+from fastmerge.tree.collapse import Collapsed, coefficients_of_one
 from fastmerge.tree.nodes import Node, Stored
 
 
@@ -60,15 +59,14 @@ def _sum(step: Step, tree: Collapsed, name: str, to_fp32: bool) -> _C.Program | 
 
 
 def _measured(
-    tree: Collapsed, name: str, to_fp32: bool, gram: Float64
+    tree: Collapsed, name: str, to_fp32: bool, gram: list[list[float]]
 ) -> tuple[Sequence[float], bool]:
     """The coefficients of this Gram matrix, and whether they are summed in float64."""
     try:
-        factors, _ = factors_of(tree, gram)
+        numbers = coefficients_of_one(tree, gram)
     except FastmergeError as error:
         raise named(error, name) from None
-    numbers: list[float] = factors.tolist()
-    return numbers, is_wide(tree, factors, to_fp32)
+    return numbers, sums_wide(tree, numbers, to_fp32)
 
 
 def _vote(step: Step, name: str, shape: tuple[int, ...]) -> _C.Program | None:
@@ -78,8 +76,8 @@ def _vote(step: Step, name: str, shape: tuple[int, ...]) -> _C.Program | None:
         _places((*step.node.operands, step.node.base)) != list(range(len(wanted) + 1))
         or step.spans is not None
         or not all(terms.weights)
-        or not terms.is_settled
         or any(spec.kind == RANKED for spec in wanted)
     ):
         return None
-    return _C.Vote(wanted, terms.weights, **vars(terms.agreement))
+    factors = [keep.factor for keep in terms.keep]
+    return _C.Vote(wanted, terms.weights, factors, **vars(terms.agreement))

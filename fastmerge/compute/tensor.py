@@ -93,17 +93,21 @@ def is_wide(tree: Collapsed, factors: Float64, to_fp32: bool) -> bool:
     same, where their entries are opposite, and for large coefficients: multislerp gives a delta of
     a thousandth of the others' length a thousandfold weight, which the base's takes back.
     """
-    if not tree.is_measured or len(tree.parts) == 1:
-        return False
-    if to_fp32:
-        return True
-    if factors.ndim == 1:  # NumPy's functions take 6 us of a call
-        numbers: list[float] = factors.tolist()
-        alike = len(numbers) == 2 and abs(numbers[0] - numbers[1]) <= _FP32 * abs(numbers[0])
-        return alike or max(map(abs, numbers)) > _LARGE
+    if factors.ndim == 1:
+        return sums_wide(tree, factors.tolist(), to_fp32)
+    if not tree.is_measured or len(tree.parts) == 1 or to_fp32:
+        return tree.is_measured and len(tree.parts) > 1
     first, last = factors[..., 0], factors[..., -1]
     alike = len(tree.parts) == 2 and bool(np.any(abs(first - last) <= _FP32 * abs(first)))
     return alike or bool(np.abs(factors).max(initial=0.0) > _LARGE)
+
+
+def sums_wide(tree: Collapsed, numbers: Sequence[float], to_fp32: bool) -> bool:
+    """`is_wide` of one tensor's coefficients: NumPy's functions take 6 us of a call."""
+    if not tree.is_measured or len(numbers) == 1:
+        return False
+    alike = len(numbers) == 2 and abs(numbers[0] - numbers[1]) <= _FP32 * abs(numbers[0])
+    return to_fp32 or alike or max(map(abs, numbers)) > _LARGE
 
 
 def effective(

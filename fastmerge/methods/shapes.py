@@ -57,11 +57,17 @@ class Factors:
 Rule = Callable[["Float64 | None", Values, Sequence[Values], bool], Factors]
 
 
+# The rule of one finite matrix of numbers in rows, without a base, to the numbers of its `Factors`,
+# which has no divisor: Python takes a few microseconds less for those than for arrays.
+RuleOfOne = Callable[[Sequence[Sequence[float]], Values], Sequence[float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Combination(Method):
     """A linear combination of the operands with coefficients from their Gram matrix."""
 
     rule: Rule
+    of_one: RuleOfOne | None = None
     needs_gram: bool = True  # whether the rule reads the Gram matrix
     batched: bool = False  # whether it takes a stack of them: (vectors, m, m)
     axis: Callable[[Values], int | None] = lambda values: None  # 1: row by row, 0: column by column

@@ -117,6 +117,7 @@ _ROWS: tuple[Method, ...] = (
         "Shoemake 1985, doi:10.1145/325165.325242",
         (T,),
         base="first", min_operands=2, max_operands=2, rule=combination.slerp, batched=True,
+        of_one=combination.slerp_of_one,
     ),
     Combination(
         "nuslerp", "spherical interpolation with weights, of models or deltas; whole or by vector",

@@ -113,6 +113,15 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     return fold(tree.root, vector, units)
 
 
+def coefficients_of_one(tree: Collapsed, gram: list[list[float]]) -> Sequence[float]:
+    """`coefficients` of one matrix, in Python's numbers where the rule has them for it."""
+    rule = combination(tree.root).of_one if tree.is_own and tree.reference is None else None
+    if rule is not None and math.isfinite(sum(map(sum, gram))):
+        return rule(gram, tree.root.values)
+    numbers: list[float] = coefficients(tree, np.array(gram)).tolist()
+    return numbers
+
+
 def _is_finite(gram: Float64) -> bool:
     if gram.ndim == 2:  # NumPy's sum takes 2 us of a call
         return math.isfinite(sum(map(sum, gram.tolist())))
