@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +107,21 @@ def average_recipe(
     return recipe
 
 
+def _is_in_memory(model: object) -> bool:
+    """Whether it is a state dictionary, or a module that has one."""
+    return isinstance(model, Mapping) or callable(getattr(model, "state_dict", None))
+
+
 def _chosen(models: Models, pattern: str | None) -> list[str]:
+    if _is_in_memory(models):
+        raise FastmergeError("models: one model in memory; average takes several, on disk")
     given = [models] if isinstance(models, (str, os.PathLike)) else a_list(models, "models")
     for at, name in enumerate(given):
+        if _is_in_memory(name):
+            raise FastmergeError(
+                f"models[{at}]: a {type(name).__name__} in memory; average takes models on disk, "
+                "merge_state_dicts(models, 'linear') state dictionaries and modules"
+            )
         a_path(name, f"models[{at}]")
     names = [os.fspath(name) for name in given]  # a URL's two slashes are one in a Path
     if pattern is not None:

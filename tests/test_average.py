@@ -334,3 +334,19 @@ def test_adapters_alone_are_refused(zoo: Any) -> None:
     for models in ([folder], [base, folder]):
         with pytest.raises(UnsupportedError, match=r"lora: a LoRA adapter.*BASE\+.*lora, or merge"):
             average_recipe(models)
+
+
+def test_models_in_memory_have_a_call_of_their_own(tmp_path: Path) -> None:
+    import torch
+
+    state = {"w": torch.zeros(2)}
+    for models, said in (
+        ([state, state], r"models\[0\]: a dict in memory; .*merge_state_dicts\(models, 'linear'\)"),
+        ([torch.nn.Linear(1, 1)] * 2, r"models\[0\]: a Linear in memory; .*merge_state_dicts"),
+        (state, "models: one model in memory"),
+    ):
+        with pytest.raises(fastmerge.FastmergeError, match=said) as caught:
+            fastmerge.average(models, tmp_path / "out")  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    merged = fastmerge.merge_state_dicts([state, state], "linear", parameters={"weight": 1})
+    assert merged["w"].tolist() == [0, 0]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import fastmerge
+from fastmerge.models.hub import _reason, _remedy
 
 pytest.importorskip("obstore")
 pytest.importorskip("huggingface_hub")
@@ -28,6 +29,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folders: dict[str, Path] = {}
+        self.gated: set[str] = set()  # whose files are refused
         self.asked: list[tuple[str, str | None]] = []
 
 
@@ -41,6 +43,13 @@ class Handler(BaseHTTPRequestHandler):
         words = path.strip("/").split("/")
         if words[:2] == ["api", "models"]:
             folder = self.server.folders.get("/".join(words[2:4]))
+            if folder is not None and words[4:] == ["tree", SHA]:
+                tree = [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"}
+                    for f in folder.iterdir()
+                ]
+                self.answer(200, json.dumps(tree).encode(), {"content-type": "application/json"})
+                return
             if folder is None or (words[4:] and words[4:] != ["revision", "v1"]):
                 self.answer(404, b"{}", {"x-error-code": "RepoNotFound"})
                 return
@@ -48,10 +57,14 @@ class Handler(BaseHTTPRequestHandler):
             said = {"id": "/".join(words[2:4]), "sha": SHA, "siblings": files}
             self.answer(200, json.dumps(said).encode(), {"content-type": "application/json"})
         elif words[2:3] == ["resolve"] and words[-1].endswith(".safetensors"):
+            if "/".join(words[:2]) in self.server.gated:
+                said = f"Access to model {words[1]} is restricted and you are not in the list."
+                self.answer(403, b"", {"x-error-code": "GatedRepo", "x-error-message": said})
+                return
             self.answer(302, b"", {"location": f"/cdn{path}"})
         else:
             name = "/".join(words[1:3] if words[0] == "cdn" else words[:2])
-            file = self.server.folders[name] / words[-1]
+            file = self.server.folders.get(name, Path("/none")) / words[-1]
             if SHA not in words or not file.is_file():
                 self.answer(404, b"", {})
                 return
@@ -127,3 +140,36 @@ def test_what_is_not_there_is_one_line(
     done = command(hub, "average", name, "-o", tmp_path / "out")
     assert done.returncode == 2 and said in done.stderr
     assert done.stderr.count("\n") == 1 and "very_secret" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["hf://org/tune@v1", "org/tune@v1"])
+def test_a_gated_repository_says_what_opens_it(
+    zoo: Any, hub: Hub, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of its files is everybody's, the weights are not."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    hub.folders, hub.gated = {"org/tune": zoo.base("tune")}, {"org/tune"}
+    done = command(hub, "average", name, "-o", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    _, found, said = done.stderr.partition("error: ")  # behind the Hub's library's own bar
+    assert found and "Request ID" not in said, done.stderr
+    assert "accept its terms at https://huggingface.co/org/tune; log in by `hf auth login`" in said
+    assert "very_secret" not in done.stderr
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_the_hub_itself_says_comes_first(status: int) -> None:
+    class Answer:
+        status_code = status
+
+    class GatedRepoError(Exception):
+        response = Answer()
+        server_message = "" if status == 401 else "Access to model x is restricted. Log in."
+
+    said = GatedRepoError(f"{status} Client Error. (Request ID: 1)\n\nCannot access it at url u.")
+    assert "Request ID" not in _reason(said)
+    assert _reason(said).startswith(
+        "GatedRepoError: " + ("Cannot access" if status == 401 else "Access to model x")
+    )
+    assert "https://huggingface.co/org/x;" in _remedy(said, "org/x")
+    assert _remedy(ConnectionError("no route"), "org/x") == ""

@@ -19,7 +19,7 @@ import pytest
 
 import fastmerge
 from fastmerge import retrograde, search
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FastmergeError, command_line
 from fastmerge.search import optimisers
 from fastmerge.search.folder import LOCK_FILE
 from fastmerge.search.report import lines_for, verdict
@@ -465,6 +465,17 @@ def test_a_function_from_python_needs_no_section(models: list[Path], tmp_path: P
     file["evaluate"] = {"stages": [1, 2]}
     with pytest.raises(FastmergeError, match="'stages' not all candidates cost the same"):
         search.run(file, tmp_path / "none", score=_of_the_head, threads=1)
+
+
+def test_nothing_that_scores_names_the_argument(models: list[Path], tmp_path: Path) -> None:
+    file = file_of(models, budget={"candidates": 3})
+    for section in (None, {"limit": 4}):
+        file["evaluate"] = section
+        with pytest.raises(FastmergeError, match=r"pass score=, a function"):
+            search.run(file, tmp_path / "none", threads=1)
+        with command_line(), pytest.raises(FastmergeError) as caught:
+            search.run(file, tmp_path / "none", threads=1)
+        assert "score=" not in str(caught.value)
 
 
 def test_a_second_run_in_one_folder_is_refused(models: list[Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastmerge.arguments import a_path
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, argument
 from fastmerge.evaluation.split import Split
 from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict, placed
@@ -92,7 +92,7 @@ class Evaluate(Section):
     def check(self) -> None:
         ways = [w for w in WAYS if self.registered.get(w) or getattr(self, w, None)]
         if len(ways) != 1:
-            found = f"found {' and '.join(ways)}" if ways else "found none"
+            found = f"found {' and '.join(ways)}" if ways else f"found none{or_score()}"
             raise RecipeError(f"{self.where}: steer by exactly one of {', '.join(WAYS)}; {found}")
         if list(self.stages) != sorted(set(self.stages)):
             raise RecipeError(f"{self.at('stages')}: 'stages' must rise")
@@ -156,6 +156,11 @@ class Evaluate(Section):
         found = {name: getattr(self, name) for name in ("dtype", "device", "max_length", "limit")}
         # Only where there is one: what was scored without keeps its key.
         return found if self.split is None else {**found, "split": self.split.plain()}
+
+
+def or_score() -> str:
+    """What a Python caller may do where nothing scores."""
+    return " (or pass score=, a function)" if argument("score") == "score" else ""
 
 
 def for_function(document: LocatedDict) -> LocatedDict:

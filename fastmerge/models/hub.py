@@ -65,12 +65,34 @@ def resolve(
     except (
         Exception
     ) as error:  # its own, httpx's, requests' and the OS's errors share no base class
-        reason = first_sentences(str(error)) or type(error).__name__
         raise ModelError(
             f"{reference}: not a local folder, and the Hub did not provide it "
-            f"({type(error).__name__}: {reason}){_near_here(reference)}"
+            f"({_reason(error)}){_remedy(error, name) or _near_here(reference)}"
         ) from error
     return Path(found)
+
+
+def _reason(error: Exception) -> str:
+    """What it says; of the Hub's answers without the status and the request's number, which come
+    first.
+    """
+    said = getattr(error, "server_message", None) or str(error).rpartition("\n\n")[2]
+    kind = type(error).__name__
+    return f"{kind}: {first_sentences(str(said)) or kind}"
+
+
+def _remedy(error: Exception, name: str) -> str:
+    """What to do where the Hub gives a repository to some alone, as a hint."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return f"; {access(name)}" if status in (401, 403) else ""
+
+
+def access(name: str) -> str:
+    """What makes the Hub give the repository ``owner/name`` that it refuses."""
+    return (
+        f"if it is gated, accept its terms at https://huggingface.co/{name}; log in by "
+        "`hf auth login`, or set HF_TOKEN"
+    )
 
 
 def _near_here(reference: str) -> str:
@@ -115,9 +137,9 @@ def repository(reference: str) -> Repository:
     except (
         Exception
     ) as error:  # its own, httpx's, requests' and the OS's errors share no base class
-        reason = first_sentences(str(error)) or type(error).__name__
         raise ModelError(
-            f"{reference}: the Hub does not say what is in it ({type(error).__name__}: {reason})"
+            f"{reference}: the Hub does not say what is in it ({_reason(error)})"
+            f"{_remedy(error, name)}"
         ) from error
     at = hf_hub_url(name, "x", revision=info.sha, endpoint=constants.ENDPOINT)
     names = tuple(each.rfilename for each in info.siblings or ())

@@ -23,7 +23,7 @@ from fastmerge.limits import (
 from fastmerge.models.ahead import Ahead
 from fastmerge.models.folder import INDEX, SINGLE, weight_map_of
 from fastmerge.models.header import LFS_POINTER, FileTensor, Header, as_object, parse_header, show
-from fastmerge.models.hub import repository, token_header
+from fastmerge.models.hub import access, repository, token_header
 from fastmerge.models.side_files import SideFiles, is_known, is_weights
 from fastmerge.models.store import EmptyError, asked, check_plain, check_stays, library, open_store
 from fastmerge.once import cached_property
@@ -352,8 +352,16 @@ class Remote:
         except (FileNotFoundError, EmptyError):
             raise self._changed(file.name) from None
 
+    @property
+    def _access(self) -> str:
+        if not self.label.startswith("hf://"):
+            return ""
+        return access(self.label.removeprefix("hf://").partition("@")[0].rstrip("/"))
+
     def _asked(self, name: str, ask: Callable[[], R]) -> R:
-        return asked(f"{self._base}/{name}", ask, changed=lambda: self._changed(name))
+        return asked(
+            f"{self._base}/{name}", ask, changed=lambda: self._changed(name), access=self._access
+        )
 
     def _changed(self, name: str) -> ModelError:
         return ModelError(

@@ -126,22 +126,23 @@ def asked(
     *,
     changed: Callable[[], FastmergeError] | None = None,
     writing: bool = False,
+    access: str = "",
 ) -> R:
     """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError,
     or OutputError if ``writing``, in one line, which begins with ``where``; ``changed()`` where
-    the object has another ETag; FileNotFoundError, EmptyError.
+    the object has another ETag; FileNotFoundError, EmptyError. ``access``: what to do where the
+    store refuses.
     """
     faults = library().exceptions
     kind: type[FastmergeError] = OutputError if writing else ModelError
     gives, may, done = ("take", "write", "written") if writing else ("give", "read", "read")
+    usual = f"set credentials that may {may} it, and have not expired, in the environment"
+    refusal = f"{where}: the store refuses to {gives} it; {access or usual}"
     for attempt in range(ATTEMPTS):
         try:
             return ask()
         except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
-            raise kind(
-                f"{where}: the store refuses to {gives} it; set credentials that may {may} it, and "
-                "have not expired, in the environment"
-            ) from error
+            raise kind(refusal) from error
         except faults.PreconditionError as error:
             raise (changed() if changed else kind(f"{where}: {error}")) from error
         except FileNotFoundError as error:
@@ -157,10 +158,7 @@ def asked(
             if "416 Range Not Satisfiable" in str(error):
                 raise EmptyError from error
             if "ExpiredToken" in str(error) or "InvalidAccessKeyId" in str(error):
-                raise kind(
-                    f"{where}: the store refuses to {gives} it; set credentials that may {may} it, "
-                    "and have not expired, in the environment"
-                ) from error
+                raise kind(refusal) from error
             if "NoSuchBucket" in str(error):
                 raise kind(f"{where}: there is no such bucket") from error
             if attempt == ATTEMPTS - 1:

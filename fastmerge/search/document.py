@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastmerge.arguments import a_flag
-from fastmerge.errors import RecipeError
-from fastmerge.evaluation.settings import Evaluate, for_function
+from fastmerge.errors import RecipeError, in_words
+from fastmerge.evaluation.settings import Evaluate, for_function, or_score
 from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.section import Section, expand, field, one_of, real, whole
@@ -121,4 +121,6 @@ def load(source: Any, *, is_scored: bool = False) -> SearchFile:
     is_file = not isinstance(source, Mapping) and "\n" not in str(source)
     folder = Path(os.fspath(source)).parent if is_file else Path()
     document = for_function(documents[0]) if a_flag(is_scored, "is_scored") else documents[0]
-    return SearchFile(document).replace(text=written, folder=folder)
+    missing = "'evaluate' is missing"
+    with in_words({f"{missing}$": f"{missing}; say there what scores{or_score()}"}):
+        return SearchFile(document).replace(text=written, folder=folder)
