@@ -241,6 +241,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[tuple[str, str 
 
     stand_in = types.ModuleType("huggingface_hub")
     stand_in.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    stand_in.constants = types.SimpleNamespace(HF_HUB_CACHE="none")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", stand_in)
     return asked
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
 from fastmerge.errors import ModelError, ResourceError, first_sentences, near_miss
 from fastmerge.extras import install
+from fastmerge.limits import MAX_CONFIG_BYTES, MAX_REF_BYTES
+from fastmerge.models.header import readable
 from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -48,16 +51,19 @@ def resolve(
     if is_path(reference):
         raise no_such_path(reference, Path())
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError:
         raise ResourceError(
             f"{reference}: not a local folder, and fetching it from the Hub needs "
             "`pip install huggingface_hub`"
         ) from None
+    asked = revision or pinned or None
+    kept = Path(cache or constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    _check_kept(kept, asked or "main")
     try:
         found = snapshot_download(
             name,
-            revision=revision or pinned or None,
+            revision=asked,
             cache_dir=cache,
             allow_patterns=list(_HUB_PATTERNS),
             ignore_patterns=list(_HUB_IGNORED),
@@ -93,6 +99,41 @@ def access(name: str) -> str:
         f"if it is gated, accept its terms at https://huggingface.co/{name}; log in by "
         "`hf auth login`, or set HF_TOKEN"
     )
+
+
+def _check_kept(repository: Path, revision: str) -> None:
+    """Raises ModelError for what the Hub's library would follow out of its own folder, or wait for:
+    it opens what its cache holds as it lies there, and a cache may come from somebody else.
+    """
+    root = os.path.realpath(repository)
+    snapshots, trees = f"{root}/snapshots", f"{root}/trees"
+    ref = f"{root}/refs/{revision}"
+    files = {ref: MAX_REF_BYTES}
+    with readable(repository):
+        if os.path.isdir(trees):
+            files |= {f"{trees}/{name}": MAX_CONFIG_BYTES for name in os.listdir(trees)}
+        folders = [snapshots]
+        if os.path.isdir(snapshots):
+            folders += (f"{snapshots}/{name}" for name in os.listdir(snapshots))
+        for place in (*files, *folders):
+            if "\0" in place or os.path.realpath(place) != place:
+                raise ModelError(
+                    f"{place}: leads elsewhere, which nothing in the Hub's cache does but its "
+                    "files to their blobs; delete it, or name another revision"
+                )
+        for place, most in files.items():
+            if not os.path.lexists(place):
+                continue
+            status = os.lstat(place)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                raise ModelError(
+                    f"{place}: not a regular file of at most {most} bytes, as the Hub's cache has "
+                    "them; delete it"
+                )
+        if os.path.lexists(ref):
+            commit = Path(ref).read_bytes()
+            if b"/" in commit or commit in (b"", b".", b".."):
+                raise ModelError(f"{ref}: names no commit; delete it")
 
 
 def _near_here(reference: str) -> str:
