@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -143,15 +142,3 @@ def _listed(
     if "fold" in request.kinds:
         made += wholes.folds(models, request, place, about)
     return made
-
-
-def writable(path: Path | None, option: str) -> None:
-    """OutputError where a file could not be written at the end: before minutes of work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{option}: {path}: is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{option}: {path}: no folder {path.parent}; create it")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise OutputError(f"{option}: {path}: cannot be written")

@@ -67,12 +67,13 @@ def bench(
     """Measure merges on this machine beside what it can do at best, as Markdown."""
     from fastmerge.bench import request as asked
     from fastmerge.bench.report import as_json, markdown
-    from fastmerge.bench.run import run, writable
+    from fastmerge.bench.run import run
+    from fastmerge.cli.files import check_file, write_result
     from fastmerge.compute.cpu import thread_count
     from fastmerge.models.adapter import is_adapter
 
-    writable(json, "--json")
-    writable(plot, "--plot")
+    check_file(json, "--json")
+    check_file(plot, "--plot")
     if json is not None and plot is not None and json.resolve() == plot.resolve():
         raise OutputError(f"--json and --plot: both are {json}; give two files")
     if plot is not None:
@@ -99,15 +100,8 @@ def bench(
     report = run(wanted, lambda text: say(f"bench: {text}", quiet=quiet))
     put(*markdown(report).splitlines())
     if json is not None:
-        _write(json, as_json(report).encode())
+        write_result(json, as_json(report).encode())
     if plot is not None:
         from fastmerge.bench.plots import report_png
 
-        _write(plot, report_png(report))
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        write_result(plot, report_png(report))

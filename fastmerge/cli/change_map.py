@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmerge.errors import OutputError
+from fastmerge.cli.files import write_result
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.diff import TensorDifference
 from fastmerge.search.figures import new_figure, png
@@ -39,7 +39,4 @@ def write_change_map(tensors: Iterable[TensorDifference], file: Path) -> None:
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("layer")
     figure.colorbar(drawn, ax=axes, label="relative change, %")
-    try:
-        file.write_bytes(png(figure))
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror or error})") from error
+    write_result(file, png(figure))

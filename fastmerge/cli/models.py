@@ -101,8 +101,10 @@ def diff(
 ) -> None:
     """Compare the weights of A and B, tensor by tensor."""
     if plot is not None:
+        from fastmerge.cli.files import check_file
         from fastmerge.search.figures import require
 
+        check_file(plot, "--plot")
         require()
     from fastmerge.compute.cpu import isa, thread_count
     from fastmerge.models.diff import compare

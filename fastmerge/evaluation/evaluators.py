@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scorers import Scorer
-from fastmerge.evaluation.weights import SCORED
+from fastmerge.evaluation.weights import SCORED, clear
 
 Measure = Callable[[Any], Any]  # from what is asked for to what it comes to; both pickle
 # Makes an evaluator where it runs, from its number, which no other has had, and its threads.
@@ -98,8 +98,7 @@ def within(folder: Path, open_them: Callable[[], E]) -> Iterator[E]:
     run, in which ``SCORED`` is theirs; gone at the end.
     """
     scratch = folder / SCORED
-    if scratch.exists():
-        shutil.rmtree(scratch)  # of a run that was killed
+    clear(scratch)
     evaluators = open_them()
     try:
         yield evaluators

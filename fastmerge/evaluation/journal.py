@@ -6,13 +6,21 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastmerge.errors import OutputError
 from fastmerge.limits import MAX_JOURNAL_BYTES
-from fastmerge.output.working import check_ours, open_ours
+from fastmerge.output.place import explain
+from fastmerge.output.working import (
+    check_links,
+    check_not_others,
+    check_ours,
+    is_loose,
+    open_ours,
+)
 
 
 def digest(value: Any) -> str:
@@ -29,12 +37,18 @@ class Journal:
     """
 
     def __init__(self, path: Path | None) -> None:
-        """``path`` None keeps the results in memory only. Raises OutputError, OSError."""
+        """``path`` None keeps the results in memory only. Raises FastmergeError."""
         self._path = path
         self._known: dict[str, Any] = {}
         if path is None or not os.path.lexists(path):
             return
-        with open(open_ours(path), "r+b") as file:
+        try:
+            self._read(path)
+        except OSError as error:
+            raise explain(error, path) from error
+
+    def _read(self, path: Path) -> None:
+        with open_own(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_JOURNAL_BYTES:
                 raise OutputError(f"{path}: {size} bytes, over {MAX_JOURNAL_BYTES}; not a run's")
@@ -63,33 +77,77 @@ class Journal:
         return any(key.startswith(prefix) for key in self._known)
 
     def put(self, key: str, value: Any) -> None:
-        """Records a JSON-able value."""
+        """Records a JSON-able value. Raises FastmergeError where it cannot be written."""
         self._known[key] = value
         if self._path is None:
             return
-        with open(open_ours(self._path), "ab") as file:
-            file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open_own(self._path) as file:
+                file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise explain(error, self._path) from error
 
 
-def check_own(out: Path, name: str) -> None:
-    """Raises OutputError where the folder of a run, or what it keeps there under ``name``, is not
-    ours: others' results would decide what is merged. Links above the folder are the user's own.
+def open_own(path: Path) -> BinaryIO:
+    """The file of a run, made if need be, to read and to append to. Raises OutputError for one that
+    others can have written, OSError.
     """
-    if os.path.lexists(out):
-        place = Path(os.path.realpath(out))
-        check_ours(place, os.lstat(place), folder=True)
-        if os.path.lexists(place / name):
-            check_ours(place / name, os.lstat(place / name))
+    file = open(open_ours(path), "r+b")  # noqa: SIM115
+    if is_loose(os.fstat(file.fileno())):
+        file.close()
+        raise _loose(path)
+    return file
+
+
+def write_own(path: Path, data: str | bytes) -> None:
+    """`write_atomically` of a file of a run; OutputError or ResourceError where that fails."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise explain(OSError(error.errno, error.strerror, str(path)), path) from error
+
+
+def check_own(out: Path, *names: str) -> None:
+    """Raises OutputError where the folder of a run, or what it keeps there under ``names``, is not
+    ours, or others may write to it: their results would decide what is merged. Links above the
+    folder are the user's own.
+    """
+    check_links(out)
+    if not os.path.lexists(out):
+        return
+    place = Path(os.path.realpath(out))
+    status = os.lstat(place)
+    check_ours(place, status, folder=True)
+    found = [place / name for name in names if os.path.lexists(place / name)]
+    if found and is_loose(status):
+        raise _loose(place)
+    for path in found:
+        status = os.lstat(path)
+        is_folder = stat.S_ISDIR(status.st_mode)
+        check_ours(path, status, folder=is_folder)
+        if not is_folder and is_loose(status):
+            raise _loose(path)
+
+
+def _loose(path: Path) -> OutputError:
+    return OutputError(
+        f"{path}: other users may write to it, so that nothing in it is certain; if all is as you "
+        "left it: chmod go-w, else use another folder"
+    )
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """The whole file or the old one, never a part, and never through a link that lies there."""
+    """The whole file or the old one, never a part, and never through a link that lies there. Nobody
+    but us may write to it. Raises OutputError for another user's, OSError.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
+        if os.path.lexists(path):
+            check_not_others(path, os.lstat(path))
+        with open(os.open(temporary, flags, 0o644), "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastmerge import api, live
 from fastmerge.engine.merge import merge_plan
+from fastmerge.output.working import check_ours
 from fastmerge.planning.plan import Plan
 
 SCORED = ".scored"  # in a run's folder, while a scorer reads the model in it
@@ -76,18 +77,23 @@ class Merged:
         return {item.name: tensor for item, tensor in made}
 
     def __enter__(self) -> Merged:
-        left = None if self._near is None else self._near / SCORED  # of a run that was killed
-        if left is not None and os.path.lexists(left):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+        if self._near is not None:
+            clear(self._near / SCORED)
         return self
 
     def __exit__(self, *error: object) -> None:
         root, self._root = self._root, None
         if root is not None:
             shutil.rmtree(root)
+
+
+def clear(scratch: Path) -> None:
+    """Removes what a run that was killed had left at ``scratch``. Raises OutputError where that is
+    no folder of ours.
+    """
+    if os.path.lexists(scratch):
+        check_ours(scratch, os.lstat(scratch), folder=True)
+        shutil.rmtree(scratch)
 
 
 def model_of(weights: Any) -> Any:

@@ -16,6 +16,7 @@ from fastmerge.models.folder import INDEX, SINGLE
 from fastmerge.models.header import read_object
 from fastmerge.models.links import hub_repository
 from fastmerge.models.side_files import LINEAGE_FILE, OURS, is_known
+from fastmerge.output.working import check_links
 
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[\w.-]*|\.gitattributes")
 _MAX_NAME_BYTES = 220  # of the 255 that file systems take: the working folder's name is longer
@@ -37,8 +38,11 @@ def check_output(
 
 
 def real_target(target: Path) -> Path:
-    """``target`` with links followed; OutputError where no folder can have that name."""
+    """``target`` with links followed; OutputError where no folder can have that name, or another
+    user's link decides what it is.
+    """
     try:
+        check_links(target)
         real = Path(os.path.realpath(target))
         with suppress(FileNotFoundError):
             os.lstat(real)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -75,30 +76,43 @@ class Upload:
         # By the URL, so that the same command goes on where it was.
         name = f"fastmerge-{os.geteuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
         self._place = Path(tempfile.gettempdir(), name)
-        try:
-            with suppress(FileExistsError):
-                self._place.mkdir(mode=0o700)
-            status = os.lstat(self._place)
-        except OSError as error:
-            raise explain(error, self._place) from error
-        check_ours(self._place, status, folder=True)
-        if is_loose(status):
-            raise OutputError(f"{self._place}: other users could write to it; remove it")
         self.folder = self._place / url.rpartition("/")[2]
         self._parts = beside(self.folder, "parts")
         self._lock = -1
-        self._sent, self._stale = self._read_sent()
         try:
+            self._make_place()
+        except OSError as error:
+            raise explain(error, self._place) from error
+        try:
+            self._sent, self._stale = self._read_sent()
             self._check()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise explain(error, self._place) from error
             raise
+
+    def _make_place(self) -> None:
+        status = os.stat(self._place.parent)
+        if is_loose(status) and not status.st_mode & stat.S_ISVTX:
+            raise OutputError(
+                f"{self._place.parent}: others may write there and rename what is ours (no sticky "
+                "bit); set TMPDIR to another folder"
+            )
+        with suppress(FileExistsError):
+            self._place.mkdir(mode=0o700)
+        status = os.lstat(self._place)
+        check_ours(self._place, status, folder=True)
+        if is_loose(status):
+            raise OutputError(f"{self._place}: other users could write to it; remove it")
 
     def __enter__(self) -> Upload:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, OSError):
+            raise explain(error, self._place) from error
 
     def close(self) -> None:
         """Keeps what the next run goes on with."""
@@ -110,7 +124,9 @@ class Upload:
     def lock(self) -> None:
         """Raises OutputError where another process of this machine is merging or sending to it."""
         try:
+            self._make_place()  # again: one that had the lock until now removes it at its end
             self._lock = locked(self._place / _LOCK)
+            self._sent, self._stale = self._read_sent()
         except BlockingIOError:
             raise OutputError(
                 f"{self.url}: another merge or finish here is at work on it; wait for it"
@@ -215,7 +231,11 @@ class Upload:
                 there[name] = self._put(name)
                 self._say({"name": name, "tag": there[name], "job": job})
             tags[name] = there[name]
-        self._check_sent(tags)
+        try:
+            self._check_sent(tags)
+        except OutputError:
+            self._take_back(last, tags[last])
+            raise
         for name in self._stale:
             if name in before:
                 self._asked(name, lambda name=name: library().delete(self._store, name))
@@ -235,15 +255,16 @@ class Upload:
         sent: dict[str, tuple[str, str]] = {}
         stale: list[str] = []
         path = self._place / _SENT
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 said = json.loads(line)
-            except ValueError:  # empty, or the disk was full: what it would say is not known
+                if isinstance(said, list):
+                    stale = [name for name in said if isinstance(name, str)]
+                else:
+                    sent[str(said["name"])] = str(said["tag"]), str(said["job"])
+            # Empty, or the disk was full: what it would say is not known.
+            except (ValueError, RecursionError, LookupError, TypeError):
                 continue
-            if isinstance(said, list):
-                stale = said
-            else:
-                sent[said["name"]] = said["tag"], said["job"]
         return sent, stale
 
     def _is_sent(self, name: str, tag: str, job: str) -> bool:
@@ -286,6 +307,13 @@ class Upload:
                     f"{self.url}/{name}: somebody else wrote it meanwhile; nothing there loads "
                     "yet: run again when nobody writes to that prefix"
                 )
+
+    def _take_back(self, last: str, tag: str) -> None:
+        """Removes what makes a model of the others, if it is still ours: they no longer are."""
+        with suppress(FileNotFoundError):
+            meta = self._asked(last, lambda: library().head(self._store, last))
+            if _tag(meta) == tag:
+                self._asked(last, lambda: library().delete(self._store, last))
 
     def _check(self, of: str | None = None) -> dict[str, str]:
         """What is below the prefix, and its ETags; OutputError where anything is that may not be.

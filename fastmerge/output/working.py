@@ -16,7 +16,8 @@ from pathlib import Path
 
 from fastmerge.errors import OutputError
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_MOST_LINKS = 40  # on the way to a file: Linux follows no more
 
 
 class WorkingFolder:
@@ -123,7 +124,7 @@ def open_ours(path: Path) -> int:
 
 def is_loose(status: os.stat_result) -> bool:
     """Whether others may write to it: then nothing is known of what is in it."""
-    return bool(status.st_mode & _OTHERS_WRITE)
+    return bool(status.st_mode & OTHERS_WRITE)
 
 
 def check_ours(path: Path, status: os.stat_result, *, folder: bool = False) -> None:
@@ -134,7 +135,7 @@ def check_ours(path: Path, status: os.stat_result, *, folder: bool = False) -> N
         fault = "not a folder" if folder else "not a regular file"
     elif not folder and status.st_nlink > 1:
         fault = "a file with other names (hard links)"
-    elif status.st_uid != os.geteuid() and status.st_uid != _owner_here(path.parent):
+    elif _is_others(path, status):
         fault = f"another user's (uid {status.st_uid})"
     else:
         return
@@ -142,6 +143,53 @@ def check_ours(path: Path, status: os.stat_result, *, folder: bool = False) -> N
         f"{path}: {fault}, where a merge keeps its own work; remove it if nobody needs it, or "
         "choose another output"
     )
+
+
+def check_not_others(path: Path, status: os.stat_result) -> None:
+    """Raises OutputError for another user's file, link or whatever it is."""
+    if _is_others(path, status):
+        raise OutputError(
+            f"{path}: another user's (uid {status.st_uid}); remove it if nobody needs it, or "
+            "choose another output"
+        )
+
+
+def check_links(path: Path) -> None:
+    """Raises OutputError where a link that another user made in a folder that everybody may write
+    to decides where ``path`` leads: fs.protected_symlinks, which not every machine has set, nor any
+    in a folder that is not sticky. What does not exist is nobody's. OSError.
+    """
+    left = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts[1:]))
+    at, followed = Path("/"), 0
+    while left:
+        name = left.pop()
+        if name == "..":
+            at = at.parent
+            continue
+        place = at / name
+        try:
+            status = os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if not stat.S_ISLNK(status.st_mode):
+            at = place
+            continue
+        around, to, followed = os.stat(at), Path(os.readlink(place)), followed + 1
+        trusted = (0, os.geteuid(), around.st_uid)
+        if around.st_mode & stat.S_IWOTH and status.st_uid not in trusted:
+            raise OutputError(
+                f"{place}: a link ({to}) of another user's (uid {status.st_uid}) where everybody "
+                "may write; name the folder that is meant, or choose another output"
+            )
+        if followed > _MOST_LINKS:
+            return  # a circle: whoever opens it is told
+        if to.is_absolute():
+            at, to = Path("/"), to.relative_to("/")
+        left.extend(reversed(to.parts))
+
+
+def _is_others(path: Path, status: os.stat_result) -> bool:
+    return status.st_uid != os.geteuid() and status.st_uid != _owner_here(path.parent)
 
 
 def _owner_here(folder: Path) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastmerge.evaluation.journal import write_atomically
+from fastmerge.evaluation.journal import write_own
 from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.output.card import escaped, fenced
 from fastmerge.retrograde.findings import compare_lines, copy_text, finding, verdict_on_path
@@ -39,7 +39,7 @@ def write(result: Result) -> None:
     if out is None:
         return
     lines = compare_lines(result)
-    write_atomically(out / "trajectory.json", json.dumps(as_json(result, lines), indent=1) + "\n")
+    write_own(out / "trajectory.json", json.dumps(as_json(result, lines), indent=1) + "\n")
     pictures: dict[str, bytes] = {}
     if result.trajectory.models:
         pictures["trajectory.png"] = trajectory_png(result.trajectory)
@@ -50,10 +50,10 @@ def write(result: Result) -> None:
         if heat is not None:
             pictures["coefficients.png"] = heat
     for name, data in pictures.items():
-        write_atomically(out / name, data)
+        write_own(out / name, data)
     text = markdown(result, lines, list(pictures))
-    write_atomically(out / "report.md", text)
-    write_atomically(out / "report.html", page("Retrograde run", text, pictures))
+    write_own(out / "report.md", text)
+    write_own(out / "report.html", page("Retrograde run", text, pictures))
 
 
 # --- in words ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, OutputError, argument
-from fastmerge.evaluation.journal import Journal, check_own, write_atomically
+from fastmerge.evaluation.journal import Journal, check_own, write_own
 from fastmerge.evaluation.weights import SCORED
 from fastmerge.models.header import read_object
 from fastmerge.output.journal import locked
 from fastmerge.output.place import explain
+from fastmerge.output.working import OTHERS_WRITE, is_loose
 
 JOURNAL_FILE, HEADER_FILE, GRAM_FILE, MODEL_FOLDER = (
     "journal.jsonl",
@@ -36,7 +38,10 @@ class Hold:
     def __init__(self, out: Path) -> None:
         is_new = not os.path.exists(out)
         try:
+            check_own(out)
             out.mkdir(parents=True, exist_ok=True)
+            if is_new or not entries(out):
+                _keep_to_oneself(out)
             path = out.resolve() / LOCK_FILE
             descriptor, users = _held.get(path) or (locked(path), 0)
         except BlockingIOError:
@@ -51,6 +56,16 @@ class Hold:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _keep_to_oneself(out: Path) -> None:
+    """Nobody but us writes to the folder of a run from here on, whatever the umask: what is in it
+    will be believed.
+    """
+    status = os.stat(out)
+    if is_loose(status):
+        with suppress(OSError):  # a file system without modes: who resumes is told
+            out.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS_WRITE)
 
 
 def _release(path: Path, process: int, is_new: bool) -> None:
@@ -84,6 +99,7 @@ def prepare(
     from fastmerge.version import __version__
 
     try:
+        check_own(out, HEADER_FILE, JOURNAL_FILE, GRAM_FILE, MODEL_FOLDER)
         if entries(out) and not os.path.isfile(out / HEADER_FILE):
             raise OutputError(f"{out}: is not empty; give a new folder")
         hold = Hold(out)
@@ -98,7 +114,6 @@ def prepare(
 
 def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, resume: bool) -> int:
     path = out / HEADER_FILE
-    check_own(out, HEADER_FILE)
     if not resume and _holds_no_result(out):
         # It failed before its first result: who repeats it, mended or not, wants it to run. With
         # its seed where it is the same run, which may be at work.
@@ -125,7 +140,7 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
             raise OutputError(f"{out}: was begun with seed {recorded}, not {asked}")
         return recorded
     seed = own if asked is None else asked
-    write_atomically(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
+    write_own(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
     return seed
 
 

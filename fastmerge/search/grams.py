@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fastmerge.errors import OutputError
-from fastmerge.evaluation.journal import digest, write_atomically
+from fastmerge.evaluation.journal import digest, open_own, write_own
 from fastmerge.methods.types import Float64
-from fastmerge.output.place import explain
 from fastmerge.planning.plan import Plan
 from fastmerge.tree.nodes import Leaf, Merge, Stored, walk
 
@@ -38,14 +37,17 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
     """What an earlier run of the same models left; nothing where there was none. Raises OutputError
     for what no run leaves there: its folder may come out of an archive.
     """
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return {}
     count = {len(t.root.operands) for t in template.tensors if isinstance(t.root, Merge)}
     try:
-        with zipfile.ZipFile(path) as packed:
+        with open_own(path) as own:
+            data = io.BytesIO(own.read())
+        with zipfile.ZipFile(data) as packed:
             if any(part.compress_type != zipfile.ZIP_STORED for part in packed.infolist()):
                 raise ValueError("packed: of any size, when it is unpacked")
-        with np.load(path, allow_pickle=False) as file:
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as file:
             if str(file["key"]) != _gram_key(template):
                 return {}
             names, grams = [str(name) for name in file["names"]], file["grams"]
@@ -60,7 +62,7 @@ def cached_grams(path: Path, template: Plan) -> dict[str, Float64]:
 
 def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None:
     """Writes float64 (n, n) matrices by tensor to ``path``, whole or not at all, for the models of
-    ``template``. Raises OSError where it cannot be written.
+    ``template``. Raises FastmergeError where they cannot be written.
     """
     file = io.BytesIO()
     np.savez(
@@ -69,7 +71,4 @@ def keep_grams(path: Path, template: Plan, grams: Mapping[str, Float64]) -> None
         names=np.array(list(grams)),
         grams=np.stack(list(grams.values())),
     )
-    try:
-        write_atomically(path, file.getvalue())
-    except OSError as error:
-        raise explain(error, path) from error
+    write_own(path, file.getvalue())

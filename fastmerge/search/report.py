@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastmerge.evaluation.journal import write_atomically
+from fastmerge.evaluation.journal import write_own
 from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.statistics import untested
@@ -49,8 +49,8 @@ def write(found: Found) -> None:
     out, study = found.out, found.study
     lines = lines_for(found)
     text = json.dumps(as_json(found, lines), indent=1) + "\n"
-    write_atomically(out / RESULT_FILE, text)
-    write_atomically(out / BEST_FILE, found.recipe)
+    write_own(out / RESULT_FILE, text)
+    write_own(out / BEST_FILE, found.recipe)
     levels = {line.row.name: line.row.steer for line in lines[1:]}
     known = {name: scores for name, scores in levels.items() if math.isfinite(scores.value)}
     name = study.file.optimiser.name
@@ -63,10 +63,10 @@ def write(found: Found) -> None:
     if factors is not None:
         pictures["coefficients.png"] = heat_png(study.lab.space.names, factors, study.labels)
     for file, data in pictures.items():
-        write_atomically(out / file, data)
+        write_own(out / file, data)
     written = markdown(found, lines, pictures)
-    write_atomically(out / "report.md", written)
-    write_atomically(out / "report.html", page("Search", written, pictures))
+    write_own(out / "report.md", written)
+    write_own(out / "report.html", page("Search", written, pictures))
 
 
 # --- for programs ---

@@ -17,21 +17,30 @@ from fastmerge import api
 from fastmerge.arguments import a_list, a_path, a_text, one_of, plain
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
-from fastmerge.errors import FastmergeError, OutputError, RecipeError, UnsupportedError, argument
+from fastmerge.errors import (
+    FastmergeError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    UnsupportedError,
+    argument,
+)
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.evaluators import Measure, same_scorer
-from fastmerge.evaluation.journal import check_own, digest, write_atomically
+from fastmerge.evaluation.journal import check_own, digest, write_own
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.scorers import Scorer, Scoring, check_kept
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
 from fastmerge.evaluation.weights import SCORED, Merged
+from fastmerge.limits import MAX_JOURNAL_BYTES
 from fastmerge.llama import beside
 from fastmerge.methods.table import T
 from fastmerge.methods.types import Float64
+from fastmerge.models.header import read_object
 from fastmerge.models.model import folder_of
 from fastmerge.models.side_files import is_tokenizer
-from fastmerge.output.place import check_space
+from fastmerge.output.place import check_space, explain
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.planner import make_plan
 from fastmerge.progress import Progress, Shown, shown
@@ -292,9 +301,12 @@ def _swept(
     key = digest([plan.key, None if scorer is None else scorer.key])
     if resume and scorer is not None:
         check_kept(scorer)
-    known = _known(out, key, resume)
-    outlook = _outlook(plan, values, known, write, scored=scorer is not None)
-    check_space(_existing(out), outlook.nbytes)
+    try:
+        known = _known(out, key, values, resume)
+        outlook = _outlook(plan, values, known, write, scored=scorer is not None)
+        check_space(_existing(out), outlook.nbytes)
+    except OSError as error:
+        raise explain(error, out) from error
     if on_start is not None:
         on_start(outlook)
     points = []
@@ -311,7 +323,7 @@ def _swept(
             if point.scores is None and measured is not None:
                 point = replace(point, scores=measured(t))
             if point.out is None and write == "all":
-                folder = out / f"t={repr(t).removesuffix('.0')}"
+                folder = out / _folder_of(t)
                 _write(swept.plan(t), folder, threads, overwrite=resume)
                 point = replace(point, out=folder)
             points.append(point)
@@ -325,7 +337,7 @@ def _swept(
             _save(out, key, known, best.t)
     if scorer is not None:
         pairs = [(point.t, point.scores) for point in points if point.scores is not None]
-        write_atomically(out / "sweep.png", sweep_png(pairs))
+        write_own(out / "sweep.png", sweep_png(pairs))
     return points
 
 
@@ -385,14 +397,18 @@ def _save(out: Path, key: str, known: Mapping[float, Point], best: float | None 
     table: dict[str, Any] = {"key": key, "points": [_json(known[t]) for t in sorted(known)]}
     if best is not None:
         table["best"] = {"t": best, "model": BEST}
-    write_atomically(out / FILE, json.dumps(table, indent=1) + "\n")
+    write_own(out / FILE, json.dumps(table, indent=1) + "\n")
 
 
-def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
+def _folder_of(t: float) -> str:
+    return f"t={repr(t).removesuffix('.0')}"
+
+
+def _known(out: Path, key: str, values: Sequence[float], resume: bool) -> dict[float, Point]:
     """The points of an interrupted sweep by t; FastmergeError where ``out`` holds anything else."""
+    check_own(out, FILE, BEST, *(_folder_of(t) for t in values))
     if not entries(out):
         return {}
-    check_own(out, FILE)
     begun = os.path.isfile(out / FILE)
     if not begun and resume:
         raise OutputError(f"{out}: holds no sweep to resume ({FILE} is missing)")
@@ -414,10 +430,10 @@ def _known(out: Path, key: str, resume: bool) -> dict[float, Point]:
 def _table(file: Path, out: Path) -> tuple[str, dict[float, Point]]:
     """A sweep's key and its points, without the folders that are gone."""
     try:
-        table = json.loads(file.read_text())
+        table = read_object(file, max_bytes=MAX_JOURNAL_BYTES)
         points = {entry["t"]: _point(entry, out) for entry in table["points"]}
         key = table["key"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise OutputError(f"{file}: is damaged; use another folder") from None
     gone = {t: replace(p, out=None) for t, p in points.items() if p.out and not p.out.is_dir()}
     return key, {t: p for t, p in {**points, **gone}.items() if p.scores or p.out}
@@ -434,4 +450,7 @@ def _json(point: Point) -> dict[str, Any]:
 
 def _point(entry: Mapping[str, Any], out: Path) -> Point:
     scores = Scores.from_json(entry["tasks"]) if "tasks" in entry else None
-    return Point(entry["t"], scores, out / entry["model"] if "model" in entry else None)
+    t = entry["t"]
+    if entry.get("model", _folder_of(t)) != _folder_of(t):
+        raise ValueError("a model that no sweep wrote")
+    return Point(t, scores, out / entry["model"] if "model" in entry else None)
