@@ -243,3 +243,57 @@ def test_damage_in_what_parts_share_is_one_line(zoo) -> None:
     manifest = folder / "plan" / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:100])
     refused(lambda: fastmerge.finish(out), str(manifest), "it is damaged: remove the folder")
+
+
+def test_no_link_leads_finish_to_the_user_s_own_weights(zoo) -> None:
+    """Of parts out of an archive: a file of the planned size and header was moved from there."""
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    folder = zoo.root / ".out.fastmerge-parts"
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    for own in (folder / "part-00002.0001", folder / "plan"):
+        own.rename(zoo.root / "own")
+        own.symlink_to(zoo.root / "own")
+        before = sorted(path.name for path in (zoo.root / "own").rglob("*"))
+        refused(lambda: fastmerge.finish(out), f"{own.name}: a link")
+        if own.name.startswith("part"):
+            again = (2, len(list(folder.glob("part-*.run"))))
+            refused(
+                lambda again=again: fastmerge.merge(
+                    recipe, out, part=again, max_shard_bytes=SHARD_BYTES
+                ),
+                f"{own.name}: a link",
+            )
+        assert sorted(path.name for path in (zoo.root / "own").rglob("*")) == before
+        own.unlink()
+        (zoo.root / "own").rename(own)
+    fastmerge.finish(out)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"nonfinite": "x"}, {"nonfinite": None}, {"nonfinite": 1e999}, {"rounding": 0.5},
+        {"rounding": "x", "size": 1.0}, {"size": 1.0}, {"checksum": 7},
+    ],
+)  # fmt: skip
+def test_what_a_tensor_came_to_is_checked(zoo, result: dict) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    (file,) = (zoo.root / ".out.fastmerge-parts").glob("part-00001.0001.run")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    entry = next(line for line in lines if isinstance(line, list))
+    entry[1] |= result
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused(lambda: fastmerge.finish(out), "parts")
+    assert not out.exists()
+
+
+def test_a_run_that_no_part_wrote(zoo) -> None:
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    in_parts(recipe, out, 2, max_shard_bytes=SHARD_BYTES)
+    (file,) = (zoo.root / ".out.fastmerge-parts").glob("part-00001.0001.run")
+    head = json.loads(file.read_text().splitlines()[0])
+    file.write_text(json.dumps(head | {"pid": 1e999}) + "\n")
+    refused(lambda: fastmerge.finish(out), "1/2 (stopped, 0 tensors done)")
+    os.truncate(file, 20 << 30)
+    refused(lambda: fastmerge.finish(out), file.name, "no part's")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -359,3 +361,121 @@ def test_a_note_that_is_damaged_counts_for_nothing(models: list[Path], text: byt
     begun.folder.mkdir()
     assert fastmerge.merge(recipe(models), there).url == there
     assert not begun._place.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"7", b'{"name": 7}', b"\xff\xfe", b"[" * 5000, b"[7]", b'{"name": [], "tag": 1}'],
+)
+def test_a_note_of_what_was_sent_that_no_upload_writes(models: list[Path], line: bytes) -> None:
+    begun = upload.Upload(there)
+    begun.close()
+    begun._place.mkdir(mode=0o700)
+    (begun._place / upload._SENT).write_bytes(line + b"\n")
+    assert fastmerge.merge(recipe(models), there).url == there
+
+
+@pytest.mark.parametrize("name", [upload._SENT, upload._MERGED, upload._LOCK])
+def test_a_disk_that_fails_beside_an_upload_is_one_line(
+    models: list[Path], tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    """What cannot be noted is said as any full disk is, from Python too; the next run is right."""
+    opened, made = Path.open, os.open
+
+    def full(self: Path, *words: Any, **named: Any) -> Any:
+        if self.name == name:
+            raise OSError(28, "No space left on device", str(self))
+        return opened(self, *words, **named)
+
+    def unmade(path: Any, *words: Any, **named: Any) -> int:
+        if str(path).endswith(name):
+            raise OSError(28, "No space left on device", str(path))
+        return made(path, *words, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        patched.setattr(os, "open", unmade)
+        with pytest.raises(FastmergeError, match=rf"{name}: no space left on the device"):
+            fastmerge.merge(recipe(models), there)
+    assert "model.safetensors" not in objects(there)
+    fastmerge.merge(recipe(models), there)
+    assert "model.safetensors" in objects(there) and not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_model_that_another_writes_into_at_the_end_does_not_load(
+    models: list[Path], monkeypatch: Any
+) -> None:
+    """The line says so; the index stood there all the same."""
+    put = upload.Upload._put
+
+    def meddled(self: Any, name: str) -> str:
+        tag = put(self, name)
+        if name == "model.safetensors.index.json":
+            obstore.put(obstore.store.from_url(there), "config.json", b"{}")
+        return tag
+
+    monkeypatch.setattr(upload.Upload, "_put", meddled)
+    with pytest.raises(OutputError, match=r"config.json: somebody else wrote .* nothing there loa"):
+        fastmerge.merge(recipe(models), there, max_shard_bytes=20_000)
+    assert "model.safetensors.index.json" not in objects(there)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_uploads_are_merged_where_nobody_renames_them(
+    models: list[Path], tmp_path: Path, mode: int
+) -> None:
+    (tmp_path / "tmp").chmod(mode)
+    if mode & 0o1000:
+        fastmerge.merge(recipe(models), there)
+        return
+    with pytest.raises(OutputError, match=r"tmp: others may write .* set TMPDIR"):
+        fastmerge.merge(recipe(models), there)
+    assert not objects(there) and not os.listdir(tmp_path / "tmp")
+
+
+def test_a_merge_that_waited_for_the_lock_goes_on_from_there(
+    models: list[Path],
+) -> None:
+    """Its folder was removed by the one that had it, after both had looked at the store."""
+    second = upload.Upload(there)
+    fastmerge.merge(recipe(models), there)
+    second.lock()
+    second.close()
+    with pytest.raises(OutputError, match=r"holds \d objects already"):
+        fastmerge.merge(recipe(models), there)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_model_that_is_half_removed_is_not_sent(
+    models: list[Path], tmp_path: Path, monkeypatch: Any, parts: bool
+) -> None:
+    """Killed when all was sent: what lay there still was sent again as the whole model."""
+    remove, removed = shutil.rmtree, list[str]()
+
+    def killed(path: Any, *words: Any, **named: Any) -> None:
+        if (Path(path) / "fastmerge.json").is_file() and not removed:
+            for name in sorted(os.listdir(path))[1:4]:
+                removed.append(name)
+                (Path(path) / name).unlink()
+            raise Killed
+        remove(path, *words, **named)
+
+    said = {"max_shard_bytes": 20_000}
+    fastmerge.merge(recipe(models), tmp_path / "out", **said)
+    if parts:
+        fastmerge.merge(recipe(models), there, part=(1, 1), **said)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            fastmerge.finish(there) if parts else fastmerge.merge(recipe(models), there, **said)
+    assert removed and objects(there) == files(tmp_path / "out")
+    if parts:
+        with pytest.raises(OutputError, match="nothing to finish"):
+            fastmerge.finish(there)
+    else:
+        with pytest.raises(OutputError, match="holds 8 objects already"):
+            fastmerge.merge(recipe(models), there, **said)
+    assert objects(there) == files(tmp_path / "out")
+    fastmerge.merge(recipe(models), there, overwrite=True, **said)
+    assert objects(there) == files(tmp_path / "out")
+    assert not list((tmp_path / "tmp").iterdir())

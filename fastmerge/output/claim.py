@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError, ResourceError
+from fastmerge.limits import MAX_JOURNAL_BYTES
+from fastmerge.output.journal import is_entry
 from fastmerge.output.working import WorkingFolder
 
 BEAT_SECONDS = 5.0  # between the signs of life of a run
@@ -76,15 +78,19 @@ def _read(folder: WorkingFolder, name: str, number: int) -> Record:
     file = file_of(name, number)
     folder.check(file)
     found = Record(number)
+    size = size_of(folder.inside / file)
+    if size > MAX_JOURNAL_BYTES:
+        raise OutputError(
+            f"{folder.path / file}: {size} bytes, over {MAX_JOURNAL_BYTES}; no part's: remove it "
+            "and run that part again"
+        )
     for line in (folder.inside / file).read_bytes().split(b"\n")[:-1]:
         try:
             said = json.loads(line)
         except (ValueError, RecursionError):  # blocks that were never written, after a power cut
             break
-        if isinstance(said, list) and len(said) == 2:
-            name_, result = said
-            if isinstance(name_, str) and isinstance(result, dict):
-                found.entries[name_] = result
+        if is_entry(said):
+            found.entries[said[0]] = said[1]
         elif isinstance(said, dict):
             if not found.head:
                 found.head = said
@@ -139,7 +145,7 @@ def _start_of(pid: Any) -> str | None:
     """When the process began, in ticks of this boot; None where there is none, or a zombie."""
     try:
         text = Path(f"/proc/{int(pid)}/stat").read_text()
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return None
     words = text.rpartition(")")[2].split()  # its name may hold spaces: from the state on
     return None if words[0] in "ZX" else words[19]

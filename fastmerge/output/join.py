@@ -219,13 +219,12 @@ class _Join:
             for name, facts in shards[begin:end]:
                 moved = os.path.lexists(self.folder.inside / MODEL / name)
                 file = f"{MODEL if moved else folder}/{name}"
-                fault = file_fault(self.folder.inside / file, facts)
+                fault = file_fault(self.folder, file, facts)
                 if fault:
                     raise OutputError(
                         f"{self.folder.path / file}: {fault}: somebody changed it after part "
                         f"{number + 1}/{manifest.parts} had written it; {mend} again"
                     )
-                self.folder.check(file)
 
     def _write(
         self,
@@ -236,6 +235,8 @@ class _Join:
     ) -> None:
         """Adds what lies beside the weights."""
         files = {name: self.folder.inside / PLAN / FILES / name for name in manifest.files}
+        for name in files:
+            self.folder.check(f"{PLAN}/{FILES}/{name}")
         written = write_files(model.inside, files)
         for name, facts in manifest.files.items():
             if written[name] != facts:

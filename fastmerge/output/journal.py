@@ -20,12 +20,17 @@ def _is_head(line: Any) -> bool:
     return isinstance(line, dict) and {"job", "boot", "folder"} <= line.keys()
 
 
-def _is_entry(line: Any) -> bool:
+def is_entry(line: Any) -> bool:
+    """Whether a line of a journal names a tensor and what it came to, as a run writes it."""
+    if not (isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)):
+        return False
+    result = line[1]
     return (
-        isinstance(line, list)
-        and len(line) == 2
-        and isinstance(line[0], str)
-        and isinstance(line[1], dict)
+        isinstance(result, dict)
+        and isinstance(result.get("checksum", ""), str)
+        and type(result.get("nonfinite", 0)) is int
+        and ("rounding" in result) == ("size" in result)
+        and all(type(result.get(name, 0.0)) is float for name in ("rounding", "size"))
     )
 
 
@@ -82,7 +87,7 @@ class Journal:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            if not (_is_entry(entry) if found else _is_head(entry)):
+            if not (is_entry(entry) if found else _is_head(entry)):
                 self.failed = entry == _FAILED
                 if found and isinstance(entry, dict) and isinstance(entry.get("aside"), int):
                     self.aside = entry["aside"]

@@ -144,10 +144,11 @@ class PartWriter(Shards):
         """
         runs = records(self._folder, self._name)
         if runs and "done" in runs[-1].facts:
-            there = self._run_folder(runs[-1])
+            there = self._run_folder(runs[-1]).name
             # `finish` moves files, and looks at them itself.
             self.done = os.path.lexists(self._folder.inside / MODEL) or not any(
-                file_fault(there / shard.name, manifest.shards[shard.name]) for shard in self.shards
+                file_fault(self._folder, f"{there}/{shard.name}", manifest.shards[shard.name])
+                for shard in self.shards
             )
         if self.done:
             self.results = {n: r for n, r in runs[-1].entries.items() if self.is_own(n)}

@@ -166,6 +166,7 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
     path = folder.inside / PLAN / MANIFEST
     if not os.path.lexists(path):
         raise OutputError(f"{folder.path}: no part has begun in it; run one, or remove it")
+    folder.check(f"{PLAN}/{MANIFEST}")
     try:
         found = read_object(path, max_bytes=_MAX_BYTES)
     except ModelError as error:
@@ -190,18 +191,20 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
     return made
 
 
-def file_fault(path: Path, facts: Mapping[str, Any]) -> str:
-    """What is wrong with a finished weight file: nothing (""), if it has the size and the header
-    that its ``facts`` say.
+def file_fault(folder: WorkingFolder, file: str, facts: Mapping[str, Any]) -> str:
+    """What is wrong with a finished weight file of the parts: nothing (""), if it has the size and
+    the header that its ``facts`` say. Raises OutputError for what is no file of ours.
     """
+    path = folder.inside / file
     if not os.path.lexists(path):
         return "is missing"
+    folder.check(file)
     size = path.stat().st_size
     if size != facts["bytes"]:
         return f"has {size} bytes, not {facts['bytes']}"
-    with path.open("rb") as file:
-        length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
-        header = hashlib.sha256(file.read(length)).hexdigest()
+    with path.open("rb") as opened:
+        length = min(int.from_bytes(opened.read(8), "little"), MAX_HEADER_BYTES)
+        header = hashlib.sha256(opened.read(length)).hexdigest()
     return "" if header == facts["header_sha256"] else "has another header than was planned"
 
 

@@ -91,7 +91,7 @@ class SharedFiles:
             descriptor = os.open(taken, flags, 0o600)
         except FileExistsError:
             self._folder.check(taken.name)
-            told = re.fullmatch(r"(part-\d{5})\.(\d+)\.run", taken.read_text())
+            told = re.fullmatch(r"(part-\d{5})\.(\d+)\.run", taken.read_text(errors="replace"))
             runs = records(self._folder, told[1]) if told else []
             other = next((run for run in runs if told and run.number == int(told[2])), None)
             if told is None or other is None or is_dead_here(other) is True:

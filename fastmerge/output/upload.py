@@ -41,7 +41,7 @@ _URL = re.compile(r"([a-z][a-z0-9]*):/{1,2}(?=[^/])(.+)")  # a Path has made one
 _TAKES = ("s3", "gs", "az", "abfs", "abfss")
 # S3 takes 10 000 parts; 8 at a time are 64 MiB of memory, of parts of an object above 75 GB fewer.
 _PART_BYTES, _MOST_PARTS, _PARTS_AT_A_TIME, _SENDING_BYTES = 8 << 20, 9000, 8, 64 << 20
-_MERGED, _SENT, _LOCK = ".merged.json", ".sent.jsonl", ".lock"
+_MERGED, _SENT, _LOCK, _GONE = ".merged.json", ".sent.jsonl", ".lock", ".gone"
 
 
 def store_url(out: str | os.PathLike[str]) -> str | None:
@@ -182,7 +182,7 @@ class Upload:
         self._check(of="")
         note.unlink(missing_ok=True)
         if self.folder.is_dir():
-            shutil.rmtree(self.folder)
+            self._remove_folder()
         return None
 
     def note(self, key: str, report: Mapping[str, Any]) -> None:
@@ -239,9 +239,17 @@ class Upload:
         for name in self._stale:
             if name in before:
                 self._asked(name, lambda name=name: library().delete(self._store, name))
-        shutil.rmtree(self.folder)
-        for kept in (_MERGED, _SENT, _LOCK):
+        self._remove_folder()
+        for kept in (_MERGED, _LOCK, _SENT):  # what was sent last of all: it says whose that is
             (self._place / kept).unlink(missing_ok=True)
+
+    def _remove_folder(self) -> None:
+        """At once, by its name: a kill leaves no half of it that would count as whole."""
+        gone = self._place / _GONE
+        if os.path.lexists(gone):
+            shutil.rmtree(gone)
+        self.folder.rename(gone)
+        shutil.rmtree(gone)
 
     # --- what was sent ---
 

@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 from fastmerge.errors import OutputError
@@ -54,9 +55,13 @@ class WorkingFolder:
         return made
 
     def check(self, name: str) -> None:
-        """Raises OutputError if the file ``name`` in it could be anything but a file of ours."""
-        status = os.lstat(self.inside / name)
-        check_ours(self.path / name, status)
+        """Raises OutputError if the file ``name`` in it could be anything but a file of ours, with
+        ``/`` between folders: no link leads to it. OSError.
+        """
+        *folders, _ = accumulate(Path(name).parts, os.path.join)
+        for folder in folders:
+            check_ours(self.path / folder, os.lstat(self.inside / folder), folder=True)
+        check_ours(self.path / name, os.lstat(self.inside / name))
 
     def share(self) -> None:
         """Gives it the mode that any new folder has here: with the umask, an ACL, a group's bit."""
