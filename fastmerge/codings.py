@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -25,3 +26,9 @@ class Coding(NamedTuple):
         if self.block is None:
             return f"{self.code}, one scale a tensor"
         return f"{self.code}, a scale for {self.block[0]} x {self.block[1]}"
+
+
+@lru_cache(maxsize=64)  # of 45 000 tensors most have the same
+def in_full(coding: Coding) -> str:
+    """All that it says, as text."""
+    return repr(coding)

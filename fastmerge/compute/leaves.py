@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def dequantised(leaf: Dequantised, codes: _C.View, scales: _C.View) -> _C.View:
     )
 
 
-def matrices(coding: Coding, shape: Sequence[int]) -> tuple[int, int, tuple[int, int]]:
+@lru_cache(maxsize=64)
+def matrices(coding: Coding, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, int]]:
     """Rows and columns of the matrices that a tensor of this shape is, and of their blocks."""
     rows, cols = (1, 1, *shape)[-2:]
     if coding.block is not None:

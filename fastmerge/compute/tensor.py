@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from fastmerge.methods.shapes import Given, Primitives, Spans, Terms
 from fastmerge.methods.types import Float64
 from fastmerge.once import cached_property
 from fastmerge.primitives import Vectors
+from fastmerge.records import record
 from fastmerge.selection import Selection, Sparsify, random_key
 from fastmerge.tree.collapse import Collapsed, apply_rule, coefficients, collapse
 from fastmerge.tree.nodes import Leaf, Merge, Node, Rows, Stored
@@ -42,7 +43,7 @@ class Trim(NamedTuple):
     origin: int
 
 
-@dataclass(frozen=True)
+@record()
 class Outcome:
     """What one tensor's merge came to."""
 
@@ -116,12 +117,12 @@ def effective(
     """What each source counts for in the end, where that is one number per tensor."""
     if factors.ndim > 1 or not tree.is_complete:
         return None
-    values = factors / (1.0 if divisor is None else divisor)
+    values: list[float] = (factors if divisor is None else factors / divisor).tolist()
     found: dict[Stored, float] = {}
     for part, value in zip(tree.parts, values, strict=True):
         own = part.own if isinstance(part, Leaf) else None
         if own is not None:
-            found[own] = found.get(own, 0.0) + float(value)
+            found[own] = found.get(own, 0.0) + value
     return found
 
 
@@ -145,7 +146,7 @@ def requests(root: Merge, terms: Terms, name: str, shape: Sequence[int]) -> list
     ]
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Step:
     """A merge to be computed, and the tensors it reads: of a combination what it collapses to.
 
@@ -198,6 +199,8 @@ class Step:
 
 def steps(root: Merge) -> list[Step]:
     """The merges that are computed for ``root``, each after those it reads."""
+    if root.is_flat:
+        return [_step(root)]
     made: dict[Node, Step] = {}
     order: list[Step] = []
     stack: list[tuple[Merge, bool]] = [(root, False)]
@@ -206,11 +209,15 @@ def steps(root: Merge) -> list[Step]:
         if ready:
             order.append(made[node])
         elif node not in made:
-            tree = collapse(node) if isinstance(node.method, Combination) else None
-            made[node] = Step(node, tree, node.inputs if tree is None else tree.parts)
+            made[node] = _step(node)
             stack.append((node, True))
             stack.extend((part, False) for part in made[node].parts if isinstance(part, Merge))
     return order
+
+
+def _step(node: Merge) -> Step:
+    tree = collapse(node) if isinstance(node.method, Combination) else None
+    return Step(node, tree, node.inputs if tree is None else tree.parts)
 
 
 class Computation(Generic[T, O]):

@@ -97,11 +97,11 @@ class Local:
             )
 
         def compute(item: TensorPlan) -> Outcome:
-            with self._inputs.reading(item.sources):
-                made = self._inputs.reduced(item, backend.pool)
+            with self._inputs.reading(item.sources) as inputs:
+                made = inputs.reduced(item, backend.pool)
                 if streamer is None or on_host(item):
                     slots = [_slot(sink, part) for part in item.written]
-                    outcome = write_tensor(backend, self._inputs, made, slots, self.trims)
+                    outcome = write_tensor(backend, inputs, made, slots, self.trims)
                 else:
                     place = Place(item.dtype, sink.parts(item))
                     outcome = streamer.run(item.name, made.root, item.shape, place)
@@ -140,7 +140,7 @@ def _slot(sink: Sink, item: TensorPlan) -> _C.Sink:
 
 
 def _moved(item: TensorPlan) -> int:
-    return item.bytes_in + item.nbytes
+    return item.bytes_moved
 
 
 def _kept_here(plan: Plan) -> tuple[str, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from fastmerge import _C
+from fastmerge.codings import Coding
 from fastmerge.compute.across import Shared, find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.leaves import gathered, matrices, scale_fault, view_of
@@ -62,7 +63,7 @@ class Inputs:
     def __init__(self, models: Sequence[Model]) -> None:
         self._models = models
         self._from_afar: set[int] = set()  # of the models
-        self._room = Room(0)
+        self._room: Room | None = None  # of those
 
     def fetch(self, source: Stored) -> _C.View:
         """The tensor's memory: elements, or RAW bytes of a type without kernels."""
@@ -77,7 +78,8 @@ class Inputs:
 
     def view(self, leaf: Leaf, backend: CpuBackend) -> _C.View:
         """The leaf's elements; ModelError as `check`."""
-        self.check(leaf)
+        if type(leaf) is not Stored:
+            self.check(leaf)
         return view_of(leaf, backend, self.fetch)
 
     def check(self, leaf: Leaf) -> None:
@@ -118,7 +120,7 @@ class Inputs:
         finally:
             for number in reading:
                 self._expect(number, (), 0)
-            self._from_afar = set()
+            self._from_afar, self._room = set(), None
 
     def _expect(self, number: int, names: Sequence[str], nbytes: int) -> None:
         model = self._models[number]
@@ -126,12 +128,16 @@ class Inputs:
         model.expect(names, nbytes)
 
     @contextmanager
-    def reading(self, sources: Sequence[Stored]) -> Iterator[None]:
-        """Asks for the sources' pages ahead, and lets go of them behind."""
-        with self._room.taken(sum(s.nbytes for s in sources if s.model in self._from_afar)):
+    def reading(self, sources: Sequence[Stored]) -> Iterator[Inputs]:
+        """Asks for the sources' pages ahead, and lets go of them behind; in between, the inputs
+        with views that are made once.
+        """
+        afar, room = self._from_afar, self._room
+        nbytes = sum(source.nbytes for source in sources if source.model in afar) if afar else 0
+        with nullcontext() if room is None else room.taken(nbytes):
             for source in sources:
                 self._models[source.model].prefetch(source.name)
-            yield
+            yield _Once(self._models)
             for source in sources:
                 self._models[source.model].drop(source.name)
 
@@ -144,18 +150,15 @@ class Inputs:
             return item
         views: list[_C.View] | None = None
         first: Stored | Dequantised | None = None
-        for leaf in walk(root):
+        nodes: Sequence[Node] = root.inputs if root.is_flat else walk(root)
+        for leaf in nodes:
             if isinstance(leaf, Merge):
                 continue
             if not isinstance(leaf, (Stored, Dequantised)):
                 return item
             if first is None or views is None:
                 first, views = leaf, [self.fetch(stored) for stored in leaf.stored]
-            elif (
-                type(leaf) is not type(first)
-                or leaf.shape != first.shape
-                or (isinstance(leaf, Dequantised) and leaf.coding != first.coding)
-            ) or not all(
+            elif (_stored_as(leaf), leaf.shape) != (_stored_as(first), first.shape) or not all(
                 _C.equal(pool, view, self.fetch(stored))
                 for view, stored in zip(views, leaf.stored, strict=True)
             ):
@@ -164,6 +167,24 @@ class Inputs:
             return item
         # Not a bare copy: what is NaN or infinite is counted.
         return replace(item, root=Merge(find("passthrough"), (first,), None, {}, ({},)))
+
+
+def _stored_as(leaf: Stored | Dequantised) -> Coding | None:
+    return leaf.coding if isinstance(leaf, Dequantised) else None
+
+
+class _Once(Inputs):
+    """The inputs of one tensor, of which each view is asked for up to four times."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        super().__init__(models)
+        self._views: dict[int, tuple[Stored, _C.View]] = {}  # by the id of what is kept there
+
+    def fetch(self, source: Stored) -> _C.View:
+        found = self._views.get(id(source))
+        if found is None:
+            found = self._views[id(source)] = source, super().fetch(source)
+        return found[1]
 
 
 def trims_of(

@@ -104,8 +104,8 @@ def merge_plan(
     with folder:
         own, pending = folder.own(plan.tensors), folder.pending(plan.tensors)
         resumed = len(own) - len(pending)
-        total = sum(item.bytes_in + item.nbytes for item in own)
-        done = total - sum(item.bytes_in + item.nbytes for item in pending)
+        total = sum(item.bytes_moved for item in own)
+        done = total - sum(item.bytes_moved for item in pending)
         bytes_read = peak_bytes = 0
         sampled = 0.0
         executor.shared = folder.shared
@@ -115,7 +115,7 @@ def merge_plan(
                 if observe is not None:
                     observe(item, outcome)
                 bytes_read += item.bytes_in
-                done += item.bytes_in + item.nbytes
+                done += item.bytes_moved
                 if time.perf_counter() - sampled > _SAMPLE_SECONDS:
                     peak_bytes = max(peak_bytes, anonymous_bytes())
                     sampled = time.perf_counter()

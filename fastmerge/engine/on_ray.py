@@ -67,7 +67,7 @@ def merge_on_cluster(
     ]
     reports: list[MergeReport] = []
     far = 0
-    total = sum(item.bytes_in + item.nbytes for item in plan.tensors)
+    total = sum(item.bytes_moved for item in plan.tensors)
     try:
         while waiting:
             ended, waiting = ray.wait(waiting, timeout=_TELL_SECONDS)

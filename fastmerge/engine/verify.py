@@ -220,7 +220,7 @@ class _Comparison:
         progress: Progress | None,
     ) -> None:
         pool, sink = cpu(threads).pool, _Some(items)
-        total, done = sum(item.bytes_in + item.nbytes for item in items), 0
+        total, done = sum(item.bytes_moved for item in items), 0
         with closing(Local(self._plan, threads=threads).run(sink)) as finished:
             for item, _ in finished:
                 for part in item.written:
@@ -232,7 +232,7 @@ class _Comparison:
                         where = file.relative_to(self._folder).as_posix()
                         self._found.differ(where, what, part.name)
                     model.drop(part.name)
-                done += item.bytes_in + item.nbytes
+                done += item.bytes_moved
                 if progress is not None:
                     progress(done, total, item.name)
         self._plan.check_unchanged()

@@ -139,9 +139,11 @@ def _models_table(plan: Plan, names: Sequence[str]) -> str:
     tensors: Counter[int] = Counter()
     as_base: Counter[int] = Counter()
     for tensor in plan.tensors:
-        tensors.update({stored.model for stored in tensor.sources})
+        for model in {stored.model for stored in tensor.sources}:
+            tensors[model] += 1
         bases = {node.base for node in tensor.merges if isinstance(node.base, Leaf)}
-        as_base.update({base.own.model for base in bases if base.own is not None})
+        for model in {base.own.model for base in bases if base.own is not None}:
+            as_base[model] += 1
     lines = ["| model | tensors | role | fingerprint |", "|---|---:|---|---|"]
     for index, name in enumerate(names):
         role = "base" if as_base[index] else "source" if tensors[index] else "not used"
@@ -157,9 +159,11 @@ def _methods(plan: Plan) -> str:
     used: dict[str, Method] = {}
     tensors: Counter[str] = Counter()
     for tensor in plan.tensors:
-        used.update((node.method.name, node.method) for node in tensor.merges)
+        own = {node.method.name: node.method for node in tensor.merges}
         made = f"made: {tensor.root.kind}" if isinstance(tensor.root, Made) else ""
-        tensors.update({node.method.name for node in tensor.merges} or {made})
+        used |= own
+        for name in own or (made,):
+            tensors[name] += 1
     copied = tensors.pop("", 0)
     items = [
         f"**{method.name}**, {method.summary} ({_link(method.paper)}): {_tensors(tensors[name])}"

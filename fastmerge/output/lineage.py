@@ -13,7 +13,7 @@ from fastmerge.output.checksum import ALGORITHM, Written
 from fastmerge.output.provenance import names, provenance
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, leaves
+from fastmerge.tree.nodes import Leaf, Merge, Node, Stored
 
 
 def metadata(plan: Plan) -> dict[str, str]:
@@ -48,7 +48,7 @@ def tensor_lineage(item: TensorPlan, outcome: Outcome, called: Sequence[str]) ->
     lines: dict[str, Any] = {}
     if isinstance(item.root, Stored):
         lines["copy"] = called[item.root.model]
-    elsewhere = [source for source in leaves((item.root,)) if source.name != item.name]
+    elsewhere = [source for source in item.sources if source.name != item.name]
     if elsewhere:
         lines["tensors"] = {
             called[model]: [source.name for source in elsewhere if source.model == model]

@@ -215,11 +215,12 @@ class ModelFolder:
         return [t for t in items if any(self._writer.is_own(part.name) for part in t.written)]
 
     def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
-        of = {part.name: item for item in items for part in item.written}
+        items = list(items)
+        of = {item.name: item for item in items if item.encoding is None}
+        of |= {part.name: item for item in items if item.encoding for part in item.written}
+        wanted = map(of.__getitem__, self._writer.pending())
         # Codes and scales are one item, which is computed again where either is lost.
-        return list(
-            {id(item): item for item in map(of.__getitem__, self._writer.pending())}.values()
-        )
+        return list({id(item): item for item in wanted}.values())
 
     def slot(self, item: TensorPlan) -> _C.Sink:
         if not self._writer.wants(item.name):  # the other of codes and scales is: this is there

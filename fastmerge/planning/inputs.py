@@ -92,7 +92,7 @@ class TensorPlan:
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
         """The merges of its tree, each once, inputs before what uses them."""
-        if isinstance(self.root, Merge) and not any(node.inputs for node in self.root.inputs):
+        if isinstance(self.root, Merge) and self.root.is_flat:
             return (self.root,)
         return tuple(node for node in walk(self.root) if isinstance(node, Merge))
 
@@ -100,6 +100,11 @@ class TensorPlan:
     def bytes_in(self) -> int:
         """Bytes of ``sources``."""
         return sum(stored.nbytes for stored in self.sources)
+
+    @cached_property
+    def bytes_moved(self) -> int:
+        """Bytes read and written."""
+        return self.bytes_in + self.nbytes
 
 
 # ---------------------------------------------------------------- models

@@ -20,7 +20,7 @@ from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.spanning import spanning
 from fastmerge.tree.collapse import collapse
 from fastmerge.tree.nodes import Leaf, LowRank, Made, Merge, Node
-from fastmerge.tree.rewrite import digest as tree_digest
+from fastmerge.tree.rewrite import Digests
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,11 @@ class Plan:
         """
         from fastmerge.version import __version__
 
-        seen: dict[Node, str] = {}
-        digest = hashlib.sha256()
+        trees, digest = Digests(), hashlib.sha256()
         head = [__version__, [model.fingerprint for model in self.models], self.config]
         digest.update(json.dumps(head, sort_keys=True, default=str).encode())
         for tensor in self.tensors:
-            tree = tree_digest(tensor.root, seen)
+            tree = trees.of(tensor.root)
             digest.update(f"\n{tensor.name!r} {tensor.shape} {tensor.dtype.code} {tree}".encode())
             if tensor.encoding is not None:
                 digest.update(repr(tensor.encoding).encode())

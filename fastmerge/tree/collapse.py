@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,12 @@ from fastmerge.methods import METHODS
 from fastmerge.methods.shapes import Combination, Factors
 from fastmerge.methods.types import Float64
 from fastmerge.once import cached_property
+from fastmerge.records import record
 from fastmerge.tree.nodes import Leaf, Merge, Node
 from fastmerge.tree.rewrite import fold
 
 
-@dataclass(frozen=True)
+@record()
 class Collapsed:
     """A tree as one combination of ``parts``: sources, and merges to be computed first."""
 
@@ -57,6 +57,8 @@ def collapse(root: Merge) -> Collapsed:
 
     Merges below that are no combinations, or that take their vectors along another axis, are parts.
     """
+    if root.is_flat and isinstance(root.method, Combination):
+        return _alone(root, root.method.needs_gram)
     axis: int | None = None
     gram = False
     based: Node | None = None
@@ -89,6 +91,13 @@ def collapse(root: Merge) -> Collapsed:
     elif gram and not depth_one:
         reference = 0
     return Collapsed(root, order, axis, gram, reference)
+
+
+def _alone(root: Merge, gram: bool) -> Collapsed:
+    """What `collapse` finds of a combination of leaves."""
+    parts = tuple(dict.fromkeys(root.inputs))
+    based = gram and root.base is not None and len(parts) > 1
+    return Collapsed(root, parts, root.axis if gram else None, gram, 0 if based else None)
 
 
 def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.codings import Coding
+from fastmerge.codings import Coding, in_full
 from fastmerge.dtypes import F32, DType
 from fastmerge.methods import Combination, Method
 from fastmerge.once import cached_property
@@ -64,7 +64,7 @@ class Stored(Leaf):
     dtype: DType = field(default=F32, compare=False)
 
     def __hash__(self) -> int:
-        return hash(self.name)  # which text keeps: few models have a tensor of one name
+        return hash(self.name) ^ self.model  # a name's hash is kept, and models share names
 
     @property
     def own(self) -> Stored:
@@ -93,7 +93,7 @@ class Dequantised(Leaf):
     dtype: DType = field(default=F32, compare=False)
 
     def __hash__(self) -> int:
-        return hash(self.codes.name)
+        return hash(self.codes)
 
     @property
     def own(self) -> Stored:
@@ -105,7 +105,7 @@ class Dequantised(Leaf):
 
     @property
     def key(self) -> str:
-        return f"{self.codes.key} times {self.scales.key} {self.coding!r}"
+        return f"{self.codes.key} times {self.scales.key} {in_full(self.coding)}"
 
 
 class Stack(NamedTuple):
@@ -280,6 +280,11 @@ class Merge:
         """The base, when there is one, then the operands: the order of a rule's coefficients."""
         return self.operands if self.base is None else (self.base, *self.operands)
 
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether it merges leaves alone, as most of 90 000 trees do: nothing to walk."""
+        return not any(node.inputs for node in self.inputs)
+
     @property
     def axis(self) -> int | None:
         """Along what the method takes its vectors: None = whole tensor, 1 = rows, 0 = columns."""
@@ -331,13 +336,13 @@ def leaves(roots: Iterable[Node]) -> list[Stored]:
         stack: list[Node] = [root]
         while stack:  # a walk that need not come back: half its time
             node = stack.pop()
-            if isinstance(node, Stored):
-                found.setdefault(node)
-            elif node not in seen:
+            if isinstance(node, Leaf):
+                for stored in node.stored:
+                    found[stored] = None
+            inputs = node.inputs
+            if inputs and node not in seen:
                 seen.add(node)
-                if isinstance(node, Leaf):
-                    found.update(dict.fromkeys(node.stored))
-                stack.extend(reversed(node.inputs))
+                stack.extend(reversed(inputs))
     return list(found)
 
 

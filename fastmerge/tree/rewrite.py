@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fastmerge.tree.nodes import HasInputs, Merge, Node, Rows, walk
+from fastmerge.tree.nodes import HasInputs, Leaf, Merge, Node, Rows, walk
 
 N = TypeVar("N", bound=HasInputs)
 R = TypeVar("R")
@@ -44,23 +44,34 @@ def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
     return fold(root, step)
 
 
-def digest(root: Node, known: MutableMapping[Node, str]) -> str:
-    """What decides the value of a tree, as text: leaves, methods, values, seeds.
+class Digests:
+    """What decides the values of a plan's trees; what several share is put into words once."""
 
-    ``known`` holds the digests of nodes that several trees share.
-    """
+    def __init__(self) -> None:
+        self._known: dict[Node, str] = {}
+        # Methods with their parameters, by the ids of what is kept beside the words.
+        self._said: dict[tuple[int, ...], tuple[Merge, str]] = {}
 
-    def step(node: Node, inputs: Sequence[str]) -> str:
+    def of(self, root: Node) -> str:
+        """As text: leaves, methods, values, seeds."""
+        if isinstance(root, Merge) and root.is_flat:
+            # Most of 90 000: their leaves are nobody else's, and to remember them takes longer.
+            return self._digest(root, [node.key for node in root.inputs if isinstance(node, Leaf)])
+        return fold(root, self._digest, self._known)
+
+    def _digest(self, node: Node, inputs: Sequence[str]) -> str:
         if not isinstance(node, Merge):
             return " of ".join([node.key, *inputs])
-        values: list[Any] = [sorted(node.values.items())]
-        values.append([sorted(own.items()) for own in node.operand_values])
         draws = f"{node.seed} {node.name!r} {node.numbers}" if node.method.random else ""
-        means = node.method.meaning(node.values, node.operand_values, node.base is not None)
-        text = f"{means} {values} {draws} {node.base is None} {' '.join(inputs)}"
+        text = f"{self._meaning(node)} {draws} {node.base is None} {' '.join(inputs)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    if isinstance(root, Merge) and not any(node.inputs for node in root.inputs):
-        # Most of 90 000 tensors: their leaves are nobody else's, and to remember them takes longer.
-        return step(root, [step(node, ()) for node in root.inputs])
-    return fold(root, step, known)
+    def _meaning(self, node: Merge) -> str:
+        has_base = node.base is not None
+        key = (id(node.method), has_base, id(node.values), *map(id, node.operand_values))
+        if key not in self._said:
+            values: list[Any] = [sorted(node.values.items())]
+            values.append([sorted(own.items()) for own in node.operand_values])
+            means = node.method.meaning(node.values, node.operand_values, has_base)
+            self._said[key] = node, f"{means} {values}"
+        return self._said[key][1]
