@@ -19,10 +19,13 @@ struct KeyCounters {
     Words above, peak0, peak1;
 };
 
-// kOneKey: the window is its first peak alone and nothing is ever gathered.
-template <class T, bool kOneKey, bool kPartial>
+// What a window asks for: kOne, its first peak alone, and nothing is ever gathered; kPeaks, which
+// are counted and not gathered; kPlain, where no key is frequent.
+enum class Ask { kOne, kPeaks, kPlain };
+
+template <class T, Ask kAsk, bool kPartial>
 FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, Window& window, int64_t at,
-                                Part part, KeyCounters& counters) {
+                                Part part, KeyCounters& counters, int32_t*& gathered) {
     const Words high = spread(static_cast<uint32_t>(window.high));
     const Words below = spread(static_cast<uint32_t>(window.low - 1));
     const Words peak0 = spread(static_cast<uint32_t>(window.peaks[0]));
@@ -31,33 +34,43 @@ FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, Window& windo
     Mask rest[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
-        Mask over = signed_above(key[v], high), at0 = equal(key[v], peak0);
-        if (kPartial) over = over & present(v, part), at0 = at0 & present(v, part);
+        Mask over = signed_above(key[v], high);
+        if (kPartial) over = over & present(v, part);
         counters.above = count(counters.above, over);
-        counters.peak0 = count(counters.peak0, at0);
-        if (kOneKey) continue;
-        Mask at1 = equal(key[v], peak1), from_low = signed_above(key[v], below);
-        if (kPartial) at1 = at1 & present(v, part), from_low = from_low & present(v, part);
-        counters.peak1 = count(counters.peak1, at1);
-        rest[v] = without(from_low, over | at0 | at1);
+        if (kAsk != Ask::kPlain) {
+            Mask at0 = equal(key[v], peak0);
+            if (kPartial) at0 = at0 & present(v, part);
+            counters.peak0 = count(counters.peak0, at0);
+            over = over | at0;
+        }
+        if (kAsk == Ask::kOne) continue;
+        Mask from_low = signed_above(key[v], below);
+        if (kPartial) from_low = from_low & present(v, part);
+        if (kAsk == Ask::kPeaks) {
+            Mask at1 = equal(key[v], peak1);
+            if (kPartial) at1 = at1 & present(v, part);
+            counters.peak1 = count(counters.peak1, at1);
+            over = over | at1;
+        }
+        rest[v] = without(from_low, over);
     }
-    if (!kOneKey && any(rest[0] | rest[1]))
-        for (int v = 0; v < 2; ++v)
-            window.gathered_count +=
-                compress(window.gathered + window.gathered_count, key[v], rest[v]);
+    if (kAsk == Ask::kOne || (kDearCompress && !any(rest[0] | rest[1]))) return;
+    for (int v = 0; v < 2; ++v) gathered += compress(gathered, key[v], rest[v]);
 }
 
-template <class T, bool kOneKey>
+template <class T, Ask kAsk>
 void count_keys_tile(const DeltaArgs& args, int j, Window& window) {
     const char* x = static_cast<const char*>(args.inputs[j]);
     const char* base = static_cast<const char*>(args.base);
     KeyCounters counters = {spread(0u), spread(0u), spread(0u)};
+    int32_t* gathered = window.gathered + window.gathered_count;
     int64_t at = 0;
     for (; at + kGroup <= args.count; at += kGroup)
-        count_keys_group<T, kOneKey>(Deltas<T, false>{x, base}, window, at, {}, counters);
+        count_keys_group<T, kAsk>(Deltas<T, false>{x, base}, window, at, {}, counters, gathered);
     if (at < args.count)
-        count_keys_group<T, kOneKey>(Deltas<T, true>{x, base}, window, at,
-                                     {0, static_cast<int>(args.count - at)}, counters);
+        count_keys_group<T, kAsk>(Deltas<T, true>{x, base}, window, at,
+                                  {0, static_cast<int>(args.count - at)}, counters, gathered);
+    window.gathered_count = gathered - window.gathered;
     window.above += sum(counters.above);
     window.at_peak[0] += sum(counters.peak0);
     window.at_peak[1] += sum(counters.peak1);
@@ -68,9 +81,11 @@ void count_keys(const DeltaArgs& args, Window* windows) {
     for (int j = 0; j < args.inputs_count; ++j) {
         Window& window = windows[j];
         if (window.low == window.high && window.low == window.peaks[0])
-            count_keys_tile<T, true>(args, j, window);
+            count_keys_tile<T, Ask::kOne>(args, j, window);
+        else if (window.peaks[0] < 0)
+            count_keys_tile<T, Ask::kPlain>(args, j, window);
         else
-            count_keys_tile<T, false>(args, j, window);
+            count_keys_tile<T, Ask::kPeaks>(args, j, window);
     }
 }
 

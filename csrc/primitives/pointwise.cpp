@@ -166,8 +166,11 @@ class Pointwise::Reading {
         const int64_t cols = of_.base_.count / static_cast<int64_t>(of_.factors_.size());
         for (int64_t at = begin; at < end;) {
             const int64_t row = at / cols, next = std::min(end, (row + 1) * cols);
+            const bool whole = next - at == kStep;
+            if (whole && row == row_) return;  // as they are
             std::fill(factors_ + (at - begin), factors_ + (next - begin),
                       of_.factors_[static_cast<size_t>(row)]);
+            row_ = whole ? row : -1;
             at = next;
         }
     }
@@ -178,6 +181,7 @@ class Pointwise::Reading {
     const std::unique_ptr<float[]> room_;
     float* const stored_;
     float* const factors_;
+    int64_t row_ = -1;  // whose factor all of them are
     std::vector<const float*> pointers_;
     PointwiseArgs args_ = {};
 };

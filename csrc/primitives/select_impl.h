@@ -26,6 +26,11 @@ struct Deltas {
     // One past the last flat index.
     int64_t end() const { return parts.back().first + parts.back().base.count; }
     size_t inputs() const { return parts.front().inputs.size(); }
+    bool same(size_t i, size_t j) const {
+        return std::all_of(parts.begin(), parts.end(), [&](const Part& part) {
+            return same_elements(part.inputs[i], part.inputs[j]);
+        });
+    }
 };
 
 // Numbers as bytes, as one process leaves them to another of the same build.

@@ -1,8 +1,10 @@
 // The exact k-th magnitude: a fixed sample brackets it, one pass counts the keys above the bracket
 // and inside it, and where the bracket misses or holds too many values the next pass narrows it.
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 #include "primitives/select_impl.h"
 
@@ -23,18 +25,23 @@ int64_t chunks_of(int64_t count) {
     return chunks;
 }
 constexpr double kSigmas = 5;  // half the bracket, in standard deviations of the rank
-constexpr int64_t kBins = 4096;
+// A key of which a sample's bracket has fewer is not worth a comparison with every other key.
+constexpr int64_t kFewestOfPeak = 16;
+constexpr int64_t kBins = 2048;
+// Keys that a pass keeps, 8 MiB of all deltas, so that no other one has to look into the bin that
+// is left: of three deltas of 26 Mi entries without frequent keys, all between the bounds.
+constexpr size_t kKeptAtMost = 1 << 21;
 
-// Keys of one delta that a pass gathered, by equal parts of the window.
+// Keys of one delta that a pass gathered, of one of the window's equal parts: how many there are,
+// and between which they lie. No branch asks what is there already: it would be guessed wrong.
 struct Bin {
-    static constexpr int32_t kEmpty = -1, kSeveral = -2;
     int64_t count = 0;
-    int32_t key = kEmpty;  // the one key seen, or one of these
+    int32_t least = kLargestKey, most = 0;
 
-    void add(int64_t more, int32_t other) {
-        if (more == 0) return;
-        key = key == kEmpty || key == other ? other : kSeveral;
+    void add(int64_t more, int32_t lowest, int32_t highest) {
         count += more;
+        least = std::min(least, lowest);
+        most = std::max(most, highest);
     }
 };
 
@@ -48,6 +55,8 @@ struct Search {
     int64_t above = 0;
     int64_t at_peak[2] = {0, 0};
     std::vector<Bin> bins;
+    bool keeps = false;
+    std::vector<int32_t> kept;  // the bins' keys, if it keeps them, unless they are too many
 
     // Those of the pieces that other processes may have counted.
     void put(Bytes& bytes) const {
@@ -58,7 +67,8 @@ struct Search {
             if (!full(bins[b])) continue;
             bytes.put(static_cast<int32_t>(b));
             bytes.put(bins[b].count);
-            bytes.put(bins[b].key);
+            bytes.put(bins[b].least);
+            bytes.put(bins[b].most);
         }
     }
     void add(Bytes& bytes) {
@@ -67,12 +77,14 @@ struct Search {
         for (auto left = bytes.take<int64_t>(); left > 0; --left) {
             const auto b = static_cast<size_t>(bytes.take<int32_t>());
             const auto more = bytes.take<int64_t>();
-            bins.at(b).add(more, bytes.take<int32_t>());
+            const auto least = bytes.take<int32_t>();
+            bins.at(b).add(more, least, bytes.take<int32_t>());
         }
     }
     void clear() {
         above = at_peak[0] = at_peak[1] = 0;
         bins.assign(kBins, Bin());
+        kept.clear();
     }
     void narrow(int32_t new_low, int32_t new_high) {
         low = new_low;
@@ -131,42 +143,55 @@ std::vector<int32_t> sample_keys(const Deltas& deltas, size_t j) {
     return keys;
 }
 
-// The threshold among all the keys, which no pass need count then.
-void settle(std::vector<int32_t>& keys, Threshold& threshold) {
-    const auto nth = keys.begin() + (threshold.keep - 1);
-    std::nth_element(keys.begin(), nth, keys.end(), std::greater<int32_t>());
-    threshold.key = *nth;
-    threshold.above = std::count_if(keys.begin(), nth, [&](int32_t key) { return key > *nth; });
-    threshold.ties = std::count(keys.begin(), keys.end(), threshold.key);
+// Descending; many of them by eleven bits at a time.
+void sort_keys(std::vector<int32_t>& keys) {
+    constexpr size_t kMany = 512;
+    constexpr int kDigit = 11;
+    constexpr uint32_t kDigits = 1 << kDigit;
+    if (keys.size() < kMany) return std::sort(keys.begin(), keys.end(), std::greater<>());
+    std::vector<int32_t> sorted(keys.size());
+    for (int shift = 0; shift < 31; shift += kDigit) {
+        const auto digit = [&](int32_t key) {
+            return static_cast<size_t>(~static_cast<uint32_t>(key) >> shift & (kDigits - 1));
+        };
+        std::array<size_t, kDigits> ends = {};
+        for (const int32_t key : keys) ++ends[digit(key)];
+        size_t begin = 0;
+        for (size_t& end : ends) begin += std::exchange(end, begin);
+        for (const int32_t key : keys) sorted[ends[digit(key)]++] = key;
+        keys.swap(sorted);
+    }
 }
 
-Search bracket(const Deltas& deltas, size_t j, Threshold& threshold) {
-    std::vector<int32_t> keys = sample_keys(deltas, j);
+// Reads the threshold off all the keys, sorted, which no pass need count then.
+void settle(const std::vector<int32_t>& keys, Threshold& threshold) {
+    threshold.key = keys[static_cast<size_t>(threshold.keep - 1)];
+    const auto tied = std::equal_range(keys.begin(), keys.end(), threshold.key, std::greater<>());
+    threshold.above = tied.first - keys.begin();
+    threshold.ties = tied.second - tied.first;
+}
+
+// `keys`: a sample of `count`, sorted.
+Search bracket(const std::vector<int32_t>& keys, int64_t count, Threshold& threshold) {
     Search search;
     search.threshold = &threshold;
     const auto size = static_cast<int64_t>(keys.size());
-    if (size == deltas.count()) {
+    if (size == count) {
         settle(keys, threshold);
         search.found = true;
         return search;
     }
-    const double share = static_cast<double>(threshold.keep) / static_cast<double>(deltas.count());
+    const double share = static_cast<double>(threshold.keep) / static_cast<double>(count);
     const auto half = static_cast<int64_t>(kSigmas * std::sqrt(size * share * (1 - share))) + 8;
     // Ranks from the largest key down, the first being 0.
     const auto rank = static_cast<int64_t>(share * size);
     const int64_t first = std::max<int64_t>(0, rank - half);
     const int64_t last = std::min(size - 1, rank + half);
-    const auto descending = std::greater<int32_t>();
-    std::nth_element(keys.begin(), keys.begin() + first, keys.end(), descending);
-    if (last > first)
-        std::nth_element(keys.begin() + first + 1, keys.begin() + last, keys.end(), descending);
-    std::sort(keys.begin() + first, keys.begin() + last + 1, descending);
-
     search.narrow(rank + half < size ? keys[static_cast<size_t>(last)] : 0,
                   rank - half >= 0 ? keys[static_cast<size_t>(first)] : kLargestKey);
     // The two most frequent keys of the bracket are counted without being gathered: a fifth of a
     // bf16 delta can have one magnitude.
-    int64_t best[2] = {0, 0};
+    int64_t best[2] = {kFewestOfPeak, kFewestOfPeak};
     for (int64_t at = first; at <= last;) {
         int64_t end = at;
         const int32_t key = keys[static_cast<size_t>(at)];
@@ -184,8 +209,9 @@ Search bracket(const Deltas& deltas, size_t j, Threshold& threshold) {
 // One task's counts.
 struct Counts {
     std::vector<Window> windows;
-    std::vector<std::vector<int32_t>> gathered;
-    std::vector<std::vector<Bin>> bins;  // empty until something was gathered
+    std::vector<std::vector<int32_t>> gathered;  // a tile's
+    std::vector<std::vector<Bin>> bins;          // empty until something was gathered
+    std::vector<std::vector<int32_t>> kept;
 };
 
 void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
@@ -197,6 +223,7 @@ void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
         [&] {
             Counts counts;
             counts.bins.resize(searches.size());
+            counts.kept.resize(searches.size());
             for (const Search* search : searches) {
                 counts.gathered.emplace_back(kTile + 16);
                 Window window = {};
@@ -216,27 +243,55 @@ void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
                 if (window.gathered_count == 0) continue;
                 std::vector<Bin>& bins = counts.bins[s];
                 if (bins.empty()) bins.resize(kBins);
-                for (int64_t i = 0; i < window.gathered_count; ++i)
-                    bins[searches[s]->bin_of(window.gathered[i])].add(1, window.gathered[i]);
+                const int32_t* const begin = window.gathered;
+                const int32_t* const end = begin + window.gathered_count;
+                for (const int32_t* key = begin; key < end; ++key)
+                    bins[searches[s]->bin_of(*key)].add(1, *key, *key);
+                if (searches[s]->keeps) counts.kept[s].insert(counts.kept[s].end(), begin, end);
                 window.gathered_count = 0;
             }
         },
         [&](const Counts& counts, int64_t) {
             const std::lock_guard<std::mutex> lock(mutex);
             for (size_t s = 0; s < searches.size(); ++s) {
-                searches[s]->above += counts.windows[s].above;
-                searches[s]->at_peak[0] += counts.windows[s].at_peak[0];
-                searches[s]->at_peak[1] += counts.windows[s].at_peak[1];
-                for (size_t b = 0; b < counts.bins[s].size(); ++b)
-                    searches[s]->bins[b].add(counts.bins[s][b].count, counts.bins[s][b].key);
+                Search& search = *searches[s];
+                search.above += counts.windows[s].above;
+                search.at_peak[0] += counts.windows[s].at_peak[0];
+                search.at_peak[1] += counts.windows[s].at_peak[1];
+                const std::vector<Bin>& bins = counts.bins[s];
+                for (size_t b = 0; b < bins.size(); ++b)
+                    search.bins[b].add(bins[b].count, bins[b].least, bins[b].most);
+                const std::vector<int32_t>& kept = counts.kept[s];
+                if (search.kept.size() + kept.size() <= kKeptAtMost / searches.size())
+                    search.kept.insert(search.kept.end(), kept.begin(), kept.end());
             }
         });
 }
 
 void count_window(const Deltas& deltas, const std::vector<size_t>& which,
                   const std::vector<Search*>& searches) {
+    // Processes tell one another of their pieces no more than the bins.
+    for (Search* search : searches) search->keeps = !deltas.pieces && search->peaks[0] < 0;
     count_in_pieces(deltas, searches,
                     [&](const Deltas& piece) { count_piece(piece, which, searches); });
+}
+
+// Looks for the threshold among a bin's keys, above which there are `above`; false where not all of
+// them were kept.
+bool find_among_kept(Search& search, const Bin& bin, int64_t above) {
+    const auto inside = [&](int32_t key) { return key >= bin.least && key <= bin.most; };
+    std::vector<int32_t> keys;
+    for (const int32_t key : search.kept)
+        if (inside(key)) keys.push_back(key);
+    if (static_cast<int64_t>(keys.size()) != bin.count) return false;
+    sort_keys(keys);
+    Threshold own = *search.threshold;
+    own.keep -= above;
+    settle(keys, own);
+    own.keep += above;
+    own.above += above;
+    *search.threshold = own;
+    return search.found = true;
 }
 
 // Reads a pass's counts: either the threshold is known, or the window is smaller or elsewhere.
@@ -246,7 +301,7 @@ void resolve(Search& search) {
     for (int peak = 0; peak < 2; ++peak) {
         const int32_t key = search.peaks[peak];
         if (key >= search.low && key <= search.high)
-            search.bins[search.bin_of(key)].add(search.at_peak[peak], key);
+            search.bins[search.bin_of(key)].add(search.at_peak[peak], key, key);
     }
     int64_t above = search.above;
     for (int64_t b = kBins - 1; b >= 0; --b) {
@@ -255,17 +310,15 @@ void resolve(Search& search) {
             above += bin.count;
             continue;
         }
-        if (bin.key >= 0) {
-            threshold.key = bin.key;
+        if (bin.least == bin.most) {
+            threshold.key = bin.least;
             threshold.above = above;
             threshold.ties = bin.count;
             search.found = true;
             return;
         }
-        const int64_t width = int64_t{1} << search.shift;
-        const int64_t low = search.low + b * width;
-        return search.narrow(static_cast<int32_t>(low),
-                             static_cast<int32_t>(std::min<int64_t>(search.high, low + width - 1)));
+        if (!find_among_kept(search, bin, above)) search.narrow(bin.least, bin.most);
+        return;
     }
     search.narrow(0, search.low - 1);
 }
@@ -274,13 +327,25 @@ void resolve(Search& search) {
 
 void find_thresholds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<Threshold>& thresholds) {
+    std::vector<std::vector<size_t>> sampled;  // the searches of each delta, which share its sample
+    for (size_t i = 0; i < which.size(); ++i) {
+        const auto own = std::find_if(sampled.begin(), sampled.end(), [&](const auto& others) {
+            return deltas.same(which[others[0]], which[i]);
+        });
+        if (own == sampled.end())
+            sampled.push_back({i});
+        else
+            own->push_back(i);
+    }
     std::vector<Search> searches(which.size());
-    const auto number = static_cast<int64_t>(which.size());
-    const int64_t together = deltas.count() <= kTile ? number : 1;  // less than to wake a thread
+    const auto number = static_cast<int64_t>(sampled.size()), count = deltas.count();
+    const int64_t together = count <= kTile ? number : 1;  // less than to wake a thread
     deltas.pool.run(blocks_of(number, together), [&](int64_t task) {
-        for (int64_t i = task * together; i < std::min(number, (task + 1) * together); ++i) {
-            const auto at = static_cast<size_t>(i);
-            searches[at] = bracket(deltas, which[at], thresholds[at]);
+        for (int64_t d = task * together; d < std::min(number, (task + 1) * together); ++d) {
+            const std::vector<size_t>& own = sampled[static_cast<size_t>(d)];
+            std::vector<int32_t> keys = sample_keys(deltas, which[own[0]]);
+            sort_keys(keys);
+            for (const size_t i : own) searches[i] = bracket(keys, count, thresholds[i]);
         }
     });
     run_searches(

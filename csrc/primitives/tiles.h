@@ -31,6 +31,10 @@ inline void check_inputs(const std::vector<Span>& inputs, const Span* base, int6
         throw std::invalid_argument("base must not be RAW and must have the inputs' element count");
 }
 
+inline bool same_elements(const Span& a, const Span& b) {
+    return a.elements == b.elements && a.data == b.data && a.first == b.first && a.dtype == b.dtype;
+}
+
 // One task's view of the inputs, a tile at a time: pointers into the tensors where every element
 // type is the wanted one, else into fp32 copies of the tile; gathered rows and what is computed are
 // copied.
@@ -51,7 +55,7 @@ class TileReader {
         for (size_t j = 0; j < inputs.size(); ++j) {
             first_.push_back(j);
             for (size_t i = 0; i < j && first_[j] == j; ++i)
-                if (same(inputs[i], inputs[j])) first_[j] = i;
+                if (same_elements(inputs[i], inputs[j])) first_[j] = i;
         }
     }
 
@@ -68,11 +72,6 @@ class TileReader {
     }
 
    private:
-    static bool same(const Span& a, const Span& b) {
-        return a.elements == b.elements && a.data == b.data && a.first == b.first &&
-               a.dtype == b.dtype;
-    }
-
     const void* at(const Span& span, int64_t begin, int64_t count, int64_t slot) {
         float* tile = scratch_ ? scratch_.get() + slot * tile_ : nullptr;
         if (span.dtype == dtype_) return span.read(begin, count, tile);

@@ -3,6 +3,7 @@
 
 constexpr int kLanes = 8;
 constexpr int kPhiloxVectors = 2;
+constexpr bool kDearCompress = false;
 
 struct Floats {
     __m256 v;

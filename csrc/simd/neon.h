@@ -3,6 +3,7 @@
 
 constexpr int kLanes = 4;
 constexpr int kPhiloxVectors = 2;
+constexpr bool kDearCompress = true;
 
 struct Floats {
     float32x4_t v;

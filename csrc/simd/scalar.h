@@ -3,6 +3,8 @@
 
 constexpr int kLanes = 4;
 constexpr int kPhiloxVectors = 1;  // vectors that one call of philox fills
+// Whether compress is so dear that a branch around it pays where there is nothing to compress.
+constexpr bool kDearCompress = true;
 
 struct Floats {
     float v[kLanes];
