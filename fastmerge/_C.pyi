@@ -194,7 +194,8 @@ def select(
 ) -> list[Selection]:
     """For each delta x_i - base (fp32), which entries survive: exactly those that
     fastmerge.selection says. The bits of a RANKED request go to its mask, F32 memory for 32
-    elements a word; the selections' own are None. A rescale is the quotient of two float64 sums,
+    elements a word, and so do those of a RANDOM one that has a mask, unless it keeps all or none;
+    the selections' own are None. A rescale is the quotient of two float64 sums,
     rounded to fp32, and 1 where either is below 1e-7 (as in mergekit 0.1.5).
     """
 
@@ -238,8 +239,8 @@ def consensus(
     it is 0 (elect) or below 1e-8 in size. Order of operations as mergekit 0.1.5 in float32 (task
     arithmetic; TIES: Yadav et al., arXiv:2306.01708; DARE: Yu et al., arXiv:2311.03099): masks
     multiply, so that NaN and Inf survive them, and sums start from +0. masks: those of RANKED
-    selections, as `select` filled them. origin: the flat index of
-    the first element (see select_across).
+    selections, as `select` filled them, and of RANDOM ones that need not be drawn again. origin:
+    the flat index of the first element (see select_across).
 
     votes: with elect, the sign is that of the sum of the masked, rescaled deltas without their
     weights (1: TIES' paper, section 4.2; PEFT 0.21's "total") or of those deltas' signs, NaN

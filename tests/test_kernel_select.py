@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastmerge import _C
 from fastmerge.compute import reference
+from fastmerge.compute.cpu import CpuBackend
 from fastmerge.methods.shapes import Keep
 from fastmerge.selection import (
     ALL,
@@ -333,6 +334,65 @@ def test_rescale_leaves_tiny_deltas_alone(pool, memory):
     spec = Sparsify(RANDOM, keep_below=keep_below(0.5), key=1, rescale=True)
     (found,) = check(pool, memory, [x], np.zeros(100, np.float32), [spec], ("F32",), "F32")
     assert found.rescale == 1.0
+
+
+@every_isa
+@pytest.mark.parametrize("tied", [0, LARGE // 3])
+def test_ranks_of_one_delta(pool, memory, tied):
+    """Several of the same entries, of which none are frequent or some: also in pieces, whose
+    processes tell each other less.
+    """
+    x = np.random.default_rng(5).standard_normal(LARGE).astype(np.float32)
+    x[::-1][:tied] = 0.7
+    specs = [Sparsify(MAGNITUDE, keep_count(d, LARGE), EVERY) for d in (0.25, 0.5, 0.75, 0.2501)]
+    wanted = reference.select([x] * 4, np.zeros_like(x), specs)
+    views, zeros = [memory.put(x, "F32")] * 4, memory.put(np.zeros_like(x), "F32")
+    assert _C.select(pool, views, zeros, specs) == wanted
+
+    def passes(pieces, count):
+        return [count(piece) for piece in range(pieces)]
+
+    assert _C.select_across(pool, [views], [zeros], [0], specs, [1], passes) == wanted
+
+
+@every_isa
+@pytest.mark.parametrize("elect", [True, False])
+@pytest.mark.parametrize("count", [1, 63, 5000, LARGE])
+def test_the_bits_of_a_random_draw(pool, memory, count, elect):
+    """They are of what survives, and merge as the draw does."""
+    base, tuned = fine_tunes(count)
+    tensors, origin = [memory.put(x, "BF16") for x in tuned], memory.put(base, "BF16")
+    specs = [Sparsify(RANDOM, keep_below=keep_below(d), key=7, rescale=True) for d in (0.3, 0.8)]
+    words = np.zeros((2, -(-count // 32)), np.uint32)
+    masks = [_C.View(row.ctypes.data, row.size, "F32", row) for row in words]
+    chosen = _C.select(pool, tensors, origin, specs, masks)
+    assert chosen == _C.select(pool, tensors, origin, specs)
+    merged = []
+    for given_masks in ((), masks):
+        out = memory.blank(count, "BF16")
+        _C.consensus(
+            pool, tensors, origin, [0.6, 0.4], chosen, _C.MemorySink(out), given_masks,
+            elect=elect, normalize=elect,
+        )  # fmt: skip
+        merged.append(memory.read(out))
+    np.testing.assert_array_equal(*merged)
+    for selection, row in zip(chosen, words, strict=True):
+        kept = np.unpackbits(row.view(np.uint8), bitorder="little")[:count]
+        survivors = reference.survivors(selection, np.zeros(count, np.uint32))
+        np.testing.assert_array_equal(kept.astype(np.bool_), survivors)
+
+
+def test_a_random_draw_is_kept_where_memory_has_room(memory, tmp_path):
+    base, tuned = fine_tunes(LARGE)
+    tensors, origin = [memory.put(x, "BF16") for x in tuned], memory.put(base, "BF16")
+    specs = [Sparsify(RANDOM, keep_below=k, key=3) for k in (keep_below(0.5), 1 << 32)]
+    words = -(-LARGE // 32)
+    for room, kept in ((4 * words, True), (4 * words - 1, False)):
+        backend = CpuBackend(1, scratch_folder=tmp_path, scratch_bytes=room)
+        found = backend.select(tensors, origin, specs)
+        assert [s.mask is not None for s in found] == [kept, False]
+        del found
+        assert backend._scratch_left == room
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,7 +3,7 @@
 // library's version decides bits; both are right to 1e-15.
 
 template <class To, class From>
-FM_INLINE To bits_as(From from) {
+FM_INLINE To bits_as(const From& from) {
     To to;
     static_assert(sizeof to == sizeof from);
     std::memcpy(&to, &from, sizeof to);
@@ -33,15 +33,25 @@ FM_INLINE double exponential(double x) {
     return sum * bits_as<double>((bits_as<uint64_t>(shifted) + 1023) << 52);
 }
 
-// ln x of a normal x > 0: 2 atanh((m - 1) / (m + 1)) + e ln 2 with m between sqrt(1/2) and sqrt(2).
-FM_INLINE double logarithm(double x) {
-    const uint64_t bits = bits_as<uint64_t>(x);
-    const uint64_t exponent = (bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu)) >> 52;
-    const double m = bits_as<double>(bits - ((exponent - 1023) << 52));
-    const double e = bits_as<double>(exponent | 0x4330000000000000u) - (4503599627370496.0 + 1023);
-    const double s = (m - 1.0) / (m + 1.0), z = s * s;
-    double sum = 1.0 / 21;
-    sum = sum * z + 1.0 / 19;
+// Numbers for which the compiler works out each step before the next: the steps of one wait for
+// each other, and those of four vectors fill the time (1.2 in place of 1.5 ns an entry;
+// exponentials, which have no division, gain nothing).
+constexpr int kPack = 32;
+typedef double Pack __attribute__((vector_size(kPack * sizeof(double))));
+typedef uint64_t PackBits __attribute__((vector_size(kPack * sizeof(uint64_t))));
+
+// p ln(p / q) of normal p and q > 0. ln x is 2 atanh((m - 1) / (m + 1)) + e ln 2 with m between
+// sqrt(1/2) and sqrt(2). A NaN's logarithm is by its bits a number.
+template <class Number, class Bits>
+FM_INLINE void relative_entropy(const Number& p, const Number& q, Number& out) {
+    const Number x = p / q;
+    const Bits bits = bits_as<Bits>(x);
+    const Bits exponent = (bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu)) >> 52;
+    const Bits mantissa = bits - ((exponent - 1023) << 52), whole = exponent | 0x4330000000000000u;
+    const Number m = bits_as<Number>(mantissa);
+    const Number e = bits_as<Number>(whole) - (4503599627370496.0 + 1023);
+    const Number s = (m - 1.0) / (m + 1.0), z = s * s;
+    Number sum = z * (1.0 / 21) + 1.0 / 19;
     sum = sum * z + 1.0 / 17;
     sum = sum * z + 1.0 / 15;
     sum = sum * z + 1.0 / 13;
@@ -50,8 +60,9 @@ FM_INLINE double logarithm(double x) {
     sum = sum * z + 1.0 / 7;
     sum = sum * z + 1.0 / 5;
     sum = sum * z + 1.0 / 3;
-    return e * 6.93147180369123816490e-01 +
-           (e * 1.90821492927058770002e-10 + (2.0 * s + 2.0 * s * z * sum));
+    const Number logarithm = e * 6.93147180369123816490e-01 +
+                             (e * 1.90821492927058770002e-10 + (2.0 * s + 2.0 * s * z * sum));
+    out = p * logarithm + (q - q);
 }
 
 FM_INLINE void add_to_lanes(const double* values, int64_t count, double* lanes) {
@@ -84,11 +95,20 @@ void divergence(const DivergenceArgs& args, double* lanes) {
     double values[kBlock];
     for (int64_t at = 0; at < args.count; at += kBlock) {
         const int64_t part = args.count - at < kBlock ? args.count - at : kBlock;
-        for (int64_t i = 0; i < part; ++i) {
+        int64_t i = 0;
+        for (; i + kPack <= part; i += kPack) {
+            Pack p, q, each;
+            std::memcpy(&p, args.x + at + i, sizeof p);
+            std::memcpy(&q, args.base + at + i, sizeof q);
+            p = p * args.x_factor + 1e-8;
+            q = q * args.base_factor + 1e-8;
+            relative_entropy<Pack, PackBits>(p, q, each);
+            std::memcpy(values + i, &each, sizeof each);
+        }
+        for (; i < part; ++i) {
             const double p = args.x[at + i] * args.x_factor + 1e-8;
             const double q = args.base[at + i] * args.base_factor + 1e-8;
-            // A NaN's logarithm is by its bits a number.
-            values[i] = p * logarithm(p / q) + (q - q);
+            relative_entropy<double, uint64_t>(p, q, values[i]);
         }
         add_to_lanes(values, part, lanes);
     }

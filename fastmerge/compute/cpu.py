@@ -18,12 +18,13 @@ from fastmerge.methods.entries import Program
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
-from fastmerge.selection import ALL, RANKED, Selection, Sparsify
+from fastmerge.selection import ALL, RANDOM, RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node
 
 Passes = Callable[[int, Callable[[int], bytes]], Sequence[bytes]]
 
 _MOST_THREADS = 1024
+_MASKED_FROM = 1 << 16  # entries: fewer are drawn again in the time that their mask's array takes
 
 
 def thread_count(threads: int | None = None) -> int:
@@ -128,11 +129,9 @@ class CpuBackend:
         # Where there is nothing to find, spare the pass over the weights.
         if all(spec.kind == ALL for spec in specs):
             return [Selection(kept=view.count) for view in inputs]
-        if all(spec.kind != RANKED for spec in specs):
+        masks = [self._mask(base.count, spec) for spec in specs]
+        if all(mask is None for mask in masks):
             return _C.select(self.pool, inputs, base, specs)
-        masks = [
-            self.scratch(-(-base.count // 32))[0] if spec.kind == RANKED else None for spec in specs
-        ]
         chosen = _C.select(self.pool, inputs, base, specs, masks)
         return [s._replace(mask=mask) for s, mask in zip(chosen, masks, strict=True)]
 
@@ -192,13 +191,31 @@ class CpuBackend:
     def is_fp32(out: _C.Sink) -> bool:
         return out.dtype == "F32"
 
+    def _mask(self, count: int, spec: Sparsify) -> _C.View | None:
+        """Where to put the bits of a draw: by rank there is no other answer, and what is drawn at
+        random need not be drawn twice, where memory has room.
+        """
+        words = -(-count // 32)
+        if spec.kind == RANKED:
+            return self.scratch(words)[0]
+        if spec.kind != RANDOM or not 0 < spec.keep_below < 1 << 32 or count < _MASKED_FROM:
+            return None
+        array = self._memory(words)
+        return None if array is None else self.tensor(array)
+
+    def _memory(self, count: int) -> Float32 | None:
+        """A new array; None where what intermediate tensors may take has no room for it."""
+        if self._scratch_folder is None:
+            return np.empty(count, dtype=np.float32)
+        if not self._take_scratch(4 * count):
+            return None
+        array = np.empty(count, dtype=np.float32)
+        weakref.finalize(array, self._take_scratch, -4 * count)
+        return array
+
     def scratch(self, count: int) -> tuple[_C.View, _C.Sink]:
-        nbytes = 4 * count
-        if self._scratch_folder is None or self._take_scratch(nbytes):
-            array = np.empty(count, dtype=np.float32)
-            if self._scratch_folder is not None:
-                weakref.finalize(array, self._take_scratch, -nbytes)
-        else:
+        array, nbytes = self._memory(count), 4 * count
+        if array is None:
             try:
                 with tempfile.TemporaryFile(dir=self._scratch_folder) as file:
                     # A page that the disk has no room for would end the process with SIGBUS.

@@ -30,7 +30,7 @@ from fastmerge.errors import ResourceError, argument
 from fastmerge.methods.shapes import Float32
 from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
-from fastmerge.selection import Selection, Sparsify
+from fastmerge.selection import RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk
 
 if TYPE_CHECKING:
@@ -203,8 +203,8 @@ class _Computed(NamedTuple):
 
 
 def _piece(lane: Lane, selection: Selection, begin: int, end: int) -> Selection:
-    """With the mask's words of these elements on the device, where it has a mask."""
-    if selection.mask is None:
+    """With the mask's words of these elements on the device, where its kernels read a mask."""
+    if selection.kind != RANKED:
         return selection
     words = selection.mask.slice(begin // 32, -(-end // 32))
     return selection._replace(mask=lane.upload(words))
