@@ -105,7 +105,6 @@ struct Window {
 struct TieWindow {
     int32_t key;
     bool mixed;
-    bool many;  // so many entries are tied that most groups of a tile have one
     bool any_below, any;
     uint32_t below, last;
     int64_t below_count;  // += entries up to `below`

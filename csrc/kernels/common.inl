@@ -4,6 +4,16 @@
 constexpr int kGroup = 2 * kLanes;
 constexpr int64_t kBlock = 256;  // entries of loops that the compiler vectorises
 
+FM_INLINE Words load_words(const uint32_t* from) { return bits(load(F32(), from)); }
+
+// 0, 1, 2, ... in a vector's plain order.
+FM_INLINE Words lane_numbers() {
+    alignas(64) static constexpr uint32_t kNumbers[] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                        8, 9, 10, 11, 12, 13, 14, 15};
+    static_assert(kLanes <= 16);
+    return load_words(kNumbers);
+}
+
 struct Part {
     int first, last;  // the group's elements that exist
 };

@@ -7,13 +7,17 @@ FM_INLINE Words flat_order(uint64_t index, int vector) {
     return group_numbers(vector) + spread(static_cast<uint32_t>(index));
 }
 
-// The high word of a mixed index (fastmerge.selection): murmur3's 32-bit finaliser (Appleby).
-FM_INLINE Words mixed_order(uint64_t index, int vector) {
+// The high words of mixed indices (fastmerge.selection): murmur3's 32-bit finaliser (Appleby).
+// `index`: any with their high word.
+FM_INLINE Words mixed_orders(Words flat, uint64_t index) {
     const uint32_t high = static_cast<uint32_t>(index >> 32) * 0x9E3779B9u;
-    Words h = flat_order(index, vector) ^ spread(high);
+    Words h = flat ^ spread(high);
     h = (h ^ shift_right<16>(h)) * spread(0x85EBCA6Bu);
     h = (h ^ shift_right<13>(h)) * spread(0xC2B2AE35u);
     return h ^ shift_right<16>(h);
+}
+FM_INLINE Words mixed_order(uint64_t index, int vector) {
+    return mixed_orders(flat_order(index, vector), index);
 }
 
 FM_INLINE void random_words(const Keep& keep, uint64_t index, Words* words) {

@@ -16,21 +16,16 @@ inline uint32_t magnitudes(const float* deltas, int64_t count, uint32_t* keys) {
     return most;
 }
 
-FM_INLINE Words load_words(const uint32_t* from) { return bits(load(F32(), from)); }
-
 // Writes whether each word is below `low`, and the places of those from `low` to `low + span`: the
 // others' entries are kept or not at every rank. Returns how many; `places` has room for a vector
 // more.
 inline int64_t undecided(const uint32_t* words, int64_t count, uint32_t low, uint32_t span,
                          uint8_t* kept, uint32_t* places) {
-    alignas(64) static constexpr uint32_t kNumbers[] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                        8, 9, 10, 11, 12, 13, 14, 15};
-    static_assert(kLanes <= 16);
     for (int64_t i = 0; i < count; ++i) kept[i] = words[i] < low;
     int64_t found = 0, i = 0;
     for (; i + kLanes <= count; i += kLanes) {
         const Words over = load_words(words + i) + spread(0 - low);
-        found += compress(places + found, load_words(kNumbers) + spread(static_cast<uint32_t>(i)),
+        found += compress(places + found, lane_numbers() + spread(static_cast<uint32_t>(i)),
                           at_most(over, spread(span)));
     }
     for (; i < count; ++i)

@@ -89,79 +89,57 @@ void count_keys(const DeltaArgs& args, Window* windows) {
     }
 }
 
-// kBelow: some orders of the tile may be up to window.below. `orders` holds the tile's order words,
-// or is null where so few entries are tied that each group's words are worked out when it has one.
-template <class T, bool kBelow, bool kPartial>
-FM_INLINE void count_ties_group(const Deltas<T, kPartial>& deltas, TieWindow& window,
-                                const uint32_t* orders, uint64_t index, int64_t at, Part part,
-                                Words& below_counter) {
-    const Words tied_key = spread(static_cast<uint32_t>(window.key));
-    Words key[2], order[2];
-    Mask tied[2], inside[2];
+// Writes the numbers in the tile of a group's entries with that key.
+template <class T, bool kPartial>
+FM_INLINE void tied_in_group(const Deltas<T, kPartial>& deltas, Words tied_key, int64_t at,
+                             Part part, uint32_t*& numbers) {
+    Words key[2];
+    Mask tied[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
         tied[v] = equal(key[v], tied_key);
         if (kPartial) tied[v] = tied[v] & present(v, part);
     }
-    if (!orders && !any(tied[0] | tied[1])) return;
-    for (int v = 0; v < 2; ++v) {
-        order[v] = orders         ? bits(load(F32(), orders + at + v * kLanes))
-                   : window.mixed ? mixed_order(index, v)
-                                  : flat_order(index, v);
-        inside[v] = at_most(order[v], spread(window.last)) & tied[v];
-        if (!kBelow) continue;
-        const Mask below = at_most(order[v], spread(window.below)) & tied[v];
-        below_counter = count(below_counter, below);
-        inside[v] = without(inside[v], below);
-    }
-    if (any(inside[0] | inside[1]))
-        for (int v = 0; v < 2; ++v)
-            window.gathered_count +=
-                compress(window.gathered + window.gathered_count, order[v], inside[v]);
+    if (kDearCompress && !any(tied[0] | tied[1])) return;
+    for (int v = 0; v < 2; ++v)
+        numbers += compress(numbers, flat_order(static_cast<uint64_t>(at), v), tied[v]);
 }
 
-template <class T, bool kBelow>
-void count_ties_tile(const DeltaArgs& args, int j, const uint32_t* orders, TieWindow& window) {
+// First which entries are tied, then the orders of those alone: half of all groups may have one, so
+// that a branch in between would be guessed wrong.
+template <class T>
+void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
     const char* x = static_cast<const char*>(args.inputs[j]);
     const char* base = static_cast<const char*>(args.base);
-    Words below_counter = spread(0u);
+    const Words key = spread(static_cast<uint32_t>(window.key));
+    uint32_t numbers[kTile + kGroup], *end = numbers;
     int64_t at = 0;
     for (; at + kGroup <= args.count; at += kGroup)
-        count_ties_group<T, kBelow>(Deltas<T, false>{x, base}, window, orders,
-                                    args.index + static_cast<uint64_t>(at), at, {}, below_counter);
+        tied_in_group(Deltas<T, false>{x, base}, key, at, {}, end);
     if (at < args.count)
-        count_ties_group<T, kBelow>(Deltas<T, true>{x, base}, window, orders,
-                                    args.index + static_cast<uint64_t>(at), at,
-                                    {0, static_cast<int>(args.count - at)}, below_counter);
+        tied_in_group(Deltas<T, true>{x, base}, key, at, {0, static_cast<int>(args.count - at)},
+                      end);
+    for (int lane = 0; lane < kLanes; ++lane) end[lane] = 0;
+    Words below_counter = spread(0u);
+    for (const uint32_t* from = numbers; from < end; from += kLanes) {
+        const Mask here = signed_above(spread(static_cast<uint32_t>(end - from)), lane_numbers());
+        const Words flat = load_words(from) + spread(static_cast<uint32_t>(args.index));
+        const Words order = window.mixed ? mixed_orders(flat, args.index) : flat;
+        Mask inside = at_most(order, spread(window.last)) & here;
+        if (window.any_below) {
+            const Mask below = at_most(order, spread(window.below)) & here;
+            below_counter = count(below_counter, below);
+            inside = without(inside, below);
+        }
+        window.gathered_count += compress(window.gathered + window.gathered_count, order, inside);
+    }
     window.below_count += sum(below_counter);
-}
-
-// The tile's mixed order words, group by group in the group's own order.
-inline void fill_orders(const DeltaArgs& args, uint32_t* orders) {
-    for (int64_t at = 0; at < args.count; at += kGroup)
-        for (int v = 0; v < 2; ++v)
-            store(F32(), orders + at + v * kLanes,
-                  floats(mixed_order(args.index + static_cast<uint64_t>(at), v)));
 }
 
 template <class T>
 void count_ties(const DeltaArgs& args, TieWindow* windows) {
-    uint32_t mixed[kTile];  // filled when first needed, shared by the deltas
-    bool filled = false;
-    for (int j = 0; j < args.inputs_count; ++j) {
-        TieWindow& window = windows[j];
-        if (!window.any) continue;
-        const bool share = window.mixed && window.many;
-        if (share && !filled) {
-            fill_orders(args, mixed);
-            filled = true;
-        }
-        const uint32_t* orders = share ? mixed : nullptr;
-        if (window.any_below)
-            count_ties_tile<T, true>(args, j, orders, window);
-        else
-            count_ties_tile<T, false>(args, j, orders, window);
-    }
+    for (int j = 0; j < args.inputs_count; ++j)
+        if (windows[j].any) count_ties_tile<T>(args, j, windows[j]);
 }
 
 template <class T, int kKind, bool kPartial>

@@ -94,7 +94,6 @@ void count_piece(const Deltas& deltas, const std::vector<size_t>& which,
                 TieWindow window = {};
                 window.key = bound->key;
                 window.mixed = bound->rule == TieRule::kMixed;
-                window.many = bound->ties > deltas.count() / 32;
                 window.gathered = counts.words.back().data();
                 counts.windows.push_back(window);
             }
