@@ -325,6 +325,41 @@ def test_inside_torchs_transforms_is_refused(transform):
         transform(lambda x: ops.linear([x], [1.0]))(torch.ones(3, 4))
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_inside_fake_tensor_mode_is_refused():
+    """Everything that torch makes there, a result too, has no memory: it ended the process."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    one, two = torch.ones(5, 7), torch.zeros(5, 7)
+    for _ in range(2):  # the second is of tensors that are known
+        ops.linear([one, two], [1, 1])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with pytest.raises(FastmergeError, match="FakeTensor has no memory of its own"):
+                ops.linear([one, two], [1, 1])
+            with pytest.raises(FastmergeError, match="FakeTensor has no memory of its own"):
+                fastmerge.merge_state_dicts(
+                    [{"w": one}, {"w": two}], "linear", parameters={"weight": 1}
+                )
+
+
+def test_lazy_parameters_masks_and_what_is_no_array_are_refused():
+    lazy = torch.nn.UninitializedParameter()
+    with pytest.raises(FastmergeError, match="UninitializedParameter has no memory of its own"):
+        ops.linear([lazy, lazy], [1, 1])
+    hidden = np.ma.masked_array(A, A > 0)  # its numbers would be taken, masked or not
+    for call in (
+        lambda: ops.linear([hidden, hidden], [1, 1]),
+        lambda: ops.linear([A, A], [1, 1], out=hidden.copy()),
+        lambda: fastmerge.merge_state_dicts([{"w": hidden}], "linear", parameters={"weight": 1}),
+    ):
+        with pytest.raises(FastmergeError, match=r"a masked array; pass .*x.filled\(0\)"):
+            call()
+    for odd in (None, "x", b"1234"):
+        with pytest.raises(FastmergeError, match="is no tensor and no array") as caught:
+            ops.linear([odd, odd], [1, 1])
+        assert "\n" not in str(caught.value)
+
+
 def test_autograd_sees_the_write():
     weight = torch.nn.Parameter(torch.ones(4))
     loss = (weight * weight).sum()

@@ -43,7 +43,10 @@ def _imported(tensor: Any, where: str) -> Any:
         return tensor
     if not hasattr(tensor, "__dlpack__"):
         try:
-            return np.asarray(tensor)
+            array = np.asarray(tensor)
+            if array.dtype.kind in "OUS":  # None, text and bytes are arrays, too
+                raise TypeError(f"a {type(tensor).__name__}")
+            return array
         except (TypeError, ValueError, RuntimeError) as error:
             raise FastmergeError(
                 f"{where}: {brief(tensor)} is no tensor and no array "
@@ -132,6 +135,8 @@ class Operands(Generic[T]):
         where = f"{self._where}: out"
         if out is None:
             result = self._maker()(self._tensors[0])
+            if self._torch:
+                check_torch(result, f"{self._where}: the result")  # inside FakeTensorMode
             if self._device == "cpu":
                 return result, _C.MemorySink(
                     view_of(result, where, dtype=self._dtype), checked=False

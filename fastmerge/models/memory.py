@@ -57,7 +57,12 @@ def view_of(
     if is_torch(tensor):
         if not tensor.is_contiguous():
             raise FastmergeError(f"{where}: the tensor is not contiguous; pass tensor.contiguous()")
-        return _C.View(tensor.data_ptr(), tensor.numel(), dtype.code, tensor)
+        address, count = tensor.data_ptr(), tensor.numel()
+        if count and not address:  # what FakeTensorMode makes of any tensor
+            raise _no_memory(tensor, where)
+        return _C.View(address, count, dtype.code, tensor)
+    if isinstance(tensor, np.ma.MaskedArray):
+        raise FastmergeError(f"{where}: a masked array; pass its numbers, x.filled(0)")
     if not tensor.flags.c_contiguous:
         raise FastmergeError(f"{where}: the array is not contiguous; pass np.ascontiguousarray(x)")
     if writable and not tensor.flags.writeable:
@@ -75,12 +80,14 @@ def check_torch(tensor: Any, where: str) -> None:
         raise UnsupportedError(f"{where}: a sparse, nested or packed tensor; pass a dense one")
     if dispatches:
         raise _no_memory(tensor, where)
-    if tensor.is_neg() or tensor.is_conj():
-        raise FastmergeError(f"{where}: the tensor is a negated view; pass tensor.resolve_neg()")
     try:
+        negated = tensor.is_neg() or tensor.is_conj()
         held = tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError) as error:  # inside vmap and grad
+    # Inside vmap and grad; ValueError: a lazy module's parameter before its first input.
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise _no_memory(tensor, where) from error
+    if negated:
+        raise FastmergeError(f"{where}: the tensor is a negated view; pass tensor.resolve_neg()")
     count = tensor.numel()
     if tensor.is_meta or not count or not tensor.is_contiguous():
         return
