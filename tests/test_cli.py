@@ -255,6 +255,16 @@ def test_a_caller_s_garbage_is_still_collected(run):
     assert gc.get_freeze_count() == 0
 
 
+def test_a_command_that_used_triton_ends_in_silence():
+    pytest.importorskip("triton")
+    code = (
+        "import torch, triton; from triton._C.libtriton import ir; kept = [ir.context()]; "
+        "kept.append(kept); from fastmerge.cli import main; main(['--version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_wrong_usage_is_2(run):
     assert run("merge")[0] == 2
     assert run("merge", "a", "b", "--device", "tpu")[0] == 2
