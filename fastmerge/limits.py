@@ -20,6 +20,10 @@ MAX_DEPTH = 16  # of folders in a model's folder: chat templates and modules lie
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
 MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out
+# Of the folders of tasks that an evaluation names; the harness's own has 16 334 entries, of which
+# the tasks take 7 MB.
+MAX_TASK_ENTRIES = 100_000
+MAX_TASKS_BYTES = 16 << 20
 MAX_JOURNAL_BYTES = 1 << 30  # of a run: a thousand states over 10 000 items each take 200 MB;
 # of a part: a million tensors take 200 MB
 # Of one split of an evaluation's data, unpacked; the largest takes 50 MB.

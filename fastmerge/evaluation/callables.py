@@ -5,6 +5,7 @@ Their scores are kept under what shows that a function has changed, so that an e
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import os
@@ -12,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ from fastmerge.errors import FastmergeError, RecipeError, argument, brief, neare
 from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.identity import MAIN, identity_of
 from fastmerge.evaluation.journal import digest
+from fastmerge.evaluation.outlook import Unread
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
+from fastmerge.evaluation.texts import text_of
 from fastmerge.evaluation.weights import model_of
+from fastmerge.limits import MAX_RECIPE_BYTES
 
 ScoreFunction = Callable[..., Any]  # of a number, or of numbers by task
 
@@ -43,20 +48,14 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
         found = own.load()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
-        beside_it = [file.stem for file in folder.glob("*.py")]
-        hint = f"; {nearest(module, beside_it)}" if beside_it else ""
-        file = f"{module.replace('.', '/')}.py"
-        raise RecipeError(
-            f"{where}: no module '{module}' is installed, and no {file} lies beside the file that "
-            f"names it{hint}"
-        ) from None
+            raise FastmergeError(f"{where}: {in_user_code(error)}") from error
+        raise _no_module(where, module, folder) from None
     except Exception as error:  # importing runs the user's own code
-        raise FastmergeError(f"{where}: {_in_user_code(error)}") from error
+        raise FastmergeError(f"{where}: {in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
-    near = [folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py")]
+    near = _beside(module, folder)
     loaded = Path(getattr(found, "__file__", None) or "").resolve()
-    if any(os.path.isfile(file) and file.resolve() != loaded for file in near):
+    if near is not None and near.resolve() != loaded:
         raise RecipeError(
             f"{where}: beside the schedule lies a '{module}', and another one is loaded "
             f"({loaded}); rename one of them"
@@ -69,7 +68,69 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
     return function, own
 
 
-def _in_user_code(error: BaseException) -> str:
+def _no_module(where: str, module: str, folder: Path) -> RecipeError:
+    beside_it = [file.stem for file in folder.glob("*.py")]
+    hint = f"; {nearest(module, beside_it)}" if beside_it else ""
+    file = f"{module.replace('.', '/')}.py"
+    return RecipeError(
+        f"{where}: no module '{module}' is installed, and no {file} lies beside the file that "
+        f"names it{hint}"
+    )
+
+
+def _beside(module: str, folder: Path) -> Path | None:
+    """The file of that module's name beside the schedule."""
+    near = (folder / f"{module.replace('.', '/')}{end}" for end in (".py", "/__init__.py"))
+    return next((file for file in near if os.path.isfile(file)), None)
+
+
+def _installed(module: str) -> Path | None:
+    """The file that Python would import as the module; none of its packages is imported for it."""
+    parts, within = module.split("."), None
+    for last in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:last]), within)
+        if spec is None:
+            return None
+        within = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def unread(settings: Evaluate, folder: Path) -> Unread:
+    """What the text of the file that a callable names says of it, which a dry run does not import.
+    Raises FastmergeError as `load_callable` and `CallableScorer` do, for what shows in the text.
+    """
+    assert settings.callable is not None
+    module, _, name = settings.callable.partition(":")
+    where = f"{settings.at('callable')}: '{settings.callable}'"
+    file = _beside(module, folder) or _installed(module)
+    if file is None:
+        raise _no_module(where, module, folder)
+    if file.suffix != ".py":
+        return Unread(holdout=False)
+    try:
+        body = ast.parse(text_of(file, where, MAX_RECIPE_BYTES), str(file)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise FastmergeError(f"{where}: {in_user_code(error)}") from error
+    defined = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+    last = max(defined, key=lambda node: node.lineno, default=None)
+    if last is None or last.decorator_list:  # an import, an object, of another signature
+        return Unread(holdout=False)
+    every = last.args
+    takes = {own.arg for own in (*every.posonlyargs, *every.args, *every.kwonlyargs)}
+    _check_limit(settings, takes, settings.callable)
+    return Unread(holdout="split" in takes)
+
+
+def _check_limit(settings: Evaluate, takes: set[str], name: str) -> None:
+    for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
+        if asked and "limit" not in takes:
+            raise RecipeError(
+                f"{settings.at(key)}: {name} takes no 'limit': give it that argument, or remove "
+                "the key"
+            )
+
+
+def in_user_code(error: BaseException) -> str:
     """What went wrong and where, in a line: 'scoring.py:12: ZeroDivisionError: ...'."""
     found = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in found if not frame.filename.startswith("<frozen ")] or found
@@ -132,12 +193,7 @@ class CallableScorer:
         except TypeError as error:
             raise FastmergeError(f"{self._name}: is called with the model alone: {error}") from None
         self._limit = settings.limit
-        for key, asked in (("limit", settings.limit), ("stages", settings.stages)):
-            if asked and "limit" not in self._takes:
-                raise RecipeError(
-                    f"{settings.at(key)}: {self._name} takes no 'limit': give it that argument, "
-                    "or remove the key"
-                )
+        _check_limit(settings, self._takes, self._name)
         texts = {} if own is None else own.texts
         found = identity_of(function, texts)
         identity = [*found.parts, *sorted(set(texts.values()) - {*found.parts, ""})]
@@ -184,7 +240,7 @@ class CallableScorer:
             with self._own or nullcontext():  # it may import as it runs
                 answer = self._function(*models, **options)
         except Exception as error:  # the user's own code
-            raise FastmergeError(f"{self._name}: {_in_user_code(error)}") from error
+            raise FastmergeError(f"{self._name}: {in_user_code(error)}") from error
         return scores_of(answer, self._name, self._task_name)
 
 

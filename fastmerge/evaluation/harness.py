@@ -12,33 +12,31 @@ import io
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastmerge.errors import RecipeError, ResourceError, brief, nearest
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError, brief, nearest
 from fastmerge.evaluation import likelihoods
 from fastmerge.evaluation.answers import right_answer
+from fastmerge.evaluation.callables import in_user_code
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.local_data import LocalData, local_data
 from fastmerge.evaluation.loss import Target
-from fastmerge.evaluation.outlook import Reading, tokens_each
+from fastmerge.evaluation.outlook import Reading, Unread, tokens_each
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate, Task, overlap
 from fastmerge.evaluation.split import Split
+from fastmerge.evaluation.task_files import data_files, task_name, task_texts
 from fastmerge.evaluation.texts import bytes_of, text_of
 from fastmerge.evaluation.weights import model_of
 from fastmerge.extras import install
 from fastmerge.limits import MAX_RECIPE_BYTES
 from fastmerge.llama import load_tokenizer
 from fastmerge.recipe.located import placed
-from fastmerge.recipe.yaml_text import Constructor
 
 _MMLU_SUBJECTS = 57
 BUILT_IN = True  # whether names may be tasks of the harness's own
@@ -76,6 +74,14 @@ class Harness:
         self._lm: Any = None
         self._model: Any = None
         manager = sources.manager()
+        self._brought = sources.brought
+        with self._own_code():
+            self._load(manager, sources)
+        self._tokenizer = load_tokenizer(tokenizer_folder)
+        self._texts = sources.texts | (sources.local.digests if sources.local else {})
+
+    def _load(self, manager: Any, sources: _Sources) -> None:
+        settings = self._settings
         if self._preset and sources.local is not None:
             six = [(name, shots) for _, name, shots, _ in LEADERBOARD_V1]
             sources.local.check(six, settings.at("preset"))
@@ -96,8 +102,20 @@ class Harness:
         for units in self._units.values():
             with quiet():
                 _samples(units, settings.limit)  # refuses ranges without documents
-        self._tokenizer = load_tokenizer(tokenizer_folder)
-        self._texts = sources.texts | (sources.local.digests if sources.local else {})
+
+    @contextlib.contextmanager
+    def _own_code(self) -> Iterator[None]:
+        """Says in a line what functions and templates of task files that were brought along raise,
+        which is anything.
+        """
+        try:
+            yield
+        except FastmergeError:
+            raise
+        except Exception as error:
+            if not self._brought:
+                raise
+            raise FastmergeError(f"{self._settings.at('tasks')}: {in_user_code(error)}") from error
 
     @property
     def version(self) -> str:
@@ -125,7 +143,7 @@ class Harness:
     def readings(self, split: str) -> list[Reading]:
         """What one measurement of ``split`` reads, by task."""
         units = self._units[split]
-        with quiet():
+        with quiet(), self._own_code():
             chosen = _samples(units, self._settings.limit) or {}
             found = []
             for unit in units:
@@ -148,7 +166,7 @@ class Harness:
         for task in tasks.values():
             # The sampler's generator runs on from call to call: the same examples need a new start.
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        with quiet():
+        with quiet(), self._own_code():
             results = lm_eval.evaluate(
                 lm=lm,
                 task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
@@ -164,7 +182,7 @@ class Harness:
         limits = [n for n in (limit, self._settings.limit) if n is not None]
         lm = self._wrapped(model)
         found = []
-        with quiet():
+        with quiet(), self._own_code():
             samples = _samples(units, min(limits) if limits else None) or {}
             for unit in units:
                 own = []
@@ -258,6 +276,16 @@ class Harness:
         return _Unit(title, parts, entry.metric or "", entry.span, documents)
 
 
+def unread(settings: Evaluate, folder: Path) -> Unread | None:
+    """None where all tasks are the harness's own. Of others to load one is to run what its file
+    says: functions, and templates that Jinja does not confine. Raises FastmergeError as `Harness`
+    does, for what shows in the files' texts.
+    """
+    if not _Sources(settings, folder).brought:
+        return None
+    return Unread(holdout=bool(settings.holdout) or settings.split is not None)
+
+
 def _reading_once(wrapper: Any) -> Any:
     """The harness's wrapper of models, which reads what requests share once for each of them,
     without that.
@@ -296,9 +324,8 @@ class _Sources:
         for title, name, _, _ in LEADERBOARD_V1 if settings.preset is not None else ():
             self.titles[name] = title
         for path in self._folders:
-            for file in sorted(Path(path).glob("**/*.y*ml")):
-                self.texts[file.name] = text_of(file, settings.at("include_path"), MAX_RECIPE_BYTES)
-        self._known = known = {_task_name(text) for text in self.texts.values()}
+            self.texts |= task_texts(Path(path), settings.at("include_path"))
+        self._known = known = {task_name(text) for text in self.texts.values()}
         for entry in (*self.steering, *self.holdout):
             name = entry.name
             if name.endswith((".yaml", ".yml")):
@@ -307,14 +334,14 @@ class _Sources:
                     raise RecipeError(f"{entry.where}: no such task file: {name}")
                 self.texts[file.name] = text_of(file, entry.where, MAX_RECIPE_BYTES)
                 self._folders.append(str(file.parent))
-                found = _task_name(self.texts[file.name])
+                found = task_name(self.texts[file.name])
                 if found is None:
                     raise RecipeError(f"{entry.where}: {name} has no 'task:' line")
                 name = found
                 known.add(name)
             self.names[entry.name] = name
         for file_name, text in dict(self.texts).items():
-            for data in _data_files(file_name, text):
+            for data in data_files(file_name, text):
                 self.texts[str(data)] = hashlib.sha256(bytes_of(data, file_name)).hexdigest()
         self.local = local_data(
             settings.data, lambda path: _find(folder, path), settings.at("data")
@@ -326,6 +353,11 @@ class _Sources:
         ]
         self._harness_folders = sorted({layout.tasks for layout in layouts})
         self.local_only = bool(self.local) or all(name in known for name in self.names.values())
+
+    @property
+    def brought(self) -> bool:
+        """Whether the settings bring task files along."""
+        return bool(self._folders)
 
     def local_of(self, name: str) -> LocalData | None:
         """The local data, where the task ``name`` takes its rows from there."""
@@ -353,52 +385,6 @@ def _find(folder: Path, path: str) -> Path:
         return (near if os.path.exists(near) else Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL, a user who has no home
         raise RecipeError(f"{brief(path)}: no path that can be opened ({error})") from None
-
-
-def _task_name(text: str) -> str | None:
-    found = re.search(r"^(?:task|group):[ \t]*['\"]?([\w./-]+)", text, re.MULTILINE)
-    return found[1] if found else None
-
-
-class _AnyTag(Constructor, yaml.SafeLoader):
-    """Reads task files without running their !function tags."""
-
-
-_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
-def _data_files(name: str, text: str) -> list[Path]:
-    """A task's local data files; FastmergeError for one that is not there.
-
-    The harness takes relative ones from the working directory, not from the task file.
-    """
-    try:
-        document = yaml.load(text, Loader=_AnyTag)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (RecursionError, AttributeError, IndexError, KeyError):  # `!!bool 7`: PyYAML's
-        raise RecipeError(f"{name}: not valid YAML: too deep, or a value not as its tag") from None
-    if not isinstance(document, Mapping) or document.get("dataset_path") not in (
-        "json",
-        "csv",
-        "text",
-    ):
-        return []
-    options = document.get("dataset_kwargs")
-    files = options.get("data_files") if isinstance(options, Mapping) else None
-    listed = files.values() if isinstance(files, Mapping) else [files]
-    found = []
-    for item in listed:
-        for file in item if isinstance(item, list) else [item]:
-            if not isinstance(file, str) or "*" in file:
-                continue
-            if not os.path.isfile(file):
-                raise RecipeError(
-                    f"{name}: data file '{file}' not found (relative paths start at the working "
-                    "directory); write an absolute path"
-                )
-            found.append(Path(file))
-    return found
 
 
 def _import_harness() -> None:

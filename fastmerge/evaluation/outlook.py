@@ -28,6 +28,19 @@ class Reading:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What a dry run knows of a scorer whose making would run what a schedule brings along: a
+    callable's module, task files. Not what it reads.
+    """
+
+    holdout: bool  # whether there are items that no step looks at
+
+    def has(self, split: str) -> bool:
+        """See `Scorer`."""
+        return split == "steer" or self.holdout
+
+
 def tokens_each(tasks: Sequence[Any], tokenizer: Any) -> float:
     """About how many tokens a document of the harness's ``tasks`` takes, contexts once and endings
     each; of generations as many as they may be.

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fastmerge.errors import FastmergeError, RecipeError, ResourceError
+from fastmerge.evaluation import callables, harness
 from fastmerge.evaluation.callables import CallableScorer, ScoreFunction
 from fastmerge.evaluation.harness import Harness
+from fastmerge.evaluation.outlook import Unread
 from fastmerge.evaluation.perplexity import Perplexity
 from fastmerge.evaluation.scores import Scores
 from fastmerge.evaluation.settings import WAYS, Evaluate
@@ -48,6 +50,12 @@ _MAKERS: dict[str, Maker] = {
     "callable": CallableScorer.imported,
     "perplexity": Perplexity,
 }
+# Of what may run code that a schedule brings along; None where it does not.
+_UNREAD: dict[str, Callable[[Evaluate, Path], Unread | None]] = {
+    "tasks": harness.unread,
+    "preset": harness.unread,
+    "callable": callables.unread,
+}
 
 
 def register(key: str, make: Maker) -> None:
@@ -70,6 +78,7 @@ class Scoring:
 
     settings: Evaluate
     make: Callable[[], Scorer]
+    unread: Callable[[], Unread | None]
 
     @classmethod
     def of(
@@ -78,8 +87,10 @@ class Scoring:
     ) -> Scoring:  # fmt: skip
         """``folder``: of the settings' file; ``tokenizer_folder``: whose tokenizer models use."""
         if function is not None:
-            return cls(settings, partial(CallableScorer, function, settings))
-        return cls(settings, partial(_MAKERS[settings.way], settings, folder, tokenizer_folder))
+            return cls(settings, partial(CallableScorer, function, settings), _as_made)
+        make = partial(_MAKERS[settings.way], settings, folder, tokenizer_folder)
+        unread = _UNREAD.get(settings.way)
+        return cls(settings, make, partial(unread, settings, folder) if unread else _as_made)
 
     def scorer(self, *, scores: bool = True) -> Scorer:
         """Makes it. Raises FastmergeError for whatever is missing: the harness, a task, its data, a
@@ -92,6 +103,21 @@ class Scoring:
         if scores:
             _check_device(self.settings)
         return self.make()
+
+    def foreseen(self, *, scores: bool = True) -> Scorer | Unread:
+        """The scorer, for a dry run: where its making would run code that comes with the settings'
+        file, what the texts say of it. Raises FastmergeError as `scorer` does.
+        """
+        found = self.unread()
+        if found is None:
+            return self.scorer(scores=scores)
+        if scores:
+            _check_device(self.settings)
+        return found
+
+
+def _as_made() -> None:
+    """Nothing that comes with a file is run in making it."""
 
 
 def make_scorer(

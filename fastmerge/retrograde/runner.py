@@ -46,6 +46,7 @@ from fastmerge.tree.nodes import Merge
 
 if TYPE_CHECKING:
     from fastmerge.evaluation.callables import ScoreFunction
+    from fastmerge.evaluation.outlook import Unread
     from fastmerge.evaluation.scorers import Scorer, Scoring
     from fastmerge.search.lab import Measurement
 
@@ -225,15 +226,17 @@ def describe(
     data: str | Path | None = None,
     cluster: str | None = None,
 ) -> dict[str, Any]:
-    """What a run would do, in plain values: models, steps and costs. Reads headers, writes nothing.
+    """What a run would do, in plain values: models, steps and costs. Reads headers, writes nothing,
+    and runs nothing that comes with the schedule: a callable's module, task files.
 
-    Raises FastmergeError for whatever `run` would refuse, missing tasks and data included.
+    Raises FastmergeError for whatever `run` would refuse, missing tasks and data included, as far
+    as that shows without.
     """
     schedule = _given(source, evaluate, data)
     template = open_template(schedule)
     check_steps(schedule, template)
     scoring = _scoring(schedule, template)
-    scorer = None if scoring is None else scoring.scorer(scores=cluster is None)
+    scorer = None if scoring is None else scoring.foreseen(scores=cluster is None)
     measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
     families = schedule.compare.methods if schedule.compare else ()
     budget = (schedule.compare and schedule.compare.budget) or max(1, sum(measured))
@@ -268,7 +271,9 @@ def describe(
     }
 
 
-def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[str, Any] | None:
+def _outlook(
+    schedule: Schedule, scorer: Scorer | Unread | None, template: Plan
+) -> dict[str, Any] | None:
     """What a run measures at most, and for how long: seconds None where that shows only then."""
     if scorer is None or schedule.evaluate is None:
         return None
@@ -297,7 +302,7 @@ def _outlook(schedule: Schedule, scorer: Scorer | None, template: Plan) -> dict[
     return found
 
 
-def _longest_chain(schedule: Schedule, scorer: Scorer) -> int:
+def _longest_chain(schedule: Schedule, scorer: Scorer | Unread) -> int:
     """How many measurements wait for one another, however many evaluators a cluster has: the
     models, side by side; the walk, as far as it is judged, and its one-shot equivalent, beside what
     it is compared with; the report's.
@@ -314,7 +319,7 @@ def _longest_chain(schedule: Schedule, scorer: Scorer) -> int:
     return 1 + max(walked, beside) + int(scorer.has("holdout") or again)
 
 
-def _most_measurements(schedule: Schedule, scorer: Scorer) -> dict[str, dict[str, int]]:
+def _most_measurements(schedule: Schedule, scorer: Scorer | Unread) -> dict[str, dict[str, int]]:
     """How many scores a run measures at most, by split and what they are of: the models, the walk,
     what it is compared with, and of the rows of the report the hold-out and other masks.
     """

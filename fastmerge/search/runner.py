@@ -337,12 +337,13 @@ def describe(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """What a search would do, in plain values: models, ranges, budget. Reads headers, writes
-    nothing. Raises FastmergeError for whatever `run` would refuse.
+    nothing, runs nothing that comes with the file. Raises FastmergeError for whatever `run` would
+    refuse, as far as that shows without.
     """
     file = with_workers(_given(source, data), workers, cluster)
     ranges, template = opened(file)
     scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]))
-    scorer = scoring.scorer(scores=cluster is None)
+    scorer = scoring.foreseen(scores=cluster is None)
     readings = getattr(scorer, "readings", None)
     rows = [] if readings is None else readings("steer")
     held = readings("holdout") if readings is not None and scorer.has("holdout") else []
