@@ -28,5 +28,8 @@ MAX_JOURNAL_BYTES = 1 << 30  # of a run: a thousand states over 10 000 items eac
 # of a part: a million tensors take 200 MB
 # Of one split of an evaluation's data, unpacked; the largest takes 50 MB.
 MAX_DATA_BYTES = 512 << 20
+# Of one picture of tensors by layer and kind, 30 pixels each; a mixture of 384 experts has 70 000.
+MAX_PICTURE_CELLS = 100_000
+MAX_PICTURE_SIDE = 2000
 # Of a name in a picture: one of 20 000 takes half a minute and 300 MB to draw.
 MAX_LABEL_LETTERS = 60

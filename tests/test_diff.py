@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastmerge.errors import FastmergeError
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.diff import Comparison, TensorDifference, compare
 
@@ -171,3 +173,21 @@ def test_complex_and_packed_types_are_counted_by_element(zoo):
         path.write_bytes(path.read_bytes().replace(b'"shape": [1, 5]', b'"shape":[1, 10]'))
     found = compare(Checkpoint.open(a), Checkpoint.open(b), threads=1)
     assert {tensor.name: tensor.changed for tensor in found.tensors} == {"c": 1, "p": 3}
+
+
+def test_a_map_of_names_that_somebody_chose(tmp_path: Path, recwarn) -> None:
+    pytest.importorskip("matplotlib")
+    from fastmerge.cli.change_map import change_map, write_change_map
+
+    tensor = compared(tmp_path, torch.ones(4), torch.full((4,), 2.0))
+    odd = ["$\\frac{", "\x1b[31m\n\x07", "_x", "x" * 500, "\u202e$a$"]
+    named = [replace(tensor, name=f"model.layers.{i}.{name}") for i, name in enumerate(odd)]
+    write_change_map(named, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0 and not recwarn.list
+    for kinds, layers in ((2001, 1), (1, 2001), (320, 320)):
+        count = max(kinds, layers)
+        many = [
+            replace(tensor, name=f"model.layers.{i % layers}.{i % kinds}") for i in range(count)
+        ]
+        with pytest.raises(FastmergeError, match=r"plot: .* are more than a picture shows"):
+            change_map(many)

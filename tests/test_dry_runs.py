@@ -152,10 +152,10 @@ def test_a_folder_of_everything_holds_no_tasks(tmp_path: Path, monkeypatch: Any)
     settings = load_evaluate({"include_path": [str(tmp_path)], "tasks": ["t1"]})
     assert harness.unread(settings, tmp_path) is not None
     monkeypatch.setattr(task_files, "MAX_TASKS_BYTES", 50)
-    with pytest.raises(FastmergeError, match="include_path: .*5.yaml: over 5 bytes"):
+    with pytest.raises(FastmergeError, match=r"include_path: .*5.yaml: over 5 bytes"):
         harness.unread(settings, tmp_path)
     monkeypatch.setattr(task_files, "MAX_TASK_ENTRIES", 6)
-    with pytest.raises(FastmergeError, match="include_path: .* over 6 files; name the folder"):
+    with pytest.raises(FastmergeError, match=r"include_path: .* over 6 files; name the folder"):
         harness.unread(settings, tmp_path)
     with pytest.raises(FastmergeError, match="over 6 files"):
         harness.unread(load_evaluate({"include_path": ["/"], "tasks": ["t1"]}), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,8 @@ def new_panels(width: float, heights: Sequence[float]) -> tuple[Any, list[Any]]:
 
 def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    # No date and no version inside: the same run draws the same bytes.
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    with warnings.catch_warnings():  # of letters that the font lacks, of a name as wide as the page
+        warnings.simplefilter("ignore", UserWarning)
+        # No date and no version inside: the same run draws the same bytes.
+        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
