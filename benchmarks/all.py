@@ -63,7 +63,7 @@ PRESETS = (
     Preset("average.py --size 0.5b --models 8 --repeat 4 --torch", ("average.json",), True),
     Preset("parts.py --size 1.1b --parts 3 --repeat 3", ("parts.json",), True),
     Preset("remote.py --size 0.2b --repeat 3", ("remote.json",), True),
-    Preset("many_tensors.py --rounds 3", ("many_tensors.txt",), True),
+    Preset("many_tensors.py --rounds 3 --record", _both("many_tensors")),
     Preset("scale.py", ("scale.txt",), True),
     Preset("mergekit_tests/run.py", ("mergekit_tests.txt",), True),
     Preset("fuzz.py --headers 1000000 --save", _both("fuzz")),
