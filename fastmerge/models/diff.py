@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
+from fastmerge.collector import PLANNING, rarely_collected
 from fastmerge.dtypes import DType
 from fastmerge.errors import ResourceError, argument
 from fastmerge.models.model import ReadsAhead, as_numbers
@@ -104,7 +105,8 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {"same": self.same, **asdict(self)}
+        tensors = tuple({**vars(tensor)} for tensor in self.tensors)
+        return {"same": self.same, **asdict(replace(self, tensors=())), "tensors": tensors}
 
 
 class _Sums(NamedTuple):
@@ -132,8 +134,9 @@ def compare(a: Model, b: Model, *, threads: int) -> Comparison:
     """Compares every tensor that A and B share by name and shape; the same result for any
     ``threads``. Raises ModelError where one of them changes meanwhile.
     """
-    found = differences(a, b, threads=threads)
-    tensors = tuple(sorted(found, key=lambda tensor: natural(tensor.name)))
+    with rarely_collected(PLANNING):
+        found = differences(a, b, threads=threads)
+        tensors = tuple(sorted(found, key=lambda tensor: natural(tensor.name)))
     for model in (a, b):
         model.check_unchanged()
     return Comparison(
@@ -177,7 +180,9 @@ def _difference(
     stored_a, stored_b = _stored(view_a, types[0]), _stored(view_b, types[1])
     has_values = all(t.numpy for t in types)
     sums = _Sums()
-    if has_values:
+    if has_values and entry_a.count <= _SPAN:  # to hand it over takes longer than 10 000 elements
+        sums = _span(stored_a, stored_b, 0, types)
+    elif has_values:
         spans = range(0, entry_a.count, _SPAN)
         for span in workers.map(lambda i: _span(stored_a, stored_b, i, types), spans):
             sums = sums.added(span)
