@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
+import re
 import shutil
 import stat
 import tempfile
@@ -15,13 +18,16 @@ from pathlib import Path
 import pytest
 
 from fastmerge import api
+from fastmerge.cli.files import write_result
 from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.journal import check_own
 from fastmerge.output.journal import _boot
 from fastmerge.output.writer import ModelWriter
 from tests.test_writer import fill, interrupted, layout, settle, siblings, tree, write_model
 
 MALLORY, ALICE = 54321, 54322
 _STICKY, _OPEN = 0o1777, 0o777
+root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
 
 
 def as_user(uid: int, work: Callable[[], object]) -> None:
@@ -291,3 +297,111 @@ def test_a_planted_journal_is_one_line_on_the_whole_way(zoo, tmp_path: Path) -> 
     with pytest.raises(FastmergeError, match=r"a link \(.*where a merge keeps its own work"):
         api.merge(recipe, tmp_path / "out")
     assert bashrc.read_text() == "precious"
+
+
+# --- a link at the output itself ---
+
+
+def linked(place: Path, to: Path, *, by: int, owner: int, group: int, mode: int) -> Path:
+    """A folder with a link in it, each with the owner that it is to have."""
+    place.mkdir()
+    os.chown(place, owner, group)
+    place.chmod(mode)
+    (place / "o").symlink_to(to)
+    os.lchown(place / "o", by, by)
+    return place / "o"
+
+
+@root
+@pytest.mark.parametrize("there", [True, False], ids=["model", "dangling"])
+@pytest.mark.parametrize(
+    ("by", "owner", "group", "mode"),
+    [
+        (MALLORY, 0, MALLORY, 0o775),  # theirs, where they may write
+        (MALLORY, MALLORY, 0, 0o755),  # and where all is theirs
+        (MALLORY, 0, 0, 0o755),
+        (MALLORY, 0, 0, _STICKY),
+        (0, 0, MALLORY, 0o775),  # ours, which they may exchange for theirs
+        (0, MALLORY, 0, 0o755),
+        (0, MALLORY, 0, _STICKY),
+        (0, 0, 0, _OPEN),
+    ],
+)
+def test_a_link_of_others_is_no_output(
+    tmp_path: Path, by: int, owner: int, group: int, mode: int, there: bool
+) -> None:
+    """It chose which model --overwrite replaced, and where a new one landed."""
+    precious = tmp_path / "precious"
+    if there:
+        write_model(precious)
+    whole = tree(precious) if there else None
+    link = linked(tmp_path / "sg", precious, by=by, owner=owner, group=group, mode=mode)
+    said = refusal(link, overwrite=True)
+    assert f"{link}: a link ({precious}) " in said
+    assert ("another user's" if by else "others may exchange") in said
+    assert str(link) in refusal(tmp_path / "sg" / "." / "o", overwrite=True)
+    (tmp_path / "mine").symlink_to(link)  # a link of ours to it is no other
+    assert str(link) in refusal(tmp_path / "mine", overwrite=True)
+    for call in (check_own, write_result_of):
+        with pytest.raises(FastmergeError, match=re.escape(f"{link}: a link")):
+            call(link)
+    assert (tree(precious) if there else None) == whole and precious.exists() == there
+    assert siblings(precious) == (["mine", "precious", "sg"] if there else ["mine", "sg"])
+
+
+def write_result_of(place: Path) -> None:
+    write_result(place, b"x")
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700, _STICKY, 0o775])
+def test_a_link_of_ours_in_a_folder_of_ours_is_followed(tmp_path: Path, mode: int) -> None:
+    """To a big disk, say. With umask 002 a folder is writable by the group of one's own name."""
+    us = pwd.getpwuid(os.geteuid())
+    if mode == 0o775 and grp.getgrgid(us.pw_gid).gr_name != us.pw_name:
+        pytest.skip("no group of our own")
+    link = tmp_path / "links" / "o"
+    link.parent.mkdir()
+    link.parent.chmod(mode)
+    link.symlink_to("../disk")
+    write_model(link)
+    assert link.is_symlink()
+    whole = tree(tmp_path / "disk")
+    write_model(link, overwrite=True)
+    check_own(link)
+    assert tree(tmp_path / "disk") == whole and link.is_symlink()
+
+
+@pytest.mark.parametrize("change", ["members", "name", "first group"])
+def test_a_group_is_ours_alone_if_nobody_else_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    us, found = pwd.getpwuid(os.geteuid()), list(grp.getgrgid(os.getegid()))
+    found[0], members = us.pw_name, [us.pw_name]
+    users = [us]
+    if change == "members":
+        members.append("mallory")
+    elif change == "name":
+        found[0] = "team"
+    else:
+        users.append(pwd.struct_passwd(["mallory", "x", MALLORY, us.pw_gid, "", "/", "/bin/sh"]))
+    group = grp.struct_group([found[0], "x", us.pw_gid, members])
+    monkeypatch.setattr(grp, "getgrgid", lambda _: group)
+    monkeypatch.setattr(pwd, "getpwall", lambda: users)
+    tmp_path.chmod(0o775)
+    (tmp_path / "o").symlink_to("disk")
+    assert "others may exchange" in refusal(tmp_path / "o")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_partial_folder_that_others_may_write_to_is_not_taken(tmp_path: Path, mode: int) -> None:
+    """Without a journal too: what they had put there was deleted unsaid."""
+    partial = tmp_path / ".out.fastmerge-partial"
+    partial.mkdir()
+    partial.chmod(mode)
+    (partial / "thesis").write_text("x")
+    assert f"{partial}: an unfinished merge that other users could write to" in (
+        refusal(tmp_path / "out")
+    )
+    assert (partial / "thesis").read_text() == "x" and siblings(tmp_path / "out") == [partial.name]
+    write_model(tmp_path / "out", fresh=True)
+    assert siblings(tmp_path / "out") == ["out"]

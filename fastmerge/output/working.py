@@ -7,7 +7,10 @@ to us, and the folder is worked in through its descriptor, whatever happens to i
 
 from __future__ import annotations
 
+import errno
+import grp
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -160,9 +163,12 @@ def check_not_others(path: Path, status: os.stat_result) -> None:
 
 
 def check_links(path: Path) -> None:
-    """Raises OutputError where a link that another user made in a folder that everybody may write
-    to decides where ``path`` leads: fs.protected_symlinks, which not every machine has set, nor any
-    in a folder that is not sticky. What does not exist is nobody's. OSError.
+    """Raises OutputError where somebody else decides where ``path`` leads. OSError.
+
+    What it names itself may be a link of ours or of root's that nobody else can have exchanged. Of
+    links on the way to it those of other users are refused where everybody may write:
+    fs.protected_symlinks, which not every machine has set, nor any in a folder that is not sticky.
+    What does not exist is nobody's.
     """
     left = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts[1:]))
     at, followed = Path("/"), 0
@@ -180,17 +186,65 @@ def check_links(path: Path) -> None:
             at = place
             continue
         around, to, followed = os.stat(at), Path(os.readlink(place)), followed + 1
-        trusted = (0, os.geteuid(), around.st_uid)
-        if around.st_mode & stat.S_IWOTH and status.st_uid not in trusted:
+        everybody = bool(around.st_mode & stat.S_IWOTH)
+        theirs = status.st_uid not in (0, os.geteuid())
+        if left:  # on the way: whoever has the folder may say where it leads
+            theirs = theirs and everybody and status.st_uid != around.st_uid
+        else:
+            theirs = theirs and not _is_given_to(at, status.st_uid)
+        fault = ""
+        if theirs:
+            where = " where everybody may write" * everybody
+            fault = f"of another user's (uid {status.st_uid}){where}"
+        elif not left and _may_exchange(at, around):
+            fault = f"that others may exchange (they may write to {at})"
+        if fault:
             raise OutputError(
-                f"{place}: a link ({to}) of another user's (uid {status.st_uid}) where everybody "
-                "may write; name the folder that is meant, or choose another output"
+                f"{place}: a link ({to}) {fault}; name the folder that is meant, or choose another "
+                "output"
             )
         if followed > _MOST_LINKS:
             return  # a circle: whoever opens it is told
         if to.is_absolute():
             at, to = Path("/"), to.relative_to("/")
         left.extend(reversed(to.parts))
+
+
+def _may_exchange(folder: Path, status: os.stat_result) -> bool:
+    """Whether others may give the name of a link of ours in the folder to another one."""
+    if status.st_uid not in (0, os.geteuid()) and not _is_given_to(folder, status.st_uid):
+        return True
+    if status.st_mode & stat.S_ISVTX or not is_loose(status):
+        return False
+    return bool(status.st_mode & stat.S_IWOTH) or not _is_ours_alone(folder, status.st_gid)
+
+
+def _is_ours_alone(folder: Path, group: int) -> bool:
+    """Whether we alone are who the mode of a folder calls its ``group``: with umask 002 users have
+    one each, of their own name.
+    """
+    try:
+        us, found = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:
+        return False
+    others = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group} - {us.pw_uid}
+    is_own = (found.gr_gid, found.gr_name) == (us.pw_gid, us.pw_name)
+    return is_own and not others and set(found.gr_mem) <= {us.pw_name} and not _has_acl(folder)
+
+
+def _has_acl(folder: Path) -> bool:
+    """Then the bits of the group are those of everybody whom the list names."""
+    try:
+        return "system.posix_acl_access" in os.listxattr(folder)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        return False
+
+
+def _is_given_to(folder: Path, uid: int) -> bool:
+    """Whether a new file of ours in the folder, if we may make one, is that user's."""
+    return os.access(folder, os.W_OK | os.X_OK) and uid == _owner_here(folder)
 
 
 def _is_others(path: Path, status: os.stat_result) -> bool:

@@ -119,7 +119,15 @@ class ModelWriter(Shards):
         if not os.path.lexists(self.partial):
             return {}
         self._folder = WorkingFolder(self.partial)
-        kept = {} if fresh else self._journal.read(self._folder.inode)
+        if fresh:
+            return {}
+        kept = self._journal.read(self._folder.inode)
+        if self._folder.loose or (kept and self._journal.loose):
+            raise OutputError(
+                f"{self.partial}: an unfinished merge that other users could write to "
+                f"({len(kept)} tensors done), so that nothing in it is certain; start over with "
+                f"{argument('fresh', True)}, which deletes all that is in it"
+            )
         if not kept:
             return {}
         if self._journal.job != job:
@@ -128,12 +136,6 @@ class ModelWriter(Shards):
             raise OutputError(
                 f"{self.partial}: an unfinished merge of other inputs or another recipe "
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
-                f"{argument('fresh', True)}"
-            )
-        if self._folder.loose or self._journal.loose:
-            raise OutputError(
-                f"{self.partial}: an unfinished merge that other users could write to "
-                f"({len(kept)} tensors done), so that nothing in it is certain; start over with "
                 f"{argument('fresh', True)}"
             )
         slots, whole = self.layout.slots, set()
