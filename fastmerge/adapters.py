@@ -19,8 +19,9 @@ from fastmerge.engine.extract import Found, extract
 from fastmerge.engine.merge_adapters import merge_adapter_plan
 from fastmerge.engine.report import MergeReport
 from fastmerge.errors import FastmergeError, argument, brief, is_whole
-from fastmerge.models import hub
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.side_files import check_card
+from fastmerge.models.summary import place_of
 from fastmerge.planning.adapters import plan_adapters
 from fastmerge.planning.extraction import Choice, Extraction, plan_extraction
 from fastmerge.planning.planner import whole_seed
@@ -204,7 +205,9 @@ def plan_extract_lora(
 ) -> Extraction:
     """What `extract_lora` would do."""
     references = (str(a_path(tuned, "tuned")), str(a_path(base, "base")))
-    models = [Checkpoint.open(hub.resolve(reference, cache=cache)) for reference in references]
+    models = [Checkpoint.open(place_of(reference, cache=cache)) for reference in references]
+    for model in models:
+        check_card(model.folder)
     plan = plan_extraction(models[0], models[1], references, choice, whole_seed(seed))
     settings = {"tuned": references[0], "base": references[1], **choice.plain}
     lines = [f"  {key}: {json.dumps(value)}" for key, value in settings.items()]

@@ -145,9 +145,11 @@ def shortened(message: str) -> str:
 
 
 def few_of_a_kind(notes: Iterable[str], limit: int = 5) -> tuple[str, ...]:
-    """The notes, at most ``limit`` that differ in numbers and quoted names alone, then a count."""
+    """The notes, `shortened`, at most ``limit`` that differ in numbers and quoted names alone, then
+    a count.
+    """
     kinds: dict[str, list[str]] = {}
-    for note in notes:
+    for note in map(shortened, notes):
         kinds.setdefault(_VARIES.sub("...", note), []).append(note)
     found: list[str] = []
     for kind, same in kinds.items():

@@ -37,7 +37,7 @@ def with_b(**keys) -> dict:
         (with_b(residual_scale=1e39), "must be less than or equal to 3.4e"),
         ({"experts": None}, "'experts' is missing"),
         ({"experts": 3}, "'experts' must be a list"),
-        ({"architecture": "mixtrl"}, "unknown architecture 'mixtrl'; did you mean 'Mixtral'"),
+        ({"architecture": "mixtrl"}, "unknown architecture 'mixtrl'; did you mean 'mixtral'"),
         ({"architecture": "qwen"}, "Qwen MoE takes exactly one shared expert, not 0"),
         ({"architecture": "qwen3"}, "there is no layout for a mixture of 'llama' models"),
         ({"architecture": "qwen"}, "not 0; list a `source_model` under `shared_experts:`"),

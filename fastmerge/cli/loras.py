@@ -26,7 +26,13 @@ class FactorType(str, Enum):
 
 Include = Annotated[
     list[str] | None,
-    Option("--include-regex", "-i", metavar="REGEX", help="Only modules it is in.", many=True),
+    Option(
+        "--include-regex",
+        "-i",
+        metavar="REGEX",
+        help="Decompose only modules it is in.",
+        many=True,
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,

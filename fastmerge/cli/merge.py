@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -325,6 +326,8 @@ def _show_values(rows: Sequence[Row]) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str):  # of what is copied from other layers: the shift is from N
+        return re.sub(r", layer ([+-]\d+)$", r", its layer N\1", value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

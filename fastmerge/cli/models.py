@@ -56,6 +56,7 @@ def info(
         *((f"  {name}", format_bytes(size)) for name, size in found.files.items()),
         ("side files", ", ".join(found.side_files) or "none"),
         ("fingerprint", found.fingerprint),
+        *(("note", line) for line in found.code),
     ]
     pairs(rows)
 

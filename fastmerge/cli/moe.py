@@ -12,9 +12,17 @@ from fastmerge.errors import RecipeError
 
 def moe(**given: Any) -> None:
     """Make a mixture of experts as RECIPE says and write it to OUT."""
+    from fastmerge.planning.adapter_plan import is_of_adapters
     from fastmerge.recipe.document import Recipe
     from fastmerge.recipe.mixture import Mixture
+    from fastmerge.recipe.source import read
 
+    documents, _, _ = read(given["recipe"], "recipe")
+    if is_of_adapters(documents):
+        raise RecipeError(
+            f"{documents[0].where}: no mixture of experts: it merges adapters; run `fastmerge "
+            "merge`"
+        )
     recipe = Recipe.load(given["recipe"])
     if not isinstance(recipe.output, Mixture):
         raise RecipeError(

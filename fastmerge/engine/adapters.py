@@ -101,7 +101,7 @@ def write_adapter(
 
         total = sum(piece.bytes_in + piece.nbytes for piece in pieces)
         done = total - sum(piece.bytes_in + piece.nbytes for piece in todo)
-        peak_bytes = 0
+        peak_bytes = anonymous_bytes()
         with closing(in_order(make, todo, threads)) as finished:
             for piece, _ in finished:
                 done += piece.bytes_in + piece.nbytes

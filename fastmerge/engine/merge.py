@@ -106,7 +106,7 @@ def merge_plan(
         resumed = len(own) - len(pending)
         total = sum(item.bytes_moved for item in own)
         done = total - sum(item.bytes_moved for item in pending)
-        bytes_read = peak_bytes = 0
+        bytes_read, peak_bytes = 0, anonymous_bytes()
         sampled = 0.0
         executor.shared = folder.shared
         running = executor.run(folder) if folder.works else None

@@ -241,6 +241,11 @@ def inside(folder: Path, name: str) -> Path:
     """A file of the adapter in ``folder``. Raises ModelError if it is not there, or a link out."""
     file = folder / name
     if not file.exists():
+        if any((folder / whole).exists() for whole in (SINGLE, INDEX)):
+            raise ModelError(
+                f"{folder}: is a whole model, no adapter of PEFT's; give the folder of a LoRA, "
+                f"with {CONFIG} and {WEIGHTS}"
+            )
         link = f"; it is a link to nothing ({os.readlink(file)})" if file.is_symlink() else ""
         raise ModelError(
             f"{folder}: no {name}, so no adapter of PEFT's{link}; save it with save_pretrained"
@@ -253,8 +258,9 @@ def _weights(folder: Path) -> Path:
     pickled = folder / "adapter_model.bin"
     if pickled.exists() and not (folder / WEIGHTS).exists():
         raise UnsupportedError(
-            f"{pickled}: a pickle, which can run code when it is read; load the adapter where you "
-            f"trust it and save it again (save_pretrained writes {WEIGHTS})"
+            f"{pickled}: a pickle, which can run code when it is read; load the adapter on a "
+            "machine that you can lose, and save it again there (save_pretrained writes "
+            f"{WEIGHTS})"
         )
     return inside(folder, WEIGHTS)
 

@@ -295,7 +295,9 @@ def _content(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_HEADER_BYTES:
-                raise ModelError(f"{path}: over {MAX_HEADER_BYTES} bytes; not an index")
+                raise ModelError(
+                    f"{path}: over {MAX_HEADER_BYTES} bytes; not an index: save it again"
+                )
             return file.read()
     except OSError as error:
         unreadable(path, error)

@@ -65,7 +65,8 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             f".save_pretrained({f'{folder}-safe'!r}, safe_serialization=True)"
         )
         raise UnsupportedError(
-            f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert: "
+            f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert, on a "
+            f"machine that you can lose: "
             f"python -c {shlex.quote(code)}"
         )
     if any(folder.glob("*.gguf")):

@@ -165,7 +165,10 @@ def open_regular(path: Path) -> FileIO:
     descriptor = path.descriptor(flags) if isinstance(path, Resolved) else os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ModelError(f"{path}: not a regular file")
+        raise ModelError(
+            f"{path}: not a regular file but a pipe, device, socket or folder; delete it, or put "
+            "the file itself there"
+        )
     return FileIO(descriptor)
 
 
@@ -183,7 +186,9 @@ def read_object(
         with open_regular(place or path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
-                raise ModelError(f"{path}: {size} bytes, over {max_bytes}; not a config")
+                raise ModelError(
+                    f"{path}: {size} bytes, over {max_bytes}; not a config: download it again"
+                )
             # No more than was seen, should it grow while it is read.
             return _parse_object(os.pread(file.fileno(), size, 0), _unique if strict else None)
     except OSError as error:

@@ -68,6 +68,18 @@ _SILENT = re.compile(
 )
 
 
+def check_card(folder: Path) -> None:
+    """Raises ModelError where the model's own card may not be read, is none of its files, or no
+    file: an output's licence would be said without it.
+    """
+    card = folder / CARD_FILE
+    try:
+        if os.path.lexists(card):
+            open_regular(Home(folder).inside(card)).close()
+    except OSError as error:
+        raise ModelError(f"{card}: cannot be read ({error.strerror or error})") from error
+
+
 class SideFiles(dict[str, bytes | Path]):
     """What is taken from one model's folder: where each file really lies, by name, with ``/``
     between folders. ``notes``: what is left out and why, a sentence each.

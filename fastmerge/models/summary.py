@@ -13,6 +13,7 @@ from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.models.adapter import Adapter
 from fastmerge.models.architecture import find_head
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.code_elsewhere import told_of_code
 from fastmerge.models.config import model_type, text_config
 from fastmerge.models.folder import find_distributed
 from fastmerge.models.hub import is_remote, local, resolve
@@ -50,7 +51,8 @@ class StoredType:
 class Summary:
     """One checkpoint. ``parameters`` counts what is stored: a tied lm_head once; of codes that
     fastmerge reads, the numbers that they stand for. ``codes``: which these are, for people, or
-    what kind of codes it has instead; None of a model without.
+    what kind of codes it has instead; None of a model without. ``code``: what its configs would
+    have transformers fetch from the Hub and run, a sentence each.
     """
 
     path: str
@@ -70,13 +72,14 @@ class Summary:
     metadata: dict[str, str]
     fingerprint: str
     codes: str | None = None
+    code: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
 
 
-def place_of(reference: str) -> Path:
+def place_of(reference: str, *, cache: str | Path | None = None) -> Path:
     """Where a model of the disk or the Hub lies; UnsupportedError for a base with an adapter."""
     base, plus, _ = reference.partition("+")
     if plus and local(reference) is None and local(base) is not None:
@@ -84,7 +87,7 @@ def place_of(reference: str) -> Path:
             f"{reference}: a base with an adapter, which recipes take; `fastmerge fold` writes it "
             "to a folder: give that"
         )
-    place = resolve(reference)
+    place = resolve(reference, cache=cache)
     if find_distributed(place) is not None:
         raise UnsupportedError(
             f"{reference}: a distributed checkpoint of PyTorch's, which recipes take; `fastmerge "
@@ -109,10 +112,11 @@ def summarise(model: Path | Checkpoint | Remote) -> Summary:
     checkpoint = Checkpoint.open(model) if isinstance(model, Path) else model
     if isinstance(checkpoint, Checkpoint):
         files = {stamp.path.rpartition("/")[2]: stamp.size for stamp in checkpoint.stamp}
-        beside = tuple(checkpoint.side_files())
+        side: Mapping[str, bytes | Path] = checkpoint.side_files()
+        beside = tuple(side)
     else:
         files = {each.name: each.size for each in checkpoint.files}
-        beside = tuple(checkpoint.names_beside)
+        side, beside = {}, tuple(checkpoint.names_beside)  # which are not fetched to be looked at
     config = checkpoint.config
     tied = config.get("tie_word_embeddings")
     text = text_config(config)  # multimodal models nest the language model's sizes
@@ -142,6 +146,7 @@ def summarise(model: Path | Checkpoint | Remote) -> Summary:
         metadata=checkpoint.metadata,
         fingerprint=checkpoint.fingerprint,
         codes=codes,
+        code=tuple(told_of_code(config, side)),
     )
 
 

@@ -20,11 +20,17 @@ from fastmerge.output.provenance import (
     licence_name,
     provenance,
 )
-from fastmerge.tree.nodes import Leaf, Made
+from fastmerge.tree.nodes import Dequantised, Leaf, LowRank, Made, Rows, walk
 
 if TYPE_CHECKING:
+    from fastmerge.planning.inputs import TensorPlan
     from fastmerge.planning.plan import Plan
 
+_COPIED = "copied as they are"
+_FOLDED = (
+    "an adapter folded into the base's weight, W + s B A "
+    "([arXiv:2106.09685](https://arxiv.org/abs/2106.09685))"
+)
 _MOST_TAGS = 50
 
 
@@ -38,6 +44,7 @@ def model_card(plan: Plan, title: str, beside: Iterable[str] = ()) -> str:
     from fastmerge.version import __version__
 
     said = provenance(plan)
+    notes = [escaped(said.told(note)) for note in plan.notes]
     sections = [
         _front_matter(plan, said),
         f"# {escaped(title)}",
@@ -46,7 +53,7 @@ def model_card(plan: Plan, title: str, beside: Iterable[str] = ()) -> str:
         "## Method\n\n" + _methods(plan),
         "## Use\n\n" + _use(plan, title, any(map(is_tokenizer, beside))),
         *_licences(said),
-        *(["## Notes\n\n" + bullets(escaped(said.told(n)) for n in plan.notes)] * bool(plan.notes)),
+        *(["## Notes\n\n" + bullets(notes)] if notes else []),
         "## Recipe\n\n" + fenced(said.recipe_text, "yaml"),
     ]
     return "\n\n".join(sections) + "\n"
@@ -160,22 +167,31 @@ def _methods(plan: Plan) -> str:
     tensors: Counter[str] = Counter()
     for tensor in plan.tensors:
         own = {node.method.name: node.method for node in tensor.merges}
-        made = f"made: {tensor.root.kind}" if isinstance(tensor.root, Made) else ""
         used |= own
-        for name in own or (made,):
-            tensors[name] += 1
-    copied = tensors.pop("", 0)
+        folded = any(isinstance(node, LowRank) for node in walk(tensor.root))
+        tensors.update((*own, *((_FOLDED,) if folded else ())) or (_taken(tensor),))
     items = [
         f"**{method.name}**, {method.summary} ({_link(method.paper)}): {_tensors(tensors[name])}"
         for name, method in used.items()
     ]
-    items += [f"{name}: {_tensors(n)}" for name, n in tensors.items() if name not in used]
-    if copied:
-        items.append(f"copied as they are: {_tensors(copied)}")
+    others = sorted((name for name in tensors if name not in used), key=_COPIED.__eq__)
+    items += [f"{name}: {_tensors(tensors[name])}" for name in others]
     if plan.seed is not None:
         items.append(f"random seed: {plan.seed}")
     items.append("arithmetic in float32, reductions in float64, one rounding to the output's type")
     return bullets(items)
+
+
+def _taken(tensor: TensorPlan) -> str:
+    """What is done where nothing is merged."""
+    root = tensor.root
+    if isinstance(root, Made):
+        return f"made: {root.kind}"
+    if isinstance(root, Rows):
+        return "rows put where the output has their tokens"
+    if isinstance(root, Dequantised) and tensor.encoding is None:
+        return "the numbers of their codes"
+    return _COPIED
 
 
 def _tensors(count: int) -> str:

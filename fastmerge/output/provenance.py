@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
-from fastmerge.errors import FastmergeError, ModelError
+from fastmerge.errors import FastmergeError
 from fastmerge.models.header import open_regular
 from fastmerge.models.links import Home, hub_repository
 from fastmerge.models.model import Model
-from fastmerge.models.side_files import CARD_FILE
+from fastmerge.models.side_files import CARD_FILE, check_card
 
 # Of the keys that are read: 1100 languages take 7 KB, and PyYAML takes a second for "[" so often.
 _MAX_FRONT_LETTERS = 1 << 14
@@ -180,11 +180,7 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
     """
     text = ""
     if model.folder is not None:
-        card = model.folder / CARD_FILE
-        if card.is_file() and not os.access(card, os.R_OK, effective_ids=True):
-            raise ModelError(f"{card}: cannot be read (Permission denied)")
-        if card.is_symlink():
-            Home(model.folder).inside(card)
+        check_card(model.folder)
         text = _text(model.folder, CARD_FILE)
     parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():

@@ -9,8 +9,10 @@ head of its own.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from fastmerge.models.adapter import Adapter, Factors
 from fastmerge.models.architecture import ends, layer_of
 from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type, text_config
 from fastmerge.models.header import show
+from fastmerge.models.links import hub_repository
 from fastmerge.models.names import moved_part, prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.side_files import is_tokenizer, side_files
@@ -65,6 +68,7 @@ class _Adapted:
     def view(self) -> View:
         if self.adapter.remark:
             self.note(self.adapter.remark)
+        self._note_base()
         names = self._names()
         self._check_whole(names)
         for wanted, stored in self.saved.items():
@@ -81,6 +85,20 @@ class _Adapted:
         tensors = self._with_head()
         view = replace(self.base, label=self.label, tensors=tensors)
         return replace(view, vocabulary=self._vocabulary(view), config=self._config(view))
+
+    def _note_base(self) -> None:
+        """Says where the adapter's config names a base that this one is not called by: shapes fit,
+        and no more is known. A folder here and a name on the Hub are often one model.
+        """
+        named = self.adapter.base_name
+        if named is None or _same_place(named, self.base.donor.folder):
+            return
+        if not _last_parts(named) & _names_of(self.base):
+            self.note(
+                f"'{self.adapter.path}' names {show(named)} as its base, and is put on "
+                f"'{self.base.label}': names and shapes of tensors fit, and no more is checked; "
+                "if that is another model, give the adapter's own"
+            )
 
     def _leave_out_head(self) -> None:
         """A tied head's factors are the embeddings' again: two of one tensor. With another scale
@@ -392,3 +410,29 @@ def _weight(module: str) -> str:
 
 def _is(view: View, ends_in: tuple[str, ...]) -> bool:
     return any(name.endswith(ends_in) for name in classes_of(view.config))
+
+
+def _same_place(reference: str, folder: Path | None) -> bool:
+    """Whether a reference is the path of that folder; False where it is none here."""
+    try:
+        return folder is not None and os.path.samefile(reference, folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _names_of(base: View) -> set[str]:
+    """What a base may be called: by the recipe, its folder, the Hub's cache and its own config."""
+    own = base.config.get("_name_or_path")
+    found = _last_parts(base.label) | _last_parts(own if isinstance(own, str) else "")
+    if base.donor.folder is not None:
+        place = Path(os.path.realpath(base.donor.folder))
+        cached = hub_repository(place)
+        found |= _last_parts(str(base.donor.folder)) | _last_parts(str(place))
+        found |= set() if cached is None else {cached.name.rpartition("--")[2].lower()}
+    return found
+
+
+def _last_parts(reference: str) -> set[str]:
+    """The last part of a path or a Hub id, in small letters, without its revision."""
+    last = reference.rstrip("/").rpartition("/")[2].lower()
+    return {last, last.partition("@")[0]} - {"", "."}

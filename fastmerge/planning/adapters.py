@@ -24,6 +24,7 @@ from fastmerge.models import hub
 from fastmerge.models.adapter import PREFIX, Adapter, Factors
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.header import show
+from fastmerge.models.side_files import check_card
 from fastmerge.once import cached_property
 from fastmerge.planning.adapter_plan import AdapterPlan
 from fastmerge.planning.values import ParameterValues
@@ -125,6 +126,7 @@ def plan_adapters(
     for entry in recipe.models:
         try:
             adapters.append(Adapter.open(hub.resolve(entry.model, cache=cache)))
+            check_card(adapters[-1].path)
         except FastmergeError as error:
             raise type(error)(f"{entry.at('model')}: {error}") from None
     return _Merging(recipe, adapters).plan(seed)

@@ -78,12 +78,21 @@ def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[R
 
 def _values(merge: Merge, references: Sequence[str]) -> dict[str, Any]:
     found = dict(merge.values)
-    names = merge.labels or [_called(node, references) for node in merge.operands]
+    alone = [_alone(node) for node in merge.operands]
+    names = merge.labels or [_called(node, references) for node, _ in alone]
     places = merge.numbers if merge.labels and merge.numbers else range(len(merge.operands))
-    for place, own in zip(places, merge.operand_values, strict=True):
-        for name, value in own.items():
+    for place, own, (_, below) in zip(places, merge.operand_values, alone, strict=True):
+        for name, value in {**below, **own}.items():
             found[f"{name} of {names[place]}"] = value
     return found
+
+
+def _alone(node: Node) -> tuple[Node, Mapping[str, Any]]:
+    """What a merge of one tensor alone (its noise) is of, with its values; else the node."""
+    if isinstance(node, Merge) and node.base is None and len(node.operands) == 1:
+        inner, values = _alone(node.operands[0])
+        return inner, {**values, **node.values, **node.operand_values[0]}
+    return node, {}
 
 
 def _converted(merge: Merge) -> Stored | None:

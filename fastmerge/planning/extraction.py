@@ -15,6 +15,7 @@ from fastmerge.models.adapter import PREFIX, check_letters
 from fastmerge.models.architecture import COMPUTED, find_embedding, find_head
 from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type
 from fastmerge.models.header import show
+from fastmerge.models.low_precision import find_low_precision
 from fastmerge.models.model import Model, TensorInfo, same_bytes, same_numbers
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.models.quantised import find_quantised
@@ -138,14 +139,20 @@ class _Extractor:
     notes: list[str] = field(default_factory=list)
     equal: int = 0
     undecomposable: list[str] = field(default_factory=list)
+    beyond: list[str] = field(default_factory=list)  # embeddings and heads that no pattern names
 
     def plan(self, seed: int | None) -> Extraction:
         for model, name in ((self.tuned, self.references[0]), (self.base, self.references[1])):
             found = find_quantised(model.config, model.tensors, model.folder)
             if found is not None:
+                read = find_low_precision(model.config, model.tensors, model.label)
+                remedy = "give the original weights" + (
+                    ", or numbers of its codes: a recipe with `merge_method: passthrough` and "
+                    "`dtype: bfloat16` writes them"
+                ) * (read is not None)
                 raise UnsupportedError(
                     f"'{name}' is quantised ({found.kind}), and a difference is taken of weights "
-                    "as they are; give the original weights"
+                    f"as they are; {remedy}"
                 )
         self._check_names()
         keep = {*self.choice.save}
@@ -296,6 +303,8 @@ class _Extractor:
         by_factors = self.choice.embed_lora and not (self._tied_head and name == self._embedding)
         if (embedding or name == self._head) and not by_factors and not excluded:
             keep.add(leaf)
+            if not included:
+                self.beyond.append(module)
         if module in keep or leaf in keep:
             self._save(module)
         elif included and not excluded:
@@ -411,6 +420,12 @@ class _Extractor:
         if self.whole:
             names = short_names(self.whole, self._modules, dotted=False)
             self.notes.append(f"saved whole: {', '.join(names[:8])}{', ...' if names[8:] else ''}")
+        unasked = [name for name in self.beyond if name in self.whole]
+        if unasked:
+            self.notes.append(
+                f"no pattern includes {', '.join(unasked)}: embeddings and heads that differ are "
+                "saved whole all the same, as in mergekit; a pattern to exclude leaves them out"
+            )
         if self.undecomposable:
             self.notes.append(
                 f"differ and are left out, as they have no factors: {len(self.undecomposable)} "

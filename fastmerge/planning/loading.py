@@ -21,6 +21,7 @@ from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.extras import install
 from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.architecture import layer_of
+from fastmerge.models.code_elsewhere import code_on_the_hub
 from fastmerge.models.config import classes_of, layer_count
 from fastmerge.models.header import read_object, show
 from fastmerge.models.links import Home
@@ -29,7 +30,6 @@ from fastmerge.models.vocabulary import CONFIG as TOKENIZER_CONFIG
 from fastmerge.models.vocabulary import HARMLESS, SPECIALS
 from fastmerge.planning.plan import Plan
 
-_CODE = ("attn_implementation", "attn_implementation_internal", "experts_implementation")
 _MAX_PATH = 4096  # letters that Linux takes; in a longer one nothing lies
 
 
@@ -190,18 +190,6 @@ def check_runs_nothing(config: Mapping[str, Any], where: str) -> None:
             f"{where}: {show(key)} names code on the Hub, {show(named)}, which would run; "
             "remove that line"
         )
-
-
-def code_on_the_hub(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The keys of a config that name code on the Hub, and which."""
-    for key, value in config.items():
-        inner: list[Any] = [value]
-        if isinstance(value, Mapping):
-            yield from code_on_the_hub(value)
-            inner = list(value.values())  # one for each part of a model
-        for one in inner if key.endswith(_CODE) else ():
-            if isinstance(one, str) and "/" in one:
-                yield key, one
 
 
 def check_own_model(folder: Path) -> None:

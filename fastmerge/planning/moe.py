@@ -187,7 +187,7 @@ def find_layout(mixture: Mixture, views: Mapping[str, View]) -> Layout:
         word, where = asked.strip().lower(), mixture.at("architecture")
         candidates = [e for e in LAYOUTS if e.name.lower().startswith(word) or e.kind == word]
         if not candidates:
-            known = [layout.name for layout in LAYOUTS]
+            known = [layout.name.partition(" ")[0].lower() for layout in LAYOUTS]
             raise RecipeError(f"{where}: unknown architecture '{asked}'; {nearest(asked, known)}")
     refusals = {}
     for layout in candidates:

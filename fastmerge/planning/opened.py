@@ -12,7 +12,7 @@ from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import open_model
 from fastmerge.models.model import Model, same_bytes, same_numbers
 from fastmerge.models.names import is_of_optimizer
-from fastmerge.models.side_files import side_files
+from fastmerge.models.side_files import check_card, side_files
 from fastmerge.models.vocabulary import Vocabulary, read_vocabulary
 from fastmerge.planning.adapted import adapted
 from fastmerge.planning.inputs import TensorPlan, View
@@ -110,6 +110,7 @@ class Opened:
             if number is None:
                 number = self._adapters[path.resolve()] = len(self.models)
                 self.models.append(Adapter.open(path))
+                check_card(path)
                 self.references.append(adapter)
                 self.views.append(view)
             opened = self.models[number]
@@ -145,6 +146,8 @@ class Opened:
         if identity in self._by_identity:
             return self._by_identity[identity]
         model = make()
+        if model.folder is not None:
+            check_card(model.folder)
         index = len(self.models)
         self.models.append(model)
         self.references.append(reference)

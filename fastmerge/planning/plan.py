@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,10 @@ class Plan:
 
     @property
     def methods(self) -> dict[str, int]:
-        """How many output tensors each method makes; 'copy' for those taken as they are, 'adapter'
-        for those that one makes of a base's.
+        """How many output tensors each method takes part in; 'copy' for those taken as they are,
+        'adapter' for those that one makes of a base's.
         """
-        return dict(Counter(_made_by(tensor.root) for tensor in self.tensors))
+        return dict(Counter(name for tensor in self.tensors for name in _made_by(tensor)))
 
     def check_unchanged(self) -> None:
         """Raises FastmergeError where a model is not what it was when it was opened."""
@@ -149,12 +149,14 @@ class Plan:
         }
 
 
-def _made_by(root: Node) -> str:
+def _made_by(tensor: TensorPlan) -> Iterable[str]:
+    root = tensor.root
+    if isinstance(root, Merge) and root.is_flat:
+        return (root.method.name,)
     if isinstance(root, Made):
-        return root.kind
-    if isinstance(root, Merge):
-        return root.method.name
-    return "adapter" if isinstance(root, LowRank) else "copy"
+        return (root.kind,)
+    methods = dict.fromkeys(node.method.name for node in reversed(tensor.merges))
+    return methods or ("adapter" if isinstance(root, LowRank) else "copy",)
 
 
 def passes(tensor: TensorPlan) -> int:

@@ -29,6 +29,7 @@ from fastmerge.errors import (
 )
 from fastmerge.methods import METHODS, Method
 from fastmerge.models import hub
+from fastmerge.models.code_elsewhere import told_of_code
 from fastmerge.models.header import show
 from fastmerge.models.model import Model
 from fastmerge.models.names import layer_stacks
@@ -47,7 +48,6 @@ from fastmerge.planning.inputs import (
     check_quantised,
 )
 from fastmerge.planning.layers import check_layers, settle_layers
-from fastmerge.planning.loading import code_on_the_hub
 from fastmerge.planning.modules import by_part, find_parts
 from fastmerge.planning.opened import Opened
 from fastmerge.planning.plan import Plan
@@ -262,7 +262,7 @@ class Planner:
             self._unreached_rules(document)
         config = output_config(lead.config, dtype, tensors)
         if is_output:
-            self._beside(lead, config)
+            self._beside(lead)
         if not whole:
             set_layers(config, parts, lead, self.note)
         set_tokens(config, aligned.rows, aligned.ids)
@@ -280,6 +280,12 @@ class Planner:
     def plan(self, result: View, *, sparing: bool = False) -> Plan:
         """The plan whose output is ``result``; ``sparing`` as in `make_plan`."""
         known: dict[Node, Node] = {}
+        side: Mapping[str, bytes | Path] = result.donor.side_files()
+        if result.vocabulary is not None:
+            side = {name: file for name, file in side.items() if not is_tokenizer(name)}
+            side |= result.vocabulary.files
+        for line in told_of_code(result.config, side):
+            self.note(line)
         return Plan(
             models=tuple(self.opened.models),
             references=tuple(self.opened.references),
@@ -323,7 +329,7 @@ class Planner:
         # The most common; of several the first in the recipe's order.
         return Counter(given).most_common(1)[0][0]
 
-    def _beside(self, lead: View, config: Mapping[str, Any]) -> None:
+    def _beside(self, lead: View) -> None:
         """Says what is copied from beside the lead's weights, and what of it can run."""
         side = lead.donor.side_files()
         for line in side.notes if isinstance(side, SideFiles) else ():
@@ -332,11 +338,6 @@ class Planner:
         if code:
             more = f" and {len(code) - 1} more" if len(code) > 1 else ""
             self.note(f"code of '{lead.label}' is copied, not run: {code[0]}{more}")
-        for key, named in code_on_the_hub(config):
-            self.note(
-                f"config.json: {show(key)} names code on the Hub, {show(named)}, which "
-                "transformers would fetch and run; remove that line if you do not trust it"
-            )
 
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)

@@ -120,6 +120,10 @@ def as_stored(
         else:
             tensors[name] = tensor
     if not coded or format_of_lead is None:
+        note(
+            f"as_base: '{lead.label}', the model that leads, has no codes: what is written has the "
+            "types of its tensors"
+        )
         return replace(result, tensors=tensors)
     if rounded:
         note(

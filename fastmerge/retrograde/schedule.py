@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.arguments import a_flag
-from fastmerge.errors import RecipeError, nearest
+from fastmerge.errors import RecipeError, brief, nearest
 from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.methods import METHODS, Consensus, Method, known
 from fastmerge.methods.table import T
@@ -288,7 +288,11 @@ class Schedule(Section):
         for key, entry in (("baseline", self.baseline), *(("pool", entry) for entry in self.pool)):
             label = entry.label
             if not label.strip() or set(label) & set("|`<>\n\r"):
-                self._refuse(key, f"{label!r} would break tables: give the model a 'name'")
+                self._refuse(
+                    key,
+                    f"{brief(label)} would break tables: give the model a 'name' that is not "
+                    "empty, without | ` < > and line breaks",
+                )
             # The baseline may be called what it is.
             words = {*POLICIES, *ANCESTORS, STATE, "base_model"} - {key}
             if label in words:
@@ -334,7 +338,7 @@ class Schedule(Section):
         if base == STATE and "lambda" in step.parameters:
             step.refuse("lambda", "with base 'state', t is the factor: remove 'lambda'")
 
-    def check_unmeasured(self) -> None:
+    def check_unmeasured(self, remedy: str = "add an 'evaluate' section") -> None:
         """Raises FastmergeError where the walk needs scores that nothing measures."""
         for key, need, wanted in (
             ("accept", f"accept: {self.accept.rule}", self.accept.rule != "always"),
@@ -344,13 +348,13 @@ class Schedule(Section):
             ("schedule", "toward: best", any(step.toward == "best" for step in self.steps)),
         ):
             if wanted:
-                self._refuse(key, f"'{need}' needs scores: add an 'evaluate' section")
+                self._refuse(key, f"'{need}' needs scores: {remedy}")
         ranked = any(step.partner in ("weakest", "strongest") for step in self.steps)
         if ranked and any(entry.accuracy is None for entry in self.pool):
             self._refuse(
                 "pool",
                 "partner 'weakest' or 'strongest' needs every pool model's 'accuracy', "
-                "or an 'evaluate' section",
+                f"or {remedy.removeprefix('add ')}",
             )
 
     def _refuse(self, key: str, message: str) -> NoReturn:
@@ -392,7 +396,11 @@ class Schedule(Section):
     def without_evaluation(self) -> Schedule:
         """The same walk, measuring nothing; raises FastmergeError where it needs scores."""
         bare = self.replace(evaluate=None, compare=None)
-        bare.check_unmeasured()
+        bare.check_unmeasured(
+            "leave out what asks to measure nothing (--no-evaluate, in Python evaluate=False)"
+            if self.evaluate is not None
+            else "add an 'evaluate' section"
+        )
         return bare
 
     def pool_index(self, name: str) -> int | None:
