@@ -31,9 +31,10 @@ _MODULES = (
 def _end() -> None:
     """Spares a small command Python's last look for cycles in all that it imported: 30 ms of a
     tiny merge's 220. At the exit, as whoever calls `main` in a process of theirs wants their
-    garbage collected; not where torch is: Triton counts and names what that look would have freed.
+    garbage collected; not where Triton is (torch brings it): it counts and names what that look
+    would have freed.
     """
-    if "torch" not in sys.modules:
+    if not {"torch", "triton"} & sys.modules.keys():
         gc.freeze()
 
 
