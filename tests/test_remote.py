@@ -370,3 +370,13 @@ def test_a_store_that_does_not_list_is_told_from_one_that_fails(
             model.side_files()
     else:
         assert said in model.side_files().notes[0]
+
+
+def test_a_file_that_was_listed_and_is_gone_is_not_left_out(
+    models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that a store lists and does not give made a model without one, in silence."""
+    opened = remote.Remote(upload(models[0]))
+    monkeypatch.setattr(remote.Remote, "_there", lambda self: ["tokenizer.json", "vocab.json"])
+    with pytest.raises(ModelError, match=r"base/vocab.json: changed while it was being read"):
+        opened.side_files()

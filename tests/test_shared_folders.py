@@ -21,6 +21,7 @@ from fastmerge import api
 from fastmerge.cli.files import write_result
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import check_own
+from fastmerge.output import publish
 from fastmerge.output.journal import _boot
 from fastmerge.output.writer import ModelWriter
 from tests.test_writer import fill, interrupted, layout, settle, siblings, tree, write_model
@@ -405,3 +406,28 @@ def test_a_partial_folder_that_others_may_write_to_is_not_taken(tmp_path: Path, 
     assert (partial / "thesis").read_text() == "x" and siblings(tmp_path / "out") == [partial.name]
     write_model(tmp_path / "out", fresh=True)
     assert siblings(tmp_path / "out") == ["out"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_has_the_old_model_s_place_after_a_kill_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Where others may write, they give what they like the name of the model that was replaced."""
+    target, partial = tmp_path / "out", tmp_path / ".out.fastmerge-partial"
+    write_model(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with suppress(KeyboardInterrupt):
+            write_model(target, overwrite=True)
+    assert partial.is_dir()
+    if named:
+        (partial / "thesis").touch()
+        write_model(target, overwrite=True)
+        assert siblings(target) == ["out"]
+        return
+    partial.rename(tmp_path / "aside")
+    partial.mkdir(mode=0o700)
+    (partial / "thesis").write_text("x")
+    for options in ({}, {"fresh": True}, {"overwrite": True}):
+        assert "not known to be the model that a merge replaced" in refusal(target, **options)
+    assert (partial / "thesis").read_text() == "x"

@@ -259,7 +259,11 @@ class Remote:
         for at in range(0, len(names), _CONNECTIONS):
             some = names[at : at + _CONNECTIONS]
             got = _pool().map(lambda name: self._first(name, _FIRST_BYTES), some)
-            begun += [each for each in got if each is not None]
+            for name, first in zip(some, got, strict=True):
+                if first is not None:
+                    begun.append(first)
+                elif tuple(there) != _BESIDE:  # it was listed
+                    raise self._changed(name)
             total = sum(each.size for each, _ in begun)
             large = next((each for each, _ in begun if each.size > MAX_FILE_BYTES), None)
             if large is not None:

@@ -26,21 +26,24 @@ def publish(
     setting_aside: Callable[[int], None],
 ) -> None:
     """Gives ``folder``, which is at ``path``, the name ``target`` and the mode that folders have
-    there; what had the name is removed. Where two names cannot be exchanged, that gets the name
-    ``aside`` in between, and ``setting_aside`` is told its inode first: a run after a kill needs
-    it. Raises OutputError, OSError.
+    there; what had the name is removed. ``setting_aside`` is told its inode first: a run after a
+    kill removes nothing else. Where two names cannot be exchanged, it gets the name ``aside`` in
+    between. Raises OutputError, OSError.
     """
     folder.share()
     old = inode(target)
     if not target.exists() or not any(target.iterdir()):
         path.rename(target)  # replaces an empty folder
-    elif _exchange(path, target):
+        sync_folder(target.parent)
+        _check_shown(folder, target)
+        return
+    setting_aside(old)
+    if _exchange(path, target):
         sync_folder(target.parent)
         _check_shown(folder, target)
         if inode(path) == old:
             shutil.rmtree(path)  # the old model
     else:
-        setting_aside(old)
         try:
             target.rename(aside)
             path.rename(target)

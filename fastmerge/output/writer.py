@@ -102,7 +102,13 @@ class ModelWriter(Shards):
     def _recover(self) -> None:
         """Tidies what a kill between the last renames left: one whole model, the new or the old."""
         ours, shown, old = self._journal.folder(), inode(self.target), inode(self._old)
-        if shown and shown == ours and inode(self.partial):
+        left = inode(self.partial)
+        if shown and shown == ours and left:
+            if left != self._journal.aside:
+                raise OutputError(
+                    f"{self.partial}: not known to be the model that a merge replaced; remove it "
+                    "if nobody needs it"
+                )
             shutil.rmtree(self.partial)  # the old model, exchanged for the new one
         if os.path.lexists(self._old) and (not old or old != self._journal.aside):
             raise OutputError(
