@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = self.server.asked[name] = self.server.asked.get(name, 0) + 1
         wrong = self.server.fault(name, number) if self.command in self.server.of else None
-        if wrong in ("500", "403"):
+        if wrong in ("500", "403", "416"):
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.answer(int(wrong), {}, b"<Error><Code>Injected</Code></Error>")
             return
@@ -380,3 +380,18 @@ def test_a_file_that_was_listed_and_is_gone_is_not_left_out(
     monkeypatch.setattr(remote.Remote, "_there", lambda self: ["tokenizer.json", "vocab.json"])
     with pytest.raises(ModelError, match=r"base/vocab.json: changed while it was being read"):
         opened.side_files()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "tokenizer.json", "", "base"])
+def test_a_store_that_answers_as_for_a_range_where_none_was_asked_for(
+    models: list[Path], bucket: Proxy, tmp_path: Path, name: str
+) -> None:
+    """416 to a HEAD or a list was a traceback."""
+    urls = [upload(model) for model in models]
+    bucket.reset(lambda path, number: "416" if path == name or not name else None)
+    if name == "base":  # of nothing that is asked for
+        fastmerge.merge(recipe(urls), tmp_path / "out")
+        return
+    with pytest.raises(FastmergeError) as no:
+        fastmerge.merge(recipe(urls), tmp_path / "out")
+    assert "\n" not in str(no.value) and not (tmp_path / "out").exists()

@@ -328,11 +328,14 @@ class Remote:
             return found, bytes(_whole(name, got, min(limit, found.size)))
 
         try:
-            return self._asked(name, first)
+            return self._asked(name, first, ranged=True)
         except FileNotFoundError:
             return None
         except EmptyError:
-            found = _object(name, self._asked(name, lambda: library().head(self._store, name)))
+            try:
+                found = _object(name, self._asked(name, lambda: library().head(self._store, name)))
+            except FileNotFoundError:
+                return None
             if found.size:
                 raise self._changed(name) from None
             return found, b""
@@ -352,7 +355,7 @@ class Remote:
             return _whole(file.name, got, end - begin)
 
         try:
-            return self._asked(file.name, read)
+            return self._asked(file.name, read, ranged=True)
         except (FileNotFoundError, EmptyError):
             raise self._changed(file.name) from None
 
@@ -362,10 +365,9 @@ class Remote:
             return ""
         return access(self.label.removeprefix("hf://").partition("@")[0].rstrip("/"))
 
-    def _asked(self, name: str, ask: Callable[[], R]) -> R:
-        return asked(
-            f"{self._base}/{name}", ask, changed=lambda: self._changed(name), access=self._access
-        )
+    def _asked(self, name: str, ask: Callable[[], R], *, ranged: bool = False) -> R:
+        where, changed = f"{self._base}/{name}", lambda: self._changed(name)
+        return asked(where, ask, changed=changed, ranged=ranged, access=self._access)
 
     def _changed(self, name: str) -> ModelError:
         return ModelError(

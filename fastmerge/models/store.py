@@ -126,12 +126,13 @@ def asked(
     *,
     changed: Callable[[], FastmergeError] | None = None,
     writing: bool = False,
+    ranged: bool = False,
     access: str = "",
 ) -> R:
     """What ``ask`` returns, tried again where a connection or a body was cut. Raises ModelError,
     or OutputError if ``writing``, in one line, which begins with ``where``; ``changed()`` where
-    the object has another ETag; FileNotFoundError, EmptyError. ``access``: what to do where the
-    store refuses.
+    the object has another ETag; FileNotFoundError; where a range is asked for (``ranged``)
+    EmptyError. ``access``: what to do where the store refuses.
     """
     faults = library().exceptions
     kind: type[FastmergeError] = OutputError if writing else ModelError
@@ -155,7 +156,7 @@ def asked(
                 "ranges); download the model, or serve it by one that knows them"
             ) from error
         except (faults.BaseError, EOFError) as error:
-            if "416 Range Not Satisfiable" in str(error):
+            if ranged and "416 Range Not Satisfiable" in str(error):
                 raise EmptyError from error
             if "ExpiredToken" in str(error) or "InvalidAccessKeyId" in str(error):
                 raise kind(refusal) from error

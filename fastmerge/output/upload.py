@@ -362,7 +362,7 @@ class Upload:
             return bytes(library().get(self._store, LINEAGE_FILE, options=options).bytes())
 
         try:
-            got = self._asked(LINEAGE_FILE, read)
+            got = self._asked(LINEAGE_FILE, read, ranged=True)
             files = json.loads(got).get("files")
         # Damaged: then nothing is known of what was written.
         except (EmptyError, ValueError, AttributeError, RecursionError):
@@ -370,8 +370,8 @@ class Upload:
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]
 
-    def _asked(self, name: str, ask: Any) -> Any:
-        return asked(f"{self.url}/{name}", ask, writing=True)
+    def _asked(self, name: str, ask: Any, *, ranged: bool = False) -> Any:
+        return asked(f"{self.url}/{name}", ask, writing=True, ranged=ranged)
 
 
 def _tag(meta: Mapping[str, Any]) -> str:
