@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from fastmerge.engine.join import FinishReport
     from fastmerge.engine.verify import Verification
+    from fastmerge.output.shipping import Destination
     from fastmerge.planning.adapters import AdapterMerge
 
 # Silent unless a program asks: without a handler Python would print warnings.
@@ -190,7 +191,8 @@ def _or_to_store(to_folder: C) -> C:
             if said is not None and not options.get("fresh"):
                 report = MergeReport.of(said)
             else:
-                report = to_folder(decided, upload.folder, overwrite=True, **options)
+                to = upload.destination(key)
+                report = to_folder(decided, upload.folder, overwrite=True, _to=to, **options)
                 upload.note(key, report.as_dict())
             upload.send()
         return replace(report, url=url)
@@ -228,6 +230,7 @@ def merge(
     keep_paths: bool = False,
     part: tuple[int, int] | str | None = None,
     cluster: str | None = None,
+    _to: Destination | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` into the new folder ``out``; the report says what was done.
 
@@ -286,7 +289,7 @@ def merge(
     }  # fmt: skip
     with shown(progress, title) as told:
         if cluster is None:
-            report = merge_plan(decided, folder, part=chosen, progress=told, **options)
+            report = merge_plan(decided, folder, part=chosen, progress=told, to=_to, **options)
         else:
             from fastmerge.engine.on_ray import merge_on_cluster
 

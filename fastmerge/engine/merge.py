@@ -25,6 +25,7 @@ from fastmerge.errors import FastmergeError, enough_memory
 from fastmerge.output.lineage import LINEAGE_FILE, kept_of, lineage_file, lineage_head
 from fastmerge.output.place import real_target
 from fastmerge.output.share import Part
+from fastmerge.output.shipping import Destination
 from fastmerge.output.sink import ModelFolder
 from fastmerge.planning.plan import Plan
 from fastmerge.progress import Progress
@@ -61,6 +62,7 @@ def merge_plan(
     device: Device = "cpu",
     gpu_memory: int = GPU_MEMORY_BYTES,
     part: Part | None = None,
+    to: Destination | None = None,
 ) -> MergeReport:
     """Merges ``plan`` into the folder ``out`` and returns what was done.
 
@@ -71,6 +73,7 @@ def merge_plan(
     for anything a user can mend. ``device``: "cpu", "cuda" (every GPU of the machine, with
     ``gpu_memory`` bytes of tensors in flight on each), "cuda:N" or "auto"; the bits are the same.
     ``part``: only that part's share, to be joined with the others' by `fastmerge.engine.join`.
+    ``to``: where weight files go one by one if the disk has no room for all of them.
     """
     started = time.perf_counter()
     out = a_path(out, "out")
@@ -100,6 +103,7 @@ def merge_plan(
         io=io,
         side_files=files,
         part=part,
+        to=to,
     )
     with folder:
         own, pending = folder.own(plan.tensors), folder.pending(plan.tensors)

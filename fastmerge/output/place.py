@@ -183,9 +183,13 @@ def _written(target: Path) -> set[str]:
     return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
 
-def check_space(folder: Path, needed: int) -> None:
+def free_bytes(folder: Path) -> int:
     status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize
+
+
+def check_space(folder: Path, needed: int) -> None:
+    free = free_bytes(folder)
     if free < needed:
         raise ResourceError(
             f"{folder}: no space left: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB free"

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Shards(ABC):
         self.results: dict[str, dict[str, Any]] = {}
         self.damaged: tuple[str, ...] = ()
         self._files: dict[int, _C.StagedFile] = {}  # by number of the shard
+        self._make: Callable[[int], _C.StagedFile] | None = None
         self._staging: _C.Staging | None = None
         self._begun: set[int] = set()
         self._open: deque[Slot] = deque()
@@ -43,7 +44,7 @@ class Shards(ABC):
 
     @abstractmethod
     def _note(self, results: Mapping[str, dict[str, Any]]) -> None:
-        """Keeps note of tensors that are in their files for good."""
+        """Keeps note of tensors that are in their files for good; one thread at a time."""
 
     def is_own(self, name: str) -> bool:
         """Whether the tensor goes to one of these files."""
@@ -51,20 +52,26 @@ class Shards(ABC):
         return slot is not None and slot.shard in self._own
 
     def _resume(
-        self, folder: Path, kept: Mapping[str, dict[str, Any]], threads: int
+        self,
+        folder: Path,
+        kept: Mapping[str, dict[str, Any]],
+        threads: int,
+        elsewhere: Collection[int] = (),
     ) -> dict[str, dict[str, Any]]:
         """Those of ``kept`` whose bytes in the files in ``folder`` are still the ones that were
-        written, from now on ``resumed`` and in ``results``. Reads them all, at the disk's speed;
-        ``damaged`` names the others, which are made anew.
+        written, or whose file is one of those ``elsewhere``; from now on ``resumed`` and in
+        ``results``. Reads what is here, at the disk's speed; ``damaged`` names the others, which
+        are made anew.
         """
-        found: dict[str, dict[str, Any]] = {}
-        if kept:
+        slots = self.layout.slots
+        found = {name: kept[name] for name in kept if slots[name].shard in elsewhere}
+        if len(found) < len(kept):
             try:
                 pool = _C.Pool(threads)
             except RuntimeError as error:
                 raise self._no_threads(threads, error) from error
             places: dict[str, dict[str, tuple[int, int]]] = {}  # by shard
-            for slot in map(self.layout.slots.__getitem__, kept):
+            for slot in (slots[name] for name in kept if name not in found):
                 own = places.setdefault(self.layout.shards[slot.shard].name, {})
                 own[slot.name] = (slot.begin, slot.nbytes)
             for shard, own in places.items():
@@ -76,10 +83,18 @@ class Shards(ABC):
         return found
 
     def _open_files(
-        self, folder: Path, *, resume: bool, io: str, staging_bytes: int, io_threads: int
+        self,
+        folder: Path,
+        *,
+        resume: bool,
+        io: str,
+        staging_bytes: int,
+        io_threads: int,
+        at_once: bool = True,
     ) -> None:
         """Makes the files in ``folder`` and reserves their space; with ``resume``, takes those that
-        are there and keeps the bytes of what is ``resumed``.
+        are there and keeps the bytes of what is ``resumed``. Where that is not ``at_once``, each
+        with its first tensor.
         """
         chunk = _MAX_CHUNK_BYTES
         while chunk > _MIN_CHUNK_BYTES and chunk * 24 > staging_bytes:
@@ -89,15 +104,23 @@ class Shards(ABC):
         except RuntimeError as error:
             raise self._no_threads(io_threads, error) from error
         self._staging = staging
-        for number in sorted(self._own):
+        kept: dict[int, list[Slot]] = {}
+        for name in self.resumed:
+            kept.setdefault(self.layout.slots[name].shard, []).append(self.layout.slots[name])
+
+        def made(number: int) -> _C.StagedFile:
             shard = self.layout.shards[number]
             path = folder / shard.name
-            self._files[number] = _C.StagedFile(
+            file = _C.StagedFile(
                 staging, str(path), shard.size, io=io, resume=resume and path.exists()
             )
-        for name in self.resumed:
-            slot = self.layout.slots[name]
-            self._files[slot.shard].keep(slot.begin, slot.nbytes)
+            for slot in kept.get(number, ()):
+                file.keep(slot.begin, slot.nbytes)
+            return file
+
+        self._make = made
+        if at_once:
+            self._files |= {number: made(number) for number in sorted(self._own)}
 
     def _no_threads(self, threads: int, error: RuntimeError) -> ResourceError:
         return ResourceError(
@@ -186,6 +209,9 @@ class Shards(ABC):
         with self._lock:
             if shard in self._begun:
                 return
+            if shard not in self._files:
+                assert self._make is not None
+                self._files[shard] = self._make(shard)
             self._begun.add(shard)
         self._files[shard].write(0, self.layout.shards[shard].header)
 

@@ -21,6 +21,7 @@ from fastmerge.output.layout import Layout
 from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
 from fastmerge.output.provenance import names
 from fastmerge.output.share import Part, costs
+from fastmerge.output.shipping import Destination
 from fastmerge.output.writer import ModelWriter
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -122,9 +123,11 @@ class ModelFolder:
         io: str = "auto",
         side_files: Mapping[str, bytes | Path] | None = None,
         part: Part | None = None,
+        to: Destination | None = None,
     ) -> None:
         """``side_files``: content, or files to copy, to be written beside the weights. ``part``:
-        only that part's share of the weight files, in the folder where parts meet.
+        only that part's share of the weight files, in the folder where parts meet. ``to``: as of
+        `ModelWriter`.
         """
         self._side_files = side_files or {}
         layout = Layout.plan(
@@ -147,6 +150,7 @@ class ModelFolder:
                 io=io,
                 side_bytes=bytes_of(self._side_files),
                 staging_bytes=staging_bytes,
+                to=to,
             )
         else:
             from fastmerge.output.part import PartWriter  # 8 ms that few merges need
@@ -190,14 +194,20 @@ class ModelFolder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found of an interrupted merge that is worth telling."""
-        damaged = self._writer.damaged
-        told = (
-            f"{self._writer.target}: finished tensors of the interrupted merge had changed on the "
-            f"disk and are merged again: {len(damaged)}, the first {show((*damaged, '')[0])}; if "
-            "nobody wrote to them, check the disk"
-        )
-        return (told,) if damaged else ()
+        """What was found of an interrupted merge, or of the disk, that is worth telling."""
+        notes = []
+        if damaged := self._writer.damaged:
+            notes.append(
+                f"{self._writer.target}: finished tensors of the interrupted merge had changed on "
+                f"the disk and are merged again: {len(damaged)}, the first {show(damaged[0])}; if "
+                "nobody wrote to them, check the disk"
+            )
+        if isinstance(self._writer, ModelWriter) and self._writer.sends:
+            notes.append(
+                f"{self._writer.target.parent} has no room for all weight files: they were sent "
+                "one by one"
+            )
+        return tuple(notes)
 
     @property
     def bytes_written(self) -> int:

@@ -1,4 +1,5 @@
 """A model folder to an object store: merged on this machine's disk, then uploaded, index last.
+Where the disk has no room for it, its weight files go one by one while it is merged.
 
 A store has no rename. What makes a model load, its index or its one weight file, is written when
 everything else is there, so that nothing loads before all does; with ``overwrite`` it is the first
@@ -15,14 +16,15 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastmerge.errors import OutputError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
+from fastmerge.models.header import read_object
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.models.store import (
     EmptyError,
@@ -35,6 +37,7 @@ from fastmerge.models.store import (
 from fastmerge.output.disk import facts_of, write_file
 from fastmerge.output.journal import locked
 from fastmerge.output.place import explain
+from fastmerge.output.shipping import Destination
 from fastmerge.output.working import beside, check_ours, is_loose
 
 _URL = re.compile(r"([a-z][a-z0-9]*):/{1,2}(?=[^/])(.+)")  # a Path has made one slash of two
@@ -58,6 +61,17 @@ def store_url(out: str | os.PathLike[str]) -> str | None:
     return url
 
 
+class _Sent(NamedTuple):
+    """An object that was sent: its ETag, "" while it is on its way; by which job; its bytes."""
+
+    tag: str
+    job: str
+    size: int
+
+
+_NOT_SENT = _Sent("", "", -1)
+
+
 class Upload:
     """The prefix of a store that takes a model; ``folder`` is where it is merged before. Use it as
     a context manager.
@@ -79,6 +93,7 @@ class Upload:
         self.folder = self._place / url.rpartition("/")[2]
         self._parts = beside(self.folder, "parts")
         self._lock = -1
+        self._retired = False  # what was there before is no model any more
         try:
             self._make_place()
         except OSError as error:
@@ -179,7 +194,7 @@ class Upload:
             if isinstance(said, dict) and said.get("key") == key and "report" in said:
                 found: dict[str, Any] = said["report"]
                 return found
-        self._check(of="")
+        self._check(of=key)
         note.unlink(missing_ok=True)
         if self.folder.is_dir():
             self._remove_folder()
@@ -191,7 +206,9 @@ class Upload:
         write_file(self._place / _MERGED, json.dumps({"key": key, "report": report}).encode())
 
     def send(self) -> None:
-        """Uploads the folder, and removes it. Raises OutputError; then it is kept."""
+        """Uploads the folder but for the weight files that were sent before, and removes it. Raises
+        OutputError; then it is kept.
+        """
         try:
             self._send()
         except FileNotFoundError as error:
@@ -201,25 +218,28 @@ class Upload:
             ) from error
 
     def _send(self) -> None:
-        names = sorted(
+        here = {
             path.relative_to(self.folder).as_posix()
             for path in self.folder.rglob("*")
             if path.is_file()
-        )
-        last = INDEX if INDEX in names else SINGLE
+        }
+        last = INDEX if INDEX in here else SINGLE
+        gone = self._weights(here) - here
+        names = here | gone
         lineage = self.folder / LINEAGE_FILE
         job = facts_of(lineage)["sha256"] if LINEAGE_FILE in names else "unknown"
-        before = self._check(of=job)
+        before = self._check(of=job, but=gone)
         there = {name: tag for name, tag in before.items() if self._is_sent(name, tag, job)}
-        if there.keys() != set(names):
+        for name in gone:
+            there[name] = self._sent.get(name, _NOT_SENT).tag
+            if before.get(name, "") != there[name] or not there[name]:
+                raise OutputError(
+                    f"{self.url}/{name}: was sent, and is not there or is another now; merge again "
+                    f"({argument('fresh', True)})"
+                )
+        if there.keys() != names:
             there.pop(last, None)  # it comes after all others
-        self._stale += [
-            name for name in self._written(before) if name not in names and name not in self._stale
-        ]
-        self._say([*self._stale])
-        for name in (INDEX, SINGLE):
-            if name in before and name not in there:
-                self._asked(name, lambda name=name: library().delete(self._store, name))
+        self._retire(before, there)
         # Weights first: what is small is only there when they are.
         ordered = sorted(names, key=lambda name: (name == last, not name.endswith(".safetensors")))
         tags: dict[str, str] = {}
@@ -227,9 +247,10 @@ class Upload:
             if name == last:
                 self._check_sent(tags)
             if name not in there:
-                self._say({"name": name, "tag": "", "job": job})
+                size = (self.folder / name).stat().st_size
+                self._say_sent(name, _Sent("", job, size))
                 there[name] = self._put(name)
-                self._say({"name": name, "tag": there[name], "job": job})
+                self._say_sent(name, _Sent(there[name], job, size))
             tags[name] = there[name]
         try:
             self._check_sent(tags)
@@ -237,7 +258,7 @@ class Upload:
             self._take_back(last, tags[last])
             raise
         for name in self._stale:
-            if name in before:
+            if name in before and name not in names:
                 self._asked(name, lambda name=name: library().delete(self._store, name))
         self._remove_folder()
         for kept in (_MERGED, _LOCK, _SENT):  # what was sent last of all: it says whose that is
@@ -251,6 +272,44 @@ class Upload:
         self.folder.rename(gone)
         shutil.rmtree(gone)
 
+    def destination(self, key: str) -> Destination:
+        """Where the weight files of the job ``key`` go before the folder is whole."""
+        return _ByFile(self, key)
+
+    def sent_of(self, key: str) -> dict[str, int]:
+        """The bytes of the weight files of the job ``key`` that are there, by name."""
+        before = self._check(of=key)
+        return {
+            name: said.size
+            for name, said in self._sent.items()
+            if said.job == key and said.tag and before.get(name) == said.tag
+        }
+
+    def send_file(self, path: Path, key: str) -> None:
+        """Uploads one weight file of the job ``key``. Raises OutputError."""
+        if not self._retired:
+            self._retire(self._check(of=key), {})
+        size = path.stat().st_size
+        self._say_sent(path.name, _Sent("", key, size))
+        self._say_sent(path.name, _Sent(self._put_file(path.name, path), key, size))
+
+    def _weights(self, here: Collection[str]) -> set[str]:
+        """The weight files that the index names."""
+        if INDEX not in here:
+            return set()
+        index = read_object(self.folder / INDEX, max_bytes=MAX_HEADER_BYTES)
+        return set(index.get("weight_map", {}).values())
+
+    def _retire(self, before: Mapping[str, str], there: Collection[str]) -> None:
+        """What is there is no model any more; what of it is not written again goes at last."""
+        written = [name for name in self._written(before) if name not in self._stale]
+        self._stale += [name for name in written if name not in there]
+        self._say([*self._stale])
+        for name in (INDEX, SINGLE):
+            if name in before and name not in there:
+                self._asked(name, lambda name=name: library().delete(self._store, name))
+        self._retired = True
+
     # --- what was sent ---
 
     def _say(self, said: Any) -> None:
@@ -258,9 +317,13 @@ class Upload:
             # On a line of its own whatever the last run could write of its last.
             file.write("\n" + json.dumps(said) + "\n")
 
-    def _read_sent(self) -> tuple[dict[str, tuple[str, str]], list[str]]:
-        """By name: the ETag, "" for one that was on its way, and its job; what is to go at last."""
-        sent: dict[str, tuple[str, str]] = {}
+    def _say_sent(self, name: str, said: _Sent) -> None:
+        self._say({"name": name, **said._asdict()})
+        self._sent[name] = said
+
+    def _read_sent(self) -> tuple[dict[str, _Sent], list[str]]:
+        """What was sent, by name; what is to go at last."""
+        sent: dict[str, _Sent] = {}
         stale: list[str] = []
         path = self._place / _SENT
         for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -269,7 +332,8 @@ class Upload:
                 if isinstance(said, list):
                     stale = [name for name in said if isinstance(name, str)]
                 else:
-                    sent[str(said["name"])] = str(said["tag"]), str(said["job"])
+                    found = _Sent(str(said["tag"]), str(said["job"]), int(said["size"]))
+                    sent[str(said["name"])] = found
             # Empty, or the disk was full: what it would say is not known.
             except (ValueError, RecursionError, LookupError, TypeError):
                 continue
@@ -277,20 +341,21 @@ class Upload:
 
     def _is_sent(self, name: str, tag: str, job: str) -> bool:
         """Whether the object is the one that this job has sent."""
-        return bool(tag) and self._sent.get(name) == (tag, job)
+        return bool(tag) and self._sent.get(name, _NOT_SENT)[:2] == (tag, job)
 
     def _is_ours(self, name: str, tag: str, size: int, job: str | None) -> bool:
         """Whether an earlier run (of ``job``, if given) wrote the object, or was about to."""
-        said, of = self._sent.get(name, ("", ""))
-        if not of or (job is not None and of != job):
+        said = self._sent.get(name, _NOT_SENT)
+        if not said.job or (job is not None and said.job != job):
             return False
-        path = self.folder / name
-        return said == tag if said else path.is_file() and path.stat().st_size == size
+        return said.tag == tag if said.tag else said.size == size
 
     # --- requests ---
 
     def _put(self, name: str) -> str:
-        path = self.folder / name
+        return self._put_file(name, self.folder / name)
+
+    def _put_file(self, name: str, path: Path) -> str:
         size = path.stat().st_size
         part = max(_PART_BYTES, -(-size // _MOST_PARTS))
         at_a_time = max(1, min(_PARTS_AT_A_TIME, _SENDING_BYTES // part))
@@ -305,7 +370,7 @@ class Upload:
     def _check_sent(self, tags: Mapping[str, str]) -> None:
         """Raises OutputError where an object is not the one that was written."""
         for name, tag in tags.items():
-            size = (self.folder / name).stat().st_size
+            size = self._sent[name].size
             try:
                 meta = self._asked(name, lambda name=name: library().head(self._store, name))
             except FileNotFoundError:
@@ -323,9 +388,9 @@ class Upload:
             if _tag(meta) == tag:
                 self._asked(last, lambda: library().delete(self._store, last))
 
-    def _check(self, of: str | None = None) -> dict[str, str]:
+    def _check(self, of: str | None = None, but: Collection[str] = ()) -> dict[str, str]:
         """What is below the prefix, and its ETags; OutputError where anything is that may not be.
-        An earlier run's own may; of the job ``of`` alone, if given.
+        An earlier run's own may; of the job ``of`` alone, if given, ``but`` those.
         """
 
         def listed() -> list[Mapping[str, Any]]:
@@ -338,7 +403,8 @@ class Upload:
         others = [
             entry["path"]
             for entry in found
-            if not self._is_ours(entry["path"], _tag(entry), entry["size"], of)
+            if entry["path"] not in but
+            and not self._is_ours(entry["path"], _tag(entry), entry["size"], of)
         ]
         if others and not self._overwrite:
             raise OutputError(
@@ -372,6 +438,19 @@ class Upload:
 
     def _asked(self, name: str, ask: Any, *, ranged: bool = False) -> Any:
         return asked(f"{self.url}/{name}", ask, writing=True, ranged=ranged)
+
+
+class _ByFile:
+    """Takes the weight files of one job."""
+
+    def __init__(self, upload: Upload, key: str) -> None:
+        self._upload, self._key = upload, key
+
+    def sent(self) -> Mapping[str, int]:
+        return self._upload.sent_of(self._key)
+
+    def send(self, path: Path) -> None:
+        self._upload.send_file(path, self._key)
 
 
 def _tag(meta: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,20 @@ from fastmerge.output.checksum import Written
 from fastmerge.output.disk import write_files
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout
-from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
+from fastmerge.output.place import (
+    check_place,
+    check_space,
+    check_target,
+    explain,
+    free_bytes,
+    real_target,
+)
 from fastmerge.output.publish import publish
 from fastmerge.output.shards import IO_THREADS, Shards, file_facts
+from fastmerge.output.shipping import Destination, Shipping
 from fastmerge.output.working import WorkingFolder, beside, inode
+
+_LOOK_SECONDS = 0.02  # between two looks for files that are complete, while one waits for room
 
 
 class ModelWriter(Shards):
@@ -41,6 +51,8 @@ class ModelWriter(Shards):
     io: "auto" (direct where the file system has it), "direct" or "buffered".
     staging_bytes: memory for output on its way to the disk, in 24 buffers or more of at most 4 MiB:
     enough for a window of 11 tensors in flight (csrc/io/staging.h says why).
+    to: where weight files go one by one, and are here no more, if the disk has no room for all of
+    them; ``sends`` says whether they do.
 
     Raises FastmergeError, before the first byte of the output, for every refusal: target exists, or
     is one of the inputs; another merge at work; another job's unfinished folder; no space; no
@@ -61,6 +73,7 @@ class ModelWriter(Shards):
         side_bytes: int = 0,
         staging_bytes: int = 96 << 20,
         io_threads: int = IO_THREADS,
+        to: Destination | None = None,
     ) -> None:
         # A link is followed: what it points to is what is replaced.
         super().__init__(real_target(target), layout, range(len(layout.shards)))
@@ -69,6 +82,10 @@ class ModelWriter(Shards):
         self._overwrite = overwrite
         self._side_bytes = side_bytes
         self._old = beside(self.target, "old")
+        self._to = to
+        self._shipping: Shipping | None = None
+        self._unnoted: dict[int, int] = {}  # of files that are sent: tensors that are not in them
+        self._whole: set[int] = set()  # files that are on the disk to their end
         self._finished = self._worthless = False
         self._folder: WorkingFolder | None = None
         in_parts = beside(self.target, "parts")
@@ -83,14 +100,19 @@ class ModelWriter(Shards):
             check_target(self.target, overwrite)
             job = hashlib.sha256(f"{key}\n{layout.digest}".encode()).hexdigest()
             kept = self._reopen(job, fresh)
+            sent = self._sent if kept else frozenset()
             if kept:
-                kept = self._resume(self._inside, kept, io_threads)
+                kept = self._resume(self._inside, kept, io_threads, sent)
             if not kept:
                 self._start(job)
+                sent = frozenset()
+            most = self._most_here(sent)
             self._open_files(
-                self._inside,
+                self._inside, at_once=most is None,
                 resume=bool(kept), io=io, staging_bytes=staging_bytes, io_threads=io_threads,
             )  # fmt: skip
+            if most is not None:
+                self._ship(sent, most)
         except BaseException as error:
             self._give_up()
             if isinstance(error, OSError):
@@ -144,7 +166,7 @@ class ModelWriter(Shards):
                 f"({len(kept)} tensors done); run that one again to finish it, or start over with "
                 f"{argument('fresh', True)}"
             )
-        slots, whole = self.layout.slots, set()
+        slots, whole = self.layout.slots, set(self._sent)
         for number, shard in enumerate(self.layout.shards):
             path = self._folder.inside / shard.name
             if os.path.lexists(path):
@@ -161,9 +183,90 @@ class ModelWriter(Shards):
         if self._folder is not None:
             self._folder.close()
             self._folder.remove()
-        check_space(self.target.parent, self.layout.file_bytes + self._side_bytes)
+        if self._to is None:
+            check_space(self.target.parent, self.layout.file_bytes + self._side_bytes)
         self._folder = WorkingFolder.make(self.partial)
         self._journal.begin(job, self._folder.inode)
+
+    # --- where the disk has no room for all ---
+
+    @property
+    def sends(self) -> bool:
+        """Whether weight files leave one by one: none is in the folder that is shown."""
+        return self._shipping is not None
+
+    @property
+    def _sent(self) -> frozenset[int]:
+        """The files that an earlier run has sent."""
+        there = {} if self._to is None else self._to.sent()
+        shards = enumerate(self.layout.shards)
+        return frozenset(n for n, shard in shards if there.get(shard.name) == shard.size)
+
+    def _most_here(self, sent: Collection[int]) -> int | None:
+        """How many weight files the disk has room for at a time; None where it has for all. Raises
+        ResourceError where it has for fewer than two.
+        """
+        if self._to is None:
+            return None
+        shards, parent = self.layout.shards, self.target.parent
+        missing, here = self._side_bytes, 0
+        for number, shard in enumerate(shards):
+            there = (self._inside / shard.name).exists()
+            here += there
+            missing += 0 if there or number in sent else shard.size
+        free = free_bytes(parent)
+        if len(shards) == 1:  # which is what makes a model of the others: it is the last to go
+            check_space(parent, missing)
+        if len(shards) == 1 or (free >= missing and not sent):
+            return None
+        largest = max(shard.size for shard in shards)
+        check_space(parent, min(missing, max(0, 2 - here) * largest + self._side_bytes))
+        return max(2, here + (free - self._side_bytes) // largest)
+
+    def _ship(self, sent: Collection[int], most: int) -> None:
+        assert self._to is not None
+        for number in sent:  # killed before it was removed
+            (self._inside / self.layout.shards[number].name).unlink(missing_ok=True)
+        left = self._own - set(sent)
+        self._own = frozenset(left)
+        self._unnoted = dict.fromkeys(left, 0)
+        for slot in self.layout.slots.values():
+            if slot.shard in left and slot.name not in self.resumed:
+                self._unnoted[slot.shard] += 1
+        self._shipping = Shipping(self._to, left, most)
+        for number in sorted(left):
+            if not self._unnoted[number]:  # all of it an earlier run's: it needs no room
+                super()._begin(number)
+                self._give(number)
+
+    def _begin(self, shard: int) -> None:
+        # The last tensors before may be on their way to the disk: nobody else looks for them now.
+        while self._shipping is not None and not self._shipping.may(shard, _LOOK_SECONDS):
+            self.mark()
+        super()._begin(shard)
+
+    def _give(self, number: int) -> None:
+        def finish() -> Path:
+            if number not in self._whole:
+                self._files[number].finish()
+            return self._inside / self.layout.shards[number].name
+
+        assert self._shipping is not None
+        self._shipping.give(number, finish)
+
+    def _finish_files(self) -> None:
+        if self._shipping is None:
+            super()._finish_files()
+            return
+        for number in sorted(self._own):
+            if not self._shipping.is_given(number):
+                self._begin(number)
+                self._files[number].finish()
+                self._whole.add(number)
+                self.mark()
+        self._shipping.finish()
+        if self._staging:
+            self._staging.close()
 
     @property
     def scratch_folder(self) -> Path:
@@ -172,6 +275,12 @@ class ModelWriter(Shards):
 
     def _note(self, results: Mapping[str, dict[str, Any]]) -> None:
         self._journal.add(results)
+        if self._shipping is None:
+            return
+        for number in (self.layout.slots[name].shard for name in results):
+            self._unnoted[number] -= 1
+            if not self._unnoted[number]:
+                self._give(number)
 
     # --- ending ---
 
@@ -247,6 +356,8 @@ class ModelWriter(Shards):
 
     def _give_up(self, *, failed: bool = False) -> None:
         """Stops; keeps what a later run can continue from, else leaves nothing."""
+        if self._shipping is not None:
+            self._shipping.stop()
         with suppress(OSError):  # a full disk takes no more entries: those it has will do
             self.mark()
             if failed:
