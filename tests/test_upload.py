@@ -615,9 +615,9 @@ def test_another_merge_after_one_that_sent_some_files(
     other = {**recipe(models), "parameters": {"t": 0.9}}
     with pytest.raises(OutputError, match=r"out: holds 2 objects already"):
         fastmerge.merge(other, there, **SHARDS)
-    fastmerge.merge(other, there, overwrite=True, fresh=True, **SHARDS)
+    fastmerge.merge(other, there, overwrite=True, fresh=True, max_shard_bytes=12_000)
     (tmp_path / "other").mkdir()
-    fastmerge.merge(other, tmp_path / "other" / "out", **SHARDS)
+    fastmerge.merge(other, tmp_path / "other" / "out", max_shard_bytes=12_000)
     assert objects(there) == files(tmp_path / "other" / "out") != tight["files"]
 
 

@@ -302,8 +302,11 @@ class Upload:
 
     def _retire(self, before: Mapping[str, str], there: Collection[str]) -> None:
         """What is there is no model any more; what of it is not written again goes at last."""
-        written = [name for name in self._written(before) if name not in self._stale]
-        self._stale += [name for name in written if name not in there]
+        given_up = [
+            n for n, tag in before.items() if tag and self._sent.get(n, _NOT_SENT).tag == tag
+        ]
+        old = dict.fromkeys([*self._written(before), *given_up])
+        self._stale += [name for name in old if name not in there and name not in self._stale]
         self._say([*self._stale])
         for name in (INDEX, SINGLE):
             if name in before and name not in there:
