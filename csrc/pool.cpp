@@ -18,6 +18,9 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace fastmerge {
 
@@ -83,6 +86,25 @@ bool soon(const Ready& ready) {
     return false;
 }
 
+// Where other programs keep the other cores busy, a thread is often woken on the core of the caller
+// that it should help, and waits for it: linear merges of 1 MiB took 67 us for 42. It goes to any
+// other core, and may be moved back afterwards. -1: not known.
+#if defined(__linux__)
+int this_core() { return sched_getcpu(); }
+void leave(int core) {
+    cpu_set_t all, others;
+    if (core < 0 || core != sched_getcpu() || sched_getaffinity(0, sizeof all, &all) != 0) return;
+    others = all;
+    CPU_CLR(static_cast<size_t>(core), &others);
+    // The only core there is, or of more than a set has room for: it stays.
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    sched_setaffinity(0, sizeof all, &all);
+}
+#else
+int this_core() { return -1; }
+void leave(int) {}
+#endif
+
 std::atomic<unsigned> generation{0};
 const int registered = ::pthread_atfork(nullptr, nullptr, [] { ++generation; });
 
@@ -97,9 +119,10 @@ struct Pool::State {
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
     std::atomic<unsigned> posted{0};
-    int active = 0;    // tasks that are running
-    int looking = 0;   // threads that find work without being woken
-    int watching = 0;  // callers that look whether their job is done
+    int callers_core = -1;  // of the last job
+    int active = 0;         // tasks that are running
+    int looking = 0;        // threads that find work without being woken
+    int watching = 0;       // callers that look whether their job is done
     bool stopping = false;
     std::vector<std::thread> threads;
 
@@ -148,9 +171,18 @@ struct Pool::State {
                 lock.lock();
                 --looking;
             }
-            work.wait(lock, [this] { return stopping || has_work(); });
-            if (jobs.empty()) return;
-            step(lock);
+            if (!stopping && !has_work()) {
+                work.wait(lock, [this] { return stopping || has_work(); });
+                const int core = callers_core;
+                lock.unlock();
+                leave(core);
+                lock.lock();
+            }
+            if (jobs.empty()) {
+                if (stopping) return;
+            } else if (stopping || has_work()) {  // or another thread was faster
+                step(lock);
+            }
         }
     }
 
@@ -159,6 +191,7 @@ struct Pool::State {
         const DefaultFloats mode;
         std::unique_lock<std::mutex> lock(mutex);
         jobs.push_back(&job);
+        callers_core = this_core();
         ++posted;
         const auto helpers = std::min<int64_t>(job.tasks, most) - (jobs.front() == &job ? 1 : 0);
         for (int64_t i = looking; i < helpers; ++i) work.notify_one();

@@ -268,13 +268,14 @@ def _row(
     return row
 
 
-def own_costs(seconds: float, threads: int) -> list[Row]:
+def own_costs(seconds: float, threads: int, *, torch: bool) -> list[Row]:
     """What a call for tensors of 4 Ki entries takes, and what its kernels do: the difference is the
-    call's own.
+    call's own. Of torch's tensors or NumPy's arrays.
     """
     count = 4096
     rng = np.random.default_rng(0)
-    base, a, b, out = (rng.standard_normal(count).astype(np.float32) for _ in range(4))
+    arrays: list[Any] = [rng.standard_normal(count).astype(np.float32) for _ in range(4)]
+    base, a, b, out = [_tensor(array, "F32") for array in arrays] if torch else arrays
     views = [view_of(tensor, "") for tensor in (a, b)]
     origin, sink = view_of(base, ""), _C.MemorySink(view_of(out, "", writable=True), checked=False)
     pool, pair = cpu(threads).pool, np.array(WEIGHTS)
@@ -302,5 +303,6 @@ def own_costs(seconds: float, threads: int) -> list[Row]:
     for op, (whole, kernels) in calls.items():
         found = timed({"call": whole, "kernels": kernels}, seconds)
         own = [c - k for c, k in zip(found["call"], found["kernels"], strict=True)]
-        rows.append({"op": op, "own": spread(own)} | {k: spread(v) for k, v in found.items()})
+        row = {"op": op, "of": "torch" if torch else "NumPy", "own": spread(own)}
+        rows.append(row | {k: spread(v) for k, v in found.items()})
     return rows
