@@ -9,6 +9,7 @@ MAX_REF_BYTES = 256  # of a branch in the Hub's cache: a commit's hash takes 40
 MAX_NESTING = 100  # of mappings and lists in JSON; the deepest config has 8
 MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its product is quadratic
 MAX_ADAPTED_LETTERS = 512  # of the name of a tensor that an adapter is for; the longest has 120
+MAX_PATH_LETTERS = 4096  # that Linux takes; in a longer one nothing lies
 MAX_LAYERS = 10_000  # the deepest published model has 1000
 MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
 MAX_TOKENIZER_BYTES = 64 << 20  # of a tokenizer.json that is read and not only copied

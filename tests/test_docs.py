@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ from tests.test_moe import write_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+CONTINUED = ("callers.md", "plugins.md")  # whose examples go on from one another
 
 
 def script(path: Path) -> ModuleType:
@@ -81,6 +83,25 @@ def test_every_example_of_a_page_runs(page: str, capsys: pytest.CaptureFixture[s
         pytest.importorskip(package)
     examples.run(ROOT / page)
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in CONTINUED])
+def test_an_example_imports_what_it_uses(page: str) -> None:
+    """A reader who copies one alone has a script of its own."""
+    imported: set[str] = set()
+    for block in re.findall(
+        r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL
+    ):
+        nodes = list(ast.walk(ast.parse(block)))
+        names = [
+            alias.asname or alias.name.partition(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        ]
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        assert not (used & imported) - set(names), block
+        imported.update(names)
 
 
 def test_examples_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

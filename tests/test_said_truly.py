@@ -115,6 +115,18 @@ def test_a_card_shortens_a_note_of_a_megabyte(zoo) -> None:
     assert len(model_card(plan, "x")) < 20_000
 
 
+def test_a_card_has_no_class_and_no_base_of_a_megabyte(zoo, tmp_path) -> None:
+    base = zoo.base()
+    edit(base / "config.json", architectures=["A" * 3_000_000], model_type="bert")
+    card = model_card(api.plan(copy_of(base)), "x")
+    assert len(card) < 20_000 and "AutoModel.from_pretrained" in card
+    lora = zoo.adapter("lora", base, base_model_name_or_path="b" * 3_000_000)
+    each = {"model": str(lora), "parameters": {"weight": 1}}
+    recipe = {"merge_method": "svd", "models": [each]}
+    fastmerge.merge(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").stat().st_size < 20_000
+
+
 # --- the model's own card ---
 
 
@@ -289,7 +301,7 @@ def test_a_layer_from_elsewhere_is_no_layer_of_a_negative_number(zoo, tmp_path, 
 
 
 def test_a_merge_with_nothing_left_to_do_tells_its_memory(zoo, tmp_path, monkeypatch) -> None:
-    from fastmerge.output.sink import ModelFolder
+    from fastmerge.engine import merge
 
     recipe = copy_of(zoo.base())
 
@@ -297,7 +309,7 @@ def test_a_merge_with_nothing_left_to_do_tells_its_memory(zoo, tmp_path, monkeyp
         raise FastmergeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelFolder, "finish", stopped)
+        patch.setattr(merge, "lineage_file", stopped)  # when all tensors are on the disk
         with pytest.raises(FastmergeError, match="stopped"):
             fastmerge.merge(recipe, tmp_path / "x")
     report = fastmerge.merge(recipe, tmp_path / "x")

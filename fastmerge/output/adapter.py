@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmerge.dtypes import DType
 from fastmerge.errors import printable
+from fastmerge.limits import MAX_PATH_LETTERS
 from fastmerge.models.adapter import CONFIG, WEIGHTS
 from fastmerge.models.side_files import CARD_FILE, LINEAGE_FILE
 from fastmerge.output.card import bullets, escaped, fenced, front_matter_text, union
@@ -101,6 +102,7 @@ def adapter_card(
 
     said = provenance(plan)
     base = str(config.get("base_model_name_or_path") or "")
+    base = base if len(base) <= MAX_PATH_LETTERS else ""
     front: dict[str, Any] = {}
     if is_hub_id(base):
         front["base_model"] = base

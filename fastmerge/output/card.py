@@ -111,6 +111,7 @@ def _class_of(plan: Plan) -> str:
 
 def _use(plan: Plan, title: str, has_tokenizer: bool) -> str:
     auto, own = "AutoModel", _class_of(plan)
+    own = own if is_plain(own) else ""  # a config may name one of a megabyte
     if own.endswith(CAUSAL):
         auto = "AutoModelForCausalLM"
     elif own.isidentifier() and own.isascii() and "auto_map" not in plan.config:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastmerge.errors import ModelError, ResourceError, UnsupportedError
 from fastmerge.extras import install
+from fastmerge.limits import MAX_PATH_LETTERS
 from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.code_elsewhere import code_on_the_hub
@@ -29,8 +30,6 @@ from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import CONFIG as TOKENIZER_CONFIG
 from fastmerge.models.vocabulary import HARMLESS, SPECIALS
 from fastmerge.planning.plan import Plan
-
-_MAX_PATH = 4096  # letters that Linux takes; in a longer one nothing lies
 
 
 def check_loading(plan: Plan, *, strict: bool = True) -> None:
@@ -242,7 +241,7 @@ def _names_a_file(key: str, value: Any) -> bool:
         return any(_names_a_file(key, each) for each in value)
     if not isinstance(value, str) or key in HARMLESS or key.endswith(("_token", "template")):
         return False
-    return len(value) < _MAX_PATH and os.path.lexists(value)
+    return len(value) < MAX_PATH_LETTERS and os.path.lexists(value)
 
 
 def _floats(value: Any) -> Any:
