@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_a_pipe_in_place_of_a_shard_is_not_waited_for(copy: Path) -> None:
 def test_a_cut_a_missing_and_a_foreign_shard(copy: Path) -> None:
     shards = sorted(copy.glob("*.safetensors"))
     os.truncate(shards[0], shards[0].stat().st_size - 1)
-    assert {file for file, _ in places(copy)} == {shards[0].name, LINEAGE_FILE}
+    assert places(copy) == [(shards[0].name, "")]
     shards[1].unlink()
     assert shards[1].name in {file for file, _ in places(copy)}
     shards[2].write_bytes(b"not safetensors")
@@ -301,6 +302,14 @@ def test_a_folder_without_lineage_is_compared_with_its_recipe(merged, copy: Path
 # --- older versions, strangers ---
 
 
+def of_version(folder: Path, lineage: dict[str, Any], version: str) -> None:
+    """As if that version had written the folder: its headers say so too."""
+    for path in (folder / LINEAGE_FILE, *folder.glob("*.safetensors")):
+        data = json.dumps(lineage).encode() if path.suffix == ".json" else path.read_bytes()
+        data = re.sub(rb'(fastmerge_version": ?")[\d.]{5}"', rf'\g<1>{version}"'.encode(), data)
+        path.write_bytes(data)
+
+
 def test_what_an_older_version_did_not_keep_is_said(copy: Path, capsys) -> None:
     path = copy / LINEAGE_FILE
     lineage = json.loads(path.read_text())
@@ -308,17 +317,17 @@ def test_what_an_older_version_did_not_keep_is_said(copy: Path, capsys) -> None:
         del lineage[key]
     for entry in lineage["tensors"].values():
         del entry["checksum"]
-    path.write_text(json.dumps(lineage))
+    of_version(copy, lineage, "0.0.9")
     found = fastmerge.verify(copy)
     assert found.whole and found.checked == 0
-    assert [what.split(":")[0] for what in found.unchecked] == [
-        "configs, side files and headers",
-        "the bytes of 30 of 30 tensors",
-    ]
+    assert found.unchecked == (
+        "fastmerge 0.0.9 kept no digests of configs, side files and headers ('written')",
+        "fastmerge 0.0.9 kept no checksums of 30 of 30 tensors",
+    )
     assert command("verify", copy) == 0
     assert capsys.readouterr().err.count("note: not checked: ") == 2
     lineage["checksum"] = "of the future"
-    path.write_text(json.dumps(lineage))
+    of_version(copy, lineage, "9.9.9")
     assert "of a kind that this version does not know" in fastmerge.verify(copy).unchecked[-1]
 
 
@@ -367,7 +376,7 @@ def test_links_pipes_and_odd_values(copy: Path) -> None:
     assert "a link out of the model's folder" in said["tokenizer.json"]
     assert "not a regular file" in said["README.md"]
     assert all(len(line) < 1700 for line in said.values())
-    assert "1 of 30 tensors" in found.unchecked[0]
+    assert "checksums of 1 of 30 tensors" in said[LINEAGE_FILE]
 
 
 def test_more_differences_than_anybody_reads_are_counted(copy: Path, monkeypatch) -> None:
@@ -440,3 +449,117 @@ def test_a_damaged_unfinished_merge_is_told(merged, tmp_path: Path) -> None:
     for path in out.iterdir():
         if path.is_file():
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+# --- what was added, and what was taken out of fastmerge.json ---
+
+ADDED = {
+    "modeling_evil.py": "raise SystemExit",
+    "adapter_config.json": "{}",
+    "pytorch_model.bin": "x",
+    "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": "modeling_evil.Evil"}}',
+}
+
+
+def add(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def change_lineage(folder: Path, **changed: Any) -> dict[str, Any]:
+    lineage = json.loads((folder / LINEAGE_FILE).read_text())
+    lineage |= {name: change(lineage[name]) for name, change in changed.items()}
+    (folder / LINEAGE_FILE).write_text(json.dumps(lineage))
+    return lineage
+
+
+def test_added_files_that_the_lineage_lists_are_not_of_the_recipe(merged, copy: Path) -> None:
+    add(copy, ADDED)
+    facts = {
+        name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in ADDED.items()
+    }
+    change_lineage(copy, files=lambda own: own + list(ADDED), written=lambda own: own | facts)
+    assert places(copy) == []
+    found = fastmerge.verify(copy, merged[0], sample=0)
+    assert {str(d) for d in found.differences} == {
+        f"{name}: is not in what the recipe makes" for name in ADDED
+    }
+    (copy / LINEAGE_FILE).unlink()
+    assert dict(places(copy, against=merged[0], sample=0)).keys() == ADDED.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".git", ".gitignore", ".cache/evil.py", ".cache/huggingface/evil.py",
+        "__pycache__/modeling.cpython-312.pyc", "x.pyc", ".x.fastmerge-partial/evil.py",
+        "deep/.git/evil.py", ".svn/evil.py", "deep/.gitattributes",
+    ],
+)  # fmt: skip
+def test_files_in_caches_are_seen(merged, copy: Path, name: str) -> None:
+    add(copy, {name: "x"})
+    assert places(copy) == [(name, "")]
+    assert places(copy, against=merged[0], sample=0) == [(name, "")]
+
+
+def test_what_the_hub_and_git_leave_is_no_difference(merged, copy: Path) -> None:
+    own = ".cache/huggingface"
+    left = (".gitignore", "CACHEDIR.TAG", "download/config.json.lock", "download/a/b.metadata")
+    add(copy, {f"{own}/{name}": "x" for name in left} | {".DS_Store": "x"})
+    assert fastmerge.verify(copy, merged[0], sample=0).unchecked == ()
+    add(copy, {".git/config": "x"})
+    found = fastmerge.verify(copy, merged[0], sample=0)
+    assert found.whole
+    assert found.unchecked == ("what lies in .git/: version control, of which no loader reads",)
+
+
+@pytest.mark.parametrize("name", ["tensors", "written", "files", "checksum"])
+def test_a_lineage_of_this_version_has_all(copy: Path, capsys, name: str) -> None:
+    """Emptied, nothing was compared: as written."""
+    (copy / "README.md").write_text("changed")
+    change_byte(*place_of(copy, LAST)[:2])
+    change_lineage(copy, **{name: lambda own: "x" if isinstance(own, str) else type(own)()})
+    assert command("verify", copy) == 1
+    said = capsys.readouterr()
+    assert said.out.count(f"{LINEAGE_FILE}: ") == 1 and "not checked" not in said.err
+    change_lineage(copy, tensors=lambda _: {}, written=lambda _: {}, files=lambda _: [])
+    assert {file for file, _ in places(copy)} == {LINEAGE_FILE}
+
+
+@pytest.mark.parametrize("kind", ["cut", "link", "missing", "dangling"])
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_weight_file_that_cannot_be_read_is_one_line(
+    merged, tmp_path: Path, kind: str, shards: bool
+) -> None:
+    out = tmp_path / "out"
+    fastmerge.merge(merged[0], out, **({"max_shard_bytes": SHARD_BYTES} if shards else {}))
+    path = min(out.glob("*.safetensors"))
+    if kind == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.rename(tmp_path / "moved")
+        if kind != "missing":
+            path.symlink_to(tmp_path / ("moved" if kind == "link" else "nothing"))
+    assert places(out) == [(path.name, "")]
+
+
+def test_a_missing_file_of_the_recipe_is_said_to_be_missing(merged, copy: Path) -> None:
+    for name in ("tokenizer.json", "config.json"):
+        (copy / name).unlink()
+    found = fastmerge.verify(copy, merged[0], sample=0)
+    assert sorted(map(str, found.differences)) == [
+        "config.json: is missing", "tokenizer.json: is missing",
+    ]  # fmt: skip
+    (copy / LINEAGE_FILE).unlink()
+    found = fastmerge.verify(copy, merged[0], sample=0)
+    assert sorted(map(str, found.differences)) == [
+        "config.json: is missing; the recipe makes it",
+        "tokenizer.json: is missing; the recipe makes it",
+    ]
+    (copy / "tokenizer.json").symlink_to("/etc/passwd")
+    (said,) = [
+        d for d in fastmerge.verify(copy, merged[0], sample=0).differences if "tok" in str(d)
+    ]
+    assert "a link out of the model's folder" in str(said)

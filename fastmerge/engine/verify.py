@@ -20,13 +20,22 @@ from fastmerge.compute.cpu import cpu, isa, thread_count
 from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument, in_a_line
 from fastmerge.models.checkpoint import Checkpoint
+from fastmerge.models.folder import INDEX, find_files
 from fastmerge.models.header import open_regular, read_object, show
 from fastmerge.models.links import Home
-from fastmerge.models.side_files import LINEAGE_FILE
+from fastmerge.models.side_files import LINEAGE_FILE, OURS
 from fastmerge.output.checksum import sha256_of
 from fastmerge.output.provenance import names
 from fastmerge.output.sink import Arrays
-from fastmerge.output.whole import Difference, Findings, Lineage, check_folder, read_headers
+from fastmerge.output.whole import (
+    Difference,
+    Findings,
+    Lineage,
+    check_added,
+    check_folder,
+    in_words,
+    read_headers,
+)
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
 from fastmerge.progress import Progress
@@ -42,7 +51,7 @@ class Verification:
     differences: tuple[Difference, ...]
     more_differences: int  # beyond the 10 000 that are kept
     unchecked: tuple[str, ...]
-    files: int  # compared with what the lineage says of them
+    files: int  # compared with what the lineage says of them, or the recipe where there is none
     tensors: int  # in the folder
     checked: int  # tensors of which every byte was read for its checksum
     recomputed: tuple[str, ...]  # tensors that were made again from the recipe
@@ -137,6 +146,7 @@ class _Comparison:
     def run(self, sample: int | None, threads: int, progress: Progress | None) -> tuple[str, ...]:
         self._inputs()
         self._side_files()
+        self._added()
         try:
             model = Checkpoint.open(self._folder)
         except FastmergeError:
@@ -176,19 +186,37 @@ class _Comparison:
         for name, content in files.items():
             self._compare(name, partial(self._sha256_in, name), _sha256(content))
 
+    def _added(self) -> None:
+        """Files that the recipe does not make: fastmerge.json may list what somebody added."""
+        made = {*self._plan.side_files(), *OURS}
+        made |= {"config.json"} if self._plan.config else set()
+        try:
+            files, weight_map = find_files(self._folder)
+        except (FastmergeError, OSError):  # told where the weights are opened
+            return
+        made |= {file.relative_to(self._folder).as_posix() for file in files}
+        made |= {INDEX} if weight_map is not None else set()
+        check_added(self._folder, made, "is not in what the recipe makes", self._found)
+
     def _config(self) -> dict[str, Any]:
-        path = self._folder / "config.json"
-        return read_object(Home(self._folder).inside(path)) if path.exists() else {}
+        return read_object(Home(self._folder).inside(self._folder / "config.json"))
 
     def _sha256_in(self, name: str) -> str:
         return _sha256(Home(self._folder).inside(self._folder / name))
 
     def _compare(self, name: str, read: Callable[[], Any], wanted: Any) -> None:
+        if self._lineage is None:
+            self._found.files += 1
+        if name in self._found.faulty:
+            return
+        path = self._folder / name
         try:
-            if read() != wanted:
-                self._found.differ(name, "is not what the recipe makes")
-        except (FastmergeError, OSError):
-            self._found.differ(name, "cannot be read; the recipe makes one")
+            what = "is not what the recipe makes" if read() != wanted else None
+        except (FastmergeError, OSError) as error:
+            missing = not os.path.lexists(path)
+            what = "is missing; the recipe makes it" if missing else in_words(error, path)
+        if what:
+            self._found.differ(name, what)
 
     def _tensors(self, model: Checkpoint) -> list[TensorPlan]:
         """The plan's tensors that the folder has in the same type and shape."""

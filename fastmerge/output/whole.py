@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,19 @@ from fastmerge.models.adapter import WEIGHTS, inside
 from fastmerge.models.folder import INDEX, check_index, find_files
 from fastmerge.models.header import FileTensor, Header, open_regular, read_header, read_object, show
 from fastmerge.models.links import Home
-from fastmerge.models.side_files import LINEAGE_FILE, is_silent
+from fastmerge.models.side_files import LINEAGE_FILE, is_weights
 from fastmerge.output.checksum import ALGORITHM, checksums_in_file, sha256_of
+from fastmerge.version import __version__
 
 _NEVER = re.compile(r"^/|(^|/)\.\.(/|$)|\0")  # in the name of a file that a merge wrote
+_GIT = ".git"
+# What tools leave in a model's folder, and all that is not looked at beside .git/: the Hub's
+# attributes, the state of its downloads and uploads, what Finder keeps. No loader opens any of it.
+_OF_TOOLS = re.compile(
+    r"\.gitattributes|(.+/)?\.DS_Store"
+    r"|\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|(.+/)?[^/]+\.(metadata|lock|incomplete))"
+)
+_FIRST_WITH_ALL = (0, 1)  # the version whose lineages have every digest and checksum
 Watch = Callable[[int, int, str], None]  # bytes done, bytes in all, tensor name
 
 
@@ -59,8 +68,11 @@ class Findings:
     tensors: int = 0
     checked: int = 0  # tensors whose every byte was read and agrees with a checksum, or does not
     nbytes: int = 0  # of those
+    faulty: set[str] = field(default_factory=set)  # files of which a difference is told
 
     def differ(self, file: str, what: str, tensor: str = "") -> None:
+        if not tensor:
+            self.faulty.add(file)
         if len(self.differences) < MAX_DIFFERENCES:
             self.differences.append(Difference(file, tensor, what))
         else:
@@ -103,6 +115,14 @@ class Lineage:
             None if kind is None else brief(kind) if not isinstance(kind, str) else kind,
         )
 
+    def lacks(self, what: str, found: Findings) -> None:
+        """Tells that ``what`` is not in it: a fault, unless an older version wrote it."""
+        number = re.match(r"(\d{1,4})\.(\d{1,4})(?!\d)", self.version, re.ASCII)
+        if number and (int(number[1]), int(number[2])) >= _FIRST_WITH_ALL:
+            found.differ(LINEAGE_FILE, f"has no {what}, which fastmerge {self.version} writes")
+        else:
+            found.unchecked.append(f"fastmerge {self.version} kept no {what}")
+
     @property
     def is_of_adapter(self) -> bool:
         return WEIGHTS in self.files
@@ -125,24 +145,24 @@ def check_folder(folder: Path, lineage: Lineage, pool: _C.Pool, watch: Watch | N
     _check_metadata(files, headers, lineage, found)
     tensors = {info.name: info for header in headers.values() for info in header.tensors}
     found.tensors = len(tensors)
-    if lineage.written or lineage.tensors:
+    # Of a file that cannot be read, that is told: not each of its tensors.
+    if files and len(headers) == len(files):
         for name in sorted(set(lineage.tensors) - set(tensors)):
             found.differ(LINEAGE_FILE, "listed here, but in no weight file", name)
     if lineage.algorithm not in (None, ALGORITHM):
-        found.unchecked.append(
-            f"the tensors' bytes: checksums of a kind that this version does not know "
-            f"({show(lineage.algorithm or '')})"
-        )
+        kind = f"checksums of a kind that this version does not know ({show(lineage.algorithm)})"
+        if lineage.version == __version__:
+            found.differ(LINEAGE_FILE, kind)
+        else:
+            found.unchecked.append(f"the tensors' bytes: {kind}")
         return found
-    _check_tensors(folder, files, headers, lineage, pool, found, watch)
+    _check_tensors(folder, headers, lineage, pool, found, watch)
     return found
 
 
 def _check_written(folder: Path, lineage: Lineage, found: Findings) -> None:
     if not lineage.written:
-        found.unchecked.append(
-            f"configs, side files and headers: fastmerge {lineage.version} kept no digests of them"
-        )
+        lineage.lacks("digests of configs, side files and headers ('written')", found)
     for name in sorted(lineage.files | set(lineage.written)):
         found.files += 1
         if _NEVER.search(name) or not name:
@@ -156,7 +176,7 @@ def _check_written(folder: Path, lineage: Lineage, found: Findings) -> None:
                 what = _fault(folder, name, wanted) if wanted else None
                 what = what if listed else f"{LINEAGE_FILE} has no size and digest of it"
             except (ModelError, OSError) as error:
-                what = _without(error, folder / name)
+                what = in_words(error, folder / name)
             if what:
                 found.differ(name, what)
 
@@ -181,15 +201,23 @@ def _check_unlisted(folder: Path, lineage: Lineage, found: Findings) -> None:
     """Loaders look for files by name: a config, an index or code may have been laid beside."""
     known = lineage.files | set(lineage.written) | {LINEAGE_FILE}
     if not lineage.files:
-        found.unchecked.append(f"files that were added: fastmerge {lineage.version} kept no list")
+        lineage.lacks("list of files ('files')", found)
         return
+    check_added(folder, known, "was not written by the merge", found)
+
+
+def check_added(folder: Path, known: Set[str], what: str, found: Findings) -> None:
+    """Tells ``what`` of every file that is not ``known``, unless something is told of it."""
     for name in _names(folder, len(known)):
-        if name not in known:
-            found.differ(name, "was not written by the merge")
+        if name not in known and name not in found.faulty:
+            found.differ(name, what)
+    git = f"what lies in {_GIT}/: version control, of which no loader reads"
+    if (folder / _GIT).is_dir() and git not in found.unchecked:
+        found.unchecked.append(git)
 
 
 def _names(folder: Path, known: int) -> Iterator[str]:
-    """Every file in the folder and its folders, but for version control and caches; beside so many
+    """Every file in the folder and its folders, but for what tools leave there; beside so many
     ``known`` ones, there may not be more than a model has.
     """
     entries = 0
@@ -199,14 +227,17 @@ def _names(folder: Path, known: int) -> Iterator[str]:
             raise ModelError(
                 f"{folder}: more than {MAX_ENTRIES} other files; not what a merge wrote"
             )
-        if os.path.relpath(place, folder).count("/") > MAX_DEPTH:
+        within = os.path.relpath(place, folder)
+        if within.count("/") > MAX_DEPTH:
             raise ModelError(
                 f"{folder}: folders more than {MAX_DEPTH} deep; not what a merge wrote"
             )
-        folders[:] = sorted(name for name in folders if not is_silent(name))
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        for name in sorted(file for file in files + links if not is_silent(file)):
-            yield os.path.relpath(os.path.join(place, name), folder)
+        folders[:] = sorted(n for n in folders if n not in links and (within, n) != (".", _GIT))
+        for file in sorted(files + links):
+            name = os.path.relpath(os.path.join(place, file), folder)
+            if file in links or not _OF_TOOLS.fullmatch(name):
+                yield name
 
 
 def read_headers(
@@ -226,7 +257,9 @@ def read_headers(
         try:
             headers[path] = read_header(path, number)[0]
         except ModelError as error:
-            found.differ(path.relative_to(folder).as_posix(), _without(error, path))
+            name = path.relative_to(folder).as_posix()
+            if name not in found.faulty:
+                found.differ(name, in_words(error, path))
     if weight_map is not None and len(headers) == len(files):
         try:
             check_index(folder / INDEX, weight_map, files, headers.values())
@@ -251,7 +284,6 @@ def _check_metadata(
 
 def _check_tensors(
     folder: Path,
-    files: tuple[Path, ...],
     headers: Mapping[Path, Header],
     lineage: Lineage,
     pool: _C.Pool,
@@ -260,10 +292,10 @@ def _check_tensors(
 ) -> None:
     total = sum(info.nbytes for header in headers.values() for info in header.tensors)
     without = 0
-    for path in files:
+    for path, header in headers.items():
         name = path.relative_to(folder).as_posix()
         wanted: dict[str, FileTensor] = {}
-        for info in headers[path].tensors if path in headers else ():
+        for info in header.tensors:
             if info.name not in lineage.tensors and lineage.tensors:
                 found.differ(name, f"not listed in {LINEAGE_FILE}", info.name)
             elif lineage.tensors.get(info.name) is None:
@@ -282,26 +314,27 @@ def _check_tensors(
                 if watch is not None:
                     watch(found.nbytes, total, tensor)
         except OSError as error:
-            found.differ(name, _without(error, path))
+            found.differ(name, in_words(error, path))
     if without:
-        found.unchecked.append(
-            f"the bytes of {without} of {found.tensors} tensors: fastmerge {lineage.version} kept "
-            "no checksums of them"
-        )
+        lineage.lacks(f"checksums of {without} of {found.tensors} tensors", found)
 
 
 def _tell(error: Exception, folder: Path, found: Findings) -> None:
-    """The error as a difference of the file that it begins with, or of the folder."""
+    """The error as a difference of the file that it begins with, or of the folder, unless that is
+    told, or a weight file's own fault.
+    """
+    if any(map(is_weights, found.faulty)):
+        return
     text = str(error)
     inside = text.removeprefix(printable(f"{folder}/"))
     name, colon, what = inside.partition(": ")
     if isinstance(error, OSError) or inside == text or not colon:
-        found.differ(".", _without(error, folder))
-    else:
+        found.differ(".", in_words(error, folder))
+    elif name not in found.faulty:
         found.differ(name, what)
 
 
-def _without(error: Exception, place: Path) -> str:
+def in_words(error: Exception, place: Path) -> str:
     """The error in words that do not repeat where it is."""
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror or error})"
