@@ -95,14 +95,14 @@ def command_line() -> Iterator[None]:
 
 
 def argument(name: str, value: object = None) -> str:
-    """A public function's argument as its caller writes it: ``memory_limit``, ``device='cpu'`` and
-    ``overwrite=True`` in Python; ``--memory-limit``, ``--device cpu`` and ``--overwrite`` in a
-    command.
+    """A public function's argument as its caller writes it: ``memory_limit``, ``device='cpu'``,
+    ``overwrite=True`` and ``evaluate=False`` in Python; ``--memory-limit``, ``--device cpu``,
+    ``--overwrite`` and ``--no-evaluate`` in a command.
     """
     if not _commanded:
         return name if value is None else f"{name}={value!r}"
-    option = f"--{name.replace('_', '-')}"
-    return option if value is None or value is True else f"{option} {value}"
+    option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+    return option if value is None or isinstance(value, bool) else f"{option} {value}"
 
 
 @contextmanager

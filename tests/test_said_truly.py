@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastmerge
-from fastmerge import api
+from fastmerge import api, errors
 from fastmerge.cli import main
 from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
 from fastmerge.models.adapter import Adapter
@@ -183,14 +183,16 @@ def test_an_adapter_for_a_base_of_another_name_is_noted(zoo, named, noted: bool)
 # --- refusals ---
 
 
-def test_no_evaluate_is_named_where_it_is_the_cause() -> None:
+def test_no_evaluate_is_named_where_it_is_the_cause(monkeypatch) -> None:
     asked = {
         "baseline": "a", "pool": ["b"], "accept": "improve",
         "schedule": {"steps": [{"degrade": {"partner": "b", "method": "slerp", "t": 0.1}}]},
         "evaluate": {"tasks": ["arc_easy"]},
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"needs scores: leave out .*--no-evaluate"):
-        schedule.load(asked).without_evaluation()
+    for commanded, said in ((False, "evaluate=False"), (True, "--no-evaluate")):
+        monkeypatch.setattr(errors, "_commanded", commanded)
+        with pytest.raises(RecipeError, match=f"needs scores: leave out {said}$"):
+            schedule.load(asked).without_evaluation()
 
 
 @pytest.mark.parametrize("name", ["a<b", ""])

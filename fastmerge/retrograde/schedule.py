@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 from fastmerge import dtypes
 from fastmerge.arguments import a_flag
-from fastmerge.errors import RecipeError, brief, nearest
+from fastmerge.errors import RecipeError, argument, brief, nearest
 from fastmerge.evaluation.settings import Evaluate, for_function
 from fastmerge.methods import METHODS, Consensus, Method, known
 from fastmerge.methods.table import T
@@ -397,7 +397,7 @@ class Schedule(Section):
         """The same walk, measuring nothing; raises FastmergeError where it needs scores."""
         bare = self.replace(evaluate=None, compare=None)
         bare.check_unmeasured(
-            "leave out what asks to measure nothing (--no-evaluate, in Python evaluate=False)"
+            f"leave out {argument('evaluate', False)}"
             if self.evaluate is not None
             else "add an 'evaluate' section"
         )
