@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from fastmerge.arguments import a_flag, a_path, a_text, is_url, one_of
 from fastmerge.collector import MERGING, rarely_collected
@@ -53,7 +52,11 @@ _log.addHandler(logging.NullHandler())
 
 SAMPLE = 16  # tensors that `verify` makes again
 
-C = TypeVar("C", bound=Callable[..., Any])
+# The options that say how a folder is written, wherever its parts are merged.
+_OF_WRITING: Final = (
+    "threads", "memory_limit", "overwrite", "fresh",
+    "io", "max_shard_bytes", "device", "gpu_memory",
+)  # fmt: skip
 
 Source = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Recipe | Plan
 """What a recipe may be given as: the path of a file, YAML text, a dictionary as YAML would have it,
@@ -162,55 +165,40 @@ def _url_of(out: str | Path) -> str | None:
     return store_url(out)
 
 
-def _or_to_store(to_folder: C) -> C:
-    """The same merge, which takes the URL of an object store for ``out`` too: it is merged to a
-    folder of this machine, and uploaded.
-    """
+def _to_store(
+    recipe: Source | AdapterMerge, url: str, models: Mapping[str, Any] | None, options: MergeOptions
+) -> MergeReport:
+    """Merges to a folder of this machine, and uploads it."""
+    from fastmerge.output.upload import Upload
 
-    @wraps(to_folder)
-    def either(recipe: Source | AdapterMerge, out: str | Path, **options: Any) -> MergeReport:
-        report: MergeReport
-        url = _url_of(out)
-        if url is None:
-            report = to_folder(recipe, out, **options)
-            return report
-        from fastmerge.output.upload import Upload
-
-        overwrite = a_flag(options.pop("overwrite", False), "overwrite")
-        with Upload(url, overwrite=overwrite) as upload:
-            seed, models = options.pop("seed", None), options.pop("models", None)
-            decided = decide(recipe, seed=seed, models=models)
-            if options.get("part") is not None:  # `finish` uploads
-                upload.check_part()
-                report = to_folder(decided, upload.folder, overwrite=overwrite, **options)
-                return replace(report, url=url)
-            upload.check_whole()
-            upload.lock()
-            key = _job(decided, upload.folder.name, options)
-            said = upload.merged(key)
-            if said is not None and not options.get("fresh"):
-                report = MergeReport.of(said)
-            else:
-                to = upload.destination(key)
-                report = to_folder(decided, upload.folder, overwrite=True, _to=to, **options)
-                upload.note(key, report.as_dict())
-            upload.send()
-        return replace(report, url=url)
-
-    return cast(C, either)
+    overwrite = a_flag(options["overwrite"], "overwrite")
+    with Upload(url, overwrite=overwrite) as upload:
+        decided = decide(recipe, seed=options["seed"], models=models)
+        if options["part"] is not None:  # `finish` uploads
+            upload.check_part()
+            return replace(_to_folder(decided, upload.folder, None, options), url=url)
+        upload.check_whole()
+        upload.lock()
+        key = _job(decided, upload.folder.name, options)
+        said = upload.merged(key)
+        if said is not None and not options["fresh"]:
+            report = MergeReport.of(said)
+        else:
+            options = {**options, "overwrite": True}
+            report = _to_folder(decided, upload.folder, None, options, upload.destination(key))
+            upload.note(key, report.as_dict())
+        upload.send()
+    return replace(report, url=url)
 
 
-def _job(decided: Plan | AdapterMerge, name: str, options: Mapping[str, Any]) -> str:
+def _job(decided: Plan | AdapterMerge, name: str, options: MergeOptions) -> str:
     """What two merges have in common that write the same bytes to a folder of that ``name``."""
-    keep_paths = options.get("keep_paths", False)
     beside = model_files(decided, name) if isinstance(decided, Plan) else {}
     known = sorted((file, facts_of(content)["sha256"]) for file, content in beside.items())
-    return repr((decided.key, known, options.get("max_shard_bytes", MAX_SHARD_BYTES), keep_paths))
+    return repr((decided.key, known, options["max_shard_bytes"], options["keep_paths"]))
 
 
 @enough_memory("merge")
-@_or_to_store
-@rarely_collected(MERGING)
 def merge(
     recipe: Source | AdapterMerge,
     out: str | Path,
@@ -230,7 +218,6 @@ def merge(
     keep_paths: bool = False,
     part: tuple[int, int] | str | None = None,
     cluster: str | None = None,
-    _to: Destination | None = None,
 ) -> MergeReport:
     """Merges ``recipe`` into the new folder ``out``; the report says what was done.
 
@@ -258,16 +245,37 @@ def merge(
     The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
     NaN or infinite values (WARNING).
     """
-    folder = a_path(out, "out")
-    title = f"merging to {folder.name or folder}"
+    options: MergeOptions = {
+        "threads": threads, "memory_limit": memory_limit, "overwrite": overwrite, "fresh": fresh,
+        "seed": seed, "device": device, "gpu_memory": gpu_memory, "io": io,
+        "max_shard_bytes": max_shard_bytes, "progress": progress, "check": check,
+        "keep_paths": keep_paths, "part": part, "cluster": cluster,
+    }  # fmt: skip
+    url = _url_of(out)
+    if url is not None:
+        return _to_store(recipe, url, models, options)
+    return _to_folder(recipe, a_path(out, "out"), models, options)
+
+
+@rarely_collected(MERGING)
+def _to_folder(
+    recipe: Source | AdapterMerge,
+    folder: Path,
+    models: Mapping[str, Any] | None,
+    options: MergeOptions,
+    to: Destination | None = None,
+) -> MergeReport:
+    title, progress = f"merging to {folder.name or folder}", options["progress"]
+    part, cluster = options["part"], options["cluster"]
     chosen, choice = (None, "") if part is None else a_part(part)
     if chosen and cluster is not None:
         raise UnsupportedError("part and cluster: a cluster merges all parts; give one of them")
-    decided = decide(recipe, seed=seed, models=models)
-    if a_flag(keep_paths, "keep_paths"):
+    decided = decide(recipe, seed=options["seed"], models=models)
+    if a_flag(options["keep_paths"], "keep_paths"):
         decided = replace(decided, keep_paths=True)
     if not isinstance(decided, Plan):
         check_part(decided, chosen or cluster)
+        device = options["device"]
         if a_device(device, "device") not in ("cpu", "auto"):
             raise UnsupportedError(
                 f"device: adapters alone are merged on the CPU, not '{device}'; leave it out"
@@ -276,25 +284,23 @@ def merge(
 
         with shown(progress, title) as told:
             return merge_adapter_plan(
-                decided, folder, threads=threads, progress=told,
-                overwrite=a_flag(overwrite, "overwrite"), fresh=a_flag(fresh, "fresh"),
+                decided, folder, threads=options["threads"], progress=told,
+                overwrite=a_flag(options["overwrite"], "overwrite"),
+                fresh=a_flag(options["fresh"], "fresh"),
             )  # fmt: skip
-    if a_flag(check, "check"):
+    if a_flag(options["check"], "check"):
         check_loading(decided)
     _log.info("merging %d tensors to %s", len(decided.tensors), folder)
-    options: dict[str, Any] = {
-        "threads": threads, "memory_limit": memory_limit, "overwrite": overwrite, "fresh": fresh,
-        "io": io, "max_shard_bytes": max_shard_bytes, "device": device, "gpu_memory": gpu_memory,
-        "side_files": model_files(decided, folder.name),
-    }  # fmt: skip
+    how: dict[str, Any] = {name: options[name] for name in _OF_WRITING}
+    how["side_files"] = model_files(decided, folder.name)
     with shown(progress, title) as told:
         if cluster is None:
-            report = merge_plan(decided, folder, part=chosen, progress=told, to=_to, **options)
+            report = merge_plan(decided, folder, part=chosen, progress=told, to=to, **how)
         else:
             from fastmerge.engine.on_ray import merge_on_cluster
 
-            options["cluster"] = a_text(cluster, "cluster")
-            report = merge_on_cluster(decided, folder, progress=told, **options)
+            how["cluster"] = a_text(cluster, "cluster")
+            report = merge_on_cluster(decided, folder, progress=told, **how)
     if choice:
         report = replace(report, notes=(choice, *report.notes))
     for note in report.notes:

@@ -380,8 +380,8 @@ def test_a_large_object_goes_in_few_parts(
         return {"e_tag": "t"}
 
     monkeypatch.setattr(upload, "library", lambda: SimpleNamespace(put=put))
-    held = SimpleNamespace(folder=folder, _store=None, _asked=lambda name, ask: ask())
-    assert upload.Upload._put(held, "shard") == "t"
+    held = SimpleNamespace(_store=None, _asked=lambda name, ask: ask())
+    assert upload.Upload._put_file(held, "shard", folder / "shard") == "t"
     (options,) = asked
     part = options["chunk_size"]
     assert 5 << 20 <= part <= 5 << 30 and -(-size // part) <= 10_000

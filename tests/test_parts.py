@@ -363,6 +363,30 @@ def test_two_runs_of_one_part_here(zoo) -> None:
     ]
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("renames", [True, False])
+def test_a_run_that_ends_as_it_begins(zoo, monkeypatch, named: bool, renames: bool) -> None:
+    """Its file was empty, so that the next run waited a minute for a sign of life of anybody."""
+    recipe, out = of_kind("linear", zoo), zoo.root / "out"
+    real = claim.take_name
+
+    def interrupted(a: Path, b: Path) -> bool:
+        if named:
+            real(a, b)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claim, "take_name", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fastmerge.merge(recipe, out, part=(1, 1))
+    if not renames:  # as on NFS
+        monkeypatch.setattr(claim, "take_name", lambda *_: False)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits"))
+    fastmerge.merge(recipe, out, part=(1, 1))
+    fastmerge.finish(out)
+    assert not left(out)
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_run_on_another_machine(zoo, monkeypatch, alive: bool) -> None:
     """Its clock does not matter: only whether its file grows while this one watches."""
@@ -477,7 +501,7 @@ def test_two_finishes_at_once(zoo, monkeypatch) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_finish_replaces_a_model_whole(zoo, monkeypatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
     recipe, out = of_kind("linear", zoo), zoo.root / "out"
     fastmerge.merge({**recipe, "dtype": "bfloat16"}, out)
     in_parts(recipe, out, 2, overwrite=True)
@@ -499,7 +523,7 @@ def test_finish_killed_at_any_step(zoo, monkeypatch, step: int) -> None:
     fastmerge.merge({**recipe, "dtype": "bfloat16"}, out)
     old = tree(out)
     in_parts(recipe, out, 2, overwrite=True, max_shard_bytes=SHARD_BYTES)
-    monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+    monkeypatch.setattr(publish, "exchange", lambda *_: False)
     steps = [0]
 
     class Killed(BaseException):

@@ -416,7 +416,7 @@ def test_what_has_the_old_model_s_place_after_a_kill_is_not_deleted(
     target, partial = tmp_path / "out", tmp_path / ".out.fastmerge-partial"
     write_model(target)
     with monkeypatch.context() as patch:
-        patch.setattr(publish.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publish, "remove_tree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with suppress(KeyboardInterrupt):
             write_model(target, overwrite=True)
     assert partial.is_dir()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ from typing import Any
 from fastmerge.errors import OutputError, ResourceError
 from fastmerge.limits import MAX_JOURNAL_BYTES
 from fastmerge.output.journal import is_entry
+from fastmerge.output.names import take_name
 from fastmerge.output.working import WorkingFolder
 
 BEAT_SECONDS = 5.0  # between the signs of life of a run
@@ -159,35 +161,63 @@ class Claim:
     def __init__(self, folder: WorkingFolder, name: str, what: str) -> None:
         self._folder, self._name, self._what = folder, name, what
         self.previous = records(folder, name)
-        while True:
-            number = 1
-            if self.previous:
-                last = self.previous[-1]
-                if is_dead(folder, name, last) is False:
-                    raise AtWorkError(f"{what}: is at work already ({last.who})")
-                number = last.number + 1
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-            flags |= os.O_CLOEXEC | os.O_NOFOLLOW
-            try:
-                path = folder.inside / file_of(name, number)
-                self._descriptor = os.open(path, flags, 0o600)
-                break
-            except FileExistsError:  # made since: look at it
-                self.previous.append(_read(folder, name, number))
-        self.number = number
-        self._next = folder.inside / file_of(name, number + 1)
+        self._descriptor = -1
         self._lock = threading.Lock()
         self._fault: OSError | OutputError | None = None
         self._stopping = threading.Event()
-        self._append([json.dumps({"run": number, **_identity()})], sync=True)
         self._thread = threading.Thread(target=self._beat, name="fastmerge-beat", daemon=True)
         try:
+            self.number = self._make()
+            self._next = folder.inside / file_of(name, self.number + 1)
             self._thread.start()
         except RuntimeError as error:
             self.end()
             raise ResourceError(
                 f"{what}: the system refuses another thread ({error}); raise ulimit -u"
             ) from error
+        except BaseException:
+            self.end()
+            raise
+
+    def _make(self) -> int:
+        """Makes this run's file, whose number it returns."""
+        while True:
+            number = 1
+            if self.previous:
+                last = self.previous[-1]
+                if is_dead(self._folder, self._name, last) is False:
+                    raise AtWorkError(f"{self._what}: is at work already ({last.who})")
+                number = last.number + 1
+            try:
+                self._begin(number)
+            except FileExistsError:  # made since: look at it
+                self._close_file()
+                self.previous.append(_read(self._folder, self._name, number))
+            else:
+                return number
+
+    def _begin(self, number: int) -> None:
+        """The file has its name from the moment on when it says whose it is: for one that is empty,
+        after a kill in between, the next run would have to wait, as it could be anybody's.
+        """
+        path = self._folder.inside / file_of(self._name, number)
+        unnamed = path.with_suffix(f".{secrets.token_hex(8)}.new")
+        head = json.dumps({"run": number, **_identity()})
+        self.number = number  # for messages
+        self._open(unnamed)
+        try:
+            self._append([head], sync=True)
+            if take_name(unnamed, path):
+                return
+        finally:
+            unnamed.unlink(missing_ok=True)
+        self._close_file()  # where no name can be taken so: the name first, then the words
+        self._open(path)
+        self._append([head], sync=True)
+
+    def _open(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, 0o600)
 
     def add(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Notes tensors that are in their files. Raises OutputError where another run took over."""
@@ -216,11 +246,14 @@ class Claim:
 
     def close(self) -> None:
         self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close_file()
+
+    def _close_file(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            if self._thread.ident is not None:
-                self._thread.join()
             with suppress(OSError):  # what has to be there was synced by `say`
                 os.close(descriptor)
 

@@ -7,7 +7,6 @@ and before the last rename the run notes the new model's inode.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import Any
 from fastmerge.errors import OutputError, argument
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
-from fastmerge.output.disk import sync_folder, write_files
+from fastmerge.output.disk import remove_tree, sync_folder, write_files
 from fastmerge.output.lineage import lineage_file
 from fastmerge.output.parts import (
     FILES,
@@ -120,7 +119,7 @@ class _Join:
         for run in claim.previous:
             if now and run.facts.get("showing") == now:
                 if inode(self.old) and inode(self.old) == run.facts.get("aside"):
-                    shutil.rmtree(self.old)
+                    remove_tree(self.old)
                 return Joined(self.target, **_counts(run), results={})
         return None
 
@@ -142,7 +141,7 @@ class _Join:
         last = [file_of(FINISH, number) for number in range(1, claim.number + 1)]
         for entry in self.folder.inside.iterdir():
             if entry.name not in last:
-                shutil.rmtree(entry) if inode(entry) else entry.unlink()
+                remove_tree(entry) if inode(entry) else entry.unlink()
         claim.end()  # an open file that is removed leaves one of NFS's own in the folder
         for name in last:
             (self.folder.inside / name).unlink(missing_ok=True)
@@ -207,7 +206,7 @@ class _Join:
                     (own / name).rename(model.inside / name)
         for entry in model.inside.iterdir():  # of a run that was killed
             if entry.name not in manifest.shards:
-                shutil.rmtree(entry) if inode(entry) else entry.unlink()
+                remove_tree(entry) if inode(entry) else entry.unlink()
         return model
 
     def _check_files(self, manifest: Manifest, folders: list[str]) -> None:

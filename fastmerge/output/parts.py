@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from typing import Any
 from fastmerge.errors import ModelError, OutputError
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import read_object
-from fastmerge.output.disk import sync_folder, write_files
+from fastmerge.output.disk import remove_tree, sync_folder, write_files
+from fastmerge.output.names import take_name
 from fastmerge.output.working import WorkingFolder, beside
 
 PLAN, FILES, MANIFEST, MODEL, FINISH = "plan", "files", "manifest.json", "model", "finish"
@@ -92,42 +94,48 @@ def open_parts(target: Path, *, make: bool) -> WorkingFolder:
 
 
 def _check_file_system(folder: WorkingFolder) -> None:
-    """Raises OutputError where the file system lacks what parts rely on: that O_EXCL refuses what
-    is there, that a rename replaces a file and refuses a folder with something in it, that fsync
-    is there for files and folders.
-    """
-    with tempfile.TemporaryDirectory(dir=folder.inside) as probes:
-        a, b = Path(probes, "a"), Path(probes, "b")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        faults = []
-        for path, text in ((a, b"a"), (b, b"b")):
-            descriptor = os.open(path, flags, 0o600)
-            os.write(descriptor, text)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        try:
-            os.close(os.open(a, flags, 0o600))
-            faults.append("O_EXCL makes a file that is there")
-        except FileExistsError:
-            pass
-        os.rename(a, b)
-        if a.exists() or b.read_bytes() != b"a":
-            faults.append("a rename does not replace a file")
-        full, other = Path(probes, "full"), Path(probes, "other")
-        for path in (full, other):
-            path.mkdir()
-            (path / "x").touch()
-        try:
-            os.rename(full, other)
-            faults.append("a rename replaces a folder that is not empty")
-        except OSError:
-            pass
+    """Raises OutputError where the file system lacks what parts rely on."""
+    probes = Path(tempfile.mkdtemp(dir=folder.inside))
+    try:
+        faults = _faults_of_file_system(probes)
         sync_folder(folder.inside)
-        if faults:
-            raise OutputError(
-                f"{folder.path}: parts cannot meet on this file system: {'; '.join(faults)}; merge "
-                "to another one, or without parts"
-            )
+    finally:
+        remove_tree(probes)
+    if faults:
+        raise OutputError(
+            f"{folder.path}: parts cannot meet on this file system: {'; '.join(faults)}; merge "
+            "to another one, or without parts"
+        )
+
+
+def _faults_of_file_system(probes: Path) -> list[str]:
+    """That O_EXCL refuses what is there, that a rename replaces a file unless it is told not to,
+    and refuses a folder with something in it, and that fsync is there. Raises OSError.
+    """
+    a, b, faults = probes / "a", probes / "b", []
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    for path, text in ((a, b"a"), (b, b"b")):
+        descriptor = os.open(path, flags, 0o600)
+        os.write(descriptor, text)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    with suppress(FileExistsError):
+        os.close(os.open(a, flags, 0o600))
+        faults.append("O_EXCL makes a file that is there")
+    os.rename(a, b)
+    if a.exists() or b.read_bytes() != b"a":
+        faults.append("a rename does not replace a file")
+    full, other = probes / "full", probes / "other"
+    for path in (full, other):
+        path.mkdir()
+        (path / "x").touch()
+    with suppress(OSError):
+        os.rename(full, other)
+        faults.append("a rename replaces a folder that is not empty")
+    with suppress(FileExistsError):
+        if take_name(b, other / "x"):
+            faults.append("a rename replaces a file that it must not replace")
+    return faults
 
 
 def agree(folder: WorkingFolder, ours: Manifest, files: Mapping[str, bytes | Path]) -> None:

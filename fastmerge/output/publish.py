@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from fastmerge.errors import OutputError
-from fastmerge.output.disk import sync_folder
+from fastmerge.output.disk import remove_tree, sync_folder
+from fastmerge.output.names import exchange
 from fastmerge.output.working import WorkingFolder, inode
-
-_RENAME_EXCHANGE = 2  # linux/fs.h
-_AT_FDCWD = -100
 
 
 def publish(
@@ -38,11 +33,11 @@ def publish(
         _check_shown(folder, target)
         return
     setting_aside(old)
-    if _exchange(path, target):
+    if exchange(path, target):
         sync_folder(target.parent)
         _check_shown(folder, target)
         if inode(path) == old:
-            shutil.rmtree(path)  # the old model
+            remove_tree(path)  # the old model
     else:
         try:
             target.rename(aside)
@@ -55,7 +50,7 @@ def publish(
         sync_folder(target.parent)
         _check_shown(folder, target)
         if inode(aside) == old:
-            shutil.rmtree(aside)
+            remove_tree(aside)
     sync_folder(target.parent)
     _check_shown(folder, target)
 
@@ -66,17 +61,3 @@ def _check_shown(folder: WorkingFolder, target: Path) -> None:
             f"{target}: somebody exchanged the folder while it was written; what is there now is "
             "not the merge; choose an output where nobody else may write"
         )
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step; False where kernel or file system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    names = (os.fsencode(a), os.fsencode(b))
-    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):
-        return False
-    raise OSError(code, os.strerror(code), str(b))

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Mapping
@@ -34,7 +33,7 @@ from fastmerge.models.store import (
     library,
     open_store,
 )
-from fastmerge.output.disk import facts_of, write_file
+from fastmerge.output.disk import facts_of, remove_tree, write_file
 from fastmerge.output.journal import locked
 from fastmerge.output.place import explain
 from fastmerge.output.shipping import Destination
@@ -268,9 +267,9 @@ class Upload:
         """At once, by its name: a kill leaves no half of it that would count as whole."""
         gone = self._place / _GONE
         if os.path.lexists(gone):
-            shutil.rmtree(gone)
+            remove_tree(gone)
         self.folder.rename(gone)
-        shutil.rmtree(gone)
+        remove_tree(gone)
 
     def destination(self, key: str) -> Destination:
         """Where the weight files of the job ``key`` go before the folder is whole."""

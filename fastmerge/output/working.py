@@ -11,7 +11,6 @@ import errno
 import grp
 import os
 import pwd
-import shutil
 import stat
 import tempfile
 from contextlib import suppress
@@ -19,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from fastmerge.errors import OutputError
+from fastmerge.output.disk import remove_tree
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MOST_LINKS = 40  # on the way to a file: Linux follows no more
@@ -86,7 +86,7 @@ class WorkingFolder:
     def remove(self) -> None:
         """With all that is in it, if its name still leads to it."""
         if inode(self.path) == self.inode:
-            shutil.rmtree(self.path)
+            remove_tree(self.path)
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from fastmerge.errors import OutputError, argument
 from fastmerge.models.folder import INDEX
 from fastmerge.output.checksum import Written
-from fastmerge.output.disk import write_files
+from fastmerge.output.disk import remove_tree, write_files
 from fastmerge.output.journal import Journal
 from fastmerge.output.layout import Layout
 from fastmerge.output.place import (
@@ -131,14 +130,14 @@ class ModelWriter(Shards):
                     f"{self.partial}: not known to be the model that a merge replaced; remove it "
                     "if nobody needs it"
                 )
-            shutil.rmtree(self.partial)  # the old model, exchanged for the new one
+            remove_tree(self.partial)  # the old model, exchanged for the new one
         if os.path.lexists(self._old) and (not old or old != self._journal.aside):
             raise OutputError(
                 f"{self._old}: not known to be the model that a merge moved aside; if it is, "
                 f"rename it to {self.target}, else remove it"
             )
         if old and shown:
-            shutil.rmtree(self._old)
+            remove_tree(self._old)
         elif old:
             self._old.rename(self.target)
 
@@ -322,7 +321,7 @@ class ModelWriter(Shards):
         shards = {shard.name for shard in self.layout.shards}
         for entry in self._inside.iterdir():
             if entry.name not in shards:
-                shutil.rmtree(entry) if inode(entry) else entry.unlink()
+                remove_tree(entry) if inode(entry) else entry.unlink()
 
     @property
     def _inside(self) -> Path:
