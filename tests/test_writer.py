@@ -320,7 +320,7 @@ def old_model(target: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "exchange", lambda *_: False)
     target = tmp_path / "out"
     old = old_model(target)
     with ModelWriter(target, layout(), key="k", overwrite=True) as writer:
@@ -353,7 +353,7 @@ def test_killed_between_the_renames(
     monkeypatch.setattr(ModelWriter, "_give_up", lambda _: None)
     real_rename, real_exchange, real_remove = (
         Path.rename,
-        publish._exchange,
+        publish.exchange,
         shutil.rmtree,
     )
 
@@ -375,7 +375,7 @@ def test_killed_between_the_renames(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        patch.setattr(publish, "_exchange", exchange)
+        patch.setattr(publish, "exchange", exchange)
         patch.setattr(shutil, "rmtree", remove)
         writer = ModelWriter(target, layout(), key="k", overwrite=True)
         fill(writer, writer.pending())
