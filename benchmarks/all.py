@@ -67,6 +67,7 @@ PRESETS = (
     Preset("many_tensors.py --rounds 3 --record", _both("many_tensors")),
     Preset("scale.py", ("scale.txt",), True),
     Preset("mergekit_tests/run.py", ("mergekit_tests.txt",), True),
+    Preset("mergekit_tests/run.py --peft", ("peft_tests.txt",), True),
     Preset("fuzz.py --headers 1000000 --save", _both("fuzz")),
     Preset("fuzz.py --seconds 600 --save" + _only(KINDS), _both("fuzz-kinds")),
     Preset("faults.py --sample 22 --save", _both("faults")),

@@ -28,7 +28,7 @@ from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
 from fastmerge.engine.inputs import Inputs
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError, brief
-from fastmerge.models.memory import as_torch, view_of, written
+from fastmerge.models.memory import as_torch, check_holds, view_of, written
 from fastmerge.models.model import Model
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
@@ -316,6 +316,7 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
             continue
         if target is None:
             raise ModelError(f"the model has no parameter '{item.name}'")
+        check_holds(target, item.name)
         if tuple(target.shape) != item.shape:
             raise ModelError(
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fastmerge import _C, live
 from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
+from fastmerge.compute.recording import refuse_traces
 from fastmerge.engine.executor import Local
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief, in_words
 from fastmerge.methods import Parameter, find
@@ -20,6 +21,7 @@ from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.memory import (
     Extent,
     as_torch,
+    check_holds,
     check_torch,
     dtype_of,
     extent,
@@ -72,11 +74,12 @@ def merge_state_dicts(
 
     Raises FastmergeError, where possible before anything is written.
     """
+    refuse_traces("merge_state_dicts", "record calls of fastmerge.ops, tensor by tensor")
     row = find(a_text(getattr(method, "name", method), "method"), "method")
     given = models if isinstance(models, Mapping) else dict(enumerate(_listed(models)))
     if not given:
         raise FastmergeError("models: there are none")
-    if base is not None and not (isinstance(base, Hashable) and base in given):
+    if base is not None and not _is_id(base, given):
         if isinstance(base, Mapping) or callable(getattr(base, "state_dict", None)):
             raise FastmergeError("base: is a model itself; put it among models=, and give its id")
         raise FastmergeError(f"base: no model is called {brief(base)}")
@@ -84,6 +87,8 @@ def merge_state_dicts(
     opened = {names[key]: as_model(source, names[key]) for key, source in given.items()}
     common = _common(opened, a_flag(strict, "strict"))
     twins = _twins(opened, common)
+    if out is not None:
+        twins = _twins_in(out, twins)
     merged = {name: _only(model, common, twins) for name, model in opened.items()}
     recipe: dict[str, Any] = {
         "merge_method": row.name,
@@ -137,6 +142,13 @@ def _listed(models: Any) -> list[Any]:
         ) from None
 
 
+def _is_id(value: Any, given: Mapping[Any, Any]) -> bool:
+    try:
+        return value in given
+    except (TypeError, ValueError):  # it has no hash; of a writable memoryview: ValueError
+        return False
+
+
 def _name(key: Hashable, number: int) -> str:
     """What messages and the recipe call a model: a recipe's references have signs of their own."""
     text = str(key)
@@ -171,6 +183,24 @@ def _twins(models: Mapping[str, Model], names: Iterable[str]) -> dict[str, str]:
         if first != name:
             found[name] = first
     return found
+
+
+def _twins_in(out: Any, twins: Mapping[str, str]) -> dict[str, str]:
+    """Of ``twins`` those that are one memory in ``out``, too: the others are merged, each for its
+    own place.
+    """
+    held = out if isinstance(out, Mapping) else getattr(out, "state_dict", dict)()
+
+    def place(name: str) -> Extent | None:
+        target = held.get(name)
+        if isinstance(target, np.ndarray):
+            return _place(target)
+        if not is_torch(target):
+            return None
+        check_torch(target, f"out: {name}")
+        return _place(target)
+
+    return {name: first for name, first in twins.items() if place(name) == place(first) is not None}
 
 
 def _memory(model: Model, name: str) -> Extent | None:
@@ -358,6 +388,8 @@ def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
             raise FastmergeError(f"out: has no tensor '{item.name}'")
         if is_torch(target):
             check_torch(target, f"out: {item.name}")
+        if item.dtype.mergeable:
+            check_holds(target, f"out: {item.name}")
         if tuple(target.shape) != item.shape:
             raise FastmergeError(
                 f"out: '{item.name}' has shape {list(target.shape)}, the merge {list(item.shape)}"

@@ -26,7 +26,27 @@ def nested():
     return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
 
 
+class Foreign:
+    """Somebody's own class, whose code for NumPy's protocol and DLPack's fails in its own way."""
+
+    def __init__(self, dlpack: bool, error: Exception) -> None:
+        if dlpack:
+            self.__dict__["__dlpack__"] = None
+        self.error = error
+
+    def __array__(self, *_: object, **__: object) -> None:
+        raise self.error
+
+    def __dlpack_device__(self) -> None:
+        raise self.error
+
+
+LONG = "word\n" * 9999
 NO_TENSORS = {
+    "an array of a failing protocol": lambda: Foreign(False, KeyError(LONG)),
+    "of a failing DLPack": lambda: Foreign(True, KeyError(LONG)),
+    "of a DLPack not there": lambda: Foreign(True, BufferError(LONG)),
+    "of a symbolic trace": lambda: torch.fx.Proxy(torch.fx.Graph().placeholder("x")),
     "a module": lambda: torch.nn.Linear(8, 8),
     "a storage": X.untyped_storage,
     "a list of itself": lambda: LOOP,
@@ -102,6 +122,14 @@ ODD = {
     "a target that repeats its memory": lambda: fastmerge.merge_state_dicts(
         [{"w": X}, {"w": X}], "linear", parameters={"weight": 1}, out={"w": X[:, :1].expand(8, 8)}
     ),
+    "a method that is an array": lambda: ops.merge(X.numpy(), [X]),
+    "a base without a hash": lambda: fastmerge.merge_state_dicts(
+        [{"w": X}], "linear", base=memoryview(bytearray(1))
+    ),
+    "a name without a hash": lambda: [
+        ops.dare_linear(None, [X], [1], density=0.5, seed=1, name=name)
+        for name in ("w", "w", memoryview(bytearray(1)))
+    ],
     "a parameter's name that is a number": lambda: ops.merge("linear", [X, X], {5: 1}),
     "a way to prune that is a list": lambda: ops.prune(X, 0.5, [X]),
     "no plan": lambda: live.merge_into(torch.nn.Linear(2, 2), [1]),

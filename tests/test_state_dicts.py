@@ -7,7 +7,7 @@ import pytest
 
 import fastmerge
 from fastmerge import _C
-from fastmerge.errors import FastmergeError, ModelError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.models.state_dict import StateDict, as_model
 
 torch = pytest.importorskip("torch")
@@ -110,6 +110,41 @@ def test_what_is_one_memory_is_merged_once():
     assert torch.equal(made["embed.weight"], mean)
     merge([a, b], "linear", parameters={"weight": 1.0}, out=a)
     assert torch.equal(a.head.weight, mean) and a.head.weight is a.embed.weight
+
+
+def test_tied_models_fill_what_is_not_tied():
+    """The place of the second name kept what was in it, without a word."""
+    models = [dict.fromkeys(("v", "w"), torch.ones(3)) for _ in range(2)]
+    mean = {"parameters": {"weight": 1.0}}
+    out = {name: torch.zeros(3) for name in ("v", "w")}
+    merge(models, "linear", **mean, out=out)
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in out.values())
+    module = torch.nn.ParameterDict({name: torch.zeros(3) for name in ("v", "w")})
+    merge(models, "linear", **mean, out=module)
+    assert torch.equal(module["w"], torch.ones(3))
+    shared = torch.zeros(3)
+    merge(models, "linear", **mean, out={"v": shared, "w": shared})
+    assert torch.equal(shared, torch.ones(3))
+    with pytest.raises(FastmergeError, match="out: has no tensor 'w'"):
+        merge(models, "linear", **mean, out={"v": shared})
+
+
+@pytest.mark.parametrize("name", ["int64", "bool", "uint16", "complex64", "bits8"])
+def test_places_that_hold_no_weights_are_refused_before_one_is_written(name):
+    """torch cuts the fractions off, or refuses in the middle."""
+    models = [{"v": torch.ones(3), "w": torch.full((3,), 0.75)}] * 2
+    kind = getattr(torch, name)
+    out = {"v": torch.zeros(3), "w": torch.empty(3, dtype=kind)}
+    module = torch.nn.Module()
+    module.v, module.w = (torch.nn.Parameter(t, requires_grad=False) for t in out.values())
+    for place in (out, module):
+        with pytest.raises(UnsupportedError, match=f"w: {name} holds no merged weights"):
+            merge(models, "linear", parameters={"weight": 1.0}, out=place)
+    assert not out["v"].any() and not module.v.any()
+    arrays = {"v": np.zeros(3, np.float32), "w": np.zeros(3, np.int64)}
+    with pytest.raises(UnsupportedError, match="out: w: cannot merge int64"):
+        merge(models, "linear", parameters={"weight": 1.0}, out=arrays)
+    assert not arrays["v"].any()
 
 
 def test_tied_in_one_model_alone_is_two_tensors():

@@ -8,9 +8,13 @@ import sys
 import numpy as np
 import pytest
 
+import fastmerge
 from fastmerge import FastmergeError, ops
 
 torch = pytest.importorskip("torch")
+
+from torch.autograd import forward_ad  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from fastmerge.integrations import torch_ops  # noqa: E402
 
@@ -123,8 +127,77 @@ def test_a_trace_records_the_call_and_no_numbers(name):
 
 
 def test_a_trace_of_an_array_is_refused():
-    with pytest.raises(FastmergeError, match=r"gram: torch\.jit\.trace records no NumPy arrays"):
+    with pytest.raises(FastmergeError, match=r"gram: torch\.jit\.trace .*torch_ops\.gram"):
         torch.jit.trace(lambda a: torch.from_numpy(ops.gram([a])), drawn(1, 4), check_trace=False)
+
+
+@pytest.mark.parametrize("name", ["slerp", "ties", "combine"])
+def test_make_fx_records_the_call_and_no_numbers(name):
+    """It recorded empty_like alone: whatever was in memory there."""
+    call = EVERY[name]
+    recorded = make_fx(lambda c, a, b: call(c, a, b))(*drawn(3, 4, 4))
+    others = [tensor + 1 for tensor in drawn(3, 4, 4)]
+    assert torch.equal(recorded(*others), call(*others))
+
+
+CONSTANTS = {
+    "gram": lambda x: torch.from_numpy(ops.gram([x])),
+    "coefficient_gradients": lambda x: torch.from_numpy(
+        ops.coefficient_gradients({"w": x}, [{"w": x}])["w"]
+    ),
+    "merge_state_dicts": lambda x: fastmerge.merge_state_dicts(
+        [{"w": x}, {"w": x}], "linear", parameters={"weight": 1}
+    )["w"],
+}
+
+
+@pytest.mark.parametrize("record", ["make_fx", "trace"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_what_a_trace_would_keep_as_constants_is_refused(name, record):
+    recorders = {
+        "make_fx": lambda call, x: make_fx(call)(x),
+        "trace": lambda call, x: torch.jit.trace(call, (x,), check_trace=False),
+    }
+    with pytest.raises(FastmergeError, match=f"^{name}: .* as constants"):
+        recorders[record](CONSTANTS[name], torch.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: ops.linear([a, b], W, out=torch.zeros(2, 3, 4)),
+        lambda a, b: ops.combine([a, b], W, out=torch.zeros(3, 4, dtype=torch.int64)),
+        lambda a, b: ops.linear([a, b], torch.tensor(W)),
+        lambda a, b: ops.linear([a, b[:2]], W),
+    ],
+    ids=["an out of another shape", "an out of integers", "weights in a tensor", "other shapes"],
+)
+def test_what_a_call_refuses_a_recorded_one_does_too(call):
+    """torch's copy spreads over other shapes, and cuts fractions off."""
+    a, b = drawn(2, 3, 4)
+    with pytest.raises(FastmergeError):
+        make_fx(call)(a, b)
+    with pytest.raises(Exception, match=r"fastmerge|FastmergeError"):
+        torch.compile(call, fullgraph=True, backend="eager")(a, b)
+
+
+FORWARD = {
+    "by a tensor": lambda x: torch_ops.linear([x, x], W),
+    "by weights": lambda x: torch_ops.combine([x.detach(), x.detach()], x[:2, 0]),
+    "by t": lambda x: torch_ops.slerp(x.detach(), x.detach() + 1, x[0, 0]),
+    "by a base": lambda x: torch_ops.gram([x.detach()], base=x),
+}
+
+
+@pytest.mark.parametrize("call", FORWARD.values(), ids=FORWARD)
+def test_forward_mode_is_refused(call):
+    """Its tangents were 0."""
+    x = torch.rand(3, 4)
+    with pytest.raises(FastmergeError, match="forward-mode gradients"):
+        torch.func.jvp(call, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(FastmergeError, match="forward-mode gradients"):
+        call(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize(

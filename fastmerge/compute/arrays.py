@@ -47,25 +47,27 @@ def _imported(tensor: Any, where: str) -> Any:
             if array.dtype.kind in "OUS":  # None, text and bytes are arrays, too
                 raise TypeError(f"a {type(tensor).__name__}")
             return array
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # its protocol is foreign code
             raise FastmergeError(
                 f"{where}: {brief(tensor)} is no tensor and no array "
                 f"({first_sentences(str(error))})"
             ) from error
     try:
         return np.from_dlpack(tensor)
-    except (BufferError, TypeError, RuntimeError) as refused:  # another device, or bfloat16
+    except Exception as refused:  # noqa: BLE001 - another device, bfloat16, or foreign code's own
         try:
             import torch
         except ImportError:
             raise UnsupportedError(
-                f"{where}: NumPy does not take this {type(tensor).__name__} ({refused}); "
-                "install torch, which may"
+                f"{where}: NumPy does not take this {type(tensor).__name__} "
+                f"({first_sentences(str(refused))}); install torch, which may"
             ) from None
         try:
             return torch.utils.dlpack.from_dlpack(tensor)
-        except (BufferError, TypeError, RuntimeError, ValueError) as error:
-            raise UnsupportedError(f"{where}: a {type(tensor).__name__}: {error}") from error
+        except Exception as error:
+            raise UnsupportedError(
+                f"{where}: a {type(tensor).__name__}: {first_sentences(str(error))}"
+            ) from error
 
 
 _MOST_KINDS = 1024  # of tensors that are known

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 from fastmerge.compute import combining, of_tensors
+from fastmerge.compute.recording import is_recorded
 
 C = TypeVar("C", bound=Callable[..., Any])
-
-
-def is_recorded() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace is recording this call: a kernel that
-    ran now would leave its numbers, or uninitialised memory, in every later run.
-    """
-    torch = sys.modules.get("torch")
-    compiler, jit = getattr(torch, "compiler", None), getattr(torch, "jit", None)
-    if compiler is None or jit is None:  # not imported, or not yet to the end
-        return False
-    return bool(compiler.is_compiling() or jit.is_tracing())
 
 
 def _recordable(call: C) -> C:

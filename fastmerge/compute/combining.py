@@ -11,6 +11,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.arguments import a_list, plain
 from fastmerge.compute.arrays import T, known, operands
+from fastmerge.compute.recording import refuse_traces
 from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
@@ -88,6 +89,7 @@ def coefficient_gradients(
     is left alone. Each is read once; products of fp32 are summed in float64. Returns float64 (k,)
     by name, in the order of ``grads``: their sum is the gradient by one coefficient for all.
     """
+    refuse_traces("coefficient_gradients", "call it beside the recorded program")
     models = a_list(models, "coefficient_gradients: models")
     if not models:
         raise FastmergeError("coefficient_gradients: no models")

@@ -65,7 +65,8 @@ class _Form:
         """For tensors that are ``known``; None where Python has a part in the merge."""
         try:
             return self.programs[name]
-        except (KeyError, TypeError):  # another thread may clear them at any time
+        # Another thread may clear them at any time; ValueError: no hash of a writable memoryview.
+        except (KeyError, TypeError, ValueError):
             pass
         name = a_text(name, f"{self.row.name}: name")
         to_fp32 = known.dtypes[0] is F32
@@ -162,7 +163,7 @@ def _key(
     """What a call says but for its tensors' numbers, its name and where it goes: calls of one key
     take the same parameters for tensors of one shape and types. None where that is not plain.
     """
-    if type(tensors) is not list and type(tensors) is not tuple:
+    if type(method) is not str or (type(tensors) is not list and type(tensors) is not tuple):
         return None
     try:
         if type(seed) is not int and seed is not None:

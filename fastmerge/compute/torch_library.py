@@ -13,7 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastmerge.compute import combining, of_tensors
+from fastmerge.compute.recording import refuse_traces
+from fastmerge.dtypes import MERGEABLE
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import METHODS, Method, Parameter
 
@@ -24,6 +28,7 @@ _NAMESPACE = "fastmerge"
 _AFTER = "int? seed=None, str name='', int? threads=None"  # of every method's operator
 _LINEAR = ("linear", "task_arithmetic", "passthrough")  # in the tensors, whatever they hold
 _WORDS = {True: "true", False: "false"}
+_TAKEN = [dtype.name for dtype in MERGEABLE]
 
 
 def _type(parameter: Parameter) -> str:
@@ -68,6 +73,12 @@ def merge(
         argument, per_model, is_text = _PARAMETERS[method][key]
         if value is None:
             continue
+        own = value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(number, (torch.Tensor, np.ndarray)) for number in own):
+            raise FastmergeError(
+                f"{method}: '{key}': numbers beside the tensors are Python's where torch records "
+                "a program; fastmerge.integrations.torch_ops takes tensors of them"
+            )
         if is_text and isinstance(value, bool):
             value = _WORDS[value]
         if per_model:
@@ -76,7 +87,7 @@ def merge(
     operator = getattr(torch.ops.fastmerge, method)
     origin = None if base is None else base.detach()
     made: torch.Tensor = operator(tensors, origin, **given, seed=seed, name=name, threads=threads)
-    return made if out is None else out.copy_(made)
+    return _written(made, out, method)
 
 
 def combine(
@@ -96,7 +107,7 @@ def combine(
     made: torch.Tensor = torch.ops.fastmerge.combine(
         tensors, coefficients.detach(), threads=threads
     )
-    return made if out is None else out.copy_(made)
+    return _written(made, out, "combine")
 
 
 def gram(
@@ -108,11 +119,7 @@ def gram(
     """`combining.gram` as a program of torch's holds it."""
     import torch
 
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise UnsupportedError(
-            "gram: torch.jit.trace records no NumPy arrays; trace "
-            "fastmerge.integrations.torch_ops.gram, or use torch.export"
-        )
+    refuse_traces("gram", "trace fastmerge.integrations.torch_ops.gram, or use torch.export")
     origin = None if base is None else base.detach()
     products = torch.ops.fastmerge.gram(
         [tensor.detach() for tensor in tensors], origin, threads=threads
@@ -120,10 +127,29 @@ def gram(
     return products.numpy()
 
 
-def _result_like(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _written(made: torch.Tensor, out: torch.Tensor | None, where: str) -> torch.Tensor:
+    """``made``, in ``out`` where there is one: of its shape, and of a type that holds its numbers,
+    as torch's own copy asks neither.
+    """
+    if out is None:
+        return made
+    if out.shape != made.shape or str(out.dtype).removeprefix("torch.") not in _TAKEN:
+        raise FastmergeError(
+            f"{where}: out: {out.dtype} of shape {[*out.shape]} where the result has shape "
+            f"{[*made.shape]}; its types are {', '.join(_TAKEN)}"
+        )
+    return out.copy_(made)
+
+
+def _result_like(tensors: Sequence[torch.Tensor], where: str) -> torch.Tensor:
     """What `Operands.output` makes for them."""
     import torch
 
+    for tensor in tensors[1:]:
+        if tensor.shape != tensors[0].shape:
+            raise FastmergeError(
+                f"{where}: shapes differ: {[*tensors[0].shape]} and {[*tensor.shape]}"
+            )
     types = {tensor.dtype for tensor in tensors}
     dtype = types.pop() if len(types) == 1 else torch.float32
     return torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
@@ -165,7 +191,7 @@ def _register_method(row: Method) -> None:
 
     @operator.register_fake
     def _(tensors: list[torch.Tensor], base: torch.Tensor | None, **_: Any) -> torch.Tensor:
-        return _result_like(tensors if base is None else [*tensors, base])
+        return _result_like(tensors if base is None else [*tensors, base], row.name)
 
     if row.name in _LINEAR:
         operator.register_autograd(_by_tensors(operator), setup_context=_keep_types)
@@ -228,7 +254,7 @@ def _register_combine() -> None:
 
     @operator.register_fake
     def _(tensors: list[torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
-        return _result_like(tensors)
+        return _result_like(tensors, "combine")
 
     def setup(
         ctx: Any,

@@ -9,18 +9,19 @@ recipes, ``merge_tensors``, ``merge_state_dicts``, and methods got by name.
 
 fastmerge computes what it has kernels for: float32, float16 and bfloat16 to one of these, in fp32
 with one rounding. mergekit computes the rest as before: float64, tensors whose gradient is recorded
-(results of ours carry none), what is no plain tensor, and a density of 0. What is drawn at random
-follows from torch's generator, and is another draw than mergekit's.
+(results of ours carry none), what is no plain tensor, a density of 0, and numbers that fastmerge
+refuses, as weights that sum to 0. What is drawn at random follows from torch's generator, and is
+another draw than mergekit's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any
 
 from fastmerge import ops
-from fastmerge.errors import FastmergeError, ResourceError, UnsupportedError
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError, UnsupportedError
 from fastmerge.integrations.replacement import Places, Replacement
 from fastmerge.integrations.value_errors import as_value_error
 from fastmerge.methods import METHODS, Method
@@ -76,7 +77,8 @@ def _executed(
     results: list[torch.Tensor | None] = [None] * len(groups)
     for index, (group, given) in enumerate(zip(groups, parameters, strict=True)):
         if row is not None and _takes(group, dtype, out_dtype) and not _keeps_nothing(given):
-            results[index] = _merged(row, group, given, dtype, out_dtype)
+            with suppress(RecipeError):  # numbers that mergekit may take, or refuses in its words
+                results[index] = _merged(row, group, given, dtype, out_dtype)
     left = [index for index, result in enumerate(results) if result is None]
     if left:
         (theirs,) = _replacement.theirs.values()
@@ -153,6 +155,8 @@ def _merged(
             name=group.metadata.name or "",
             out=out,
         )
+    except RecipeError:
+        raise
     except FastmergeError as error:
         raise as_value_error(error) from error
     return made

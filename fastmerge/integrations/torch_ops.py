@@ -134,7 +134,22 @@ def torch_tensors(tensors: Any, where: str) -> list[torch.Tensor]:
             raise FastmergeError(f"{where}: tensors are torch's here, not {type(one).__name__}")
         if one.layout is not torch.strided or one.is_nested:
             raise UnsupportedError(f"{where}: a sparse or nested tensor; pass a dense one")
+        _refuse_tangent(one, where)
     return found
+
+
+def _refuse_tangent(tensor: torch.Tensor, where: str) -> None:
+    """Raises UnsupportedError for a tensor of torch's forward mode, which asks no operator for its
+    derivative that has one for backward alone: the tangent would be 0 in silence.
+    """
+    import torch
+
+    forward_ad: Any = torch.autograd.forward_ad  # without types
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise UnsupportedError(
+            f"{where}: forward-mode gradients (jvp, jacfwd) do not flow here; use backward() or "
+            "torch.autograd.grad"
+        )
 
 
 def _combined(tensors: Any, coefficients: torch.Tensor, where: str) -> torch.Tensor:
@@ -158,6 +173,7 @@ def _number(value: Any, where: str, name: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.is_meta:
             raise FastmergeError(f"{where}: '{name}' must be a number, not {brief(value)}")
+        _refuse_tangent(value, where)
         return value.to("cpu", torch.float64).reshape(())
     parameter = find(where).parameter(name)
     assert parameter is not None
@@ -174,6 +190,7 @@ def _numbers(weights: Weights, where: str, tensors: Any, *, divided: bool = Fals
     if isinstance(weights, torch.Tensor):
         if weights.layout is not torch.strided or weights.is_nested or weights.is_meta:
             raise FastmergeError(f"{where}: weights must be a tensor of numbers, or a list")
+        _refuse_tangent(weights, where)
         numbers = weights.to("cpu", torch.float64)
     else:
         of = where if where in METHODS else "linear"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Extent = tuple[int, int]
+_HOLD = ("float64", *(d.name for d in MERGEABLE), "float8_e4m3fn", "float8_e5m2")
 
 
 def is_torch(tensor: Any) -> bool:
@@ -95,6 +96,20 @@ def check_torch(tensor: Any, where: str) -> None:
         raise FastmergeError(f"{where}: the tensor's memory has been freed")
     if not tensor.data_ptr():  # inside functionalize
         raise _no_memory(tensor, where)
+
+
+def check_holds(target: Any, where: str) -> None:
+    """Raises UnsupportedError where a merge's numbers would not be numbers in ``target``: torch
+    cuts their fractions off for integers, without a word.
+    """
+    if not is_torch(target):
+        dtype_of(target, where)
+        return
+    named = str(target.dtype).removeprefix("torch.")
+    if named not in _HOLD:
+        raise UnsupportedError(
+            f"{where}: {named} holds no merged weights; give a tensor of {', '.join(_HOLD)}"
+        )
 
 
 @lru_cache(maxsize=64)  # to import torch again takes a fifth of all the checks
