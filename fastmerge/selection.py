@@ -101,8 +101,9 @@ def band_counts(density: float, gamma: float, count: int) -> tuple[int, int]:
 
 
 def keep_count(density: float, count: int) -> int:
-    """How many of ``count`` entries a trim to ``density`` keeps: int(density * count), at least 1.
+    """How many of ``count`` entries a trim to ``density`` keeps: int(density * count), at least 1
+    but for a density of 0.
 
     The product is a Python double, as in mergekit 0.1.5 (sparsify.py).
     """
-    return min(count, max(1, int(density * count))) if count else 0
+    return min(count, max(1, int(density * count))) if count and density else 0

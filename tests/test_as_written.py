@@ -12,6 +12,8 @@ import yaml
 import fastmerge
 from fastmerge.errors import FastmergeError, near_miss
 from fastmerge.planning.planner import make_plan
+from fastmerge.recipe.located import located
+from fastmerge.recipe.tokenizer import TokenizerSection
 
 pytestmark = pytest.mark.usefixtures("family")
 
@@ -94,7 +96,51 @@ def test_a_near_miss_is_a_misspelling(word: str, expected: str | None) -> None:
     assert near_miss(word, ["lambda", "base_model", "dtype", "tokenizer"]) == expected
 
 
+def test_a_key_that_is_given_twice_counts_where_it_stands_last() -> None:
+    text = f"{LINEAR}dtype: float16\nparameters: {{normalize: true}}\ndtype: bfloat16\n"
+    text = text.replace("weight: 3}", "weight: 9, weight: 3}")
+    assert notes(text) == (
+        "without effect, here as in mergekit: 'dtype' (recipe:5; given again on line 7, which "
+        "counts), 'weight' (recipe:4; given again on line 4, which counts)"
+    )
+    assert make_plan(text).key == make_plan(f"{LINEAR}dtype: bfloat16\n").key
+
+
+def test_keys_beside_a_filter_are_ignored() -> None:
+    ruled = LINEAR.replace("weight: 3", "weight: [{filter: mlp, value: 2, note: x}, {value: 3}]")
+    assert "'note' (recipe:4)" in notes(ruled)
+    with pytest.raises(FastmergeError, match="unknown key 'filtre'; did you mean 'filter'"):
+        make_plan(ruled.replace("filter:", "filtre:"))
+    with pytest.raises(FastmergeError, match="unknown key 'layers'; did you mean 'filter'"):
+        make_plan(ruled.replace("filter:", "layers:"))
+
+
+def test_keys_of_a_tokenizer_section_are_ignored() -> None:
+    section = "tokenizer: {source: union, chat_template: auto, tokens: {<s>: {note: 1}}}"
+    data = yaml.safe_load(section)
+    asked = TokenizerSection(located(data["tokenizer"], "tokenizer"))
+    assert asked.ignored == ("'chat_template' (tokenizer.chat_template; it belongs at the top)",)
+    assert asked.tokens["<s>"].ignored == ("'note' (tokenizer.tokens.<s>.note)",)
+    with pytest.raises(FastmergeError, match="unknown key 'sorce'; did you mean 'source'"):
+        TokenizerSection(located({"sorce": "union"}, "tokenizer"))
+
+
 # ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("listed", ["models", "slices"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce", "ram", "ramplus_tl"])
+def test_a_base_alone_is_the_result(family, method: str, listed: str) -> None:
+    entry: dict[str, Any] = {"model": "blur", "parameters": {"weight": 1}}
+    data: dict[str, Any] = {"merge_method": method, "base_model": "blur", "models": [entry]}
+    if listed == "slices":
+        del data["models"]
+        data["slices"] = [{"sources": [entry | {"layer_range": [0, 8]}]}]
+    assert "no model besides the base 'blur', which the result of" in notes(yaml.safe_dump(data))
+    fastmerge.merge(data, family.root / "alone")
+    alone, blur = family.read(family.root / "alone"), family.read(family.root / "blur")
+    assert alone.keys() == blur.keys()
+    assert all(np.array_equal(value, blur[name]) for name, value in alone.items())
 
 
 @pytest.mark.parametrize("model", ["chat@main", "{path: chat, revision: main}"])
@@ -109,8 +155,10 @@ def test_a_model_as_mergekit_dumps_it() -> None:
     assert make_plan(LINEAR.replace("chat", model, 1)).key == make_plan(LINEAR).key
 
 
-@pytest.mark.parametrize("method", ["dare_ties", "dare_linear"])
-def test_dare_of_density_0_leaves_a_model_out(family, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["dare_ties", "dare_linear", "ties", "breadcrumbs", "della", "della_linear"]
+)
+def test_a_density_of_0_leaves_a_model_out(family, method: str) -> None:
     data = yaml.safe_load(DARE.replace("dare_ties", method))
     data["parameters"] = {}
     data["models"][0]["parameters"]["density"] = 0

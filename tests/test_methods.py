@@ -224,8 +224,8 @@ def test_rows_are_complete(name):
 @pytest.mark.parametrize(
     "name, parameter, value, message",
     [
-        ("ties", "density", 0.0, r"in \(0, 1\]"),
-        ("ties", "density", 1.5, r"in \(0, 1\]"),
+        ("ties", "density", -0.1, r"in \[0, 1\]"),
+        ("ties", "density", 1.5, r"in \[0, 1\]"),
         ("ties", "weight", "much", "must be a number"),
         ("ties", "weight", float("nan"), "must be finite"),
         ("ties", "normalize", "perhaps", "true or false"),

@@ -43,7 +43,7 @@ def with_b(**keys) -> dict:
         ({"architecture": "qwen"}, "not 0; list a `source_model` under `shared_experts:`"),
         ({"architecture": "qwen3"}, r"qwen3\); try it without `architecture:`"),
         ({"shared_experts": SHARED * 2}, "Mixtral takes no shared expert, not 2"),
-        ({"merge_method": "linear"}, "'merge_method' is not supported: a mixture of experts is no"),
+        ({"models": [{"model": "a"}]}, "'models' is not supported: a mixture of experts is no"),
         ({"dtype": "float31"}, "unknown dtype 'float31'"),
         ({"seed": -1}, "'seed' must be"),
         ({"gate_modee": "random"}, "unknown key 'gate_modee'; did you mean 'gate_mode'"),

@@ -169,9 +169,9 @@ BAD = {
     "text": ("hello\nworld\n", "a document must be a mapping"),
     "not-yaml": ("models: [\n", "recipe:2: not valid YAML"),
     "tab": ("models:\n\t- a\n", "recipe:2: not valid YAML"),
-    "double-key": (
-        f"{SLERP}base_model: b\n",
-        "recipe:4: key 'base_model' is given twice (first on line 2)",
+    "double-entry": (
+        f"{LINEAR}models:\n  - model: a\n    model: b\n",
+        "recipe:5: key 'model' is given twice (first on line 4); did you mean another entry?",
     ),
     "key-not-text": ("merge_method: slerp\n1: 2\n", "recipe:2: the key '1' is not text; quote it"),
     "own-anchor": ("models: &x\n  - *x\n", "recipe:1: this anchor contains itself"),
@@ -234,13 +234,13 @@ BAD = {
         f"{SLERP}parameters: [1]\n",
         "'parameters' must be a mapping of parameters",
     ),
-    "density-0": (
-        f"merge_method: ties\n{TWO}parameters: {{density: 0}}\n",
-        "'density' must be in (0, 1], not 0",
+    "density-below-0": (
+        f"merge_method: ties\n{TWO}parameters: {{density: -0.1}}\n",
+        "'density' must be in [0, 1], not -0.1",
     ),
     "density-in-gradient": (
         f"merge_method: ties\n{TWO}parameters:\n  density:\n    - 0.5\n    - 1.5\n",
-        "recipe:4: 'density' must be in (0, 1], not 1.5",
+        "recipe:4: 'density' must be in [0, 1], not 1.5",
     ),
     "nan": (f"{SLERP}parameters: {{t: .nan}}\n", "'t' must be finite"),
     "inf-as-text": (f"{SLERP}parameters: {{t: 'inf'}}\n", "'t' must be finite"),
@@ -285,7 +285,7 @@ BAD = {
             "merge_method: passthrough\nslices:\n  - sources:\n      - "
             "{model: a, layer_range: [4, 4]}\n"
         ),
-        "recipe:4: layer_range [4, 4] must be [start, end) with 0 <= start < end",
+        "recipe:4: layer_range [4, 4] holds no layer",
     ),
     "layer-range-missing": (
         "merge_method: passthrough\nslices:\n  - sources:\n      - model: a\n",
@@ -399,7 +399,7 @@ def test_the_files_own_name_and_line_lead(tmp_path):
 def test_a_dicts_places_are_its_keys():
     data = {"merge_method": "ties", "models": [{"model": "a", "parameters": {"density": [1, 2]}}]}
     assert (
-        refusal(data) == "recipe.models[0].parameters.density: 'density' must be in (0, 1], not 2"
+        refusal(data) == "recipe.models[0].parameters.density: 'density' must be in [0, 1], not 2"
     )
     assert refusal([{}, {}]).startswith("recipe, document 1: 'merge_method' is missing")
     assert refusal({1: 2}) == "recipe: key 1 is not text"

@@ -80,10 +80,6 @@ BAD = {
         models("ties", "a", "b", base="", weight=1),
         "ties needs a 'base_model:'",
     ),
-    "ties-of-the-base": (
-        models("ties", "a", weight=1),
-        "ties takes at least 1 model besides the base, not 0",
-    ),
     "stock-of-one": (
         models("model_stock", "a", "b"),
         "model_stock takes at least 2 models besides the base, not 1",
@@ -108,6 +104,10 @@ BAD = {
         slices("slerp", [("a", 0, 2), ("b", 0, 2)], [("a", 2, 4)], t=0.5),
         "recipe:7: slerp takes exactly 2 models, not 1",
     ),
+    "slice-of-no-layer": (
+        slices("linear", [("a", 3, 3), ("b", 3, 3)], weight=1),
+        "layer_range [3, 3] holds no layer: the end is not part of it; layer 3 alone is [3, 4]",
+    ),
     "base-not-in-slice": (
         slices("slerp", [("b", 0, 2), ("c", 0, 2)], t=0.5),
         "recipe:4: base_model 'a' is not among this slice's sources; slerp needs its layers",
@@ -116,6 +116,10 @@ BAD = {
     "no-weight": (
         models("ties", "a", "b"),
         "recipe:5: ties needs 'weight' for model 'b'; give it in the model's 'parameters:'",
+    ),
+    "t-of-one-model": (
+        models("slerp", "a", "b").replace("model: b", "model: b\n    parameters: {t: 1}"),
+        "recipe:6: 't' is of the whole merge in slerp, not of a model; give it in the recipe's own",
     ),
     "no-t": (
         models("slerp", "a", "b"),

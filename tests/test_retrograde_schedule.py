@@ -88,7 +88,7 @@ MISTAKES = {
     "t-text": ("t: 0.35", "t: high", "7: 't' must be a number, not 'high'"),
     "no-t": (", t: 0.35", "", "7: slerp needs 't', the fraction of the way"),
     "parameter": ("density", "densty", "8: unknown key 'densty' for a ties step; did you mean"),
-    "bounds": ("density: 0.5", "density: 1.5", "8: 'density' must be in (0, 1], not 1.5"),
+    "bounds": ("density: 0.5", "density: 1.5", "8: 'density' must be in [0, 1], not 1.5"),
     "weight": ("density: 0.5", "weight: 0.5", "8: 'weight' of a step follows from 't'"),
     "lambda": ("density: 0.5", "lambda: 0.5", "8: with base 'state', t is the factor"),
     "method": ("method: ties", "method: tiess", "8: unknown method 'tiess'; did you mean 'ties'?"),

@@ -55,7 +55,9 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     factor = 1.0
     if rescale == "density" and density > 0:
         factor = float(np.float32(1 / density))
-    if kind == RANKED and not 0 < density - epsilon <= density + epsilon < 1:
+    if not density:
+        epsilon = 0.0  # nothing is kept, whatever its rank
+    elif kind == RANKED and not 0 < density - epsilon <= density + epsilon < 1:
         raise RecipeError(
             f"density {density:g} with epsilon {epsilon:g}: entries would be kept with chances of "
             f"{density - epsilon:g} to {density + epsilon:g}, which must lie between 0 and 1; "

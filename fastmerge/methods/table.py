@@ -11,18 +11,10 @@ def _weight(default: object = REQUIRED) -> Parameter:
     return Parameter("weight", float, default, "the model's relative weight", per_model=True)
 
 
-def _density(*, none: bool = False) -> Parameter:
-    """``none``: 0 is allowed, and leaves a model out as mergekit does."""
-    return Parameter(
-        "density",
-        float,
-        1.0,
-        "fraction of delta entries kept",
-        per_model=True,
-        low=0,
-        high=1,
-        open_low=not none,
-    )
+# A density of 0 leaves a model out, as in mergekit.
+_DENSITY = Parameter(
+    "density", float, 1.0, "fraction of delta entries kept", per_model=True, low=0, high=1
+)
 
 
 def _flag(name: str, default: bool, doc: str) -> Parameter:
@@ -51,11 +43,10 @@ def _task(
     rescale: bool,
     *,
     density: bool = True,
-    drawn: bool = False,
     elect: bool = False,
 ) -> tuple[Parameter, ...]:
     sparse = (
-        _density(none=drawn),
+        _DENSITY,
         Parameter(
             "rescale", bool, rescale,
             "after sparsifying restore each delta's L1 norm (l1, true), or divide by the density",
@@ -183,12 +174,12 @@ _ROWS: tuple[Method, ...] = (
     ),
     Consensus(
         "dare_linear", "drop delta entries at random, rescale, add", _DARE,
-        _task(False, True, drawn=True),
+        _task(False, True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
     ),
     Consensus(
         "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
-        _task(False, True, drawn=True, elect=True),
+        _task(False, True, elect=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
     ),
     Consensus(

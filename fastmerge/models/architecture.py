@@ -32,6 +32,15 @@ _AFTER = (
     "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "ln_out", "project_out",
     "final_norm", "layer_norm", "out_norm", "pos_emb",
 )  # fmt: skip
+# The heads of transformers' classifiers, taggers and reward models, beside the model.
+_OTHER_HEADS = ("score", "classifier", "qa_outputs", "v_head")
+# What stands beside an encoder under its own root, and beside the model: bert, roberta, electra,
+# distilbert, vit.
+_OF_ENCODERS = ("pooler", "layernorm")
+_BESIDE_ENCODERS = (
+    *_OTHER_HEADS, "cls", "lm_head", "pre_classifier", "vocab_transform", "vocab_layer_norm",
+    "vocab_projector", "generator_predictions", "generator_lm_head", "discriminator_predictions",
+)  # fmt: skip
 _OTHER_PARTS = ("vision", "visual", "audio", "image", "speech", "encoder.")
 
 # Written by old versions of transformers; new ones compute it and ignore what a file holds.
@@ -65,20 +74,43 @@ def _stack(layers: str) -> Stack:
         after=(
             *(f"{root}{name}." for name in _AFTER),
             *(f"{at}{name}." for at in sorted(heads) for name in _HEADS),
+            *(f"{name}." for name in _OTHER_HEADS),
+        ),
+    )
+
+
+def _encoder(root: str, layers: str) -> Stack:
+    return Stack(
+        layers=f"{root}{layers}",
+        before=(f"{root}embeddings.",),
+        after=(
+            *(f"{root}{name}." for name in _OF_ENCODERS),
+            *(f"{name}." for name in _BESIDE_ENCODERS),
         ),
     )
 
 
 # Where the layers of transformers' decoders are: llama's, and most others'; the language models
 # inside multimodal ones, old and new layout; gpt2, falcon and bloom; gpt_neox; mamba and
-# nemotron_h; opt; mpt; rwkv; and the bare models without a head.
-STACKS = tuple(
-    _stack(layers)
-    for layers in (
-        "model.layers", "language_model.model.layers", "model.language_model.layers",
-        "model.text_model.layers", "transformer.h", "gpt_neox.layers", "backbone.layers",
-        "model.decoder.layers", "transformer.blocks", "rwkv.blocks", "layers", "h",
-    )
+# nemotron_h; opt; mpt; rwkv; and the bare models without a head. Then those of encoders that are
+# models of their own.
+STACKS = (
+    *(
+        _stack(layers)
+        for layers in (
+            "model.layers", "language_model.model.layers", "model.language_model.layers",
+            "model.text_model.layers", "transformer.h", "gpt_neox.layers", "backbone.layers",
+            "model.decoder.layers", "transformer.blocks", "rwkv.blocks", "layers", "h",
+        )
+    ),
+    *(
+        _encoder(root, layers)
+        for root, layers in (
+            ("bert.", "encoder.layer"), ("roberta.", "encoder.layer"),
+            ("electra.", "encoder.layer"), ("vit.", "encoder.layer"),
+            ("distilbert.", "transformer.layer"), ("", "encoder.layer"), ("", "transformer.layer"),
+        )
+    ),
 )  # fmt: skip
 
 

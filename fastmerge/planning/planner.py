@@ -36,6 +36,7 @@ from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
 from fastmerge.models.vocabulary import Vocabulary, template_of
 from fastmerge.planning.agreement import check_agreement
+from fastmerge.planning.arity import check_arity, is_the_base
 from fastmerge.planning.build import Builder
 from fastmerge.planning.config import output_config, set_layers, set_tokens
 from fastmerge.planning.consistency import check_result, check_stack
@@ -55,7 +56,7 @@ from fastmerge.planning.precision import as_stored, settle_precision, with_moved
 from fastmerge.planning.spanning import check_whole
 from fastmerge.planning.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.planning.truncate import truncate
-from fastmerge.planning.values import ParameterValues
+from fastmerge.planning.values import ParameterValues, check_placed
 from fastmerge.recipe.document import (
     AnyDocument,
     Document,
@@ -503,8 +504,16 @@ class Planner:
         operands = [i for i in range(len(inputs)) if i != apart]
         if method.base == "first":
             operands.sort(key=lambda i: i != position)
-        _arity(method, len(operands), where)
+        if apart is not None and is_the_base(method, len(operands)):
+            self.note(
+                f"{where}: no model besides the base '{inputs[apart].view.label}', which the "
+                f"result of {method.name} then is"
+            )
+            copied = [replace(inputs[apart], settings={})]
+            return self.part(METHODS["passthrough"], copied, None, [], layers, where=where, of=of)
+        check_arity(method, len(operands), where)
         shared = [p for p in method.parameters if not p.per_model]
+        check_placed(method, shared, levels, [item.settings for item in inputs])
         own = [p for p in method.parameters if p.per_model]
         if apart is not None and inputs[apart].settings:
             names = ", ".join(inputs[apart].settings)
@@ -552,18 +561,6 @@ class Planner:
 
 
 # ---------------------------------------------------------------- refusals
-
-
-def _arity(method: Method, count: int, place: str) -> None:
-    low, high = method.min_operands, method.max_operands
-    if count >= low and (high is None or count <= high):
-        return
-    wanted = (
-        f"exactly {low}" if low == high else f"at least {low}" if count < low else f"at most {high}"
-    )
-    noun = "model" if wanted.endswith(" 1") else "models"
-    besides = " besides the base" if method.base in ("required", "optional") else ""
-    raise RecipeError(f"{place}: {method.name} takes {wanted} {noun}{besides}, not {count}")
 
 
 def _either(inputs: Sequence[Input]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import FastmergeError, RecipeError
-from fastmerge.methods import REQUIRED, Parameter
+from fastmerge.methods import REQUIRED, Method, Parameter
 from fastmerge.methods.types import Values
 from fastmerge.recipe.settings import Rule, Setting, interpolate
 
@@ -70,3 +70,20 @@ class ParameterValues:
                 "end the list with `- value: ...`"
             )
         return RecipeError(text)
+
+
+def check_placed(
+    method: Method,
+    shared: Sequence[Parameter],
+    levels: Sequence[Mapping[str, Setting]],
+    of_models: Sequence[Mapping[str, Setting]],
+) -> None:
+    """Raises RecipeError for a parameter of the whole merge that only single models give."""
+    for parameter in shared:
+        name = parameter.name
+        given = [settings[name].rules[0].where for settings in of_models if name in settings]
+        if given and parameter.default is REQUIRED and all(name not in level for level in levels):
+            raise RecipeError(
+                f"{given[0]}: '{name}' is of the whole merge in {method.name}, not of a model; "
+                "give it in the recipe's own 'parameters:'"
+            )

@@ -98,6 +98,11 @@ class SliceSource(_Parametrised):
 
     def check(self) -> None:
         start, end = self.layer_range
+        if start == end >= 0:
+            raise RecipeError(
+                f"{self.at('layer_range')}: layer_range [{start}, {end}] holds no layer: the end "
+                f"is not part of it; layer {start} alone is [{start}, {end + 1}]"
+            )
         if not 0 <= start < end:
             raise RecipeError(
                 f"{self.at('layer_range')}: layer_range [{start}, {end}] must be [start, end) "
@@ -283,8 +288,9 @@ class Document(_Parametrised):
         self.models, self.slices = module.models, module.slices
         # The module's rules come first, and the document's where none of them matches.
         self.parameters = {**self.parameters} | {
-            name: Setting(setting.rules + self.parameters.get(name, Setting(())).rules)
+            name: Setting(setting.rules + outer.rules, setting.ignored + outer.ignored)
             for name, setting in module.parameters.items()
+            for outer in [self.parameters.get(name, Setting(()))]
         }
         self.ignored += module.ignored
 
@@ -339,9 +345,13 @@ def _is_known(parameter: str) -> bool:
 def ignored(document: Document) -> list[str]:
     """The one line about keys and parameters that mean nothing, where there are any."""
     found: dict[str, None] = {}
+    asked = document.tokenizer
+    for part in (asked, *asked.tokens.values()) if asked is not None else ():
+        found.update(dict.fromkeys(part.ignored))
     for section in document.sections():
         found.update(dict.fromkeys(section.ignored))
         for name, setting in section.parameters.items():
+            found.update(dict.fromkeys(setting.ignored))
             if document.method.parameter(name) is None and not _is_known(name):
                 remedy = "; it belongs at the top" if name in Document.fields else ""
                 found.setdefault(f"'{name}' ({setting.rules[0].where}{remedy})")

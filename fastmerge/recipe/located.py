@@ -21,6 +21,7 @@ class LocatedDict(dict[str, Any]):
     where: str = ""
     at: dict[str, str]
     size: int = 0  # values in it, every alias of the YAML written out
+    doubled: tuple[str, ...] = ()  # of a document: keys anywhere in it that a later one replaces
 
 
 class LocatedList(list[Any]):

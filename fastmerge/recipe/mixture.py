@@ -62,9 +62,7 @@ class Mixture(Section):
     """One document that makes a mixture of experts; where others merge."""
 
     tolerant: ClassVar[bool] = True
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("merge_method", "models", "slices", "modules", "parameters"), _MERGE
-    )
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("models", "slices", "modules"), _MERGE)
 
     base_model: str = field(reference)
     experts: tuple[Expert, ...] = field(listed(Expert))

@@ -86,7 +86,7 @@ class Section:
             data = located(data, type(self).__name__.lower())
         data = self.written_out(data)
         self.where, self._at = data.where, data.at
-        ignored = []
+        ignored = list(data.doubled)
         for name in data:  # before other keys: a file of another kind has more that are unknown
             if name in self.refused and data[name] is not None:
                 raise UnsupportedError(

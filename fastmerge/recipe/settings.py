@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastmerge.errors import RecipeError, nearest
+from fastmerge.errors import RecipeError, near_miss
 from fastmerge.methods import Parameter
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
@@ -38,6 +38,7 @@ class Setting:
     """
 
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()  # keys beside 'filter' and 'value', with their places
 
     @property
     def unreached(self) -> list[Rule]:
@@ -112,11 +113,20 @@ def _gradient(value: Any, where: str) -> tuple[Scalar, ...]:
     return tuple(_scalar(item, at) for item, at in zip(value, value.at, strict=True))
 
 
+_OF_A_RULE = ("filter", "value")
+
+
+def _ignored(value: LocatedDict) -> tuple[str, ...]:
+    return tuple(f"'{key}' ({value.at[key]})" for key in value if key not in _OF_A_RULE)
+
+
 def _rule(value: LocatedDict, where: str) -> Rule:
     for key in value:
-        if key not in ("filter", "value"):
-            hint = nearest(key, ("filter", "value"))
-            raise RecipeError(f"{value.at[key]}: unknown key '{key}'; {hint}")
+        # A text in place of the filter's is hardly meant to hold for every tensor.
+        meant = "filter" if "filter" not in value and isinstance(value[key], str) else None
+        meant = near_miss(key, _OF_A_RULE) or meant
+        if key not in _OF_A_RULE and meant is not None:
+            raise RecipeError(f"{value.at[key]}: unknown key '{key}'; did you mean '{meant}'?")
     if value.get("value") is None:
         raise RecipeError(f"{where}: a filter needs a 'value:'")
     name = value.get("filter")
@@ -128,7 +138,7 @@ def _rule(value: LocatedDict, where: str) -> Rule:
 
 def _setting(value: Any, where: str) -> Setting:
     if isinstance(value, LocatedDict):
-        return Setting((_rule(value, where),))
+        return Setting((_rule(value, where),), _ignored(value))
     if isinstance(value, LocatedList) and any(isinstance(item, LocatedDict) for item in value):
         rules = []
         for item, at in zip(value, value.at, strict=True):
@@ -138,7 +148,7 @@ def _setting(value: Any, where: str) -> Setting:
                     "`value: ...`"
                 )
             rules.append(_rule(item, at))
-        return Setting(tuple(rules))
+        return Setting(tuple(rules), tuple(line for item in value for line in _ignored(item)))
     return Setting((Rule(None, _gradient(value, where), where),))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastmerge.errors import RecipeError, brief, nearest
 from fastmerge.recipe.located import placed
@@ -57,11 +57,21 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def _misspells(name: str, known: Collection[str]) -> bool:
+    """More is taken for a misspelling here than elsewhere: what is left out is `union`."""
+    return "did you mean" in nearest(name, known)
+
+
 class TokenEntry(Section):
     """One token of ``tokens:``."""
 
+    tolerant: ClassVar[bool] = True
+
     source: TokenSource | None = field(token_source, None)
     force: bool = field(_boolean, False)  # for every model, whether it has a row or not
+
+    def misspells(self, name: str) -> bool:
+        return _misspells(name, self.fields)
 
 
 def _tokens(value: Any) -> Mapping[str, TokenEntry]:
@@ -73,9 +83,17 @@ def _tokens(value: Any) -> Mapping[str, TokenEntry]:
 class TokenizerSection(Section):
     """Whose tokenizer the output has, and where rows come from that a model lacks."""
 
+    tolerant: ClassVar[bool] = True
+
     source: str = field(reference, "union")  # or base, or a model
     tokens: Mapping[str, TokenEntry] = field(_tokens, {})
     pad_to_multiple_of: int | None = field(whole(1, 1 << 20), None)
+
+    def misspells(self, name: str) -> bool:
+        return _misspells(name, self.fields)
+
+    def belongs(self, name: str) -> str:
+        return "it belongs at the top" if name == "chat_template" else ""
 
     @classmethod
     def of_source(cls, source: str, where: str) -> TokenizerSection:

@@ -15,6 +15,7 @@ from fastmerge.limits import MAX_RECIPE_VALUES
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
 _TAG = "tag:yaml.org,2002:"
+_OF_AN_ENTRY = ("model", "source_model", "sources")  # doubled where a list's '-' is forgotten
 
 
 class Constructor(SafeConstructor):
@@ -37,14 +38,15 @@ class Constructor(SafeConstructor):
 class _Builder:
     """Turns YAML nodes into located containers and plain scalars."""
 
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
+    def __init__(self, origin: str, *, lenient: bool) -> None:
+        self.origin, self.lenient = origin, lenient
         self.constructor = Constructor()
         # By the node's id: an alias shares its anchor's object, so nested aliases stay small.
         self.done: dict[int, Any] = {}
         self.open: set[int] = set()
         # Values in each, every alias written out: whoever walks or prints them meets that many.
         self.values: dict[int, int] = {}
+        self.doubled: list[str] = []  # earlier ones of keys that are given twice, where lenient
 
     def place(self, node: Node) -> str:
         return f"{self.origin}:{node.start_mark.line + 1}"
@@ -104,6 +106,19 @@ class _Builder:
                 "which is no text"
             ) from None
 
+    def _double(self, key: ScalarNode, earlier: Node) -> None:
+        if self.lenient and key.value not in _OF_AN_ENTRY:
+            again = key.start_mark.line + 1
+            self.doubled.append(
+                f"'{key.value}' ({self.place(earlier)}; given again on line {again}, which counts)"
+            )
+            return
+        entry = "; did you mean another entry? Begin it with '- '"
+        raise RecipeError(
+            f"{self.place(key)}: key '{key.value}' is given twice (first on line "
+            f"{earlier.start_mark.line + 1}){entry if key.value in _OF_AN_ENTRY else ''}"
+        )
+
     def _mapping(self, node: MappingNode) -> LocatedDict:
         seen: dict[str, Node] = {}
         for key, _ in node.value:
@@ -115,10 +130,7 @@ class _Builder:
                 raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
             self._check_text(key)
             if key.value in seen:
-                first = seen[key.value].start_mark.line + 1
-                raise RecipeError(
-                    f"{self.place(key)}: key '{key.value}' is given twice (first on line {first})"
-                )
+                self._double(key, seen[key.value])
             seen[key.value] = key
         try:
             # '<<' puts the merged keys first, so that the mapping's own win below.
@@ -132,12 +144,20 @@ class _Builder:
         return result
 
 
+def _built(node: Node, builder: _Builder) -> Any:
+    document = builder.build(node)
+    if isinstance(document, LocatedDict):
+        document.doubled = tuple(builder.doubled)
+    return document
+
+
 def parse(text: str, origin: str, what: str) -> list[Any]:
     """The documents of ``text``, None for an empty one; RecipeError names the line of a fault."""
     try:
         # Not libyaml's loader: it takes the process down where this one raises RecursionError.
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-        return [_Builder(origin).build(node) for node in nodes if node is not None]
+        # In a recipe the last of two counts, as in mergekit, which is noted.
+        return [_built(node, _Builder(origin, lenient=what == "recipe")) for node in nodes if node]
     except yaml.MarkedYAMLError as error:
         raise RecipeError(f"{origin}{_fault(error, text)}") from None
     except yaml.YAMLError as error:
