@@ -178,7 +178,7 @@ def test_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"safe_serialization": False}, "safe_serialization: .* safetensors only"),
+        ({"safe_serialization": False}, "safe_serialization=False: .* safetensors only"),
         ({"transformers_cache": 3}, "transformers_cache: must be a path, not 3"),
         ({"device": "cuda:x"}, "device: unknown 'cuda:x'; use cpu, cuda, auto"),
         ({"device": "xpu"}, "device: unknown 'xpu'; use cpu, cuda, auto"),

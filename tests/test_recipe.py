@@ -134,10 +134,15 @@ def test_seed(key):
 
 
 @pytest.mark.parametrize(
-    "line", ["tokenizer_source: base", "tokenizer_source: a", "tokenizer: {source: base}"]
-)
+    "line",
+    [
+        "tokenizer_source: base", "tokenizer_source: a", "tokenizer: {source: base}",
+        "tokenizer_source: 'model:a'",
+    ],
+)  # fmt: skip
 def test_the_bases_own_tokenizer(line):
-    load(SLERP + "parameters: {t: 0.5}\n" + line + "\n")
+    asked = load(SLERP + "parameters: {t: 0.5}\n" + line + "\n").output.vocabulary
+    assert asked.source in ("base", "a")
 
 
 @pytest.mark.parametrize("t, value", [(0, 0), (1 / 6, 0.25), (1 / 3, 0.5), (0.5, 0.4), (1, 0.7)])
@@ -193,6 +198,50 @@ BAD = {
         f"{SLERP}t: 0.5\n",
         "recipe:4: unknown key 't'; it belongs under 'parameters:'",
     ),
+    "method-of-another-name": (
+        f"merge_method: model_soup\n{TWO}",
+        "recipe:1: unknown method 'model_soup'; did you mean 'linear'?",
+    ),
+    "method-under-another-key": (
+        f"method: linear\n{TWO}",
+        "recipe:1: 'merge_method' is missing; is it 'method'?",
+    ),
+    "base-under-another-key": (
+        f"merge_method: ties\nbase: a\n{TWO}",
+        "recipe:2: unknown key 'base'; write 'base_model:'",
+    ),
+    "fence": (
+        f"```yaml\n{SLERP}```\n",
+        "recipe:1: not valid YAML ('```yaml'): a model card's fence",
+    ),
+    "models-and-slices": (
+        f"{SLERP}slices:\n- sources: [{{model: a, layer_range: [0, 1]}}]\n",
+        "recipe:4: give 'models:' or 'slices:', not both",
+    ),
+    "range-as-text": (
+        f"{LINEAR}slices:\n- sources: [{{model: a, layer_range: 0-4}}]\n",
+        "recipe:4: 'layer_range' must be a list, [start, end), as [0, 32]",
+    ),
+    "slice-of-a-model": (
+        f"{LINEAR}slices:\n- {{model: a, layer_range: [0, 4]}}\n",
+        "recipe:4: a slice lists its models under 'sources:', each with its 'layer_range:'",
+    ),
+    "weights-by-module": (
+        f"{LINEAR}models: [{{model: a, parameters: {{weight: {{mlp: 0.5}}}}}}]\n",
+        "a filter needs a 'value:', as {filter: mlp, value: 0.5}",
+    ),
+    "tokenizer-as-text": (
+        f"{SLERP}tokenizer: union\n",
+        "recipe:4: 'tokenizer' must be a mapping; write `tokenizer_source: union`",
+    ),
+    "tokenizers-model": (
+        f"{SLERP}tokenizer: {{model: a}}\n",
+        "recipe:4: unknown key 'model'; write 'source:'",
+    ),
+    "tokenizer-misspelt": (
+        f"{SLERP}tokenizer_source: Union\n",
+        "recipe:4: unknown tokenizer 'Union'; did you mean 'union'?",
+    ),
     "no-method": (TWO, "recipe:1: 'merge_method' is missing"),
     "unknown-method": (
         f"merge_method: slrep\n{TWO}",
@@ -200,10 +249,6 @@ BAD = {
     ),
     "method-a-list": (f"merge_method: [ties]\n{TWO}", "recipe:1: 'merge_method' must be text"),
     "no-models": (LINEAR, "give either 'models:' or 'slices:'"),
-    "models-and-slices": (
-        f"{LINEAR}{TWO}slices:\n  - sources: [{{model: a, layer_range: [0, 1]}}]\n",
-        "give either 'models:' or 'slices:'",
-    ),
     "models-empty": (f"{LINEAR}models: []\n", "with at least one entry"),
     "model-is-text": (
         f"{LINEAR}models:\n  - a\n",

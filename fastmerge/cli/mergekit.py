@@ -27,6 +27,24 @@ ABSENT |= dict.fromkeys(
     "mergekit-moe and mergekit-extract-lora",
 )  # fmt: skip
 
+ABSENT |= {
+    "mergekit-mega": "is called mergekit-multi",
+    "bakllama": "is not there; write its layers under 'slices:', for mergekit-yaml",
+}
+
+# What mergekit-yaml and mergekit-moe never had, and what people write all the same.
+_FOLDER = "write the folder to write behind the recipe, without an option"
+ELSEWHERE["mergekit-yaml"] = ELSEWHERE["mergekit-moe"] = {
+    **dict.fromkeys(
+        ("--output", "-o", "--output-dir", "--output_dir", "--out-dir", "--out_dir", "--out-path"),
+        _FOLDER,
+    ),
+    **dict.fromkeys(("--config", "-c"), "write the recipe first, without an option"),
+    **dict.fromkeys(("--cpu-only", "--cpu"), "leave it out: without --cuda it is the CPU"),
+    "--tokenizer-source": "write `tokenizer_source:` in the recipe",
+    "--dtype": "write `dtype:` in the recipe",
+}
+
 _NO_USE = "has no use here; leave it out"
 _YAML = "`fastmerge mergekit-yaml` follows it"
 ELSEWHERE["merge"] = ELSEWHERE["moe"] = ELSEWHERE["plan"] = {

@@ -43,7 +43,9 @@ def mergekit_extract_lora(
     idle = (Options.__annotations__.keys() | NO_EFFECT) - followed
     given = given_options(options, idle)
     if not given.get("safe_serialization", True):
-        raise FastmergeError("--no-safe-serialization: fastmerge writes safetensors only")
+        raise FastmergeError(
+            "--no-safe-serialization: fastmerge writes safetensors only; leave it out"
+        )
     extraction: dict[str, Any] = {
         "max_rank": max_rank,
         "dtype": None,

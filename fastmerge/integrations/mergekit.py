@@ -34,6 +34,7 @@ from fastmerge.errors import (
     OutputError,
     RecipeError,
     UnsupportedError,
+    argument,
     brief,
     near_miss,
     nearest,
@@ -184,7 +185,8 @@ def _options(options: Any) -> dict[str, Any]:
         a_flag(given[name], name)
     if not given.get("safe_serialization", True):
         raise UnsupportedError(
-            "safe_serialization: fastmerge writes safetensors only; leave it true"
+            f"{argument('safe_serialization', False)}: fastmerge writes safetensors only; leave it "
+            "out"
         )
     if "transformers_cache" in given:
         given["transformers_cache"] = a_path(given["transformers_cache"], "transformers_cache")

@@ -225,11 +225,26 @@ def _spec(name: str, call: Callable[..., Any]) -> Any:
     return spec
 
 
+# What methods are called elsewhere, some of them like another method's name.
+_OTHER_NAMES = {
+    **dict.fromkeys(
+        ("average", "weighted_average", "mean", "soup", "model_soup", "model_soups", "lerp"),
+        "linear",
+    ),
+    **dict.fromkeys(("frankenmerge", "franken", "stack", "concat", "copy"), "passthrough"),
+    "karcher_mean": "karcher",
+    "ta": "task_arithmetic",
+    "task_vector": "task_arithmetic",
+}
+
+
 def find(name: str, where: str = "merge_method") -> Method:
     """The row called ``name``; raises FastmergeError with the nearest known name."""
     row = known(name)
     if row is None:
-        raise RecipeError(f"{where}: unknown method '{name}'; {nearest(name, METHODS)}")
+        meant = _OTHER_NAMES.get(name.lower().replace("-", "_").replace(" ", "_"))
+        hint = f"did you mean '{meant}'?" if meant else nearest(name, METHODS)
+        raise RecipeError(f"{where}: unknown method '{name}'; {hint}")
     return row
 
 

@@ -9,6 +9,7 @@ ignored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -61,6 +62,9 @@ class _Parametrised(Section):
 
 _BELONGS = {
     "revision": "write the model as 'name@revision'",
+    "base": "write 'base_model:'",
+    "method": "write 'merge_method:'",
+    "torch_dtype": "write 'dtype:'",
     "input_model_parameters": "mergekit dropped it: use each model's 'parameters:'",
 }
 
@@ -89,7 +93,12 @@ class SliceSource(_Parametrised):
     @classmethod
     def written_out(cls, data: LocatedDict) -> LocatedDict:
         misspelt = any(near_miss(name, ("layer_range",)) for name in data if name not in cls.fields)
-        if data.get("layer_range") is None and not misspelt:
+        given = data.get("layer_range")
+        if given is not None and not isinstance(given, list):
+            raise RecipeError(
+                f"{data.at['layer_range']}: 'layer_range' must be a list, [start, end), as [0, 32]"
+            )
+        if given is None and not misspelt:
             raise RecipeError(
                 f"{data.where}: 'layer_range' is missing; give the layers, [start, end), or list "
                 "whole models under 'models:'"
@@ -116,6 +125,15 @@ class Slice(_Parametrised):
     sources: tuple[SliceSource, ...] = field(listed(SliceSource))
     base_model: str | None = field(reference, None)
     parameters: Mapping[str, Setting] = field(settings, NO_SETTINGS)
+
+    @classmethod
+    def written_out(cls, data: LocatedDict) -> LocatedDict:
+        if "model" in data and data.get("sources") is None:
+            raise RecipeError(
+                f"{data.at['model']}: a slice lists its models under 'sources:', each with its "
+                "'layer_range:'"
+            )
+        return data
 
     def check(self) -> None:
         if not self.sources:
@@ -151,7 +169,7 @@ def _modules(value: Any) -> Mapping[str, Module]:
 AS_BASE = "as_base"  # under out_dtype
 _WHOLE = "default"  # what mergekit calls the one module of a model that has no others
 
-_MOE = "it is a mixture's; list its models under 'experts:' and remove 'merge_method:'"
+_MOE = "it is a mixture's; list its models under 'experts:'"
 
 
 def typed(dtype: str) -> dict[str, str]:
@@ -244,7 +262,11 @@ class Document(_Parametrised):
         method = self.method
         if self.modules is not None:
             self._hoist(self.modules)
-        if self.modules is None and bool(self.models) == bool(self.slices):
+        if "base" in self._at and self.base_model is None and method.base in ("required", "first"):
+            raise RecipeError(f"{self.at('base')}: unknown key 'base'; {_BELONGS['base']}")
+        if self.models and self.slices:
+            raise RecipeError(f"{self.at('slices')}: give 'models:' or 'slices:', not both")
+        if self.modules is None and not self.models and not self.slices:
             raise RecipeError(
                 f"{self.where}: give either 'models:' or 'slices:', with at least one entry"
             )
@@ -298,6 +320,12 @@ class Document(_Parametrised):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise RecipeError(
                 f"{self.at('tokenizer')}: give 'tokenizer' or 'tokenizer_source', not both"
+            )
+        asked = self.vocabulary
+        meant = None if asked is None else near_miss(asked.source, ("union", "base"))
+        if meant is not None and asked.source != meant and not os.path.exists(asked.source):
+            raise RecipeError(
+                f"{asked.at('source')}: unknown tokenizer '{asked.source}'; did you mean '{meant}'?"
             )
         if self.chat_template is not None:
             check_template(self.chat_template, TEMPLATES, self.at("chat_template"))

@@ -147,7 +147,8 @@ def _value(own: _Field, name: str, data: LocatedDict) -> Any:
         return own.default
     try:
         if given is None:
-            raise FaultError("is missing")
+            strange = next((key for key in data if "did you" in nearest(key, (name,))), name)
+            raise FaultError("is missing" + (f"; is it '{strange}'?" if strange != name else ""))
         if isinstance(given, (LocatedDict, LocatedList)) and given.size > MAX_RECIPE_VALUES:
             raise FaultError(
                 f"makes more than {MAX_RECIPE_VALUES} values of its aliases; write out what "

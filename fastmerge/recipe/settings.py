@@ -128,7 +128,7 @@ def _rule(value: LocatedDict, where: str) -> Rule:
         if key not in _OF_A_RULE and meant is not None:
             raise RecipeError(f"{value.at[key]}: unknown key '{key}'; did you mean '{meant}'?")
     if value.get("value") is None:
-        raise RecipeError(f"{where}: a filter needs a 'value:'")
+        raise RecipeError(f"{where}: a filter needs a 'value:', as {{filter: mlp, value: 0.5}}")
     name = value.get("filter")
     if name is not None and not isinstance(name, str):
         raise RecipeError(f"{value.at['filter']}: 'filter' must be text, not {shown(name)}")

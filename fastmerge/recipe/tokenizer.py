@@ -80,17 +80,30 @@ def _tokens(value: Any) -> Mapping[str, TokenEntry]:
     return {token: TokenEntry({} if entry is None else entry) for token, entry in value.items()}
 
 
+def _source(value: Any) -> str:
+    """A model by itself or, as mergekit had it until 2024, behind ``model:``."""
+    return reference(value).removeprefix("model:")
+
+
 class TokenizerSection(Section):
     """Whose tokenizer the output has, and where rows come from that a model lacks."""
 
     tolerant: ClassVar[bool] = True
 
-    source: str = field(reference, "union")  # or base, or a model
+    source: str = field(_source, "union")  # or base, or a model
     tokens: Mapping[str, TokenEntry] = field(_tokens, {})
     pad_to_multiple_of: int | None = field(whole(1, 1 << 20), None)
 
+    def __init__(self, data: Any) -> None:
+        if isinstance(data, str):
+            raise FaultError(f"must be a mapping; write `tokenizer_source: {brief(data)[1:-1]}`")
+        super().__init__(data)
+
     def misspells(self, name: str) -> bool:
-        return _misspells(name, self.fields)
+        return name == "model" or _misspells(name, self.fields)
+
+    def hint(self, name: str) -> str:
+        return "write 'source:'" if name == "model" else super().hint(name)
 
     def belongs(self, name: str) -> str:
         return "it belongs at the top" if name == "chat_template" else ""

@@ -169,12 +169,16 @@ def parse(text: str, origin: str, what: str) -> list[Any]:
 # What PyYAML says in a parser's words, and what it means for who wrote the file. `{line}`: where
 # the section began that the fault is in.
 _IN_OUR_WORDS = (
+    (
+        "found character '`'",
+        "a model card's fence is no part of it; keep the lines between the two",
+    ),
     ("found character '\\t'", "a tab stands where only spaces may; indent with spaces"),
     (
         "mapping values are not allowed",
         (
             "this line is indented more than its section, or has a second ':' (quote a text with "
-            "one), or the line before has none"
+            "one), or the line before has no ': '"
         ),
     ),
     (
