@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,31 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(child: str) -> Non
     command = [sys.executable, "-c", PRELUDE + child + WAIT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("count", [5000, 3_000_000])
+def test_a_program_ends_while_its_daemon_threads_merge(count: int) -> None:
+    """Python unwinds them as they take the GIL again; it was the process that ended, by SIGABRT."""
+    code = f"""
+        import sys, threading, time
+        import numpy as np
+        from fastmerge import ops
+
+        def work():
+            while True:
+                ops.ties(None, [x, y], [0.5, 0.5], density=0.3, threads=2)
+                ops.gram([x, y])
+
+        sys.setswitchinterval(1e-5)
+        x, y = np.random.default_rng(0).standard_normal((2, {count}), dtype=np.float32)
+        for _ in range(8):
+            threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.2)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
 
 
 def test_pools_of_many_sizes_do_not_pile_up() -> None:

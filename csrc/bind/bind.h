@@ -3,9 +3,11 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "isa/table.h"
@@ -13,6 +15,27 @@
 #include "tensor.h"
 
 namespace fastmerge {
+
+// The GIL let go of until the end of a block. Up to Python 3.13 a daemon thread that wants it back
+// after the interpreter's end is unwound, through destructors that do not let that pass: the
+// process ended with SIGABRT. Here it waits for the end of the process, as it does from Python 3.14
+// on.
+class Released {
+   public:
+    Released() : state_(PyEval_SaveThread()) {}
+    Released(const Released&) = delete;
+    Released& operator=(const Released&) = delete;
+    ~Released() {
+        try {
+            PyEval_RestoreThread(state_);
+        } catch (...) {
+            for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+        }
+    }
+
+   private:
+    PyThreadState* const state_;
+};
 
 // fastmerge._C.View: a span and the Python object that keeps its memory alive.
 struct View {

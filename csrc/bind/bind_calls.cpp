@@ -78,7 +78,7 @@ class Unlocked {
 
    private:
     static constexpr int64_t kHeld = 4096;
-    std::optional<py::gil_scoped_release> released_;
+    std::optional<Released> released_;
 };
 
 // What a merge does with its tensors, all of one element type and count, once Python has decided

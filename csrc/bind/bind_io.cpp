@@ -14,7 +14,7 @@ using namespace fastmerge;
 
 namespace {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using NoGil = py::call_guard<Released>;
 
 void raise_io_errors(std::exception_ptr error) {
     try {
@@ -41,7 +41,7 @@ void bind_io(py::module_& m) {
     def_init(
         py::class_<Mapping>(m, "Mapping"),
         +[](const std::string& path) {
-            py::gil_scoped_release release;
+            Released release;
             return std::make_unique<Mapping>(path);
         },
         py::arg("path"))
@@ -94,7 +94,7 @@ void bind_io(py::module_& m) {
         +[](std::shared_ptr<Staging> staging, const std::string& path, int64_t size,
             const std::string& io, bool resume) {
             const auto mode = parse_io(io);
-            py::gil_scoped_release release;
+            Released release;
             return std::shared_ptr<StagedFile>(
                 new StagedFile(std::move(staging), path, size, mode, resume), [](StagedFile* file) {
                     if (!file->staging().inherited()) delete file;
@@ -119,7 +119,7 @@ void bind_io(py::module_& m) {
                 py::ssize_t nbytes = 0;
                 if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &nbytes))
                     throw py::error_already_set();
-                py::gil_scoped_release release;
+                Released release;
                 file.write(offset, bytes, nbytes);
             },
             py::arg("offset"), py::arg("data"))

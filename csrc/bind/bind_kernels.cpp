@@ -45,7 +45,7 @@ py::array_t<double> bound_gram(Pool& pool, const std::vector<View>& inputs,
     const Vectors vectors = vectors_of(axis, rows, cols);
     auto result = std::make_unique<std::vector<double>>();
     {
-        py::gil_scoped_release release;
+        Released release;
         *result = gram(pool, tensors, base ? &base->span : nullptr, vectors);
     }
     const auto m = static_cast<py::ssize_t>(inputs.size() + (base ? 1 : 0));
@@ -64,7 +64,7 @@ int64_t bound_combine(Pool& pool, const std::vector<View>& inputs, const Numbers
     const Vectors vectors = vectors_of(axis, rows, cols);
     const std::vector<double> numbers(coefficients.data(),
                                       coefficients.data() + coefficients.size());
-    py::gil_scoped_release release;
+    Released release;
     return combine(pool, tensors, numbers, out, divisor ? &*divisor : nullptr, vectors, wide);
 }
 
@@ -85,7 +85,7 @@ std::vector<Selection> bound_select(Pool& pool, const std::vector<View>& inputs,
                                     const std::vector<std::optional<View>>& masks) {
     const std::vector<Part> parts = {{spans(inputs), base.span, 0}};
     const std::vector<uint32_t*> bits = bits_of(masks, base.span.count);
-    py::gil_scoped_release release;
+    Released release;
     return select(pool, parts, specs, bits);
 }
 
@@ -101,7 +101,7 @@ std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::ve
     for (size_t i = 0; i < inputs.size(); ++i)
         parts.push_back({spans(inputs[i]), bases[i].span, origins[i]});
     if (passes.is_none()) {
-        py::gil_scoped_release release;
+        Released release;
         return select(pool, parts, specs);
     }
     if (ends.empty() || ends.back() != parts.size() || !std::is_sorted(ends.begin(), ends.end()))
@@ -114,7 +114,7 @@ std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::ve
             if (piece >= number) throw std::invalid_argument("no such piece");
             std::string found;
             {
-                py::gil_scoped_release release;
+                Released release;
                 found = count(piece);
             }
             return py::bytes(found);
@@ -125,7 +125,7 @@ std::vector<Selection> bound_select_across(Pool& pool, const std::vector<std::ve
         if (found.size() != number) throw std::invalid_argument("one result per piece is needed");
         return found;
     };
-    py::gil_scoped_release release;
+    Released release;
     return select(pool, parts, specs, {}, &pieces);
 }
 
@@ -140,7 +140,7 @@ int64_t bound_consensus(Pool& pool, const std::vector<View>& inputs, const View&
         if (selections[j].kind == Sparsity::kRanked && !selections[j].mask)
             throw std::invalid_argument("what is drawn by rank needs its mask");
     }
-    py::gil_scoped_release release;
+    Released release;
     const Agreement agreement = {elect, normalize, scale, origin, votes_of(votes), counted};
     return consensus(pool, tensors, base.span, weights, selections, out, agreement);
 }
@@ -187,7 +187,7 @@ py::tuple bound_quantise(Pool& pool, const View& source, const std::string& codi
                          int64_t block_cols, bool power_of_two) {
     Rounding made;
     {
-        py::gil_scoped_release release;
+        Released release;
         made = quantise(pool, source.span, coding_named(coding), rows, cols, block_rows, block_cols,
                         power_of_two, codes, scales);
     }
@@ -197,7 +197,7 @@ py::tuple bound_quantise(Pool& pool, const View& source, const std::string& codi
 py::array_t<double> bound_divergences(Pool& pool, const View& x, const View& base, int64_t cols) {
     std::vector<double> found;
     {
-        py::gil_scoped_release release;
+        Released release;
         found = divergences(pool, x.span, base.span, cols);
     }
     return py::array_t<double>(static_cast<py::ssize_t>(found.size()), found.data());
@@ -237,7 +237,7 @@ void bind_kernels(py::module_& m) {
           py::kw_only(), "rows"_a, "cols"_a, "block_rows"_a, "block_cols"_a, "power_of_two"_a);
     m.def(
         "bad_scale", [](const View& scales) { return bad_scale(scales.span); }, "scales"_a,
-        py::call_guard<py::gil_scoped_release>());
+        py::call_guard<Released>());
     m.def("low_rank", &bound_low_rank, "base"_a, "left"_a, "right"_a, "rank"_a, "scale"_a,
           py::kw_only(), "factors"_a = py::none(), "by_column"_a = false, "matrices"_a = 1);
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);
@@ -246,8 +246,8 @@ void bind_kernels(py::module_& m) {
     m.def(
         "equal",
         [](Pool& pool, const View& a, const View& b) { return equal(pool, a.span, b.span); },
-        "pool"_a, "a"_a, "b"_a, py::call_guard<py::gil_scoped_release>());
+        "pool"_a, "a"_a, "b"_a, py::call_guard<Released>());
     m.def(
         "copy", [](Pool& pool, const View& source, Sink& out) { copy(pool, source.span, out); },
-        "pool"_a, "source"_a, "out"_a, py::call_guard<py::gil_scoped_release>());
+        "pool"_a, "source"_a, "out"_a, py::call_guard<Released>());
 }
