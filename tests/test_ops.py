@@ -223,7 +223,7 @@ def test_scalar_shape():
         (lambda: ops.linear([A, B], [1]), "2 tensors but 1 values for 'weight'"),
         (lambda: ops.linear([A, B], [1, -1]), "sum to 0"),
         (lambda: ops.model_stock(None, [A, B]), "needs a base"),
-        (lambda: ops.ties(BASE, [X], [1], density=0.0), r"in \(0, 1\]"),
+        (lambda: ops.ties(BASE, [X], [1], density=-0.1), r"in \[0, 1\]"),
         (lambda: ops.slerp(A, B, 0.5, out=np.zeros(3, np.float32)), "shape"),
         (lambda: ops.slerp(A, B, 0.5, out=[1]), "must be of the inputs' kind"),
         (lambda: ops.combine([A, B], [1]), "2 tensors but 1 coefficients"),
