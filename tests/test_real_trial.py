@@ -7,7 +7,7 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,15 +216,23 @@ class Counting:
         if self._allowed < 0:
             raise self._error
         digits = weights.state_dict()["model.layers.0.mlp.up_proj.weight"].float().numpy()
-        items = tuple(100.0 * float(x > 0) for x in digits.ravel()[:12] + 0.01)
-        names = ("arc_challenge", "maths")
-        one = {n: TaskScore(float(np.mean(items)), "acc", 12, {n: items}) for n in names}
-        return Scores(one)
+        some = digits.ravel()[:12]
+        every = {"arc_challenge": some > -0.01, "maths": 0.5 + np.tanh(some) / 3}
+        lists = {n: tuple(100.0 * float(v) for v in values) for n, values in every.items()}
+        return Scores(
+            {n: TaskScore(float(np.mean(v)), "acc", 12, {n: v}) for n, v in lists.items()}
+        )
 
 
 def run_of(
-    real: SimpleNamespace, out: Path, llamas: Path, allowed: float, monkeypatch: pytest.MonkeyPatch
+    real: SimpleNamespace,
+    out: Path,
+    llamas: Path,
+    allowed: float,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception] | None = None,
 ) -> dict[str, Any]:
+    """The record of a run that measures ``allowed`` models of each block, or raises ``error``."""
     (out / "noise" / "noise-0").mkdir(parents=True, exist_ok=True)
     (out / "null").mkdir(exist_ok=True)
     for target, name in ((out / "noise" / "noise-0", "maths"), (out / "models", "")):
@@ -234,16 +242,17 @@ def run_of(
     given.results, given.threads = out / "results", 1
     run = real.run.Run(given)
     run.chosen = {"steer": {}, "test-0": {}, "generate-0": {}}
+    run.record["items"] = run.chosen
     run.sections = {"steer": {"every": "cycle", "callable": "unused:score"}}
     run.record["fine_tunes"] = {}
 
     def load_scorers() -> None:
         run.journal = real.run.Journal(out / "journal.jsonl")
-        error = real.run.TimeIsUpError
-        run.scorers = {name: Counting(name, allowed, error) for name in run.chosen}
+        ends = error or real.run.TimeIsUpError
+        run.scorers = {name: Counting(name, allowed, ends) for name in run.chosen}
 
     run.load_scorers = load_scorers
-    for part in (run.search, run.test, run.null):
+    for part in (run.search, run.test, run.null, run.test_others):
         try:
             part()
         except real.run.TimeIsUpError:
@@ -270,6 +279,50 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert linear["linear"] == linear["own"] == linear["entry"]
     text = real.tables.tables(real.tables.Record(tmp_path / "whole/results/record.json"))
     assert "DKE-RS SLERP, anneal" in text and "the same model" in text
+
+
+def test_a_run_goes_on_from_a_record_alone(
+    real: SimpleNamespace,
+    llamas: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run_of(real, tmp_path / "whole", llamas, 10_000, monkeypatch)
+    for stopped in (30, 60):  # in the search, in the tests of what the primary comparisons are of
+        parts = tmp_path / f"parts-{stopped}"
+        first = run_of(real, parts, llamas, stopped, monkeypatch)
+        assert first != whole
+        (parts / "journal.jsonl").unlink()
+        assert run_of(real, parts, llamas, 10_000, monkeypatch) == whole
+
+    def goes_on(name: str, record: Mapping[str, Any], models: Path = llamas) -> dict[str, Any]:
+        file = tmp_path / name / "results" / "record.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(record))
+        return run_of(real, tmp_path / name, models, 0, monkeypatch, AssertionError)
+
+    # What a whole record has is not measured: the scorer would raise.
+    assert goes_on("elsewhere", whole) == whole
+    assert "goes on from" in capsys.readouterr().out
+    # One that is of something else is said, and all is measured.
+    for key, other, said in (
+        ("items", {"steer": {"arc_challenge": [1]}}, "other items"),
+        ("singles", whole["singles"] | {"maths": "0" * 16}, "other models' weights"),
+    ):
+        with pytest.raises(AssertionError):
+            goes_on(key, whole | {key: other})
+        assert said in capsys.readouterr().out
+    # What cannot be found again, or read, is one line.
+    rounds = json.loads(json.dumps(whole["rounds"]))
+    rounds[0]["walk_ties"]["entry"] = whole["singles"]["start"]
+    for name, record, said in (
+        ("chosen", whole | {"rounds": rounds}, "round 0, walk_ties: not what the record"),
+        ("less", {"profile": "demo"}, "no record to go on from"),
+    ):
+        with pytest.raises(FastmergeError, match=said) as caught:
+            goes_on(name, record)
+        assert "\n" not in str(caught.value)
 
 
 def test_no_effect_is_found_among_models_of_equal_ability(real: SimpleNamespace) -> None:

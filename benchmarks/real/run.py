@@ -5,7 +5,8 @@
 Makes the baseline and its fine-tunes, lets schedules and one-shot merges search on the steering
 items, and meets the test items with what they enter (PROTOCOL.md). DATA is a folder with
 leaderboard/ and text/. The same command goes on where it stopped; ``--results`` gets the scores by
-item, from which tables.py writes the tables.
+item, from which tables.py writes the tables. Scores that a record.json there has of the same models
+and items are not measured again, so that a run goes on in another folder, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import items
 import models
+import numpy as np
 from contest import COLLAPSED, OPTIMISERS, RIVALS, WALKS, Contest, Entry, linear_of
 
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal, write_atomically
 from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.evaluation.scores import TaskScore
 from fastmerge.retrograde import Lab, Model, Scores, load, open_space
 from fastmerge.search.expressions import Expr, as_json, is_random, reseeded
 from fastmerge.search.lab import Measurement
@@ -99,6 +102,41 @@ PROFILES = {
 }  # fmt: skip
 
 
+class Recorded(Lab):
+    """A lab that notes what it scores in a record, and knows what the record has. Scores have the
+    record's five digits as soon as they are measured, so that nothing depends on where they come
+    from.
+    """
+
+    states: dict[str, Any]  # a record's
+    block = "steer"  # of items, which the scorer scores
+    # Whether a state that the record lacks did not win, and is not measured: of a one-shot search
+    # the first records kept the winner alone.
+    lost = False
+
+    def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
+        scores = super().score(state, split, limit)
+        if limit is None and scores.tasks:
+            entry = {"is": as_json(state), "scores": {}}
+            of_blocks = self.states.setdefault(key_of(self, state), entry)["scores"]
+            of_blocks[self.block] = compact(scores)
+        return scores
+
+    def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
+        found = super().known(state, split, limit)
+        if found is not None or limit is not None:
+            return found
+        state_of = self.states.get(key_of(self, state), {"scores": {}})
+        if self.block in state_of["scores"]:
+            return expanded(state_of["scores"][self.block])
+        return Scores({}) if self.lost else None  # the mean of no task is NaN, which never wins
+
+    def keep(
+        self, state: Expr, scores: Scores, split: str = "steer", limit: int | None = None
+    ) -> Scores:
+        return super().keep(state, expanded(compact(scores)), split, limit)
+
+
 class TimeIsUpError(Exception):
     """The minutes are used up; what was measured is kept."""
 
@@ -114,10 +152,31 @@ class Run:
         self.record: dict[str, Any] = {"profile": given.profile, "states": {}, "rounds": []}
         self._begun = time.monotonic()
         self._share = 1.0
-        self.labs: list[Lab] = []
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+    def go_on(self) -> None:
+        """Takes up the record in --results, if it is of this profile, these items and models."""
+        file = self.given.results / "record.json"
+        if not file.is_file():
+            return
+        try:
+            earlier = json.loads(file.read_text())
+            others = [k for k in ("profile", "items", "singles") if earlier[k] != self.record[k]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FastmergeError(
+                f"{file}: no record to go on from ({type(error).__name__}: {error}); move it away, "
+                "or name another --results"
+            ) from None
+        if others:
+            what = others[0].replace("singles", "models' weights")
+            self.say(f"{file} is of other {what}: all is measured anew, and it is replaced")
+            return
+        self.record["states"].update(earlier.pop("states"))  # which the labs look into
+        self.record |= earlier
+        kinds = [len(state["scores"]) for state in self.record["states"].values()]
+        self.say(f"goes on from {file}: {len(kinds)} models, {sum(kinds)} measurements")
 
     def make_models(self) -> None:
         """The baseline and the fine-tunes: those that are there already stay."""
@@ -157,10 +216,11 @@ class Run:
         space = open_space(schedule, cache=cache, threads=self.given.threads)
         if not hasattr(self, "scorers"):
             self.load_scorers()
-        lab = Lab(
+        lab = Recorded(
             space, schedule.evaluate, self.scorers["steer"], self.journal,
             threads=self.given.threads, folder=self.out, observe=self.observe,
         )  # fmt: skip
+        lab.states = self.record["states"]
         return Contest(lab, shared, round_number, self.say)
 
     def load_scorers(self) -> None:
@@ -180,41 +240,32 @@ class Run:
             if used > self.given.minutes * self._share:
                 raise TimeIsUpError
 
-    def keep(self, lab: Lab, state: Expr, scores: Scores, block: str = "steer") -> str:
-        """Notes the scores by item under a digest of what decides the weights; returns that."""
-        key = lab.space.fingerprint(state)[:16]
-        entry = self.record["states"].setdefault(key, {"is": as_json(state), "scores": {}})
-        entry["scores"][block] = compact(scores)
-        return key
-
     def search(self) -> None:
         """On the steering items: every family of every round, then every round's optimisers."""
         self._share = self.given.search_share
         main = self.contest(list(models.RUNS), 0)
         lab = main.lab
         self.main = lab
-        self.tested: list[tuple[str, Lab, Expr]] = []
+        self.tested: list[tuple[str, Recorded, Expr]] = []
+        self.record["singles"] = {n: key_of(lab, Model(i)) for i, n in enumerate(main.names)}
+        self.go_on()
         singles = main.singles()
-        self.record["singles"] = {
-            name: self.keep(lab, Model(i), singles[i]) for i, name in enumerate(main.names)
-        }
-        rounds: list[dict[str, Any]] = self.record["rounds"]
         contests = [Contest(lab, main.shared, n, self.say) for n in range(self.profile.rounds)]
+        rounds: list[dict[str, Any]] = self.record["rounds"]
+        rounds += [{} for _ in contests[len(rounds) :]]
         for number, contest in enumerate(contests):
-            rounds.append({})
             for entry, owner in self.families(contest, number, singles):
-                rounds[number][entry.family] = self.noted(entry, owner)
-                self.write()
-        for found, contest in zip(rounds, contests, strict=True):
+                self.enter(number, entry, owner)
+        for number, contest in enumerate(contests):
             for family in OPTIMISERS if self.profile.optimised else ():
-                found[family] = self.noted(contest.optimiser(family), contest)
-                self.write()
+                self.enter(number, contest.optimiser(family), contest)
 
     def families(
         self, contest: Contest, number: int, singles: Sequence[Scores]
     ) -> Iterator[tuple[Entry, Contest]]:
         """The families of a round, those that answer most first."""
         walks: dict[str, Entry] = {}
+        lab: Recorded = contest.lab
         for family in ORDER:
             entry: Entry | None
             if family == "random_step":
@@ -227,7 +278,10 @@ class Run:
             elif family == "uniform":
                 entry = contest.uniform()
             else:
+                # A greedy soup goes by all that it measures.
+                lab.lost = family != "greedy_soup" and family in self.record["rounds"][number]
                 entry = contest.rival(family, singles)
+                lab.lost = False
             if entry is not None:
                 yield entry, contest
 
@@ -244,32 +298,49 @@ class Run:
         entry = contest.walk("walk_linear")
         return Entry("random_step", entry.state, entry.steer, entry.measured), contest
 
+    def enter(self, number: int, entry: Entry, contest: Contest) -> None:
+        """Notes a family's result of a round, which must be the one that the record has already."""
+        found = self.noted(entry, contest)
+        known = self.record["rounds"][number].setdefault(entry.family, found)
+        # Those of `small` were chosen by scores before rounding, which moves a mean by up to 5e-4
+        # points; it may move no choice.
+        moved = abs(known["steer"] - found["steer"])
+        if known | {"steer": 0} != found | {"steer": 0} or moved > 1e-3:
+            raise FastmergeError(
+                f"round {number}, {entry.family}: not what the record in {self.given.results} has; "
+                "another version made it: name another --results"
+            )
+        self.write()
+
     def noted(self, entry: Entry, contest: Contest) -> dict[str, Any]:
         """A family's result by its states' keys."""
         lab = contest.lab
         noted: dict[str, Any] = {
-            "entry": self.keep(lab, entry.state, entry.steer),
+            "entry": key_of(lab, entry.state),
             "steer": round(entry.steer.value, 4),
-            "measured": [self.keep(lab, state, scores) for state, scores in entry.measured],
+            "measured": [key_of(lab, state) for state, _ in entry.measured],
         }
         self.tested.append((entry.family, lab, entry.state))
         if is_random(entry.state):
             masks = [reseeded(entry.state, shift) for shift in range(1, MASKS)]
-            noted["masks"] = [lab.space.fingerprint(state)[:16] for state in masks]
+            noted["masks"] = [key_of(lab, state) for state in masks]
             self.tested += [(f"{entry.family} mask", lab, state) for state in masks]
         if entry.trajectory is not None:
             own = {"linear": linear_of(entry.trajectory, entry.step)}
             own["own"] = contest.own_one_shot(entry.family, entry.trajectory, entry.step)
             for kind, state in own.items():
-                noted[kind] = lab.space.fingerprint(state)[:16]
+                noted[kind] = key_of(lab, state)
                 self.tested.append((f"{entry.family} > {kind}", lab, state))
         return noted
 
     def null(self) -> None:
         """A walk among copies of one model: its every score must be the baseline's, by item."""
+        if "null" in self.record:
+            return
         (self.out / "null").mkdir(exist_ok=True)
         models.copy_of(self.out / "models" / "baseline", self.out / "null" / "copy")
         contest = self.contest(["copy"], 0, "null")
+        contest.lab.states = {}  # copies are no models of the trial
         baseline = compact(contest.score(Model(0), "baseline"))
         apart = {}
         for family in ("walk_slerp", "walk_ties", "walk_dare_ties"):
@@ -282,22 +353,26 @@ class Run:
         self.record["null"] = apart
 
     def test(self) -> None:
-        """Every entry on the test items, block by block, the comparisons of PROTOCOL.md first."""
+        """On the test items, block by block, what the primary comparisons are of."""
         self._share = 1.0
-        first, others = self.order()
-        self.write()
-        for contenders in (first, others):
-            for block in [name for name in self.chosen if name != "steer"]:
-                for what, lab, state in contenders:
-                    lab.scorer, lab.stage = self.scorers[block], what
-                    try:
-                        scores = lab.score(state)
-                    finally:
-                        lab.scorer = self.scorers["steer"]
-                    self.keep(lab, state, scores, block)
-                    self.write()
+        self.measure(self.order()[0])
 
-    def order(self) -> tuple[list[tuple[str, Lab, Expr]], list[tuple[str, Lab, Expr]]]:
+    def test_others(self) -> None:
+        """Every other entry on the test items, which is the most of a run."""
+        self.measure(self.order()[1])
+
+    def measure(self, contenders: Sequence[tuple[str, Recorded, Expr]]) -> None:
+        self.write()
+        for block in [name for name in self.chosen if name != "steer"]:
+            for what, lab, state in contenders:
+                lab.scorer, lab.block, lab.stage = self.scorers[block], block, what
+                try:
+                    lab.score(state)
+                finally:
+                    lab.scorer, lab.block = self.scorers["steer"], "steer"
+                self.write()
+
+    def order(self) -> tuple[list[tuple[str, Recorded, Expr]], list[tuple[str, Recorded, Expr]]]:
         """What is tested first: what the primary comparisons are of."""
         rounds = self.record["rounds"]
         leaders = []
@@ -310,11 +385,8 @@ class Run:
         wanted = {key for one in leaders for key in (one["entry"], one.get("own")) if key}
         wanted |= {one["linear"] for one in leaders if "linear" in one}
 
-        def key(lab: Lab, state: Expr) -> str:
-            return lab.space.fingerprint(state)[:16]
-
         singles = [(name, self.main, Model(i)) for i, name in enumerate(self.record["singles"])]
-        chosen = [one for one in self.tested if key(one[1], one[2]) in wanted]
+        chosen = [one for one in self.tested if key_of(one[1], one[2]) in wanted]
         chosen += [one for one in self.tested if one[0] in ("uniform", "random_step")]
         first = [singles[0], *chosen, *singles[1:]]
         return first, [one for one in self.tested if one not in chosen]
@@ -326,6 +398,17 @@ class Run:
         # A line for each model, so that a difference between two runs can be read.
         text = text.replace('},"', '},\n"')
         write_atomically(results / "record.json", text + "\n")
+
+
+def key_of(lab: Lab, state: Expr) -> str:
+    """What a state is called in the record: a digest of what decides its weights."""
+    return lab.space.fingerprint(state)[:16]
+
+
+def expanded(items_of: Mapping[str, Sequence[float]]) -> Scores:
+    """The inverse of `compact`, to its five digits."""
+    percent = {name: tuple(100 * value for value in values) for name, values in items_of.items()}
+    return Scores({n: TaskScore(float(np.mean(v)), "", len(v), {n: v}) for n, v in percent.items()})
 
 
 def compact(scores: Scores) -> dict[str, list[float]]:
@@ -367,17 +450,13 @@ def main() -> None:
     models.check_texts(given.data, models.RUNS)
     run.make_models()
     run.make_items()
-    try:
-        for part in (run.search, run.test, run.null):
-            try:
-                part()
-            except TimeIsUpError:
-                run.say(f"the minutes of {part.__name__} are used up; the same command goes on")
-    finally:
+    for part in (run.search, run.test, run.null, run.test_others):
+        try:
+            part()
+        except TimeIsUpError:
+            run.say(f"the minutes of {part.__name__} are used up; the same command goes on")
         run.write()
-        run.say(
-            f"wrote {given.results / 'record.json'}: tables.py {given.results} makes the tables"
-        )
+    run.say(f"wrote {given.results / 'record.json'}: tables.py {given.results} makes the tables")
 
 
 if __name__ == "__main__":
