@@ -242,6 +242,8 @@ def make_noise(baseline: Path, fine_tunes: list[Path], seed: int, folder: Path) 
     def load(place: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # which decides a sum's last bits, and those the digest of every state
     model = load(baseline)
     squares = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
     for place in fine_tunes:
@@ -253,6 +255,7 @@ def make_noise(baseline: Path, fine_tunes: list[Path], seed: int, folder: Path) 
         for name, own in model.named_parameters():
             noise = torch.randn(own.shape, generator=generator)
             own += noise * math.sqrt(squares[name]) / noise.norm()
+    torch.set_num_threads(threads)
     _save(model.to(torch.bfloat16), AutoTokenizer.from_pretrained(baseline), folder)
 
 

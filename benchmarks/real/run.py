@@ -110,8 +110,8 @@ class Recorded(Lab):
 
     states: dict[str, Any]  # a record's
     block = "steer"  # of items, which the scorer scores
-    # Whether a state that the record lacks did not win, and is not measured: of a one-shot search
-    # the first records kept the winner alone.
+    # Whether what the record lacks decides nothing, and is not measured: of a one-shot search the
+    # first records kept the winner alone, of a walk through noise its measured states.
     lost = False
 
     def score(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores:
@@ -295,7 +295,10 @@ class Run:
             self.out / "noise" / name,
         )  # fmt: skip
         contest = self.contest([name], number, "noise")
+        lab: Recorded = contest.lab
+        lab.lost = "random_step" in self.record["rounds"][number]
         entry = contest.walk("walk_linear")
+        lab.lost = False
         return Entry("random_step", entry.state, entry.steer, entry.measured), contest
 
     def enter(self, number: int, entry: Entry, contest: Contest) -> None:
