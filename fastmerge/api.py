@@ -176,7 +176,8 @@ def _to_store(
         decided = decide(recipe, seed=options["seed"], models=models)
         if options["part"] is not None:  # `finish` uploads
             upload.check_part()
-            return replace(_to_folder(decided, upload.folder, None, options), url=url)
+            to = upload.destination("")
+            return replace(_to_folder(decided, upload.folder, None, options, to), url=url)
         upload.check_whole()
         upload.lock()
         key = _job(decided, upload.folder.name, options)

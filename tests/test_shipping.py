@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import fastmerge
-from fastmerge.errors import FastmergeError, OutputError
-from fastmerge.output import upload, writer
+from fastmerge.errors import FastmergeError, OutputError, ResourceError
+from fastmerge.output import part, upload, writer
 from fastmerge.output.shipping import Shipping
 from tests.test_remote import Proxy, bucket, obstore, recipe, server  # noqa: F401 (fixtures)
 from tests.test_upload import (  # noqa: F401 (fixtures)
@@ -171,3 +171,30 @@ def test_a_disk_with_no_room_for_two_weight_files(
     with pytest.raises(FastmergeError, match=r"no space left: needs 0\.\d+ GB, 0.00 GB free"):
         fastmerge.merge(recipe(models), there, **SHARDS)
     assert not objects(there)
+
+
+def test_parts_need_room_for_all_of_them_before_the_first(
+    models: list[Path], tight: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Until finish they lie there whole: the one that finds no room is not the last one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(part, "free_bytes", tight["free"])
+        with pytest.raises(ResourceError, match=r"for all parts, .* set TMPDIR .* part out") as no:
+            fastmerge.merge(recipe(models), there, part="1/3", **SHARDS)
+    assert "\n" not in str(no.value) and not list((tmp_path / "tmp").iterdir())
+    assert fastmerge.merge(recipe(models), there, **SHARDS).url  # as the line says
+    assert objects(there) == tight["files"]
+    emptied(there)
+    # What other parts have written is room that is not needed again.
+    weights = [len(data) for name, data in tight["files"].items() if name.endswith(".safetensors")]
+    written: list[Path] = []
+
+    def free(_: Path) -> int:
+        written[:] = Path(tempfile.gettempdir()).rglob("*.safetensors")
+        return sum(weights) - sum(file.stat().st_size for file in written)
+
+    monkeypatch.setattr(part, "free_bytes", free)
+    for number in (3, 1, 2, 3):
+        fastmerge.merge(recipe(models), there, part=(number, 3), **SHARDS)
+    assert len(written) == FILES
+    assert fastmerge.finish(there).url and objects(there) == tight["files"]

@@ -73,7 +73,8 @@ def merge_plan(
     for anything a user can mend. ``device``: "cpu", "cuda" (every GPU of the machine, with
     ``gpu_memory`` bytes of tensors in flight on each), "cuda:N" or "auto"; the bits are the same.
     ``part``: only that part's share, to be joined with the others' by `fastmerge.engine.join`.
-    ``to``: where weight files go one by one if the disk has no room for all of them.
+    ``to``: where weight files go one by one if the disk has no room for all of them; with ``part``
+    the disk must have it for all parts.
     """
     started = time.perf_counter()
     out = a_path(out, "out")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, ResourceError, argument
 from fastmerge.models.folder import INDEX
 from fastmerge.output.claim import Claim, Record, is_dead, is_dead_here, records
 from fastmerge.output.disk import facts_of, sync_folder
@@ -32,10 +32,18 @@ from fastmerge.output.parts import (
     open_parts,
     part_name,
 )
-from fastmerge.output.place import check_place, check_space, check_target, explain, real_target
+from fastmerge.output.place import (
+    check_place,
+    check_space,
+    check_target,
+    explain,
+    free_bytes,
+    real_target,
+)
 from fastmerge.output.shards import IO_THREADS, Shards, file_facts
 from fastmerge.output.share import Part, shares
 from fastmerge.output.shared import SharedFiles
+from fastmerge.output.shipping import Destination
 from fastmerge.output.working import WorkingFolder, beside
 from fastmerge.version import __version__
 
@@ -45,10 +53,11 @@ class PartWriter(Shards):
 
     part: which one. costs: what each of the layout's files takes to make, in bytes read and
     written; all parts share by it. key: identifies recipe and settings; inputs_key: what is read.
-    files: what `finish` is to write beside the weights; lineage: what is known of it already. The
-    rest, and what is raised, as `ModelWriter`; also OutputError where this part is at work
-    elsewhere, or where other parts were begun with another recipe, version or input. A part that
-    is done is left as it is, unless ``fresh``.
+    files: what `finish` is to write beside the weights; lineage: what is known of it already. to:
+    where `finish` sends all parts, which lie here until then. The rest, and what is raised, as
+    `ModelWriter`; also OutputError where this part is at work elsewhere, or where other parts were
+    begun with another recipe, version or input. A part that is done is left as it is, unless
+    ``fresh``.
     """
 
     def __init__(
@@ -68,6 +77,7 @@ class PartWriter(Shards):
         inputs: Iterable[Path] = (),
         staging_bytes: int = 96 << 20,
         io_threads: int = IO_THREADS,
+        to: Destination | None = None,
     ) -> None:
         everyone = shares(costs, part.of)
         super().__init__(real_target(target), layout, everyone[part.number - 1])
@@ -80,6 +90,8 @@ class PartWriter(Shards):
                     f"{beside(self.target, what)}: a merge without parts was begun there; run it "
                     "again to finish it, or remove it if nobody works on it"
                 )
+        if to is not None:
+            self._check_room_for_all()
         self._claim: Claim | None = None
         self._run: Path | None = None  # the folder of this run, by its name in the open one
         self._worthless = False
@@ -109,6 +121,22 @@ class PartWriter(Shards):
             raise
 
     # --- starting ---
+
+    def _check_room_for_all(self) -> None:
+        """Raises ResourceError where the parts that a store is to get cannot all lie here."""
+        parent, parts = self.target.parent, beside(self.target, "parts")
+        there = 0
+        for file in parts.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):  # another part moved it since
+                there += file.stat().st_size
+        missing, free = self.layout.file_bytes - there, free_bytes(parent)
+        if free < missing:
+            raise ResourceError(
+                f"{parent}: no space left for all parts, which lie there until finish has sent "
+                f"them: needs {missing / 1e9:.2f} GB, {free / 1e9:.2f} GB free; set TMPDIR to a "
+                f"larger folder, or leave {argument('part')} out: a whole merge sends its weight "
+                "files one by one"
+            )
 
     def _manifest(
         self,

@@ -169,6 +169,7 @@ class ModelFolder:
                 fresh=fresh,
                 io=io,
                 staging_bytes=staging_bytes,
+                to=to,
             )
         self.layout = layout
         self.files = layout.files
