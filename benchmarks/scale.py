@@ -121,45 +121,74 @@ def overview(figures: Figures) -> str:
     return table(head, rows)
 
 
-def growth(model: Model, models: int, figures: Figures) -> str:
+def growth(model: Model, models: int, figures: Figures, out: float = 1) -> str:
     """One merge on ever more nodes."""
     rows = []
     for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
-        found = estimate(model, models, nodes, figures)
+        found = estimate(model, models, nodes, figures, out)
         rows.append([str(nodes), minutes(found.minutes), found.limit, f"{found.part_gb:.0f} GB"])
     return table(["nodes", "time", "limit", "largest part moves"], rows)
+
+
+def a_number(text: str) -> float:
+    """That something can be divided by."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def a_count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--bytes", type=float, help="of one model, in place of --model")
-    parser.add_argument("--tensors", type=int, default=1000, help="of it, with --bytes")
-    parser.add_argument("--models", type=int, default=2, help="that are merged")
-    parser.add_argument("--method", choices=CPU_SECONDS_PER_GB, default="linear")
-    parser.add_argument("--nodes", type=int, help="default: a table over them")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=MODELS)
+    which.add_argument("--bytes", type=a_number, help="of one model, in place of --model")
+    of_one = {
+        "tensors": parser.add_argument("--tensors", type=a_count, help="of --bytes; default 1000"),
+        "models": parser.add_argument("--models", type=a_count, help="that are merged; default 2"),
+        "method": parser.add_argument("--method", choices=CPU_SECONDS_PER_GB),
+        "nodes": parser.add_argument("--nodes", type=a_count, help="default: a table over them"),
+        "out": parser.add_argument(
+            "--out", type=a_number, help="bytes of the output over one model's; default 1"
+        ),
+    }
     for field in fields(Figures):
         flag = f"--{field.name.replace('_', '-')}"
-        default = field.default
-        parser.add_argument(flag, type=type(default), help=f"default {default}")
+        kind = a_count if field.name == "cores" else a_number
+        action = parser.add_argument(flag, type=kind, help=f"default {field.default}")
+        if field.name in ("storage", "cpu_gb"):  # the tables of all models have several
+            of_one[field.name] = action
     options = parser.parse_args()
     given = {f.name: getattr(options, f.name) for f in fields(Figures)}
     figures = replace(Figures(), **{name: own for name, own in given.items() if own is not None})
     if options.model is None and options.bytes is None:
+        for name, action in of_one.items():
+            if getattr(options, name) is not None:
+                parser.error(f"{action.option_strings[0]}: of which model? give --model or --bytes")
         print(overview(figures))
         for storage in (5, 40):
             print(f"\n671b, linear of 2, storage of {storage} GB/s:\n")
             print(growth(MODELS["671b"], 2, replace(figures, storage=storage)))
         return
-    if given["cpu_gb"] is None:
+    if options.model is not None and options.tensors is not None:
+        parser.error("--tensors: of --bytes alone; those of --model are known")
+    if given["cpu_gb"] is None and options.method is not None:
         figures = replace(figures, cpu_gb=CPU_SECONDS_PER_GB[options.method])
-    model = Model(options.bytes, options.tensors) if options.bytes else MODELS[options.model]
+    own = Model(options.bytes or 0, options.tensors or 1000)
+    model, many, out = MODELS.get(options.model, own), options.models or 2, options.out or 1
     if options.nodes is None:
-        print(growth(model, options.models, figures))
+        print(growth(model, many, figures, out))
         return
-    found = estimate(model, options.models, options.nodes, figures)
+    found = estimate(model, many, options.nodes, figures, out)
     print(f"{minutes(found.minutes)}; limit: {found.limit}; a part moves {found.part_gb:.0f} GB")
 
 

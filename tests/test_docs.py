@@ -260,3 +260,56 @@ def test_pictures_are_small_and_whole(name: str) -> None:
     assert len(text) < 10_000
     assert ET.fromstring(text).tag.endswith("svg")
     assert not re.search(r"href=|url\(h|@import", text)
+
+
+def scaled(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "scale.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_page_of_large_merges_says_what_its_script_computes() -> None:
+    page = (DOCS / "scale.md").read_text()
+    rows = [line for line in scaled().stdout.splitlines() if line.startswith("|")]
+    assert len(rows) > 25 and [row for row in rows if row not in page] == []
+    script = (ROOT / "benchmarks" / "scale.py").read_text()
+    said = ast.literal_eval(re.findall(r"CPU_SECONDS_PER_GB = ({.*?})", script, re.DOTALL)[0])
+    assert ", ".join(f"{said[m]:.2f}" for m in said) + " s" in page
+    measured = json.loads((ROOT / "benchmarks" / "results" / "merge_model-1.1b.json").read_text())
+    for job in measured["jobs"]:
+        method = job["job"].split(",")[0]
+        assert (job["cpu_seconds"] - 0.33) / (job["bytes"] / 1e9) == pytest.approx(
+            said[method], abs=0.006
+        )
+    for name, unit, scale in (
+        ("start", "s", 1), ("plan_tensor", "us", 1e6), ("merge_tensor", "us", 1e6),
+        ("finish_tensor", "us", 1e6), ("network", "GB/s", 1),
+    ):  # fmt: skip
+        (figure,) = re.findall(rf"{name}: float = (\S+)", script)
+        assert f"| {float(figure) * scale:.2g} {unit} |" in page
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--bytes", "-3", "--nodes", "2"], ["--model", "70b", "--nodes", "0"], ["--nodes", "8"],
+        ["--model", "70b", "--storage", "0"], ["--model", "70b", "--tensors", "9"],
+        ["--storage", "10"], ["--model", "70b", "--bytes", "1e9"], ["--network", "inf"],
+    ],
+)  # fmt: skip
+def test_figures_that_no_machine_has_are_one_line(words: list[str]) -> None:
+    done = scaled(*words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
+    assert done.stderr.splitlines()[-1].startswith("scale.py: error: ")
+
+
+def test_ones_own_figures_count() -> None:
+    known = ["--bytes", "1e12", "--nodes", "4", "--method", "ties", "--models", "3"]
+    assert scaled(*known).stdout != scaled(*known, "--out", "2").stdout
+    own = ["--network", "1", "--cores", "2", "--storage", "100"]
+    # 1 TB in 200 files, 50 a node, each of 3 models and the output: 1000 GB at 1 GB/s.
+    assert scaled(*known, *own).stdout == "17 min; limit: network; a part moves 1000 GB\n"
+    assert "limit: processor; " in scaled(*known, *own, "--network", "100").stdout
