@@ -27,12 +27,18 @@ from fastmerge.errors import (
 )
 from fastmerge.models.adapter import is_adapter
 from fastmerge.models.folder import SINGLE
-from fastmerge.models.series import check_order, ema_weights, find_series
+from fastmerge.models.series import check_order, check_series, ema_weights, find_series
 from fastmerge.recipe.document import typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# What errors say where weights are an argument.
+AVERAGING = {
+    **MODELS_ALONE,
+    r"^recipe\.models\[(\d+)\]\.parameters\.weight: 'weight' ": r"weights[\1]: ",
+    r"^recipe\.models: linear: the weights (.*); change them or .*": r"weights: \1; change them",
+}
 Models = str | Path | Sequence[str | Path]
 """Checkpoints: a folder, a file or a Hub id, or several of them."""
 
@@ -63,7 +69,7 @@ def average(
     recipe = average_recipe(
         models, weights=weights, last=last, ema=ema, pattern=pattern, dtype=dtype
     )
-    with in_words(MODELS_ALONE):
+    with in_words(AVERAGING):
         return api.merge(recipe, out, **options)
 
 
@@ -78,7 +84,9 @@ def average_recipe(
 ) -> dict[str, Any]:
     """The recipe of `average`, whose arguments it takes; reads no more than names of files."""
     chosen = _chosen(models, pattern)
-    if pattern is None and (last is not None or ema is not None):
+    if pattern is not None and not (last is None and ema is None and weights is None):
+        check_series(chosen)
+    elif last is not None or ema is not None:
         check_order(chosen)
     if last is not None:
         if not is_whole(last) or last < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,20 @@ def test_a_moving_average_of_a_folder(zoo: Any, series: list[Path], tmp_path: Pa
     assert written(zoo, tmp_path / "out") == mean(zoo, series[1:], ema_weights(0.9, 3))
 
 
+@pytest.mark.parametrize("how", [{"last": 2}, {"ema": 0.9}, {"weights": [1, 1, 1, 1, 2]}])
+def test_a_name_without_a_number_is_not_the_last(
+    series: list[Path], tmp_path: Path, how: dict[str, Any]
+) -> None:
+    run = series[0].parent
+    shutil.copytree(series[0], run / "checkpoint-best")
+    with pytest.raises(FastmergeError, match=r"'checkpoint-best' has no place .* 'checkpoint-5'"):
+        fastmerge.average(run, tmp_path / "out", pattern="checkpoint-*", **how)
+    # Where order does not count it is a model as the others.
+    assert len(average_recipe(run, pattern="checkpoint-*")["models"]) == 5
+    narrow = average_recipe(run, pattern="checkpoint-[0-9]*", last=2)["models"]
+    assert [entry["model"] for entry in narrow] == [str(path) for path in series[2:]]
+
+
 def test_numbers_order_the_models(series: list[Path]) -> None:
     run = series[0].parent
     found = average_recipe(run, pattern="checkpoint-*")["models"]
@@ -144,7 +159,8 @@ def test_the_command(zoo: Any, series: list[Path], tmp_path: Path) -> None:
         (["A", "B", "--weights", "1,2,3"], "weights: 3 for 2 models"),
         (["A", "B", "--weights", "1,zwei"], "--weights: 'zwei' is not a number"),
         (["A", "B", "--weights", "1,nan"], "weights: nan is not a finite number"),
-        (["A", "B", "--weights", "1,-1"], "sum to 0"),
+        (["A", "B", "--weights", "1,-1"], "error: weights: [1.0, -1.0] sum to 0; change them\n"),
+        (["A", "B", "--weights", "1,1e300"], "error: weights[1]: must fit into float32"),
         (["A", "B", "--last", "3"], "last: 3 of 2 models"),
         (["A", "B", "--ema", "1.5"], "ema: 1.5 is not a decay between 0 and 1"),
         (["A", "B", "--ema", "0.5", "--weights", "1,1"], "give one"),

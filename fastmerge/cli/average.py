@@ -20,7 +20,7 @@ from fastmerge.cli.merge import (
     run_merge,
 )
 from fastmerge.cli.options import Argument, Option
-from fastmerge.errors import MODELS_ALONE, FastmergeError, brief, in_words
+from fastmerge.errors import FastmergeError, brief, in_words
 
 
 @command
@@ -58,7 +58,7 @@ def average(
 ) -> None:
     """Write the average of MODELS to OUT."""
     from fastmerge import api
-    from fastmerge.averages import average_recipe
+    from fastmerge.averages import AVERAGING, average_recipe
 
     chosen = None if part is None else chosen_part(part, quiet=quiet)
     limits = limits_of(memory_limit, max_shard_size)
@@ -66,7 +66,7 @@ def average(
         models, weights=_numbers(weights), last=last, ema=ema, pattern=pattern,
         dtype=None if dtype is Dtype.base else dtype.value,
     )  # fmt: skip
-    with in_words(MODELS_ALONE):
+    with in_words(AVERAGING):
         decided = (api.check if check else api.plan)(recipe)
     options: dict[str, Any] = {"threads": threads, "overwrite": overwrite, "fresh": fresh}
     options |= {"keep_paths": keep_paths, "io": io.value, "device": device.value, **limits}

@@ -68,6 +68,23 @@ def check_order(names: Sequence[str]) -> None:
         )
 
 
+def check_series(names: Sequence[str]) -> None:
+    """Raises FastmergeError where names differ in more than their numbers: whoever asks for the
+    last of checkpoint-100, checkpoint-200 and checkpoint-best does not mean the one that letters
+    put there.
+    """
+    shapes: dict[str, list[str]] = {}
+    for name in map(os.path.basename, names):
+        shapes.setdefault(_NUMBER.sub("0", name), []).append(name)
+    if len(shapes) > 1:
+        most, *others = sorted(shapes.values(), key=len, reverse=True)
+        raise FastmergeError(
+            f"the order of the models counts, and {show(others[0][0])} has no place by its number "
+            f"among those called as {show(most[0])}; narrow {argument('pattern')} to one kind, or "
+            "name the models in their order"
+        )
+
+
 def ema_weights(decay: float, count: int) -> list[float]:
     """How each of ``count`` models in order counts in m_i = decay m_{i-1} + (1 - decay) x_i, which
     begins at m_0 = x_0: decay^(n-1) for the first, (1 - decay) decay^(n-1-i) for the others.
