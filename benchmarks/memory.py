@@ -58,7 +58,7 @@ def chosen(files: int, parts: int) -> list[int]:
 
 def recipe_of(folder: Path, size: str, count: int) -> tuple[list[Path], Path]:
     """Models of holes, and their mean."""
-    models = write_set(folder, size, count, sparse=True)
+    models = write_set(folder / size, size, count, sparse=True)
     recipe = folder / "recipe.json"
     listed = [{"model": str(model), "parameters": {"weight": 1}} for model in models]
     recipe.write_text(json.dumps({"merge_method": "linear", "dtype": "bfloat16", "models": listed}))
