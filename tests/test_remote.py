@@ -337,6 +337,21 @@ def test_a_trim_over_all_tensors_is_refused(models: list[Path], tmp_path: Path) 
         fastmerge.merge(said, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://here:9000/bucket/model", "http://here:9000/bucket/model: models are not .* s3://"),
+        ("S3://bucket/model", r"S3://bucket/model: models are not read .* AWS_ENDPOINT_URL$"),
+        ("ftp://me:secret@here/model", "ftp://here/model: models are not read from there"),
+        ("file:///models/a?secret#secret", "file:///models/a: models are not read from there"),
+    ],
+)
+def test_a_url_of_another_kind_is_no_missing_folder(url: str, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said) as no:
+        api.plan(recipe([url, url + "2"]))
+    assert "secret" not in str(no.value) and "\n" not in str(no.value)
+
+
 def test_what_takes_folders_alone_says_so_of_a_url(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"^s3://b/m: verify reads folders of this machine"):
         fastmerge.verify("s3://b/m")

@@ -8,7 +8,13 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmerge.errors import ModelError, ResourceError, first_sentences, near_miss
+from fastmerge.errors import (
+    ModelError,
+    ResourceError,
+    UnsupportedError,
+    first_sentences,
+    near_miss,
+)
 from fastmerge.extras import install
 from fastmerge.limits import MAX_CONFIG_BYTES, MAX_REF_BYTES
 from fastmerge.models.header import readable
@@ -17,6 +23,7 @@ from fastmerge.models.side_files import OTHER_FORMATS, WEIGHT_SUFFIXES
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
 _HF = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?/?", re.ASCII)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*", re.ASCII)
 _REMOTE = ("hf://", "s3://", "gs://", "az://", "abfs://", "abfss://", "https://")
 # What `side_files` would take, and the weights. `*` crosses folders in these patterns; the
 # weights of sentence-transformers' modules lie in folders that begin with a digit.
@@ -207,6 +214,15 @@ def is_path(reference: str) -> bool:
 
 def no_such_path(reference: str, *folders: Path) -> ModelError:
     """The error for a missing path that was looked for in ``folders``."""
+    scheme, slashes, rest = reference.partition("://")
+    if slashes and _SCHEME.fullmatch(scheme) and _URL.match(reference) is None:
+        place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0]  # no password, no query
+        known = ", ".join(_REMOTE)
+        more = "; a store of your own over http is s3:// with AWS_ENDPOINT_URL"
+        raise UnsupportedError(
+            f"{scheme}://{place}: models are not read from there; give a folder or a URL of "
+            f"{known}{more if scheme.lower() in ('http', 's3') else ''}"
+        )
     places = dict.fromkeys(str((folder / reference).expanduser().absolute()) for folder in folders)
     hint = ""
     url = _URL.match(reference)
