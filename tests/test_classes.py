@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastmerge
 from fastmerge.errors import FastmergeError
+from fastmerge.models.architecture import layer_of
 from fastmerge.planning.planner import make_plan
 
 transformers = pytest.importorskip("transformers")
@@ -197,6 +198,37 @@ def test_a_class_that_the_config_does_not_name_is_found_by_its_tensors(kind, nam
         save_file(tensors, file)
     with pytest.raises(FastmergeError, match="missing weight"):
         fastmerge.api.check(next(recipes(a, b)))
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("bert", "BertModel"), ("bert", "BertForMaskedLM"), ("bert", "BertForSequenceClassification"),
+    ("roberta", "RobertaForMaskedLM"), ("roberta", "RobertaForTokenClassification"),
+    ("electra", "ElectraForPreTraining"), ("electra", "ElectraForMaskedLM"),
+    ("distilbert", "DistilBertForMaskedLM"), ("distilbert", "DistilBertForQuestionAnswering"),
+    ("distilbert", "DistilBertForSequenceClassification"), ("vit", "ViTForImageClassification"),
+    ("llama", "LlamaForSequenceClassification"), ("qwen2", "Qwen2ForTokenClassification"),
+    ("mistral", "MistralForQuestionAnswering"),
+])  # fmt: skip
+def test_stacks_of_encoders_and_of_classes_with_other_heads(kind, name, tmp_path):
+    """mergekit takes them, too: what precedes the layers is the first slice's, what follows the
+    last's.
+    """
+    made = getattr(transformers, name)
+    a, b = save_two(made, tiny_config(kind), tmp_path)
+    fastmerge.merge(stack(a, b, ((0, 3), (1, 4))), tmp_path / "out", threads=1)
+    _, info = made.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {key: sorted(map(str, names)) for key, names in info.items() if names} == {}
+    one, two, out = (load_file(Path(f, "model.safetensors")) for f in (a, b, tmp_path / "out"))
+    assert out.keys() > one.keys()
+    for tensor, value in out.items():
+        place = layer_of(tensor)
+        if place is not None:
+            number = place.number if place.number < 3 else place.number - 2
+            source = one if place.number < 3 else two
+            wanted = source[f"{place.stack}.{number}.{place.rest}"]
+        else:
+            wanted = (one if "embed" in tensor else two)[tensor]
+        assert torch.equal(value, wanted), tensor
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL.split())
