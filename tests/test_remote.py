@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.test_bad_input_cli import refused
 obstore = pytest.importorskip("obstore")
 moto_server = pytest.importorskip("moto.server")
 
+SILENCE = 0.8  # seconds
 Fault = Callable[[str, int], str | None]  # of a path and the how-manieth request for it
 
 
@@ -55,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.answer(int(wrong), {}, b"<Error><Code>Injected</Code></Error>")
             return
+        if wrong == "silent":
+            time.sleep(SILENCE)
         there = http.client.HTTPConnection(*self.server.behind)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         there.request(self.command, self.path, body, dict(self.headers))
@@ -63,20 +67,29 @@ class Handler(BaseHTTPRequestHandler):
         own = ("connection", "transfer-encoding", "content-length", "date", "server")
         headers = {k: v for k, v in got.getheaders() if k.lower() not in own}
         length = got.getheader("content-length")
-        self.answer(got.status, headers, data, length, cut=wrong == "cut")
+        self.answer(got.status, headers, data, length, cut=wrong == "cut", slow=wrong == "slow")
         with self.server.lock:
             self.server.served[name] = self.server.served.get(name, 0) + len(data)
 
     def answer(
-        self, status: int, headers: dict[str, str], data: bytes, length=None, *, cut=False
+        self,
+        status: int,
+        headers: dict[str, str],
+        data: bytes,
+        length=None,
+        *,
+        cut=False,
+        slow=False,
     ) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("content-length", length or str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if cut else data)
+        step = max(1, len(data) // 8) if slow else len(data) or 1
+        for begin in range(0, 0 if self.command == "HEAD" else len(data), step):
+            time.sleep(SILENCE / 4 if slow else 0)
+            self.wfile.write(data[begin : len(data) // 2 if cut else begin + step])
         if cut:
             self.close_connection = True
 
@@ -256,6 +269,35 @@ def test_what_fails_is_asked_for_again(
     bucket.reset()
     fastmerge.merge(recipe(models), tmp_path / "local")
     assert same_weights(zoo, tmp_path / "local", tmp_path / "remote")
+
+
+@pytest.mark.parametrize(("wrong", "times"), [("slow", 1), ("silent", 2)])
+def test_an_answer_may_be_slow_but_not_silent(
+    models: list[Path], tmp_path: Path, bucket: Proxy, monkeypatch: Any, wrong: str, times: int
+) -> None:
+    """A slow line takes as long as it takes; nothing for a while is asked for again."""
+    monkeypatch.setattr(store, "_SILENT_SECONDS", SILENCE / 2)
+    there = upload(models[0])
+    bucket.reset(
+        lambda name, number: wrong if name == "model.safetensors.index.json" and number == 1 else ""
+    )
+    fastmerge.average([there], tmp_path / "out")
+    assert bucket.asked["model.safetensors.index.json"] == times
+    assert (tmp_path / "out").is_dir()
+
+
+def test_what_the_environment_says_of_connections_counts(
+    bucket: Proxy, models: list[Path], monkeypatch: Any
+) -> None:
+    there = upload(models[0])
+    bucket.reset(lambda name, number: "silent")
+    monkeypatch.setattr(store, "_RETRIES", 0)
+    monkeypatch.setenv("AWS_TIMEOUT", f"{SILENCE / 4}s")
+    with pytest.raises(ModelError, match="cannot be read, tried 4 times"):
+        api.plan(recipe([there, models[1]]))
+    monkeypatch.setenv("AWS_TIMEOUT", "soon")
+    with pytest.raises(ModelError, match=r'cannot be opened .*"soon"'):
+        api.plan(recipe([there, models[1]]))
 
 
 def test_an_object_that_changes_is_noticed(models: list[Path], tmp_path: Path) -> None:

@@ -15,9 +15,17 @@ import fastmerge
 from fastmerge import api
 from fastmerge.cli import main
 from fastmerge.errors import FastmergeError, OutputError
+from fastmerge.models import store
 from fastmerge.output import upload
 from tests.test_bad_input_cli import refused
-from tests.test_remote import Proxy, bucket, obstore, recipe, server  # noqa: F401 (fixtures)
+from tests.test_remote import (  # noqa: F401 (fixtures)
+    SILENCE,
+    Proxy,
+    bucket,
+    obstore,
+    recipe,
+    server,
+)
 
 there = "s3://models/out"
 
@@ -101,6 +109,23 @@ def test_what_fails_is_sent_again(
     bucket.reset()
     fastmerge.merge(recipe(models), tmp_path / "out")
     assert objects(there) == files(tmp_path / "out")
+
+
+def test_a_store_that_takes_its_time_is_not_sent_all_again(
+    models: list[Path],
+    bucket: Proxy,  # noqa: F811
+    monkeypatch: Any,
+) -> None:
+    """The parts of 5 GB are joined before the answer comes, which took a server of Node's 40 s."""
+    monkeypatch.setattr(store, "_SILENT_SECONDS", SILENCE / 4)
+    bucket.reset()
+    fastmerge.merge(recipe(models), there)
+    asked = bucket.asked["model.safetensors"]
+    emptied(there)
+    bucket.reset(lambda name, number: "silent" if name == "model.safetensors" else None, ("PUT",))
+    fastmerge.merge(recipe(models), there)
+    assert bucket.asked["model.safetensors"] == asked
+    assert store._WHOLE_SECONDS >= 600
 
 
 @pytest.mark.parametrize(("wrong", "said"), [("500", "cannot be written"), ("403", "refuses to")])

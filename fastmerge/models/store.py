@@ -21,6 +21,18 @@ from fastmerge.extras import install
 
 ATTEMPTS = 4  # of what was cut or came wrong, beyond obstore's own of each request
 _RETRIES = 5
+# obstore gives a request 30 s from its first byte to its last, which 32 ranges of 8 MiB together
+# exceed below 70 Mbit/s, and a store that joins the parts of 5 GB: all was sent again, four times.
+_SILENT_SECONDS = 30.0  # without a byte of an answer
+_WHOLE_SECONDS = 3600.0
+# What obstore takes of the environment (AWS_ALLOW_HTTP, GOOGLE_PROXY_URL) where it is given nothing
+# of the kind.
+_PREFIXES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_", "abfss": "AZURE_"}
+_OF_CLIENT = (
+    "allow_http", "allow_invalid_certificates", "connect_timeout", "http1_only", "http2_only",
+    "pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes",
+    "proxy_url", "randomize_addresses", "read_timeout", "timeout", "user_agent",
+)  # fmt: skip
 _WAIT_SECONDS = 0.2  # before the second attempt; doubled for each further one
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -99,20 +111,31 @@ def open_store(
     url: str,
     kind: type[FastmergeError] = ModelError,
     headers: Mapping[str, str] | None = None,
+    *,
+    writing: bool = False,
 ) -> Any:
-    """The store of what lies below ``url``; raises ``kind``."""
+    """The store of what lies below ``url``; raises ``kind``. ``writing``: its silence may last."""
     found = library()
+    client: dict[str, Any] = {"timeout": timedelta(seconds=_WHOLE_SECONDS)}
+    if not writing:
+        client["read_timeout"] = timedelta(seconds=_SILENT_SECONDS)
+    prefix = _PREFIXES.get(url.partition(":")[0])
+    for name in _OF_CLIENT if prefix else ():
+        value = os.environ.get(f"{prefix}{name.upper()}")
+        if value:
+            client[name] = value
     options: dict[str, Any] = {
+        "client_options": client,
         "retry_config": {
             "max_retries": _RETRIES,
             "retry_timeout": timedelta(minutes=2),
             "backoff": {"init_backoff": timedelta(seconds=_WAIT_SECONDS)},
-        }
+        },
     }
     if url.startswith("http://"):
-        options["client_options"] = {"allow_http": True}
+        client["allow_http"] = True
     if headers:
-        options.setdefault("client_options", {})["default_headers"] = dict(headers)
+        client["default_headers"] = dict(headers)
     try:
         return found.store.from_url(url, **options)
     except (found.exceptions.BaseError, ValueError) as error:

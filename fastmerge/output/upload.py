@@ -84,7 +84,7 @@ class Upload:
         anything below the prefix that no earlier run of this sent.
         """
         self.url, self._overwrite = url, overwrite
-        self._store = open_store(url, OutputError)
+        self._store = open_store(url, OutputError, writing=True)
         check_stays(url, OutputError)
         # By the URL, so that the same command goes on where it was.
         name = f"fastmerge-{os.geteuid()}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
