@@ -1,7 +1,9 @@
 """Adapters: the SVD of a sum from its factors beside the full one, the range finder's error beside
-the least, and extract-lora beside mergekit-extract-lora on one pair of models.
+the least, and extract-lora beside mergekit-extract-lora on one pair of models; with ``--weighted``
+alone, PEFT's add_weighted_adapter with ties, by its own functions and by fastmerge's.
 
     python benchmarks/adapters.py DIR --models 0.2b --rank 32
+    python benchmarks/adapters.py DIR --weighted 32 --runs 3
 
 Whole processes, in turn, the models cached. CPU seconds are what other work on the machine does not
 stretch; of mergekit some 5 are its imports.
@@ -15,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,46 @@ def extraction(folder: Path, models: str, rank: int, runs: int) -> None:
     shutil.rmtree(folder / "models")
 
 
+def weighted(layers: int, rank: int, runs: int) -> None:
+    """Two adapters of all seven projections of a 7 B llama, whose own weights are not read: here
+    they are one number each. PEFT makes the new adapter first, whoever merges, in both times.
+    """
+    import peft
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fastmerge.integrations import peft as kernels
+
+    torch.set_num_threads(2)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
+    for name, parameter in [*llama.named_parameters()]:
+        place, _, own = name.rpartition(".")
+        nothing = torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False)
+        setattr(llama.get_submodule(place), own, nothing)
+    lora = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(llama, lora, "one")
+    model.add_adapter("two", lora)
+    choice = {"combination_type": "ties", "density": 0.5}
+    for _ in range(runs):
+        made = {}
+        for who, context in {"PEFT": nullcontext, "fastmerge": kernels.installed}.items():
+            before = time.process_time()
+            with context():
+                seconds, _ = timed(
+                    lambda: model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", **choice)
+                )
+            used = time.process_time() - before
+            made[who] = [p.detach().clone() for n, p in model.named_parameters() if ".sum." in n]
+            model.delete_adapter("sum")
+            count = sum(tensor.numel() for tensor in made[who])
+            print(f"add_weighted_adapter, ties, {layers} layers, rank {rank}, {len(made[who])} "
+                  f"tensors of {count / 1e6:.1f} M entries, {who}: {seconds:.2f} s, "
+                  f"{used:.2f} s of CPU", flush=True)  # fmt: skip
+        away = sum(int((a - b).abs().gt(1e-6).sum()) for a, b in zip(*made.values(), strict=True))
+        print(f"{away} entries differ: of equal magnitudes at the threshold another one stays")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -87,9 +130,13 @@ def main() -> None:
     parser.add_argument("--models", default="0.2b")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--runs", type=int, default=1, help="of the extractions; 0: none")
+    parser.add_argument("--weighted", type=int, metavar="LAYERS", help="PEFT's merge of so many")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     print(machine(given.folder), "load", os.getloadavg())
+    if given.weighted:
+        weighted(given.weighted, given.rank, given.runs)
+        return
     sum_of_factors(given.size, given.rank)
     range_finder(min(given.size, 1024), given.rank)
     if given.runs:
