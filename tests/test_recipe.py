@@ -55,7 +55,7 @@ def test_a_filter_need_not_be_in_a_list():
     assert recipe.output.parameters["t"].rules[0].filter == "mlp"
 
 
-@pytest.mark.parametrize("text", ["true", "True", "1", "'true'", "yes"])
+@pytest.mark.parametrize("text", ["true", "True", "1", "'true'", "yes", "'Yes'", "'on'"])
 def test_truth_has_many_spellings(text):
     recipe = load(
         f"merge_method: ties\nbase_model: a\n{TWO}parameters: {{weight: 1, normalize: {text}}}\n"

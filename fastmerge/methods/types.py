@@ -22,6 +22,13 @@ Float64 = NDArray[np.float64]
 Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
 
 
+# What mergekit reads as a truth value where it stands in quotes; YAML reads it without.
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n"), False),
+}
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter, by mergekit's name. ``per_model`` ones are given for each operand."""
@@ -60,6 +67,8 @@ class Parameter:
                 return value
             if value in (0, 1):
                 return bool(value)
+            if isinstance(value, str) and value.lower() in _WORDS:
+                return _WORDS[value.lower()]
             raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
             raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
