@@ -64,6 +64,8 @@ PRESETS = (
     Preset("average.py --size 0.5b --models 8 --repeat 4 --torch", ("average.json",), True),
     Preset("parts.py --size 1.1b --parts 3 --repeat 3", ("parts.json",), True),
     Preset("remote.py --size 0.2b --repeat 3", ("remote.json",), True),
+    # With address and keys of an S3 server in the environment; it fails where there is none.
+    Preset("large_object.py s3://fastmerge/large --record", _both("large_object")),
     Preset("many_tensors.py --rounds 3 --record", _both("many_tensors")),
     Preset("scale.py", ("scale.txt",), True),
     Preset("mergekit_tests/run.py", ("mergekit_tests.txt",), True),
