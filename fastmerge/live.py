@@ -28,8 +28,9 @@ from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
 from fastmerge.engine.inputs import Inputs
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError, brief
-from fastmerge.models.memory import as_torch, check_holds, view_of, written
+from fastmerge.models.memory import as_torch, check_holds, check_writable, view_of, written
 from fastmerge.models.model import Model
+from fastmerge.models.state_dict import StateDict, check_apart
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -321,6 +322,7 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
             raise ModelError(
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
             )
+        check_writable(target, f"{item.name}: the model's tensor")
         targets[item.name] = target
         # Tied parameters are one memory: of two different results the later would win.
         first = made.setdefault(target.data_ptr(), item) if target.numel() else item
@@ -339,7 +341,17 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() not in filled:
             raise ModelError(f"the merge has no tensor for the model's parameter '{name}'")
+    if any(isinstance(source, StateDict) for source in plan.models):
+        firsts = {item.name for item in made.values()}
+        check_apart({n: t for n, t in targets.items() if n in firsts}, reads(plan))
     return targets
+
+
+def reads(plan: Plan) -> Iterator[tuple[Model, str, str]]:
+    """Of each tensor that is read its model, its name there, and the name that it is read for."""
+    for item in plan.tensors:
+        for source in item.sources:
+            yield plan.models[source.model], source.name, item.name
 
 
 def _prepared(

@@ -23,14 +23,15 @@ from fastmerge.models.memory import (
     as_torch,
     check_holds,
     check_torch,
+    check_writable,
     dtype_of,
-    extent,
     is_torch,
+    place_of,
     view_of,
     written,
 )
 from fastmerge.models.model import Model
-from fastmerge.models.state_dict import StateDict, as_model
+from fastmerge.models.state_dict import StateDict, as_model, check_apart, memory_of
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.of_state_dicts import of_state_dicts
@@ -178,7 +179,9 @@ def _twins(models: Mapping[str, Model], names: Iterable[str]) -> dict[str, str]:
     firsts: dict[Any, str] = {}
     found = {}
     for name in names:
-        key = tuple((_memory(model, name), model.tensors[name].shape) for model in models.values())
+        key = tuple(
+            (memory_of(model, name), model.tensors[name].shape) for model in models.values()
+        )
         first = name if None in [place for place, _ in key] else firsts.setdefault(key, name)
         if first != name:
             found[name] = first
@@ -194,21 +197,13 @@ def _twins_in(out: Any, twins: Mapping[str, str]) -> dict[str, str]:
     def place(name: str) -> Extent | None:
         target = held.get(name)
         if isinstance(target, np.ndarray):
-            return _place(target)
+            return place_of(target)
         if not is_torch(target):
             return None
         check_torch(target, f"out: {name}")
-        return _place(target)
+        return place_of(target)
 
     return {name: first for name, first in twins.items() if place(name) == place(first) is not None}
-
-
-def _memory(model: Model, name: str) -> Extent | None:
-    """Where a tensor lies; None where it has no place in memory, or no bytes."""
-    if not isinstance(model, StateDict) or not model.tensors[name].nbytes:
-        return None
-    tensor = model.held[name]
-    return extent(tensor) if is_torch(tensor) else extent(model.view(name, raw=True))
 
 
 def _only(model: Model, common: Sequence[str], twins: Mapping[str, str]) -> Model:
@@ -394,50 +389,7 @@ def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
             raise FastmergeError(
                 f"out: '{item.name}' has shape {list(target.shape)}, the merge {list(item.shape)}"
             )
-        _check_writable(target, item.name)
+        check_writable(target, f"out: '{item.name}'")
         targets[item.name] = target
-    read = [
-        (*place, name)
-        for model in plan.models
-        for name in model.tensors
-        if (place := _memory(model, name)) is not None
-    ]
-    _check_apart({name: _place(target) for name, target in targets.items()}, read)
+    check_apart(targets, live.reads(plan))
     return targets
-
-
-def _check_writable(target: Any, name: str) -> None:
-    """Raises FastmergeError where not every entry has memory of its own to be written to."""
-    strides = target.stride() if is_torch(target) else target.strides
-    if any(size > 1 and step == 0 for size, step in zip(target.shape, strides, strict=True)):
-        raise FastmergeError(f"out: '{name}' repeats one memory; give it a copy (clone)")
-    if isinstance(target, np.ndarray) and not target.flags.writeable:
-        raise FastmergeError(f"out: '{name}' is read-only; give a copy")
-
-
-def _place(target: Any) -> Extent:
-    if is_torch(target):
-        return extent(target)
-    begin = int(target.__array_interface__["data"][0])
-    return begin, begin + target.nbytes
-
-
-def _check_apart(written_to: Mapping[str, Extent], read: Iterable[tuple[int, int, str]]) -> None:
-    """Raises FastmergeError where what is written for one name is memory of another."""
-
-    def hits(name: str, place: Extent) -> bool:
-        own = written_to.get(name)
-        return own is not None and own[0] < place[1] and place[0] < own[1]
-
-    widest = (0, 0, "")
-    for span in sorted([*read, *((*place, name) for name, place in written_to.items())]):
-        begin, end, name = span
-        other = widest[2]
-        meets = begin < widest[1] and name != other
-        if meets and (hits(name, widest[:2]) or hits(other, (begin, end))):
-            raise FastmergeError(
-                f"out: '{name}' and '{other}' share memory, so one would be overwritten before "
-                "it is read; give other tensors"
-            )
-        if end > widest[1]:
-            widest = span

@@ -93,3 +93,28 @@ def test_a_tied_model_takes_no_merge_that_unties_it(zoo):
         llama.merge_into(model, recipe)
     assert torch.equal(model.lm_head.weight, before)
     llama.merge_into(llama.load_merged(recipe), recipe)
+
+
+def in_memory(models):
+    entries = [{"model": name, "parameters": {"weight": 1}} for name in models]
+    return api.plan({"merge_method": "linear", "models": entries}, models=models)
+
+
+def test_sources_that_are_the_model_s_own_memory():
+    """What was written for one name was read for the other."""
+    model = torch.nn.ParameterDict({name: torch.randn(5) for name in ("v", "w")})
+    before = {name: tensor.detach().clone() for name, tensor in model.items()}
+    swapped = {"v": model["w"].detach(), "w": model["v"].detach()}
+    with pytest.raises(FastmergeError, match="share memory"):
+        live.merge_into(model, in_memory({"a": model, "b": swapped}))
+    assert all(torch.equal(model[name], tensor) for name, tensor in before.items())
+    live.merge_into(model, in_memory({"a": model, "b": before}))  # each its own source is fine
+    torch.testing.assert_close(model["v"].detach(), before["v"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_parameter_that_repeats_its_memory_is_refused():
+    model = torch.nn.ParameterDict({"v": torch.zeros(3), "w": torch.zeros(1).expand(3)})
+    source = {name: torch.ones(3) for name in ("v", "w")}
+    with pytest.raises(FastmergeError, match="w: the model's tensor repeats one memory"):
+        live.merge_into(model, in_memory({"a": source, "b": source}))
+    assert not model["v"].any()

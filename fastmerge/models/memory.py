@@ -154,3 +154,20 @@ def extent(tensor: Any) -> Extent:
         return tensor.address, tensor.address + tensor.nbytes
     begin = int(tensor.data_ptr())
     return begin, begin + tensor.numel() * tensor.element_size()
+
+
+def place_of(target: Any) -> Extent:
+    """`extent` of a torch tensor or an array."""
+    if is_torch(target):
+        return extent(target)
+    begin = int(target.__array_interface__["data"][0])
+    return begin, begin + target.nbytes
+
+
+def check_writable(target: Any, where: str) -> None:
+    """Raises FastmergeError where not every entry has memory of its own to be written to."""
+    strides = target.stride() if is_torch(target) else target.strides
+    if any(size > 1 and step == 0 for size, step in zip(target.shape, strides, strict=True)):
+        raise FastmergeError(f"{where} repeats one memory; give it a copy (clone)")
+    if isinstance(target, np.ndarray) and not target.flags.writeable:
+        raise FastmergeError(f"{where} is read-only; give a copy")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastmerge.dtypes import BY_NAME, DType
 from fastmerge.errors import FastmergeError, UnsupportedError, brief
 from fastmerge.models.checkpoint import open_model
 from fastmerge.models.foreign import held_to_protocol
-from fastmerge.models.memory import check_torch, dtype_of, is_torch, view_of
+from fastmerge.models.memory import Extent, check_torch, dtype_of, is_torch, place_of, view_of
 from fastmerge.models.model import Model, TensorInfo, stored_bytes
 from fastmerge.once import cached_property
 
@@ -123,3 +123,40 @@ def _dtype(tensor: Any, where: str) -> DType:
     if found is None:
         raise UnsupportedError(f"{where}: tensors of {named} are not known")
     return found
+
+
+def memory_of(model: Model, name: str) -> Extent | None:
+    """Where a tensor lies; None where it has no place in memory, or no bytes."""
+    if not isinstance(model, StateDict) or not model.tensors[name].nbytes:
+        return None
+    tensor = model.held[name]
+    return place_of(tensor)
+
+
+def check_apart(targets: Mapping[str, Any], reads: Iterable[tuple[Model, str, str]]) -> None:
+    """Raises FastmergeError where what is written for one name is memory that is read or written
+    for another. ``reads``: a model, its tensor's name, and the name that it is read for.
+    """
+    read = [
+        (*place, name)
+        for model, stored, name in reads
+        if (place := memory_of(model, stored)) is not None
+    ]
+    written_to = {name: place_of(target) for name, target in targets.items()}
+
+    def hits(name: str, place: Extent) -> bool:
+        own = written_to.get(name)
+        return own is not None and own[0] < place[1] and place[0] < own[1]
+
+    widest = (0, 0, "")
+    for span in sorted([*read, *((*place, name) for name, place in written_to.items())]):
+        begin, end, name = span
+        other = widest[2]
+        meets = begin < widest[1] and name != other
+        if meets and (hits(name, widest[:2]) or hits(other, (begin, end))):
+            raise FastmergeError(
+                f"'{name}' and '{other}' share memory, so one would be overwritten before it is "
+                "read; give other tensors"
+            )
+        if end > widest[1]:
+            widest = span
