@@ -322,11 +322,13 @@ class Document(_Parametrised):
                 f"{self.at('tokenizer')}: give 'tokenizer' or 'tokenizer_source', not both"
             )
         asked = self.vocabulary
-        meant = None if asked is None else near_miss(asked.source, ("union", "base"))
-        if meant is not None and asked.source != meant and not os.path.exists(asked.source):
-            raise RecipeError(
-                f"{asked.at('source')}: unknown tokenizer '{asked.source}'; did you mean '{meant}'?"
-            )
+        if asked is not None and not os.path.exists(asked.source):
+            meant = near_miss(asked.source, ("union", "base"))
+            if meant not in (None, asked.source):
+                raise RecipeError(
+                    f"{asked.at('source')}: unknown tokenizer '{asked.source}'; did you mean "
+                    f"'{meant}'?"
+                )
         if self.chat_template is not None:
             check_template(self.chat_template, TEMPLATES, self.at("chat_template"))
 
