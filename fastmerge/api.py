@@ -174,6 +174,7 @@ def _to_store(
     overwrite = a_flag(options["overwrite"], "overwrite")
     with Upload(url, overwrite=overwrite) as upload:
         decided = decide(recipe, seed=options["seed"], models=models)
+        upload.check_inputs(_urls_of(decided))
         if options["part"] is not None:  # `finish` uploads
             upload.check_part()
             to = upload.destination("")
@@ -190,6 +191,14 @@ def _to_store(
             upload.note(key, report.as_dict())
         upload.send()
     return replace(report, url=url)
+
+
+def _urls_of(decided: Plan | AdapterMerge) -> list[str]:
+    """What is read of stores: their models' stamps begin with the URL of the folder."""
+    stamps = (
+        [s for model in decided.models for s in model.stamp] if isinstance(decided, Plan) else []
+    )
+    return [s[0] for s in stamps if isinstance(s, tuple) and isinstance(s[0], str)]
 
 
 def _job(decided: Plan | AdapterMerge, name: str, options: MergeOptions) -> str:

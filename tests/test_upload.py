@@ -504,3 +504,15 @@ def test_a_model_that_is_half_removed_is_not_sent(
     fastmerge.merge(recipe(models), there, overwrite=True, **said)
     assert objects(there) == files(tmp_path / "out")
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("part", [None, "1/1"])
+@pytest.mark.parametrize("url", [there, f"{there}/", "s3://models/x/../out"])
+def test_an_input_is_not_replaced(models: list[Path], url: str, part: str | None) -> None:
+    """As of a folder: the model that is read would be gone."""
+    fastmerge.merge(recipe(models), there)
+    before = objects(there)
+    for named in (there, f"{there}/model.safetensors"):
+        with pytest.raises(OutputError, match="out: the output would replace the input s3://mod"):
+            fastmerge.average([named, models[1]], url, overwrite=True, part=part)
+    assert objects(there) == before

@@ -12,10 +12,11 @@ import errno
 import hashlib
 import json
 import os
+import posixpath
 import re
 import stat
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,12 @@ class Upload:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             # Without locks, as parts may be: two that finish send the same bytes.
+
+    def check_inputs(self, places: Iterable[str]) -> None:
+        """Raises OutputError where one of these URLs, which are read, is the prefix itself."""
+        for place in places:
+            if _normal(place) == _normal(self.url):
+                raise OutputError(f"{self.url}: the output would replace the input {place}")
 
     def check_whole(self) -> None:
         """Raises OutputError where it is being merged in parts."""
@@ -453,6 +460,12 @@ class _ByFile:
 
     def send(self, path: Path) -> None:
         self._upload.send_file(path, self._key)
+
+
+def _normal(url: str) -> str:
+    """As the store reads it: of two that differ in slashes and dots alone the same."""
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://{posixpath.normpath(path)}"
 
 
 def _tag(meta: Mapping[str, Any]) -> str:
