@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,10 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behind = (host, port)
         self.reset()
+
+    def handle_error(self, *given: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # who waited no longer is gone
+            super().handle_error(*given)
 
     def reset(self, fault: Fault = lambda path, number: None, of=("GET", "HEAD")) -> None:
         self.of = of
