@@ -59,7 +59,7 @@ from fastmerge import api
 from fastmerge.errors import FastmergeError
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
-from fastmerge.models.header import read_header
+from fastmerge.models.header import Header, read_header
 from fastmerge.output.working import beside
 
 MAX_GROWTH_BYTES = 1 << 30  # of the whole run: no input here is larger than a few MB
@@ -121,7 +121,8 @@ def mutated(text: bytes, rng: random.Random) -> bytes:
 
 def drawn_header(rng: random.Random) -> bytes:
     """A header that is valid but for what is drawn seldom: of mutations 19 in 20 are refused."""
-    tensors: dict[str, dict[str, object]] = {}
+    tensors: list[tuple[str, object]] = []
+    names = _NAMES if rng.random() < 0.5 else _NAMES[:8]  # most readers' short cut is for these
     at = 0
     while at < HEADER_DATA_BYTES:
         dtype, bits = rng.choice(list(BITS.items()))
@@ -130,18 +131,68 @@ def drawn_header(rng: random.Random) -> bytes:
         if end > HEADER_DATA_BYTES or len(tensors) > 8:
             dtype, end = "U8", HEADER_DATA_BYTES
             shape = [end - at]
-        name = rng.choice(("a", "b.weight", "é", "\U0001f600", "", "x" * 300, "\x00")) + str(at)
+        name = rng.choice(names) + str(len(tensors))
         fields = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         if rng.random() < 0.02:
             fields[rng.choice(list(fields))] = rng.choice((None, [], [0, 0], "F32", 2**63, [1, -1]))
-        tensors[name] = dict(rng.sample(list(fields.items()), 3))
+        tensors.append((name, _Pairs(_twice(rng.sample(list(fields.items()), 3), rng))))
         at = end
-    order: list[tuple[str, object]] = rng.sample(list(tensors.items()), len(tensors))
+    order = _twice(rng.sample(tensors, len(tensors)), rng)
     if rng.random() < 0.3:
-        metadata = rng.choice(({}, {"format": "pt"}, {"a": "\x00é"}, None, {"a": 1}, []))
+        metadata: object = rng.choice((None, [], {"a": 1}, {"a": {"b": "c"}}))
+        if rng.random() < 0.8:
+            keys = rng.sample(names, rng.randrange(4))
+            metadata = _Pairs(_twice([(key, rng.choice(_NAMES)) for key in keys], rng))
         order.insert(rng.randrange(len(order) + 1), ("__metadata__", metadata))
-    text = json.dumps(dict(order), ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1)))
-    return text.encode() + rng.choice((b"", b" ", b"  \n\t", b"\x00")) * rng.randrange(3)
+    text = _text(_Pairs(order), rng, rng.random() < 0.5, rng.choice(("", "", " ", "\n\t\r ")))
+    return text.encode() + rng.choice((b"", b" ", b"  \n\t", b"\x00")) * rng.randrange(2)
+
+
+_NAMES = (
+    "a", "b.weight", "é", "\U0001f600", "", "x" * 300, "dtype", "__metadata__", "\x00",
+    ":", "a:b::", '":', "\\u003a", "\\", "shape", "layer-0", "\ufeff", "\x7f", "{}", "/",
+)  # fmt: skip
+
+
+class _Pairs(list[tuple[str, object]]):
+    """An object of JSON that may have a key twice."""
+
+
+def _twice(pairs: list[tuple[str, object]], rng: random.Random) -> list[tuple[str, object]]:
+    """Seldom with one more pair of a key that is there, or without one."""
+    if pairs and rng.random() < 0.01:
+        pairs.insert(
+            rng.randrange(len(pairs) + 1), (rng.choice(pairs)[0], rng.choice((*pairs, ("", 0)))[1])
+        )
+    if pairs and rng.random() < 0.005:
+        pairs.pop(rng.randrange(len(pairs)))
+    return pairs
+
+
+def _text(value: object, rng: random.Random, escaped: bool, space: str) -> str:
+    """As JSON; ``escaped``: any letter may be written by its number."""
+    if isinstance(value, dict):
+        value = _Pairs(value.items())
+    if isinstance(value, _Pairs):
+        inner = (
+            f"{space}{_text(key, rng, escaped, space)}{space}:{_text(each, rng, escaped, space)}"
+            for key, each in value
+        )
+        return f"{{{','.join(inner)}{space}}}"
+    if isinstance(value, list):
+        return f"[{','.join(space + _text(each, rng, escaped, space) for each in value)}{space}]"
+    if type(value) is int and rng.random() < 0.001:
+        return rng.choice((f"{value}.0", f"{value}e0", f"0{value}", f"-{value}", "9" * 5000))
+    if not isinstance(value, str):
+        return json.dumps(value)
+    text = json.dumps(value, ensure_ascii=escaped)
+    if not escaped or rng.random() < 0.7:
+        return text
+    at = rng.randrange(len(value) + 1)
+    number = "".join(f"\\u{ord(letter):04{rng.choice('xX')}}" for letter in value[at : at + 1])
+    if len(number) != 6:  # none, or a letter of two
+        return text
+    return json.dumps(value[:at])[:-1] + number + json.dumps(value[at + 1 :])[1:]
 
 
 _OWN = {f"{name}.yml" for name in ("recipe", "schedule", "space", "mixture")}
@@ -265,16 +316,23 @@ class Target:
     def _header_taken(self, text: bytes) -> None:
         path = self.folder / "x.safetensors"
         self._write(path, text)
-        message = refusal(lambda: read_header(path, 0))
+        ours: list[Header] = []
+        message = refusal(lambda: ours.append(read_header(path, 0)[0]))
+        content: object = None
         try:
             with safetensors.safe_open(path, "np") as file:
-                file.keys()
+                names = file.keys()
+                shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+                content = dict(zip(names, shapes, strict=True)), file.metadata() or {}
             theirs = None
         except safetensors.SafetensorError as error:
             theirs = str(error)
         self._count("header", message)
         if message is None and theirs is not None:
             raise BrokenError(f"taken, which the library refuses: {theirs}")
+        for header in ours:
+            if content != ({info.name: info.shape for info in header.tensors}, header.metadata):
+                raise BrokenError(f"read as {header}, by the library as {content}")
         if message is not None and theirs is None:
             known = [words for words in OURS if words in message]
             if not known:
