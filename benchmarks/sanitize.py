@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,7 @@ class Build:
         }
 
     def _library(self, name: str) -> str:
-        path = output([self._compiler, f"-print-file-name={name}"]).strip()
+        path = output([*shlex.split(self._compiler), f"-print-file-name={name}"]).strip()
         if not os.path.isabs(path):
             raise FailedError(f"{self._compiler} has no {name}")
         return os.path.realpath(path)
@@ -156,7 +157,7 @@ class Build:
         source.write_text(self._sanitizer.planted.replace("void fault", 'extern "C" void fault'))
         shared = ["-std=c++17", "-shared", "-fPIC", "-pthread", "-g", "-o", str(library)]
         flags = [*self._sanitizer.flags.split(), *shared, str(source)]
-        subprocess.run([self._compiler, *flags], check=True)
+        subprocess.run([*shlex.split(self._compiler), *flags], check=True)
         code = f"import ctypes, fastmerge._C as c; print(c.__file__); ctypes.CDLL({str(library)!r})"
         ran, report = self._run(["-c", f"{code}.fault()"])
         if ran.returncode != FOUND or self._sanitizer.said not in report:

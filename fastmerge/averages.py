@@ -92,7 +92,7 @@ def average_recipe(
         if not is_whole(last) or last < 1:
             raise FastmergeError(f"last: {brief(last)} is not a number of models of 1 or more")
         if last > len(chosen):
-            raise FastmergeError(f"last: {last} of {len(chosen)} models; give fewer")
+            raise FastmergeError(f"last: {brief(last)} of {len(chosen)} models; give fewer")
         chosen = chosen[-int(last) :]
     _check_once(chosen)
     for name in chosen:

@@ -200,7 +200,15 @@ def _plain(word: str) -> str:
     return word.lower().replace("-", "_").replace(" ", "_")
 
 
-_BRIEF = Repr()
+class _Brief(Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > _WRITTEN_BITS:
+            return f"a number of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+
+_BRIEF = _Brief()
+_WRITTEN_BITS = 10_000  # Python refuses to write numbers of more than 4300 digits
 _BRIEFEST = 160  # characters: of six lists of six numbers each there are 800
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 60
 

@@ -19,7 +19,10 @@ MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are count
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
 MAX_DEPTH = 16  # of folders in a model's folder: chat templates and modules lie one deep
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
-MAX_RECIPE_BYTES = 16 << 20  # a recipe of 1000 models and a line a layer takes 5 MB
+# Of a recipe, a schedule, a task file, a scorer's own text: of the public ones the largest takes
+# 0.1 MB, and PyYAML 8 s for 1 MB of short values.
+MAX_RECIPE_BYTES = 1 << 20
+MAX_NUMBER_LETTERS = 1000  # 1:1:1:..., of base 60, takes PyYAML the square of its length
 MAX_RECIPE_VALUES = 1_000_000  # once every alias is written out
 # Of the folders of tasks that an evaluation names; the harness's own has 16 334 entries, of which
 # the tasks take 7 MB.

@@ -45,6 +45,10 @@ TEXTS = {
     "timestamp": (b"task: x\na: !!timestamp x", "not valid YAML"),
     "date": (b"task: x\na: 2001-99-99", "not valid YAML"),
     "int": (b"task: x\na: !!int ''", "not valid YAML"),
+    "base 60": (b"task: x\na: " + b"1:" * 400_000 + b"1", "a number of 800001 letters"),
+    "base 60, by a key": (b"task: x\na: !!int {=: '" + b"1:" * 9000 + b"1'}", "of 18001 letters"),
+    "float of base 60": (b"task: x\na: " + b"1:" * 300 + b"1.0", "not valid YAML"),
+    "a letter's number": (b'task: x\na: "\\UFFFFFFFF"', "not valid YAML"),
     "deep": (b"task: x\na: " + b"[" * 100_000, "not valid YAML"),
     "merges": (b"task: x\n" + BOMB.encode(), "more than 1000000 values"),
     "python": (b"task: x\na: !!python/object/apply:os.system [x]", "not valid YAML"),
@@ -201,7 +205,7 @@ def test_inner_products_that_no_run_keeps(schedule: dict[str, Any], begun: Path)
 def test_headers_that_no_run_writes(schedule: dict[str, Any], begun: Path) -> None:
     path = begun / "run.json"
     said = json.loads(path.read_text())
-    odd: list[Any] = [float("inf"), 1.5, True, "7", None, []]
+    odd: list[Any] = [float("inf"), 1.5, True, "7", None, [], -1, 1 << 64]
     texts = [json.dumps(said | {"seed": seed}) for seed in odd]
     texts += [json.dumps(said | {"more": 1}), json.dumps(said | {"more": None}), "[" * 200, "{}"]
     for text in texts:
@@ -210,6 +214,30 @@ def test_headers_that_no_run_writes(schedule: dict[str, Any], begun: Path) -> No
         assert "run.json: is damaged" in found, text
     path.write_text(json.dumps(said | {"inputs": None}))
     assert "other 'inputs'" in refusal(lambda: run(schedule, begun, score=lambda _: 1, resume=True))
+
+
+def test_values_in_a_journal_that_no_run_writes(schedule: dict[str, Any], tmp_path: Path) -> None:
+    """A third of what was forged came out as Python's own error."""
+
+    def score(_: Any) -> float:
+        return 50.0
+
+    out = tmp_path / "out"
+    run(schedule, out, score=score)
+    path = out / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    scores = next(line for line in lines if line["key"].startswith("score:"))
+    (task,) = scores["value"].values()
+    odd = [1, "x", [], {"a": 1}, {"a": {}}, {"a": [1]}]
+    for key in ("value", "metric", "count", "items", "detail"):
+        odd += [{"a": {name: value for name, value in task.items() if name != key}}]
+        odd += [{"a": task | {key: value}} for value in (True, [[]], {"b": None}, 10**400)]
+    for value in odd:
+        path.write_text(json.dumps(scores | {"value": value}) + "\n")
+        said = refusal(lambda: run(schedule, out, score=score, resume=True))
+        assert "journal.jsonl: the value of 'score:" in said and "delete its line" in said, value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(schedule, out, score=score, resume=True)
 
 
 def test_a_journal_is_read_up_to_a_size(tmp_path: Path) -> None:

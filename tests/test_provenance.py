@@ -166,6 +166,8 @@ def test_a_licence_of_its_own_keeps_its_name() -> None:
         "---\nlicense: !!int ''\n---\n",
         "---\nlicense: !!timestamp x\n---\n",
         "---\nlicense: 2001-99-99\n---\n",
+        "---\nlicense: " + "1:" * 300 + "1.0\n---\n",
+        '---\nlicense: "\\UFFFFFFFF"\n---\n',
         "---\nlicense: !!binary x\n---\n",
         "---\n? [a]\n: b\n---\n",
         "no front matter\n---\nlicense: mit\n---\n",

@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             number = self.server.asked[name] = self.server.asked.get(name, 0) + 1
         wrong = self.server.fault(name, number) if self.command in self.server.of else None
-        if wrong in ("500", "403", "416"):
+        if wrong and wrong.isdigit():
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.answer(int(wrong), {}, b"<Error><Code>Injected</Code></Error>")
             return

@@ -135,6 +135,7 @@ def test_limits_on_files_that_are_read_whole(tmp_path: Path) -> None:
         file.truncate(limits.MAX_RECIPE_BYTES + 1)
     assert "not a recipe" in refusal(fastmerge.api.plan, recipe)
     assert "not a recipe" in refusal(fastmerge.api.plan, Path("/dev/zero"))
+    assert "not a recipe" in refusal(fastmerge.api.plan, "a: 1\n" * limits.MAX_RECIPE_BYTES)
 
 
 _PLACES = (
@@ -185,7 +186,10 @@ def test_layers_are_not_counted_one_by_one(zoo, more) -> None:
         "!!bool 7", "!!timestamp x", "!!int ''", "!!int x", "!!float ''", "!!float x", "!!null x",
         "!!binary ?", "!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]",
         "!!python/object:os.system x", "!!str [a]", "!!map x", "!!seq x", '"\\ud800"', "2020-99-99",
-        "2020-01-01", "0b", "0x", "1:99", "!x y", "!!merge x", "<<", "'" + "x" * 3_000_000 + "'",
+        "2020-01-01", "0b", "0x", "1:99", "!x y", "!!merge x", "<<", "'" + "x" * 900_000 + "'",
+        '"\\U00110000"', '"\\UFFFFFFFF"', "1:" * 300 + "1", "1:" * 300 + "1.0",
+        "1:" * 150_000 + "1", "0x" + "f" * 5000, "0b" + "1" * 50_000, "9" * 5000, "!!set x",
+        "!!omap x", "!!pairs x",
     ],
 )  # fmt: skip
 def test_tags_and_odd_scalars_are_one_line(value: str) -> None:
@@ -196,8 +200,25 @@ def test_tags_and_odd_scalars_are_one_line(value: str) -> None:
         f"merge_method: linear\nmodels: [{{model: m}}]\ntokenizer: {{source: {value}}}\n",
         f"merge_method: linear\nmodels: [{{model: m}}]\n? {value}\n: 1\n",
         f"merge_method: linear\n<<: {value}\nmodels: [{{model: m}}]\n",
+        f"{value}\n\n",
     ):
         refusal(fastmerge.api.plan, text)
+
+
+def test_a_number_that_python_does_not_write_is_one_line() -> None:
+    for number in (10**5000, -(10**5000)):
+        for recipe in (
+            {"merge_method": number},
+            {number: 1},
+            {
+                "merge_method": "linear",
+                "models": [{"model": "m", "parameters": {"weight": number}}],
+            },
+        ):
+            assert "a number of 16610 bits" in refusal(fastmerge.api.plan, recipe)
+        for chosen in ((number, number), (number, 2)):
+            said = refusal(lambda chosen=chosen: fastmerge.merge("x.yml", "out", part=chosen))
+            assert "a number of 16610 bits" in said
 
 
 def test_half_a_surrogate_pair_is_no_text(zoo) -> None:

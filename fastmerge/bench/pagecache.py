@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from fastmerge.output.disk import remove_tree
 
 _WARM, _COLD = 0.99, 0.01  # shares of the pages
 HOW_COLD = "posix_fadvise(DONTNEED), then mincore"
@@ -112,7 +113,7 @@ def clear(outputs: Iterable[Path]) -> None:
         # Leftovers: an interrupted merge would be continued.
         for old in (path, *path.parent.glob(f".{path.name}.*")):
             if old.is_dir():
-                shutil.rmtree(old)
+                remove_tree(old)
             else:
                 old.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from fastmerge.bench.request import WHOLES, Request, refuse
 from fastmerge.bench.rows import Row
 from fastmerge.compute.cpu import isa
 from fastmerge.errors import OutputError
+from fastmerge.output.disk import remove_tree
 
 Tell = Callable[[str], None]
 FORMAT = 1
@@ -42,7 +42,7 @@ def workplace(folder: Path) -> Iterator[Path]:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
         # A second Ctrl-C would leave half of it.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-        shutil.rmtree(made, ignore_errors=True)
+        remove_tree(made, ignore_errors=True)
         for number, handler in before.items():
             # None: whoever embeds Python set it, and it cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -120,7 +120,7 @@ def _wholes(request: Request, place: Path, tell: Tell) -> Iterator[Part]:
         for whole in _listed(models, own, place, "bfloat16", about):
             yield wholes.run(whole, place, own, tell)
         if request.sets is None:
-            shutil.rmtree(folder)
+            remove_tree(folder)
 
 
 def _planned(models: Sequence[Path], request: Request, place: Path) -> list[wholes.Whole]:

@@ -7,7 +7,6 @@ state, so that a noisy neighbour hits all of them.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from fastmerge.bench.request import WALKED, Request
 from fastmerge.bench.rows import Row, WrongResultError, row_of_processes
 from fastmerge.errors import UnsupportedError
 from fastmerge.models.adapter import is_adapter
+from fastmerge.output.disk import remove_tree
 from fastmerge.search.folder import MODEL_FOLDER
 
 Tell = Callable[[str], None]
@@ -274,7 +274,7 @@ def _by_mergekit(models: Sequence[Path], steps: int, dtype: str | None, out: Pat
         rss = max(rss, done.peak_rss_bytes)
         anonymous = max(anonymous, done.peak_anonymous_bytes)
         if state != models[0]:
-            shutil.rmtree(state)
+            remove_tree(state)
         state = made
     return Run(seconds, cpu_seconds, rss, anonymous)
 

@@ -7,7 +7,6 @@ what it is going to ask for; so what it decides and writes is the same for any n
 from __future__ import annotations
 
 import os
-import shutil
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.scorers import Scorer
 from fastmerge.evaluation.weights import SCORED, clear
+from fastmerge.output.disk import remove_tree
 
 Measure = Callable[[Any], Any]  # from what is asked for to what it comes to; both pickle
 # Makes an evaluator where it runs, from its number, which no other has had, and its threads.
@@ -105,7 +105,7 @@ def within(folder: Path, open_them: Callable[[], E]) -> Iterator[E]:
     finally:
         evaluators.close()
         # What one of them is still writing as it ends stays until the next run.
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch, ignore_errors=True)
 
 
 def same_scorer(scorer: Scorer, key: str) -> Scorer:

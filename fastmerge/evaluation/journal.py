@@ -7,11 +7,12 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, brief
 from fastmerge.limits import MAX_JOURNAL_BYTES
 from fastmerge.output.place import explain
 from fastmerge.output.working import (
@@ -21,6 +22,8 @@ from fastmerge.output.working import (
     is_loose,
     open_ours,
 )
+
+R = TypeVar("R")
 
 
 def digest(value: Any) -> str:
@@ -71,6 +74,21 @@ class Journal:
     def get(self, key: str) -> Any:
         """The value recorded under ``key``, or None."""
         return self._known.get(key)
+
+    def read(self, key: str, meaning: Callable[[Any], R]) -> R | None:
+        """What ``meaning`` makes of the value recorded under ``key``, or None. Raises OutputError
+        where it raises what a value does that no run wrote.
+        """
+        found = self._known.get(key)
+        if found is None:
+            return None
+        try:
+            return meaning(found)
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+            raise OutputError(
+                f"{self._path or 'journal'}: the value of {brief(key)} is damaged; delete its "
+                "line, and it is measured again"
+            ) from None
 
     def holds(self, prefix: str) -> bool:
         """Whether any key begins so."""

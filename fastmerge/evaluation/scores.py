@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import in_a_line
+from fastmerge.errors import in_a_line, is_whole
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,30 @@ class Scores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
-        """The inverse of as_json."""
-        return cls(
-            {
-                name: TaskScore(
-                    math.nan if task["value"] is None else task["value"],
-                    task["metric"],
-                    task["count"],
-                    None
-                    if task["items"] is None
-                    else {k: tuple(v) for k, v in task["items"].items()},
-                    task["detail"],
-                )
-                for name, task in values.items()
-            }
-        )
+        """The inverse of as_json. Raises what Python does, or ValueError, where it is not."""
+        return cls({name: _task(task) for name, task in values.items()})
+
+
+def _task(task: Mapping[str, Any]) -> TaskScore:
+    value, metric, count, items, detail = (
+        task[key] for key in ("value", "metric", "count", "items", "detail")
+    )
+    if items is not None:
+        items = {part: tuple(map(a_number, of)) for part, of in items.items()}
+    if detail is not None:
+        detail = {key: a_number(number) for key, number in detail.items()}
+    if not isinstance(metric, str) or not is_whole(count) or not 0 <= count < 1 << 63:
+        raise ValueError
+    return TaskScore(math.nan if value is None else a_number(value), metric, count, items, detail)
+
+
+def a_number(value: Any) -> float:
+    """``value``, as JSON had it, which a float can be. Raises ValueError, OverflowError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError
+    float(value)
+    number: float = value
+    return number
 
 
 def none(value: float | None) -> float | None:

@@ -12,7 +12,7 @@ import yaml
 from fastmerge.errors import RecipeError
 from fastmerge.evaluation.texts import text_of
 from fastmerge.limits import MAX_TASK_ENTRIES, MAX_TASKS_BYTES
-from fastmerge.recipe.yaml_text import Constructor
+from fastmerge.recipe.yaml_text import FAULTS, Constructor
 
 
 def task_texts(folder: Path, where: str) -> dict[str, str]:
@@ -59,7 +59,7 @@ def data_files(name: str, text: str) -> list[Path]:
         document = yaml.load(text, Loader=_AnyTag)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (RecursionError, AttributeError, IndexError, KeyError):  # `!!bool 7`: PyYAML's
+    except FAULTS:
         raise RecipeError(f"{name}: not valid YAML: too deep, or a value not as its tag") from None
     if not isinstance(document, Mapping) or document.get("dataset_path") not in (
         "json",

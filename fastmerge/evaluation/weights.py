@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastmerge import api, live
 from fastmerge.engine.merge import merge_plan
+from fastmerge.output.disk import remove_tree
 from fastmerge.output.working import check_ours
 from fastmerge.planning.plan import Plan
 
@@ -84,7 +84,7 @@ class Merged:
     def __exit__(self, *error: object) -> None:
         root, self._root = self._root, None
         if root is not None:
-            shutil.rmtree(root)
+            remove_tree(root)
 
 
 def clear(scratch: Path) -> None:
@@ -93,7 +93,7 @@ def clear(scratch: Path) -> None:
     """
     if os.path.lexists(scratch):
         check_ours(scratch, os.lstat(scratch), folder=True)
-        shutil.rmtree(scratch)
+        remove_tree(scratch)
 
 
 def model_of(weights: Any) -> Any:

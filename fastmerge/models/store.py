@@ -168,7 +168,12 @@ def asked(
         except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
             raise kind(refusal) from error
         except faults.PreconditionError as error:
-            raise (changed() if changed else kind(f"{where}: {error}")) from error
+            if changed:
+                raise changed() from error
+            raise kind(
+                f"{where}: cannot be {done} ({_answer(error)}); run again when nobody else writes "
+                "there"
+            ) from error
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise kind(f"{where}: there is no such bucket") from None
@@ -186,9 +191,14 @@ def asked(
             if "NoSuchBucket" in str(error):
                 raise kind(f"{where}: there is no such bucket") from error
             if attempt == ATTEMPTS - 1:
-                said = first_sentences(str(error).split(" - ")[-1])
+                said = _answer(error)
                 if said.endswith("builder error"):  # all that obstore says of it
                     said += ": an endpoint by http:// takes AWS_ALLOW_HTTP=true"
                 raise kind(f"{where}: cannot be {done}, tried {ATTEMPTS} times ({said})") from error
             time.sleep(_WAIT_SECONDS * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _answer(error: Exception) -> str:
+    """Of what obstore says of a request, which repeats the URL, the answer's text and itself."""
+    return first_sentences(str(error).split(" - ")[-1])

@@ -71,16 +71,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_tree(path: Path) -> None:
+def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
     """`shutil.rmtree`, out of which an interrupt comes as such: where one strikes as it closes a
-    folder, it closes that again, and what comes out is that error ("Bad file descriptor").
+    folder, it closes that again, and what comes out is that error ("Bad file descriptor"), errors
+    ignored or not.
     """
     try:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     except OSError as error:
         before: BaseException | None = error
         while before is not None:
             if isinstance(before, KeyboardInterrupt):
                 raise before from None
             before = before.__context__
-        raise
+        if not ignore_errors:
+            raise

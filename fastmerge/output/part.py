@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 from fastmerge.errors import OutputError, ResourceError, argument
 from fastmerge.models.folder import INDEX
 from fastmerge.output.claim import Claim, Record, is_dead, is_dead_here, records
-from fastmerge.output.disk import facts_of, sync_folder
+from fastmerge.output.disk import facts_of, remove_tree, sync_folder
 from fastmerge.output.layout import Layout
 from fastmerge.output.parts import (
     FINISH,
@@ -197,7 +196,7 @@ class PartWriter(Shards):
             kept = self._resume(self._run, kept, IO_THREADS)
             claim.add(kept)
         for earlier in claim.previous:
-            shutil.rmtree(self._run_folder(earlier), ignore_errors=True)
+            remove_tree(self._run_folder(earlier), ignore_errors=True)
         there = sum(path.stat().st_size for path in self._run.iterdir())
         check_space(self.target.parent, sum(shard.size for shard in self.shards) - there)
 
@@ -316,6 +315,6 @@ class PartWriter(Shards):
             for file in self._files.values():
                 file.abandon()
             if self._worthless and not self.done and self._run is not None:
-                shutil.rmtree(self._run, ignore_errors=True)
+                remove_tree(self._run, ignore_errors=True)
             self._claim.end()
         self._folder.close()

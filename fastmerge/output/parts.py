@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -158,7 +157,7 @@ def agree(folder: WorkingFolder, ours: Manifest, files: Mapping[str, bytes | Pat
                 if not os.path.lexists(place):
                     raise
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            remove_tree(own, ignore_errors=True)
     theirs = read_manifest(folder)
     for key, said in _DIFFERENCES.items():
         values = {"theirs": getattr(theirs, key), "ours": getattr(ours, key)}

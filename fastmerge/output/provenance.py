@@ -196,7 +196,8 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
         found = yaml.safe_load(front)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    except (LookupError, AttributeError, TypeError):  # !!bool 7, !!int '', !!timestamp x: PyYAML's
+    # !!bool 7, !!int '', !!timestamp x, 1:1:...:1.0: PyYAML's
+    except (LookupError, AttributeError, TypeError, ArithmeticError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -43,12 +43,11 @@ def a_part(value: Any, where: str = "part") -> tuple[Part, str]:
 
 
 def _checked(number: int, count: int, where: str) -> Part:
+    said = f"{where}: {brief(number)}/{brief(count)}"
     if not 1 <= count <= MAX_PARTS:
-        raise FastmergeError(f"{where}: {number}/{count}: there are 1 to {MAX_PARTS} parts")
+        raise FastmergeError(f"{said}: there are 1 to {MAX_PARTS} parts")
     if not 1 <= number <= count:
-        raise FastmergeError(
-            f"{where}: {number}/{count}: the parts are 1/{count} to {count}/{count}"
-        )
+        raise FastmergeError(f"{said}: the parts are 1/{count} to {count}/{count}")
     return Part(number, count)
 
 

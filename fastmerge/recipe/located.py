@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.errors import RecipeError, brief
+from fastmerge.limits import MAX_NUMBER_LETTERS
 
 
 class LocatedDict(dict[str, Any]):
@@ -59,6 +60,9 @@ def located(value: Any, place: str) -> Any:
         raise RecipeError(f"{place}: {brief(plain)} has no meaning here")
     if isinstance(plain, str):
         _check_text(plain, place)
+    # Beyond that Python does not write them.
+    if type(plain) is int and plain.bit_length() > 3 * MAX_NUMBER_LETTERS:
+        raise RecipeError(f"{place}: {brief(plain)} has no meaning here")
     return plain
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.arguments import expanded
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, brief
 from fastmerge.limits import MAX_RECIPE_BYTES
 from fastmerge.recipe.located import LocatedDict, located
+
+_TOO_LONG = f"over {MAX_RECIPE_BYTES >> 20} MiB"
 
 
 def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
@@ -42,6 +44,8 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
         return [_document(item, what) for item in items], text, what
     if isinstance(source, str) and "\n" in source:
         text, origin = source, what
+        if len(text) > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{what}: {_TOO_LONG}; not a {what}")
     elif isinstance(source, (str, os.PathLike)):
         path = expanded(Path(source), what)
         origin = path.name
@@ -49,7 +53,7 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
             with path.open("rb") as file:  # a pipe will do: `fastmerge merge <(...)`
                 data = file.read(MAX_RECIPE_BYTES + 1)
             if len(data) > MAX_RECIPE_BYTES:
-                raise RecipeError(f"{path}: over {MAX_RECIPE_BYTES >> 20} MiB; not a {what}")
+                raise RecipeError(f"{path}: {_TOO_LONG}; not a {what}")
             # Line ends as in any text.
             text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
@@ -68,7 +72,7 @@ def read(source: Any, what: str) -> tuple[list[LocatedDict], str, str]:
 
 def _document(item: Any, origin: str) -> LocatedDict:
     if not isinstance(item, LocatedDict):
-        kind = "a list" if isinstance(item, list) else f"{item!r:.40}"
+        kind = "a list" if isinstance(item, list) else brief(item)
         where = getattr(item, "where", "") or origin
         raise RecipeError(f"{where}: a document must be a mapping of keys, not {kind}")
     return item

@@ -11,19 +11,37 @@ from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fastmerge.errors import RecipeError, brief
-from fastmerge.limits import MAX_RECIPE_VALUES
+from fastmerge.limits import MAX_NUMBER_LETTERS, MAX_RECIPE_VALUES
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
 _TAG = "tag:yaml.org,2002:"
 _OF_AN_ENTRY = ("model", "source_model", "sources")  # doubled where a list's '-' is forgotten
+_NUMBERS = (f"{_TAG}int", f"{_TAG}float")
+# What PyYAML lets through beside its own, by what makes it.
+_FOREIGN = (
+    ValueError,  # "\U00110000"
+    OverflowError,  # "\UFFFFFFFF"
+    AttributeError,  # !!timestamp x
+    IndexError,  # !!int ''
+    KeyError,  # !!bool 7
+)
+FAULTS = (yaml.YAMLError, RecursionError, *_FOREIGN)
 
 
 class Constructor(SafeConstructor):
-    """PyYAML's, with a bound on what '<<' takes over: forty lines that each take the one before
-    over twice make 10^12 values.
+    """PyYAML's, with a bound on numbers, and on what '<<' takes over: forty lines that each take
+    the one before over twice make 10^12 values.
     """
 
     taken = 0
+
+    def construct_scalar(self, node: ScalarNode | MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if node.tag in _NUMBERS and len(text) > MAX_NUMBER_LETTERS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(text)} letters", node.start_mark
+            )
+        return text
 
     def flatten_mapping(self, node: MappingNode) -> None:
         merges = any(key.tag == f"{_TAG}merge" for key, _ in node.value)
@@ -85,10 +103,10 @@ class _Builder:
             raise RecipeError(f"{self.place(node)}: the tag '{node.tag}' has no use here")
         try:
             value = self.constructor.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
             detail = getattr(error, "problem", None) or str(error)
             raise RecipeError(f"{self.place(node)}: not valid YAML: {detail}") from None
-        except (AttributeError, IndexError, KeyError):  # of `!!timestamp x`, `!!int ''`, `!!bool 7`
+        except (AttributeError, IndexError, KeyError):
             kind = node.tag.removeprefix(_TAG)
             raise RecipeError(
                 f"{self.place(node)}: {brief(node.value)} is no {kind}; leave out the tag "
@@ -164,6 +182,8 @@ def parse(text: str, origin: str, what: str) -> list[Any]:
         raise RecipeError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{origin}: nested too deeply for a {what}") from None
+    except (ValueError, OverflowError) as error:
+        raise RecipeError(f"{origin}: not valid YAML: a letter's number in it: {error}") from None
 
 
 # What PyYAML says in a parser's words, and what it means for who wrote the file. `{line}`: where

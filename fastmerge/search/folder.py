@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import ModelError, OutputError, argument
+from fastmerge.errors import ModelError, OutputError, argument, is_whole
 from fastmerge.evaluation.journal import Journal, check_own, write_own
 from fastmerge.evaluation.weights import SCORED
 from fastmerge.models.header import read_object
@@ -128,7 +128,9 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
         except ModelError:
             found = {}
         recorded = found.pop("seed", None)
-        if type(recorded) is not int or not header.keys() >= found.keys():
+        if not header.keys() >= found.keys() or not (
+            is_whole(recorded) and 0 <= recorded < 1 << 64
+        ):
             raise OutputError(f"{path}: is damaged; give a new folder")
         if found != header:
             what = next(key for key in header if key not in found or found[key] != header[key])
@@ -138,7 +140,7 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
             )
         if asked is not None and asked != recorded:
             raise OutputError(f"{out}: was begun with seed {recorded}, not {asked}")
-        return recorded
+        return int(recorded)
     seed = own if asked is None else asked
     write_own(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
     return seed

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.evaluation.scores import a_number
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -34,10 +36,13 @@ class Geometry:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Geometry:
-        """From as_json's values, numbers that JSON holds as null being NaN."""
-        found = dict(values)
-        found["angles"] = {int(index): value for index, value in values["angles"].items()}
-        return cls(**{**found, "one_shot": tuple(found["one_shot"])})
+        """From as_json's values. Raises what Python does, or ValueError, for others."""
+        lengths = ("norm", "relative_norm", "angle", "residual")
+        return cls(
+            **{name: a_number(values[name]) for name in lengths},
+            angles={int(index): a_number(value) for index, value in values["angles"].items()},
+            one_shot=tuple(map(a_number, values["one_shot"])),
+        )
 
 
 def angle(inner: float, a: float, b: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,8 +118,7 @@ class Lab:
 
     def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
         """What the journal has of a state's scores."""
-        found = self._journal.get(self._key("score", state, split, limit))
-        return None if found is None else Scores.from_json(found)
+        return self._journal.read(self._key("score", state, split, limit), Scores.from_json)
 
     def keep(
         self, state: Expr, scores: Scores, split: str = "steer", limit: int | None = None
@@ -149,8 +148,18 @@ class Lab:
             else:
                 found = self.evaluators.answer(key, Slope(state))
             self._journal.put(key, found)
-        kept = self._journal.get(key)
-        return np.array(kept["rows"]), kept["items"]
+        kept = self._journal.read(key, self._slope)
+        assert kept is not None
+        return kept
+
+    def _slope(self, kept: Mapping[str, Any]) -> tuple[Float64, int]:
+        rows = np.array(kept["rows"], np.float64)
+        if (
+            rows.shape != (len(self.space.names), self.space.count)
+            or type(kept["items"]) is not int
+        ):
+            raise ValueError
+        return rows, kept["items"]
 
     def measure_slope(self, state: Expr) -> dict[str, Any]:
         """What the journal has of a slope, measured here and now."""
@@ -236,7 +245,15 @@ class Lab:
             for item, array in materialise_plan(self.space.plan(state), threads=self._threads):
                 meter(item, array)
             self._keep(key, self.space.geometry_of(meter.grams).as_json())
-        return Geometry.from_json(self._journal.get(f"geometry 2:{key}"))
+        found = self._journal.read(f"geometry 2:{key}", self._geometry)
+        assert found is not None
+        return found
+
+    def _geometry(self, kept: Mapping[str, Any]) -> Geometry:
+        found = Geometry.from_json(kept)
+        if len(found.one_shot) != self.space.count or len(found.angles) != self.space.count - 1:
+            raise ValueError
+        return found
 
     def place(self, state: Expr) -> Any:
         """What the journal has of where a state lies, which measuring one that does not collapse

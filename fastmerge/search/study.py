@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, in_a_line
 from fastmerge.evaluation.callables import scores_of
-from fastmerge.evaluation.scores import Scores
+from fastmerge.evaluation.scores import Scores, a_number
 from fastmerge.methods.types import Float64
 from fastmerge.search.document import SearchFile
 from fastmerge.search.expressions import Expr
@@ -236,7 +236,7 @@ class Study:
     def _note_budget(self) -> bool:
         """Whether the folder was begun with a larger budget, or one in the other unit."""
         journal, own = self.lab.journal, self._budget
-        before = journal.get("budget")
+        before = journal.read("budget", _budget)
         now = {own.unit: own.most}
         is_smaller = before is not None and own.most < before.get(own.unit, math.inf)
         if before != now and not is_smaller:
@@ -246,8 +246,8 @@ class Study:
     def _refuse_smaller(self) -> NoReturn:
         """What is known beyond the budget would be forgotten by the report, perhaps the best."""
         budget = self._budget
-        before = self.lab.journal.get("budget")
-        had = " and ".join(f"{most} {unit}" for unit, most in before.items())
+        before = self.lab.journal.read("budget", _budget)
+        had = " and ".join(f"{most} {unit}" for unit, most in (before or {}).items())
         raise RecipeError(
             f"{budget.at(budget.unit)}: {budget.most} {budget.unit} buy less than the folder holds "
             f"already, which was searched with {had}: give no less, or another folder"
@@ -332,3 +332,7 @@ class Study:
                 f"{where}: gradient needs a method that is a combination of whole models, such as "
                 f"linear, task_arithmetic or slerp; {name} is none"
             )
+
+
+def _budget(kept: Mapping[str, Any]) -> dict[str, float]:
+    return {unit: a_number(most) for unit, most in kept.items()}
