@@ -26,7 +26,6 @@ from fastmerge.dtypes import BY_CODE, DType
 from fastmerge.errors import FastmergeError
 from fastmerge.models.folder import INDEX
 from fastmerge.output import journal, publish
-from fastmerge.output.disk import remove_tree
 from fastmerge.output.layout import Layout
 from fastmerge.output.writer import ModelWriter
 
@@ -286,13 +285,14 @@ def test_sigkill_and_resume(tmp_path: Path) -> None:
     target, rng = tmp_path / "out", random.Random(11)
     command = [sys.executable, "-c", _CHILD, __file__, str(target)]
     resumed = [0]
-    for _ in range(30):
+    for number in range(30):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             line = child.stdout.readline()
             assert line.startswith("start ")
             resumed.append(int(line.split()[1]))
-            time.sleep(rng.uniform(0, 0.04))
+            # Longer in turn: under a sanitizer on a busy machine 30 runs of 40 ms did nothing.
+            time.sleep(rng.uniform(0, 0.04 * (1 + number // 5)))
             child.send_signal(signal.SIGKILL)
         if target.exists():
             break
@@ -331,31 +331,6 @@ def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bo
     write_model(tmp_path / "whole")
     assert tree(target) == tree(tmp_path / "whole")
     assert siblings(target) == ["out", "whole"]
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_an_interrupt_as_a_folder_is_removed_comes_out_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
-) -> None:
-    """It closes the folder's descriptor again, which came out as "Bad file descriptor"."""
-    close = os.close
-
-    def interrupted(descriptor: int) -> None:
-        close(descriptor)
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.setattr(os, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        remove_tree(tmp_path / "a", ignore_errors=ignored)
-    remove_tree(tmp_path / "a", ignore_errors=ignored)
-    assert not (tmp_path / "a").exists()
-
-
-def test_folders_are_removed_by_what_lets_interrupts_through() -> None:
-    sources = Path(publish.__file__).parent.parent.rglob("*.py")
-    assert [f.name for f in sources if "rmtree(" in f.read_text()] == ["disk.py"]
 
 
 def test_interrupted_overwrite_leaves_the_old(tmp_path: Path) -> None:

@@ -108,8 +108,12 @@ class Shards(ABC):
         for name in self.resumed:
             kept.setdefault(self.layout.slots[name].shard, []).append(self.layout.slots[name])
 
+        shards = self.layout.shards
+
+        # Of itself it knows nothing: a circle would keep the staging memory, of each merge, until
+        # Python looks for circles.
         def made(number: int) -> _C.StagedFile:
-            shard = self.layout.shards[number]
+            shard = shards[number]
             path = folder / shard.name
             file = _C.StagedFile(
                 staging, str(path), shard.size, io=io, resume=resume and path.exists()
