@@ -3,9 +3,10 @@
 Every function takes contiguous tensors of one shape, in float32, float16 or bfloat16 in any mix;
 NumPy arrays of uint16 are taken as bfloat16 bits (ml_dtypes' bfloat16 works too). The result has
 the inputs' type, float32 when they differ, and goes to ``out`` when given, which may be one of the
-inputs. What speaks DLPack, or NumPy's array protocols, is taken too. Arithmetic is fp32 with one
-rounding; CUDA tensors use the Triton kernels. Bad arguments raise FastmergeError. Definitions and
-defaults: ``fastmerge methods``.
+inputs. Float8 tensors (but scales) are read as bfloat16, which has all their numbers, from a copy
+that lives for the call; their result is bfloat16. What speaks DLPack, or NumPy's array protocols,
+is taken too. Arithmetic is fp32 with one rounding; CUDA tensors use the Triton kernels. Bad
+arguments raise FastmergeError. Definitions and defaults: ``fastmerge methods``.
 
 torch.compile, torch.export and torch.jit.trace record a call as one operator of torch's. Results
 carry no gradient, also where an input requires one: `fastmerge.integrations.torch_ops` has the

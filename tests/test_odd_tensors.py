@@ -5,6 +5,7 @@ one short line of FastmergeError each.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -183,3 +184,59 @@ def test_a_method_that_fails_on_a_tensor_without_a_name_says_so_first():
             ops.merge("fails_at_once", [X, X + 1])
     finally:
         unregister("fails_at_once")
+
+
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+@pytest.mark.parametrize("kind", FLOAT8)
+@pytest.mark.parametrize("of_numpy", [False, True])
+def test_float8_is_taken_as_the_numbers_it_holds(kind: str, of_numpy: bool) -> None:
+    """Every code of the type: bfloat16 has each number, so that nothing is rounded on the way."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
+    torch_a = codes.view(getattr(torch, kind))
+    torch_b = torch.roll(codes, 77).view(getattr(torch, kind))
+    wide = [x.to(torch.float32) for x in (torch_a, torch_b)]
+    assert all(
+        (x.to(torch.bfloat16).to(torch.float32) == x).logical_or(x.isnan()).all() for x in wide
+    )
+    bf16 = [x.to(torch.bfloat16) for x in wide]
+    if of_numpy:
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        a, b = (x.numpy().view(getattr(ml_dtypes, kind)) for x in (codes, torch.roll(codes, 77)))
+    else:
+        a, b = torch_a, torch_b
+
+    def numbers(found: Any) -> torch.Tensor:
+        bits = found if isinstance(found, torch.Tensor) else torch.from_numpy(found.view("int16"))
+        assert bits.dtype in (torch.int16, torch.bfloat16)
+        return bits.view(torch.bfloat16).float().nan_to_num(-1.0)
+
+    for _ in range(2):  # a call like an earlier one takes another way
+        weights = [0.3, 0.7]
+        pairs = [
+            (ops.linear([a, b], weights), ops.linear(bf16, weights)),
+            (ops.ties(a, [b], [0.5]), ops.ties(bf16[0], bf16[1:], [0.5])),
+        ]
+        assert all(torch.equal(numbers(x), numbers(y)) for x, y in pairs)
+    products = ops.gram([a[1:100], a[1:100]], base=a[:99])
+    assert (products == ops.gram([bf16[0][1:100]] * 2, base=bf16[0][:99])).all()
+    into = torch.empty(256) if not of_numpy else torch.empty(256).numpy()
+    ops.linear([a, b], [0.3, 0.7], out=into)
+    with pytest.raises(FastmergeError, match=r"out: cannot merge float8_.* convert to one of"):
+        ops.linear([a, b], [0.3, 0.7], out=a)
+
+
+def test_a_recorded_program_takes_float8() -> None:
+    a, b = (torch.randn(64).to(torch.float8_e4m3fn) for _ in range(2))
+    merged = torch.compile(
+        lambda a, b: ops.linear([a, b], [0.5, 0.5]), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(merged(a, b), ops.linear([a, b], [0.5, 0.5]))
+    assert merged(a, b).dtype == torch.bfloat16
+
+
+def test_scales_are_no_numbers_to_merge() -> None:
+    scales = torch.zeros(4, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    with pytest.raises(FastmergeError, match="cannot merge float8_e8m0fnu"):
+        ops.linear([scales, scales], [0.5, 0.5])

@@ -1,4 +1,5 @@
-"""Tensors of one call, which live in memory: NumPy arrays and torch tensors, never copied.
+"""Tensors of one call, which live in memory: NumPy arrays and torch tensors, never copied but for
+float8, which the kernels read as bfloat16.
 
 What is checked about them takes Python 2 us a tensor, and the kernels of 4 Ki entries 1 us: tensors
 like those of an earlier call are `known`, and `_C.Alike` takes them by comparison, for `Again`, or
@@ -25,6 +26,7 @@ from fastmerge.models.memory import (
     extent,
     is_torch,
     view_of,
+    widened,
     written,
 )
 
@@ -85,6 +87,7 @@ class Operands(Generic[T]):
         for tensor in self._tensors:
             if is_torch(tensor):
                 check_torch(tensor, where)
+        self._tensors = [widened(tensor) for tensor in self._tensors]
         first = self._tensors[0]
         self.shape: tuple[int, ...] = tuple(first.shape)
         self._torch = is_torch(first)

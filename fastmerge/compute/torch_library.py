@@ -20,6 +20,7 @@ from fastmerge.compute.recording import refuse_traces
 from fastmerge.dtypes import MERGEABLE
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import METHODS, Method, Parameter
+from fastmerge.models.memory import is_float8
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +151,7 @@ def _result_like(tensors: Sequence[torch.Tensor], where: str) -> torch.Tensor:
             raise FastmergeError(
                 f"{where}: shapes differ: {[*tensors[0].shape]} and {[*tensor.shape]}"
             )
-    types = {tensor.dtype for tensor in tensors}
+    types = {torch.bfloat16 if is_float8(tensor.dtype) else tensor.dtype for tensor in tensors}
     dtype = types.pop() if len(types) == 1 else torch.float32
     return torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Extent = tuple[int, int]
 _HOLD = ("float64", *(d.name for d in MERGEABLE), "float8_e4m3fn", "float8_e5m2")
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
 def is_torch(tensor: Any) -> bool:
@@ -28,6 +29,25 @@ def is_torch(tensor: Any) -> bool:
 @lru_cache(maxsize=64)
 def _is_torch(kind: Any) -> bool:
     return hasattr(kind, "data_ptr") and hasattr(kind, "layout")  # a storage has only the former
+
+
+def widened(tensor: Any) -> Any:
+    """A float8 tensor as the bfloat16 numbers that it holds, exactly; else itself."""
+    if not is_float8(tensor.dtype):
+        return tensor
+    if is_torch(tensor):
+        import torch
+
+        return tensor.to(torch.bfloat16)
+    import ml_dtypes  # whose types NumPy's float8 are
+
+    return tensor.astype(ml_dtypes.bfloat16)
+
+
+@lru_cache
+def is_float8(dtype: Any) -> bool:
+    """Whether NumPy or torch means numbers of 8 bits by it, not scales."""
+    return str(dtype).removeprefix("torch.") in _FLOAT8
 
 
 def dtype_of(tensor: Any, where: str) -> DType:
