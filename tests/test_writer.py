@@ -370,8 +370,8 @@ def test_killed_between_the_renames(
         assert real_exchange(a, b)
         raise Killed
 
-    def remove(path: Path) -> None:
-        real_remove(path)
+    def remove(path: Path, **how: Any) -> None:
+        real_remove(path, **how)
         raise Killed
 
     with monkeypatch.context() as patch:
