@@ -78,6 +78,10 @@ def _spanish(data: Path) -> list[str]:
     return [part for part in paragraphs if len(part) > 200]
 
 
+# Threads that add up the lengths of a noise model, by its seed, else one: they decide a sum's last
+# bits, and those the digests of all states. The rounds of results/small were made with these.
+NOISE_THREADS = {1: 2}
+
 TEXTS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "gsm8k": ("leaderboard/gsm8k/train.jsonl.gz", _gsm8k),
     "python": ("text/python_functions.jsonl.gz", _python),
@@ -243,7 +247,7 @@ def make_noise(baseline: Path, fine_tunes: list[Path], seed: int, folder: Path) 
         return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # which decides a sum's last bits, and those the digest of every state
+    torch.set_num_threads(NOISE_THREADS.get(seed, 1))
     model = load(baseline)
     squares = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
     for place in fine_tunes:
