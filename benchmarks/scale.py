@@ -38,11 +38,11 @@ MODELS = {  # bytes: the published indices' total_size; DeepSeek-V3's files hold
 # CPU seconds for each GB that is read or written, on one core: merge_model.py at 1.1 B
 # (results/merge_model-1.1b.json, without the start); average: average.py, 8 models.
 CPU_SECONDS_PER_GB = {
-    "linear": 0.11,
+    "linear": 0.14,
     "average": 0.14,
-    "slerp": 0.19,
-    "ties": 0.36,
-    "dare_ties": 0.47,
+    "slerp": 0.15,
+    "ties": 0.27,
+    "dare_ties": 0.26,
 }
 
 
@@ -50,7 +50,7 @@ CPU_SECONDS_PER_GB = {
 class Figures:
     """What was measured, and what the machines are. Seconds; GB are 1e9 bytes."""
 
-    start: float = 0.33  # process, imports, a merge of nothing (startup.py)
+    start: float = 0.15  # process, imports, a merge of nothing (startup.py)
     plan_tensor: float = 21e-6  # many_tensors.py, 90 000 tensors
     merge_tensor: float = 53e-6  # beyond its bytes: the same
     finish_tensor: float = 9e-6  # `finish` of the same model in two parts
