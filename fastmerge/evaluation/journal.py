@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from fastmerge.errors import OutputError, brief
 from fastmerge.limits import MAX_JOURNAL_BYTES
+from fastmerge.models.header import as_value
 from fastmerge.output.place import explain
 from fastmerge.output.working import (
     check_links,
@@ -61,11 +62,11 @@ class Journal:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                entry = json.loads(line)
+                entry = as_value(line)
                 if not isinstance(entry["key"], str):
                     raise TypeError
                 self._known[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 raise OutputError(
                     f"{path}: line {number} is damaged; delete that line, whose result is then "
                     "measured again"

@@ -197,6 +197,20 @@ def read_object(
         raise ModelError(f"{path}: {error}") from None
 
 
+def as_value(data: bytes) -> Any:
+    """What a line of a journal says, as JSON. Raises ValueError for anything that could not be
+    written again.
+    """
+    try:
+        text = data.decode()
+        found = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return found
+
+
 def as_object(data: bytes, *, strict: bool = False) -> dict[str, Any]:
     """The JSON object in ``data``, as `read_object` has it; ValueError says what it is instead."""
     return _parse_object(data, _unique if strict else None)

@@ -27,6 +27,7 @@ from typing import Any
 
 from fastmerge.errors import OutputError, ResourceError
 from fastmerge.limits import MAX_JOURNAL_BYTES
+from fastmerge.models.header import as_value
 from fastmerge.output.journal import is_entry
 from fastmerge.output.names import take_name
 from fastmerge.output.working import WorkingFolder
@@ -88,8 +89,8 @@ def _read(folder: WorkingFolder, name: str, number: int) -> Record:
         )
     for line in (folder.inside / file).read_bytes().split(b"\n")[:-1]:
         try:
-            said = json.loads(line)
-        except (ValueError, RecursionError):  # blocks that were never written, after a power cut
+            said = as_value(line)
+        except ValueError:  # blocks that were never written, after a power cut
             break
         if is_entry(said):
             found.entries[said[0]] = said[1]

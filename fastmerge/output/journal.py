@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import OutputError
+from fastmerge.models.header import as_value
 from fastmerge.output.place import explain
 from fastmerge.output.working import is_loose, open_ours
 
@@ -84,8 +85,8 @@ class Journal:
         size = 0
         for line in text.split(b"\n")[:-1]:
             try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
+                entry = as_value(line)
+            except ValueError:
                 break
             if not (is_entry(entry) if found else _is_head(entry)):
                 self.failed = entry == _FAILED

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from fastmerge.errors import OutputError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.folder import INDEX, SINGLE
-from fastmerge.models.header import read_object
+from fastmerge.models.header import as_value, read_object
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.models.store import (
     EmptyError,
@@ -194,8 +194,8 @@ class Upload:
         note = self._place / _MERGED
         if note.is_file() and self.folder.is_dir():
             try:
-                said = json.loads(note.read_bytes())
-            except (ValueError, RecursionError):  # the disk was full: the merge is made again
+                said = as_value(note.read_bytes())
+            except ValueError:  # the disk was full: the merge is made again
                 said = {}
             if isinstance(said, dict) and said.get("key") == key and "report" in said:
                 found: dict[str, Any] = said["report"]
@@ -337,14 +337,14 @@ class Upload:
         path = self._place / _SENT
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
-                said = json.loads(line)
+                said = as_value(line)
                 if isinstance(said, list):
                     stale = [name for name in said if isinstance(name, str)]
                 else:
                     found = _Sent(str(said["tag"]), str(said["job"]), int(said["size"]))
                     sent[str(said["name"])] = found
             # Empty, or the disk was full: what it would say is not known.
-            except (ValueError, RecursionError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError):
                 continue
         return sent, stale
 
@@ -438,9 +438,9 @@ class Upload:
 
         try:
             got = self._asked(LINEAGE_FILE, read, ranged=True)
-            files = json.loads(got).get("files")
+            files = as_value(got).get("files")
         # Damaged: then nothing is known of what was written.
-        except (EmptyError, ValueError, AttributeError, RecursionError):
+        except (EmptyError, ValueError, AttributeError):
             return []
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]
