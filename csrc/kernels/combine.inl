@@ -99,15 +99,20 @@ inline void combine_wide_columns(const WideCombineArgs& args) {
         const int64_t count = args.count - begin < kBlock ? args.count - begin : kBlock;
         for (int64_t i = 0; i < count; ++i) total[i] = args.starts[begin + i];
         for (int j = 0; j < args.inputs_count; ++j) {
-            const float* x = static_cast<const float*>(args.inputs[j]) + begin;
+            const char* x = static_cast<const char*>(args.inputs[j]) + begin * F32::kBytes;
             const double* c = args.coefficients[j] + begin;
             for (int64_t i = 0; i < count; ++i) {
-                const double added = total[i] + static_cast<double>(x[i]) * c[i];
+                float entry;  // at any address
+                std::memcpy(&entry, x + i * F32::kBytes, F32::kBytes);
+                const double added = total[i] + static_cast<double>(entry) * c[i];
                 total[i] = c[i] == 0 ? total[i] : added;
             }
         }
-        float* out = static_cast<float*>(args.out) + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(total[i]);
+        char* out = static_cast<char*>(args.out) + begin * F32::kBytes;
+        for (int64_t i = 0; i < count; ++i) {
+            const auto rounded = static_cast<float>(total[i]);
+            std::memcpy(out + i * F32::kBytes, &rounded, F32::kBytes);
+        }
     }
 }
 
