@@ -41,8 +41,8 @@ def _only(names: str) -> str:
 
 # Of these a thousand tries take a minute, of a header a second: each has its own run.
 KINDS = (
-    "adapter tokenizer pieces tokenizer_config space mixture evaluated lineage manifest part "
-    "journal"
+    "config index recipe schedule adapter tokenizer pieces tokenizer_config space mixture evaluated "
+    "lineage manifest part journal"
 )
 ROOMS = "parts average fold mixture"  # what is merged in other ways than a recipe's in one go
 
@@ -70,7 +70,7 @@ PRESETS = (
     Preset("scale.py", ("scale.txt",), True),
     Preset("mergekit_tests/run.py", ("mergekit_tests.txt",), True),
     Preset("mergekit_tests/run.py --peft", ("peft_tests.txt",), True),
-    Preset("fuzz.py --headers 1000000 --save", _both("fuzz")),
+    Preset("fuzz.py --only header --headers 1000000 --save", _both("fuzz")),
     Preset("fuzz.py --seconds 600 --save" + _only(KINDS), _both("fuzz-kinds")),
     Preset("faults.py --sample 22 --save", _both("faults")),
     Preset("faults.py --sample 4 --interrupts 1 --save" + _only(ROOMS), _both("faults-rooms")),
