@@ -41,8 +41,8 @@ def _only(names: str) -> str:
 
 # Of these a thousand tries take a minute, of a header a second: each has its own run.
 KINDS = (
-    "config index recipe schedule adapter tokenizer pieces tokenizer_config space mixture evaluated "
-    "lineage manifest part journal"
+    "config index recipe schedule adapter tokenizer pieces tokenizer_config space mixture "
+    "evaluated lineage manifest part journal"
 )
 ROOMS = "parts average fold mixture"  # what is merged in other ways than a recipe's in one go
 
