@@ -237,7 +237,7 @@ def test_methods_lists_every_row(run):
 
 def test_one_method(run):
     _, out, _ = run("methods", "ties")
-    assert re.search(r"^ ?density +float +per model +1\.0 +in \(0, 1\]", out, re.MULTILINE)
+    assert re.search(r"^ ?density +float +per model +1\.0 +in \[0, 1\]", out, re.MULTILINE)
     assert re.search(r"^ ?weight +float +per model +required +any number", out, re.MULTILINE)
     (row,) = json.loads(run("methods", "ties", "--json")[1])
     weight = next(item for item in row["parameters"] if item["name"] == "weight")
