@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 import fastmerge
 from fastmerge.integrations.mergekit import run_merge
+from fastmerge.output import provenance
 from fastmerge.output.card import escaped, model_card
 from fastmerge.output.provenance import licence
 
@@ -260,3 +262,22 @@ def test_no_card_and_no_repository_by_a_link(zoo, tmp_path: Path) -> None:
     (base / "CARD").write_text("---\nlicense: mit\n---\n")
     (base / "README.md").symlink_to("CARD")
     assert front(merged(zoo.root / "three", base)["README.md"])["license"] == "mit"
+
+
+def test_a_card_that_a_disk_cannot_give_ends_the_merge(
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output's licence was said without it."""
+    base = zoo.base("base")
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+
+    def failing(_: Path) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(provenance, "open_regular", failing)
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(base)}]}
+    with pytest.raises(
+        fastmerge.FastmergeError, match=r"README\.md: cannot be read \(Input/output"
+    ):
+        fastmerge.merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

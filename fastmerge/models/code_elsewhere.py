@@ -30,7 +30,8 @@ def told_of_code(
     config: Mapping[str, Any], files: Mapping[str, bytes | Path] | None = None
 ) -> Iterator[str]:
     """A sentence for each piece of code on the Hub that a config.json names, or another config
-    among the ``files`` beside it (a tokenizer's, a processor's).
+    among the ``files`` beside it (a tokenizer's, a processor's). Raises ModelError where a disk
+    does not give one.
     """
     yield from _told(config, "config.json")
     for name, file in (files or {}).items():
@@ -39,6 +40,8 @@ def told_of_code(
         try:
             found = as_object(file) if isinstance(file, bytes) else read_object(file)
         except (ModelError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):  # it could not be copied, either
+                raise
             yield f"{name}: was not looked through for code on the Hub: {error}"
             continue
         yield from _told(found, name)

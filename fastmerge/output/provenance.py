@@ -4,6 +4,7 @@ cards.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 from fastmerge.errors import FastmergeError
-from fastmerge.models.header import open_regular
+from fastmerge.models.header import open_regular, unreadable
 from fastmerge.models.links import Home, hub_repository
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, check_card
@@ -214,12 +215,21 @@ def _wanted(front: str) -> str:
     return "".join(front[key.start() : end] for key, end in parts if key[1] in _FRONT_KEYS)
 
 
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+
+
 def _text(folder: Path, name: str) -> str:
-    """The beginning of a file in the folder; "" where it cannot be read, or is a link out."""
+    """The beginning of a file in the folder; "" where there is none that may be read, or it is a
+    link out. Raises ModelError where a disk fails: a licence would be lost.
+    """
     try:
         with open_regular(Home(folder).inside(folder / name)) as file:
             return (file.read(_MAX_CARD_BYTES) or b"").decode(errors="replace")
-    except (OSError, FastmergeError):
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return ""
+        unreadable(folder / name, error)
+    except FastmergeError:
         return ""
 
 
