@@ -18,8 +18,6 @@ TILE = 2048  # elements: csrc/isa/table.h's kTile, and its kSumLanes
 SUM_LANES = 8
 LARGEST, SUM, DIVERGENCE = range(3)  # what a launch finds in every tile
 
-Float64 = NDArray[np.float64]
-
 
 @triton.jit
 def _exponential(x):
@@ -133,7 +131,7 @@ def units(lanes: int) -> int:
     return lanes // SUM_LANES
 
 
-def divergences(x: torch.Tensor, base: torch.Tensor, cols: int) -> Float64:
+def divergences(x: torch.Tensor, base: torch.Tensor, cols: int) -> NDArray[np.float64]:
     """`_C.divergences` on the device; waits for it."""
     check([x], base, None)
     if cols < 1 or base.numel() % cols:
@@ -176,7 +174,7 @@ def divergences(x: torch.Tensor, base: torch.Tensor, cols: int) -> Float64:
     return _in_order(each(DIVERGENCE, [x, base], largest, factors))
 
 
-def _in_order(partials: torch.Tensor) -> Float64:
+def _in_order(partials: torch.Tensor) -> NDArray[np.float64]:
     """The sum of each row, one term after another."""
-    found: Float64 = np.add.accumulate(partials.cpu().numpy(), axis=1)[:, -1]
+    found: NDArray[np.float64] = np.add.accumulate(partials.cpu().numpy(), axis=1)[:, -1]
     return found

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmerge.compute.factors import Float64, Spectrum, spectrum_of, spectrum_of_sum
+from fastmerge.compute.factors import Spectrum, spectrum_of, spectrum_of_sum
 from fastmerge.compute.reference import philox_words
 from fastmerge.methods.adapters import AdapterMethod
+from fastmerge.methods.types import Float64
 from fastmerge.selection import keep_below, random_key
 
 

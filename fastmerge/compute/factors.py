@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.compute.reference import philox_words
+from fastmerge.methods.types import Float64
 
 Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 
 OVERSAMPLING = 10  # Halko, Martinsson and Tropp, section 4.2: 5 or 10 directions beyond the rank
 # Differences of fully tuned models have flat spectra: of 1024 x 1024 normal numbers at rank 16 the

@@ -10,11 +10,11 @@ import numpy as np
 
 from fastmerge.compute.adapters import Asked, Given, merged
 from fastmerge.compute.cpu import thread_count
-from fastmerge.compute.factors import Float64
 from fastmerge.compute.reference import widen
 from fastmerge.engine.adapters import Made, Piece, write_adapter
 from fastmerge.engine.report import MergeReport
 from fastmerge.errors import ModelError
+from fastmerge.methods.types import Float64
 from fastmerge.models.header import show
 from fastmerge.models.model import Model, stored_bytes
 from fastmerge.output.provenance import provenance

@@ -8,12 +8,9 @@ from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge.errors import RecipeError
-from fastmerge.methods.types import Values
-
-Float64 = NDArray[np.float64]
+from fastmerge.methods.types import Float64, Values
 
 # Weights whose sum is this small beside them cancel: what is left of it in fp32 is rounding, and
 # the quotient would be a hundred thousand times the inputs.
