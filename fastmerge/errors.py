@@ -176,8 +176,8 @@ def nearest(word: str, known: object, *, limit: int = 12) -> str:
 
     word = str(word)  # of a mapping that a program made, a key may be a number
     names = sorted(str(name) for name in known)  # type: ignore[attr-defined]
-    plain = {_plain(name): name for name in reversed(names)}
-    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.6)
+    plain = {plain_word(name): name for name in reversed(names)}
+    close = difflib.get_close_matches(plain_word(word), plain, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{plain[close[0]]}'?"
     return f"known: {', '.join(names[:limit])}{', ...' if len(names) > limit else ''}"
@@ -190,12 +190,12 @@ def near_miss(word: str, known: Iterable[str]) -> str | None:
     """
     import difflib
 
-    plain = {_plain(name): name for name in known}
-    close = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.8)
+    plain = {plain_word(name): name for name in known}
+    close = difflib.get_close_matches(plain_word(word), plain, n=1, cutoff=0.8)
     return plain[close[0]] if close else None
 
 
-def _plain(word: str) -> str:
+def plain_word(word: str) -> str:
     """A word without what people vary: case, and what stands between its parts."""
     return word.lower().replace("-", "_").replace(" ", "_")
 

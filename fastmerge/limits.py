@@ -13,8 +13,9 @@ MAX_PATH_LETTERS = 4096  # that Linux takes; in a longer one nothing lies
 MAX_LAYERS = 10_000  # the deepest published model has 1000
 MAX_FILE_BYTES = 256 << 20  # beside the weights: the largest tokenizer file takes 35 MB
 MAX_TOKENIZER_BYTES = 64 << 20  # of a tokenizer.json that is read and not only copied
-MAX_TOKENS = 1 << 20  # of one tokenizer; the largest in use, XLM-V's, has 901 629. A hole of 2^22
-# ids in one of pieces took 11 s and 2.1 GiB, and a file of 300 MB, to fill
+# Of one tokenizer; the largest in use, XLM-V's, has 901 629. A hole of 2^22 ids in one of pieces
+# took 11 s and 2.1 GiB, and a file of 300 MB, to fill.
+MAX_TOKENS = 1 << 20
 MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
 MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are counted
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set

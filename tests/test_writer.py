@@ -582,19 +582,3 @@ def test_a_journal_that_the_disk_has_no_room_for_is_one_line(
 
     with pytest.raises(FastmergeError, match="no space left"):
         filled()
-
-
-def test_entries_of_the_wrong_form_end_a_journal(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with ModelWriter(target, layout(), key="job") as writer:
-        fill(writer, writer.pending())
-        settle(writer, len(TENSORS))
-    journal = tmp_path / ".out.fastmerge-journal"
-    whole = journal.read_bytes()
-    for wrong in (b"[]", b'["x"]', b"[[1], {}]", b'["large", 3]'):
-        journal.write_bytes(whole + wrong + b"\n")
-        with ModelWriter(target, layout(), key="job") as writer:
-            assert writer.resumed
-    with ModelWriter(target, layout(), key="job") as writer:
-        fill(writer, writer.pending())
-        writer.finish()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, brief, nearest
+from fastmerge.errors import FastmergeError, RecipeError, brief, nearest, plain_word
 from fastmerge.methods.registry import register
 from fastmerge.methods.shapes import (
     Combination,
@@ -242,7 +242,7 @@ def find(name: str, where: str = "merge_method") -> Method:
     """The row called ``name``; raises FastmergeError with the nearest known name."""
     row = known(name)
     if row is None:
-        meant = _OTHER_NAMES.get(name.lower().replace("-", "_").replace(" ", "_"))
+        meant = _OTHER_NAMES.get(plain_word(name))
         hint = f"did you mean '{meant}'?" if meant else nearest(name, METHODS)
         raise RecipeError(f"{where}: unknown method '{name}'; {hint}")
     return row

@@ -168,7 +168,7 @@ class Claim:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="fastmerge-beat", daemon=True)
         try:
-            self.number = self._make()
+            self._make()
             self._next = folder.inside / file_of(name, self.number + 1)
             self._thread.start()
         except RuntimeError as error:
@@ -180,8 +180,8 @@ class Claim:
             self.end()
             raise
 
-    def _make(self) -> int:
-        """Makes this run's file, whose number it returns."""
+    def _make(self) -> None:
+        """Makes this run's file, and numbers it."""
         while True:
             number = 1
             if self.previous:
@@ -190,12 +190,10 @@ class Claim:
                     raise AtWorkError(f"{self._what}: is at work already ({last.who})")
                 number = last.number + 1
             try:
-                self._begin(number)
+                return self._begin(number)
             except FileExistsError:  # made since: look at it
                 self._close_file()
                 self.previous.append(_read(self._folder, self._name, number))
-            else:
-                return number
 
     def _begin(self, number: int) -> None:
         """The file has its name from the moment on when it says whose it is: for one that is empty,
@@ -204,7 +202,7 @@ class Claim:
         path = self._folder.inside / file_of(self._name, number)
         unnamed = path.with_suffix(f".{secrets.token_hex(8)}.new")
         head = json.dumps({"run": number, **_identity()})
-        self.number = number  # for messages
+        self.number = number
         self._open(unnamed)
         try:
             self._append([head], sync=True)
