@@ -90,7 +90,8 @@ struct ConsensusArgs {
 constexpr int kConsensusScratch = 32;
 
 // Counts the keys of one delta against a window [low, high] that brackets the threshold. Keys
-// inside that are neither of the two peaks are gathered.
+// inside that are neither of the two peaks are gathered, and the places in the tile of those at the
+// first peak where `tied` is not null.
 struct Window {
     int32_t low, high;
     int32_t peaks[2];  // keys expected to be frequent; -1 for none
@@ -98,6 +99,8 @@ struct Window {
     int64_t at_peak[2];
     int32_t* gathered;  // room for kTile + 16
     int64_t gathered_count;
+    uint32_t* tied;  // room for kTile + 16
+    int64_t tied_count;
 };
 
 // Counts the entries of one delta whose key is `key` by their order words: those up to `below`
@@ -233,6 +236,8 @@ struct Kernels {
     void (*consensus[kDTypes])(const ConsensusArgs& args);
     void (*count_keys[kDTypes])(const DeltaArgs& args, Window* windows);
     void (*count_ties[kDTypes])(const DeltaArgs& args, TieWindow* windows);
+    // The same of the entries at these places in the tile at `index`.
+    void (*count_orders)(uint32_t* places, int64_t number, uint64_t index, TieWindow& window);
     void (*measure[kDTypes])(const DeltaArgs& args, Mass* masses);
     void (*pointwise)(const PointwiseArgs& args);
     float (*largest_of)(const float* x, int64_t count, float most);

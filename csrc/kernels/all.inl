@@ -34,6 +34,7 @@
      FM_EACH_TYPE(consensus),                                          \
      FM_EACH_TYPE(count_keys),                                         \
      FM_EACH_TYPE(count_ties),                                         \
+     &count_orders,                                                    \
      FM_EACH_TYPE(measure),                                            \
      &pointwise,                                                       \
      &largest_of,                                                      \

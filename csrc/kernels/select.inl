@@ -23,25 +23,27 @@ struct KeyCounters {
 // are counted and not gathered; kPlain, where no key is frequent.
 enum class Ask { kOne, kPeaks, kPlain };
 
-template <class T, Ask kAsk, bool kPartial>
-FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, Window& window, int64_t at,
-                                Part part, KeyCounters& counters, int32_t*& gathered) {
+// kTied: the places in the tile of the entries at the first peak are written down, too.
+template <class T, Ask kAsk, bool kTied, bool kPartial>
+FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, const Window& window, int64_t at,
+                                Part part, KeyCounters& counters, int32_t*& gathered,
+                                uint32_t*& tied) {
     const Words high = spread(static_cast<uint32_t>(window.high));
     const Words below = spread(static_cast<uint32_t>(window.low - 1));
     const Words peak0 = spread(static_cast<uint32_t>(window.peaks[0]));
     const Words peak1 = spread(static_cast<uint32_t>(window.peaks[1]));
     Words key[2];
-    Mask rest[2];
+    Mask rest[2], first[2];
     deltas.keys(at, part, key);
     for (int v = 0; v < 2; ++v) {
         Mask over = signed_above(key[v], high);
         if (kPartial) over = over & present(v, part);
         counters.above = count(counters.above, over);
         if (kAsk != Ask::kPlain) {
-            Mask at0 = equal(key[v], peak0);
-            if (kPartial) at0 = at0 & present(v, part);
-            counters.peak0 = count(counters.peak0, at0);
-            over = over | at0;
+            first[v] = equal(key[v], peak0);
+            if (kPartial) first[v] = first[v] & present(v, part);
+            if (!kTied) counters.peak0 = count(counters.peak0, first[v]);
+            over = over | first[v];
         }
         if (kAsk == Ask::kOne) continue;
         Mask from_low = signed_above(key[v], below);
@@ -54,45 +56,58 @@ FM_INLINE void count_keys_group(const Deltas<T, kPartial>& deltas, Window& windo
         }
         rest[v] = without(from_low, over);
     }
+    if (kTied && !(kDearCompress && !any(first[0] | first[1])))
+        for (int v = 0; v < 2; ++v)
+            tied += compress(tied, flat_order(static_cast<uint64_t>(at), v), first[v]);
     if (kAsk == Ask::kOne || (kDearCompress && !any(rest[0] | rest[1]))) return;
     for (int v = 0; v < 2; ++v) gathered += compress(gathered, key[v], rest[v]);
 }
 
-template <class T, Ask kAsk>
+template <class T, Ask kAsk, bool kTied>
 void count_keys_tile(const DeltaArgs& args, int j, Window& window) {
     const char* x = static_cast<const char*>(args.inputs[j]);
     const char* base = static_cast<const char*>(args.base);
     KeyCounters counters = {spread(0u), spread(0u), spread(0u)};
     int32_t* gathered = window.gathered + window.gathered_count;
+    uint32_t* tied = window.tied;
     int64_t at = 0;
     for (; at + kGroup <= args.count; at += kGroup)
-        count_keys_group<T, kAsk>(Deltas<T, false>{x, base}, window, at, {}, counters, gathered);
+        count_keys_group<T, kAsk, kTied>(Deltas<T, false>{x, base}, window, at, {}, counters,
+                                         gathered, tied);
     if (at < args.count)
-        count_keys_group<T, kAsk>(Deltas<T, true>{x, base}, window, at,
-                                  {0, static_cast<int>(args.count - at)}, counters, gathered);
+        count_keys_group<T, kAsk, kTied>(Deltas<T, true>{x, base}, window, at,
+                                         {0, static_cast<int>(args.count - at)}, counters, gathered,
+                                         tied);
     window.gathered_count = gathered - window.gathered;
+    window.tied_count = tied - window.tied;
     window.above += sum(counters.above);
-    window.at_peak[0] += sum(counters.peak0);
+    window.at_peak[0] += kTied ? window.tied_count : sum(counters.peak0);
     window.at_peak[1] += sum(counters.peak1);
+}
+
+template <class T, Ask kAsk>
+void count_keys_of(const DeltaArgs& args, int j, Window& window) {
+    window.tied ? count_keys_tile<T, kAsk, true>(args, j, window)
+                : count_keys_tile<T, kAsk, false>(args, j, window);
 }
 
 template <class T>
 void count_keys(const DeltaArgs& args, Window* windows) {
     for (int j = 0; j < args.inputs_count; ++j) {
         Window& window = windows[j];
-        if (window.low == window.high && window.low == window.peaks[0])
-            count_keys_tile<T, Ask::kOne>(args, j, window);
-        else if (window.peaks[0] < 0)
-            count_keys_tile<T, Ask::kPlain>(args, j, window);
+        if (window.peaks[0] < 0)
+            count_keys_tile<T, Ask::kPlain, false>(args, j, window);
+        else if (window.low == window.high && window.low == window.peaks[0])
+            count_keys_of<T, Ask::kOne>(args, j, window);
         else
-            count_keys_tile<T, Ask::kPeaks>(args, j, window);
+            count_keys_of<T, Ask::kPeaks>(args, j, window);
     }
 }
 
-// Writes the numbers in the tile of a group's entries with that key.
+// Writes the places in the tile of a group's entries with that key.
 template <class T, bool kPartial>
 FM_INLINE void tied_in_group(const Deltas<T, kPartial>& deltas, Words tied_key, int64_t at,
-                             Part part, uint32_t*& numbers) {
+                             Part part, uint32_t*& places) {
     Words key[2];
     Mask tied[2];
     deltas.keys(at, part, key);
@@ -102,29 +117,18 @@ FM_INLINE void tied_in_group(const Deltas<T, kPartial>& deltas, Words tied_key, 
     }
     if (kDearCompress && !any(tied[0] | tied[1])) return;
     for (int v = 0; v < 2; ++v)
-        numbers += compress(numbers, flat_order(static_cast<uint64_t>(at), v), tied[v]);
+        places += compress(places, flat_order(static_cast<uint64_t>(at), v), tied[v]);
 }
 
-// First which entries are tied, then the orders of those alone: half of all groups may have one, so
-// that a branch in between would be guessed wrong.
-template <class T>
-void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
-    const char* x = static_cast<const char*>(args.inputs[j]);
-    const char* base = static_cast<const char*>(args.base);
-    const Words key = spread(static_cast<uint32_t>(window.key));
-    uint32_t numbers[kTile + kGroup], *end = numbers;
-    int64_t at = 0;
-    for (; at + kGroup <= args.count; at += kGroup)
-        tied_in_group(Deltas<T, false>{x, base}, key, at, {}, end);
-    if (at < args.count)
-        tied_in_group(Deltas<T, true>{x, base}, key, at, {0, static_cast<int>(args.count - at)},
-                      end);
+// Of entries of a tile that are tied, the orders; `places` has room for one more vector.
+inline void count_orders(uint32_t* places, int64_t number, uint64_t index, TieWindow& window) {
+    uint32_t* const end = places + number;
     for (int lane = 0; lane < kLanes; ++lane) end[lane] = 0;
     Words below_counter = spread(0u);
-    for (const uint32_t* from = numbers; from < end; from += kLanes) {
+    for (const uint32_t* from = places; from < end; from += kLanes) {
         const Mask here = signed_above(spread(static_cast<uint32_t>(end - from)), lane_numbers());
-        const Words flat = load_words(from) + spread(static_cast<uint32_t>(args.index));
-        const Words order = window.mixed ? mixed_orders(flat, args.index) : flat;
+        const Words flat = load_words(from) + spread(static_cast<uint32_t>(index));
+        const Words order = window.mixed ? mixed_orders(flat, index) : flat;
         Mask inside = at_most(order, spread(window.last)) & here;
         if (window.any_below) {
             const Mask below = at_most(order, spread(window.below)) & here;
@@ -134,6 +138,23 @@ void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
         window.gathered_count += compress(window.gathered + window.gathered_count, order, inside);
     }
     window.below_count += sum(below_counter);
+}
+
+// First which entries are tied, then the orders of those alone: half of all groups may have one, so
+// that a branch in between would be guessed wrong.
+template <class T>
+void count_ties_tile(const DeltaArgs& args, int j, TieWindow& window) {
+    const char* x = static_cast<const char*>(args.inputs[j]);
+    const char* base = static_cast<const char*>(args.base);
+    const Words key = spread(static_cast<uint32_t>(window.key));
+    uint32_t places[kTile + kGroup], *end = places;
+    int64_t at = 0;
+    for (; at + kGroup <= args.count; at += kGroup)
+        tied_in_group(Deltas<T, false>{x, base}, key, at, {}, end);
+    if (at < args.count)
+        tied_in_group(Deltas<T, true>{x, base}, key, at, {0, static_cast<int>(args.count - at)},
+                      end);
+    count_orders(places, end - places, args.index, window);
 }
 
 template <class T>

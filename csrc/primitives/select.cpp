@@ -125,6 +125,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         trimmed.push_back(j);
         thresholds.emplace_back();
         thresholds.back().keep = rank;
+        thresholds.back().rule = specs[j].tie_rule;
     };
     for (size_t j = 0; j < specs.size(); ++j) {
         const Sparsify& spec = specs[j];
@@ -171,6 +172,7 @@ std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
         TieBound bound;
         bound.key = thresholds[i].key;
         bound.rule = selection.tie_rule;
+        bound.guess = &thresholds[i].guess;
         bound.ties = thresholds[i].ties;
         bound.wanted = wanted;
         bounds.push_back(bound);

@@ -99,13 +99,26 @@ void count_in_pieces(const Deltas& deltas, const std::vector<Search*>& searches,
 
 constexpr int64_t kSelectBlock = 1 << 18;  // elements per task where sums have no order to keep
 
+// What the pass for a threshold finds out on its way about the ties at the key that is likely to be
+// it: how many have order words below `first`, and the words from there to `last`. Only where all
+// flat indices have 32 bits, so that words are orders.
+struct TieGuess {
+    int32_t key = -1;  // none is likely to be
+    uint32_t first = 0, last = 0;
+    int64_t under = 0;
+    std::vector<uint32_t> words;
+    size_t room = 0;  // more words than this are not all of them
+};
+
 // The exact `keep`-th largest magnitude (1 <= keep <= count) and how many entries are above and at
 // it.
 struct Threshold {
     int64_t keep = 0;
+    TieRule rule = TieRule::kMixed;
     int32_t key = 0;
     int64_t above = 0;
     int64_t ties = 0;
+    TieGuess guess;
 };
 void find_thresholds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<Threshold>& thresholds);
@@ -116,6 +129,7 @@ struct TieBound {
     TieRule rule = TieRule::kMixed;
     int64_t ties = 0;
     int64_t wanted = 0;  // 1 ... ties - 1
+    const TieGuess* guess = nullptr;
     uint64_t bound = 0;
 };
 void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,

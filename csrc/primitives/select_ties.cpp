@@ -176,11 +176,41 @@ void resolve(Search& search) {
     search.aim();
 }
 
+// The `rank`-th smallest word of those from `first` to `last`, among which they are spread evenly.
+uint32_t nth_word(const TieGuess& guess, int64_t rank) {
+    constexpr uint32_t kBins = 4096;
+    int shift = 0;
+    while ((guess.last - guess.first) >> shift >= kBins) ++shift;
+    std::vector<int64_t> counts(kBins);
+    for (const uint32_t word : guess.words) ++counts[(word - guess.first) >> shift];
+    uint32_t bin = 0;
+    while (rank > counts[bin]) rank -= counts[bin++];
+    std::vector<uint32_t> own;
+    for (const uint32_t word : guess.words)
+        if ((word - guess.first) >> shift == bin) own.push_back(word);
+    std::nth_element(own.begin(), own.begin() + (rank - 1), own.end());
+    return own[static_cast<size_t>(rank - 1)];
+}
+
+// Whether the pass for the threshold has found the bound, which spares one over all the deltas.
+bool was_guessed(TieBound& bound) {
+    const TieGuess& guess = *bound.guess;
+    const auto known = static_cast<int64_t>(guess.words.size());
+    if (guess.key != bound.key || guess.words.size() > guess.room) return false;
+    if (bound.wanted <= guess.under || bound.wanted > guess.under + known) return false;
+    const uint64_t last = nth_word(guess, bound.wanted - guess.under);
+    bound.bound = (bound.rule == TieRule::kMixed ? last << 32 : last) + 1;
+    return true;
+}
+
 }  // namespace
 
 void find_tie_bounds(const Deltas& deltas, const std::vector<size_t>& which,
                      std::vector<TieBound>& bounds) {
     std::vector<Search> searches(which.size());
+    deltas.pool.run(static_cast<int64_t>(which.size()), [&](int64_t i) {
+        searches[static_cast<size_t>(i)].found = was_guessed(bounds[static_cast<size_t>(i)]);
+    });
     for (size_t i = 0; i < which.size(); ++i) {
         searches[i].bound = &bounds[i];
         searches[i].inside = bounds[i].ties;
