@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from fastmerge import errors
@@ -61,6 +62,10 @@ def models(zoo, monkeypatch):
         write_tokenizer(folder)
     for seed, name in enumerate(("code-lora", "math-lora")):
         write_adapter(zoo.root / name, seed=seed)
+    tower = [f"vision_tower.layers.{number}.weight" for number in range(3)]
+    for name in ("see", "look"):
+        tensors = {tensor: np.ones((1, 1)) for tensor in ("lm_head.weight", *tower)}
+        zoo.write(name, tensors, {"vision_config": {"num_hidden_layers": 3}})
     for name in ("recipe.yml", "slerp.yml"):
         (zoo.root / name).write_text(RECIPE)
     monkeypatch.chdir(zoo.root)

@@ -10,7 +10,7 @@ import pytest
 
 import fastmerge
 from fastmerge.errors import FastmergeError
-from fastmerge.planning.modules import part_of
+from fastmerge.models.module_names import part_of
 from fastmerge.planning.planner import make_plan
 
 LLAVA = {
@@ -128,10 +128,6 @@ def test_a_copied_part_is_cast_as_the_others() -> None:
         ({"txt": both(1, 1)}, "'a' has no module 'txt'; it has text, vision, projector"),
         ({"text": both(1, 1), "text_decoder": both(1, 1)}, "means the text part a second time"),
         ({"default": both(1, 1), "text": both(1, 1)}, "'default' is the whole model"),
-        (
-            {"text": {"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}},
-            "'slices' is not supported in the module 'text'",
-        ),
         ({"text": {"models": [{"model": "a"}]}}, "needs 'weight' for model 'a'"),
     ],
 )

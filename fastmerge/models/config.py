@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from fastmerge.models.families import TIED, UNTIED
 
@@ -14,6 +14,9 @@ _NESTS = ("text_config", "llm_config", "language_config", "thinker_config")
 LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers",
 )  # fmt: skip
+
+# What the second of two halves calls its own, which may be counted apart.
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
 
 # Layers for multi-token prediction, which are stored behind the counted ones.
 EXTRA_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -43,6 +46,64 @@ def layer_count(config: Mapping[str, Any], *, decoder: bool = False) -> int | No
     part = text_config(config)
     key = "decoder_layers" if decoder and whole(part, "decoder_layers") else count_key(part)
     return None if key is None else int(part[key])
+
+
+# Where multimodal configs and those of an encoder and a decoder nest what they say of a part, and
+# what they call the count of its layers there beside the usual names.
+_SECTIONS = {
+    "vision": ("vision_config", "visual_config", "vit_config", "visual"),
+    "audio": ("audio_config", "audio_encoder_config"),
+    "encoder": ("encoder", "encoder_config"),
+    "decoder": ("decoder", "decoder_config"),
+}
+_PART_COUNTS = {
+    "vision": ("depth",),
+    "audio": ("encoder_layers",),
+    "encoder": ("encoder_layers", "num_encoder_layers"),
+    "decoder": DECODER_COUNTS,
+}
+
+
+class PartLayers(NamedTuple):
+    """What a config says of the layers of one part: where (a path of keys; None: nowhere), under
+    which keys it counts them, and how many.
+    """
+
+    path: tuple[str, ...] | None
+    keys: tuple[str, ...] = ()
+    number: int | None = None
+
+
+def part_layers(config: Mapping[str, Any], part: str) -> PartLayers:
+    """What ``config`` says of the layers of one part (named as in models/module_names.py), but for
+    the language model of a multimodal one, of which `layer_count` and `text_config` tell.
+    """
+    for outer in ((), ("thinker_config",)):
+        found = section(config, outer)
+        for key in _SECTIONS.get(part, ()):
+            if isinstance(found.get(key), Mapping):
+                inner, path = found[key], (*outer, key)
+                own = [*_PART_COUNTS[part], *LAYER_COUNTS]
+                keys = [name for name in own if whole(inner, name) > 0]
+                same = tuple(name for name in keys if inner[name] == inner[keys[0]])
+                return PartLayers(path, same, inner[keys[0]] if keys else None)
+    if part not in ("encoder", "decoder"):
+        return PartLayers(None)
+    own = [name for name in _PART_COUNTS[part] if whole(config, name) > 0]
+    shared = [name for name in LAYER_COUNTS if whole(config, name) > 0]
+    found_in = (own + shared)[:1]
+    count = whole(config, found_in[0]) if found_in else None
+    if part == "encoder":  # which the usual names count, where there are others for the decoder
+        own += [name for name in shared if config[name] == count]
+    return PartLayers((), tuple(own), count)
+
+
+def section(config: Mapping[str, Any], path: Sequence[str]) -> Mapping[str, Any]:
+    """The mapping at ``path``; an empty one where there is none."""
+    found: Any = config
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def extra_layers(config: Mapping[str, Any]) -> dict[str, int]:

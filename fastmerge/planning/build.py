@@ -4,7 +4,7 @@ end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
 from fastmerge.methods import Combination, Consensus, Elementwise
 from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model, same_bytes
+from fastmerge.models.module_names import part_of
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.planning.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
@@ -31,23 +32,15 @@ class Builder:
         self._models = models
         self._tried: set[tuple[int, ...]] = set()  # see _try_rule
 
-    def whole(
-        self, part: Part, among: Callable[[str], bool] | None = None
-    ) -> dict[str, TensorPlan]:
-        """Every tensor of the lead, or those ``among`` them, merged with its namesakes."""
+    def whole(self, part: Part) -> dict[str, TensorPlan]:
+        """Every tensor of the lead, merged with its namesakes."""
         lead = part.lead.view
-
-        def own(view: View) -> Mapping[str, TensorPlan]:
-            if among is None:
-                return view.tensors
-            return {name: tensor for name, tensor in view.tensors.items() if among(name)}
-
         others = [item for item in part.inputs if item.view is not lead]
         for item in others:
-            _check_names(own(lead), own(item.view), part.lead, item)
+            _check_names(lead.tensors, item.view.tensors, part.lead, item)
         result = {}
         every, varies = [item.view.tensors for item in part.inputs], part.varies
-        for name, tensor in own(lead).items():
+        for name, tensor in lead.tensors.items():
             if name in lead.extra:  # beyond the config's layers: see planning/layers.py
                 result[name] = tensor
                 continue
@@ -64,7 +57,7 @@ class Builder:
         stack = first.lead.view.stack
         assert stack is not None  # Planner._source refused the recipe otherwise
         for item in (item for part in parts for item in part.inputs):
-            if item.view.stack != stack:
+            if item.view.stack is None or item.view.stack.layers != stack.layers:
                 raise _other_stack(first.lead, item)
         result = self._around(first, stack, stack.before)
         index = 0
@@ -112,10 +105,14 @@ class Builder:
             if name.startswith(prefixes):
                 found[name] = tensor
             elif not name.startswith((f"{stack.layers}.", *stack.before, *stack.after)):
+                part, own = part_of(name), part_of(f"{stack.layers}.0.weight")
+                remedy = "use 'models:'"
+                if part != own:
+                    remedy = f"it is of the {part} part: give the slices under 'modules: {own}:'"
                 raise UnsupportedError(
                     f"{item.where}: tensor '{name}' of model '{item.view.label}' is in no layer "
-                    "and not known to stand before or after them, so 'slices:' cannot place it; "
-                    "use 'models:'"
+                    f"and not known to stand before or after them, so 'slices:' cannot place it; "
+                    f"{remedy}"
                 )
         return found
 

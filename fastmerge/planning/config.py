@@ -7,9 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.dtypes import DType
-from fastmerge.models.config import LAYER_COUNTS, count_key, extra_layers, text_config
+from fastmerge.errors import ModelError
+from fastmerge.models.config import (
+    DECODER_COUNTS,
+    LAYER_COUNTS,
+    count_key,
+    extra_layers,
+    part_layers,
+    section,
+    text_config,
+    whole,
+)
 from fastmerge.models.vocabulary import Vocabulary, text_of
-from fastmerge.planning.inputs import Part, TensorPlan, View
+from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.modules import Module
 from fastmerge.planning.per_layer import Layer, restack
 
 # ---------------------------------------------------------------- the output's config
@@ -67,26 +78,24 @@ def token_ids(
     return found
 
 
-def set_layers(
-    config: dict[str, Any],
-    parts: Sequence[Part],
-    lead: View,
-    note: Callable[[str], None],
-) -> None:
-    """The count of layers, and what goes by layer, as stacked; no layers for multi-token
+def set_layers(config: dict[str, Any], module: Module, note: Callable[[str], None]) -> None:
+    """The count of a module's layers, and what goes by layer, as stacked; no layers for multi-token
     prediction, which a stack leaves out.
     """
-    stack = lead.stack
-    if stack is None or not config:
+    lead, stack = module.lead, module.lead.stack
+    if stack is None or not config or module.whole:
         return
-    target = text_config(config)
-    assert isinstance(target, dict)
     layers = [
         Layer(item.view, item.start + at, item.where)
-        for part in parts
+        for part in module.runs
         for item in [part.lead]
         for at in range(part.layers or 0)
     ]
+    if module.part not in ("", "text"):
+        _set_in_part(config, module, layers, note)
+        return
+    target = text_config(config)
+    assert isinstance(target, dict)
     restack(target, lead, layers, note)
     usual = "n_layer" if stack.layers == "transformer.h" else LAYER_COUNTS[0]
     target[count_key(target) or usual] = lead.layer_total
@@ -99,3 +108,35 @@ def set_layers(
     for key in extra_layers(config):
         target[key] = 0
         note(f"config.json: {key} is 0: a stack leaves these layers out")
+
+
+def _set_in_part(
+    config: dict[str, Any], module: Module, layers: Sequence[Layer], note: Callable[[str], None]
+) -> None:
+    """The same of a part that is not the language model of a multimodal one."""
+    said = part_layers(config, module.part)
+    where, label, old = layers[0].where, module.lead.label, module.lead.layer_total
+    if said.path is None or said.number is None:
+        if len(layers) != old:
+            raise ModelError(
+                f"{where}: config.json of '{label}' does not count the {old} layers of its "
+                f"{module.part} part, so it cannot say that there are {len(layers)}; give {old}"
+            )
+        return
+    target = section(config, said.path)
+    assert isinstance(target, dict)
+    before = {key: len(value) for key, value in target.items() if isinstance(value, list)}
+    restack(target, module.lead, layers, note)
+    for key in target:
+        # Each has a merger of its own in the projector.
+        if "deepstack" in key and key in before and len(target[key]) != before[key]:
+            raise ModelError(
+                f"{where}: config.json of '{label}' takes {before[key]} layers by {key}, and of "
+                f"these slices it would take {len(target[key])}; give each of them once"
+            )
+    for key in said.keys:
+        target[key] = len(layers)
+    apart = any(whole(config, key) > 0 for key in DECODER_COUNTS)
+    if not said.path and config.get("is_encoder_decoder") and not apart:
+        # One count was both halves'.
+        target[DECODER_COUNTS[1]] = len(layers) if module.part == "decoder" else old

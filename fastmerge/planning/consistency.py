@@ -60,7 +60,7 @@ def check_result(
     own = {name: lead.tensors[name].shape for name in lead.tensors if name in result.tensors}
     for name, shape in own.items():
         found = result.tensors[name].shape
-        if found == shape or name.startswith(f"{lead.stack.layers}." if lead.stack else " "):
+        if found == shape or layer_of(name) is not None:  # of the layers: `check_stack`
             continue
         raise _vocabularies(name, shape, lead, name, found, last)
     head, embedding = result.head, result.embedding

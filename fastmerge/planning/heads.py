@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.models.config import is_tied, says_tied, untied, written_out
-from fastmerge.planning.inputs import Part, TensorPlan, View, with_views
+from fastmerge.planning.inputs import Part, TensorPlan, View, of_language, with_views
 
 Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes are equal
 
@@ -19,18 +19,17 @@ Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes ar
 def settle_heads(
     parts: Sequence[Part],
     lead: View,
-    whole: bool,
     same: Same,
     note: Callable[[str], None],
 ) -> tuple[list[Part], View]:
     """The parts with every view as the output needs it, with or without a head, and the lead with
-    the config that says so.
-
-    whole: models are merged whole; otherwise slices are stacked, whose last one gives the head.
+    the config that says so. Of stacked slices the last one gives the head.
     """
     views = {id(item.view): item.view for part in parts for item in part.inputs}
     own = {key: has_own_head(view, same) for key, view in views.items()}
-    heads = [item.view for part in (parts if whole else parts[-1:]) for item in part.inputs]
+    makers = of_language(parts)
+    whole = makers[0].layers is None
+    heads = [item.view for part in (makers if whole else makers[-1:]) for item in part.inputs]
     real = next((view for view in heads if own[id(view)]), None)
     if real is not None and says_tied(lead.config) is not False and lead.config:
         if real is lead or own.get(id(lead)):

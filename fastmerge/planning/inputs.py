@@ -249,6 +249,7 @@ class Part:
     each: tuple[ParameterValues, ...]  # parallel to operands
     layers: int | None
     where: str
+    makes: tuple[str, ...] = ()  # of which modules it makes the tensors; (): of all
 
     @cached_property  # one for all tensors, of which there may be 90 000
     def labels(self) -> tuple[str, ...]:
@@ -286,6 +287,11 @@ class Part:
     def lead(self) -> Input:
         """Whose tensors name the output's: the base, else the first."""
         return self.inputs[self.base if self.base is not None else self.operands[0]]
+
+
+def of_language(parts: Sequence[Part]) -> Sequence[Part]:
+    """Those that make the language model; all, where no module is made apart."""
+    return [part for part in parts if not part.makes or "text" in part.makes] or parts
 
 
 def with_views(parts: Sequence[Part], changed: Mapping[int, View]) -> list[Part]:

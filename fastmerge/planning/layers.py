@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, RecipeError, UnsupportedError
 from fastmerge.limits import MAX_LAYERS
 from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
 from fastmerge.models.config import LAYER_COUNTS, extra_layers, text_config
-from fastmerge.planning.inputs import Part, View, with_views
+from fastmerge.models.names import layer_stacks
+from fastmerge.planning.inputs import Part, View, of_language, with_views
+from fastmerge.recipe.document import SliceSource
 
 
 def check_layers(view: View, where: str) -> None:
@@ -50,8 +52,43 @@ def check_layers(view: View, where: str) -> None:
     )
 
 
-def settle_layers(parts: Sequence[Part], whole: bool, note: Callable[[str], None]) -> list[Part]:
-    """The parts without what a merge (``whole``) or a stack leaves out of its models."""
+def check_whole_range(view: View, given: tuple[int, ...] | None, where: str) -> None:
+    """Raises RecipeError for a ``layer_range`` beside a whole model that is not all of it."""
+    count = 0 if view.stack is None else view.count(view.stack.layers)
+    if given is not None and given != (0, count):
+        start, end = given
+        raise RecipeError(
+            f"{where}: layer_range [{start}, {end}] under 'models:' would have no effect "
+            f"('{view.label}' has {count} layers); to choose layers use 'slices:'"
+        )
+
+
+def check_range(view: View, end: int, source: SliceSource) -> None:
+    """Raises FastmergeError where there are no layers, or none up to ``end``."""
+    stack = view.stack
+    if stack is None:
+        stacks = layer_stacks(view.tensors)
+        called = f", but {stacks[0]}.0." if stacks else ""
+        raise UnsupportedError(
+            f"{source.at('model')}: '{source.model}' has no layers named as fastmerge knows "
+            f"them (such as model.layers.0.){called}; use 'models:', which takes any names"
+        )
+    count = view.count(stack.layers)
+    if end > count:
+        start, stored = source.layer_range[0], view.stored(stack.layers)
+        behind = (
+            f" (config.json; the {stored} in its files include others, such as those for "
+            "multi-token prediction)"
+        )
+        raise RecipeError(
+            f"{source.at('layer_range')}: layer_range [{start}, {end}] is out of range: "
+            f"'{source.model}' has {count} layers{behind if stored > count else ''}"
+        )
+
+
+def settle_layers(parts: Sequence[Part], note: Callable[[str], None]) -> list[Part]:
+    """The parts without what a merge of whole models or a stack leaves out of its models."""
+    whole = of_language(parts)[0].layers is None
     views = {id(item.view): item.view for part in parts for item in part.inputs}
     for view in {id(part.lead.view): part.lead.view for part in parts if whole}.values():
         kept = [name for name in view.tensors if name in view.extra] if view.extra else []

@@ -24,7 +24,7 @@ from fastmerge.models.config import (
 from fastmerge.models.families import MIXED_LAYERS
 from fastmerge.planning.inputs import View
 
-_LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indices", "pattern"}
+_LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indexes", "indices", "pattern"}
 # Lists under such words are of tokens, of bounds and of shapes, however long they are.
 _NOT_LAYERS = {"token", "id", "ids", "architectures", "limit", "range", "betas", "map", "factor"}
 _KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
@@ -45,7 +45,8 @@ _WHICH = {
 _OF_TOKENS = {"size", "topk", "local", "cache"}  # in keys whose blocks are of tokens
 _FROM_THE_END = {"shared", "share", "last", "end"}
 _ENUMERATE = {"enum", "idx", "idxs", "indices", "list"}
-_OF_HALVES = ("decoder_layers", "encoder_layers")  # counted by `config.set_layers`
+# Counted by `config.set_layers`.
+_OF_HALVES = ("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers")
 # Counts of first layers that differ from those behind them.
 _FIRST = {
     "first_k_dense_replace", "num_dense_layers", "n_dense_layers", "first_num_dense_layers",

@@ -22,7 +22,6 @@ from fastmerge.errors import (
     FastmergeError,
     ModelError,
     RecipeError,
-    UnsupportedError,
     brief,
     few_of_a_kind,
     is_whole,
@@ -32,7 +31,6 @@ from fastmerge.models import hub
 from fastmerge.models.code_elsewhere import told_of_code
 from fastmerge.models.header import show
 from fastmerge.models.model import Model
-from fastmerge.models.names import layer_stacks
 from fastmerge.models.side_files import SideFiles, is_tokenizer
 from fastmerge.models.vocabulary import Vocabulary, template_of
 from fastmerge.planning.agreement import check_agreement
@@ -47,9 +45,15 @@ from fastmerge.planning.inputs import (
     TensorPlan,
     View,
     check_quantised,
+    of_language,
 )
-from fastmerge.planning.layers import check_layers, settle_layers
-from fastmerge.planning.modules import by_part, find_parts
+from fastmerge.planning.layers import (
+    check_layers,
+    check_range,
+    check_whole_range,
+    settle_layers,
+)
+from fastmerge.planning.modules import apart, by_module, find_parts, layered
 from fastmerge.planning.opened import Opened
 from fastmerge.planning.plan import Plan
 from fastmerge.planning.precision import as_stored, settle_precision, with_moved_names
@@ -183,9 +187,8 @@ class Planner:
                 "dtypes of named documents are not applied: results between documents stay exact"
             )
         base = self._base(document.base_model, document.at("base_model"))
-        names: list[list[str]] | None = None
         if document.modules is not None:
-            parts, names = self._modules(document, document.modules, base)
+            parts = self._modules(document, document.modules, base)
         elif document.models:
             parts = [self._whole(document, document.models, base)]
         else:
@@ -193,8 +196,6 @@ class Planner:
         self.views[document.name] = self.merged(
             parts,
             base or parts[0].inputs[0].view,
-            whole=not document.slices,
-            names=names,
             dtype=document.output_dtype,
             seed=self._stage_seed(document, is_output),
             name=document.name or "output",
@@ -207,8 +208,6 @@ class Planner:
         parts: Sequence[Part],
         lead: View,
         *,
-        whole: bool = True,
-        names: Sequence[Sequence[str]] | None = None,
         dtype: DType | None = None,
         seed: int | None = None,
         name: str = "output",
@@ -216,9 +215,8 @@ class Planner:
         tokenizer: TokenizerSection | None = None,
         is_output: bool = True,
     ) -> View:
-        """The merge of ``parts``: runs of layers, or the one of ``whole`` models, or, with
-        ``names``, of those parts of whole models (planning/modules.py). ``lead`` gives config and
-        side files.
+        """The merge of ``parts``: runs of layers, or the one of whole models, or either of them for
+        each module (planning/modules.py). ``lead`` gives config and side files.
         """
         stored = lead
         parts, lead = settle_precision(parts, lead, dtype, self.note)
@@ -236,8 +234,8 @@ class Planner:
             )
         wanted = tokenizer if document is None else document.vocabulary
         check_agreement(parts, lead, self.note, tokens=wanted is None)
-        parts = settle_layers(parts, whole, self.note)
-        parts, lead = settle_heads(parts, lead, whole, self.opened.same, self.note)
+        parts = settle_layers(parts, self.note)
+        parts, lead = settle_heads(parts, lead, self.opened.same, self.note)
         truncates = self.truncates and wanted is None
         if truncates:
             parts, lead = truncate(parts, lead, self.note)
@@ -251,28 +249,26 @@ class Planner:
                 self.note,
             )  # fmt: skip
             parts, lead = aligned.parts, aligned.lead
-        if not whole:
-            check_stack(parts, lead)
+        modules = apart(parts, lead)
+        for module in modules:
+            check_stack(module.runs, module.lead)
         build = Builder(dtype, seed, self.opened.models)
-        if names is not None:
-            tensors = by_part(build, parts, names, lead)
-        else:
-            tensors = build.whole(parts[0]) if whole else build.stacked(parts)
+        tensors = by_module(build, modules, lead)
         if document is not None:
             self._unused_filters(document, parts)
             self._unreached_rules(document)
         config = output_config(lead.config, dtype, tensors)
         if is_output:
             self._beside(lead)
-        if not whole:
-            set_layers(config, parts, lead, self.note)
+        for module in modules:
+            set_layers(config, module, self.note)
         set_tokens(config, aligned.rows, aligned.ids)
         result = View(name, config, tensors, lead.donor, aligned.vocabulary or lead.vocabulary)
         if is_output:
             self.generation = aligned.generation
             if document is not None:
                 self.template = self._template(document, parts, lead)
-        check_result(result, parts, lead, self.note, truncated=truncates)
+        check_result(result, of_language(parts), lead, self.note, truncated=truncates)
         if is_output and document is not None and document.as_base:
             where = document.at("out_dtype")
             result = as_stored(result, stored, self.opened.views, where, self.note)
@@ -365,23 +361,26 @@ class Planner:
 
     def _modules(
         self, document: Document, modules: Mapping[str, Module], base: View | None
-    ) -> tuple[list[Part], list[list[str]]]:
-        """The merge of each module, with the parts of the models that it makes; last a copy of the
-        lead's that none does.
-        """
-        parts = [
-            self._whole(document, module.models or (), base, module) for module in modules.values()
-        ]
-        lead = base or parts[0].inputs[0].view
+    ) -> list[Part]:
+        """Each module's merge, whole or run by run; last a copy of the lead's that none makes."""
         where = document.at("modules")
+        lead = base or self.view(*document.references()[0])
         found, rest = find_parts(list(modules), lead, where)
-        names = [[name] for name in found]
+        parts = []
+        for name, module in zip(found, modules.values(), strict=True):
+            if module.models:
+                own = [self._whole(document, module.models, base, module)]
+            else:
+                own = [
+                    self._slice(document, part, base, module, name) for part in module.slices or ()
+                ]
+            parts += [replace(part, makes=(name,)) for part in own]
         if rest:
             self.note(f"no module makes the {', '.join(rest)} part: copied from '{lead.label}'")
             copy = [Input(lead, 0, where, {})]
-            parts.append(self.part(METHODS["passthrough"], copy, None, [], where=where, of=where))
-            names.append(rest)
-        return parts, names
+            part = self.part(METHODS["passthrough"], copy, None, [], where=where, of=where)
+            parts.append(replace(part, makes=tuple(rest)))
+        return parts
 
     def _whole(
         self,
@@ -394,7 +393,7 @@ class Planner:
         inputs = []
         for entry in entries:
             view = self.view(entry.model, entry.at("model"))
-            self._whole_range(entry, view)
+            check_whole_range(view, entry.layer_range, entry.at("layer_range"))
             inputs.append(Input(view, 0, entry.at("model"), settings_for(method, entry)))
         if base is not None and all(item.view is not base for item in inputs):
             if method.base == "none":
@@ -415,24 +414,18 @@ class Planner:
         where = document.at("models") if module is None else module.at("models")
         return self.part(method, inputs, base, levels, where=where, of=document.where)
 
-    def _whole_range(self, entry: ModelEntry, view: View) -> None:
-        if entry.layer_range is None:
-            return
-        stack = view.stack
-        count = 0 if stack is None else view.count(stack.layers)
-        if entry.layer_range != (0, count):
-            start, end = entry.layer_range
-            raise RecipeError(
-                f"{entry.at('layer_range')}: layer_range [{start}, {end}] under 'models:' would "
-                f"have no effect ('{entry.model}' has {count} layers); to choose layers use "
-                "'slices:'"
-            )
-
-    def _slice(self, document: Document, part: Slice, base: View | None) -> Part:
+    def _slice(
+        self,
+        document: Document,
+        part: Slice,
+        base: View | None,
+        module: Module | None = None,
+        makes: str | None = None,
+    ) -> Part:
         method = document.method
         if part.base_model is not None:
             base = self.view(part.base_model, part.at("base_model"))
-        inputs = [self._source(method, source) for source in part.sources]
+        inputs = [self._source(method, source, makes) for source in part.sources]
         absent = base is not None and all(item.view is not base for item in inputs)
         if base is not None and absent and method.base in ("required", "optional", "first"):
             full = method.base == "first" and len(inputs) == method.max_operands
@@ -441,7 +434,8 @@ class Planner:
                 f"{part.at('sources')}: base_model '{base.label}' is not among this slice's "
                 f"sources; {method.name} needs its layers: {remedy}"
             )
-        levels = [settings_for(method, part), settings_for(method, document)]
+        above = [document] if module is None else [module, document]
+        levels = [settings_for(method, section) for section in (part, *above)]
         first, last = part.sources[0].layer_range
         return self.part(
             method,
@@ -453,28 +447,13 @@ class Planner:
             of=document.where,
         )
 
-    def _source(self, method: Method, source: SliceSource) -> Input:
-        view = self.view(source.model, source.at("model"))
-        stack = view.stack
-        if stack is None:
-            raise UnsupportedError(
-                f"{source.at('model')}: '{source.model}' has no layers named as fastmerge knows "
-                f"them (such as model.layers.0.){_called(view)}; use 'models:', which takes any "
-                "names"
-            )
+    def _source(self, method: Method, source: SliceSource, makes: str | None) -> Input:
+        where = source.at("model")
+        view = self.view(source.model, where)
         start, end = source.layer_range
-        count = view.count(stack.layers)
-        if end > count:
-            stored = view.stored(stack.layers)
-            behind = (
-                f" (config.json; the {stored} in its files include others, such as those for "
-                "multi-token prediction)"
-            )
-            raise RecipeError(
-                f"{source.at('layer_range')}: layer_range [{start}, {end}] is out of range: "
-                f"'{source.model}' has {count} layers{behind if stored > count else ''}"
-            )
-        return Input(view, start, source.at("model"), settings_for(method, source))
+        own = view if makes is None else layered(view, makes, where)
+        check_range(own, end, source)
+        return Input(view, start, where, settings_for(method, source))
 
     def part(
         self,
@@ -571,12 +550,6 @@ def _sparing(item: TensorPlan, known: dict[Node, Node]) -> TensorPlan:
     """The tensor by a tree that leaves out what has no effect."""
     root = without_unread(item.root, known)
     return item if root is item.root else replace(item, root=root)
-
-
-def _called(view: View) -> str:
-    """What its layers are called instead."""
-    stacks = layer_stacks(view.tensors)
-    return f", but {stacks[0]}.0." if stacks else ""
 
 
 def _needs(method: Method, item: Input, base: View | None) -> str:

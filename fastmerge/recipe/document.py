@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from fastmerge.dtypes import DType
 from fastmerge.dtypes import parse as parse_dtype
-from fastmerge.errors import RecipeError, UnsupportedError, in_a_line, near_miss, nearest
+from fastmerge.errors import RecipeError, in_a_line, near_miss, nearest
 from fastmerge.methods import METHODS, REQUIRED, Method, find
 from fastmerge.recipe.kinds import keys_of_others
 from fastmerge.recipe.located import LocatedDict
@@ -222,28 +222,31 @@ class Document(_Parametrised):
     def own_seed(self) -> int | None:
         return self.random_seed if self.seed is None else self.seed
 
+    @property
+    def lists(self) -> list[Document | Module]:
+        """The sections that can list models or slices."""
+        return [self, *(self.modules or {}).values()]
+
     def sections(self) -> Iterator[Document | Module | ModelEntry | Slice | SliceSource]:
         """Every section that can hold parameters."""
-        yield self
-        for module in (self.modules or {}).values():
-            yield module
-            yield from module.models or ()
-        yield from self.models or ()
-        for part in self.slices or ():
-            yield part
-            yield from part.sources
+        for section in self.lists:
+            yield section
+            yield from section.models or ()
+            for part in section.slices or ():
+                yield part
+                yield from part.sources
 
     def references(self) -> list[tuple[str, str]]:
         """Every model named, with its place, in recipe order; the base where it is first named."""
         found: dict[str, str] = {}
-        listed_in = [module.models or () for module in (self.modules or {}).values()]
-        for entry in (*(self.models or ()), *(entry for part in listed_in for entry in part)):
-            found.setdefault(entry.model, entry.at("model"))
-        for part in self.slices or ():
-            for source in part.sources:
-                found.setdefault(source.model, source.at("model"))
-            if part.base_model is not None:
-                found.setdefault(part.base_model, part.at("base_model"))
+        for section in self.lists:
+            for entry in section.models or ():
+                found.setdefault(entry.model, entry.at("model"))
+            for part in section.slices or ():
+                for source in part.sources:
+                    found.setdefault(source.model, source.at("model"))
+                if part.base_model is not None:
+                    found.setdefault(part.base_model, part.at("base_model"))
         if self.base_model is not None:
             found.setdefault(self.base_model, self.at("base_model"))
         asked = self.vocabulary
@@ -294,12 +297,6 @@ class Document(_Parametrised):
                 f"{self.at('modules')}: give one of 'models:', 'slices:' and 'modules:'"
             )
         if _WHOLE not in modules:
-            for name, part in modules.items():
-                if part.slices:
-                    raise UnsupportedError(
-                        f"{part.at('slices')}: 'slices' is not supported in the module '{name}', "
-                        f"only in '{_WHOLE}'; list whole models under 'models:'"
-                    )
             return
         if len(modules) > 1:
             raise RecipeError(

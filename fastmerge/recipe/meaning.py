@@ -40,34 +40,36 @@ def meaning(documents: Sequence[AnyDocument]) -> str:
         found = settings_for(document.method, section)
         return {name: [rule[:2] for rule in found[name].rules] for name in sorted(found)}
 
+    def listed(document: Document, section: Document | Module) -> list[Any]:
+        return [[model(entry.model), values(document, entry)] for entry in section.models or ()]
+
+    def stacked(document: Document, section: Document | Module) -> list[Any]:
+        return [
+            [
+                model(part.base_model),
+                values(document, part),
+                [
+                    [model(source.model), source.layer_range, values(document, source)]
+                    for source in part.sources
+                ],
+            ]
+            for part in section.slices or ()
+        ]
+
+    def module(document: Document, name: str, section: Module) -> list[Any]:
+        # A seed that follows from this stays what it was where there are no slices.
+        layers = stacked(document, section)
+        own = [name, values(document, section), listed(document, section)]
+        return [*own, layers] if layers else own
+
     def described(document: Document) -> list[Any]:
         return [
             document.merge_method,
             model(document.base_model),
             values(document, document),
-            [[model(entry.model), values(document, entry)] for entry in document.models or ()],
-            [
-                [
-                    name,
-                    values(document, module),
-                    [
-                        [model(entry.model), values(document, entry)]
-                        for entry in module.models or ()
-                    ],
-                ]
-                for name, module in (document.modules or {}).items()
-            ],
-            [
-                [
-                    model(part.base_model),
-                    values(document, part),
-                    [
-                        [model(source.model), source.layer_range, values(document, source)]
-                        for source in part.sources
-                    ],
-                ]
-                for part in document.slices or ()
-            ],
+            listed(document, document),
+            [module(document, *item) for item in (document.modules or {}).items()],
+            stacked(document, document),
         ]
 
     def mixed(mixture: Mixture) -> list[Any]:
