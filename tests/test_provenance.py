@@ -198,7 +198,11 @@ def test_names_are_no_markup(zoo) -> None:
         "# x": r"\# x", "- x": r"\- x", "---": r"\---", "+": r"\+", "1. x": r"1\. x",
         "12)": r"12\)",
         "1.5B": "1.5B", "    x": "&#32;&#32;&#32;&#32;x", "__x__": r"\_\_x\_\_", "a_b": "a_b",
-        "$$x$$": "&#36;&#36;x&#36;&#36;",
+        "$$x$$": "&#36;&#36;x&#36;&#36;", "x ": "x&#32;", "x ##": r"x \#\#",
+        # GitHub makes links of these whatever is escaped in them.
+        "org/m@v1.0-beta": "org/m@&#8203;v1.0-beta", "a@b__c.de": r"a@&#8203;b\_\_c.de",
+        "mailto:a@b.de": "mailto:a@&#8203;b.de", "org/m@main": "org/m@main",
+        "x_www.e.org": "x_www&#46;e.org",
     }.items():  # fmt: skip
         assert escaped(name) == shown
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastmerge.bench.request import WHOLES
 from fastmerge.bench.rows import Row
-from fastmerge.search.figures import BASELINE, OTHER, RETRACE, new_panels, png
+from fastmerge.search.figures import BASELINE, OTHER, RETRACE, label, new_panels, png
 
 _COLOURS = {"warm": RETRACE, "cold": BASELINE}
 
@@ -53,7 +53,7 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
         axes.barh(place, share["median"], xerr=spread, color=colour, height=0.7, capsize=2)
         words = [row.get("size") or row.get("tensor") or "", row.get("dtype", ""),
                  row.get("isa", ""), row["cache"]]  # fmt: skip
-        names.append(f"{row['job']} ({', '.join(word for word in words if word)})")
+        names.append(f"{label(row['job'])} ({', '.join(word for word in words if word)})")
     axes.axvline(100, color=BASELINE, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("share of the ceiling, %")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmerge.bench.pagecache import HOW_COLD
 from fastmerge.bench.rows import Row
+from fastmerge.output.card import escaped
 
 _MIB = 2**20
 Cell = Callable[[Row], str]
@@ -27,7 +28,7 @@ def markdown(report: dict[str, Any], title: str = "fastmerge bench") -> str:
     how = f"Medians with their quartiles of {report['repeat']} runs on {report['threads']} threads"
     less = f"of other programs {report['peer_repeat']}, of kernels and ops 5 at least"
     parts += [f"{how}; {less}. {_CHECKED}", *said]
-    parts += [f"Note: {note}." for note in report["notes"]]
+    parts += [f"Note: {escaped(note)}." for note in report["notes"]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,7 +119,7 @@ def _of_peers(rows: Sequence[Row]) -> Columns:
 
 
 _WHOLE: Columns = {
-    "job": lambda row: row["job"],
+    "job": lambda row: escaped(row["job"]),  # of a fold with the name of the adapter's folder
     "size": lambda row: row["size"] or "",
     "cache": lambda row: row["cache"],
     "s": lambda row: shown(row["seconds"]),

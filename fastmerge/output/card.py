@@ -215,14 +215,15 @@ def bullets(items: Iterable[str]) -> str:
 
 def escaped(text: str) -> str:
     """A stranger's text in a line of Markdown: shown as it is, and no markup, HTML or link."""
-    text = re.sub(r"([\\`*\[\]<>|&~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(text))
-    # What makes headings, lists, rules and code at the beginning of an item.
-    text = re.sub(r"^([#+-]|\d{1,9}(?=[.)](?:\s|$)))", _unmarked, text)
-    text = re.sub(r"^ +", lambda spaces: "&#32;" * len(spaces[0]), text)
+    text = re.sub(r"([\\`*\[\]<>|&~#]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(text))
+    # What makes lists and rules at the beginning of an item, and code; at the end, bold no more.
+    text = re.sub(r"^([+-]|\d{1,9}(?=[.)](?:\s|$)))", _unmarked, text)
+    text = re.sub(r"^ +| +$", lambda spaces: "&#32;" * len(spaces[0]), text)
     text = text.replace("$", "&#36;")  # of formulas
-    # GitHub and the Hub make links of bare addresses.
+    # GitHub and the Hub make links of bare addresses, of mail whatever is escaped in it.
+    text = re.sub(r"@(?=[\w.\\-]*\.)", "@&#8203;", text)
     return re.sub(
-        r"(?i)://|\bwww\.", lambda m: m[0].replace("/", "&#47;").replace(".", "&#46;"), text
+        r"(?i)://|www\.", lambda m: m[0].replace("/", "&#47;").replace(".", "&#46;"), text
     )
 
 
