@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from fastmerge.errors import FastmergeError, brief, printable
+from fastmerge.errors import FastmergeError, brief, printable, shortened
 from fastmerge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Bar(AbstractContextManager["Bar"]):
             self._bar.task_ids[0],
             completed=done_bytes,
             total=total_bytes,
-            tensor=printable(tensor),
+            tensor=printable(shortened(tensor)),  # one of megabytes takes rich a second each time
         )
 
 

@@ -163,6 +163,16 @@ def test_a_bar_takes_names_for_what_they_are() -> None:
     assert "a\\x1b[31m\\nnote: all is well [red]\\u202e" in seen and "\u202e" not in seen
 
 
+def test_a_bar_draws_the_ends_of_a_name_of_megabytes() -> None:
+    """rich takes seconds for one, for each tensor."""
+    main, other = pty.openpty()
+    with open(other, "w", encoding="utf-8") as stream, console.Progress("x", stream=stream) as p:
+        p(1, 2, "\u202e" * 3_000_000)
+        assert p._bar is not None
+        assert len(p._bar.tasks[0].fields["tensor"]) < 20_000
+    os.close(main)
+
+
 def test_progress_that_nobody_can_see_stops_no_merge() -> None:
     class Full(io.StringIO):
         def write(self, _: str) -> int:
