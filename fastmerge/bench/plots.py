@@ -25,7 +25,7 @@ def report_png(report: dict[str, Any]) -> bytes:
         panels.append(lambda axes: _shares(axes, shares))
         heights.append(0.8 + 0.28 * len(shares))
     wholes = [row for row in rows if row["kind"] in WHOLES]
-    for key, label in (
+    for key, title in (
         ("parameters", "parameters, billions"),
         ("models", "models"),
         ("steps", "steps of a walk"),
@@ -34,7 +34,7 @@ def report_png(report: dict[str, Any]) -> bytes:
         for value, unit in ((_seconds, "seconds"), (_memory, "anonymous memory, MiB")):
             if lines:
                 panels.append(
-                    partial(_scaling, lines=lines, value=value, key=key, label=label, unit=unit)
+                    partial(_scaling, lines=lines, value=value, key=key, title=title, unit=unit)
                 )
                 heights.append(3.2)
     figure, every = new_panels(8.0, heights or [1.0])
@@ -89,7 +89,7 @@ def _memory(row: Row) -> float:
 
 
 def _scaling(
-    axes: Any, lines: Sequence[Line], value: Callable[[Row], float], key: str, label: str, unit: str
+    axes: Any, lines: Sequence[Line], value: Callable[[Row], float], key: str, title: str, unit: str
 ) -> None:
     scale = 1e-9 if key == "parameters" else 1
     for name, rows in lines:
@@ -99,6 +99,6 @@ def _scaling(
     axes.set_ylim(0, 1.08 * max(value(row) for _, rows in lines for row in rows))
     if key != "parameters":
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel(label)
+    axes.set_xlabel(title)
     axes.set_ylabel(unit)
     axes.legend(frameon=False, fontsize=8)
