@@ -7,9 +7,11 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import safetensors
 
 import fastmerge
 from fastmerge import limits
@@ -124,6 +126,40 @@ def test_a_million_dimensions_are_not_multiplied(tmp_path: Path) -> None:
     text = f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,4]}}}}'.encode()
     message = refusal(read_header, header(tmp_path / "x.safetensors", text, b"0000"), 0)
     assert "1000000 dimensions; at most 64" in message
+
+
+@pytest.mark.parametrize("value", ["[]", "{}"])
+def test_lists_by_the_million_are_not_made(tmp_path: Path, value: str) -> None:
+    """100 MB of them took 2.5 GiB, where each is no part of a tensor's entry."""
+    many = f'{{"x": [{f"{value}," * 1_000_000}0]}}'.encode()
+    index = tmp_path / "index.json"
+    index.write_bytes(many)
+    file = header(tmp_path / "x.safetensors", many)
+    tracemalloc.start()
+    try:
+        for read in (lambda: read_header(file, 0), lambda: read_object(index, strict=True)):
+            assert "more lists and mappings" in refusal(read)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(many)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["[{" * 600_000, '\\\\\\"[' * 400_000, '{\\"[\\\\' * 200_000])
+def test_brackets_in_names_are_no_lists(tmp_path: Path, name: str) -> None:
+    text = f'{{"{name}":{{"dtype":"U8","shape":[],"data_offsets":[0,1]}}}}'.encode()
+    file = header(tmp_path / "x.safetensors", text, b"0")
+    (found,) = read_header(file, 0)[0].tensors
+    with safetensors.safe_open(file, "numpy") as theirs:
+        assert list(theirs.keys()) == [found.name]
+
+
+def test_the_smallest_tensors_pass(tmp_path: Path) -> None:
+    """As many brackets as entries can have in their bytes; the names make it a little less."""
+    text = "".join(
+        f'"{i:x}":{{"dtype":"U8","shape":[],"data_offsets":[{i},{i + 1}]}},' for i in range(30_000)
+    )
+    file = header(tmp_path / "x.safetensors", f"{{{text[:-1]}}}".encode(), bytes(30_000))
+    assert len(read_header(file, 0)[0].tensors) == 30_000
 
 
 def test_limits_on_files_that_are_read_whole(tmp_path: Path) -> None:
@@ -313,6 +349,26 @@ def test_the_number_of_an_added_token_is_bounded(zoo) -> None:
     recipe |= {"models": [{"model": str(folder)} for folder in pair]}
     recipe |= {"parameters": {"weight": 1.0}}
     assert "added_tokens_decoder" in refusal(fastmerge.api.plan, recipe)
+
+
+@pytest.mark.parametrize("number", [limits.MAX_TOKENS, 2**22, 2**31])
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_a_hole_among_tokens_is_bounded(zoo, place: str, number: int) -> None:
+    """A union fills it: one of 2^22 ids took 11 s, 2.1 GiB and a file of 300 MB."""
+    pair = [zoo.base("one", seed=1), zoo.base("two", seed=2)]
+    for folder, last in zip(pair, (number, 1), strict=True):
+        vocab, added = {"a": 0}, [{"id": 1, "content": "b", "special": False}]
+        if place == "vocab":
+            vocab["c"] = last
+        else:
+            added.append({"id": last, "content": "c", "special": False})
+        model = {"type": "BPE", "vocab": vocab, "merges": []}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    recipe = {"merge_method": "linear", "tokenizer_source": "union"}
+    recipe |= {"models": [{"model": str(folder)} for folder in pair]}
+    recipe |= {"parameters": {"weight": 1.0}}
+    said = refusal(fastmerge.api.plan, recipe)
+    assert "tokenizer" in said and str(limits.MAX_TOKENS) in said
 
 
 def test_a_suggested_command_quotes_its_arguments(tmp_path: Path) -> None:

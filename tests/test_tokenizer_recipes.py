@@ -233,7 +233,7 @@ def test_damaged_tokenizers_are_named(maker):
         ("{}", "no model.vocab"),
         ('{"model": {"vocab": {"a": -1}}}', "no whole number"),
         ('{"model": {"vocab": [1]}}', "no [piece, score]"),
-        ('{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}', "no content or id"),
+        ('{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}', "no content, or no id"),
         ('{"model": {"vocab": {}}}', "no tokens"),
     ):
         file.write_text(text)

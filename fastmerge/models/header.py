@@ -29,6 +29,9 @@ from fastmerge.records import record
 LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
 _MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 _QUOTES = "'\""
+# The shortest entry, "":{"dtype":"U8","shape":[],"data_offsets":[0,0]}, has 49 bytes and three.
+_BYTES_A_BRACKET = 16
+_CHECKED_BYTES = 1 << 20
 _PLAIN_BYTES = 16 << 20  # 140 000 tensors; as mappings the entries of 100 MB would take 400 MB
 
 
@@ -111,10 +114,25 @@ def _no_minus_zero(text: str) -> int:
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it; two halves make a character
 
 
+def _check_brackets(data: bytes) -> None:
+    """Refuses more lists and mappings than a header or an index of this size has, before they are
+    made: 100 MB of empty ones took 2.5 GiB. What is valid always passes.
+    """
+    most = len(data) // _BYTES_A_BRACKET
+    if len(data) < _CHECKED_BYTES or data.count(b"[") + data.count(b"{") <= most:
+        return
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = re.sub(rb'"[^"]*"?', b"", bare)  # less the names, which may hold any
+    if bare.count(b"[") + bare.count(b"{") > most:
+        raise ValueError("more lists and mappings than tensors of so many bytes have")
+
+
 def _parse_object(data: bytes, hook: Hook | None) -> dict[str, Any]:
     """One JSON object; ValueError says what it is instead. With a ``hook``, which makes the
-    objects, NaN and -0 are refused.
+    objects of a header or an index, NaN and -0 are refused.
     """
+    if hook is not None:
+        _check_brackets(data)
     try:
         text = data.decode("utf-8")
         if hook is not None:
@@ -293,6 +311,7 @@ def _plain_header(data: bytes, file: int, begin: int) -> Content | None:
     if len(data) > _PLAIN_BYTES or b"\\u" in data or b"-0" in data:  # \u003a is a colon
         return None
     try:
+        _check_brackets(data)
         text = data.decode()
         entries = json.loads(text, parse_constant=_no_constant)
         colons = int("__metadata__" in entries)

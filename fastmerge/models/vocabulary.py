@@ -214,7 +214,9 @@ def read_vocabulary(label: str, side_files: Files, folder: Path | None) -> Vocab
     for entry in _listed(document.get("added_tokens"), "added_tokens", label):
         token, number = entry.get("content"), entry.get("id")
         if not isinstance(token, str) or not _is_id(number):
-            raise _unreadable(label, "an entry of added_tokens has no content or id")
+            raise _unreadable(
+                label, f"an entry of added_tokens has no content, or no id below {MAX_TOKENS}"
+            )
         # The id that is written counts for nothing: see `_document`.
         if token not in ids:
             ids[token] = following
