@@ -147,7 +147,16 @@ def decide(
             from fastmerge.recipe.adapters import AdapterRecipe
 
             own = None if seed is None else whole_seed(seed)
-            return plan_adapters(AdapterRecipe.of(documents[0], text), own)
+            given = AdapterRecipe.of(documents[0], text)
+            made = plan_adapters(given, own)
+            base = given.base_model
+            if base is None:
+                return made
+            note = (
+                f"all models are adapters, so the result is one, for '{base}'; for a model, write "
+                f"'model: {base}+{given.models[0].model}'"
+            )
+            return replace(made, notes=(note, *made.notes))
         loaded = Recipe.of(documents, text, origin)
     if isinstance(models, Mapping):
         models = {name: as_model(given, str(name)) for name, given in models.items()}

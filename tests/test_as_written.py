@@ -39,6 +39,37 @@ def notes(text: str) -> str:
     return "\n".join(make_plan(text).notes)
 
 
+# ---------------------------------------------------------------- said in other words
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("parameters: {weight: 1}", "params: {weight: 1}", "did you mean 'parameters'?"),
+        ("{weight: 1}", "{weight: '0,5'}", "must be a number, not '0,5'; write 0.5"),
+        ("{weight: 1}", "{weight: 'half'}", "must be a number, not 'half'"),
+        (
+            "{weight: 1}",
+            "{weight: {mlp: 0.5}}",
+            "a list of them, or filters: [{filter: mlp, value: 0.5}, {value: 0.3}]",
+        ),
+        ("{weight: 1}", "{weight: 1, mine: {a: 1}}", "a mapping with 'a' is no value"),
+        ("{weight: 1}", "{weight: {}}", "a filter needs a 'value:'"),
+    ],
+)
+def test_the_line_says_what_to_write(old: str, new: str, said: str) -> None:
+    with pytest.raises(FastmergeError) as caught:
+        make_plan(LINEAR.replace(old, new))
+    assert str(caught.value).startswith("recipe:3: ")
+    assert said in str(caught.value)
+
+
+def test_a_comma_is_only_told_of_a_number() -> None:
+    with pytest.raises(FastmergeError) as caught:
+        make_plan(LINEAR.replace("{weight: 1}", "{weight: 'a,5'}"))
+    assert "write" not in str(caught.value)
+
+
 # ---------------------------------------------------------------- without effect
 
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import fastmerge
+from fastmerge import api
 from fastmerge.cli import main
 from fastmerge.compute.adapters import Asked, Given, merged
 from fastmerge.compute.factors import spectrum_of, spectrum_of_sum
@@ -477,6 +478,35 @@ def test_adapters_that_do_not_go_together(tmp_path: Path) -> None:
             )
         assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_recipe_of_a_base_and_adapters_alone_says_what_it_makes(
+    two: list[Path],
+) -> None:
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "someone/base",
+        "models": [{"model": str(path), "parameters": {"weight": 1}} for path in two],
+    }
+    note = f"for a model, write 'model: someone/base+{two[0]}'"
+    assert any(note in line for line in api.decide(recipe).notes)
+    del recipe["base_model"]
+    assert not any("for a model, write" in line for line in api.decide(recipe).notes)
+    with pytest.raises(RecipeError, match="for models that have them, write 'model: x\\+"):
+        api.decide({**recipe, "base_model": "x", "merge_method": "passthrough"})
+
+
+def test_an_adapter_among_models_is_told_where_it_belongs(two: list[Path], zoo) -> None:
+    base = str(zoo.base("whole"))
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "models": [{"model": base}, {"model": str(two[0]), "parameters": {"weight": 1}}],
+    }
+    with pytest.raises(UnsupportedError) as caught:
+        fastmerge.plan(recipe)
+    assert str(caught.value).startswith("recipe.models[1].model: ")
+    assert f"'model: BASE+{two[0]}'" in str(caught.value)
 
 
 def test_a_base_that_is_one_under_two_names(two: list[Path], tmp_path: Path) -> None:

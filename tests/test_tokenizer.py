@@ -335,6 +335,30 @@ def test_a_document_of_documents_is_the_merge_of_what_they_write(trio, shared_zo
     assert found["vocab_size"] == len(vocabulary(tmp_path / "first"))
 
 
+@pytest.mark.parametrize("tied", ["base", "other"])
+def test_one_real_head_among_tied_ones_is_not_lost(maker, shared_zoo, tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    models = {
+        name: maker.model(
+            f"head-{tied}-{name}",
+            bpe(TEXTS, 280, added=() if name == "base" else ("<tool>",)),
+            seed=70 + seed,
+            tied=name == tied,
+        )
+        for seed, name in enumerate(("base", "other"))
+    }
+    given = recipe(models, weights=(0.5, 0.5), tokenizer_source="union")
+    report = api.merge(given, tmp_path / "out", threads=1)
+    assert any("ties its head to its embeddings" in note for note in report.notes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    head = shared_zoo.read(tmp_path / "out")[HEAD]
+    np.testing.assert_array_equal(loaded.lm_head.weight.detach().numpy(), head)
+    assert not np.array_equal(head, loaded.model.embed_tokens.weight.detach().numpy())
+
+
 def test_slices_take_their_ends_from_models_with_other_tokens(trio, shared_zoo, tmp_path):
     given = {
         "merge_method": "passthrough",

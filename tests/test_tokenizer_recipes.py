@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -60,6 +61,48 @@ def test_a_template_by_name_renders(maker, tmp_path, name):
     }
     assert text.endswith(wanted[name])
     assert text.index("Be kind.") < text.index("Who?") < text.index("I.")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{% for", "is no Jinja that can be read: unexpected 'end of template' (its line 1)"),
+        ("a\n{{ m }", "is no Jinja that can be read: unexpected '}' (its line 2)"),
+        ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
+        ("{{ messages | tojso }}", "has the filter 'tojso' (its line 1), which Jinja does not"),
+        ("{% if a is strin %}b{% endif %}", "has the test 'strin'"),
+        ("{% generation %}", "Unexpected end of template"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested too deeply"),
+        ("chatlm", "did you mean 'chatml'?"),
+    ],
+)
+def test_a_template_that_nobody_could_read_is_refused(maker, tmp_path, text, said):
+    a = maker.model("template-broken", bpe(TEXTS, 280), seed=63)
+    given = recipe({"base": a}, weights=(1,), chat_template=text)
+    with pytest.raises(fastmerge.FastmergeError) as caught:
+        api.merge(given, tmp_path / "out", threads=1)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+TAGS = (
+    "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}"
+    "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ raise_exception('x') }}"
+)
+
+
+def test_what_transformers_adds_to_jinja_is_known(maker):
+    a = maker.model("template-tags", bpe(TEXTS, 280), seed=64)
+    plan = api.plan(recipe({"base": a}, weights=(1,), chat_template=TAGS))
+    assert plan.chat_template == TAGS
+    assert not any("jinja2" in note for note in plan.notes)
+
+
+def test_a_template_is_not_checked_without_jinja(maker, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    a = maker.model("template-unchecked", bpe(TEXTS, 280), seed=65)
+    plan = api.plan(recipe({"base": a}, weights=(1,), chat_template="{% for"))
+    assert "chat_template: not checked, as jinja2 is not installed" in plan.notes
 
 
 def test_the_most_common_template(maker, tmp_path):

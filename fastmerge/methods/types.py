@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
@@ -71,7 +72,10 @@ class Parameter:
                 return _WORDS[value.lower()]
             raise RecipeError(f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}")
         if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
-            raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}")
+            text = value.strip() if isinstance(value, str) else ""
+            comma = re.fullmatch(r"[+-]?\d*,\d+", text)
+            hint = f"; write {text.replace(',', '.')}" if comma else ""
+            raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}{hint}")
         if abs(value) > _LARGEST or value != value:
             raise RecipeError(f"{where}: '{self.name}' must be finite")
         if self.kind is int and value != int(value):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, RecipeError
+from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
 from fastmerge.models import hub
-from fastmerge.models.adapter import Adapter
+from fastmerge.models.adapter import Adapter, is_adapter
 from fastmerge.models.architecture import COMPUTED
 from fastmerge.models.checkpoint import open_model
 from fastmerge.models.model import Model, same_bytes, same_numbers
@@ -73,6 +73,11 @@ class Opened:
 
             return self._numbered(reference.rstrip("/"), reference, lambda: Remote(reference))
         path = self._find(reference, where)
+        if is_adapter(path):
+            raise UnsupportedError(
+                f"{where}: '{reference}' is a LoRA adapter, not a model; write it behind the model "
+                f"that it is for: 'model: BASE+{reference}'"
+            )
         return self._numbered(path.resolve(), reference, lambda: open_model(path))
 
     def _split(self, reference: str, where: str) -> tuple[str, str] | None:

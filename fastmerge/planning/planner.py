@@ -77,7 +77,7 @@ from fastmerge.recipe.document import (
 from fastmerge.recipe.meaning import meaning
 from fastmerge.recipe.mixture import Mixture
 from fastmerge.recipe.settings import Setting
-from fastmerge.recipe.templates import TEMPLATES
+from fastmerge.recipe.templates import TEMPLATES, check_jinja
 from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.nodes import Node
 from fastmerge.tree.unread import without_unread
@@ -315,8 +315,13 @@ class Planner:
             raise ModelError(
                 f"{where}: '{lead.label}' has no tokenizer for a chat template; remove the line"
             )
+        if name in TEMPLATES:
+            return TEMPLATES[name]
         if name != "auto":
-            return TEMPLATES.get(name, name)
+            unchecked = check_jinja(name, where)
+            if unchecked is not None:
+                self.note(unchecked)
+            return name
         views = {id(i.view): i.view for part in parts for i in part.inputs}
         found = [template_of(v.donor.side_files(), v.label) for v in (lead, *views.values())]
         given = [template for template in found[1:] if template is not None]

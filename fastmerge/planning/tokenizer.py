@@ -185,7 +185,7 @@ class _Aligner:
     ) -> None:
         self._parts, self._wanted, self._note = parts, wanted, note
         self._vocabularies, self._model = vocabularies, model
-        self._where = wanted.where
+        self._where, self._config = wanted.where, lead.config
         self._lead = next(
             (v for v in views if v.donor is lead.donor and v.label == lead.label), lead
         )
@@ -282,6 +282,8 @@ class _Aligner:
             parts = [self._part(part, names, places, defaults, total) for part in self._parts]
             alone = replace(self._parts[0], inputs=(Input(self._lead, 0, self._where, {}),))
             lead = self._part(alone, names, places, defaults, total).inputs[0].view
+        # Which may say other than the model's own by now: of its head, of its codes.
+        lead = replace(lead, config=self._config)
         old = self._own[id(self._lead)]
         plain = out is old and self._lead.vocabulary is None
         made = Aligned(parts, lead, None if plain else out, rows)

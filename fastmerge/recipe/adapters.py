@@ -71,9 +71,11 @@ class AdapterRecipe(Section):
 
     def check(self) -> None:
         if self.merge_method not in ADAPTER_METHODS:
+            adapter = self.models[0].model if self.models else "ADAPTER"
             raise RecipeError(
                 f"{self.at('merge_method')}: '{self.merge_method}' does not merge adapters alone; "
-                f"{nearest(self.merge_method, ADAPTER_METHODS, limit=20)}"
+                f"{nearest(self.merge_method, ADAPTER_METHODS, limit=20)}; for models that have "
+                f"them, write 'model: {self.base_model or 'BASE'}+{adapter}'"
             )
         if not self.models:
             raise RecipeError(f"{self.at('models')}: give at least one adapter")

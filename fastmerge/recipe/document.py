@@ -42,6 +42,8 @@ class _Parametrised(Section):
     tolerant: ClassVar[bool] = True
 
     def misspells(self, name: str) -> bool:
+        if name in _MEANT:
+            return True
         # A parameter that some method cannot do without is hardly meant to be ignored.
         known = _parameters()
         if name in known:
@@ -55,11 +57,15 @@ class _Parametrised(Section):
         return self.belongs(name) or nearest(name, (*self.fields, *_parameters()))
 
     def belongs(self, name: str) -> str:
+        if name in _MEANT:
+            return f"did you mean '{_MEANT[name]}'?"
         if name in _parameters():
             return "it belongs under 'parameters:'"
         return _BELONGS.get(name, "")
 
 
+# Too far from what they mean to be told by their letters.
+_MEANT = dict.fromkeys(("params", "param", "args"), "parameters")
 _BELONGS = {
     "revision": "write the model as 'name@revision'",
     "base": "write 'base_model:'",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastmerge.errors import RecipeError, near_miss
+from fastmerge.errors import RecipeError, brief, near_miss
 from fastmerge.methods import Parameter
 from fastmerge.recipe.located import LocatedDict, LocatedList
 
@@ -127,6 +127,12 @@ def _rule(value: LocatedDict, where: str) -> Rule:
         meant = near_miss(key, _OF_A_RULE) or meant
         if key not in _OF_A_RULE and meant is not None:
             raise RecipeError(f"{value.at[key]}: unknown key '{key}'; did you mean '{meant}'?")
+    if value and not any(key in value for key in _OF_A_RULE):
+        first = brief(next(iter(value)))
+        raise RecipeError(
+            f"{where}: a mapping with {first} is no value; write a number, a list of them, or "
+            f"filters: [{{filter: {first[1:-1]}, value: 0.5}}, {{value: 0.3}}]"
+        )
     if value.get("value") is None:
         raise RecipeError(f"{where}: a filter needs a 'value:', as {{filter: mlp, value: 0.5}}")
     name = value.get("filter")

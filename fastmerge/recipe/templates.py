@@ -7,6 +7,10 @@ generation prompt where `add_generation_prompt` is true.
 
 from __future__ import annotations
 
+from typing import Any
+
+from fastmerge.errors import RecipeError, brief, nearest
+
 # <|im_start|>role\ncontent<|im_end|>\n
 _CHATML = (
     "{% for message in messages %}"
@@ -70,3 +74,43 @@ TEMPLATES = {
     "llama3": _LLAMA3,
     "mistral": _MISTRAL,
 }
+
+
+def check_jinja(text: str, where: str) -> str | None:
+    """Raises RecipeError for a template that transformers could not read: its syntax, filters and
+    tests. It is parsed, never run. A note where Jinja is not installed.
+    """
+    try:
+        from jinja2 import Environment, TemplateSyntaxError, nodes
+        from jinja2.ext import Extension
+    except ImportError:
+        return "chat_template: not checked, as jinja2 is not installed"
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    known = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    try:
+        tree = known.parse(text)
+    except TemplateSyntaxError as error:
+        said = " ".join(str(error.message).split())
+        raise RecipeError(
+            f"{where}: chat_template is no Jinja that can be read: {said} (its line "
+            f"{error.lineno}); mend it"
+        ) from None
+    except RecursionError:
+        raise RecipeError(f"{where}: chat_template is nested too deeply") from None
+    for kind, names in ((nodes.Filter, known.filters), (nodes.Test, known.tests)):
+        for node in tree.find_all(kind):
+            if node.name not in names:
+                word = kind.__name__.lower()
+                raise RecipeError(
+                    f"{where}: chat_template has the {word} {brief(node.name)} (its line "
+                    f"{node.lineno}), which Jinja does not; {nearest(node.name, names)}"
+                )
+    return None
