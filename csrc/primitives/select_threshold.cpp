@@ -16,7 +16,7 @@ constexpr int32_t kLargestKey = 0x7FFFFFFF;
 constexpr int64_t kChunk = 32;  // neighbouring elements sampled together
 // A larger sample takes longer to sort, a smaller leaves more keys between its bounds: at the least
 // of both it grows with the power 2/3 of the tensor's size.
-constexpr int64_t kChunks = 1024, kFewestChunks = 128;      // of tensors from 4 Mi, up to 256 Ki
+constexpr int64_t kChunks = 4096, kFewestChunks = 128;      // of tensors from 61 Mi, up to 256 Ki
 constexpr size_t kChunksAhead = 16;                         // asked for while one is read
 constexpr int64_t kSampleAll = 2 * kFewestChunks * kChunk;  // up to here they are their own sample
 
