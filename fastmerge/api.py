@@ -204,9 +204,7 @@ def _to_store(
 
 def _urls_of(decided: Plan | AdapterMerge) -> list[str]:
     """What is read of stores: their models' stamps begin with the URL of the folder."""
-    stamps = (
-        [s for model in decided.models for s in model.stamp] if isinstance(decided, Plan) else []
-    )
+    stamps = decided.stamps if isinstance(decided, Plan) else []
     return [s[0] for s in stamps if isinstance(s, tuple) and isinstance(s[0], str)]
 
 

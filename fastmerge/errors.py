@@ -16,7 +16,7 @@ classes; no message is promised to stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import PurePath
@@ -24,6 +24,7 @@ from reprlib import Repr
 from typing import Any
 
 _BEGINNING, _END = 1000, 500  # characters of a message that are always shown
+_OF_A_KIND = 5
 _VARIES = re.compile(r"'[^']*'|\d+")
 
 
@@ -144,19 +145,35 @@ def shortened(message: str) -> str:
     return f"{message[:_BEGINNING]} ... ({left} characters) ... {message[-_END:]}"
 
 
-def few_of_a_kind(notes: Iterable[str], limit: int = 5) -> tuple[str, ...]:
-    """The notes, `shortened`, at most ``limit`` that differ in numbers and quoted names alone, then
-    a count.
+def few_of_a_kind(notes: Iterable[str]) -> tuple[str, ...]:
+    """The notes, `shortened`, at most five that differ in numbers and quoted names alone, then a
+    count.
     """
     kinds: dict[str, list[str]] = {}
     for note in map(shortened, notes):
         kinds.setdefault(_VARIES.sub("...", note), []).append(note)
     found: list[str] = []
     for kind, same in kinds.items():
-        found += same[:limit]
-        if len(same) > limit:
-            found.append(f"{len(same) - limit} more of the kind: {kind}")
+        found += same[:_OF_A_KIND]
+        if len(same) > _OF_A_KIND:
+            found.append(f"{len(same) - _OF_A_KIND} more of the kind: {kind}")
     return tuple(found)
+
+
+def some_of(names: Sequence[str], shown: int = 1) -> str:
+    """The first ``shown`` names, and how many more there are: "a, b and 3 more"."""
+    left = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {left} more" if left > 0 else "")
+
+
+def and_others(count: int) -> str:
+    """What follows the first of ``count``: " (and 3 more)"; nothing where it is the only one."""
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def first_line(error: Exception) -> str:
+    """Another library's message up to its first line's end; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def first_sentences(text: str, limit: int = 200) -> str:

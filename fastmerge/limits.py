@@ -7,6 +7,7 @@ MAX_HEADER_BYTES = 100_000_000  # of a safetensors header, the library's own lim
 MAX_CONFIG_BYTES = 16 << 20  # the largest config.json on the Hub takes 0.5 MB
 MAX_REF_BYTES = 256  # of a branch in the Hub's cache: a commit's hash takes 40
 MAX_NESTING = 100  # of mappings and lists in JSON; the deepest config has 8
+MAX_OFFSET = 2**63 - 1  # in a file, and of any size: they are signed 64-bit
 MAX_DIMENSIONS = 64  # of a tensor, as in NumPy and torch; without a bound its product is quadratic
 MAX_ADAPTED_LETTERS = 512  # of the name of a tensor that an adapter is for; the longest has 120
 MAX_PATH_LETTERS = 4096  # that Linux takes; in a longer one nothing lies

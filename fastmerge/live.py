@@ -9,12 +9,13 @@ adapted model that is its base and the factors, of one stored as codes those and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.arguments import a_function, one_of
@@ -28,7 +29,14 @@ from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
 from fastmerge.engine.inputs import Inputs
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError, brief
-from fastmerge.models.memory import as_torch, check_holds, check_writable, view_of, written
+from fastmerge.models.memory import (
+    as_torch,
+    check_holds,
+    check_writable,
+    is_torch,
+    view_of,
+    written,
+)
 from fastmerge.models.model import Model
 from fastmerge.models.state_dict import StateDict, check_apart
 from fastmerge.output.sink import Arrays
@@ -174,37 +182,52 @@ def tensors(
         yield item, as_torch(array, item.dtype, item.shape)
 
 
-class _Parameters(Arrays):
-    """A model's own tensors. The kernels write into those on the CPU where type and layout allow
-    it, and else, or where somebody is to see each tensor, beside them.
+class Targets(Arrays):
+    """A caller's own tensors, by the plan's names. The kernels write into those on the CPU where
+    type and layout allow it, and else beside them.
     """
 
-    def __init__(self, targets: Mapping[str, torch.Tensor], observe: OnTensor | None) -> None:
-        super().__init__()
-        self._targets, self._observe = targets, observe
-
-    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
-        return [item for item in items if item.name in self._targets]
+    def __init__(self, targets: Mapping[str, Any]) -> None:
+        super().__init__(targets)
+        self._targets = targets
 
     def slot(self, item: TensorPlan) -> _C.Sink:
-        if self._is_direct(item):
-            return _C.MemorySink(view_of(self._targets[item.name], item.name, writable=True))
+        target = self._targets[item.name]
+        if self.is_direct(target, item):
+            return _C.MemorySink(view_of(target, item.name, writable=True))
         return super().slot(item)
 
     def settle(self, item: TensorPlan) -> None:
         """Ends one tensor whose numbers are there."""
         target = self._targets[item.name]
-        if self._is_direct(item):
+        if not self.is_direct(target, item):
+            self.fill(target, self.take(item), item)
+        elif is_torch(target):
             written(target)
-            return
-        array = self.take(item)
-        if self._observe is not None:
-            self._observe(item, array)
-        target.copy_(as_torch(array, item.dtype, item.shape))
 
-    def _is_direct(self, item: TensorPlan) -> bool:
-        target = self._targets[item.name]
-        return self._observe is None and target.device.type == "cpu" and is_stored(target, item)
+    def is_direct(self, target: Any, item: TensorPlan) -> bool:
+        """Whether the kernels write into ``target``."""
+        return target.device.type == "cpu" and is_stored(target, item)
+
+    def fill(self, target: Any, made: NDArray[Any], item: TensorPlan) -> None:
+        """Copies the tensor as `Arrays` has it into ``target``."""
+        target.copy_(as_torch(made, item.dtype, item.shape))
+
+
+class _Parameters(Targets):
+    """A model's tensors; somebody may be to see each."""
+
+    def __init__(self, targets: Mapping[str, torch.Tensor], observe: OnTensor | None) -> None:
+        super().__init__(targets)
+        self._observe = observe
+
+    def is_direct(self, target: torch.Tensor, item: TensorPlan) -> bool:
+        return self._observe is None and super().is_direct(target, item)
+
+    def fill(self, target: torch.Tensor, made: NDArray[Any], item: TensorPlan) -> None:
+        if self._observe is not None:
+            self._observe(item, made)
+        super().fill(target, made, item)
 
 
 def _merged_on_cpu(
@@ -387,7 +410,7 @@ def _prepared(
         for source in leaves([item.root for item in group]):
             stored = _source(held, plan.models[source.model], source.name, keep, device)
             on_device[source] = stored.to(device, non_blocking=True)
-        outs = [_out(targets[item.name], item) for item in group]
+        outs = [out_for(targets[item.name], item, device) for item in group]
         jobs = [Job(item.name, item.root, out) for item, out in zip(group, outs, strict=True)]
         prepared = _Prepared(group, outs, Batch(jobs, on_device.__getitem__, scratch[device]))
         if keep == "device":
@@ -408,14 +431,13 @@ def _widest(plan: Plan, roots: Mapping[str, Node]) -> Plan:
     return plan.template if fits else plan
 
 
-def _out(target: torch.Tensor, item: TensorPlan) -> torch.Tensor:
-    """The parameter itself, or a tensor of the plan's type, from which it is then filled."""
+def out_for(target: torch.Tensor | None, item: TensorPlan, device: Any) -> torch.Tensor:
+    """The target itself, or a new tensor of the plan's type, from which it is then filled."""
     import torch
 
-    if is_stored(target, item):
+    if target is not None and is_stored(target, item):
         return target
-    dtype = getattr(torch, item.dtype.name)
-    return torch.empty(item.shape, dtype=dtype, device=target.device)
+    return torch.empty(item.shape, dtype=getattr(torch, item.dtype.name), device=device)
 
 
 def _scratch(

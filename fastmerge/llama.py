@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.arguments import a_path
-from fastmerge.errors import FastmergeError, ModelError, ResourceError
+from fastmerge.errors import FastmergeError, ModelError, ResourceError, first_line, some_of
 from fastmerge.extras import install
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION
@@ -163,8 +163,9 @@ def _tokenizer(transformers: Any, folder: Path, where: str, kwargs: Mapping[str,
     except FastmergeError:
         raise
     except Exception as error:  # tokenizers raises no other class for a file that it cannot read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{where}: has no tokenizer that loads: {reason[:200]}") from error
+        raise ModelError(
+            f"{where}: has no tokenizer that loads: {first_line(error)[:200]}"
+        ) from error
 
 
 def _transformers() -> Any:
@@ -202,5 +203,4 @@ def _check(loading: Mapping[str, Any], where: str) -> None:
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in loading[kind])
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(f"{where}: {kind.replace('_keys', '')} weight {names[0]}{more}")
+            raise ModelError(f"{where}: {kind.replace('_keys', '')} weight {some_of(names)}")

@@ -40,6 +40,20 @@ def shown(progress: Shown, title: str) -> AbstractContextManager[Progress | None
     return nullcontext(progress)
 
 
+class Told:
+    """Counts the bytes of a run, for who watches it."""
+
+    def __init__(self, progress: Progress | None, total_bytes: int, done_bytes: int = 0) -> None:
+        """``done_bytes``: by an earlier run that this one continues."""
+        self._progress, self._total, self._done = progress, total_bytes, done_bytes
+
+    def add(self, nbytes: int, tensor: str) -> None:
+        """Those of ``tensor`` are done, too."""
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total, tensor)
+
+
 class Bar(AbstractContextManager["Bar"]):
     """A callable for ``progress=``: nothing when ``quiet``, a bar on a terminal or in a notebook
     with ipywidgets, else a line per tenth. Another number of bytes in all is another pass: a search

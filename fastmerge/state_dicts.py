@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge import _C, live
+from fastmerge import live
 from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.recording import refuse_traces
@@ -27,7 +27,6 @@ from fastmerge.models.memory import (
     dtype_of,
     is_torch,
     place_of,
-    view_of,
     written,
 )
 from fastmerge.models.model import Model
@@ -249,47 +248,29 @@ def _own_values(
 # ---------------------------------------------------------------- where it goes
 
 
-class _Into(Arrays):
-    """Tensors of a caller's, written by the kernels where type and layout allow it."""
+class _Into(live.Targets):
+    """NumPy's arrays as well as torch's."""
 
-    def __init__(self, targets: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._targets = targets
-
-    def slot(self, item: TensorPlan) -> _C.Sink:
-        if self._is_direct(item):
-            return _C.MemorySink(view_of(self._targets[item.name], item.name, writable=True))
-        return super().slot(item)
-
-    def settle(self, item: TensorPlan) -> None:
-        """Ends one tensor whose numbers are there."""
-        target = self._targets[item.name]
-        if not self._is_direct(item):
-            made = as_torch(self.take(item), item.dtype, item.shape)
-            target.copy_(made) if is_torch(target) else _fill(target, made, item)
-        elif is_torch(target):
-            written(target)
-
-    def _is_direct(self, item: TensorPlan) -> bool:
-        target = self._targets[item.name]
+    def is_direct(self, target: Any, item: TensorPlan) -> bool:
         if not item.dtype.mergeable:
             return False
         if is_torch(target):
-            return live.is_stored(target, item) and target.device.type == "cpu"
+            return super().is_direct(target, item)
         return bool(target.flags.c_contiguous) and dtype_of(target, item.name) == item.dtype
 
+    def fill(self, target: Any, made: NDArray[Any], item: TensorPlan) -> None:
+        if is_torch(target):
+            super().fill(target, made, item)
+            return
+        tensor = as_torch(made, item.dtype, item.shape)
+        if not item.dtype.mergeable:
+            target[...] = tensor.numpy()
+        elif target.dtype == np.uint16:  # bfloat16's bits
+            import torch
 
-def _fill(target: NDArray[Any], made: torch.Tensor, item: TensorPlan) -> None:
-    """Into an array of another type or layout."""
-    bits = target.dtype == np.uint16 and item.dtype.mergeable
-    if bits:
-        import torch
-
-        target[...] = made.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    elif item.dtype.mergeable:
-        target[...] = made.float().numpy()
-    else:
-        target[...] = made.numpy()
+            target[...] = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        else:
+            target[...] = tensor.float().numpy()
 
 
 def _run(plan: Plan, models: Sequence[Model], out: Any, threads: int | None) -> Mapping[str, Any]:
@@ -356,12 +337,7 @@ def merged_on_gpu(
         if not item.dtype.mergeable:
             made[item.name] = fetch(item.sources[0]).clone()
             continue
-        out = target
-        if target is None or not live.is_stored(target, item):
-            dtype = getattr(torch, item.dtype.name)
-            out = torch.empty(item.shape, dtype=dtype, device=device)
-        assert out is not None
-        made[item.name] = out
+        made[item.name] = out = live.out_for(target, item, device)
         jobs.append(Job(item.name, item.root, out))
     with torch.no_grad():
         Batch(jobs, fetch).run()

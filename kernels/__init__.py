@@ -1,5 +1,5 @@
-"""Triton kernels: the GPU versions of the four primitives. Importing this imports neither torch nor
-triton.
+"""Triton kernels: the GPU versions of the four primitives, and of what methods need besides.
+Importing this imports neither torch nor triton.
 
 `fastmerge.kernels.gram`, `.combine`, `.select` and `.consensus` each hold a primitive under its own
 name, with the arguments and the meaning of ``fastmerge/_C.pyi``, and a batched form (``gram_many``

@@ -22,7 +22,7 @@ from fastmerge.cli.files import write_result
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import check_own
 from fastmerge.output import publish
-from fastmerge.output.journal import _boot
+from fastmerge.output.journal import boot_id
 from fastmerge.output.writer import ModelWriter
 from tests.test_writer import fill, interrupted, layout, settle, siblings, tree, write_model
 
@@ -263,7 +263,7 @@ def test_an_unpacked_unfinished_merge_counts_for_nothing(tmp_path: Path) -> None
     shutil.rmtree(partial)
     (tmp_path / "copy").rename(partial)
     lines = journal.read_text().splitlines()
-    assert json.loads(lines[0])["boot"] == _boot()
+    assert json.loads(lines[0])["boot"] == boot_id()
     with ModelWriter(tmp_path / "out", layout(), key="k") as writer:
         assert not writer.resumed
     assert siblings(tmp_path / "out") == []

@@ -16,7 +16,7 @@ from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import load_evaluate
-from fastmerge.retrograde.report import leaderboard
+from fastmerge.search.tables import leaderboard
 
 TASK = """\
 task: split_choice

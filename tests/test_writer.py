@@ -231,7 +231,7 @@ def test_journal_does_not_outlive_the_boot(tmp_path: Path, monkeypatch: pytest.M
     """What was not synced may be lost in a power cut: the journal does not count after one."""
     target = tmp_path / "out"
     interrupted(target, 40)
-    monkeypatch.setattr(journal, "_boot", lambda: "another boot")
+    monkeypatch.setattr(journal, "boot_id", lambda: "another boot")
     with ModelWriter(target, layout(), key="k") as writer:
         assert not writer.resumed
     assert siblings(target) == []

@@ -28,6 +28,7 @@ from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.tree.nodes import Leaf, LowRank, Merge, Stored, leaves, walk
 
+_OF_NUMPY = 3  # tensors of a model
 _MOST_ENTRIES = 1 << 22  # of a tensor that NumPy makes again: a second, 200 MB
 _STEP = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-21}  # one in the last place, or four
 _LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # between subnormal numbers
@@ -53,7 +54,7 @@ def near(made: NDArray[Any], right: Float64, dtype: str, what: str) -> None:
         )
 
 
-def written(folder: Path, recipe: Any = None, tensors: int = 3) -> str:
+def written(folder: Path, recipe: Any = None) -> str:
     """A merged model: every byte against the checksums taken while it was merged, some tensors
     against NumPy's merge by the same recipe (without one: none). Nothing stays mapped: what is in
     use by a process cannot be made cold.
@@ -72,7 +73,7 @@ def written(folder: Path, recipe: Any = None, tensors: int = 3) -> str:
     missing = names - set(out.tensors)
     if missing:
         raise WrongResultError(f"{folder}: has no tensor {show(min(missing))}")
-    chosen = sample([item for item in plan.tensors if _in_numpy(item)], tensors)
+    chosen = sample([item for item in plan.tensors if _in_numpy(item)], _OF_NUMPY)
     for item in chosen:
         to = np.empty(item.count, np.float32)
         fetch = partial(_fetched, inputs)
@@ -131,7 +132,7 @@ def walked(folder: Path, models: Sequence[Path], steps: int) -> str:
     plan = api.plan(recipes.one_shot(models, None))
     said = written(folder, None)
     out, opened = Checkpoint.open(folder), [Checkpoint.open(model) for model in models]
-    chosen = sample([item for item in plan.tensors if _in_numpy(item)], 3)
+    chosen = sample([item for item in plan.tensors if _in_numpy(item)], _OF_NUMPY)
     for item in chosen:
         stored = [array_of(model.view(item.name)) for model in opened]
         state: NDArray[Any] = stored[0]

@@ -18,8 +18,7 @@ from fastmerge.compute.cpu import cpu
 from fastmerge.compute.reference import Array
 from fastmerge.methods import Elementwise
 from fastmerge.methods.entries import Program
-from fastmerge.methods.shapes import Float32
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastmerge.cli.console import pairs, print_json
+from fastmerge.cli.console import pairs, print_json, seed_of
 from fastmerge.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ def show_adapter_plan(plan: AdapterMerge, out: Path | None, *, overwrite: bool, 
 
     found = plan.describe()
     if out is not None:
-        inputs = [place for model in plan.models for place in model.places]
-        check_output(out, inputs, found["bytes_out"], overwrite=overwrite)
+        check_output(out, plan.places, found["bytes_out"], overwrite=overwrite)
     if json:
         print_json(found)
         return
@@ -35,11 +34,7 @@ def show_adapter_plan(plan: AdapterMerge, out: Path | None, *, overwrite: bool, 
         ("read", format_bytes(found["bytes_in"])),
         ("write", format_bytes(found["bytes_out"])),
     ]
-    if found["seed"] is not None:
-        rows.append(
-            ("seed", f"{found['seed']}{' (follows from the recipe)' * found['seed_derived']}")
-        )
-    pairs([*rows, *(("note", note) for note in found["notes"])])
+    pairs([*rows, *seed_of(found), *(("note", note) for note in found["notes"])])
 
 
 def _listed(values: list[object]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastmerge.cli.streams import answer, drop, remark
@@ -123,6 +123,15 @@ def pairs(items: Iterable[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         put(f"{name:<{width}}  {value}")
+
+
+def seed_of(described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pair of a plan's seed; none where nothing is drawn."""
+    if described["seed"] is None:
+        return []
+    return [
+        ("seed", f"{described['seed']}{' (follows from the recipe)' * described['seed_derived']}")
+    ]
 
 
 def put(*lines: str) -> None:

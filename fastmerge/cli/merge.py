@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastmerge.cli.app import Json, Quiet, RecipePath, Seed, Threads, command
-from fastmerge.cli.console import Progress, pairs, print_json, put, say, table
+from fastmerge.cli.console import Progress, pairs, print_json, put, say, seed_of, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.cli.signals import stopped
 from fastmerge.errors import FastmergeError
@@ -242,16 +242,12 @@ def plan(
         show_adapter_plan(decided, out, overwrite=overwrite, json=json)
         return
     side = decided.side_files()
-    layout = Layout.plan(
-        [(part.name, part.dtype, part.shape) for t in decided.tensors for part in t.written],
-        max_shard_bytes=limits["max_shard_bytes"],
-    )
+    layout = Layout.plan(decided.written, max_shard_bytes=limits["max_shard_bytes"])
     if out is not None:
-        inputs = [place for model in decided.models for place in model.places]
         needed = layout.file_bytes + bytes_of(side)
         if chosen:
             needed = share_of(decided, layout, chosen)["file_bytes"]
-        check_output(out, inputs, needed, overwrite=overwrite)
+        check_output(out, decided.places, needed, overwrite=overwrite)
     found = decided.describe()
     found |= {"files": len(layout.shards), "memory_limit": limits["memory_limit"]}
     by_layer = values_by_layer(decided.tensors, decided.references)
@@ -260,48 +256,45 @@ def plan(
         found["part"] = share_of(decided, layout, chosen)
     if json:
         print_json(found)
-        return
+    else:
+        beside = f"{len(side)} from {found['donor']}, {format_bytes(bytes_of(side))}"
+        _show_plan(found, beside, str(chosen or ""), by_layer)
+
+
+def _show_plan(found: Mapping[str, Any], beside: str, part: str, rows: list[Row]) -> None:
+    """A plan in words. ``beside``: what is written beside the weights; ``rows``: of parameters."""
     methods = ", ".join(f"{count} {name}" for name, count in found["methods"].items())
     passes, files = found["passes"], found["files"]
     often = "once" if passes == 1 else f"up to {passes} times"
-    rows = [
+    said = [
         ("model", f"{m['reference']}: {m['tensors']} tensors, {format_bytes(m['bytes'])}")
         for m in found["models"]
     ]
-    rows += [
+    limit = format_bytes(found["memory_limit"])
+    said += [
         ("tensors", f"{found['tensors']} ({methods})"),
         ("parameters", format_count(found["parameters"])),
         ("type", ", ".join(found["dtypes"])),
         ("read", f"{format_bytes(found['bytes_in'])}, each tensor {often}"),
         ("write", f"{format_bytes(found['bytes_out'])} in {files} file{'s'[: files != 1]}"),
-        (
-            "memory",
-            f"{format_bytes(limits['memory_limit'])} at most; inputs are mapped, not loaded",
-        ),
-        (
-            "side files",
-            f"{len(side)} from {found['donor']}, {format_bytes(bytes_of(side))}",
-        ),
+        ("memory", f"{limit} at most; inputs are mapped, not loaded"),
+        ("side files", beside),
     ]
-    if chosen:
+    if "part" in found:
         own = found["part"]
         names = " to ".join(dict.fromkeys([*own["files"][:1], *own["files"][-1:]])) or "none"
         share = f"{len(own['files'])} of {files} files ({names}): {own['tensors']} tensors, "
         share += f"read {format_bytes(own['bytes_in'])}, write {format_bytes(own['bytes_out'])}"
-        rows.append((f"part {chosen}", share))
-    if found["seed"] is not None:
-        rows.append(
-            ("seed", f"{found['seed']}{' (follows from the recipe)' * found['seed_derived']}")
-        )
-    everywhere = all(row.values == by_layer[0].values for row in by_layer)
-    if everywhere and by_layer and by_layer[0].values:  # without a table, whose library takes 17 ms
-        heads, values = _heads(list(by_layer[0].values)), by_layer[0].values.values()
+        said.append((f"part {part}", share))
+    said += seed_of(found)
+    everywhere = all(row.values == rows[0].values for row in rows)
+    if everywhere and rows and rows[0].values:  # without a table, whose library takes 17 ms
+        heads, values = _heads(list(rows[0].values)), rows[0].values.values()
         pairs_of = zip(heads, values, strict=True)
-        rows.append(("values", ", ".join(f"{head} {_shown(value)}" for head, value in pairs_of)))
-    rows += [("note", note) for note in found["notes"]]
-    pairs(rows)
+        said.append(("values", ", ".join(f"{head} {_shown(value)}" for head, value in pairs_of)))
+    pairs([*said, *(("note", note) for note in found["notes"])])
     if not everywhere:
-        _show_values(by_layer)
+        _show_values(rows)
 
 
 def _heads(names: list[str]) -> list[str]:

@@ -88,7 +88,7 @@ def retrograde(
         stopped("; the same command with --resume continues")
     from fastmerge.retrograde.findings import compare_lines, copy_text, finding, verdict_on_path
     from fastmerge.retrograde.record import as_json
-    from fastmerge.retrograde.report import leaderboard
+    from fastmerge.search.tables import leaderboard
 
     lines = compare_lines(result)
     if json:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastmerge.errors import UnsupportedError
-from fastmerge.methods.shapes import Float32
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node

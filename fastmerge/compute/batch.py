@@ -81,8 +81,7 @@ class _Work:
     numbers: tuple[float, ...] = ()  # of a formula
 
 
-@dataclass(frozen=True)
-class _Consensuses:
+class _Consensuses(NamedTuple):
     """Jobs that are a consensus of sources, alike in how they elect and normalise."""
 
     places: Sequence[int]
@@ -252,7 +251,7 @@ class Batch:
         return found
 
     def _run_consensuses(self, outcomes: list[Outcome]) -> None:
-        for places, select, merge in ((c.places, c.select, c.merge) for c in self._consensus):
+        for places, select, merge in self._consensus:
             roots = [self._works[place].root for place in places]
             terms = [consensus_terms(root) for root in roots]
             jobs = [self._jobs[place] for place in places]

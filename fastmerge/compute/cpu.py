@@ -15,8 +15,7 @@ import numpy as np
 from fastmerge import _C
 from fastmerge.errors import FastmergeError, ResourceError, argument, brief, is_whole
 from fastmerge.methods.entries import Program
-from fastmerge.methods.shapes import Float32
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import ALL, RANDOM, RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node

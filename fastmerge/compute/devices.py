@@ -27,20 +27,21 @@ one GPU."""
 
 DEVICES = get_args(get_args(Device)[0])
 GPU_MEMORY_BYTES = 2 << 30
+_LOOKS = 16  # at the pages of a tensor
 
 
-def cuda_devices(where: str = "device cuda") -> list[str]:
+def cuda_devices() -> list[str]:
     """The CUDA devices of this machine; FastmergeError where there is none to use."""
     try:
         import torch
         import triton  # noqa: F401
     except ImportError as error:
         raise ResourceError(
-            f"{where}: {error.name} is not installed; {install('gpu')}, or use cpu"
+            f"device cuda: {error.name} is not installed; {install('gpu')}, or use cpu"
         ) from error
     if not torch.cuda.is_available():
         raise ResourceError(
-            f"{where}: this machine has no usable CUDA device; use {argument('device', 'cpu')}"
+            f"device cuda: this machine has no usable CUDA device; use {argument('device', 'cpu')}"
         )
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
@@ -134,16 +135,16 @@ def choose_devices(
     return found, "device auto: merged on the GPU" if device == "auto" else ""
 
 
-def cached_share(views: Sequence[_C.View], samples: int = 16) -> float:
-    """The share of mapped tensors' pages that are in memory, from ``samples`` pages of each."""
+def cached_share(views: Sequence[_C.View]) -> float:
+    """The share of mapped tensors' pages that are in memory, 0 to 1, from a few pages of each."""
     libc = ctypes.CDLL(None)
     flag = ctypes.c_ubyte()
     present = asked = 0
     for view in views:
         first = view.address // mmap.PAGESIZE
         pages = (view.address + view.nbytes - 1) // mmap.PAGESIZE - first + 1
-        for i in range(min(samples, pages)):
-            page = first + i * pages // min(samples, pages)
+        for i in range(looks := min(_LOOKS, pages)):
+            page = first + i * pages // looks
             where = ctypes.c_void_p(page * mmap.PAGESIZE)
             if libc.mincore(where, ctypes.c_size_t(1), ctypes.byref(flag)) == 0:
                 present += flag.value & 1

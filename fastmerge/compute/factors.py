@@ -11,13 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge import _C
 from fastmerge.compute.reference import philox_words
-from fastmerge.methods.types import Float64
-
-Float32 = NDArray[np.float32]
+from fastmerge.methods.types import Float32, Float64
 
 OVERSAMPLING = 10  # Halko, Martinsson and Tropp, section 4.2: 5 or 10 directions beyond the rank
 # Differences of fully tuned models have flat spectra: of 1024 x 1024 normal numbers at rank 16 the
@@ -125,19 +122,18 @@ def nearest_of_rank(
     rank: int,
     key: int,
     *,
-    oversampling: int = OVERSAMPLING,
     power_iterations: int = POWER_ITERATIONS,
 ) -> Spectrum:
     """Nearly the best approximation of ``difference`` of ``rank``, by a randomised range finder.
 
     Halko, Martinsson and Tropp 2011 (doi:10.1137/090771806), algorithms 4.4 (subspace iteration,
-    orthonormal after every product) and 5.1. The test matrix has rank + oversampling columns of
+    orthonormal after every product) and 5.1. The test matrix has rank + `OVERSAMPLING` columns of
     random signs, the bits of Philox under ``key``, whatever NumPy's own generators do. Exact, but
     for the rounding of float32 products, where the difference has this rank, and where the columns
     are as many as its smaller side. The difference must not be zero.
     """
     rows, cols = difference.shape
-    count = min(rank + oversampling, rows, cols)
+    count = min(rank + OVERSAMPLING, rows, cols)
     if count == rows:  # all there is: signs at random may be of less (a third of all 3 x 3 are)
         q = np.eye(rows)
     elif count == cols:

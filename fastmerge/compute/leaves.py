@@ -20,7 +20,7 @@ from fastmerge import _C
 from fastmerge.codings import Coding
 from fastmerge.compute.cpu import CpuBackend, cpu
 from fastmerge.dtypes import BY_CODE
-from fastmerge.methods.shapes import Float32
+from fastmerge.methods.types import Float32
 from fastmerge.primitives import Vectors
 from fastmerge.tree.nodes import (
     MEAN,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.primitives import FREQUENCY, WEIGHTED
 from fastmerge.selection import (
     ALL,
@@ -31,7 +31,6 @@ from fastmerge.selection import (
 )
 
 Array = NDArray[Any]
-Float32 = NDArray[np.float32]
 
 _INFINITY_BITS = np.uint32(0x7F800000)
 

@@ -27,8 +27,7 @@ from fastmerge.compute.on_device import OnDevice
 from fastmerge.compute.tensor import Computation, Outcome, Trim
 from fastmerge.dtypes import BY_CODE, F32
 from fastmerge.errors import ResourceError, argument
-from fastmerge.methods.shapes import Float32
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import RANKED, Selection, Sparsify
 from fastmerge.tree.nodes import Leaf, Merge, Node, Stored, walk

@@ -16,14 +16,14 @@ from fastmerge import _C
 from fastmerge.arguments import a_function
 from fastmerge.compute.cpu import cpu, isa
 from fastmerge.dtypes import DType
-from fastmerge.engine.report import MergeReport, anonymous_bytes, nonfinite_of
+from fastmerge.engine.report import MergeReport, PeakMemory, nonfinite_of
 from fastmerge.engine.window import in_order
 from fastmerge.errors import FastmergeError
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.adapter import adapter_files, adapter_layout, adapter_lineage, by_module
 from fastmerge.output.writer import ModelWriter
 from fastmerge.planning.adapter_plan import AdapterPlan
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Told
 
 _SIDE_BYTES = 1 << 20  # config, card and lineage
 _STAGING_BYTES = 96 << 20
@@ -79,8 +79,8 @@ def write_adapter(
     writer = ModelWriter(
         out,
         adapter_layout(plan, [tensor for piece in pieces for tensor in piece.tensors]),
-        key=f"{plan.key} {[stamp for model in plan.models for stamp in model.stamp]}",
-        inputs=[place for model in plan.models for place in model.places],
+        key=f"{plan.key} {plan.stamps}",
+        inputs=plan.places,
         overwrite=overwrite,
         fresh=fresh,
         side_bytes=_SIDE_BYTES,
@@ -101,13 +101,11 @@ def write_adapter(
 
         total = sum(piece.bytes_in + piece.nbytes for piece in pieces)
         done = total - sum(piece.bytes_in + piece.nbytes for piece in todo)
-        peak_bytes = anonymous_bytes()
+        told, peak = Told(progress, total, done), PeakMemory()
         with closing(in_order(make, todo, threads)) as finished:
             for piece, _ in finished:
-                done += piece.bytes_in + piece.nbytes
-                peak_bytes = max(peak_bytes, anonymous_bytes())
-                if progress is not None:
-                    progress(done, total, piece.module)
+                peak.look()
+                told.add(piece.bytes_in + piece.nbytes, piece.module)
         try:
             plan.check_unchanged()
         except FastmergeError:
@@ -130,7 +128,7 @@ def write_adapter(
         backend="cpu",
         io="direct" if writer.direct else "buffered",
         seed=plan.seed,
-        peak_anonymous_bytes=peak_bytes,
+        peak_anonymous_bytes=peak.nbytes,
         nonfinite=nonfinite_of(writer.results),
         notes=tuple(plan.notes),
     )

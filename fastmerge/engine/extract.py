@@ -16,7 +16,6 @@ from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.compute.factors import (
     OVERSAMPLING,
     Difference,
-    Float32,
     Spectrum,
     nearest_of_rank,
 )
@@ -25,6 +24,7 @@ from fastmerge.engine.adapters import Made, Piece, write_adapter
 from fastmerge.engine.report import MergeReport
 from fastmerge.engine.window import in_order
 from fastmerge.errors import ModelError, argument, in_a_line
+from fastmerge.methods.types import Float32
 from fastmerge.models.adapter import PREFIX
 from fastmerge.models.header import show
 from fastmerge.output.provenance import names as names_of

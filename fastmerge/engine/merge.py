@@ -14,21 +14,16 @@ from fastmerge.collector import MERGING, rarely_collected
 from fastmerge.compute.cpu import isa
 from fastmerge.compute.devices import GPU_MEMORY_BYTES, Device, a_device
 from fastmerge.engine.executor import Local
-from fastmerge.engine.report import (
-    MergeReport,
-    Observer,
-    anonymous_bytes,
-    nonfinite_of,
-)
+from fastmerge.engine.report import MergeReport, Observer, PeakMemory, nonfinite_of
 from fastmerge.engine.window import window_size
 from fastmerge.errors import FastmergeError, enough_memory
-from fastmerge.output.lineage import LINEAGE_FILE, kept_of, lineage_file, lineage_head
+from fastmerge.output.lineage import kept_of
 from fastmerge.output.place import real_target
 from fastmerge.output.share import Part
 from fastmerge.output.shipping import Destination
 from fastmerge.output.sink import ModelFolder
 from fastmerge.planning.plan import Plan
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Told
 
 MEMORY_LIMIT_BYTES = 512 << 20
 MAX_SHARD_BYTES = 5_000_000_000
@@ -39,7 +34,6 @@ the page cache."""
 IO = get_args(Io)
 LEAST_MEMORY_BYTES = 64 << 20  # Python, NumPy and the smallest buffers take 40 MiB
 
-_SAMPLE_SECONDS = 0.02  # between looks at the memory in use: each reads a file of /proc
 _AHEAD_SHARE = 4  # what remote models hold ahead takes at most 1/4 of the budget
 _SCRATCH_SHARE = 4  # intermediate tensors beyond 1/4 of the budget lie in files, not in memory
 
@@ -109,10 +103,9 @@ def merge_plan(
     with folder:
         own, pending = folder.own(plan.tensors), folder.pending(plan.tensors)
         resumed = len(own) - len(pending)
-        total = sum(item.bytes_moved for item in own)
-        done = total - sum(item.bytes_moved for item in pending)
-        bytes_read, peak_bytes = 0, anonymous_bytes()
-        sampled = 0.0
+        total, left = (sum(item.bytes_moved for item in items) for items in (own, pending))
+        told, peak = Told(progress, total, total - left), PeakMemory()
+        bytes_read = 0
         executor.shared = folder.shared
         running = executor.run(folder) if folder.works else None
         with closing(running) if running else nullcontext(()) as finished:
@@ -120,28 +113,14 @@ def merge_plan(
                 if observe is not None:
                     observe(item, outcome)
                 bytes_read += item.bytes_in
-                done += item.bytes_moved
-                if time.perf_counter() - sampled > _SAMPLE_SECONDS:
-                    peak_bytes = max(peak_bytes, anonymous_bytes())
-                    sampled = time.perf_counter()
-                if progress is not None:
-                    progress(done, total, item.name)
+                peak.look()
+                told.add(item.bytes_moved, item.name)
         try:
             plan.check_unchanged()
         except FastmergeError:
             folder.discard()
             raise
-        kept = kept_of(plan, executor.trims)
-        if part is not None:
-            folder.finish_part(kept=kept)
-        else:
-            names = (*files, LINEAGE_FILE, *folder.files)
-            head = lineage_head(plan)
-            folder.finish(
-                lambda written: {
-                    LINEAGE_FILE: lineage_file(head, folder.results, kept, names, written)
-                }
-            )
+        folder.finish(kept_of(plan, executor.trims))
     return MergeReport(
         out=out,
         seconds=time.perf_counter() - started,
@@ -154,7 +133,7 @@ def merge_plan(
         backend=executor.backend,
         io="direct" if folder.direct else "buffered",
         seed=plan.seed,
-        peak_anonymous_bytes=peak_bytes,
+        peak_anonymous_bytes=peak.nbytes,
         nonfinite=nonfinite_of(folder.results),
         notes=(*plan.notes, *executor.notes, *folder.notes, *rounding_note(folder.results)),
         part=str(part or ""),

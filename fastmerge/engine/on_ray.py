@@ -51,8 +51,7 @@ def merge_on_cluster(
     nodes = nodes_of(ray, cluster)
     fewest = int(min(node["CPU"] for node in nodes))
     each = max(1, fewest if threads is None else thread_count(threads))
-    tensors = [(p.name, p.dtype, p.shape) for t in plan.tensors for p in t.written]
-    shards = len(Layout.plan(tensors, max_shard_bytes=max_shard_bytes).shards)
+    shards = len(Layout.plan(plan.written, max_shard_bytes=max_shard_bytes).shards)
     count = min(shards, _PARTS_A_NODE * len(nodes))
     bar = _bar(ray)
     shared, started = ray.put(plan), Started()

@@ -14,7 +14,7 @@ from fastmerge.engine.window import in_order, window_size
 from fastmerge.methods.types import Float64
 from fastmerge.models.memory import view_of
 from fastmerge.models.model import Model
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Told
 from fastmerge.tree.nodes import Leaf, leaves
 
 
@@ -34,8 +34,7 @@ def grams(
     count = thread_count(threads)
     backend = cpu(count)
     inputs = Inputs(models)
-    total = sum(leaf.nbytes for sources in tensors.values() for leaf in sources)
-    done = 0
+    told = Told(progress, sum(leaf.nbytes for sources in tensors.values() for leaf in sources))
 
     def one(entry: tuple[str, Sequence[Leaf]]) -> Float64:
         with inputs.reading(leaves(entry[1])):
@@ -47,9 +46,7 @@ def grams(
     with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
         for (name, sources), gram in finished:
             found[name] = gram
-            done += sum(leaf.nbytes for leaf in sources)
-            if progress is not None:
-                progress(done, total, name)
+            told.add(sum(leaf.nbytes for leaf in sources), name)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from fastmerge.compute.tensor import Outcome
 from fastmerge.errors import in_a_line
 from fastmerge.planning.inputs import TensorPlan
+
+_LOOK_SECONDS = 0.02  # each look reads a file of /proc
 
 Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that computed the tensor
 
@@ -64,7 +67,20 @@ def nonfinite_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {name: int(own["nonfinite"]) for name, own in results.items() if "nonfinite" in own}
 
 
-def anonymous_bytes() -> int:
+class PeakMemory:
+    """The most anonymous memory that the process was seen with, in bytes."""
+
+    def __init__(self) -> None:
+        self.nbytes, self._looked = _anonymous_bytes(), 0.0
+
+    def look(self) -> None:
+        """Sees how much it is now, unless it did a moment ago."""
+        if time.perf_counter() - self._looked > _LOOK_SECONDS:
+            self.nbytes = max(self.nbytes, _anonymous_bytes())
+            self._looked = time.perf_counter()
+
+
+def _anonymous_bytes() -> int:
     """The process's anonymous resident memory now (Linux's RssAnon); 0 where it is not told."""
     try:
         text = Path("/proc/self/status").read_text()

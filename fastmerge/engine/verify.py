@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from fastmerge.output.whole import (
 )
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.progress import Progress
+from fastmerge.progress import Progress, Told
 
 Planner = Callable[[int | None], Plan]  # of a seed, or of the recipe's own
 
@@ -247,8 +247,8 @@ class _Comparison:
         threads: int,
         progress: Progress | None,
     ) -> None:
-        pool, sink = cpu(threads).pool, _Some(items)
-        total, done = sum(item.bytes_moved for item in items), 0
+        pool, sink = cpu(threads).pool, Arrays({item.name for item in items})
+        told = Told(progress, sum(item.bytes_moved for item in items))
         with closing(Local(self._plan, threads=threads).run(sink)) as finished:
             for item, _ in finished:
                 for part in item.written:
@@ -260,22 +260,9 @@ class _Comparison:
                         where = file.relative_to(self._folder).as_posix()
                         self._found.differ(where, what, part.name)
                     model.drop(part.name)
-                done += item.bytes_moved
-                if progress is not None:
-                    progress(done, total, item.name)
+                told.add(item.bytes_moved, item.name)
         self._plan.check_unchanged()
         model.check_unchanged()
-
-
-class _Some(Arrays):
-    """Some of a plan's tensors, in memory."""
-
-    def __init__(self, wanted: Iterable[TensorPlan]) -> None:
-        super().__init__()
-        self._wanted = {item.name for item in wanted}
-
-    def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
-        return [item for item in items if item.name in self._wanted]
 
 
 def _sha256(content: bytes | Path) -> str:

@@ -10,8 +10,8 @@ from importlib.util import decode_source
 from pathlib import Path
 from typing import Any
 
-_LIBRARY = Path(os.__file__).parent
-_INSTALLED = {"site-packages", "dist-packages"}
+LIBRARY = Path(os.__file__).parent
+INSTALLED = {"site-packages", "dist-packages"}
 
 
 class _Loader(SourceFileLoader):
@@ -73,7 +73,7 @@ class AsRead:
         """Refuses another folder's module where one of that name lies beside the schedule."""
         near = [self._beside / f"{name}{end}" for end in (".py", "/__init__.py")]
         others = [one for one in near if one.is_file() and one.resolve() != file]
-        if others and _LIBRARY not in file.parents and _INSTALLED.isdisjoint(file.parts):
+        if others and LIBRARY not in file.parents and INSTALLED.isdisjoint(file.parts):
             raise ImportError(
                 f"'{name}' lies beside the schedule, and another one comes first ({file}); rename "
                 "one of them"
@@ -84,9 +84,9 @@ class AsRead:
         if type(loader) is not SourceFileLoader or name.partition(".")[0] == "fastmerge":
             return False
         file = Path(loader.path).resolve()
-        is_installed = not _INSTALLED.isdisjoint(file.parts)
+        is_installed = not INSTALLED.isdisjoint(file.parts)
         if name == self._module:
-            return is_installed or _LIBRARY not in file.parents
+            return is_installed or LIBRARY not in file.parents
         return not is_installed and not self._folders.isdisjoint(file.parents)
 
     def __enter__(self) -> AsRead:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import FastmergeError, RecipeError, ResourceError, brief, nearest
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError, brief, first_line, nearest
 from fastmerge.evaluation import likelihoods
 from fastmerge.evaluation.answers import right_answer
 from fastmerge.evaluation.callables import in_user_code
@@ -158,10 +158,9 @@ class Harness:
         import lm_eval
 
         units = self._units[split]
-        limits = [n for n in (limit, self._settings.limit) if n is not None]
         tasks = {name: task for unit in units for name, task in unit.parts.items()}
         with quiet():
-            samples = _samples(units, min(limits) if limits else None)
+            samples = _samples(units, self._settings.fewest(limit))
         lm = self._wrapped(model_of(weights))
         for task in tasks.values():
             # The sampler's generator runs on from call to call: the same examples need a new start.
@@ -179,11 +178,10 @@ class Harness:
     def targets(self, model: Any, split: str, limit: int | None = None) -> list[Target]:
         """See `Differentiable`: the right choice, the continuation, or the text itself."""
         units = self._units[split]
-        limits = [n for n in (limit, self._settings.limit) if n is not None]
         lm = self._wrapped(model)
         found = []
         with quiet(), self._own_code():
-            samples = _samples(units, min(limits) if limits else None) or {}
+            samples = _samples(units, self._settings.fewest(limit)) or {}
             for unit in units:
                 own = []
                 for name, task in unit.parts.items():
@@ -252,9 +250,9 @@ class Harness:
                     else local.load(manager, name, entry.where)
                 )
         except _load_errors() as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = f"{type(error).__name__}: {first_line(error)[:200]}"
             raise RecipeError(
-                f"{entry.where}: task '{name}' cannot be loaded ({type(error).__name__}: {reason})"
+                f"{entry.where}: task '{name}' cannot be loaded ({reason})"
             ) from error
         parts = dict(sorted(tasks.items()))
         if self._preset and name == "mmlu" and len(parts) != _MMLU_SUBJECTS:
@@ -539,8 +537,7 @@ def check_leaderboard_data(manager: Any) -> None:
             with quiet():
                 manager.load([probe])
         except _load_errors() as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            missing.append(f"{title} ({reason[:80]})")
+            missing.append(f"{title} ({first_line(error)[:80]})")
     if missing:
         raise ResourceError(
             f"open_llm_leaderboard_v1: {len(missing)} of {len(LEADERBOARD_V1)} data sets cannot be "

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from fastmerge.evaluation.as_read import INSTALLED, LIBRARY
 from fastmerge.evaluation.journal import digest
 
 MAIN = ("__main__", "__mp_main__")  # a script, and the same where a process was spawned for it
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_LIBRARY = Path(os.__file__).parent
-_INSTALLED = {"site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _is_installed(file: Path | None) -> bool:
     """Whether a file is the library's or of an installed package: no text that a user edits."""
     if file is None:
         return False
-    installed = not _INSTALLED.isdisjoint(file.parts) or _LIBRARY in file.resolve().parents
+    installed = not INSTALLED.isdisjoint(file.parts) or LIBRARY in file.resolve().parents
     return installed or Path(__file__).parents[1] in file.parents
 
 

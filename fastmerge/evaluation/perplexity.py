@@ -93,8 +93,7 @@ class Perplexity:
             raise ValueError("this perplexity has no hold-out")
         if self._windows is None:
             self._windows = self._cut(model)
-        limits = [n for n in (limit, self._settings.limit) if n is not None]
-        chosen = self._chosen(split, len(self._windows))[: min(limits, default=None)]
+        chosen = self._chosen(split, len(self._windows))[: self._settings.fewest(limit)]
         return [self._windows[i] for i in sorted(chosen)]
 
     def _chosen(self, split: str, windows: int) -> Sequence[int]:

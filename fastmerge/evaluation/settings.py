@@ -142,6 +142,10 @@ class Evaluate(Section):
         """The one key that says what scores."""
         return next(w for w in WAYS if self.registered.get(w) or getattr(self, w, None))
 
+    def fewest(self, limit: int | None) -> int | None:
+        """The items a task to score: ``limit`` or the settings' own; None is all."""
+        return min((n for n in (limit, self.limit) if n is not None), default=None)
+
     @property
     def libraries(self) -> tuple[str, ...]:
         """What scoring imports; a callable that is handed a folder need not have transformers."""

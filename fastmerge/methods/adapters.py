@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastmerge.methods.types import REQUIRED, Method, Parameter
+from fastmerge.methods.types import DARE, REQUIRED, TASK_ARITHMETIC, TIES, Method, Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,6 @@ _RANK = Parameter("rank", int, None, "of the output; without it the adapters' la
 _CLAMP = Parameter(
     "svd_clamp", float, None, "quantile of the factors' entries that bounds them", low=0, high=1
 )
-_TIES = "Yadav et al. 2023, arXiv:2306.01708"
-_DARE = "Yu et al. 2023, arXiv:2311.03099"
 
 
 def _row(
@@ -82,21 +80,21 @@ _ROWS = (
          "sum"),
     _row("svd", "the sum of the deltas, cut to a rank", "-", "sum"),
     _row("task_arithmetic", "the sum of the deltas, as cat, or cut to a rank, as svd",
-         "Ilharco et al. 2022, arXiv:2212.04089", "sum"),
+         TASK_ARITHMETIC, "sum"),
     _row("magnitude_prune", "factors trimmed by magnitude, added", "-", "factors", "magnitude"),
-    _row("ties", "factors trimmed by magnitude, merged where signs agree", _TIES, "factors",
+    _row("ties", "factors trimmed by magnitude, merged where signs agree", TIES, "factors",
          "magnitude", elect=True),
-    _row("dare_linear", "factors' entries dropped at random, added", _DARE, "factors", "random"),
-    _row("dare_ties", "factors' entries dropped at random, merged where signs agree", _DARE,
+    _row("dare_linear", "factors' entries dropped at random, added", DARE, "factors", "random"),
+    _row("dare_ties", "factors' entries dropped at random, merged where signs agree", DARE,
          "factors", "random", elect=True),
     _row("magnitude_prune_svd", "deltas trimmed by magnitude, added, cut to a rank", "-",
          "products", "magnitude"),
-    _row("ties_svd", "deltas trimmed by magnitude, merged where signs agree, cut to a rank", _TIES,
+    _row("ties_svd", "deltas trimmed by magnitude, merged where signs agree, cut to a rank", TIES,
          "products", "magnitude", elect=True),
-    _row("dare_linear_svd", "deltas' entries dropped at random, added, cut to a rank", _DARE,
+    _row("dare_linear_svd", "deltas' entries dropped at random, added, cut to a rank", DARE,
          "products", "random"),
     _row("dare_ties_svd", "deltas' entries dropped at random, merged where signs agree, cut to a "
-         "rank", _DARE, "products", "random", elect=True),
+         "rank", DARE, "products", "random", elect=True),
 )  # fmt: skip
 
 ADAPTER_METHODS: dict[str, AdapterMethod] = {row.name: row for row in _ROWS}

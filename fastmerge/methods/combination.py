@@ -90,9 +90,13 @@ def slerp(
     if g.ndim == 2:
         return Factors(np.array(slerp_of_one(g.tolist(), values)))
     norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
-    norms = np.where(norms > NORM_EPS, norms, 1.0)
-    cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
+    cosine = _cosine(g, np.where(norms > NORM_EPS, norms, 1.0))
     return Factors(_arc(cosine, t, np.abs(cosine) > LERP_ABOVE))
+
+
+def _cosine(g: Float64, norms: Float64) -> Float64:
+    """Of the angle between two vectors of these norms; ``g``: (..., 2, 2)."""
+    return np.asarray(np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0))
 
 
 def slerp_of_one(gram: Sequence[Sequence[float]], values: Values) -> tuple[float, float]:
@@ -145,8 +149,8 @@ def nuslerp(
             f"nuslerp: the weights {w.tolist()} are t = {t:.4g}, and t must be in [-1, 2]; change "
             "them"
         )
-    norms = np.maximum(np.sqrt(np.diagonal(g, axis1=-2, axis2=-1)), LEAST_NORM)
-    cosine = np.clip(g[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1.0, 1.0)
+    norms = np.sqrt(np.diagonal(g, axis1=-2, axis2=-1))
+    cosine = _cosine(g, np.maximum(norms, LEAST_NORM))
     return Factors(_with_base(_arc(cosine, t, 1.0 - cosine**2 <= LEAST_SINE_SQUARED), has_base))
 
 

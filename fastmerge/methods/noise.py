@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.methods.shapes import Float32, Function
-from fastmerge.methods.types import Float64, Parameter, Values
+from fastmerge.methods.shapes import Function
+from fastmerge.methods.types import Float32, Float64, Parameter, Values
 
 _BLOCK = 1 << 18  # numbers at a time: their float64 intermediates stay in the cache
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError
 from fastmerge.methods.entries import Entry, Program, compiled, inputs
-from fastmerge.methods.types import Float64, Method, Values
+from fastmerge.methods.types import Float32, Float64, Method, Values
 from fastmerge.primitives import Agreement
 from fastmerge.selection import (
     ALL,
@@ -36,7 +35,6 @@ from fastmerge.selection import (
     keep_count,
 )
 
-Float32 = NDArray[np.float32]
 R = TypeVar("R")
 
 
@@ -50,6 +48,11 @@ class Factors:
 
     coefficients: Float64
     divisor: float | None = None
+
+    @property
+    def weights(self) -> Float64:
+        """The coefficients, divided."""
+        return self.coefficients if self.divisor is None else self.coefficients / self.divisor
 
 
 # (gram or None, globals, per-operand values, has_base) -> Factors. gram is float64 (m, m) or
@@ -78,8 +81,8 @@ class Combination(Method):
         """The rule's answer for ``gram``, of a stack one after another where it takes none."""
         if gram is None or gram.ndim == 2 or self.batched:
             return self.rule(gram, values, operands, has_base)
-        each = [self.rule(own, values, operands, has_base) for own in gram]
-        return Factors(np.stack([f.coefficients / (f.divisor or 1.0) for f in each]))
+        each = [self.rule(own, values, operands, has_base).weights for own in gram]
+        return Factors(np.stack(each))
 
 
 class Keep(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastmerge.methods import combination, consensus, pointwise
 from fastmerge.methods.shapes import Combination, Consensus, Pointwise, Spans
-from fastmerge.methods.types import REQUIRED, Method, Parameter
+from fastmerge.methods.types import DARE, REQUIRED, TASK_ARITHMETIC, TIES, Method, Parameter
 
 
 def _weight(default: object = REQUIRED) -> Parameter:
@@ -83,8 +83,6 @@ _TRIM = (
 
 _ACTIVE = Parameter("epsilon", float, 1e-5, "a delta up to this size is no change", low=0)
 _RAM = "arXiv:2601.13572"
-_TIES = "Yadav et al. 2023, arXiv:2306.01708"
-_DARE = "Yu et al. 2023, arXiv:2311.03099"
 _BREADCRUMBS = "Davari and Belilovsky 2023, arXiv:2312.06795"
 _DELLA = "Deep et al. 2024, arXiv:2406.11617"
 _EPSILON = Parameter(
@@ -162,23 +160,23 @@ _ROWS: tuple[Method, ...] = (
     ),
     Consensus(
         "task_arithmetic", "base plus the weighted sum of deltas",
-        "Ilharco et al. 2022, arXiv:2212.04089",
+        TASK_ARITHMETIC,
         _task(False, False, density=False),
         base="required", min_operands=1, max_operands=None, spec=consensus.task_arithmetic,
     ),
     Consensus(
-        "ties", "trim deltas by magnitude, elect a sign, merge what agrees", _TIES,
+        "ties", "trim deltas by magnitude, elect a sign, merge what agrees", TIES,
         (*_task(True, False, elect=True), *_TRIM),
         base="required", min_operands=1, max_operands=None, spec=consensus.ties,
         spans=Spans("trim", "model", alike=("density", "rescale", "ties")),
     ),
     Consensus(
-        "dare_linear", "drop delta entries at random, rescale, add", _DARE,
+        "dare_linear", "drop delta entries at random, rescale, add", DARE,
         _task(False, True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_linear, random=True,
     ),
     Consensus(
-        "dare_ties", "drop delta entries at random, rescale, elect a sign", _DARE,
+        "dare_ties", "drop delta entries at random, rescale, elect a sign", DARE,
         _task(False, True, elect=True),
         base="required", min_operands=1, max_operands=None, spec=consensus.dare_ties, random=True,
     ),

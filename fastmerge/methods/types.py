@@ -19,8 +19,14 @@ _LARGEST_F32 = float(np.finfo(np.float32).max)  # what tensors are computed in
 REQUIRED: Final = object()  # the default of a parameter that a recipe must give
 
 Base = Literal["required", "optional", "none", "first", "operand"]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Values = Mapping[str, Any]  # one tensor's resolved parameters, by name
+
+# Papers behind rows of more than one table.
+TASK_ARITHMETIC = "Ilharco et al. 2022, arXiv:2212.04089"
+TIES = "Yadav et al. 2023, arXiv:2306.01708"
+DARE = "Yu et al. 2023, arXiv:2311.03099"
 
 
 # What mergekit reads as a truth value where it stands in quotes; YAML reads it without.

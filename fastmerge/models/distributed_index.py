@@ -15,11 +15,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fastmerge.dtypes import BY_NAME
-from fastmerge.limits import MAX_DIMENSIONS
+from fastmerge.limits import MAX_DIMENSIONS, MAX_OFFSET
 
 Sizes = tuple[int, ...]
 
-_MAX_INT = 2**63 - 1
 _LEAST_BYTES = 8  # that a piece takes in an index; without a bound, references repeat one for ever
 _MAX_COMPARED = 20_000_000  # pairs of pieces, of one tensor: 20 s
 # What Python's pickles from 3.8 on (protocols 4 and 5) are made of, and how many bytes follow each;
@@ -219,9 +218,9 @@ def _sizes(value: Any) -> Sizes:
     given = value.args[0] if _is(value, "Size") and len(value.args) == 1 else value
     if not isinstance(given, (tuple, list)) or len(given) > MAX_DIMENSIONS:
         raise ValueError("a shape is none")
-    if not all(type(size) is int and 0 <= size <= _MAX_INT for size in given):
+    if not all(type(size) is int and 0 <= size <= MAX_OFFSET for size in given):
         raise ValueError("a shape is none")
-    if math.prod(size or 1 for size in given) > _MAX_INT // 8:
+    if math.prod(size or 1 for size in given) > MAX_OFFSET // 8:
         raise ValueError("a shape overflows")
     return tuple(given)
 
@@ -264,7 +263,7 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, Sizes], _Place]:
             raise ValueError("a place without a name")
         if not isinstance(begin, int) or not isinstance(length, int):
             raise ValueError("a place without its bytes")
-        if not (0 <= begin <= _MAX_INT and 0 <= length <= _MAX_INT):
+        if not (0 <= begin <= MAX_OFFSET and 0 <= length <= MAX_OFFSET):
             raise ValueError("a place without its bytes")
         if about.get("transform_descriptors"):
             raise ValueError("its pieces are packed")

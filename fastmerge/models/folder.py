@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import ModelError, UnsupportedError, argument
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, argument
 from fastmerge.limits import MAX_HEADER_BYTES
 from fastmerge.models.header import Header, read_object, show
 from fastmerge.models.links import Home
@@ -44,17 +44,23 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if single.exists():
         home.inside(single)
         return (single,), None
+    raise _none_in(folder)
+
+
+def _none_in(folder: Path) -> FastmergeError:
+    """Why there are no weights of a model, by what is there instead."""
+    single = folder / SINGLE
     if single.is_symlink():
-        raise ModelError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
+        return ModelError(f"{single}: a link to nothing ({os.readlink(single)}); mend the link")
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if any("-of-" in name for name in others):
-        raise ModelError(f"{folder}: has shards but no {INDEX}; download or copy it again")
+        return ModelError(f"{folder}: has shards but no {INDEX}; download or copy it again")
     if any((folder / f"adapter_model.{kind}").exists() for kind in ("safetensors", "bin")):
-        raise UnsupportedError(
+        return UnsupportedError(
             f"{folder}: a LoRA adapter, not a model; name it behind its base: BASE+{folder}"
         )
     if others:
-        raise ModelError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")
+        return ModelError(f"{folder}: no {SINGLE}; to use {others[0]}, name that file itself")
     pickled = sorted(
         file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")
     )
@@ -64,17 +70,17 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             f"M.from_pretrained({str(folder)!r}, dtype='auto')"
             f".save_pretrained({f'{folder}-safe'!r}, safe_serialization=True)"
         )
-        raise UnsupportedError(
+        return UnsupportedError(
             f"{folder}: only pickled weights ({pickled[0]}), which can run code; convert, on a "
             f"machine that you can lose: "
             f"python -c {shlex.quote(code)}"
         )
     if any(folder.glob("*.gguf")):
-        raise UnsupportedError(
+        return UnsupportedError(
             f"{folder}: GGUF files, which are quantised; get the safetensors ones"
         )
     if any(folder.glob("*.distcp")):
-        raise ModelError(
+        return ModelError(
             f"{folder}: a PyTorch distributed checkpoint without its {DISTRIBUTED_INDEX}: either "
             "its save did not end, or a copy left out the hidden file"
         )
@@ -87,7 +93,7 @@ def find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             f"; {several} models are in it, as {within[0]}: give one (`average` has "
             f"{argument('pattern')})"
         )
-    raise ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
+    return ModelError(f"{folder}: no {SINGLE} or {INDEX} in it{hint}")
 
 
 def find_distributed(path: Path) -> Path | None:

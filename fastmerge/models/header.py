@@ -21,13 +21,18 @@ from typing import Any, NamedTuple, NoReturn
 
 from fastmerge.dtypes import BY_CODE
 from fastmerge.errors import ModelError, brief
-from fastmerge.limits import MAX_CONFIG_BYTES, MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_NESTING
+from fastmerge.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_NESTING,
+    MAX_OFFSET,
+)
 from fastmerge.models.links import Resolved
 from fastmerge.models.model import TensorInfo
 from fastmerge.records import record
 
 LFS_POINTER = int.from_bytes(b"version ", "little")  # how its text begins
-_MAX_INT = 2**63 - 1  # file offsets are signed 64-bit
 _QUOTES = "'\""
 # The shortest entry, "":{"dtype":"U8","shape":[],"data_offsets":[0,0]}, has 49 bytes and three.
 _BYTES_A_BRACKET = 16
@@ -365,10 +370,10 @@ def _plain_tensor(
     if type(offsets) is not list or len(offsets) != 2:
         return None
     begin, end = offsets
-    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= _MAX_INT:
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= MAX_OFFSET:
         return None
     bits = count * dtype.bits
-    if bits > _MAX_INT or bits != 8 * (end - begin):
+    if bits > MAX_OFFSET or bits != 8 * (end - begin):
         return None
     return FileTensor(name, dtype, tuple(shape), end - begin, count, file, data_begin + begin)
 
@@ -406,7 +411,7 @@ def _check_tensor(name: str, entry: Any, file: int, data_begin: int) -> FileTens
         )
     count = math.prod(shape)
     # A zero in the shape must not hide an overflow from readers that multiply in 64 bits.
-    if math.prod(size or 1 for size in shape) * dtype.bits > _MAX_INT:
+    if math.prod(size or 1 for size in shape) * dtype.bits > MAX_OFFSET:
         raise ValueError(f"tensor {show(name)} overflows: shape {show(str(shape))}")
     if count * dtype.bits % 8:
         raise ValueError(
@@ -430,7 +435,7 @@ def _check_text(name: str) -> None:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
-        type(item) is int and 0 <= item <= _MAX_INT for item in value
+        type(item) is int and 0 <= item <= MAX_OFFSET for item in value
     )
 
 

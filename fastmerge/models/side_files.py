@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, some_of
 from fastmerge.limits import (
     MAX_DEPTH,
     MAX_ENTRIES,
@@ -251,5 +251,4 @@ def _modules(path: Path) -> set[str]:
 
 def _some(names: list[str]) -> str:
     """At most five of them, then a count."""
-    shown = ", ".join(show(name)[1:-1] for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return some_of([show(name)[1:-1] for name in names], 5)

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError, brief
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError, brief, first_line
 from fastmerge.extras import install
 from fastmerge.limits import MAX_CONFIG_BYTES, MAX_FILE_BYTES, MAX_TOKENIZER_BYTES, MAX_TOKENS
 from fastmerge.models.header import as_object, open_regular, read_object
@@ -478,10 +478,9 @@ def _converted(label: str, files: Files, folder: Path | None) -> dict[str, Any]:
     except ModelError:
         raise
     except Exception as error:  # of transformers, tokenizers, sentencepiece, tiktoken, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(
             f"{label}: has no {TOKENIZER} (only {found}), and transformers makes none of it "
-            f"({reason[:120]}); {remedy}"
+            f"({first_line(error)[:120]}); {remedy}"
         ) from error
     return document
 

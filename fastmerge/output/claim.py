@@ -28,7 +28,7 @@ from typing import Any
 from fastmerge.errors import OutputError, ResourceError
 from fastmerge.limits import MAX_JOURNAL_BYTES
 from fastmerge.models.header import as_value
-from fastmerge.output.journal import is_entry
+from fastmerge.output.journal import boot_id, is_entry
 from fastmerge.output.names import take_name
 from fastmerge.output.working import WorkingFolder
 
@@ -137,7 +137,7 @@ def size_of(path: Path) -> int:
 def _identity() -> dict[str, Any]:
     return {
         "host": os.uname().nodename,
-        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "boot": boot_id(),
         "pids": os.readlink("/proc/self/ns/pid"),  # a container's ids are its own
         "pid": os.getpid(),
         "since": _start_of(os.getpid()),

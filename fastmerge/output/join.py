@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import OutputError, argument
+from fastmerge.errors import OutputError, argument, some_of
 from fastmerge.models.side_files import LINEAGE_FILE
 from fastmerge.output.claim import Claim, Record, file_of, is_dead_here, records
 from fastmerge.output.disk import remove_tree, sync_folder, write_files
@@ -180,10 +180,9 @@ class _Join:
             results |= runs[-1].entries
             kept |= _numbers(runs[-1].facts.get("kept", {}), self.folder.path / folders[-1])
         if missing:
-            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise OutputError(
                 f"{self.target}: {len(missing)} of {manifest.parts} parts are missing: "
-                f"{', '.join(missing[:_MOST_NAMED])}{more}; run the same merge with "
+                f"{some_of(missing, _MOST_NAMED)}; run the same merge with "
                 f"{argument('part')} for each"
             )
         if len(results) != manifest.tensors:

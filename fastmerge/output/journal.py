@@ -105,7 +105,7 @@ class Journal:
     def read(self, inode: int) -> dict[str, dict[str, Any]]:
         """The tensors listed, if of this boot and of the folder with this inode; else none."""
         head, entries, size = self._entries()
-        if head.get("boot") != _boot() or head["folder"] != inode:
+        if head.get("boot") != boot_id() or head["folder"] != inode:
             return {}
         os.ftruncate(self._descriptor, size)
         self.job, self.entries = head["job"], len(entries)
@@ -114,7 +114,7 @@ class Journal:
     def begin(self, job: str, inode: int) -> None:
         os.ftruncate(self._descriptor, 0)
         self.job, self.entries, self.begun = job, 0, True
-        self._append([json.dumps({"job": job, "boot": _boot(), "folder": inode})])
+        self._append([json.dumps({"job": job, "boot": boot_id(), "folder": inode})])
 
     def fail(self) -> None:
         """Notes that the run ended with an error: another job need not be kept from this place."""
@@ -147,5 +147,6 @@ class Journal:
             os.close(descriptor)
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """This start of the machine: what a lock or a number of a process means holds for one."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -75,7 +75,6 @@ class PartWriter(Shards):
         io: str = "auto",
         inputs: Iterable[Path] = (),
         staging_bytes: int = 96 << 20,
-        io_threads: int = IO_THREADS,
         to: Destination | None = None,
     ) -> None:
         everyone = shares(costs, part.of)
@@ -111,7 +110,7 @@ class PartWriter(Shards):
             self._claim_part(fresh)
             self._open_files(
                 self._own_folder, resume=True, io=io,
-                staging_bytes=staging_bytes, io_threads=io_threads,
+                staging_bytes=staging_bytes, io_threads=IO_THREADS,
             )  # fmt: skip
         except BaseException as error:
             self._give_up()

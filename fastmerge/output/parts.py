@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, OutputError
-from fastmerge.limits import MAX_HEADER_BYTES
+from fastmerge.limits import MAX_HEADER_BYTES, MAX_OFFSET
 from fastmerge.models.header import read_object
 from fastmerge.output.disk import remove_tree, sync_folder, write_files
 from fastmerge.output.names import take_name
@@ -33,7 +33,6 @@ from fastmerge.output.working import WorkingFolder, beside
 
 PLAN, FILES, MANIFEST, MODEL, FINISH = "plan", "files", "manifest.json", "model", "finish"
 _MAX_BYTES = 1 << 28
-_MAX_INT = 2**63 - 1
 # What may differ between two parts, and how that is said; the first that does is named.
 _DIFFERENCES = {
     "version": "by fastmerge {theirs}, and this is {ours}",
@@ -240,7 +239,7 @@ def _fault(said: Manifest) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_INT
+    return type(value) is int and 0 <= value <= MAX_OFFSET
 
 
 def _are_files(value: Any, digest: str) -> bool:

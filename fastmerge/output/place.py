@@ -9,7 +9,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, OutputError, ResourceError, argument
+from fastmerge.errors import (
+    FastmergeError,
+    ModelError,
+    OutputError,
+    ResourceError,
+    argument,
+    some_of,
+)
 from fastmerge.limits import MAX_DEPTH, MAX_HEADER_BYTES
 from fastmerge.models.adapter import CONFIG
 from fastmerge.models.folder import INDEX, SINGLE
@@ -128,17 +135,14 @@ def check_target(target: Path, overwrite: bool) -> None:
             f"{target}: exists; choose another output or add {argument('overwrite', True)}"
         )
     if not names & {SINGLE, INDEX, "config.json", CONFIG}:
-        some = ", ".join(sorted(names)[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise OutputError(
             f"{target}: not a model folder, so {argument('overwrite', True)} will not replace it: "
-            f"it holds {some}{more}; choose another output"
+            f"it holds {some_of(sorted(names), 5)}; choose another output"
         )
     foreign = _foreign(target)
     if foreign:
-        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise OutputError(
-            f"{target}: holds {', '.join(foreign[:5])}{more}, which no merge wrote and "
+            f"{target}: holds {some_of(foreign, 5)}, which no merge wrote and "
             f"{argument('overwrite', True)} would delete; move that away, or choose another output"
         )
 

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 from fastmerge.errors import FastmergeError
 from fastmerge.models.header import open_regular, unreadable
 from fastmerge.models.links import Home, hub_repository
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, check_card
+from fastmerge.planning.any_plan import AnyPlan
 
 # Of the keys that are read: 1100 languages take 7 KB, and PyYAML takes a second for "[" so often.
 _MAX_FRONT_LETTERS = 1 << 14
@@ -34,22 +35,6 @@ _MAX_URL_LETTERS = 400
 _ABSOLUTE = re.compile(
     r"(?<![\w./:~\\])~?/(?:[^\s/'\"`,;:|()\[\]{}<>]+/)+([^\s/'\"`,;:|()\[\]{}<>]*)"
 )
-
-
-class Made(Protocol):
-    """What was made of models, by a recipe or another text that says how: a plan."""
-
-    @property
-    def models(self) -> tuple[Model, ...]: ...
-
-    @property
-    def references(self) -> tuple[str, ...]: ...
-
-    @property
-    def recipe_text(self) -> str: ...
-
-    @property
-    def keep_paths(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,7 @@ class Provenance:
         return _ABSOLUTE.sub(r"./\1", text)
 
 
-def names(plan: Made) -> tuple[str, ...]:
+def names(plan: AnyPlan) -> tuple[str, ...]:
     """What the output calls its inputs: as the recipe does with ``keep_paths``, else without the
     path to a folder; the second of one name is ``NAME (2)``.
     """
@@ -89,7 +74,7 @@ def names(plan: Made) -> tuple[str, ...]:
     return tuple(found)
 
 
-def provenance(plan: Made) -> Provenance:
+def provenance(plan: AnyPlan) -> Provenance:
     called = names(plan)
     hidden: dict[str, str] = {}
     for reference, model, name in zip(plan.references, plan.models, called, strict=True):

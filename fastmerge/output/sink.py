@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,13 @@ from fastmerge.models.header import Stamp, show
 from fastmerge.models.side_files import bytes_of
 from fastmerge.output.checksum import Written
 from fastmerge.output.layout import Layout
-from fastmerge.output.lineage import lineage_head, metadata, tensor_lineage
+from fastmerge.output.lineage import (
+    LINEAGE_FILE,
+    lineage_file,
+    lineage_head,
+    metadata,
+    tensor_lineage,
+)
 from fastmerge.output.provenance import names
 from fastmerge.output.share import Part, costs
 from fastmerge.output.shipping import Destination
@@ -68,11 +74,13 @@ class Arrays:
 
     scratch_folder = None
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Container[str] | None = None) -> None:
+        """``wanted``: the names of those to make; None is all."""
+        self._wanted = wanted
         self._made: dict[str, NDArray[Any]] = {}
 
     def pending(self, items: Iterable[TensorPlan]) -> list[TensorPlan]:
-        return list(items)
+        return [item for item in items if self._wanted is None or item.name in self._wanted]
 
     def slot(self, item: TensorPlan) -> _C.Sink:
         self._made[item.name], sink = array_sink(item)
@@ -131,20 +139,19 @@ class ModelFolder:
         """
         self._side_files = side_files or {}
         layout = Layout.plan(
-            [(part.name, part.dtype, part.shape) for t in plan.tensors for part in t.written],
+            plan.written,
             max_shard_bytes=max_shard_bytes,
             metadata=metadata(plan),
         )
-        self._names = names(plan)
+        self._names, self._head = names(plan), lineage_head(plan)
         self._writer: ModelWriter | PartWriter
         self._part: PartWriter | None = None
-        inputs = [place for model in plan.models for place in model.places]
         if part is None:
             self._writer = ModelWriter(
                 out,
                 layout,
-                key=f"{plan.key} {_stamps(plan)}",
-                inputs=inputs,
+                key=f"{plan.key} {plan.stamps}",
+                inputs=plan.places,
                 overwrite=overwrite,
                 fresh=fresh,
                 io=io,
@@ -163,8 +170,8 @@ class ModelFolder:
                 key=plan.key,
                 inputs_key=_inputs_key(plan),
                 files=self._side_files,
-                lineage=lineage_head(plan),
-                inputs=inputs,
+                lineage=self._head,
+                inputs=plan.places,
                 overwrite=overwrite,
                 fresh=fresh,
                 io=io,
@@ -252,17 +259,20 @@ class ModelFolder:
         """Leaves nothing for a later run to continue, unless this one is finished."""
         self._writer.discard()
 
-    def finish(self, last: Callable[[Written], Mapping[str, bytes]]) -> None:
-        """Waits for the weights, adds the side files and what ``last`` makes of all that was
-        written, shows the folder.
+    def finish(self, kept: Mapping[str, int]) -> None:
+        """Waits for the weights, adds the side files and the lineage and shows the folder; of a
+        part, notes that it is done. ``kept``: as `lineage_file` has it.
         """
-        assert isinstance(self._writer, ModelWriter)
-        self._writer.finish(self._side_files, last)
+        if isinstance(self._writer, ModelWriter):
+            names = (*self._side_files, LINEAGE_FILE, *self.files)
 
-    def finish_part(self, **facts: Any) -> None:
-        """Waits for the part's weights; notes that it is done, and ``facts``."""
-        assert self._part is not None
-        self._part.finish(**facts)
+            def lineage(written: Written) -> Mapping[str, bytes]:
+                text = lineage_file(self._head, self.results, kept, names, written)
+                return {LINEAGE_FILE: text}
+
+            self._writer.finish(self._side_files, lineage)
+        else:
+            self._writer.finish(kept=kept)
 
     def __enter__(self) -> ModelFolder:
         return self
@@ -280,11 +290,6 @@ def _inputs_key(plan: Plan) -> str:
     """What is read, as every machine sees it that reads the same files: of a file's stamp, its
     size and time; its path and inode may be each machine's own.
     """
-    stamps = [(stamp.size, stamp.mtime_ns) for stamp in _stamps(plan) if isinstance(stamp, Stamp)]
+    stamps = [(stamp.size, stamp.mtime_ns) for stamp in plan.stamps if isinstance(stamp, Stamp)]
     text = repr([[model.fingerprint for model in plan.models], stamps])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _stamps(plan: Plan) -> list[Any]:
-    """What must not change between an interrupted run and the one that continues it."""
-    return [stamp for model in plan.models for stamp in model.stamp]

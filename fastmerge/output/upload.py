@@ -265,7 +265,7 @@ class Upload:
             raise
         for name in self._stale:
             if name in before and name not in names:
-                self._asked(name, lambda name=name: library().delete(self._store, name))
+                self._delete(name)
         self._remove_folder()
         for kept in (_MERGED, _LOCK, _SENT):  # what was sent last of all: it says whose that is
             (self._place / kept).unlink(missing_ok=True)
@@ -316,7 +316,7 @@ class Upload:
         self._say([*self._stale])
         for name in (INDEX, SINGLE):
             if name in before and name not in there:
-                self._asked(name, lambda name=name: library().delete(self._store, name))
+                self._delete(name)
         self._retired = True
 
     # --- what was sent ---
@@ -395,7 +395,7 @@ class Upload:
         with suppress(FileNotFoundError):
             meta = self._asked(last, lambda: library().head(self._store, last))
             if _tag(meta) == tag:
-                self._asked(last, lambda: library().delete(self._store, last))
+                self._delete(last)
 
     def _check(self, of: str | None = None, but: Collection[str] = ()) -> dict[str, str]:
         """What is below the prefix, and its ETags; OutputError where anything is that may not be.
@@ -444,6 +444,9 @@ class Upload:
             return []
         listed = files if isinstance(files, list) else []
         return [name for name in listed if isinstance(name, str) and name in before]
+
+    def _delete(self, name: str) -> None:
+        self._asked(name, lambda: library().delete(self._store, name))
 
     def _asked(self, name: str, ask: Any, *, ranged: bool = False) -> Any:
         return asked(f"{self.url}/{name}", ask, writing=True, ranged=ranged)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from fastmerge.dtypes import F32
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, and_others
 from fastmerge.models.adapter import Adapter, Factors
 from fastmerge.models.architecture import ends, layer_of
 from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type, text_config
@@ -30,15 +30,13 @@ from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_voc
 from fastmerge.once import cached_property
 from fastmerge.planning.config import set_tokens
 from fastmerge.planning.experts import IN_OUT, Module, Place, stacked
-from fastmerge.planning.inputs import TensorPlan, View
+from fastmerge.planning.inputs import Note, TensorPlan, View
 from fastmerge.planning.precision import as_numbers
 from fastmerge.tree.collapse import weighted_sum
 from fastmerge.tree.nodes import Leaf, LowRank, RowMap, Rows, Stack, Stored
 
 _MAX_PREFIXES = 4  # beginnings that a wrapper gives its parts; llava has three
 _HEAD = "lm_head.weight"
-
-Note = Callable[[str], None]
 
 
 def adapted(base: View, adapter: Adapter, number: int, label: str, note: Note) -> View:
@@ -139,7 +137,7 @@ class _Adapted:
                 names[name] = name
                 lost.remove(name)
         if lost:
-            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            more = and_others(len(lost))
             module = lost[0].removesuffix(".bias")
             if module in self.factors and self.factors[module].bias is not None:
                 raise UnsupportedError(
@@ -185,9 +183,9 @@ class _Adapted:
             and self._means(name, parameter=kinds[place.stack, place.rest])
         ]
         if lost:
-            rest = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            more = and_others(len(lost))
             raise self._stranger(
-                f"has no factors for '{lost[0]}'{rest}, which its target_modules mean"
+                f"has no factors for '{lost[0]}'{more}, which its target_modules mean"
             )
 
     def _means(self, name: str, *, parameter: bool) -> bool:

@@ -12,26 +12,19 @@ from fastmerge.errors import ModelError, in_a_line
 from fastmerge.methods import METHODS
 from fastmerge.models import hub
 from fastmerge.models.adapter import CONFIG
-from fastmerge.models.model import Model
+from fastmerge.planning.any_plan import AnyPlan
 from fastmerge.recipe.located import LocatedDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterPlan:
+class AdapterPlan(AnyPlan):
     """``config``: adapter_config.json, but for what follows from the ranks. ``base``: the name of
     the model that the adapter is for, as the config has it. ``settings``: what decides the numbers,
     in plain values.
     """
 
-    models: tuple[Model, ...]
-    references: tuple[str, ...]  # parallel to models, as the user wrote them
     config: Mapping[str, Any]
     settings: Mapping[str, Any]
-    seed: int | None  # None: nothing is drawn
-    seed_derived: bool
-    recipe_text: str
-    notes: tuple[str, ...]
-    keep_paths: bool = False
 
     def __repr__(self) -> str:
         return in_a_line(self, "references", "seed", "settings")
@@ -44,11 +37,6 @@ class AdapterPlan:
         prints = [model.fingerprint for model in self.models]
         head = [__version__, prints, self.seed, dict(self.settings), dict(self.config)]
         return hashlib.sha256(json.dumps(head, sort_keys=True, default=str).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Raises FastmergeError where a model is not what it was when it was opened."""
-        for model in self.models:
-            model.check_unchanged()
 
 
 def is_of_adapters(documents: Sequence[LocatedDict]) -> bool:

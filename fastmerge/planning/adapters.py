@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastmerge.dtypes import DType
@@ -17,6 +16,7 @@ from fastmerge.errors import (
     RecipeError,
     UnsupportedError,
     few_of_a_kind,
+    some_of,
 )
 from fastmerge.methods.adapters import AdapterMethod
 from fastmerge.methods.types import Values
@@ -116,16 +116,14 @@ class AdapterMerge(AdapterPlan):
         }
 
 
-def plan_adapters(
-    recipe: AdapterRecipe, seed: int | None = None, *, cache: str | Path | None = None
-) -> AdapterMerge:
+def plan_adapters(recipe: AdapterRecipe, seed: int | None = None) -> AdapterMerge:
     """Decides everything from configs and headers. Raises FastmergeError, one line, for adapters
     that cannot be merged so.
     """
     adapters = []
     for entry in recipe.models:
         try:
-            adapters.append(Adapter.open(hub.resolve(entry.model, cache=cache)))
+            adapters.append(Adapter.open(hub.resolve(entry.model)))
             check_card(adapters[-1].path)
         except FastmergeError as error:
             raise type(error)(f"{entry.at('model')}: {error}") from None
@@ -374,11 +372,10 @@ def _shape(factors: Factors) -> tuple[int, int]:
 
 def _check_has(these: Collection[str], those: Collection[str], has: str, lacks: str) -> None:
     """Raises ModelError where the second lacks a module that the first adapts."""
-    missing = [module for module in these if module not in those]
+    missing = [show(module) for module in these if module not in those]
     if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ModelError(
-            f"'{has}' adapts {show(missing[0])}{more}, which '{lacks}' does not; give "
+            f"'{has}' adapts {some_of(missing)}, which '{lacks}' does not; give "
             "'targets: any' to take each where it is there"
         )
 

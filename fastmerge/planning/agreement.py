@@ -8,12 +8,12 @@ things in each model, and no setting of the output is right for both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.errors import ModelError
 from fastmerge.models.config import LAYER_COUNTS, layer_count, text_config, whole
-from fastmerge.planning.inputs import Part, View
+from fastmerge.planning.inputs import Note, Part, View
 
 MOST = 5  # differences told one by one
 
@@ -44,9 +44,7 @@ _SILENT_WORDS = (
 _ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_parameters")
 
 
-def check_agreement(
-    parts: Sequence[Part], lead: View, note: Callable[[str], None], *, tokens: bool = True
-) -> None:
+def check_agreement(parts: Sequence[Part], lead: View, note: Note, *, tokens: bool = True) -> None:
     """Notes what the inputs' configs say otherwise than the lead's; ModelError for head counts that
     cut the same matrices differently. tokens: whether the vocabulary is the lead's too.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge.dtypes import F32, DType
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, and_others
 from fastmerge.methods import Combination, Consensus, Elementwise
 from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
 from fastmerge.models.model import Model, same_bytes
@@ -246,7 +246,7 @@ def _check_names(
     if lost:
         raise _missing(prefix + lost[0], item, lead_item, len(lost))
     extra = [name for name in other if name not in lead]
-    rest = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+    rest = and_others(len(extra))
     raise ModelError(
         f"{item.where}: model '{item.view.label}' has tensor '{prefix}{extra[0]}'{rest}, which "
         f"'{lead_item.view.label}' lacks: {_other_names(lead_item, item)}"
@@ -268,9 +268,8 @@ def _other_stack(lead: Input, item: Input) -> FastmergeError:
 
 
 def _missing(name: str, item: Input, lead: Input, count: int) -> FastmergeError:
-    rest = f" (and {count - 1} more)" if count > 1 else ""
     return ModelError(
-        f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{rest}, which "
+        f"{item.where}: model '{item.view.label}' lacks tensor '{name}'{and_others(count)}, which "
         f"'{lead.view.label}' has: {_other_names(lead, item)}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastmerge.errors import some_of
 from fastmerge.models.architecture import layer_of
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.tree.nodes import Leaf, Merge, Node, Stored
@@ -32,9 +33,7 @@ class Row(NamedTuple):
 
     @property
     def tensors(self) -> str:
-        shown = ", ".join(self.kinds[:_MOST_KINDS])
-        more = len(self.kinds) - _MOST_KINDS
-        return shown + (f" and {more} more" if more > 0 else "")
+        return some_of(self.kinds, _MOST_KINDS)
 
     def as_dict(self) -> dict[str, Any]:
         return {"layers": [self.first, self.last], "tensors": list(self.kinds),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastmerge.dtypes import DType
@@ -19,7 +19,7 @@ from fastmerge.models.config import (
     whole,
 )
 from fastmerge.models.vocabulary import Vocabulary, text_of
-from fastmerge.planning.inputs import TensorPlan
+from fastmerge.planning.inputs import Note, TensorPlan
 from fastmerge.planning.modules import Module
 from fastmerge.planning.per_layer import Layer, restack
 
@@ -78,7 +78,7 @@ def token_ids(
     return found
 
 
-def set_layers(config: dict[str, Any], module: Module, note: Callable[[str], None]) -> None:
+def set_layers(config: dict[str, Any], module: Module, note: Note) -> None:
     """The count of a module's layers, and what goes by layer, as stacked; no layers for multi-token
     prediction, which a stack leaves out.
     """
@@ -111,7 +111,7 @@ def set_layers(config: dict[str, Any], module: Module, note: Callable[[str], Non
 
 
 def _set_in_part(
-    config: dict[str, Any], module: Module, layers: Sequence[Layer], note: Callable[[str], None]
+    config: dict[str, Any], module: Module, layers: Sequence[Layer], note: Note
 ) -> None:
     """The same of a part that is not the language model of a multimodal one."""
     said = part_layers(config, module.part)

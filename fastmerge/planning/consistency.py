@@ -7,14 +7,14 @@ loading` (``--check``) asks the class itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, some_of
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.config import classes_of, is_known, model_type, says_tied, text_config, whole
 from fastmerge.models.names import WRITERS, common_prefix
-from fastmerge.planning.inputs import Input, Part, TensorPlan, View
+from fastmerge.planning.inputs import Input, Note, Part, TensorPlan, View
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,7 +41,7 @@ def check_result(
     result: View,
     parts: Sequence[Part],
     lead: View,
-    note: Callable[[str], None],
+    note: Note,
     *,
     truncated: bool = False,
 ) -> None:
@@ -83,12 +83,14 @@ def check_result(
     _note_gaps(result, lead, note)
 
 
-def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
-    """Notes a head that nothing makes, and tensors that a few layers lack and the others have.
+def _note_gaps(result: View, lead: View, note: Note) -> None:
+    """Notes what transformers would not find, and tensors that a few layers lack and the others
+    have.
 
-    Both may be meant (a model without a head; the first layer of modernbert has one norm less), so
+    All may be meant (a model without a head; the first layer of modernbert has one norm less), so
     they are no refusal.
     """
+    text = text_config(result.config)
     causal = any(name.endswith("ForCausalLM") for name in classes_of(result.config))
     if causal and result.embedding and not result.head and says_tied(result.config) is False:
         note(
@@ -102,24 +104,31 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
             "merging each of them gives; merge it into its model with peft first"
         )
     prefix = common_prefix(result.tensors)
-    if prefix in WRITERS and is_known(text_config(result.config)):
+    if prefix in WRITERS and is_known(text):
         note(
             f"all tensors begin with '{prefix}' ({WRITERS[prefix]}): transformers looks for them "
             "without; rename them"
         )
     stack = "" if lead.stack is None else lead.stack.layers
-    if causal and stack.endswith("model.layers") and is_known(text_config(result.config)):
-        inside = f"{stack}."  # spares most names the look for a number
-        around = [n for n in result.tensors if not n.startswith(inside) and layer_of(n) is None]
-        for what, there in (
-            ("input embeddings", result.embedding is not None),
-            ("norm behind its layers", bool({*around} - {result.head, result.embedding})),
-        ):
-            if not there:
-                note(f"'{lead.label}' has no {what}: transformers would make new ones")
-    layers = lead.layers.get(stack, {})
-    shared = any("shared" in key for key in text_config(result.config))
-    if len(layers) < 3 or shared:
+    if causal and stack.endswith("model.layers") and is_known(text):
+        _note_ends(result, lead, stack, note)
+    if not any("shared" in key for key in text):
+        _note_uneven(lead, lead.layers.get(stack, {}), note)
+
+
+def _note_ends(result: View, lead: View, stack: str, note: Note) -> None:
+    """Notes where nothing comes before the layers of ``stack``, or no norm behind them."""
+    inside = f"{stack}."  # spares most names the look for a number
+    around = {n for n in result.tensors if not n.startswith(inside) and layer_of(n) is None}
+    if result.embedding is None:
+        note(f"'{lead.label}' has no input embeddings: transformers would make new ones")
+    if not around - {result.head, result.embedding}:
+        note(f"'{lead.label}' has no norm behind its layers: transformers would make new ones")
+
+
+def _note_uneven(lead: View, layers: Mapping[int, Mapping[str, TensorPlan]], note: Note) -> None:
+    """Notes a layer that lacks tensors which most of its kind have."""
+    if len(layers) < 3:
         return
     kinds = text_config(lead.config).get("layer_types")
     kind_of = dict(enumerate(kinds)) if isinstance(kinds, list) else {}
@@ -129,9 +138,8 @@ def _note_gaps(result: View, lead: View, note: Callable[[str], None]) -> None:
         fuller = [names[n] for n in alike if own < names[n]]
         if number and 2 * len(fuller) > len(alike):
             lost = sorted(fuller[0] - own)
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             note(
-                f"layer {number} of '{lead.label}' lacks {lost[0]}{more}, which most of its layers "
+                f"layer {number} of '{lead.label}' lacks {some_of(lost)}, which most of its layers "
                 "have"
             )
 
@@ -145,9 +153,7 @@ _SIZED = (
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim"}
 
 
-def _check_config(
-    result: View, lead: View, last: Input, note: Callable[[str], None], truncated: bool
-) -> None:
+def _check_config(result: View, lead: View, last: Input, note: Note, truncated: bool) -> None:
     config = text_config(result.config)
     counts = any(
         "layer" in key and (whole(config, key) > 0 or isinstance(value, list))
@@ -178,7 +184,7 @@ def _check_config(
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _check_experts(lead: View, last: Input, note: Callable[[str], None]) -> None:
+def _check_experts(lead: View, last: Input, note: Note) -> None:
     """Whether the layers hold as many experts as the config counts, where each is stored apart."""
     config = text_config(lead.config)
     wanted = {key: whole(config, key) for key in _EXPERTS if whole(config, key) > 0}

@@ -18,12 +18,11 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError
 from fastmerge.extras import install
 from fastmerge.methods.noise import normal, uniform, words
-from fastmerge.methods.types import Float64
+from fastmerge.methods.types import Float32, Float64
 from fastmerge.models.model import Model, numbers_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import identity
@@ -33,7 +32,6 @@ from fastmerge.recipe.mixture import Mixture
 from fastmerge.selection import random_key
 from fastmerge.tree.nodes import Made, Stored
 
-Float32 = NDArray[np.float32]
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]  # for an expert, and against it
 
 _LEAST_NORM = 1e-8  # below it a direction is none

@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fastmerge.models.config import is_tied, says_tied, untied, written_out
-from fastmerge.planning.inputs import Part, TensorPlan, View, of_language, with_views
+from fastmerge.planning.inputs import (
+    Note,
+    Part,
+    TensorPlan,
+    View,
+    of_language,
+    views_of,
+    with_views,
+)
 
 Same = Callable[[TensorPlan, TensorPlan], bool]  # whether two tensors' bytes are equal
 
@@ -20,12 +28,12 @@ def settle_heads(
     parts: Sequence[Part],
     lead: View,
     same: Same,
-    note: Callable[[str], None],
+    note: Note,
 ) -> tuple[list[Part], View]:
     """The parts with every view as the output needs it, with or without a head, and the lead with
     the config that says so. Of stacked slices the last one gives the head.
     """
-    views = {id(item.view): item.view for part in parts for item in part.inputs}
+    views = views_of(parts)
     own = {key: has_own_head(view, same) for key, view in views.items()}
     makers = of_language(parts)
     whole = makers[0].layers is None
@@ -67,7 +75,7 @@ def has_own_head(view: View, same: Same) -> bool:
     return not same(view.tensors[head], view.tensors[embedding])
 
 
-def _with_head(view: View, name: str, note: Callable[[str], None]) -> View:
+def _with_head(view: View, name: str, note: Note) -> View:
     if view.head is not None or view.embedding is None or not is_tied(view.config):
         return view
     note(f"'{view.label}' ties its head to its embeddings: these stand in for its lm_head")
@@ -75,7 +83,7 @@ def _with_head(view: View, name: str, note: Callable[[str], None]) -> View:
     return replace(view, tensors={**view.tensors, name: stand_in})
 
 
-def _without_head(view: View, note: Callable[[str], None]) -> View:
+def _without_head(view: View, note: Note) -> View:
     if view.head is None:
         return view
     note(f"{view.head} is not written: the config ties it to the embeddings")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from fastmerge.planning.values import ParameterValues
 from fastmerge.recipe.settings import Setting
 from fastmerge.records import record
 from fastmerge.tree.nodes import Merge, Node, Stored, leaves, walk
+
+Note = Callable[[str], None]  # is told what was decided that the recipe does not say
 
 
 class Written(NamedTuple):
@@ -292,6 +294,12 @@ class Part:
 def of_language(parts: Sequence[Part]) -> Sequence[Part]:
     """Those that make the language model; all, where no module is made apart."""
     return [part for part in parts if not part.makes or "text" in part.makes] or parts
+
+
+def views_of(parts: Iterable[Part], *first: View) -> dict[int, View]:
+    """The views that take part, by their ids, ``first`` before the others; each once."""
+    inputs = (item.view for part in parts for item in part.inputs)
+    return {id(view): view for view in (*first, *inputs)}
 
 
 def with_views(parts: Sequence[Part], changed: Mapping[int, View]) -> list[Part]:

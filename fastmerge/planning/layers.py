@@ -8,15 +8,15 @@ Under ``slices:`` all are left out: they predict for a model that the stack no l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from fastmerge.errors import ModelError, RecipeError, UnsupportedError
+from fastmerge.errors import ModelError, RecipeError, UnsupportedError, and_others, some_of
 from fastmerge.limits import MAX_LAYERS
 from fastmerge.models.architecture import EXTRA_PREFIXES, layer_of
 from fastmerge.models.config import LAYER_COUNTS, extra_layers, text_config
 from fastmerge.models.names import layer_stacks
-from fastmerge.planning.inputs import Part, View, of_language, with_views
+from fastmerge.planning.inputs import Note, Part, View, of_language, views_of, with_views
 from fastmerge.recipe.document import SliceSource
 
 
@@ -44,10 +44,9 @@ def check_layers(view: View, where: str) -> None:
     if not lost:
         return
     first = next(number for number in range(view.layer_total) if number not in held)
-    more = f" (and {lost - 1} more)" if lost > 1 else ""
     counts = f"config.json counts {view.layer_total}" if view.counted else "there are later ones"
     raise ModelError(
-        f"{where}: model '{view.label}' has no layer {first}{more}: no tensor is named "
+        f"{where}: model '{view.label}' has no layer {first}{and_others(lost)}: no tensor is named "
         f"{stack.layers}.{first}.*, and {counts}; download or copy it again"
     )
 
@@ -86,21 +85,21 @@ def check_range(view: View, end: int, source: SliceSource) -> None:
         )
 
 
-def settle_layers(parts: Sequence[Part], note: Callable[[str], None]) -> list[Part]:
+def settle_layers(parts: Sequence[Part], note: Note) -> list[Part]:
     """The parts without what a merge of whole models or a stack leaves out of its models."""
     whole = of_language(parts)[0].layers is None
-    views = {id(item.view): item.view for part in parts for item in part.inputs}
+    views = views_of(parts)
     for view in {id(part.lead.view): part.lead.view for part in parts if whole}.values():
         kept = [name for name in view.tensors if name in view.extra] if view.extra else []
         if kept and extra_layers(view.config):
             note(
-                f"'{view.label}': {_first(kept)} stand behind the {view.layer_total} layers that "
+                f"'{view.label}': {some_of(kept)} stand behind the {view.layer_total} layers that "
                 "config.json counts, for multi-token prediction: copied, not merged"
             )
     return with_views(parts, {key: _settled(view, whole, note) for key, view in views.items()})
 
 
-def _settled(view: View, whole: bool, note: Callable[[str], None]) -> View:
+def _settled(view: View, whole: bool, note: Note) -> View:
     stack = view.stack
     if stack is None:
         return view
@@ -113,17 +112,12 @@ def _settled(view: View, whole: bool, note: Callable[[str], None]) -> View:
     beside = [name for name in view.tensors if not whole and name.startswith(EXTRA_PREFIXES)]
     if behind:
         note(
-            f"'{view.label}': {_first(behind)} stand behind the {view.layer_total} layers that "
+            f"'{view.label}': {some_of(behind)} stand behind the {view.layer_total} layers that "
             "config.json counts: left out"
         )
     if beside:
-        note(f"'{view.label}': {_first(beside)} serve multi-token prediction: left out of a stack")
+        note(f"'{view.label}': {some_of(beside)} serve multi-token prediction: left out of a stack")
     out = {*behind, *beside}
     if not out:
         return view
     return replace(view, tensors={k: v for k, v in view.tensors.items() if k not in out})
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import ModelError, ResourceError, UnsupportedError
+from fastmerge.errors import ModelError, ResourceError, UnsupportedError, some_of
 from fastmerge.extras import install
 from fastmerge.limits import MAX_PATH_LETTERS
 from fastmerge.models.adapter import CONFIG as ADAPTER_CONFIG
@@ -97,11 +97,7 @@ def _judge(loading: Mapping[str, Any], plan: Plan, name: str, strict: bool) -> N
     count = layer_count(plan.config)
     if strict:
         found["unexpected"] = [key for key in found["unexpected"] if not _is_behind(key, count)]
-    said = [
-        f"{kind} weight {keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}"
-        for kind, keys in found.items()
-        if keys
-    ]
+    said = [f"{kind} weight {some_of(keys)}" for kind, keys in found.items() if keys]
     if said:
         raise ModelError(
             f"the merged model: {'; '.join(said)}: {name} would not load it whole; config.json and "

@@ -15,7 +15,7 @@ from fastmerge.models.config import part_layers, section
 from fastmerge.models.module_names import PARTS, part_of, row_of
 from fastmerge.once import cached_property
 from fastmerge.planning.build import Builder
-from fastmerge.planning.inputs import Part, TensorPlan, View, with_views
+from fastmerge.planning.inputs import Part, TensorPlan, View, views_of, with_views
 from fastmerge.planning.layers import check_layers
 
 
@@ -91,7 +91,7 @@ def apart(parts: Sequence[Part], lead: View) -> list[Module]:
     for makes, own in groupby(parts, key=lambda part: part.makes):
         runs = list(own)
         if makes:
-            views = {id(item.view): item.view for part in runs for item in part.inputs}
+            views = views_of(runs)
             runs = with_views(runs, {key: _only(view, makes) for key, view in views.items()})
         found.append(Module(", ".join(makes), runs, _only(lead, makes) if makes else lead))
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastmerge.errors import ModelError
@@ -22,7 +22,7 @@ from fastmerge.models.config import (
     text_config,
 )
 from fastmerge.models.families import MIXED_LAYERS
-from fastmerge.planning.inputs import View
+from fastmerge.planning.inputs import Note, View
 
 _LAYERS = {"layer", "layers", "block", "blocks", "idx", "idxs", "indexes", "indices", "pattern"}
 # Lists under such words are of tokens, of bounds and of shapes, however long they are.
@@ -70,9 +70,7 @@ class Layer(NamedTuple):
     where: str  # in the recipe
 
 
-def restack(
-    config: dict[str, Any], lead: View, layers: Sequence[Layer], note: Callable[[str], None]
-) -> None:
+def restack(config: dict[str, Any], lead: View, layers: Sequence[Layer], note: Note) -> None:
     """Rewrites, in the output's ``config`` (the lead's, of the language model), what goes by layer;
     notes what was rewritten and what could not be. ModelError where a model lacks an entry.
     """
@@ -103,9 +101,7 @@ def restack(
         _own_tensors(lead, layers, writer.signatures(), note)
 
 
-def _own_tensors(
-    lead: View, layers: Sequence[Layer], alike: Sequence[Any], note: Callable[[str], None]
-) -> None:
+def _own_tensors(lead: View, layers: Sequence[Layer], alike: Sequence[Any], note: Note) -> None:
     """Notes a first or a last layer with other tensors than those behind or before it, of which no
     setting tells (rwkv's first norm), where another layer takes its place, or it another's.
     """

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastmerge.dtypes import DType
 from fastmerge.errors import in_a_line
 from fastmerge.methods import Combination, Consensus, Pointwise
 from fastmerge.models.model import Model, folder_of
 from fastmerge.models.side_files import is_tokenizer
 from fastmerge.models.vocabulary import GENERATION, Vocabulary, with_ids, with_template
 from fastmerge.once import cached_property
+from fastmerge.planning.any_plan import AnyPlan
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.spanning import spanning
 from fastmerge.tree.collapse import collapse
@@ -24,18 +26,12 @@ from fastmerge.tree.rewrite import Digests
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(AnyPlan):
     """Everything a merge needs to know before it reads a weight."""
 
-    models: tuple[Model, ...]
-    references: tuple[str, ...]  # parallel to models, as the user wrote them
     tensors: tuple[TensorPlan, ...]  # in the order to write them
     config: dict[str, Any]  # of the output
     donor_model: Model  # whose tokenizer and other side files are copied
-    seed: int | None  # None: nothing is drawn
-    seed_derived: bool  # nobody gave the seed: it follows from what the recipe means
-    recipe_text: str
-    notes: tuple[str, ...]  # what was decided that the recipe does not say
     # What is written beside the weights where that is not the donor's as it is.
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
@@ -43,7 +39,6 @@ class Plan:
     # Of a search: the linear merge of all its models, whose sources every candidate's are among, so
     # that what is prepared for one serves them all.
     template: Plan | None = None
-    keep_paths: bool = False  # whether what is written may name folders of this machine
 
     def __repr__(self) -> str:
         return in_a_line(self, "references", "tensors", "bytes_in", "bytes_out", "methods", "seed")
@@ -54,6 +49,12 @@ class Plan:
         if all(tensor.encoding is None for tensor in self.tensors):
             return self
         return replace(self, tensors=tuple(replace(t, encoding=None) for t in self.tensors))
+
+    @property
+    def written(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        """What the output's files hold: each tensor's name, type and shape, in order."""
+        parts = (part for tensor in self.tensors for part in tensor.written)
+        return [(part.name, part.dtype, part.shape) for part in parts]
 
     @property
     def donor(self) -> Path:
@@ -115,11 +116,6 @@ class Plan:
         """
         return dict(Counter(name for tensor in self.tensors for name in _made_by(tensor)))
 
-    def check_unchanged(self) -> None:
-        """Raises FastmergeError where a model is not what it was when it was opened."""
-        for model in self.models:
-            model.check_unchanged()
-
     def describe(self) -> dict[str, Any]:
         """The plan in plain values, for people and for JSON. ``passes`` is the most any tensor
         needs over its inputs.
@@ -131,7 +127,7 @@ class Plan:
             "bytes_out": self.bytes_out,
             "passes": max((passes(tensor) for tensor in self.tensors), default=0),
             "methods": self.methods,
-            "dtypes": dict(Counter(part.dtype.name for t in self.tensors for part in t.written)),
+            "dtypes": dict(Counter(dtype.name for _, dtype, _ in self.written)),
             "largest_tensor_bytes": max((tensor.nbytes for tensor in self.tensors), default=0),
             "models": [
                 {

@@ -25,6 +25,7 @@ from fastmerge.errors import (
     brief,
     few_of_a_kind,
     is_whole,
+    some_of,
 )
 from fastmerge.methods import METHODS, Method
 from fastmerge.models import hub
@@ -46,6 +47,7 @@ from fastmerge.planning.inputs import (
     View,
     check_quantised,
     of_language,
+    views_of,
 )
 from fastmerge.planning.layers import (
     check_layers,
@@ -322,8 +324,8 @@ class Planner:
             if unchecked is not None:
                 self.note(unchecked)
             return name
-        views = {id(i.view): i.view for part in parts for i in part.inputs}
-        found = [template_of(v.donor.side_files(), v.label) for v in (lead, *views.values())]
+        views = (lead, *views_of(parts).values())
+        found = [template_of(view.donor.side_files(), view.label) for view in views]
         given = [template for template in found[1:] if template is not None]
         if not given:
             self.note("chat_template auto: no model has one")
@@ -338,8 +340,7 @@ class Planner:
             self.note(line)
         code = [show(name) for name in side if name.endswith(".py")]
         if code:
-            more = f" and {len(code) - 1} more" if len(code) > 1 else ""
-            self.note(f"code of '{lead.label}' is copied, not run: {code[0]}{more}")
+            self.note(f"code of '{lead.label}' is copied, not run: {some_of(code)}")
 
     def _base(self, reference: str | None, where: str) -> View | None:
         return None if reference is None else self.view(reference, where)

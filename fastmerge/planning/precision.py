@@ -6,7 +6,7 @@ is asked for and all are of one format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastmerge.dtypes import DType
@@ -15,22 +15,31 @@ from fastmerge.models.architecture import layer_of
 from fastmerge.models.low_precision import LowPrecision, with_section, without_section
 from fastmerge.models.patterns import followed
 from fastmerge.models.quantised import sections
-from fastmerge.planning.inputs import Encoding, Part, TensorPlan, View, Written, with_views
+from fastmerge.planning.inputs import (
+    Encoding,
+    Note,
+    Part,
+    TensorPlan,
+    View,
+    Written,
+    views_of,
+    with_views,
+)
 from fastmerge.tree.nodes import Dequantised, Leaf, LowRank, Merge, Node, Stored, walk
 
 
 def settle_precision(
-    parts: Sequence[Part], lead: View, dtype: DType | None, note: Callable[[str], None]
+    parts: Sequence[Part], lead: View, dtype: DType | None, note: Note
 ) -> tuple[list[Part], View]:
     """The parts and the lead with codes as numbers, unless all is copied as it is."""
-    views = {id(lead): lead, **{id(item.view): item.view for p in parts for item in p.inputs}}
+    views = views_of(parts, lead)
     if dtype is None and _copied(parts, list(views.values())):
         return list(parts), lead
     changed = {key: as_numbers(view, note) for key, view in views.items()}
     return with_views(parts, changed), changed.get(id(lead), lead)
 
 
-def as_numbers(view: View, note: Callable[[str], None]) -> View:
+def as_numbers(view: View, note: Note) -> View:
     """The view with codes as numbers, and a note of it; itself where it has none."""
     found = view.low_precision
     if found is None:
@@ -85,7 +94,7 @@ def as_stored(
     lead: View,
     models: Sequence[View],
     where: str,
-    note: Callable[[str], None],
+    note: Note,
 ) -> View:
     """The result with each tensor written as the one of the lead (before its codes were numbers)
     is stored, or of the model that leads its layers; the lead's section says so in the config.

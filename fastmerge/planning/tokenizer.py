@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge.dtypes import F32
-from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError, some_of
 from fastmerge.models.architecture import vocabulary_names
 from fastmerge.models.config import text_config, whole
 from fastmerge.models.vocabulary import (
@@ -29,11 +29,10 @@ from fastmerge.models.vocabulary import (
     read_vocabulary,
 )
 from fastmerge.planning.config import token_ids
-from fastmerge.planning.inputs import Input, Part, TensorPlan, View
+from fastmerge.planning.inputs import Input, Note, Part, TensorPlan, View
 from fastmerge.recipe.tokenizer import TokenizerSection
 from fastmerge.tree.nodes import MEAN, ZERO, Node, RowMap, Rows, Stored
 
-Note = Callable[[str], None]
 Places = NDArray[np.int64]  # a row for each id of the output, -1 where there is none
 
 
@@ -546,5 +545,4 @@ def _known(token: str, out: Vocabulary) -> Vocabulary:
 
 
 def _some(tokens: Sequence[Any]) -> str:
-    shown = ", ".join(repr(token) for token in tokens[:5])
-    return shown + (f" and {len(tokens) - 5} more" if len(tokens) > 5 else "")
+    return some_of([repr(token) for token in tokens], 5)

@@ -4,22 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from fastmerge.dtypes import F32
 from fastmerge.models.architecture import is_vocabulary
-from fastmerge.planning.inputs import Part, TensorPlan, View, with_views
+from fastmerge.planning.inputs import Note, Part, TensorPlan, View, views_of, with_views
 from fastmerge.tree.nodes import RowMap, Rows, Stored
 
 
-def truncate(
-    parts: Sequence[Part], lead: View, note: Callable[[str], None]
-) -> tuple[list[Part], View]:
+def truncate(parts: Sequence[Part], lead: View, note: Note) -> tuple[list[Part], View]:
     """The parts and the lead with every vocabulary tensor cut to the fewest rows that it has."""
-    views = {id(lead): lead, **{id(item.view): item.view for p in parts for item in p.inputs}}
+    views = views_of(parts, lead)
     fewest: dict[str, int] = {}
     for view in views.values():
         for name, tensor in view.tensors.items():

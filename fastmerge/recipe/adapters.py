@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fastmerge.dtypes import DType
-from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods.adapters import ADAPTER_METHODS, AdapterMethod
 from fastmerge.recipe.located import LocatedDict
 from fastmerge.recipe.reference import reference
 from fastmerge.recipe.section import Section, field, listed, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, settings
+from fastmerge.recipe.stated import Stating
 
 
 class AdapterEntry(Section):
@@ -26,7 +26,7 @@ class AdapterEntry(Section):
         return "it belongs under 'parameters:'" if name in known else super().hint(name)
 
 
-class AdapterRecipe(Section):
+class AdapterRecipe(Stating):
     """One document: a method, adapters and what is written. ``base_model`` says that all are of
     that model, whatever they call it.
     """
@@ -60,14 +60,7 @@ class AdapterRecipe(Section):
     @property
     def output_dtype(self) -> DType | None:
         """The type of the factors: ``out_dtype``, else ``dtype``."""
-        for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
-            if name is not None:
-                return parse_dtype(name, f"{self.at(key)}: {key}")
-        return None
-
-    @property
-    def own_seed(self) -> int | None:
-        return self.random_seed if self.seed is None else self.seed
+        return self.stated_dtype
 
     def check(self) -> None:
         if self.merge_method not in ADAPTER_METHODS:
@@ -79,10 +72,7 @@ class AdapterRecipe(Section):
             )
         if not self.models:
             raise RecipeError(f"{self.at('models')}: give at least one adapter")
-        if self.seed is not None and self.random_seed is not None:
-            raise RecipeError(
-                f"{self.at('random_seed')}: 'seed' and 'random_seed' say the same; keep one"
-            )
+        self.check_seed()
         _ = self.output_dtype
         self.parameters = _checked(self.method, self.parameters)
         for entry in self.models:

@@ -26,6 +26,7 @@ from fastmerge.recipe.reference import reference
 from fastmerge.recipe.section import FaultError, Section, field, listed, string, whole
 from fastmerge.recipe.settings import NO_SETTINGS, Setting, extrapolations, settings
 from fastmerge.recipe.source import read
+from fastmerge.recipe.stated import Stating
 from fastmerge.recipe.templates import TEMPLATES
 from fastmerge.recipe.tokenizer import TokenizerSection, chat_template, check_template
 
@@ -183,7 +184,7 @@ def typed(dtype: str) -> dict[str, str]:
     return {"out_dtype" if dtype == AS_BASE else "dtype": dtype}
 
 
-class Document(_Parametrised):
+class Document(_Parametrised, Stating):
     """One document: a method, its inputs and what it writes."""
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -212,21 +213,12 @@ class Document(_Parametrised):
     @property
     def output_dtype(self) -> DType | None:
         """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever it says)."""
-        if self.as_base:
-            return None
-        for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
-            if name is not None:
-                return parse_dtype(name, f"{self.at(key)}: {key}")
-        return None
+        return None if self.as_base else self.stated_dtype
 
     @property
     def as_base(self) -> bool:
         """Whether every tensor is written as the lead stores its own: type, codes, scales."""
         return self.out_dtype == AS_BASE
-
-    @property
-    def own_seed(self) -> int | None:
-        return self.random_seed if self.seed is None else self.seed
 
     @property
     def lists(self) -> list[Document | Module]:
@@ -284,10 +276,7 @@ class Document(_Parametrised):
         for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
             if name is not None and not (key == "out_dtype" and self.as_base):
                 parse_dtype(name, f"{self.at(key)}: {key}")
-        if self.seed is not None and self.random_seed is not None:
-            raise RecipeError(
-                f"{self.at('random_seed')}: 'seed' and 'random_seed' say the same; keep one"
-            )
+        self.check_seed()
         seed = self.own_seed
         if seed is not None and not 0 <= seed < 1 << 64:
             key = "seed" if self.seed is not None else "random_seed"

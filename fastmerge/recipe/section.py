@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, NoReturn, TypeVar, overload
 
 from fastmerge.errors import FastmergeError, RecipeError, UnsupportedError, near_miss, nearest
 from fastmerge.limits import MAX_RECIPE_VALUES
@@ -125,6 +125,10 @@ class Section:
 
     def check(self) -> None:
         """What the kinds do not say; raises FastmergeError. The section knows its places by now."""
+
+    def refuse(self, key: str, message: str) -> NoReturn:
+        """Raises RecipeError at the place of ``key``."""
+        raise RecipeError(f"{self.at(key)}: {message}")
 
     def at(self, name: str) -> str:
         """The place of the key ``name``, or of the section when the key is absent."""

@@ -44,16 +44,10 @@ def begin_beside(schedule: Schedule, lab: Lab, seed: int, models: Mapping[int, S
     settings = schedule.compare
     if schedule.stop is not None or settings is None:
         return  # how many candidates there are shows when it has stopped
-    walked = sum(driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1))
+    budget = schedule.budget(driver.walked(schedule))
     names = [name for name in settings.methods if name != "line_search"]  # toward what was used
     with lab.spare():
-        begin(schedule, lab, seed, models, budget_of(schedule, walked), (), names)
-
-
-def budget_of(schedule: Schedule, walked: int) -> int:
-    """How many evaluations each family gets; ``walked``: how many the walk makes."""
-    settings = schedule.compare
-    return settings.budget if settings and settings.budget else max(1, walked)
+        begin(schedule, lab, seed, models, budget, (), names)
 
 
 def compare(
@@ -81,7 +75,7 @@ def compare(
         one = average([Model(i) for i in range(space.count)], list(place.one_shot))
         lab.ahead([(one, "steer", None)])
     names = settings.methods if settings else ()
-    budget = budget_of(schedule, len(measured))
+    budget = schedule.budget(len(measured))
     families = begin(
         schedule, lab, trajectory.seed, trajectory.models, budget, trajectory.used, names
     )

@@ -159,6 +159,11 @@ def measured(schedule: Schedule, number: int) -> bool:
     return every == "cycle" and steps[number - 1].kind == "retrace"
 
 
+def walked(schedule: Schedule) -> int:
+    """How many steps are scored, where none is refused and nothing stops the walk."""
+    return sum(measured(schedule, number) for number in range(1, len(schedule.steps) + 1))
+
+
 def waits(schedule: Schedule, number: int) -> bool:
     """Whether the step after ``number`` is decided by scores of the walk, or by where its state
     lies: it must wait until they are known.

@@ -6,10 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastmerge.evaluation.journal import write_own
-from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.output.card import escaped, fenced
 from fastmerge.retrograde.findings import compare_lines, copy_text, finding, verdict_on_path
 from fastmerge.retrograde.plots import coefficients_png, trajectory_png
@@ -21,14 +18,13 @@ from fastmerge.search.rows import (
     SIGNIFICANT,
     Line,
     figure,
-    in_points,
     of_perplexity,
     split_name,
     with_interval,
 )
+from fastmerge.search.tables import by_task, comparison, leaderboard
 
 if TYPE_CHECKING:
-    from fastmerge.evaluation.settings import Evaluate
     from fastmerge.retrograde.result import Result
     from fastmerge.retrograde.walking import Trajectory
 
@@ -153,39 +149,12 @@ def _count(number: int, thing: str) -> str:
 
 def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> list[str]:
     split = split_name(lines)
-    steer = "" if split == "steering" else "steering, % | "  # else the same column twice
-    table = [
-        (
-            f"| merge | how | candidates | {steer}{split}, % [95 % interval] | "
-            "schedule less this, points | p (Holm) |"
-        ),
-        f"|---|---|---:|{'---:|' if steer else ''}---:|---:|---:|",
-    ]
-    perplexity = any(line.scores.perplexity is not None for line in lines)
-    if perplexity:
-        table = [f"{table[0]} perplexity |", f"{table[1]}---:|"]
-    for line in lines:
-        value = with_interval(line)
-        again = line.row.repeats
-        if again:
-            mean, spread = (float(x) for x in (np.mean(again), np.std(again, ddof=1)))
-            value += f"; {len(again)} masks: {figure(mean)} ± {figure(spread)}"
-        lead = "-"
-        if line.lead is not None:
-            lead = in_points(line.lead)
-        p = "-" if line.p is None else f"{line.p:.3f}"
-        table.append(
-            f"| {escaped(line.row.name)} | {escaped(line.row.how)} | {line.row.evaluations} | "
-            f"{f'{figure(line.row.steer.value)} | ' if steer else ''}{value} | {lead} | {p} |"
-        )
-        if perplexity:
-            table[-1] += f" {figure(line.scores.perplexity)} |"
     parts = ["## Comparison\n"]
     if "comparison.png" in pictures:
         parts.append("![comparison](comparison.png)")
     if "budget.png" in pictures:
         parts.append("![best so far against candidates measured](budget.png)")
-    parts.append("\n".join(table))
+    parts.append(comparison(lines, "schedule", counted=True))
     parts.append(
         "Every family drew as many candidates as it says, and the best on the steering score was "
         f"chosen{'' if split == 'steering' else f'; only that one met the {split} items'}. "
@@ -201,25 +170,7 @@ def _comparison(result: Result, lines: Sequence[Line], pictures: Sequence[str]) 
     schedule = result.trajectory.schedule
     if schedule.evaluate is not None and schedule.evaluate.preset is not None:
         parts.append(leaderboard(lines, schedule.evaluate))
-    tasks = sorted(lines[0].scores.tasks)
-    if len(tasks) > 1:
-        titles = " | ".join(map(escaped, tasks))
-        rows = [f"| merge | {titles} |", f"|---|{'---:|' * len(tasks)}"]
-        for line in lines:
-            cells = (line.scores.tasks.get(task) for task in tasks)
-            values = " | ".join(figure(None if cell is None else cell.value) for cell in cells)
-            rows.append(f"| {escaped(line.row.name)} | {values} |")
-        parts += [f"By {split} task, %:", "\n".join(rows)]
-    return parts
-
-
-def leaderboard(lines: Sequence[Line], settings: Evaluate) -> str:
-    """The six columns of the Open LLM Leaderboard v1 and their average, the source's row first; on
-    the hold-out where the six are split.
-    """
-    is_split = settings.split is not None
-    rows = [(escaped(row.row.name), row.scores if is_split else row.row.steer) for row in lines]
-    return leaderboard_table(rows, settings.limit, is_split=is_split)
+    return parts + by_task(lines)
 
 
 def _setup(result: Result, lines: Sequence[Line]) -> list[str]:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from fastmerge.evaluation.callables import ScoreFunction
     from fastmerge.evaluation.outlook import Unread
     from fastmerge.evaluation.scorers import Scorer, Scoring
-    from fastmerge.search.lab import Measurement
+    from fastmerge.search.lab import Lab, Measurement
 
 
 @enough_memory("retrograde")
@@ -115,7 +115,6 @@ def run(
             return _run_unmeasured(schedule, template, out, seed, threads, told, on_step)
         from fastmerge.retrograde.comparison import begin_beside, compare
         from fastmerge.retrograde.report import write
-        from fastmerge.search.lab import Lab, LabMaker
 
         space = space_of(
             template,
@@ -125,39 +124,54 @@ def run(
             threads=threads,
             progress=told,
         )
-        journal = Journal(out / JOURNAL_FILE)
-        outlook = None if on_score is None else _outlook(schedule, scorer, template)
         with ExitStack() as kept:
-            evaluators = None
-            if scoring is not None and scorer is not None and cluster is not None:
-                from fastmerge.evaluation.on_ray import evaluators_on
-
-                make = LabMaker(space, scoring, scorer.key, out.absolute())
-                device = scoring.settings.device
-                evaluators = kept.enter_context(
-                    evaluators_on(cluster, make, out, device=device, threads=threads)
-                )
-            lab = Lab(
-                space,
-                schedule.evaluate,
-                scorer,
-                journal,
-                threads=threads,
-                folder=out,
-                observe=on_score,
-                most=outlook["at most"] if outlook else None,
-                expected=outlook["seconds"] / outlook["at most"]
-                if outlook and outlook["seconds"]
-                else None,
-                evaluators=evaluators,
-            )
-            beside = None if evaluators is None else partial(begin_beside, schedule, lab, seed)
+            lab = _lab(schedule, space, scoring, scorer, out, cluster, threads, on_score, kept)
+            beside = None if lab.evaluators is None else partial(begin_beside, schedule, lab, seed)
             trajectory = walk(schedule, space, lab, seed, on_step=on_step, on_models=beside)
             rows = compare(trajectory, space, lab, on_row=on_row) if scorer is not None else ()
         written = _write_model(space, out / MODEL_FOLDER, trajectory, threads, told)
         result = Result(out, trajectory, rows, space, written)
         write(result)
         return result
+
+
+def _lab(
+    schedule: Schedule,
+    space: Space,
+    scoring: Scoring | None,
+    scorer: Scorer | None,
+    out: Path,
+    cluster: str | None,
+    threads: int | None,
+    on_score: Callable[[Measurement], None] | None,
+    kept: ExitStack,
+) -> Lab:
+    """What measures the run: this process, or until ``kept`` ends the nodes of ``cluster``."""
+    from fastmerge.search.lab import Lab, LabMaker
+
+    evaluators = None
+    if scoring is not None and scorer is not None and cluster is not None:
+        from fastmerge.evaluation.on_ray import evaluators_on
+
+        make = LabMaker(space, scoring, scorer.key, out.absolute())
+        device = scoring.settings.device
+        evaluators = kept.enter_context(
+            evaluators_on(cluster, make, out, device=device, threads=threads)
+        )
+    outlook = None if on_score is None else _outlook(schedule, scorer, space.template)
+    most, seconds = (outlook["at most"], outlook["seconds"]) if outlook else (None, None)
+    return Lab(
+        space,
+        schedule.evaluate,
+        scorer,
+        Journal(out / JOURNAL_FILE),
+        threads=threads,
+        folder=out,
+        observe=on_score,
+        most=most,
+        expected=seconds / most if seconds else None,
+        evaluators=evaluators,
+    )
 
 
 def _run_unmeasured(
@@ -237,9 +251,8 @@ def describe(
     check_steps(schedule, template)
     scoring = _scoring(schedule, template)
     scorer = None if scoring is None else scoring.foreseen(scores=cluster is None)
-    measured = [driver.measured(schedule, n) for n in range(1, len(schedule.steps) + 1)]
+    walked = driver.walked(schedule)
     families = schedule.compare.methods if schedule.compare else ()
-    budget = (schedule.compare and schedule.compare.budget) or max(1, sum(measured))
     entries = (schedule.baseline, *schedule.pool)
     given = [*(entry.accuracy for entry in entries), None]
     return {
@@ -255,16 +268,16 @@ def describe(
                 "kind": step.kind,
                 "with": step.partner or step.toward,
                 "method": step_text(step),
-                "measured": measured[number - 1],
+                "measured": driver.measured(schedule, number),
             }
             for number, step in enumerate(schedule.steps, start=1)
         ],
         "costs": {
             "bytes of weights": template.bytes_in,
-            "evaluations of the walk": sum(measured),
+            "evaluations of the walk": walked,
             "evaluations of the models": len(entries) if schedule.evaluate else 0,
             "families compared": len(families),
-            "evaluations of each": budget if families else 0,
+            "evaluations of each": schedule.budget(walked) if families else 0,
         },
         "measurements": _outlook(schedule, scorer, template),
         "notes": list(template.notes),
@@ -323,11 +336,10 @@ def _most_measurements(schedule: Schedule, scorer: Scorer | Unread) -> dict[str,
     """How many scores a run measures at most, by split and what they are of: the models, the walk,
     what it is compared with, and of the rows of the report the hold-out and other masks.
     """
-    numbers = range(1, len(schedule.steps) + 1)
-    walked = sum(driver.measured(schedule, number) for number in numbers)
+    walked = driver.walked(schedule)
     settings = schedule.compare
     families = [name for name in settings.methods if name != "best_single"] if settings else []
-    budget = (settings and settings.budget) or max(1, walked)
+    budget = schedule.budget(walked)
     stages = 1 + len(schedule.evaluate.stages if schedule.evaluate else ())
     rows = 3 + (len(settings.methods) if settings else 0)
     again = (settings.seeds if settings else 1) - 1

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 from fastmerge import dtypes
 from fastmerge.arguments import a_flag
@@ -115,10 +115,6 @@ class Step(Section):
     def t(self) -> Setting | None:
         """The fraction of the way to the other model: None for methods that find their own."""
         return self.parameters.get("t")
-
-    def refuse(self, key: str, message: str) -> NoReturn:
-        """Raises FastmergeError at the place of ``key``."""
-        raise RecipeError(f"{self.at(key)}: {message}")
 
     @property
     def kind(self) -> Literal["degrade", "retrace"]:
@@ -280,15 +276,15 @@ class Schedule(Section):
         labels = [self.baseline.label, *(entry.label for entry in self.pool)]
         for entry in self.pool:
             if entry.model == self.baseline.model:
-                self._refuse(
+                self.refuse(
                     "pool", f"'{entry.model}' is the baseline itself: remove it from the pool"
                 )
             if labels.count(entry.label) > 1:
-                self._refuse("pool", f"two models are called '{entry.label}': give them a 'name'")
+                self.refuse("pool", f"two models are called '{entry.label}': give them a 'name'")
         for key, entry in (("baseline", self.baseline), *(("pool", entry) for entry in self.pool)):
             label = entry.label
             if not label.strip() or set(label) & set("|`<>\n\r"):
-                self._refuse(
+                self.refuse(
                     key,
                     f"{brief(label)} would break tables: give the model a 'name' that is not "
                     "empty, without | ` < > and line breaks",
@@ -296,7 +292,7 @@ class Schedule(Section):
             # The baseline may be called what it is.
             words = {*POLICIES, *ANCESTORS, STATE, "base_model"} - {key}
             if label in words:
-                self._refuse(key, f"'{label}' is a reserved word: give the model a 'name'")
+                self.refuse(key, f"'{label}' is a reserved word: give the model a 'name'")
         for number, step in enumerate(self.steps, start=1):
             self._check_step(number, step)
         for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
@@ -348,17 +344,14 @@ class Schedule(Section):
             ("schedule", "toward: best", any(step.toward == "best" for step in self.steps)),
         ):
             if wanted:
-                self._refuse(key, f"'{need}' needs scores: {remedy}")
+                self.refuse(key, f"'{need}' needs scores: {remedy}")
         ranked = any(step.partner in ("weakest", "strongest") for step in self.steps)
         if ranked and any(entry.accuracy is None for entry in self.pool):
-            self._refuse(
+            self.refuse(
                 "pool",
                 "partner 'weakest' or 'strongest' needs every pool model's 'accuracy', "
                 f"or {remedy.removeprefix('add ')}",
             )
-
-    def _refuse(self, key: str, message: str) -> NoReturn:
-        raise RecipeError(f"{self.at(key)}: {message}")
 
     @property
     def steps(self) -> list[Step]:
@@ -368,6 +361,11 @@ class Schedule(Section):
             return [pair.step for pair in moves.steps]
         assert moves.cycles is not None and moves.degrade is not None and moves.retrace is not None
         return [moves.degrade, moves.retrace] * moves.cycles
+
+    def budget(self, walked: int) -> int:
+        """How many evaluations each family compared gets; ``walked``: how many the walk makes."""
+        settings = self.compare
+        return settings.budget if settings and settings.budget else max(1, walked)
 
     def base_of(self, step: Step) -> str | None:
         """What the step's deltas are taken to: 'state', a model's name, or None for no deltas."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastmerge.methods import METHODS, Method
 from fastmerge.recipe.settings import Setting, constant
 from fastmerge.tree.collapse import AS_THEY_ARE
-from fastmerge.tree.nodes import walk
+from fastmerge.tree.nodes import Based, walk
 from fastmerge.tree.rewrite import fold
 
 Given = Mapping[str, Setting]
@@ -24,7 +24,7 @@ class Model:
 
 
 @dataclass(frozen=True, eq=False)
-class Blend:
+class Blend(Based["Expr"]):
     """A merge of whole models; parameters may still differ by tensor (gradients, filters)."""
 
     method: Method
@@ -33,11 +33,6 @@ class Blend:
     shared: Given = field(default_factory=dict)
     each: tuple[Given, ...] = ()  # parallel to operands
     seed: int | None = None
-
-    @property
-    def inputs(self) -> tuple[Expr, ...]:
-        """The base first, when there is one, then the operands."""
-        return self.operands if self.base is None else (self.base, *self.operands)
 
 
 Expr = Model | Blend
@@ -68,6 +63,11 @@ def average(operands: Sequence[Expr], weights: Sequence[Setting | float]) -> Ble
     """The weighted sum of ``operands`` as it is: the weights are not divided by their sum."""
     plain = {name: constant(value) for name, value in AS_THEY_ARE.items()}
     return blend("linear", operands, weights, parameters=plain)
+
+
+def uniform(models: Sequence[int]) -> Blend:
+    """The mean of the models of these numbers."""
+    return average([Model(i) for i in models], [1.0 / len(models)] * len(models))
 
 
 def order(root: Expr) -> list[Blend]:
@@ -115,8 +115,8 @@ def reseeded(state: Expr, shift: int) -> Expr:
     def moved(node: Expr, inputs: Sequence[Expr]) -> Expr:
         if isinstance(node, Model):
             return node
-        base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
+        base, operands = node.parted(inputs)
         seed = None if node.seed is None else node.seed + shift
-        return replace(node, operands=tuple(operands), base=base, seed=seed)
+        return replace(node, operands=operands, base=base, seed=seed)
 
     return fold(state, moved)

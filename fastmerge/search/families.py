@@ -16,7 +16,7 @@ import numpy as np
 
 from fastmerge.evaluation.scores import Scores
 from fastmerge.recipe.settings import constant
-from fastmerge.search.expressions import Expr, Model, average, blend
+from fastmerge.search.expressions import Expr, Model, average, blend, uniform
 from fastmerge.search.search import Script, Scripted, drive
 
 if TYPE_CHECKING:  # a schedule that measures nothing does without torch models' loaders
@@ -80,9 +80,7 @@ def candidates(
     elif name == "model_stock":
         yield from _stocks(pool, budget)
     elif name == "line_search":
-        middle = average(
-            [Model(i) for i in pool.partners], [1.0 / len(pool.partners)] * len(pool.partners)
-        )
+        middle = uniform(pool.partners)
         mean_of = "the mean of " if len(pool.partners) > 1 else ""
         for number in range(1, budget + 1):
             t = number / (budget + 1)
@@ -241,7 +239,7 @@ def _greedy_soup(pool: Pool, scores: Sequence[float], budget: int) -> Script[Con
     best = yield chosen, None
     for other in others[:budget]:
         trial = [*members, other]
-        candidate = average([Model(i) for i in trial], [1.0 / len(trial)] * len(trial))
+        candidate = uniform(trial)
         found = yield candidate, None
         if found.value > best.value:
             members, chosen, best = trial, candidate, found

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmerge.evaluation.journal import write_own
-from fastmerge.evaluation.leaderboard import leaderboard_table
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.statistics import untested
 from fastmerge.output.card import escaped, fenced
@@ -25,6 +24,7 @@ from fastmerge.search.rows import (
     with_interval,
 )
 from fastmerge.search.study import GRADIENT_COST, Study, Trial
+from fastmerge.search.tables import by_task, comparison, leaderboard
 
 if TYPE_CHECKING:
     from fastmerge.search.found import Found
@@ -218,53 +218,14 @@ def markdown(found: Found, lines: Sequence[Line], pictures: Mapping[str, bytes])
             "What it takes of each model, by layer (the mean over a layer's tensors):",
             "![effective coefficients by layer and model](coefficients.png)",
         ]
-    parts += ["## Comparison", "![comparison](comparison.png)", _table(lines, split)]
+    parts += ["## Comparison", "![comparison](comparison.png)", comparison(lines, "search")]
     if file.evaluate.preset is not None:
-        is_split = file.evaluate.split is not None
-        rows = [(escaped(x.row.name), x.scores if is_split else x.row.steer) for x in lines]
-        parts.append(leaderboard_table(rows, file.evaluate.limit, is_split=is_split))
-    parts += _by_task(lines, split)
+        parts.append(leaderboard(lines, file.evaluate))
+    parts += by_task(lines)
     parts += _front(study)
     parts += ["## Candidates", _best_table(study), _costs(study)]
     parts += _setup(found)
     return "\n\n".join(parts) + "\n"
-
-
-def _table(lines: Sequence[Line], split: str) -> str:
-    steer = "" if split == "steering" else "steering, % | "  # else the same column twice
-    table = [
-        (
-            f"| merge | how | {steer}{split}, % [95 % interval] | "
-            "search less this, points | p (Holm) |"
-        ),
-        f"|---|---|{'---:|' if steer else ''}---:|---:|---:|",
-    ]
-    perplexity = any(line.scores.perplexity is not None for line in lines)
-    if perplexity:
-        table = [f"{table[0]} perplexity |", f"{table[1]}---:|"]
-    for line in lines:
-        lead = "-" if line.lead is None else in_points(line.lead)
-        p = "-" if line.p is None else f"{line.p:.3f}"
-        table.append(
-            f"| {escaped(line.row.name)} | {escaped(line.row.how)} | "
-            f"{f'{figure(line.row.steer.value)} | ' if steer else ''}{with_interval(line)} | "
-            f"{lead} | {p} |"
-        )
-        if perplexity:
-            table[-1] += f" {figure(line.scores.perplexity)} |"
-    return "\n".join(table)
-
-
-def _by_task(lines: Sequence[Line], split: str) -> list[str]:
-    tasks = sorted(lines[0].scores.tasks)
-    if len(tasks) < 2:
-        return []
-    rows = [f"| merge | {' | '.join(map(escaped, tasks))} |", f"|---|{'---:|' * len(tasks)}"]
-    for line in lines:
-        cells = (line.scores.tasks.get(task) for task in tasks)
-        values = " | ".join(figure(None if cell is None else cell.value) for cell in cells)
-        rows.append(f"| {escaped(line.row.name)} | {values} |")
-    return [f"By {split} task, %:", "\n".join(rows)]
 
 
 def _front(study: Study) -> list[str]:

@@ -31,7 +31,7 @@ from fastmerge.planning.planner import make_plan, whole_seed
 from fastmerge.progress import Progress, Shown, shown
 from fastmerge.recipe.document import Recipe
 from fastmerge.search.document import SearchFile, load
-from fastmerge.search.expressions import Expr, Model, average
+from fastmerge.search.expressions import Expr, Model, uniform
 from fastmerge.search.figures import require as require_plots
 from fastmerge.search.folder import GRAM_FILE, JOURNAL_FILE, MODEL_FOLDER, prepare
 from fastmerge.search.found import Found, recipe_text
@@ -279,14 +279,13 @@ def _rivals(study: Study) -> list[tuple[str, str, Expr]]:
     document = study.ranges.document(study.ranges.start)
     references = list(study.lab.space.template.references)
     listed = [references.index(entry.model) for entry in document.models or ()]
-    uniform = average([Model(i) for i in listed], [1.0 / len(listed)] * len(listed))
     names = study.labels
     said = "the mean of " + ", ".join(names[i] for i in listed)
     models = range(study.lab.space.count)
     singles: list[tuple[str, str, Expr]] = [
         (names[i], f"{names[i]} as it is", Model(i)) for i in models
     ]
-    return [("the uniform average", said, uniform), *singles]
+    return [("the uniform average", said, uniform(listed)), *singles]
 
 
 def _held(row: Row, lab: Lab) -> Row:

@@ -92,11 +92,11 @@ class Space:
             groups.setdefault(key, []).append(index)
         result = np.empty((tensors, self.count))
         for members in groups.values():
-            tree = self._tree(root, members[0], [Stored(i, "") for i in range(self.count)])
-            if any(n.axis is not None for n in walk(tree) if isinstance(n, Merge)):
-                return None
             parts = tuple(Stored(i, "") for i in range(self.count))
+            tree = self._tree(root, members[0], parts)
             assert isinstance(tree, Merge)
+            if any(node.axis is not None for node in walk(tree) if isinstance(node, Merge)):
+                return None
             collapsed = Collapsed(tree, parts, None, True, 0)
             result[members] = coefficients(collapsed, self.grams[members])
         return result
@@ -118,9 +118,9 @@ class Space:
         def of(node: Expr, inputs: Sequence[Node]) -> Node:
             if isinstance(node, Model):
                 return sources[node.index]
-            base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
+            base, operands = node.parted(inputs)
             shared, each = self._resolved(node).at(tensor)
-            return Merge(node.method, tuple(operands), base, shared, each, node.seed)
+            return Merge(node.method, operands, base, shared, each, node.seed)
 
         return fold(root, of)
 

@@ -109,8 +109,7 @@ def coefficients(tree: Collapsed, gram: Float64 | None) -> Float64:
     """
     root = tree.root
     if gram is not None and tree.is_own and _is_finite(gram):  # what follows multiplies by ones
-        found = apply_rule(root, gram)
-        return found.coefficients if found.divisor is None else found.coefficients / found.divisor
+        return apply_rule(root, gram).weights
     count = len(tree.parts)
     basis = np.eye(count) if tree.reference is None else _delta_basis(count, tree.reference)
     units: dict[Node, Float64] = dict(zip(tree.parts, np.eye(count), strict=True))
@@ -161,8 +160,7 @@ def _merge_vector(
         rows = rows @ basis
         with np.errstate(invalid="ignore", over="ignore"):  # infinite weights: counted when written
             local = rows @ gram @ np.swapaxes(rows, -1, -2)
-    result = apply_rule(node, local)
-    weights = result.coefficients / (1.0 if result.divisor is None else result.divisor)
+    weights = apply_rule(node, local).weights
     return np.asarray((weights[..., None, :] @ operands)[..., 0, :], dtype=np.float64)
 
 

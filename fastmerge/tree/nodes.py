@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,8 +257,30 @@ class Made(Leaf):
         return f"made {self.text}"
 
 
+I = TypeVar("I")  # noqa: E741  a node of one kind of tree
+R = TypeVar("R")
+
+
+class Based(Generic[I]):
+    """A node of operands, and of a base apart where there is one."""
+
+    operands: tuple[I, ...]
+    base: I | None
+
+    @property
+    def inputs(self) -> tuple[I, ...]:
+        """The base, when there is one, then the operands: the order of a rule's coefficients."""
+        return self.operands if self.base is None else (self.base, *self.operands)
+
+    def parted(self, results: Sequence[R]) -> tuple[R | None, tuple[R, ...]]:
+        """Of what is parallel to `inputs`: the base's, None without one, and the operands'."""
+        if self.base is None:
+            return None, tuple(results)
+        return results[0], tuple(results[1:])
+
+
 @record(eq=False)
-class Merge:
+class Merge(Based["Node"]):
     """One merge of operands, in recipe order; ``base`` apart unless the method takes it as one."""
 
     method: Method
@@ -274,11 +296,6 @@ class Merge:
     numbers: tuple[int, ...] = ()
     # What the recipe calls what stands at those places, for people.
     labels: tuple[str, ...] = ()
-
-    @property
-    def inputs(self) -> tuple[Node, ...]:
-        """The base, when there is one, then the operands: the order of a rule's coefficients."""
-        return self.operands if self.base is None else (self.base, *self.operands)
 
     @cached_property
     def is_flat(self) -> bool:

@@ -38,8 +38,8 @@ def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
             return replace(node, sources=tuple(made.get(s, s) for s in node.sources))
         if not isinstance(node, Merge):
             return node
-        base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
-        return change(replace(node, operands=tuple(operands), base=base))
+        base, operands = node.parted(inputs)
+        return change(replace(node, operands=operands, base=base))
 
     return fold(root, step)
 

@@ -31,8 +31,8 @@ def without_unread(root: Node, known: MutableMapping[Node, Node] | None = None) 
         if not isinstance(node, Merge):
             return node
         if any(new is not old for new, old in zip(inputs, node.inputs, strict=True)):
-            base, operands = (None, inputs) if node.base is None else (inputs[0], inputs[1:])
-            node = replace(node, operands=tuple(operands), base=base)
+            base, operands = node.parted(inputs)
+            node = replace(node, operands=operands, base=base)
         return _reduced(node)
 
     return fold(root, step, known)
@@ -94,8 +94,7 @@ def _used(node: Merge) -> list[int]:
 def _single(node: Merge) -> Node | None:
     """The one input that a combination then takes as it is, if it does."""
     inputs = node.inputs
-    found = apply_rule(node, np.eye(len(inputs)))
-    factors = found.coefficients / (1.0 if found.divisor is None else found.divisor)
+    factors = apply_rule(node, np.eye(len(inputs))).weights
     chosen = np.flatnonzero(factors)
     return inputs[chosen[0]] if len(chosen) == 1 and factors[chosen[0]] == 1 else None
 

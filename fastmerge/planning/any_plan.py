@@ -1,0 +1,37 @@
+"""What every plan has: the models that it reads, and the text that says how they are merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmerge.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyPlan:
+    """A plan of a model or of an adapter."""
+
+    models: tuple[Model, ...]
+    references: tuple[str, ...]  # parallel to models, as the user wrote them
+    seed: int | None  # None: nothing is drawn
+    seed_derived: bool  # nobody gave the seed: it follows from what the recipe means
+    recipe_text: str  # or another text that says how
+    notes: tuple[str, ...]  # what was decided that the recipe does not say
+    keep_paths: bool = False  # whether what is written may name folders of this machine
+
+    @property
+    def places(self) -> list[Path]:
+        """The files and folders that are read, which no output may touch."""
+        return [place for model in self.models for place in model.places]
+
+    @property
+    def stamps(self) -> list[Any]:
+        """What must not change between an interrupted run and the one that continues it."""
+        return [stamp for model in self.models for stamp in model.stamp]
+
+    def check_unchanged(self) -> None:
+        """Raises FastmergeError where a model is not what it was when it was opened."""
+        for model in self.models:
+            model.check_unchanged()
