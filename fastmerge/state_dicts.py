@@ -321,7 +321,9 @@ def _as_given(array: NDArray[Any], item: TensorPlan, first: Model) -> NDArray[An
 def merged_on_gpu(
     plan: Plan, targets: Mapping[str, torch.Tensor] | None, device: str
 ) -> dict[str, torch.Tensor]:
-    """The plan of state dictionaries whose tensors lie on ``device``, on their current stream."""
+    """The tensors of a plan of state dictionaries that lie on ``device``, made on its current
+    stream, in ``targets`` or new. Raises UnsupportedError where a model lies elsewhere.
+    """
     import torch
 
     def fetch(stored: Stored) -> torch.Tensor:

@@ -240,10 +240,12 @@ def runs(members: Sequence[int], needs: Sequence[int], room: int) -> Iterator[li
 
 
 def aligned(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all begin where 16 bytes are read at once."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def codes(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Their element types as the kernels name them: `CODES`."""
     return tuple(CODES[tensor.dtype] for tensor in tensors)
 
 

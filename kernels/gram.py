@@ -258,7 +258,7 @@ class GramBatch:
         ]
 
     def run(self) -> list[NDArray[np.float64]]:
-        """The Gram matrices; waits for the device once."""
+        """The Gram matrices, float64 (m, m) each; waits for the device once."""
         pending = [(batch, len(key[0]), _sums(batch, *key)) for key, batch in self._groups]
         found: list[NDArray[np.float64]] = [np.empty(0)] * self._count
         for batch, m, sums in pending:

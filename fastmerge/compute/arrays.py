@@ -267,7 +267,9 @@ class Again(Generic[T]):
 
 
 def operands(where: str, tensors: list[T]) -> Operands[T] | Again[T]:
-    """The tensors of a call, checked; FastmergeError, prefixed with ``where``."""
+    """The tensors of a call, checked: NumPy's or torch's, of one shape, contiguous, of types that
+    have kernels. Raises FastmergeError, prefixed with ``where``, for others.
+    """
     found = known(tensors)
     views = None if found is None else found.alike.views(tensors)
     if found is not None and views is not None:
@@ -282,7 +284,7 @@ def operands(where: str, tensors: list[T]) -> Operands[T] | Again[T]:
 
 
 def equal(pool: _C.Pool, views: Sequence[_C.View]) -> bool:
-    """Whether they are several in memory with the same bytes."""
+    """Whether they are several of one type with the same bytes; reads little where they differ."""
     if len(views) < 2 or not _C.equal(pool, views[0], views[1]):
         return False
     return all(_C.equal(pool, views[0], other) for other in views[2:])

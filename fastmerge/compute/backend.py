@@ -27,7 +27,9 @@ class Backend(Protocol[T, O]):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As reports say it: "cpu", "triton"."""
+        ...
 
     def takes(self, node: Merge, parts: Sequence[Node], /) -> str | None:
         """Why it cannot compute ``node`` from ``parts`` (see `compute.tensor.Step.taken`), as the

@@ -56,7 +56,9 @@ def spectrum_of_sum(bs: Sequence[Float64], factors_a: Sequence[Float64]) -> Spec
 
 
 def spectrum_of(matrix: Float64) -> Spectrum:
-    """The SVD of a whole matrix, by LAPACK: O(rows cols min(rows, cols)) operations."""
+    """The SVD of a whole matrix (rows, cols), by LAPACK: O(rows cols min(rows, cols)) operations.
+    Raises numpy.linalg.LinAlgError where it does not converge, as with NaN.
+    """
     return Spectrum(*np.linalg.svd(matrix, full_matrices=False))
 
 

@@ -61,7 +61,9 @@ _UNSAID = Outcome()  # 1 us of a call of `fastmerge.ops`, which does not ask
 def gram_of(
     backend: Backend[T, Any], tree: Collapsed, tensors: Sequence[T], shape: Sequence[int]
 ) -> Float64:
-    """The Gram matrix that ``algebra.coefficients`` expects for ``tree``."""
+    """What `tree.collapse.coefficients` takes for ``tree``: the inner products of the ``tensors``,
+    which are its parts', of this shape; float64 (n, n), or with an axis (vectors, n, n).
+    """
     vectors = _vectors(tuple(shape), tree.axis)
     r = tree.reference
     if r is None:

@@ -37,7 +37,9 @@ Weights = Any  # a tensor, or numbers
 
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Weights) -> torch.Tensor:
-    """sum_i c_i x_i; an input with coefficient 0 is not read."""
+    """sum_i c_i x_i of tensors of one shape, in their type, fp32 where those differ; coefficients
+    (k,). An input with coefficient 0 is not read. Raises FastmergeError for what does not fit.
+    """
     return _combined(tensors, _numbers(coefficients, "combine", tensors), "combine")
 
 

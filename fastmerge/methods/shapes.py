@@ -78,7 +78,9 @@ class Combination(Method):
     def factors(
         self, gram: Float64 | None, values: Values, operands: Sequence[Values], has_base: bool
     ) -> Factors:
-        """The rule's answer for ``gram``, of a stack one after another where it takes none."""
+        """The rule's answer for ``gram``, which is as `Rule` has it; of a stack one after another
+        where it takes none.
+        """
         if gram is None or gram.ndim == 2 or self.batched:
             return self.rule(gram, values, operands, has_base)
         each = [self.rule(own, values, operands, has_base).weights for own in gram]
@@ -155,8 +157,8 @@ Spec = Callable[[Values, Sequence[Values]], Terms]  # (globals, per-operand valu
 
 
 class Spans(NamedTuple):
-    """With ``parameter`` at ``value``, a model's tensors are trimmed as one: see plan.spanning.
-    All tensors must then be ``alike`` in these parameters.
+    """With ``parameter`` at ``value``, a model's tensors are trimmed as one: see
+    `planning.spanning`. All tensors must then be ``alike`` in these parameters.
     """
 
     parameter: str
@@ -197,8 +199,10 @@ class Consensus(Method):
 class Primitives(Protocol):
     """What a `Pointwise` method's formula is written in: a back end, whose tensors these are.
 
-    ``pointwise`` gives a tensor that is computed where it is read, in fp32, by one of the formulas
-    that ``_C.pyi`` names; ``factors`` are one for each row.
+    ``gram``, ``select`` and ``divergences`` are those of ``_C.pyi``, shapes and types included, and
+    ``expression`` its formula of that name with a program's operations. ``pointwise`` gives a
+    tensor that is computed where it is read, in fp32, by one of the formulas that ``_C.pyi`` names;
+    ``factors`` are one for each row.
     """
 
     def gram(self, inputs: Sequence[Any], base: Any = None) -> Float64: ...

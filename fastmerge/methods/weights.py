@@ -20,12 +20,12 @@ _MOST_SUBSETS = 12  # of so many models every subset is looked at
 
 
 def column(operands: Sequence[Values], name: str) -> Float64:
-    """One parameter of every operand."""
+    """One parameter of every operand: float64 (k,)."""
     return np.array([values[name] for values in operands], dtype=np.float64)
 
 
 def cancel(weights: Float64) -> bool:
-    """Whether the sum of ``weights`` is 0, or next to nothing beside their sizes."""
+    """Whether the sum of ``weights`` (k,) is 0, or next to nothing beside their sizes."""
     return bool(abs(weights.sum()) <= _CANCEL * np.abs(weights).sum())
 
 

@@ -170,7 +170,7 @@ def numbers_of(view: _C.View, begin: int, end: int) -> NDArray[Any]:
 
 
 def stored_bytes(view: _C.View) -> NDArray[np.uint8]:
-    """The memory of a view, as it is."""
+    """The memory of a view, flat and as it is: no copy, good for as long as its owner is."""
     if not view.nbytes:
         return np.zeros(0, np.uint8)
     memory = (ctypes.c_ubyte * view.nbytes).from_address(view.address)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastmerge.evaluation.statistics import untested
 from fastmerge.retrograde.words import is_copy
-from fastmerge.search.rows import Line, figure, in_points, lines_of, split_name
+from fastmerge.search.rows import Line, lines_of, or_least, split_name
 from fastmerge.search.rows import measured as score_text
 
 if TYPE_CHECKING:
@@ -36,21 +35,11 @@ def finding(lines: Sequence[Line]) -> list[str]:
     one that scores highest, if that is higher than the schedule.
     """
     rivals = {line.row.name: line for line in lines[1:]}
-    ranked = sorted(rivals, key=lambda name: _or_least(rivals[name].value), reverse=True)
+    ranked = sorted(rivals, key=lambda name: or_least(rivals[name].value), reverse=True)
     ahead = [name for name in ranked[:1] if rivals[name].value > lines[0].value]
     order = dict.fromkeys([*ahead, *(name for name in _RIVALS if name in rivals), *ranked])
-    sentences = []
-    for name in order:
-        line, title = rivals[name], _RIVALS.get(name, f"the best {name}")
-        if line.lead is None:
-            gap = lines[0].value - line.value
-            sentences.append(
-                f"- against {title}: {figure(gap, sign='+')} points "
-                f"(not tested: {untested(lines[0].scores, line.scores)})"
-            )
-            continue
-        sentences.append(f"- against {title}: {in_points(line.lead, ' points')}, {line.outcome}")
-    return sentences
+    titles = {name: _RIVALS.get(name, f"the best {name}") for name in order}
+    return [rivals[name].against(lines[0], title) for name, title in titles.items()]
 
 
 def copy_text(trajectory: Trajectory, lines: Sequence[Line]) -> str:
@@ -74,10 +63,6 @@ def copy_text(trajectory: Trajectory, lines: Sequence[Line]) -> str:
         f"scored higher on the {split_name(lines)} items, the best {best.row.name} "
         f"({score_text(best.scores)})."
     )
-
-
-def _or_least(value: float) -> float:
-    return value if value == value else float("-inf")
 
 
 def verdict_on_path(lines: Sequence[Line]) -> str:

@@ -106,9 +106,7 @@ def _line_json(line: Line) -> dict[str, Any]:
         "candidates": line.row.evaluations,
         "steering": _score_json(line.row.steer),
         "holdout": _score_json(line.row.holdout),
-        "interval": None if line.interval is None else [line.interval.low, line.interval.high],
-        "schedule_less_this": None if line.lead is None else list(line.lead[:3]),
-        "p_holm": line.p,
+        **line.statistics("schedule"),
         "repeats": list(line.row.repeats),
         "history": [none(value) for value in line.row.history],
     }

@@ -13,7 +13,7 @@ from fastmerge.retrograde.plots import coefficients_png, trajectory_png
 from fastmerge.retrograde.record import as_json
 from fastmerge.retrograde.words import measured, score_title, step_table
 from fastmerge.search.figures import budget_png, comparison_png
-from fastmerge.search.page import page
+from fastmerge.search.page import write_report
 from fastmerge.search.rows import (
     SIGNIFICANT,
     Line,
@@ -45,11 +45,7 @@ def write(result: Result) -> None:
         heat = coefficients_png(result)
         if heat is not None:
             pictures["coefficients.png"] = heat
-    for name, data in pictures.items():
-        write_own(out / name, data)
-    text = markdown(result, lines, list(pictures))
-    write_own(out / "report.md", text)
-    write_own(out / "report.html", page("Retrograde run", text, pictures))
+    write_report(out, "Retrograde run", markdown(result, lines, list(pictures)), pictures)
 
 
 # --- in words ---

@@ -197,7 +197,7 @@ def _run_unmeasured(
             return
         assert isinstance(item.root, Merge)
         tree = collapse(item.root)
-        # A rule with a base, or of rows, reads another matrix than `engine.grams` finds.
+        # A rule with a base, or of rows, reads another matrix than `engine.products.grams` finds.
         if tree.is_complete and tree.axis is None and tree.reference == 0:
             known[item.name] = outcome.gram
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastmerge.evaluation.journal import write_own
 from fastmerge.evaluation.scores import Scores, none
-from fastmerge.evaluation.statistics import untested
 from fastmerge.output.card import escaped, fenced
 from fastmerge.search.figures import comparison_png, heat_png, spent_png
-from fastmerge.search.page import page
+from fastmerge.search.page import write_report
 from fastmerge.search.rows import (
     SIGNIFICANT,
     Line,
     figure,
-    in_points,
     lines_of,
     of_perplexity,
     split_name,
@@ -62,11 +60,7 @@ def write(found: Found) -> None:
     factors = study.lab.space.coefficients(found.best.state)
     if factors is not None:
         pictures["coefficients.png"] = heat_png(study.lab.space.names, factors, study.labels)
-    for file, data in pictures.items():
-        write_own(out / file, data)
-    written = markdown(found, lines, pictures)
-    write_own(out / "report.md", written)
-    write_own(out / "report.html", page("Search", written, pictures))
+    write_report(out, "Search", markdown(found, lines, pictures), pictures)
 
 
 # --- for programs ---
@@ -136,9 +130,7 @@ def _line_json(line: Line) -> dict[str, Any]:
         "how": line.row.how,
         "steering": plain(line.row.steer),
         "holdout": plain(line.row.holdout),
-        "interval": None if line.interval is None else [line.interval.low, line.interval.high],
-        "search_less_this": None if line.lead is None else list(line.lead[:3]),
-        "p_holm": line.p,
+        **line.statistics("search"),
     }
 
 
@@ -163,16 +155,7 @@ def verdict(study: Study, lines: Sequence[Line]) -> str:
 
 def sentences(lines: Sequence[Line]) -> list[str]:
     """The best beside each row that needs no search, one line each."""
-    found = []
-    for line in lines[1:]:
-        title = _TITLES[line.row.name]
-        if line.lead is None:
-            gap = figure(lines[0].value - line.value, sign="+")
-            why = untested(lines[0].scores, line.scores)
-            found.append(f"- against {title}: {gap} points (not tested: {why})")
-        else:
-            found.append(f"- against {title}: {in_points(line.lead, ' points')}, {line.outcome}")
-    return found
+    return [line.against(lines[0], _TITLES[line.row.name]) for line in lines[1:]]
 
 
 def markdown(found: Found, lines: Sequence[Line], pictures: Mapping[str, bytes]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastmerge.evaluation.scores import Scores, none
-from fastmerge.evaluation.statistics import Interval, difference, holm, interval
+from fastmerge.evaluation.statistics import Interval, difference, holm, interval, untested
 from fastmerge.search.expressions import Expr
 
 SIGNIFICANT = 0.05  # of the Holm-adjusted p
@@ -48,6 +49,23 @@ class Line:
             return "no difference shown"
         return "better" if self.lead.value > 0 else "worse"
 
+    def statistics(self, first: str) -> dict[str, Any]:
+        """In plain values, for JSON; ``first``: what the first row is called."""
+        found = self.interval
+        return {
+            "interval": None if found is None else [found.low, found.high],
+            f"{first}_less_this": None if self.lead is None else list(self.lead[:3]),
+            "p_holm": self.p,
+        }
+
+    def against(self, first: Line, title: str) -> str:
+        """The first row beside this one, which is called ``title``, as an item of a list."""
+        if self.lead is None:
+            gap = figure(first.value - self.value, sign="+")
+            why = untested(first.scores, self.scores)
+            return f"- against {title}: {gap} points (not tested: {why})"
+        return f"- against {title}: {in_points(self.lead, ' points')}, {self.outcome}"
+
 
 def lines_of(rows: Sequence[Row], *, resamples: int, seed: int) -> list[Line]:
     """The rows with intervals over items; each is compared with the first."""
@@ -78,6 +96,11 @@ def figure(value: float | None, digits: int = 2, sign: str = "") -> str:
     if value is None or value != value:
         return "-"
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def or_least(value: float) -> float:
+    """The value; for NaN what is below all others."""
+    return value if value == value else float("-inf")
 
 
 def measured(scores: Scores) -> str:

@@ -42,7 +42,7 @@ from fastmerge.search.optimisers import require
 from fastmerge.search.ranges import Ranges
 from fastmerge.search.recipes import check_form, expression, references_of, template_of
 from fastmerge.search.report import write
-from fastmerge.search.rows import Row
+from fastmerge.search.rows import Row, or_least
 from fastmerge.search.search import drive
 from fastmerge.search.study import Study, Trial
 from fastmerge.search.workers import give_evaluators, notes_on, with_workers
@@ -263,7 +263,7 @@ def _rows(study: Study, best: Trial) -> tuple[Row, ...]:
             scores.append(lab.score(state))
         (_, said, uniform), *singles = rivals
         found.append(Row("uniform", said, uniform, scores.pop(0), None, 0))
-        first = max(range(len(singles)), key=lambda i: (_finite(scores[i].value), -i))
+        first = max(range(len(singles)), key=lambda i: (or_least(scores[i].value), -i))
         _, said, single = singles[first]
         found.append(Row("best_single", said, single, scores[first], None, 0))
         if lab.scorer.has("holdout"):
@@ -291,10 +291,6 @@ def _rivals(study: Study) -> list[tuple[str, str, Expr]]:
 def _held(row: Row, lab: Lab) -> Row:
     lab.stage = row.name
     return replace(row, holdout=lab.score(row.state, "holdout"))
-
-
-def _finite(value: float) -> float:
-    return value if value == value else float("-inf")
 
 
 def _identity(file: SearchFile, ranges: Ranges) -> str:

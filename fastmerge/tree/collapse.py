@@ -165,7 +165,10 @@ def _merge_vector(
 
 
 def apply_rule(node: Merge, gram: Float64 | None) -> Factors:
-    """The rule of one combination node over its own inputs' Gram matrix, or a stack of them."""
+    """The rule of one combination node over its own inputs' Gram matrix, float64 (m, m), or a stack
+    of them, (vectors, m, m); None where it reads none. Raises RecipeError for parameters that have
+    no answer.
+    """
     has_base = node.base is not None
     return combination(node).factors(gram, node.values, node.operand_values, has_base)
 
