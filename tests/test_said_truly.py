@@ -303,7 +303,7 @@ def test_a_layer_from_elsewhere_is_no_layer_of_a_negative_number(zoo, tmp_path, 
 
 
 def test_a_merge_with_nothing_left_to_do_tells_its_memory(zoo, tmp_path, monkeypatch) -> None:
-    from fastmerge.engine import merge
+    from fastmerge.output import sink
 
     recipe = copy_of(zoo.base())
 
@@ -311,7 +311,7 @@ def test_a_merge_with_nothing_left_to_do_tells_its_memory(zoo, tmp_path, monkeyp
         raise FastmergeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(merge, "lineage_file", stopped)  # when all tensors are on the disk
+        patch.setattr(sink, "lineage_file", stopped)  # when all tensors are on the disk
         with pytest.raises(FastmergeError, match="stopped"):
             fastmerge.merge(recipe, tmp_path / "x")
     report = fastmerge.merge(recipe, tmp_path / "x")
