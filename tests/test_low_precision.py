@@ -464,6 +464,16 @@ SPOILT = {
         _set("model.layers.0.self_attn.q_proj.qweight", lambda _: torch.zeros(4, 4).int()), {},
         "q_proj.qweight' is int32, with no place in it",
     ),
+    "groups in another order": (
+        _set("model.layers.0.self_attn.q_proj.weight_g_idx", lambda _: torch.zeros(32).int()), {},
+        "q_proj.weight_g_idx' is int32, with no place in it",
+    ),
+    "zeros beside 0": (
+        _set(
+            "model.layers.0.self_attn.q_proj.weight_zero_point",
+            lambda _: torch.zeros(32, 1).to(torch.float8_e4m3fn),
+        ), {}, "q_proj.weight_zero_point' is float8_e4m3fn, with no place in it",
+    ),
     "mxfp4": (_same, {"quant_method": "mxfp4"}, "says mxfp4 (quantization_config), and tensor '"),
 }  # fmt: skip
 

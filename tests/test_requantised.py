@@ -389,7 +389,7 @@ def partly(formats, zoo) -> Path:
 
 
 def stored_raw(folder: Path) -> dict[str, tuple[str, np.ndarray]]:
-    types = {"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8}
+    types = {"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8, "U8": np.uint8}
     found = safetensors.deserialize((folder / "model.safetensors").read_bytes())
     return {
         name: (own["dtype"], np.frombuffer(own["data"], types[own["dtype"]]).reshape(own["shape"]))
@@ -531,3 +531,43 @@ def test_info_and_diff_say_that_weights_are_codes(formats, zoo, capsys):
     packed["quantization_config"]["weight_block_size"] = [3, 3]
     (x / "config.json").write_text(json.dumps(packed))
     assert "config.json says fp8" in str(summarise(x).codes)
+
+
+def mxfp8(formats, zoo, name, of) -> Path:
+    """compressed-tensors' MXFP8: a power of two, as a byte, for each of a row's groups."""
+    coded = formats.compressed(name, of, "group")
+    tensors, numbers = stored_raw(coded), formats.numbers[name]
+    config = json.loads((coded / "config.json").read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    weights["scale_dtype"] = "torch.uint8"
+    for scale in [tensor for tensor in tensors if tensor.endswith("_scale")]:
+        powers = np.round(np.log2(tensors[scale][1])).astype(int) + 127
+        tensors[scale] = ("U8", powers.astype(np.uint8))
+        codes = tensors[scale.removesuffix("_scale")][1]
+        wide = np.ldexp(np.float32(1), powers - 127)
+        numbers[scale.removesuffix("_scale")] = dequantised(codes, wide, "e4m3", (1, 16))
+    return zoo.raw(name, tensors, config)
+
+
+def test_mxfp8_as_compressed_tensors_writes_it(formats, zoo):
+    a = zoo.base()
+    x, y = mxfp8(formats, zoo, "x", a), mxfp8(formats, zoo, "y", zoo.tune(a, "t"))
+    found = dict(api.materialise(linear(x, y, dtype="float32")))
+    for name, values in formats.numbers["x"].items():
+        expected = 0.5 * values.astype(np.float64) + 0.5 * formats.numbers["y"][name]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-30, err_msg=name)
+    api.merge(linear(x, y, out_dtype="as_base"), zoo.root / "out")
+    made, before = stored(zoo.root / "out"), stored(x)
+    assert {n: (t.dtype, t.shape) for n, t in made.items()} == {
+        n: (t.dtype, t.shape) for n, t in before.items()
+    }
+    again = dict(api.materialise(copy(zoo.root / "out", dtype="float32")))
+    for name in (n for n in found if "_proj" in n):
+        # Half a step of four bits, or of the smallest codes.
+        step = np.abs(found[name]) * 2.0**-4 + np.abs(found[name]).max() * 2.0**-15
+        assert (np.abs(again[name] - found[name]) <= step).all(), name
+    plain = json.loads((x / "config.json").read_text())
+    del plain["quantization_config"]["config_groups"]["group_0"]["weights"]["scale_dtype"]
+    (x / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(FastmergeError, match=r"weight_scale' is uint8; scales are float32"):
+        api.plan(linear(x, y))

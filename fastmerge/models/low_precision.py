@@ -6,13 +6,14 @@ What config.json says and what the tensors are must agree; nothing is guessed fr
   for each ``weight_block_size`` or for the tensor. The number is the code *times* it, whatever its
   name says. Others write ``X_scale``, for the tensor or for each row.
 - ``compressed-tensors``, where every group's weights are 8-bit floats: ``X`` and ``X_scale``, by
-  tensor, channel (row), group or block.
+  tensor, channel (row), group or block; of MXFP8 these are powers of two, as bytes (E8M0).
 - ``mxfp4`` as gpt-oss has it: ``X_blocks`` (experts, rows, groups, 16) and ``X_scales``, of the
   matrix that transformers' modules hold transposed: ``X`` (experts, 32 groups, rows).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,13 +25,14 @@ from fastmerge.models.quantised import Typed, kind_of, packed_in, sections
 from fastmerge.once import cached_property
 
 _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
-_SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
+_SCALES: tuple[str, ...] = ("float32", "bfloat16", "float16", "float8_e8m0fnu")
 # Of activations and of the cache: they change nothing in what a weight is.
 _STATIC = tuple(
     f"{before}{what}"
     for what in ("input", "activation", "output", "act", "prob", "kv", "k", "q", "v")
     for before in "._"
 )
+_OF_ACTIVATIONS = re.compile(r"(.*)_(?:scale(?:_inv|_ub)?|zero_point)")
 _MX_GROUP = 32
 Blocks = list[tuple[str, tuple[int, int] | None]]  # what the config says, and the block it means
 
@@ -135,8 +137,8 @@ def _written(config: Mapping[str, Any]) -> DType:
 
 
 def _is_static(name: str) -> bool:
-    of, scale, rest = name.rpartition("_scale")
-    return bool(scale) and rest in ("", "_inv", "_ub") and of.endswith(_STATIC)
+    found = _OF_ACTIVATIONS.fullmatch(name)
+    return found is not None and found[1].endswith(_STATIC)
 
 
 # ---------------------------------------------------------------- fp8
@@ -165,6 +167,7 @@ def _compressed(section: Mapping[str, Any], tensors: Mapping[str, Typed]) -> dic
         if isinstance(group, Mapping)
     ]
     allowed: Blocks = []
+    types = _SCALES
     for each in weights:
         if (
             not isinstance(each, Mapping)
@@ -185,7 +188,9 @@ def _compressed(section: Mapping[str, Any], tensors: Mapping[str, Typed]) -> dic
             allowed.append((f"{named} of {group}", (1, group)))
         else:
             return {}
-    return _scaled(tensors, ("_scale",), allowed, None) if allowed else {}
+        if str(each.get("scale_dtype")).removeprefix("torch.") == "uint8":
+            types = (*_SCALES, "uint8")
+    return _scaled(tensors, ("_scale",), allowed, None, types) if allowed else {}
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -198,6 +203,7 @@ def _scaled(
     endings: tuple[str, ...],
     allowed: Blocks,
     fmt: Any,
+    types: tuple[str, ...] = _SCALES,
 ) -> dict[str, Coded]:
     """Every tensor of 8-bit floats with its scales, which lie as one of ``allowed`` says."""
     found: dict[str, Coded] = {}
@@ -205,7 +211,7 @@ def _scaled(
     known: dict[Any, Coding] = {}
     for name, tensor in tensors.items():
         code = _FP8.get(tensor.dtype.name)
-        if code is None:
+        if code is None or name.endswith("_zero_point"):  # that has no place, or is static
             continue
         if isinstance(fmt, str) and fmt in _FP8.values() and fmt != code:
             raise _ContradictionError(f"'{name}' is {tensor.dtype.name}, where fmt says {fmt}")
@@ -222,7 +228,7 @@ def _scaled(
         kind = (code, tensor.shape, beside.dtype.code, beside.shape)
         coding = known.get(kind)  # of 45 000 tensors most are of a few kinds
         if coding is None:
-            coding = known[kind] = _coding(code, name, tensor.shape, scale, beside, allowed)
+            coding = known[kind] = _coding(code, name, tensor.shape, scale, beside, allowed, types)
         scales.add(scale)
         found[name] = Coded(name, scale, coding, tensor.shape)
     for name in tensors if found else ():
@@ -243,10 +249,11 @@ def _coding(
     scale: str,
     scales: Typed,
     allowed: Blocks,
+    types: tuple[str, ...],
 ) -> Coding:
-    if scales.dtype.name not in _SCALES:
+    if scales.dtype.name not in types:
         raise _ContradictionError(
-            f"'{scale}' is {scales.dtype.name}; scales are {', '.join(_SCALES)}"
+            f"'{scale}' is {scales.dtype.name}; scales are {', '.join(types)}"
         )
     cols = max(1, *shape[-1:])
     for _, block in allowed:

@@ -28,7 +28,8 @@ _SIDECARS = (
 # Last parts of names that only quantisers write: GPTQ, AWQ and EETQ; compressed-tensors; HQQ;
 # bitsandbytes; DeepSeek's fp8; QuIP# and SpQR, which pack into 64 bits; EXL3.
 _CODES = re.compile(
-    r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|W_q|SCB|(nested_)?(absmax|quant_map)"
+    r"qweight|qzeros|(weight_)?g_idx|weight_packed|weight_zero_point|W_q|SCB"
+    r"|(nested_)?(absmax|quant_map)"
     r"|quant_state\..+|bitsandbytes__.+|weight_scale_inv|Qidxs|dense_weights|trellis"
 )
 # Narrow integers of a layer that are none: gpt2's causal masks (attn.bias, as bytes), positions.
