@@ -14,9 +14,11 @@ WRITERS = {
     "module.": "DataParallel's wrapper",
     "base_model.model.": "peft's wrapper",
 }
-# transformers' own renaming of the parts of multimodal models (4.52), there and back.
+# transformers' own renaming of the parts of multimodal models (4.52), there and back: llava's, and
+# qwen2_vl's, which kept a language model's own names.
 _PARTS = (
-    ("model.language_model.", "language_model.model."), ("model.", ""),
+    ("model.language_model.", "language_model.model."), ("model.language_model.", "model."),
+    ("model.", ""),
     ("language_model.model.", "model.language_model."), ("", "model."),
 )  # fmt: skip
 _NUMBERED = re.compile(r"(^|\.)\d+\.")

@@ -89,14 +89,21 @@ class _Adapted:
         and no more is known. A folder here and a name on the Hub are often one model.
         """
         named = self.adapter.base_name
-        if named is None or _same_place(named, self.base.donor.folder):
-            return
-        if not _last_parts(named) & _names_of(self.base):
+        if named is not None and not self._is_named:
             self.note(
                 f"'{self.adapter.path}' names {show(named)} as its base, and is put on "
                 f"'{self.base.label}': names and shapes of tensors fit, and no more is checked; "
                 "if that is another model, give the adapter's own"
             )
+
+    @cached_property
+    def _is_named(self) -> bool:
+        """Whether the base is called what the adapter's config calls its own."""
+        named = self.adapter.base_name
+        if named is None:
+            return False
+        same = _same_place(named, self.base.donor.folder)
+        return same or bool(_last_parts(named) & _names_of(self.base))
 
     def _leave_out_head(self) -> None:
         """A tied head's factors are the embeddings' again: two of one tensor. With another scale
@@ -131,10 +138,13 @@ class _Adapted:
             lost = [name for name in lost if name not in names]
             hint = prefix_hint(a, str(self.adapter.path), b, self.base.label)
             self.note(f"{hint.partition('; rename')[0]}: they are taken for the same tensors")
-        for name in list(lost):
-            if ends(name, "lm_head") and self._is_tied:
+        for name in [name for name in lost if ends(name, "lm_head")]:
+            head = self.base.head
+            if head is None and self._is_tied:
                 self.tensors[name] = replace(self.tensors[self.base.embedding or ""], name=name)
-                names[name] = name
+                head = name
+            if head is not None and head not in names.values():  # gpt_neox's files: embed_out
+                names[name] = head
                 lost.remove(name)
         if lost:
             more = and_others(len(lost))
@@ -144,7 +154,14 @@ class _Adapted:
                     f"'{self.adapter.path}' adds a bias (lora_bias) to '{module}'{more}, which has "
                     f"none in '{self.base.label}', nor a place for it; nor does PEFT merge it"
                 )
-            raise self._stranger(f"changes {show(lost[0])}{more}, which '{self.base.label}' lacks")
+            what = f"changes {show(lost[0])}{more}, which '{self.base.label}' lacks"
+            if self._is_named:
+                raise UnsupportedError(
+                    f"'{self.adapter.path}' {what}, though its config names that base: "
+                    "transformers calls a module otherwise than the files do, or ties it to "
+                    "another; merge it with PEFT (merge_and_unload) first"
+                )
+            raise self._stranger(what)
         return names
 
     def _wanted(self) -> Iterator[str]:
