@@ -112,8 +112,9 @@ def nuslerp(
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
-    """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``; whole or by
-    vector.
+    """SLERP at w_1 / (w_0 + w_1), of the tensors or of their deltas to ``base``: of each as one
+    vector, or without ``flatten`` row by row (along the last axis), and with ``row_wise`` besides
+    column by column (along the first), as mergekit's parameters of these names have it.
     """
     given: Given = {
         "weight": weights,

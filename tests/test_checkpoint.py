@@ -259,7 +259,11 @@ def test_resolve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "reference", ["", "./absent", "/absent/model", "a/b/c", "../x", "a b/c", "a!"]
 )
-def test_resolve_is_no_hub_id(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_is_no_hub_id(
+    reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # beside a checkout something may be called x
     asked = hub(monkeypatch, "unused")
     with pytest.raises(FastmergeError, match="no such folder or file"):
         resolve(reference)

@@ -233,6 +233,10 @@ def check_quantised(view: View, method: Method, where: str, *, scaled: bool) -> 
 
 @dataclass(frozen=True, eq=False)
 class Input:
+    """A model, or an earlier document, as one of those that a part is made of; ``where`` it is
+    listed, ``settings`` what it is given there.
+    """
+
     view: View
     start: int  # first layer (slices only)
     where: str
