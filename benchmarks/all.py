@@ -57,6 +57,7 @@ PRESETS = (
     Preset("walk.py --size 0.2b --repeat 7", _both("walk-0.2b")),
     Preset("walk.py --size 1.1b --repeat 5", _both("walk-1.1b")),
     Preset("fold.py --size 1.1b --rank 16 --repeat 5", _both("fold-1.1b")),
+    Preset("adapters.py --rounds 5 --record", _both("adapters")),
     Preset("kernels.py", _both("kernels")),
     Preset("ops.py --seconds 2", _both("ops")),
     Preset("exactness.py", _both("exactness")),

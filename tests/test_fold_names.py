@@ -3,10 +3,10 @@ merge, as transformers writes it."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastmerge
-from fastmerge.errors import UnsupportedError
+from fastmerge.errors import ModelError, UnsupportedError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -97,3 +97,23 @@ def test_names_that_are_not_known_say_so_of_the_base_that_the_adapter_names(tmp_
     with pytest.raises(fastmerge.FastmergeError, match=r"it is for another base; its config names"):
         fastmerge.fold(tmp_path / "other", adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_config_says_is_saved_whole_is_there(tmp_path) -> None:
+    """PEFT fails to load it (KeyError), where a base's own head would be another than was trained.
+    Names that no module has are nothing: PEFT writes some for every classifier.
+    """
+    settings = {"target_modules": ["dense"], "modules_to_save": ["lm_head", "score"]}
+    base, adapter = make(tmp_path, gpt_neox(), **settings)
+    fastmerge.fold(base, adapter, tmp_path / "whole")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, file)
+    fastmerge.fold(base, adapter, tmp_path / "head")  # embed_out: what they call it is not told
+    for folder in (base, adapter):
+        file = next(folder.glob("*.safetensors"))
+        named = {n.replace("embed_out.", "lm_head."): t for n, t in load_file(file).items()}
+        save_file(named, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"modules_to_save names 'lm_head', and the adapter has"):
+        fastmerge.fold(base, adapter, tmp_path / "out")

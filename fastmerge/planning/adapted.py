@@ -24,6 +24,7 @@ from fastmerge.models.config import CAUSAL, classes_of, is_tied, model_type, tex
 from fastmerge.models.header import show
 from fastmerge.models.links import hub_repository
 from fastmerge.models.names import moved_part, prefix_hint, renamed
+from fastmerge.models.patterns import starts
 from fastmerge.models.quantised import find_quantised
 from fastmerge.models.side_files import is_tokenizer, side_files
 from fastmerge.models.vocabulary import TEMPLATE, Vocabulary, identity, read_vocabulary, template_of
@@ -69,6 +70,7 @@ class _Adapted:
         self._note_base()
         names = self._names()
         self._check_whole(names)
+        self._check_saved(names)
         for wanted, stored in self.saved.items():
             self._replace(names[wanted], stored)
         for module, factors in self.factors.items():
@@ -203,6 +205,26 @@ class _Adapted:
             more = and_others(len(lost))
             raise self._stranger(
                 f"has no factors for '{lost[0]}'{more}, which its target_modules mean"
+            )
+
+    def _check_saved(self, names: Mapping[str, str]) -> None:
+        """Modules that the config says are trained whole are there, where the base has such."""
+        given = self.adapter.config.get("modules_to_save")
+        wanted = set(given) if isinstance(given, list) else set()
+        saved = {names.get(name, name) for name in self.adapter.saved}
+        lost: dict[str, str] = {}  # by the config's name: a tensor of the base that it means
+        found: set[str] = set()
+        for name in self.base.tensors if wanted else ():
+            module = name.rpartition(".")[0]
+            for end in (module[at:] for at in starts(module) if module[at:] in wanted):
+                lost.setdefault(end, name)
+                if name in saved:
+                    found.add(end)
+        first = next((end for end in lost if end not in found), None)
+        if first is not None:
+            raise ModelError(
+                f"'{self.adapter.path}': modules_to_save names {show(first)}, and the adapter has "
+                f"nothing for {show(lost[first])}; one of its two files is stale: save it again"
             )
 
     def _means(self, name: str, *, parameter: bool) -> bool:
