@@ -234,6 +234,10 @@ def test_a_sweep_is_scored_with_the_tokenizer_that_it_makes(aligned, tmp_path, m
         ({"tokenizer": {"tokens": {"nope": {}}}}, "no model has the token 'nope'"),
         ({"tokenizer": {"tokens": {"a": {"source": {"kind": "best"}}}}}, "kind 'best'"),
         (
+            {"tokenizer": {"tokens": {"a": {"source": {"model": "base", "token_id": 1}}}}},
+            "write `kind: model_token` beside its token",
+        ),
+        (
             {"tokenizer": {"tokens": {"<|im_start|>": {"source": "base"}}}},
             "no token '<|im_start|>'",
         ),

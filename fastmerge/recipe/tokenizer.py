@@ -27,9 +27,12 @@ class TokenSource:
 
 def token_source(value: Any) -> TokenSource:
     """A model, ``{kind: model_token, model, token | token_id}`` or ``{kind: zero}``."""
-    if not isinstance(value, Mapping) or ("kind" not in value and "token" not in value):
+    own = ("kind", "token", "token_id")
+    if not isinstance(value, Mapping) or not any(key in value for key in own):
         return TokenSource(reference(value))
     kind = value.get("kind")
+    if kind is None:
+        raise FaultError("has no 'kind:'; write `kind: model_token` beside its token")
     if kind not in _KINDS:
         wanted = " or ".join(f"'{known}'" for known in _KINDS)
         raise FaultError(f"has the kind {brief(kind)}; use {wanted}")
