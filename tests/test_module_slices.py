@@ -227,7 +227,12 @@ def test_a_layer_with_a_merger_of_its_own_is_given_once(zoo) -> None:
             "decoder",
             PartLayers((), ("decoder_layers",), 3),
         ),
-        ({"num_layers": 3}, "decoder", PartLayers((), (), 3)),  # t5 without num_decoder_layers
+        (  # t5 without num_decoder_layers
+            {"num_layers": 3, "is_encoder_decoder": True},
+            "decoder",
+            PartLayers((), (), 3),
+        ),
+        ({"num_hidden_layers": 3}, "decoder", PartLayers((), ("num_hidden_layers",), 3)),  # opt
         ({"num_layers": 3}, "encoder", PartLayers((), ("num_layers",), 3)),
         (
             {"decoder": {"num_hidden_layers": 4}},

@@ -56,6 +56,7 @@ _SECTIONS = {
     "encoder": ("encoder", "encoder_config"),
     "decoder": ("decoder", "decoder_config"),
 }
+_HALVES = ("encoder_layers", "num_encoder_layers", *DECODER_COUNTS)
 _PART_COUNTS = {
     "vision": ("depth",),
     "audio": ("encoder_layers",),
@@ -93,7 +94,9 @@ def part_layers(config: Mapping[str, Any], part: str) -> PartLayers:
     shared = [name for name in LAYER_COUNTS if whole(config, name) > 0]
     found_in = (own + shared)[:1]
     count = whole(config, found_in[0]) if found_in else None
-    if part == "encoder":  # which the usual names count, where there are others for the decoder
+    halves = config.get("is_encoder_decoder") or any(whole(config, key) for key in _HALVES)
+    # Of two halves the usual names count the encoder's; OPT's decoder is all there is.
+    if part == "encoder" or not halves:
         own += [name for name in shared if config[name] == count]
     return PartLayers((), tuple(own), count)
 
