@@ -1,15 +1,13 @@
 #include "io/mapping.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <cstdint>
 #include <stdexcept>
 
 #include "io/error.h"
+#include "io/system.h"
 
 namespace fastmerge {
 

@@ -1,11 +1,5 @@
 #include "io/staging.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -13,6 +7,7 @@
 #include <stdexcept>
 
 #include "io/error.h"
+#include "io/system.h"
 
 namespace fastmerge {
 
@@ -24,16 +19,6 @@ constexpr int64_t kHugePage = 2 << 20;
 
 int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
-}
-
-// File systems in memory accept O_DIRECT and then copy all the same; `direct` must not claim
-// otherwise.
-bool in_memory(int fd) {
-    constexpr unsigned long kTmpfs = 0x01021994, kRamfs = 0x858458f6;
-    struct statfs info;
-    if (::fstatfs(fd, &info)) return false;
-    const auto type = static_cast<unsigned long>(info.f_type) & 0xffffffffUL;
-    return type == kTmpfs || type == kRamfs;
 }
 
 }  // namespace
@@ -103,7 +88,7 @@ Staging::Staging(int64_t buffer_bytes, int buffers, int threads) : buffer_bytes_
     char* data = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(mapped_), kHugePage));
     // Direct I/O pins every page of a buffer for every write: 2 huge pages instead of 1024 small
     // ones.
-    ::madvise(data, static_cast<size_t>(buffer_bytes * buffers), MADV_HUGEPAGE);
+    use_huge_pages(data, static_cast<size_t>(buffer_bytes * buffers));
     for (int i = buffers - 1; i >= 0; --i) {
         buffers_[static_cast<size_t>(i)].data = data + i * buffer_bytes;
         free_.push_back(i);
@@ -205,9 +190,9 @@ StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64
     if (size < 0) throw std::invalid_argument("size must not be negative");
     const int flags = O_RDWR | O_CLOEXEC | (resume ? 0 : O_CREAT | O_TRUNC);
     if (io != Io::kBuffered) {
-        fd_ = ::open(path_.c_str(), flags | O_DIRECT, 0666);
+        fd_ = ::open(path_.c_str(), flags | kDirect, 0666);
         direct_ = fd_ >= 0;
-        if (fd_ >= 0 && in_memory(fd_)) {
+        if (fd_ >= 0 && (!kDirect || in_memory(fd_))) {
             ::close(fd_);
             fd_ = -1;
             errno = EINVAL;
@@ -220,12 +205,7 @@ StagedFile::StagedFile(std::shared_ptr<Staging> staging, std::string path, int64
     // Reserving the space finds a full disk before any work is done. Padded, so that the last
     // direct write fits.
     const int64_t reserved = round_up(size, kAlign);
-    int failed = 0;
-    if (reserved && ::fallocate(fd_, 0, 0, reserved)) {
-        failed = errno;
-        if (failed == EOPNOTSUPP || failed == ENOSYS)
-            failed = ::ftruncate(fd_, reserved) ? errno : 0;
-    }
+    const int failed = reserved ? reserve(fd_, reserved) : 0;
     ::close(fd_);
     fd_ = -1;
     if (failed) throw IoError(failed, path_);
@@ -386,7 +366,7 @@ void StagedFile::keep(int64_t offset, int64_t nbytes) {
 
 int StagedFile::descriptor(int& error) {
     std::lock_guard<std::mutex> lock(fd_mutex_);
-    if (fd_ < 0) fd_ = ::open(path_.c_str(), O_RDWR | O_CLOEXEC | (direct_ ? O_DIRECT : 0));
+    if (fd_ < 0) fd_ = ::open(path_.c_str(), O_RDWR | O_CLOEXEC | (direct_ ? kDirect : 0));
     error = fd_ < 0 ? errno : 0;
     return fd_;
 }
@@ -422,7 +402,7 @@ int StagedFile::write_chunk(int64_t number, const char* data) {
         }
     }
     // Start the disk now: the fsync at the end would find everything still to do.
-    if (!direct_) ::sync_file_range(fd, begin, nbytes, SYNC_FILE_RANGE_WRITE);
+    if (!direct_) start_writing(fd, begin, nbytes);
     staging_->bytes_written_ += exact;
     return 0;
 }

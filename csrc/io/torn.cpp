@@ -1,13 +1,12 @@
 #include "io/torn.h"
 
 #include <signal.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+
+#include "io/system.h"
 
 namespace fastmerge {
 
@@ -31,8 +30,8 @@ struct Block {
 const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
 Block first;
 std::atomic<const struct sigaction*> before{nullptr};  // what handled SIGBUS until we did
-std::atomic<long> passing_on{0};                       // the thread that is inside it
-std::atomic<long> passed_on{0};                        // the thread that was, after a fault
+std::atomic<int64_t> passing_on{0};                    // the thread that is inside it
+std::atomic<int64_t> passed_on{0};                     // the thread that was, after a fault
 
 bool patch(uintptr_t address) {
     for (Block* block = &first; block; block = block->next) {
@@ -56,9 +55,9 @@ bool patch(uintptr_t address) {
 // we return: then there is nobody left to ask.
 void pass_on(int number, siginfo_t* info, void* context) {
     const struct sigaction* old = before;
-    const long self = ::syscall(SYS_gettid);
+    const int64_t self = thread_number();
     const bool sent = info->si_code <= 0;  // by kill or raise: no instruction will fault again
-    const bool again = passing_on == self || (info->si_code == SI_TKILL && passed_on == self);
+    const bool again = passing_on == self || (info->si_code == kSentToThread && passed_on == self);
     const bool handles =
         (old->sa_flags & SA_SIGINFO) || (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN);
     if (handles && !again) {
