@@ -171,48 +171,70 @@ def rank_kernel(
 
 
 @triton.jit
-def nth_kernel(buffer, queries, answers, QUERY: tl.constexpr, STEP: tl.constexpr):
-    """The rank-th largest of some gathered values, no two of which are equal (but for empty slots):
-    256-bin histograms from the top digit down, until one value is left.
+def _narrowed(histogram, rank, above, prefix, digits):
+    """The prefix by one digit longer, the values above all that begin with it, and how many do."""
+    larger = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+    wanted = (rank - above).to(tl.int32)
+    here = (larger < wanted) & (wanted <= larger + histogram)
+    digit = tl.sum(tl.where(here, tl.arange(0, 256), 0), 0)
+    prefix = (prefix << digits.to(tl.uint64)) | digit.to(tl.uint64)
+    above += tl.sum(tl.where(here, larger, 0), 0)
+    return prefix, above, tl.sum(tl.where(here, histogram, 0), 0)
+
+
+@triton.jit(do_not_specialize=["level"])
+def nth_kernel(
+    buffer, queries, owners, histograms, answers, level,
+    QUERY: tl.constexpr, LEVELS: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One level of the search for the rank-th largest of some gathered values, no two of which are
+    equal (but for empty slots): 256-bin histograms from the top digit down, until one value is
+    left, which the launch after looks up. A query has a program for each PART of its slots: they
+    add to the histogram of this level, and all follow those of the levels before.
 
     queries: int64 (n, QUERY): first slot, slots, rank from 1, bits (a value's bits above these are
-    the same in all that can be the answer), those bits. answers: int64 (n,).
+    the same in all that can be the answer), those bits, first program. owners: int32, the query of
+    each program. histograms: int32 (n, LEVELS, 256), zeros at first. answers: int64 (n,), too.
     """
-    query = tl.program_id(0).to(tl.int64)
+    query = tl.load(owners + tl.program_id(0)).to(tl.int64)
     queries += QUERY * query
-    first, count, rank = tl.load(queries), tl.load(queries + 1), tl.load(queries + 2)
+    histograms += LEVELS * 256 * query
+    rank = tl.load(queries + 2)
     shift = tl.load(queries + 3).to(tl.int32)
     prefix = tl.load(queries + 4).to(tl.uint64, bitcast=True)
+    begin = (tl.program_id(0) - tl.load(queries + 5)) * PART
+    end = tl.minimum(tl.load(queries + 1), begin + PART)
+    buffer += tl.load(queries)
     bins = tl.arange(0, 256)
     above = rank * 0
     equal = (rank * 0 + 2).to(tl.int32)
-    while (shift > 0) & (equal > 1):
-        digits = tl.minimum(shift, 8)
+    digits = tl.minimum(shift, 8)
+    known = level * 0
+    for before in range(level):
+        if (digits > 0) & (equal > 1):
+            histogram = tl.load(histograms + 256 * before + bins)
+            prefix, above, equal = _narrowed(histogram, rank, above, prefix, digits)
+            shift -= digits
+            digits = tl.minimum(shift, 8)
+            known += 1
+    if (digits > 0) & (equal > 1):
         shift -= digits
         histogram = tl.zeros([256], tl.int32)
-        for start in range(0, count, STEP):
+        for start in range(begin, end, STEP):
             at = start + tl.arange(0, STEP)
-            raw = tl.load(buffer + first + at, mask=at < count, other=0)
+            raw = tl.load(buffer + at, mask=at < end, other=0)
             value = raw.to(tl.uint64, bitcast=True) >> shift.to(tl.uint64)
-            live = (at < count) & ((value >> digits.to(tl.uint64)) == prefix)
+            live = (at < end) & ((value >> digits.to(tl.uint64)) == prefix)
             digit = (value & 255).to(tl.int32) & ((1 << digits) - 1)
             histogram += tl.histogram(digit, 256, mask=live)
-        larger = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
-        wanted = (rank - above).to(tl.int32)
-        here = (larger < wanted) & (wanted <= larger + histogram)
-        prefix = (prefix << digits.to(tl.uint64)) | tl.sum(tl.where(here, bins, 0), 0).to(tl.uint64)
-        above += tl.sum(tl.where(here, larger, 0), 0)
-        equal = tl.sum(tl.where(here, histogram, 0), 0)
-    answer = prefix.to(tl.int64, bitcast=True)
-    if shift > 0:
-        found = tl.zeros([STEP], tl.int64)
-        for start in range(0, count, STEP):
+        where = histograms + 256 * level + bins
+        tl.atomic_add(where, histogram, mask=histogram > 0, sem="relaxed")
+    elif known == level:
+        for start in range(begin, end, STEP):
             at = start + tl.arange(0, STEP)
-            raw = tl.load(buffer + first + at, mask=at < count, other=0)
+            raw = tl.load(buffer + at, mask=at < end, other=0)
             value = raw.to(tl.uint64, bitcast=True) >> shift.to(tl.uint64)
-            found += tl.where((at < count) & (value == prefix), raw, 0)
-        answer = tl.sum(found, 0)
-    tl.store(answers + query, answer)
+            tl.store(answers + query + at * 0, raw, mask=(at < end) & (value == prefix))
 
 
 @triton.jit

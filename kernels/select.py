@@ -9,8 +9,9 @@ Rivest's SELECT ("Expected time bounds for selection", CACM 18(3), 1975) costs t
 1. sample: 2**17 entries of each delta, in 16-element sectors at hashed places, go to a buffer; a
    radix search over the buffer finds two pivots that bracket the wanted rank within about 1 %;
 2. count: one pass over all entries counts those above the pivots and gathers those between;
-3. a radix search over the gathered few finds the entry. Where the sample misled, the counts say
-   where the entry lies, and the search goes on there: the answer never depends on the sample.
+3. a radix search over the gathered few, by a program for each 2**15 of them and a launch for each
+   digit, finds the entry. Where the sample misled, the counts say where the entry lies, and the
+   search goes on there: the answer never depends on the sample.
 
 All counts are integers, and the place of a gathered value means nothing, so the order in which
 programs run does not matter.
@@ -66,7 +67,9 @@ MOST_PASSES = 200  # a search takes one to three; every pass shrinks what is lef
 SIGMAS = 4.0  # of a sampled rank, on either side of it, that the pivots bracket
 WINDOW = 4  # columns: low, high, first slot, slots
 COUNTS = 3  # columns: granules, inside, above
-QUERY = 5  # columns: first slot, slots, rank, bits, the bits above
+QUERY = 6  # columns: first slot, slots, rank, bits, the bits above, first program
+LEVELS = 8  # digits of a value
+PART = 1 << 15  # gathered values of one program: 256 KiB
 DELTAS = 4  # deltas that share a launch; more would take tens of seconds to compile
 NARROW = 1 << 32  # tensors up to this length have 32-bit orders
 MOST = 1 << 33  # elements, beyond which magnitude and order do not fit 64 bits
@@ -464,23 +467,35 @@ class _Batch:
         """
         edges = zip(low[asked].tolist(), high[asked].tolist(), strict=True)
         bits = [(a ^ b).bit_length() for a, b in edges]  # above these low and high are the same
+        if not bits:
+            return np.zeros(ranks.shape, dtype=np.uint64)
         table = np.zeros((len(ranks), len(bits), QUERY), dtype=np.int64)
         table[..., 0], table[..., 1] = self.firsts[asked], slots[asked]
         table[..., 2], table[..., 3] = ranks[:, asked], bits
         shared = [b >> n for b, n in zip(high[asked].tolist(), bits, strict=True)]
         table[..., 4] = np.array(shared, dtype=np.uint64).view(np.int64)
-        found = torch.zeros(table[..., 0].size, dtype=torch.int64, device=self.tables.device)
-        launch(
-            nth_kernel,
-            len(found),
-            self.tables.device,
-            self.buffer,
-            upload(table, self.tables.device),
-            found,
-            QUERY=QUERY,
-            STEP=2048,
-            registers=MOST_REGISTERS,
-        )
+        queries, device = table.reshape(-1, QUERY), self.tables.device
+        programs = -(-queries[:, 1] // PART)
+        queries[:, 5] = np.cumsum(programs) - programs
+        owners = np.repeat(np.arange(len(queries), dtype=np.int32), programs)
+        given = [self.buffer, upload(queries, device), upload(owners, device)]
+        histograms = torch.zeros(len(queries), LEVELS, 256, dtype=torch.int32, device=device)
+        found = torch.zeros(len(queries), dtype=torch.int64, device=device)
+        for level in range(-(-max(bits) // 8) + 1):
+            launch(
+                nth_kernel,
+                len(owners),
+                device,
+                *given,
+                histograms,
+                found,
+                level,
+                QUERY=QUERY,
+                LEVELS=LEVELS,
+                PART=PART,
+                STEP=2048,
+                registers=MOST_REGISTERS,
+            )
         answers = np.zeros(ranks.shape, dtype=np.uint64)
         answers[:, asked] = found.cpu().numpy().view(np.uint64).reshape(table.shape[:2])
         return answers

@@ -271,6 +271,7 @@ def deltas(kind, size, dtype):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_select_equals_cpu(kind, dtype, sampled, monkeypatch):
     size = 1500
+    monkeypatch.setattr(select_module, "PART", 512)  # several programs a query
     if sampled:  # small rooms: sample, count, gather, search on, as a large tensor does
         monkeypatch.setattr(select_module, "ROOM", 200)
         monkeypatch.setattr(select_module, "SAMPLES", 150)

@@ -5,6 +5,8 @@ Run by test_triton.py under Triton's interpreter; on a GPU, run it there directl
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.tensor import Computation
 from fastmerge.engine.products import grams
 from fastmerge.errors import FastmergeError
-from fastmerge.kernels import common
+from fastmerge.kernels import combine, common, consensus, gram, pointwise, select
 from fastmerge.methods import Combination, Function, Parameter, find
 from fastmerge.methods.shapes import Factors
 from fastmerge.models.memory import view_of
@@ -155,6 +157,50 @@ def test_resident_equals_cpu(case):
         assert (outcomes[t].nonfinite, outcomes[t].kept) == (wanted.nonfinite, wanted.kept)
         for source, value in (wanted.coefficients or {}).items():
             assert outcomes[t].coefficients[source] == pytest.approx(value, rel=1e-12)
+
+
+# Of a whole model of tensors alike, whatever their number. A search has up to nine levels, twice.
+MOST_LAUNCHES = {
+    "linear": {"combine_kernel": 1},
+    "slerp": {"gram_kernel": 1, "reduce_kernel": 1, "combine_kernel": 1},
+    "ties": {"rank_kernel": 2, "nth_kernel": 18, "consensus_kernel": 1},
+    "dare_ties": {"measure_kernel": 1, "reduce_kernel": 1, "consensus_kernel": 1},
+    "nearswap": {"pointwise_kernel": 1},
+}
+
+
+@pytest.mark.parametrize("case", MOST_LAUNCHES)
+def test_launches_and_tables_of_a_merge(case, monkeypatch):
+    """What it costs besides its kernels: launches, and no table of addresses after the first."""
+    launched, grouped = Counter(), Counter()
+    launch, group = common.launch, common.group
+
+    def counting(kernel, programs, *arguments, **meta):
+        launched[kernel.fn.__name__] += programs > 0
+        launch(kernel, programs, *arguments, **meta)
+
+    def grouping(*arguments, **options):
+        grouped[case] += 1
+        return group(*arguments, **options)
+
+    for module in (combine, consensus, gram, pointwise, select):
+        monkeypatch.setattr(module, "launch", counting)
+        if hasattr(module, "group"):
+            monkeypatch.setattr(module, "group", grouping)
+    monkeypatch.setattr(common, "group", grouping)
+    sources = models(4)
+    shapes = [tensor.shape for tensor in sources[0]]
+    outs = [torch.empty(shape, dtype=BF16, device=DEVICE) for shape in shapes]
+    jobs = [Job(str(t), root, outs[t]) for t, root in enumerate(CASES[case])]
+    resident = Batch(jobs, lambda source: sources[source.model][int(source.name)])
+    resident.run()
+    assert grouped[case]
+    launched.clear(), grouped.clear()
+    resident.run()
+    print(case, dict(launched))
+    assert not grouped
+    assert launched.keys() == MOST_LAUNCHES[case].keys()
+    assert all(launched[name] <= most for name, most in MOST_LAUNCHES[case].items()), launched
 
 
 @pytest.mark.parametrize("case", ["slerp", "ties"])

@@ -93,7 +93,7 @@ void install() {
     struct sigaction ours = {};
     ours.sa_sigaction = on_sigbus;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
-    ::sigemptyset(&ours.sa_mask);
+    sigemptyset(&ours.sa_mask);  // a macro elsewhere
     ::sigaction(SIGBUS, &ours, nullptr);
 }
 
