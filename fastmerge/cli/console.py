@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastmerge.cli.streams import answer, drop, remark
 from fastmerge.errors import printable, shortened
@@ -64,10 +64,21 @@ def table(
         if sum(least.values()) + 3 * len(least) > console.width:
             absent.append(name)
             del least[name]
+    # The widest give way, none below its longest word: rich alone shrinks all, and breaks words.
+    widths = {
+        name: max(_cells(line[i]) for line in (columns, *lines))
+        for i, name in enumerate(columns)
+        if name in least
+    }
+    for _ in range(sum(widths.values()) + 3 * len(widths) - console.width):
+        widest = max(widths, key=lambda name: (widths[name] > least[name], widths[name]))
+        if widths[widest] > least[widest]:
+            widths[widest] -= 1
     drawn = Table(box=box.SIMPLE, pad_edge=False)
-    for column in least:
+    for column, width in widths.items():
         head = shortened(printable(column))
-        drawn.add_column(head, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        drawn.add_column(head, justify=justify, overflow="fold", width=width)
     for cells in lines:
         drawn.add_row(*[cell for name, cell in zip(columns, cells, strict=True) if name in least])
     console.print(drawn)
