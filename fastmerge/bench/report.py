@@ -25,7 +25,9 @@ def markdown(report: dict[str, Any], title: str = "fastmerge bench") -> str:
             parts += [f"## {heading}", table(columns | _of_peers(rows), rows)]
             said |= dict.fromkeys(notes)
     parts.append("## How it was measured")
-    how = f"Medians with their quartiles of {report['repeat']} runs on {report['threads']} threads"
+    repeat = report["repeat"]
+    runs = f"{repeat} run{'s'[: repeat != 1]}"
+    how = f"Medians with their quartiles of {runs} on {report['threads']} threads"
     less = f"of other programs {report['peer_repeat']}, of kernels and ops 5 at least"
     parts += [f"{how}; {less}. {_CHECKED}", *said]
     parts += [f"Note: {escaped(note)}." for note in report["notes"]]
