@@ -18,7 +18,7 @@ from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.engine.extract import Found, extract
 from fastmerge.engine.merge_adapters import merge_adapter_plan
 from fastmerge.engine.report import MergeReport
-from fastmerge.errors import FastmergeError, argument, brief, is_whole
+from fastmerge.errors import FastmergeError, argument, brief, enough_memory, is_whole
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.side_files import check_card
 from fastmerge.models.summary import place_of
@@ -30,6 +30,7 @@ from fastmerge.recipe.adapters import AdapterRecipe
 from fastmerge.recipe.source import read
 
 
+@enough_memory("extract-lora")
 def extract_lora(
     tuned: str | Path,
     base: str | Path,
@@ -108,6 +109,7 @@ def extract_lora(
         )
 
 
+@enough_memory("merge")
 def merge_adapters(
     adapters: Sequence[str | Path],
     out: str | Path,

@@ -15,7 +15,14 @@ from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.recording import refuse_traces
 from fastmerge.engine.executor import Local
-from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief, in_words
+from fastmerge.errors import (
+    FastmergeError,
+    ModelError,
+    UnsupportedError,
+    brief,
+    enough_memory,
+    in_words,
+)
 from fastmerge.methods import Parameter, find
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.memory import (
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@enough_memory("merge_state_dicts")
 def merge_state_dicts(
     models: Mapping[Any, Any] | Sequence[Any],
     method: Any,

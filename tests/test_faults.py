@@ -32,7 +32,17 @@ def faults(*more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "scenario", ["merge", "overwrite", "overwrite in two steps", "resume", "parts"]
+    "scenario",
+    [
+        "merge",
+        "overwrite",
+        "overwrite in two steps",
+        "resume",
+        "parts",
+        "walk",
+        "sweep",
+        "adapters",
+    ],
 )
 def test_no_fault_leaves_half_a_model_or_blocks_the_next_run(scenario: str) -> None:
     ran = faults("--only", scenario, "--interrupts", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -18,6 +19,7 @@ from fastmerge.cli.files import check_file, write_result
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal
 from fastmerge.evaluation.weights import clear
+from fastmerge.output.working import WorkingFolder
 from fastmerge.retrograde import run
 from fastmerge.search.sweep import sweep
 from tests.test_shared_folders import ALICE, MALLORY, as_user, shared  # noqa: F401 (a fixture)
@@ -284,3 +286,66 @@ def test_another_user_finds_our_results_where_they_were(shared: Path) -> None:  
     as_user(ALICE, lambda: write_result(shared / "y.json", b"{}"))
     assert (shared / "x.json").read_text() == "thesis"
     assert (shared / "y.json").stat().st_uid == ALICE
+
+
+# --- what a run that died left, and where it died ---
+
+
+@pytest.mark.parametrize("name", [".run.json.0123456789abcdef", ".journal.jsonl.fedcba9876543210"])
+def test_what_was_half_written_is_in_nobody_s_way(
+    walk: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """A run that was killed before its header had its name could not be begun again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{")
+    run(walk, out, evaluate=False, threads=1)
+    assert not (out / name).exists()
+
+
+def test_a_walk_again_is_the_same_bits(zoo: Any, tmp_path: Path, walk: dict[str, Any]) -> None:
+    """In fp32 the sums of matrices that were kept showed: another output of the same command."""
+    for number in range(2):
+        zoo.write(f"m{number}", zoo.read(tmp_path / f"m{number}"), dtype="F32")
+    first = run(walk, tmp_path / "out", evaluate=False, threads=1).out
+    assert first is not None
+    wanted = tree(first / "model")
+    run(walk, first, evaluate=False, threads=1, resume=True)
+    assert tree(first / "model") == wanted
+
+
+def test_a_lock_that_cannot_be_closed_hides_no_error(
+    walk: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may say EIO or ENOSPC there, which was raised in place of what had happened."""
+    close = os.close
+
+    def failing(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)
+        if ".at-work" in name:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "close", failing)
+    run(walk, tmp_path / "out", evaluate=False, threads=1)
+
+
+def test_an_error_of_an_unfinished_folder_names_it(tmp_path: Path) -> None:
+    """And not /proc/self/fd/7."""
+    folder = WorkingFolder.make(tmp_path / "made")
+    for inside, shown in ((folder.inside, folder.path), (folder.inside / "x", folder.path / "x")):
+        error = folder.named(PermissionError(errno.EACCES, "Permission denied", str(inside)))
+        assert error.filename == str(shown)
+    other = OSError(errno.EACCES, "Permission denied", f"{folder.inside}0/x")
+    assert folder.named(other) is other
+    folder.close()
+
+
+def test_a_sweep_without_memory_is_one_line(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("fastmerge.search.sweep.Sweep", none)
+    assert "no more memory" in refusal(sweep, recipe, tmp_path / "out", [0.5])

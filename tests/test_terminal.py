@@ -244,3 +244,21 @@ def test_a_long_word_is_shown_in_part(capsys) -> None:
         main(["merge", "r.yml", "out", "--seed", "9" * 100_000])
     assert ended.value.code == 2
     assert len(capsys.readouterr().err) < 4000
+
+
+@pytest.mark.parametrize("command", ["info", "diff"])
+def test_no_memory_is_one_line(
+    zoo, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A header of 100 MB in a process that has 1 GB ended with a traceback."""
+
+    def none(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    folder = str(zoo.base())
+    monkeypatch.setattr("fastmerge.models.header.parse_header", none)
+    with pytest.raises(SystemExit) as ended:
+        main([command, folder, folder][: 2 if command == "info" else 3])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no more memory" in said

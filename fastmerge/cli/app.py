@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, TypeVar
 from fastmerge.cli.console import pairs, put, say
 from fastmerge.cli.options import Argument, Option, name_of, parse
 from fastmerge.cli.streams import deliver
-from fastmerge.errors import FastmergeError, command_line, nearest
+from fastmerge.errors import FastmergeError, command_line, enough_memory, nearest
 from fastmerge.version import __version__
 
 DIFFERS, MISTAKE = 1, 2  # exit codes: 1 as diff and cmp have it
@@ -50,7 +50,9 @@ def run(words: Sequence[str]) -> None:
             fail(f"no {what} '{first}'; {nearest(first, known, limit=len(COMMANDS))}", MISTAKE)
         else:
             function = COMMANDS[first]
-            code = function(**parse(function, words[1:], PROGRAM, ELSEWHERE.get(first)))
+            given = parse(function, words[1:], PROGRAM, ELSEWHERE.get(first))
+            with enough_memory(first):
+                code = function(**given)
         deliver()
     except FastmergeError as error:
         fail(str(error), MISTAKE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable
@@ -155,6 +156,11 @@ def _loose(path: Path) -> OutputError:
         f"{path}: other users may write to it, so that nothing in it is certain; if all is as you "
         "left it: chmod go-w, else use another folder"
     )
+
+
+def is_half_written(name: str) -> bool:
+    """Whether a file of this name is what `write_atomically` leaves where it is killed."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{16}", name) is not None
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

@@ -77,10 +77,9 @@ class WorkingFolder:
 
     def named(self, error: OSError) -> OSError:
         """The same error with the folder's name in the place of ``inside``."""
-        prefix = f"{self.inside}/"
-        if str(error.filename).startswith(prefix):
-            name = self.path / str(error.filename)[len(prefix) :]
-            return OSError(error.errno, error.strerror, str(name))
+        inside, name = str(self.inside), str(error.filename)
+        if name == inside or name.startswith(f"{inside}/"):
+            return OSError(error.errno, error.strerror, f"{self.path}{name[len(inside) :]}")
         return error
 
     def remove(self) -> None:

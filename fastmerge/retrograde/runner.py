@@ -109,13 +109,14 @@ def run(
     own = driver.draw_seed() if schedule.seed is None else schedule.seed
     seed, hold = prepare(out, header, seed, own, resume=resume)
     with hold, bar as told:
-        cache = out / GRAM_FILE
-        known = cached_grams(cache, template)
-        if scorer is None and not known and not _needs_distances(schedule):
+        # Resumed, too: matrices that are read make other sums, and an output of other bits.
+        if scorer is None and not _needs_distances(schedule):
             return _run_unmeasured(schedule, template, out, seed, threads, told, on_step)
         from fastmerge.retrograde.comparison import begin_beside, compare
         from fastmerge.retrograde.report import write
 
+        cache = out / GRAM_FILE
+        known = cached_grams(cache, template)
         space = space_of(
             template,
             known,

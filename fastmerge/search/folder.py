@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, OutputError, argument, is_whole
-from fastmerge.evaluation.journal import Journal, check_own, write_own
+from fastmerge.evaluation.journal import Journal, check_own, is_half_written, write_own
 from fastmerge.evaluation.weights import SCORED
 from fastmerge.models.header import read_object
 from fastmerge.output.journal import locked
@@ -44,6 +44,8 @@ class Hold:
                 _keep_to_oneself(out)
             path = out.resolve() / LOCK_FILE
             descriptor, users = _held.get(path) or (locked(path), 0)
+            if not users:
+                _clear(path.parent)
         except BlockingIOError:
             raise OutputError(f"{out}: another run is at work in it now ({LOCK_FILE})") from None
         except OSError as error:
@@ -56,6 +58,13 @@ class Hold:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _clear(out: Path) -> None:
+    """Removes what a run that was killed had half written; nobody else is at work here now."""
+    for name in filter(is_half_written, os.listdir(out)):
+        with suppress(OSError):
+            (out / name).unlink()
 
 
 def _keep_to_oneself(out: Path) -> None:
@@ -79,12 +88,14 @@ def _release(path: Path, process: int, is_new: bool) -> None:
         path.unlink(missing_ok=True)
         if is_new:
             path.parent.rmdir()  # refused before it wrote anything
-    os.close(descriptor)
+    with suppress(OSError):  # nothing was written to it
+        os.close(descriptor)
 
 
 def entries(out: Path) -> set[str]:
-    """The names in a run's folder, which need not exist; a lock is none."""
-    return {file.name for file in out.iterdir()} - {LOCK_FILE} if os.path.exists(out) else set()
+    """The names in a run's folder, which need not exist, less a lock and what is half written."""
+    names = os.listdir(out) if os.path.exists(out) else []
+    return {name for name in names if name != LOCK_FILE and not is_half_written(name)}
 
 
 def prepare(

@@ -24,6 +24,7 @@ from fastmerge.errors import (
     RecipeError,
     UnsupportedError,
     argument,
+    enough_memory,
 )
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.evaluators import Measure, same_scorer
@@ -183,6 +184,7 @@ def _with_t(root: Merge, t: float) -> Merge:
     return result
 
 
+@enough_memory("sweep")
 def sweep(
     recipe: Any,
     out: str | Path,
