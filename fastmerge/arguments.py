@@ -18,13 +18,17 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def a_path(value: Any, where: str) -> Path:
-    """A path that a file system can have: text or `os.PathLike` of text, not empty, no NUL; ``~``
-    is the home, as in a shell and in a reference to a model.
+    """A path that a file system can have: text or `os.PathLike` of text, not empty, no NUL, no
+    surrogate but those of bytes; ``~`` is the home, as in a shell and in a reference to a model.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise FastmergeError(f"{where}: must be a path, not {brief(value)}")
     text = os.fspath(value)
-    if not text or "\0" in text:
+    try:
+        is_path = text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
         raise FastmergeError(f"{where}: {brief(text)} is no path")
     return expanded(Path(text), where)
 

@@ -55,6 +55,7 @@ def odd_values(tmp_path: Path) -> dict[str, Any]:
         "digits": "12",
         "nul": "a\0b",
         "surrogate": "a\udcff",
+        "half": "a\ud800",  # of a pair, which is no byte's stand-in either
         "lines": "a\nb\n",
         "long": "x" * 5000,
         "bytes": b"bytes",
@@ -243,6 +244,35 @@ def test_arguments_of_a_walk(recipe, values, tmp_path) -> None:
     (tmp_path / "damaged" / "run.json").write_text('{"seed": nobody knows}')
     with pytest.raises(FastmergeError, match=r"run\.json: is damaged"):
         run(out=tmp_path / "damaged", resume=True)
+
+
+def test_arguments_of_a_sweep_and_a_search(recipe, values, tmp_path) -> None:
+    from fastmerge import search
+    from fastmerge.search.sweep import sweep
+
+    base, tune = (model["model"] for model in recipe["models"])
+    slerp = {"merge_method": "slerp", "base_model": base, "parameters": {"t": 0.5}}
+    slerp["models"] = [{"model": base}, {"model": tune}]
+    ranged = {"model": tune, "parameters": {"weight": {"low": 0, "high": 1, "start": 0.5}}}
+    space = {
+        "space": {"merge_method": "task_arithmetic", "base_model": base, "models": [ranged]},
+        "optimiser": {"name": "random", "population": 1},
+        "budget": {"items": 1},
+    }
+    counter = iter(range(10**6))
+
+    def swept(out=values, **others):
+        folder = tmp_path / f"sweep{next(counter)}" if out is values else out
+        return sweep(slerp, folder, **{"values": [0.5], **others})
+
+    def searched(out=values, **others):
+        folder = tmp_path / f"search{next(counter)}" if out is values else out
+        return search.run(space, folder, **{"score": lambda folder: 1.0, **others})
+
+    for key in ("out", "values", "write", "resume", "evaluate", "on_start", "on_point", "data"):
+        assert list(escapes(lambda value, key=key: swept(**{key: value}), values)) == []
+    for key in ("out", "resume", "seed", "on_trial", "on_score", "on_note", "data"):
+        assert list(escapes(lambda value, key=key: searched(**{key: value}), values)) == []
 
 
 def test_a_budget_that_cannot_be_kept_is_refused(recipe, tmp_path) -> None:

@@ -284,3 +284,10 @@ def test_what_hides_its_contents_is_not_resumed_without_a_file(tmp_path: Path) -
     (tmp_path / "fm_hidden.py").write_text(text)
     settings = load_evaluate({"callable": "fm_hidden:score"})
     make_scorer(settings, tmp_path, tmp_path).check_kept()  # its text says how that was made
+
+
+def test_a_scorer_without_a_signature_is_one_line(tmp_path: Path) -> None:
+    """`builtins:int`, in a stranger's schedule."""
+    settings = load_evaluate({"callable": "builtins:int"})
+    with pytest.raises(FastmergeError, match="builtins:int: its arguments cannot be read"):
+        make_scorer(settings, tmp_path, tmp_path)

@@ -181,7 +181,10 @@ class CallableScorer:
         self._given = own is None
         self._name = _name_of(function) if own is None else str(settings.callable)
         self._task_name = self._name.rpartition(":")[2].rpartition(".")[2]
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function)
+        except (ValueError, TypeError) as error:  # int
+            raise FastmergeError(f"{self._name}: its arguments cannot be read ({error})") from None
         # By name only: **kwargs may drop the split, and the hold-out would be the steering items.
         self._takes = {"split", "limit"} & set(signature.parameters)
         folder = {"folder": None} if _asks_for_folder(signature) else {}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import api
-from fastmerge.arguments import a_list, a_path, a_text, one_of, plain
+from fastmerge.arguments import a_flag, a_function, a_list, a_path, a_text, one_of, plain
 from fastmerge.engine.merge import merge_plan
 from fastmerge.engine.products import grams
 from fastmerge.errors import (
@@ -211,7 +211,9 @@ def sweep(
     ``progress``: True for a bar on stderr of what is read, or a function, as in `fastmerge.merge`.
     ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes score, side by side.
     """
-    out = a_path(out, "out")
+    out, resume = a_path(out, "out"), a_flag(resume, "resume")
+    a_function(on_start, "on_start")
+    a_function(on_point, "on_point")
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
     scoring = _scoring(plan, evaluate, data, score)
