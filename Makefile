@@ -1,5 +1,5 @@
 # Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
-.PHONY: help demo demo-real test check format sanitize bench bench-all docs wheel release-check clean
+.PHONY: help demo demo-real test check format fuzz sanitize bench bench-all docs wheel release-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 SHELL := /bin/bash
@@ -21,6 +21,7 @@ help:
 	@echo "make test    every test, in .venv"
 	@echo "make check   ruff, ruff format, mypy --strict, clang-format"
 	@echo "make format  rewrites the sources as check wants them"
+	@echo "make fuzz    a minute of mutated headers, configs, recipes, journals (FUZZ=... for options)"
 	@echo "make sanitize the extension's tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make bench   merge speed against mergekit and the machine's floor (BENCH=... for options)"
 	@echo "make bench-all  every committed number again: hours (BENCH=NAME for some)"
@@ -67,6 +68,9 @@ format: .venv/.test .venv/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
+
+fuzz: .venv/.test .venv/.built
+	$(BIN)/python benchmarks/fuzz.py $(FUZZ)
 
 sanitize: .venv/.test
 	$(BIN)/python benchmarks/sanitize.py $(SANITIZE)

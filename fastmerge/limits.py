@@ -21,6 +21,17 @@ MAX_TOTAL_BYTES = 1 << 30  # beside the weights in all
 MAX_DIFFERENCES = 10_000  # that `verify` tells one by one; the others are counted
 MAX_ENTRIES = 10_000  # a folder with more files is no model's: somebody's home, a data set
 MAX_DEPTH = 16  # of folders in a model's folder: chat templates and modules lie one deep
+MAX_CARD_BYTES = 1 << 20  # of a README.md that is read for what the output's card says
+# Of its front matter's keys that are read: 1100 languages take 7 KB, and PyYAML takes a second for
+# "[" so often.
+MAX_FRONT_LETTERS = 1 << 14
+MAX_RANK = 1 << 20  # of an adapter
+# Of an expression of an adapter; the longest seen, of a layer-wise search's ranks, has 400.
+MAX_PATTERN_LETTERS = 4096
+MAX_PATTERNS_LETTERS = 1 << 18  # of one setting's: compiling them takes a second
+MAX_PATTERN_REPEATS = 3  # matching is of this degree in a name's length
+MAX_PATTERN_STEPS = 2 * 10**8  # of one setting's matches, by a count that is too high: 15 seconds
+MAX_COMPARED_PIECES = 20_000_000  # pairs, of one tensor of a distributed checkpoint: 20 s
 MAX_MODULES_BYTES = 1 << 20  # of sentence-transformers' modules.json
 # Of a recipe, a schedule, a task file, a scorer's own text: of the public ones the largest takes
 # 0.1 MB, and PyYAML 8 s for 1 MB of short values.
@@ -33,6 +44,7 @@ MAX_TASK_ENTRIES = 100_000
 MAX_TASKS_BYTES = 16 << 20
 MAX_JOURNAL_BYTES = 1 << 30  # of a run: a thousand states over 10 000 items each take 200 MB;
 # of a part: a million tensors take 200 MB
+MAX_MANIFEST_BYTES = 1 << 28  # of a merge in parts
 # Of one split of an evaluation's data, unpacked; the largest takes 50 MB.
 MAX_DATA_BYTES = 512 << 20
 # Of one picture of tensors by layer and kind, 30 pixels each; a mixture of 384 experts has 70 000.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -119,6 +120,30 @@ def test_links_inside_the_folder_and_the_hubs_own_are_followed(zoo, tmp_path: Pa
 
 
 # --- bounds ---
+
+
+# What is no bound on a stranger's input: of numbers, of what we write, of what a command is given.
+_OTHER_BOUNDS = {
+    "_MAX_INT", "_MAX_SCORE", "_MAX_PREFIXES", "_MAX_SAMPLES", "_MAX_NAME_BYTES",
+    "_MAX_CHUNK_BYTES", "_MAX_URL_LETTERS", "MAX_SHARD_BYTES", "MAX_PARTS",
+}  # fmt: skip
+
+
+def test_limits_stand_in_one_place() -> None:
+    """SECURITY.md says where: each is used, and no other module has one of its own."""
+    package = Path(fastmerge.__file__).parent
+    texts = {file.name: file.read_text() for file in package.rglob("*.py")}
+    ours = texts.pop("limits.py")
+    stated = re.findall(r"^(MAX_[A-Z_]+) = ", ours, re.MULTILINE)
+    assert len(stated) > 30
+    for name in stated:
+        assert any(re.search(rf"\b{name}\b", text) for text in texts.values()), name
+    own = {
+        name
+        for text in texts.values()
+        for name in re.findall(r"^(_?MAX_[A-Z_]+)(?:: \w+)? = ", text, re.MULTILINE)
+    }
+    assert own <= _OTHER_BOUNDS
 
 
 def test_a_million_dimensions_are_not_multiplied(tmp_path: Path) -> None:

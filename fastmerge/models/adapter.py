@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, UnsupportedError, brief, is_whole
-from fastmerge.limits import MAX_ADAPTED_LETTERS
+from fastmerge.limits import MAX_ADAPTED_LETTERS, MAX_RANK
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.folder import INDEX, SINGLE
@@ -39,7 +39,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's own wrappers
 
-_MAX_RANK = 1 << 20
 # Settings under which the weights are not W + s B A, and what PEFT calls them.
 _OTHER_FORMS = (
     "use_qalora", "layer_replication", "arrow_config", "use_bdlora",
@@ -527,7 +526,7 @@ class _Scales:
 
 
 def _rank(value: Any, where: str) -> int:
-    if not is_whole(value) or not 0 < value <= _MAX_RANK:
+    if not is_whole(value) or not 0 < value <= MAX_RANK:
         raise ModelError(f"{where}: a rank must be a whole number above 0, not {brief(value)}")
     return int(value)
 

@@ -15,12 +15,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fastmerge.dtypes import BY_NAME
-from fastmerge.limits import MAX_DIMENSIONS, MAX_OFFSET
+from fastmerge.limits import MAX_COMPARED_PIECES, MAX_DIMENSIONS, MAX_OFFSET
 
 Sizes = tuple[int, ...]
 
 _LEAST_BYTES = 8  # that a piece takes in an index; without a bound, references repeat one for ever
-_MAX_COMPARED = 20_000_000  # pairs of pieces, of one tensor: 20 s
 # What Python's pickles from 3.8 on (protocols 4 and 5) are made of, and how many bytes follow each;
 # negative: a length of so many bytes, and then what it says. Others may ask for any memory: PUT.
 _FOLLOWED = {
@@ -136,7 +135,7 @@ def overlap(pieces: Iterable[Piece]) -> bool:
         if piece.begin:
             near = [other for other in near if other.begin[0] + other.shape[0] > piece.begin[0]]
         compared += len(near)
-        if compared > _MAX_COMPARED:
+        if compared > MAX_COMPARED_PIECES:
             raise ValueError("too many of its pieces lie side by side")
         if any(_meet(piece, other) for other in near):
             return True

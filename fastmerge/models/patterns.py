@@ -11,14 +11,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from fastmerge.errors import UnsupportedError, brief
+from fastmerge.limits import (
+    MAX_PATTERN_LETTERS,
+    MAX_PATTERN_REPEATS,
+    MAX_PATTERN_STEPS,
+    MAX_PATTERNS_LETTERS,
+)
 from fastmerge.models.architecture import LAYER_NUMBER, layer_of
 
 V = TypeVar("V")
 
-_MAX_LETTERS = 4096  # of one expression; the longest seen, of a layer-wise search's ranks, has 400
-_MAX_ALL_LETTERS = 1 << 18  # of one setting's expressions: compiling them takes a second
-_MAX_REPEATS = 3  # matching is of this degree in a name's length
-_MAX_STEPS = 2 * 10**8  # of one setting's matches, by a count that is too high: 15 seconds
 # A repeated group may hold another repetition, which is exponential; a reference is worse.
 _COSTLY = re.compile(r"\)\s*[*+?{]|\\\d|\(\?P=|\(\?[#aiLmsux]")
 _ESCAPED = re.compile(r"\\.|\[[^\]]*\]")
@@ -37,8 +39,8 @@ class _Effort:
         bare = _ESCAPED.sub("a", text)
         repeats = sum(bare.count(sign) for sign in "*+{")
         self._letters += len(text)
-        dear = len(text) > _MAX_LETTERS or self._letters > _MAX_ALL_LETTERS
-        if dear or repeats > _MAX_REPEATS or _COSTLY.search(bare):
+        dear = len(text) > MAX_PATTERN_LETTERS or self._letters > MAX_PATTERNS_LETTERS
+        if dear or repeats > MAX_PATTERN_REPEATS or _COSTLY.search(bare):
             raise self.too_dear(text)
         try:
             with warnings.catch_warnings():  # of what a later Python may read in another way
@@ -52,7 +54,7 @@ class _Effort:
 
     def spend(self, steps: int, text: str) -> None:
         self._steps += steps
-        if self._steps > _MAX_STEPS:
+        if self._steps > MAX_PATTERN_STEPS:
             raise self.too_dear(text)
 
     def too_dear(self, text: str) -> UnsupportedError:

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import ModelError, OutputError
-from fastmerge.limits import MAX_HEADER_BYTES, MAX_OFFSET
+from fastmerge.limits import MAX_HEADER_BYTES, MAX_MANIFEST_BYTES, MAX_OFFSET
 from fastmerge.models.header import read_object
 from fastmerge.output.disk import remove_tree, sync_folder, write_files
 from fastmerge.output.names import take_name
 from fastmerge.output.working import WorkingFolder, beside
 
 PLAN, FILES, MANIFEST, MODEL, FINISH = "plan", "files", "manifest.json", "model", "finish"
-_MAX_BYTES = 1 << 28
 # What may differ between two parts, and how that is said; the first that does is named.
 _DIFFERENCES = {
     "version": "by fastmerge {theirs}, and this is {ours}",
@@ -174,7 +173,7 @@ def read_manifest(folder: WorkingFolder) -> Manifest:
         raise OutputError(f"{folder.path}: no part has begun in it; run one, or remove it")
     folder.check(f"{PLAN}/{MANIFEST}")
     try:
-        found = read_object(path, max_bytes=_MAX_BYTES)
+        found = read_object(path, max_bytes=MAX_MANIFEST_BYTES)
     except ModelError as error:
         said = str(error).removeprefix(f"{path}: ")
         raise OutputError(

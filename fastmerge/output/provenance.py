@@ -14,15 +14,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastmerge.errors import FastmergeError
+from fastmerge.limits import MAX_CARD_BYTES, MAX_FRONT_LETTERS
 from fastmerge.models.header import open_regular, unreadable
 from fastmerge.models.links import Home, hub_repository
 from fastmerge.models.model import Model
 from fastmerge.models.side_files import CARD_FILE, check_card
 from fastmerge.planning.any_plan import AnyPlan
 
-# Of the keys that are read: 1100 languages take 7 KB, and PyYAML takes a second for "[" so often.
-_MAX_FRONT_LETTERS = 1 << 14
-_MAX_CARD_BYTES = 1 << 20
 _FRONT_KEYS = (
     "base_model", "language", "library_name", "license", "license_link", "license_name",
     "pipeline_tag", "tags",
@@ -172,7 +170,7 @@ def _front_matter(model: Model) -> Mapping[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     front = _wanted(parts[1])
-    if len(front) > _MAX_FRONT_LETTERS:
+    if len(front) > MAX_FRONT_LETTERS:
         return {}
     import yaml
 
@@ -209,7 +207,7 @@ def _text(folder: Path, name: str) -> str:
     """
     try:
         with open_regular(Home(folder).inside(folder / name)) as file:
-            return (file.read(_MAX_CARD_BYTES) or b"").decode(errors="replace")
+            return (file.read(MAX_CARD_BYTES) or b"").decode(errors="replace")
     except OSError as error:
         if error.errno in _NOT_THERE:
             return ""
