@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -555,8 +556,8 @@ def main() -> int:
     source = Path(__file__).with_suffix(".c")
     with tempfile.TemporaryDirectory(prefix="fastmerge-shim-") as folder:
         shim = Path(folder) / "faults.so"
-        compiler = os.environ.get("CC", "cc")
-        subprocess.run([compiler, str(source), "-o", str(shim), *COMPILE], check=True)
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        subprocess.run([*compiler, str(source), "-o", str(shim), *COMPILE], check=True)
         env = os.environ | {"LD_PRELOAD": str(shim), "FAULTS_PRELOADED": "1"}
         env |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         return subprocess.run([sys.executable, *sys.argv], env=env, check=False).returncode
