@@ -124,7 +124,7 @@ def test_links_inside_the_folder_and_the_hubs_own_are_followed(zoo, tmp_path: Pa
 
 # What is no bound on a stranger's input: of numbers, of what we write, of what a command is given.
 _OTHER_BOUNDS = {
-    "_MAX_INT", "_MAX_SCORE", "_MAX_PREFIXES", "_MAX_SAMPLES", "_MAX_NAME_BYTES",
+    "_MAX_SCORE", "_MAX_PREFIXES", "_MAX_SAMPLES", "_MAX_NAME_BYTES",
     "_MAX_CHUNK_BYTES", "_MAX_URL_LETTERS", "MAX_SHARD_BYTES", "MAX_PARTS",
 }  # fmt: skip
 
