@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import fastmerge
 from fastmerge import api
 from fastmerge.errors import ModelError
 from fastmerge.models import hub, remote, store
+from fastmerge.models.folder import INDEX
 from tests.test_bad_input_cli import refused
 from tests.test_redirects import Handler, Server
 from tests.test_remote import same_weights
@@ -106,3 +108,34 @@ def test_what_is_no_url_is_one_line_without_it(url: str, tmp_path: Path, capsys:
     for words in (["average", url, "-o", tmp_path / "out"], ["info", url]):
         shown = re.escape(f"error: {url.partition('/')[0]}//...: not a URL that can be read; ")
         refused(capsys, words, f"^{shown}write scheme://host/path$")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret", "/etc/passwd", "https://evil.example/x", "//evil.example/x", "./x", "a//b",
+        "a/./b", ".", "\n", "\t", "\0", "x\r\nHost: evil.example", "\u202ex", "a/../../x",
+        "%2e%2e/secret", "%2E%2E%2Fsecret", "..%5cx", "..\\x", "@evil.example/x", "x?token=1",
+        "x#y", "x" * 5000,
+    ],
+)  # fmt: skip
+def test_an_index_names_files_below_its_own(server: Server, name: str) -> None:
+    """No other place is asked, whatever a server's index says; obstore refuses some names."""
+    url, asked = f"{odd(server, '')}/deep", []
+
+    class Asked(Odd):
+        def do_GET(self) -> None:  # noqa: N802
+            asked.append(self.path)
+            super().do_GET()
+
+        do_HEAD = do_GET  # noqa: N815
+
+    server.RequestHandlerClass = Asked
+    index = server.folder / INDEX
+    told = json.loads(index.read_text())
+    told["weight_map"] |= dict.fromkeys(list(told["weight_map"])[:1], name)
+    index.write_text(json.dumps(told))
+    with pytest.raises(ModelError) as caught:
+        remote.Remote(url)
+    assert str(caught.value).isprintable() and len(str(caught.value)) <= 1700
+    assert asked and all(path.startswith("/m/deep/") and "/../" not in path for path in asked)

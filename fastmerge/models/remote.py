@@ -179,9 +179,10 @@ class Remote:
             return None
         found = self._parsed(INDEX, lambda: weight_map_of(as_object(text, strict=True)))
         for name in set(found.values()):
-            if name.startswith("/") or ".." in name.split("/"):
+            # Nothing else is a path to every store, nor what a server may take for one elsewhere.
+            if not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
                 raise ModelError(
-                    f"{self._base}/{INDEX}: shard {show(name)} lies outside the folder"
+                    f"{self._base}/{INDEX}: shard {show(name)} is no name of a file in the folder"
                 )
         return found
 
