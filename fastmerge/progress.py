@@ -65,7 +65,7 @@ class Bar(AbstractContextManager["Bar"]):
         self._stream = sys.stderr if stream is None else stream
         self._show: Progress | None = None
         self._bar: Drawn | None = None
-        if not quiet:
+        if not quiet and self._stream is not None:  # None: of a process without any (pythonw)
             drawn = self._stream.isatty() or self._notebook()
             self._show = self._show_bar if drawn else self._show_line
         self._started = time.perf_counter()

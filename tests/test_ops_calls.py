@@ -373,3 +373,24 @@ def test_small_trims_keep_exactly_as_many(count):
         threshold = np.sort(np.abs(x))[::-1][keep - 1]
         assert (np.abs(made) > threshold).sum() == (np.abs(x) > threshold).sum()
         assert (made != 0).sum() == min(keep, (x != 0).sum())
+
+
+def test_an_out_whose_computation_torch_recorded_is_refused():
+    """Its gradient would go on to what it was computed from, whose values it no longer has."""
+    a, b = torch.from_numpy(A), torch.from_numpy(B)
+    leaf = a.clone().requires_grad_()
+    before = (leaf * 2).detach()
+    for _ in range(3):  # checked, and known
+        out = leaf * 2
+        for call in (ops.linear, ops.combine):
+            with pytest.raises(fastmerge.FastmergeError, match=r"out: .*out\.detach\(\)"):
+                call([a, b], [0.3, 0.7], out=out)
+        with pytest.raises(fastmerge.FastmergeError, match=r"out\.detach"):
+            ops.sce(a, [b, a], out=out)
+        assert torch.equal(out.detach(), before)
+        with torch.no_grad():
+            assert torch.equal(
+                ops.linear([a, b], [0.3, 0.7], out=out), ops.linear([a, b], [0.3, 0.7])
+            )
+        assert ops.linear([a, b], [0.3, 0.7], out=leaf) is leaf
+        leaf = a.clone().requires_grad_()

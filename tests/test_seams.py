@@ -164,3 +164,18 @@ def test_tensors_go_to_any_sink_from_any_executor(pair, executor: Callable[[Plan
     expected = {item.name: array.tobytes() for item, array in materialise_plan(plan)}
     assert {name: held.tobytes() for name, held in sink.kept.items()} == expected
     assert all(len(outcome.coefficients or {}) == 2 for outcome in sink.outcomes.values())
+
+
+def test_a_reference_that_no_given_model_has_names_those_that_are_given():
+    models = {"tuned": {"w": np.ones(4, np.float32)}, "other": {"w": np.ones(4, np.float32)}}
+    weighed = [{"model": name, "parameters": {"weight": 1}} for name in ("./tuned", "other")]
+    with pytest.raises(fastmerge.FastmergeError, match=r"models=: did you mean 'tuned'\?"):
+        api.plan({"merge_method": "linear", "models": weighed}, models=models)
+
+
+def test_progress_of_a_process_without_stderr(tmp_path, monkeypatch):
+    models = {name: {"w": np.ones(4, np.float32)} for name in "ab"}
+    weighed = [{"model": name, "parameters": {"weight": 1}} for name in models]
+    monkeypatch.setattr("sys.stderr", None)
+    recipe = {"merge_method": "linear", "models": weighed}
+    assert fastmerge.merge(recipe, tmp_path / "out", models=models, progress=True).tensors == 1

@@ -37,6 +37,9 @@ _BATCH_SECONDS = 2e-3  # how long a round's calls of one expression take togethe
 # Before each: torch's OpenMP threads look for work for milliseconds after a call, on a core that
 # another expression's second thread then waits for.
 _PAUSE_SECONDS = 10e-3
+_LONG_SECONDS = 50e-3  # beside a call that long it does not show that its threads had to wake
+_FEW = 1 << 25  # entries: of more, torch's TIES takes 5 to 10 s a call
+_SLICE = 1 << 24  # entries compared at a time: of 1 GiB all in float64 are 4 GiB a tensor
 
 Call = Callable[[], Any]
 
@@ -56,17 +59,22 @@ class Case:
 def timed(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
     """Seconds a call, of each in each round; at least five rounds."""
     batch: dict[str, int] = {}
+    long: set[str] = set()
     for name, call in calls.items():
         call()
         began = time.perf_counter()
         call()
-        batch[name] = max(1, round(_BATCH_SECONDS / (time.perf_counter() - began)))
+        took = time.perf_counter() - began
+        batch[name] = max(1, round(_BATCH_SECONDS / took))
+        if took > _LONG_SECONDS:
+            long.add(name)
     found: dict[str, list[float]] = {name: [] for name in calls}
     until = time.perf_counter() + seconds
     while len(found[next(iter(calls))]) < 5 or time.perf_counter() < until:
         for name, call in calls.items():
             time.sleep(_PAUSE_SECONDS)
-            call()  # which wakes its threads
+            if name not in long:
+                call()  # which wakes its threads
             began = time.perf_counter()
             for _ in range(batch[name]):
                 call()
@@ -97,12 +105,19 @@ def _exact_ties(base: Array, tuned: Sequence[Array]) -> tuple[Float64, NDArray[n
     return origin + summed / np.where(weights == 0, 1.0, weights), sure
 
 
-def _is_dare(base: Float64, tuned: Sequence[Float64], dtype: str, made: Array) -> str:
+def _is_dare(base: Array, tuned: Sequence[Array], dtype: str, made: Array) -> str:
     """Half of each delta is gone, and what is left has the mean of all."""
-    delta = widen(made).astype(np.float64) - base
-    mean = np.sum([w * (x - base) for w, x in zip(WEIGHTS, tuned, strict=True)], axis=0)
-    untouched = float((delta == 0).mean())
-    share = float((delta @ mean) / (mean @ mean))
+    same, along, square = 0, 0.0, 0.0
+    for part in _parts(base.size):
+        origin = _wide(base[part])
+        delta = _wide(made[part]) - origin
+        mean = np.sum(
+            [w * (_wide(x[part]) - origin) for w, x in zip(WEIGHTS, tuned, strict=True)], axis=0
+        )
+        same += int((delta == 0).sum())
+        along += float(delta @ mean)
+        square += float(mean @ mean)
+    untouched, share = same / base.size, along / square
     drawn = abs(untouched - (1 - DENSITY) ** 2) < 0.05 or dtype == "BF16"  # rounded to the base
     if not drawn or abs(share - 1) > 0.05:
         raise WrongResultError(
@@ -112,27 +127,39 @@ def _is_dare(base: Float64, tuned: Sequence[Float64], dtype: str, made: Array) -
     return "mean and share kept"
 
 
+def _parts(count: int) -> list[slice]:
+    return [slice(begin, begin + _SLICE) for begin in range(0, count, _SLICE)]
+
+
+def _wide(array: Array) -> Float64:
+    return widen(array).astype(np.float64)
+
+
 def cases(count: int, dtype: str, *, threads: int, torch: bool) -> dict[str, Case]:
     """Of ``count`` entries, a base and two fine-tunes: NumPy arrays, or torch tensors."""
     rng = np.random.default_rng(count)
-    wide = (0.02 * rng.standard_normal(count)).astype(np.float32)
-    base: Any = round_to(wide, dtype)
+    base: Any = round_to(np.float32(0.02) * rng.standard_normal(count, np.float32), dtype)
     a, b = (
         round_to(widen(base) + np.float32(0.01) * rng.standard_normal(count, np.float32), dtype)
         for _ in range(2)
     )
-    x, y, origin = (widen(tensor).astype(np.float64) for tensor in (a, b, base))
-    angle = np.arccos(x @ y / np.sqrt((x @ x) * (y @ y)))
-    on_arc = np.sin((1 - T) * angle) / np.sin(angle) * x + np.sin(T * angle) / np.sin(angle) * y
     plain = base, [a, b]
+    products = np.zeros((2, 2))
+    for part in _parts(count):
+        both = np.stack([_wide(a[part]), _wide(b[part])])
+        products += both @ both.T
+    angle = np.arccos(products[0, 1] / np.sqrt(products[0, 0] * products[1, 1]))
+    on_arc = [np.sin(share * angle) / np.sin(angle) for share in (1 - T, T)]
     theirs: dict[str, dict[str, Call]] = {op: {} for op in OPS}
     if torch:
         base, a, b = (_tensor(array, dtype) for array in (base, a, b))
-        theirs = _expressions(base, a, b)
+        theirs = _expressions(base, a, b, count)
 
-    def sums(op: str, right: Float64) -> Callable[[Array], str]:
+    def sums(op: str, factors: Sequence[float]) -> Callable[[Array], str]:
         def check(made: Array) -> str:
-            near(made, right, dtype, f"ops.{op}")
+            for part in _parts(count):
+                own = [f * _wide(x[part]) for f, x in zip(factors, plain[1], strict=True)]
+                near(made[part], np.sum(own, axis=0), dtype, f"ops.{op}")
             return "against NumPy"
 
         return check
@@ -146,7 +173,7 @@ def cases(count: int, dtype: str, *, threads: int, torch: bool) -> dict[str, Cas
     return {
         "linear": Case(
             lambda: ops.linear([a, b], WEIGHTS, threads=threads), theirs["linear"],
-            sums("linear", WEIGHTS[0] * x + WEIGHTS[1] * y), 2,
+            sums("linear", WEIGHTS), 2,
         ),
         "slerp": Case(
             lambda: ops.slerp(a, b, T, threads=threads), theirs["slerp"], sums("slerp", on_arc), 2
@@ -156,7 +183,7 @@ def cases(count: int, dtype: str, *, threads: int, torch: bool) -> dict[str, Cas
         ),
         "dare_linear": Case(
             lambda: ops.dare_linear(base, [a, b], WEIGHTS, seed=1, **given), theirs["dare_linear"],
-            partial(_is_dare, origin, [x, y], dtype), 3,
+            partial(_is_dare, *plain, dtype), 3,
         ),
     }  # fmt: skip
 
@@ -167,11 +194,13 @@ def _tensor(array: Array, dtype: str) -> Any:
     return as_torch(array, BY_CODE[dtype], array.shape)
 
 
-def _expressions(base: Any, a: Any, b: Any) -> dict[str, dict[str, Call]]:
+def _expressions(base: Any, a: Any, b: Any, count: int) -> dict[str, dict[str, Call]]:
     import torch
 
     from fastmerge.bench import expressions as plain
 
+    few = count > _FEW  # the ways that are the fastest of tensors of 64 MiB
+    trims, draws = (("kthvalue",), ("rand",)) if few else (plain.TRIMS, plain.DRAWS)
     return {
         "linear": {
             "lerp": lambda: torch.lerp(a, b, WEIGHTS[1]),
@@ -181,12 +210,9 @@ def _expressions(base: Any, a: Any, b: Any) -> dict[str, dict[str, Call]]:
             "as they are": lambda: plain.slerp(a, b, T, wide=False),
             "in fp32": lambda: plain.slerp(a, b, T, wide=True),
         },
-        "ties": {
-            how: partial(plain.ties, base, [a, b], WEIGHTS, DENSITY, how) for how in plain.TRIMS
-        },
+        "ties": {how: partial(plain.ties, base, [a, b], WEIGHTS, DENSITY, how) for how in trims},
         "dare_linear": {
-            how: partial(plain.dare_linear, base, [a, b], WEIGHTS, DENSITY, how)
-            for how in plain.DRAWS
+            how: partial(plain.dare_linear, base, [a, b], WEIGHTS, DENSITY, how) for how in draws
         },
     }
 

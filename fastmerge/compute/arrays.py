@@ -24,6 +24,7 @@ from fastmerge.models.memory import (
     check_torch,
     dtype_of,
     extent,
+    is_result,
     is_torch,
     view_of,
     widened,
@@ -191,6 +192,10 @@ class Operands(Generic[T]):
         if self._torch and str(out.device) != self._device:
             raise FastmergeError(f"{where}: on {out.device}, the inputs on {self._device}")
         dtype_of(out, where)
+        if self._torch and is_result(out):
+            raise FastmergeError(
+                f"{where}: torch has recorded how it was computed; pass out.detach()"
+            )
         if self._torch:
             written(out)
 
@@ -222,6 +227,8 @@ class Known(NamedTuple):
         keeps_equal: Callable[[], bool] | None = None,
     ) -> T | None:
         """`_C.Alike.run`: the result, or None where something is not as it was."""
+        if out is not None and is_torch(out) and is_result(out):
+            return None
         pool = cpu(thread_count(threads)).pool
         made: T | None = self.alike.run(program, pool, tensors, out, self.make, keeps_equal)
         if out is not None and made is not None and is_torch(out):
@@ -258,7 +265,8 @@ class Again(Generic[T]):
     def output(self, out: T | None) -> tuple[T, _C.Sink]:
         alike, make, *_ = self._known
         result: T = make(self._tensors[0]) if out is None else out
-        sink = alike.sink(result, () if out is None else self.views)
+        refused = out is not None and is_torch(out) and is_result(out)
+        sink = None if refused else alike.sink(result, () if out is None else self.views)
         if sink is None:  # of another type, or not to be written
             return Operands(self._where, self._tensors).output(out)
         if out is not None and is_torch(out):

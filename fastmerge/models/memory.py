@@ -150,6 +150,15 @@ def _no_memory(tensor: Any, where: str) -> FastmergeError:
     )
 
 
+def is_result(tensor: Any) -> bool:
+    """Whether torch has recorded how a tensor was computed: its gradient would go on to that after
+    it is overwritten, too.
+    """
+    import torch
+
+    return torch.is_grad_enabled() and getattr(tensor, "grad_fn", None) is not None
+
+
 def written(tensor: Any) -> None:
     """Tells autograd that a torch tensor has changed, as torch's own in-place operations do."""
     import torch

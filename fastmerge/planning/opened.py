@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
-from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError
+from fastmerge.errors import FastmergeError, ModelError, RecipeError, UnsupportedError, nearest
 from fastmerge.models import hub
 from fastmerge.models.adapter import Adapter, is_adapter
 from fastmerge.models.architecture import COMPUTED
@@ -145,7 +145,8 @@ class Opened:
                 raise hub.no_such_path(reference, self._base_folder, Path())
             return self._resolve(reference)
         except FastmergeError as error:
-            raise type(error)(f"{where}: {error}") from None
+            given = f"; of models=: {nearest(reference, self._given)}" if self._given else ""
+            raise type(error)(f"{where}: {error}{given}") from None
 
     def _numbered(self, identity: Hashable, reference: str, make: Callable[[], Model]) -> View:
         if identity in self._by_identity:
