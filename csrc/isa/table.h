@@ -56,6 +56,7 @@ struct CombineArgsOf {
     float divisor;
     bool divide;
     void* out;
+    bool past_caches;  // how `out` is written where that is known to pay; the values are the same
     int64_t count;
 };
 using CombineArgs = CombineArgsOf<float>;

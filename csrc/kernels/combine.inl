@@ -33,10 +33,10 @@ FM_INLINE void combine_group(const CombineArgs& args, int64_t at, Part part) {
     write<kPartial>(T(), static_cast<char*>(args.out) + at * T::kBytes, part, total);
 }
 
-// As combine_group of few inputs, whose places and coefficients stay in registers: the caches then
-// give as many bytes as they can.
-template <class T, int K>
-int64_t combine_few(const CombineArgs& args) {
+// As combine_group of few inputs, from an element on, whose places and coefficients stay in
+// registers: the caches then give as many bytes as they can.
+template <class T, int K, class How>
+int64_t combine_few(const CombineArgs& args, int64_t from) {
     const char* x[K];
     Floats c[K];
     for (int j = 0; j < K; ++j) {
@@ -46,8 +46,8 @@ int64_t combine_few(const CombineArgs& args) {
     const Floats start = spread(args.starts[0]), divisor = spread(args.divisor);
     const bool divide = args.divide;
     char* out = static_cast<char*>(args.out);
-    const int64_t whole = args.count - args.count % kGroup;
-    for (int64_t at = 0; at < whole; at += kGroup) {
+    int64_t at = from;
+    for (; at + kGroup <= args.count; at += kGroup) {
         Floats total[2] = {start, start}, entries[2];
         for (int j = 0; j < K; ++j) {
             terms<false>(T(), x[j] + at * T::kBytes, {}, entries);
@@ -55,16 +55,35 @@ int64_t combine_few(const CombineArgs& args) {
         }
         if (divide)
             for (int v = 0; v < 2; ++v) total[v] = total[v] / divisor;
-        write<false>(T(), out + at * T::kBytes, {}, total);
+        store_group(T(), out + at * T::kBytes, total, How());
     }
-    return whole;
+    return at;
+}
+
+// Elements of few inputs that were written past the caches, from the first on.
+template <class T>
+int64_t combine_past(const CombineArgs& args) {
+    constexpr uintptr_t kAlign = kGroup * T::kBytes < 64 ? kGroup * T::kBytes : 64;
+    const uintptr_t before = -reinterpret_cast<uintptr_t>(args.out) % kAlign;
+    const auto head = static_cast<int64_t>(before / T::kBytes);
+    const bool few = args.inputs_count == 2 || args.inputs_count == 3;
+    if (!few || before % T::kBytes != 0 || head > args.count) return 0;
+    if (head != 0) combine_group<T, false, true>(args, 0, {0, static_cast<int>(head)});
+    const int64_t end = args.inputs_count == 2 ? combine_few<T, 2, Past>(args, head)
+                                               : combine_few<T, 3, Past>(args, head);
+    settle();
+    return end;
 }
 
 template <class T, bool kPerElement>
 void combine_span(const CombineArgs& args) {
     int64_t at = 0;
-    if (!kPerElement && args.inputs_count == 2) at = combine_few<T, 2>(args);
-    if (!kPerElement && args.inputs_count == 3) at = combine_few<T, 3>(args);
+    if (!kPerElement && args.past_caches) {
+        at = combine_past<T>(args);
+    } else if (!kPerElement) {
+        if (args.inputs_count == 2) at = combine_few<T, 2, Cached>(args, 0);
+        if (args.inputs_count == 3) at = combine_few<T, 3, Cached>(args, 0);
+    }
     for (; at + kGroup <= args.count; at += kGroup)
         combine_group<T, kPerElement, false>(args, at, {});
     if (at < args.count)

@@ -77,27 +77,32 @@ FM_INLINE void load_group(F32, const void* from, Floats* x) {
     x[1].v =
         _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(f + 4)), _mm_loadu_ps(f + 12), 1);
 }
-FM_INLINE void store_group(BF16, void* to, const Floats* x) {
+FM_INLINE void put(Cached, void* to, __m256i a) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), a);
+}
+FM_INLINE void put(Past, void* to, __m256i a) { _mm256_stream_si256(static_cast<__m256i*>(to), a); }
+FM_INLINE void settle() { _mm_sfence(); }
+template <class How = Cached>
+FM_INLINE void store_group(BF16, void* to, const Floats* x, How how = {}) {
     __m256i first = round_to_bfloat(x[0].v), second = round_to_bfloat(x[1].v);
     if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(x[0].v, x[1].v, _CMP_UNORD_Q)), 0)) {
         first = quiet_nan(x[0].v, first);
         second = quiet_nan(x[1].v, second);
     }
-    _mm256_storeu_si256(
-        static_cast<__m256i*>(to),
-        _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16)));
+    put(how, to, _mm256_packus_epi32(_mm256_srli_epi32(first, 16), _mm256_srli_epi32(second, 16)));
 }
-FM_INLINE void store_group(F16, void* to, const Floats* x) {
+template <class How = Cached>
+FM_INLINE void store_group(F16, void* to, const Floats* x, How how = {}) {
     const __m128i first = _mm256_cvtps_ph(x[0].v, _MM_FROUND_TO_NEAREST_INT);
     const __m128i second = _mm256_cvtps_ph(x[1].v, _MM_FROUND_TO_NEAREST_INT);
-    __m128i* half = static_cast<__m128i*>(to);
-    _mm_storeu_si128(half, _mm_unpacklo_epi64(first, second));
-    _mm_storeu_si128(half + 1, _mm_unpackhi_epi64(first, second));
+    put(how, to,
+        _mm256_set_m128i(_mm_unpackhi_epi64(first, second), _mm_unpacklo_epi64(first, second)));
 }
-FM_INLINE void store_group(F32, void* to, const Floats* x) {
+template <class How = Cached>
+FM_INLINE void store_group(F32, void* to, const Floats* x, How how = {}) {
     float* f = static_cast<float*>(to);
-    _mm256_storeu_ps(f, _mm256_permute2f128_ps(x[0].v, x[1].v, 0x20));
-    _mm256_storeu_ps(f + 8, _mm256_permute2f128_ps(x[0].v, x[1].v, 0x31));
+    put(how, f, _mm256_castps_si256(_mm256_permute2f128_ps(x[0].v, x[1].v, 0x20)));
+    put(how, f + 8, _mm256_castps_si256(_mm256_permute2f128_ps(x[0].v, x[1].v, 0x31)));
 }
 
 FM_INLINE Floats spread(float a) { return {_mm256_set1_ps(a)}; }

@@ -75,21 +75,24 @@ FM_INLINE void load_group(F32, const void* from, Floats* x) {
     x[0].v = _mm512_shuffle_f32x4(first, second, _MM_SHUFFLE(2, 0, 2, 0));
     x[1].v = _mm512_shuffle_f32x4(first, second, _MM_SHUFFLE(3, 1, 3, 1));
 }
-FM_INLINE void store_group(BF16, void* to, const Floats* x) {
+FM_INLINE void put(Cached, void* to, __m512i a) { _mm512_storeu_si512(to, a); }
+FM_INLINE void put(Past, void* to, __m512i a) { _mm512_stream_si512(static_cast<__m512i*>(to), a); }
+FM_INLINE void settle() { _mm_sfence(); }
+template <class How = Cached>
+FM_INLINE void store_group(BF16, void* to, const Floats* x, How how = {}) {
     __m512i first = round_to_bfloat(x[0].v), second = round_to_bfloat(x[1].v);
     if (__builtin_expect(_mm512_cmp_ps_mask(x[0].v, x[1].v, _CMP_UNORD_Q), 0)) {
         first = quiet_nan(x[0].v, first);
         second = quiet_nan(x[1].v, second);
     }
-    _mm512_storeu_si512(
-        to, _mm512_packus_epi32(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16)));
+    put(how, to, _mm512_packus_epi32(_mm512_srli_epi32(first, 16), _mm512_srli_epi32(second, 16)));
 }
-FM_INLINE void store_group(F16, void* to, const Floats* x) {
+template <class How = Cached>
+FM_INLINE void store_group(F16, void* to, const Floats* x, How how = {}) {
     const __m512i both = _mm512_inserti64x4(
         _mm512_castsi256_si512(_mm512_cvtps_ph(x[0].v, _MM_FROUND_TO_NEAREST_INT)),
         _mm512_cvtps_ph(x[1].v, _MM_FROUND_TO_NEAREST_INT), 1);
-    _mm512_storeu_si512(to,
-                        _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
+    put(how, to, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
 }
 // The group's first and last half in plain order.
 FM_INLINE __m512 first_half(const Floats* x) {
@@ -102,10 +105,11 @@ FM_INLINE __m512 last_half(const Floats* x) {
     return _mm512_castpd_ps(
         _mm512_permutex2var_pd(_mm512_castps_pd(x[0].v), order, _mm512_castps_pd(x[1].v)));
 }
-FM_INLINE void store_group(F32, void* to, const Floats* x) {
+template <class How = Cached>
+FM_INLINE void store_group(F32, void* to, const Floats* x, How how = {}) {
     float* f = static_cast<float*>(to);
-    _mm512_storeu_ps(f, first_half(x));
-    _mm512_storeu_ps(f + 16, last_half(x));
+    put(how, f, _mm512_castps_si512(first_half(x)));
+    put(how, f + 16, _mm512_castps_si512(last_half(x)));
 }
 
 FM_INLINE Floats spread(float a) { return {_mm512_set1_ps(a)}; }

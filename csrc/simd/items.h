@@ -20,6 +20,11 @@ struct BF16 {
     static constexpr int kBytes = 2;
 };
 
+// How a group is stored: through the caches, or past them, at a multiple of 64 bytes or of its own
+// size, and final only after settle().
+struct Cached {};
+struct Past {};
+
 template <class To, class From>
 inline To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "same size");

@@ -61,8 +61,10 @@ FM_INLINE void load_group(T type, const void* from, Floats* x) {
     x[0] = load(type, from);
     x[1] = load(type, static_cast<const char*>(from) + kLanes * T::kBytes);
 }
-template <class T>
-FM_INLINE void store_group(T type, void* to, const Floats* x) {
+// Of stores past the caches it has none.
+FM_INLINE void settle() {}
+template <class T, class How = Cached>
+FM_INLINE void store_group(T type, void* to, const Floats* x, How = {}) {
     store(type, to, x[0]);
     store(type, static_cast<char*>(to) + kLanes * T::kBytes, x[1]);
 }
