@@ -208,6 +208,7 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         ([torch.nn.Linear], {}, "must be a folder, a state dictionary or a module, not type"),
         ([{"w": 3}], {}, "must be a tensor, not int"),
         ([{"w": torch.ones(2, 3).T}], {}, "not contiguous"),
+        ([{"w": torch.ones(2, 3, device="meta")}], {}, "has no numbers"),
         (MODELS, {"base": "c"}, "no model is called 'c'"),
         (MODELS, {"base": MODELS["a"]}, "base: is a model itself; put it among models="),
         (MODELS, {"base": torch.nn.Linear(1, 1)}, "base: is a model itself"),

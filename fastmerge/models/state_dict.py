@@ -110,6 +110,8 @@ def _plain(tensor: Any, where: str) -> Any:
     if not is_torch(tensor):
         raise FastmergeError(f"{where}: must be a tensor, not {type(tensor).__name__}")
     check_torch(tensor, where)
+    if tensor.is_meta:
+        raise UnsupportedError(f"{where}: on 'meta' it has no numbers; load the model's weights")
     if not tensor.is_contiguous():
         raise FastmergeError(f"{where}: not contiguous; pass tensor.contiguous()")
     return tensor.detach()
