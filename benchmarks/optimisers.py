@@ -18,7 +18,8 @@ that of `random`, paired by seed: mean and 95 % t interval over seeds, Holm over
 differences to `random`. No optimiser's options are tuned: all have their defaults.
 
 The same command goes on where it stopped, a seed after another; results/optimisers.{json,md} hold
-the seeds that are whole. One process and one thread: its seconds are of CPU.
+the seeds that are whole, and keep those that a run does not name. One process and one thread: its
+seconds are of CPU.
 """
 
 from __future__ import annotations
@@ -213,10 +214,15 @@ def main() -> None:
     given = parser.parse_args()
     scorers.register("texts", Texts)
     runs: list[dict[str, Any]] = []
-    for seed in map(int, given.seeds.split(",")):
+    seeds = list(map(int, given.seeds.split(",")))
+    for seed in seeds:
         runs += contest(given.models.resolve(), given.data.resolve(), given.out, seed)
-    whole = sorted({run["seed"] for run in runs})
+    file = HERE / "results" / "optimisers.json"
     if given.record:
+        kept = json.loads(file.read_text())["runs"] if file.exists() else []
+        runs += [run for run in kept if run["seed"] not in seeds]
+        runs.sort(key=lambda run: run["seed"])
+        whole = sorted({run["seed"] for run in runs})
         head = (
             "| optimiser | candidates | steering, less the start | hold-out, less the start "
             "[95 % over seeds] | hold-out, less random | p (Holm) |"
@@ -229,7 +235,6 @@ def main() -> None:
             "items held out": HOLDOUT * len(SKILLS),
         }
         record("optimisers", title, head, rows_of(runs), about)
-        file = HERE / "results" / "optimisers.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"runs": runs}, indent=1) + "\n")
     for row in rows_of(runs):
         print(" | ".join(row))
