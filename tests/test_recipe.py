@@ -228,7 +228,7 @@ BAD = {
     ),
     "weights-by-module": (
         f"{LINEAR}models: [{{model: a, parameters: {{weight: {{mlp: 0.5}}}}}}]\n",
-        "a filter needs a 'value:', as {filter: mlp, value: 0.5}",
+        "recipe:3: a mapping with 'mlp' is no value; write a number, a list of them, or filters:",
     ),
     "tokenizer-as-text": (
         f"{SLERP}tokenizer: union\n",
