@@ -38,11 +38,11 @@ MODELS = {  # bytes: the published indices' total_size; DeepSeek-V3's files hold
 # CPU seconds for each GB that is read or written, on one core: merge_model.py at 1.1 B
 # (results/merge_model-1.1b.json, without the start); average: average.py, 8 models.
 CPU_SECONDS_PER_GB = {
-    "linear": 0.14,
+    "linear": 0.10,
     "average": 0.14,
-    "slerp": 0.15,
-    "ties": 0.27,
-    "dare_ties": 0.26,
+    "slerp": 0.13,
+    "ties": 0.23,
+    "dare_ties": 0.22,
 }
 
 
