@@ -373,7 +373,8 @@ def _layers(folder: Path, part: str) -> set[str]:
 
     kind = {"text_decoder": "text", "vision_tower": "vision"}.get(part, part)
     with safe_open(folder / "model.safetensors", "np") as file:
-        places = [layer_of(name) for name in file.keys() if part_of(name) == kind]  # noqa: SIM118
+        names = file.keys()
+        places = [layer_of(name) for name in names if part_of(name) == kind]
     return {f"{place.stack}.{place.number}" for place in places if place}
 
 

@@ -36,6 +36,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        self.get()
+
+    def get(self) -> None:
         self.server.heard += [f"{key.lower()}: {value}" for key, value in self.headers.items()]
         name = self.path.partition("?")[0].rpartition("/")[2]
         file = self.server.folder / name

@@ -29,7 +29,7 @@ struct Pieces {
 // For each delta inputs[j] - base (fp32) of all parts as one vector, which entries survive. Exact;
 // never sorts a tensor; `masks`, where a draw by rank is asked for, get its answer, and so does
 // that of a random draw of one part that is measured, which then is not drawn again; memory beyond
-// a few MiB per thread never depends on the tensors' size.
+// a few MiB per thread and some 20 MiB in all never depends on the tensors' size.
 std::vector<Selection> select(Pool& pool, const std::vector<Part>& parts,
                               const std::vector<Sparsify>& specs,
                               const std::vector<uint32_t*>& masks = {},

@@ -56,13 +56,13 @@ _SECTIONS = {
     "encoder": ("encoder", "encoder_config"),
     "decoder": ("decoder", "decoder_config"),
 }
-_HALVES = ("encoder_layers", "num_encoder_layers", *DECODER_COUNTS)
 _PART_COUNTS = {
     "vision": ("depth",),
     "audio": ("encoder_layers",),
     "encoder": ("encoder_layers", "num_encoder_layers"),
     "decoder": DECODER_COUNTS,
 }
+_HALVES = (*_PART_COUNTS["encoder"], *_PART_COUNTS["decoder"])
 
 
 class PartLayers(NamedTuple):

@@ -20,7 +20,7 @@ from fastmerge.models.config import (
 )
 from fastmerge.models.vocabulary import Vocabulary, text_of
 from fastmerge.planning.inputs import Note, TensorPlan
-from fastmerge.planning.modules import Module
+from fastmerge.planning.modules import ModulePlan
 from fastmerge.planning.per_layer import Layer, restack
 
 # ---------------------------------------------------------------- the output's config
@@ -78,7 +78,7 @@ def token_ids(
     return found
 
 
-def set_layers(config: dict[str, Any], module: Module, note: Note) -> None:
+def set_layers(config: dict[str, Any], module: ModulePlan, note: Note) -> None:
     """The count of a module's layers, and what goes by layer, as stacked; no layers for multi-token
     prediction, which a stack leaves out.
     """
@@ -111,7 +111,7 @@ def set_layers(config: dict[str, Any], module: Module, note: Note) -> None:
 
 
 def _set_in_part(
-    config: dict[str, Any], module: Module, layers: Sequence[Layer], note: Note
+    config: dict[str, Any], module: ModulePlan, layers: Sequence[Layer], note: Note
 ) -> None:
     """The same of a part that is not the language model of a multimodal one."""
     said = part_layers(config, module.part)

@@ -37,7 +37,7 @@ class ModuleView(View):
         return self.says
 
 
-class Module(NamedTuple):
+class ModulePlan(NamedTuple):
     """What one module of a recipe makes: ``runs`` of layers, or one merge of ``whole`` models, over
     views of its part alone; the lead's. ``part``: "" where all is one module.
     """
@@ -85,7 +85,7 @@ def layered(view: View, part: str, where: str) -> View:
     return own
 
 
-def apart(parts: Sequence[Part], lead: View) -> list[Module]:
+def apart(parts: Sequence[Part], lead: View) -> list[ModulePlan]:
     """The modules that ``parts`` make, each with views of its part alone."""
     found = []
     for makes, own in groupby(parts, key=lambda part: part.makes):
@@ -93,11 +93,11 @@ def apart(parts: Sequence[Part], lead: View) -> list[Module]:
         if makes:
             views = views_of(runs)
             runs = with_views(runs, {key: _only(view, makes) for key, view in views.items()})
-        found.append(Module(", ".join(makes), runs, _only(lead, makes) if makes else lead))
+        found.append(ModulePlan(", ".join(makes), runs, _only(lead, makes) if makes else lead))
     return found
 
 
-def by_module(build: Builder, modules: Sequence[Module], lead: View) -> dict[str, TensorPlan]:
+def by_module(build: Builder, modules: Sequence[ModulePlan], lead: View) -> dict[str, TensorPlan]:
     """The tensors of all modules, where there are several in the order of the lead's."""
     made = [
         build.whole(module.runs[0]) if module.whole else build.stacked(module.runs)

@@ -87,13 +87,12 @@ def check_jinja(text: str, where: str) -> str | None:
         return "chat_template: not checked, as jinja2 is not installed"
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
-
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
+    Generation.tags = {"generation"}
     known = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
     try:
         tree = known.parse(text)

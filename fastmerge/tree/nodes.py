@@ -257,18 +257,18 @@ class Made(Leaf):
         return f"made {self.text}"
 
 
-I = TypeVar("I")  # noqa: E741  a node of one kind of tree
+Kind = TypeVar("Kind")  # of a tree's nodes
 R = TypeVar("R")
 
 
-class Based(Generic[I]):
+class Based(Generic[Kind]):
     """A node of operands, and of a base apart where there is one."""
 
-    operands: tuple[I, ...]
-    base: I | None
+    operands: tuple[Kind, ...]
+    base: Kind | None
 
     @property
-    def inputs(self) -> tuple[I, ...]:
+    def inputs(self) -> tuple[Kind, ...]:
         """The base, when there is one, then the operands: the order of a rule's coefficients."""
         return self.operands if self.base is None else (self.base, *self.operands)
 
