@@ -54,7 +54,7 @@ PRESETS = (
         _both("merge_model-7b-sparse"),
     ),
     Preset("memory.py --record", (*_both("memory", "memory-models", "memory-parts"), "memory.png")),
-    Preset("scaling.py", (*_both("scaling"), "scaling.png")),  # 75 GB of disk
+    Preset("scaling.py", (*_both("scaling"), "scaling.png")),  # 56 GB of disk
     Preset("walk.py --size 0.2b --repeat 7", _both("walk-0.2b")),
     Preset("walk.py --size 1.1b --repeat 5", _both("walk-1.1b")),
     Preset("fold.py --size 1.1b --rank 16 --repeat 5", _both("fold-1.1b")),

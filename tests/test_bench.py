@@ -458,6 +458,8 @@ def test_a_size_that_has_several_figures_in_a_plot() -> None:
     assert [name for name, _ in lines] == ["linear, warm", "ties, warm"]
     assert [row["parameters"] for row in lines[0][1]] == [2e8, 1.1e9, 7e9]
     assert not _lines(found, "models")
+    found[-1]["cache"] = "94% warm"  # of more than memory holds: of the same line
+    assert [len(line) for _, line in _lines(found, "parameters")] == [3, 3]
 
 
 def test_a_set_is_made_for_the_most_models() -> None:

@@ -49,7 +49,7 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(reversed(rows)):
         share = {key: 100 * value for key, value in row["share_of_ceiling"].items()}
         spread = [[share["median"] - share["low"]], [share["high"] - share["median"]]]
-        colour = _COLOURS.get(row["cache"].split()[-1], OTHER)
+        colour = _COLOURS.get(_cache(row), OTHER)
         axes.barh(place, share["median"], xerr=spread, color=colour, height=0.7, capsize=2)
         words = [row.get("size") or row.get("tensor") or "", row.get("dtype", ""),
                  row.get("isa", ""), row["cache"]]  # fmt: skip
@@ -57,6 +57,11 @@ def _shares(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(100, color=BASELINE, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("share of the ceiling, %")
+
+
+def _cache(row: Row) -> str:
+    """Its state, without the share of what is warm in part."""
+    return str(row["cache"]).split()[-1]
 
 
 Line = tuple[str, list[Row]]
@@ -72,7 +77,7 @@ def _lines(rows: Sequence[Row], key: str) -> list[Line]:
             continue
         name = row.get("method") or row["kind"]
         same = [row.get(other) for other in ("parameters", "models", "steps") if other != key]
-        found.setdefault((name, row["cache"], *same), []).append(row)
+        found.setdefault((name, _cache(row), *same), []).append(row)
     return [
         (f"{name}, {cache}", sorted(own, key=lambda row: float(row[key])))
         for (name, cache, *_), own in found.items()
@@ -96,6 +101,11 @@ def _scaling(
         axes.plot(
             [scale * row[key] for row in rows], [value(row) for row in rows], "o-", label=name
         )
+        for row in rows:
+            if row["cache"] != _cache(row):
+                place = scale * row[key], value(row)
+                axes.annotate(row["cache"], place, (-5, 5), textcoords="offset points",
+                              ha="right", fontsize=7)  # fmt: skip
     axes.set_ylim(0, 1.08 * max(value(row) for _, rows in lines for row in rows))
     if key != "parameters":
         axes.xaxis.get_major_locator().set_params(integer=True)
