@@ -34,6 +34,11 @@ def run(*command: str | Path, **how: Any) -> None:
     subprocess.run([str(word) for word in command], check=True, **how)
 
 
+def pip(python: str | Path) -> tuple[str | Path, ...]:
+    """-I: what lies on a PYTHONPATH it would take for installed."""
+    return (python, "-I", "-m", "pip", "--disable-pip-version-check")
+
+
 def check_sdist(sdist: Path) -> None:
     """Every tracked file is in it."""
     with tarfile.open(sdist) as archive:
@@ -66,8 +71,7 @@ def check_installed(python: str, wheel: Path, sdist: Path) -> None:
         folder = Path(name)
         run(python, "-m", "venv", folder / "venv")
         own = folder / "venv" / "bin"
-        install = (own / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-        run(*install, "--only-binary", ":all:", wheel, *TOOLS)
+        run(*pip(own / "python"), "install", "--quiet", "--only-binary", ":all:", wheel, *TOOLS)
         with tarfile.open(sdist) as archive:
             archive.extractall(folder / "sdist", filter="data")
         (source,) = (folder / "sdist").iterdir()
@@ -89,8 +93,7 @@ def main() -> None:
     check_sdist(sdist)
     for python in sys.argv[1:] or [sys.executable]:
         before = set(dist.glob("*.whl"))
-        run(python, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps",
-            "--wheel-dir", dist, sdist)  # fmt: skip
+        run(*pip(python), "wheel", "--quiet", "--no-deps", "--wheel-dir", dist, sdist)
         (wheel,) = set(dist.glob("*.whl")) - before
         size = wheel.stat().st_size
         assert size <= MOST_BYTES, f"{wheel.name}: {size} bytes, over {MOST_BYTES}"
