@@ -60,16 +60,19 @@ class DefaultFloats {
 struct Job {
     const std::function<void(int64_t)>* task;
     int64_t tasks;
+    Pool::Order order;
     int64_t next = 0;     // first task not handed out yet
+    int64_t end = tasks;  // and the first after it that is, or there is none
     int64_t running = 0;  // handed out, not finished
-    std::exception_ptr error;
+    std::exception_ptr error{};
     std::atomic<bool> done{false};
-    std::condition_variable finished;
+    std::condition_variable finished{};
 };
 
 // How long a thread without work looks for some before it sleeps: to wake one takes 20 to 50 us on
-// a virtual machine, which is as long as the kernels of a tensor of 1 MiB.
-constexpr std::chrono::microseconds kPatience{40};
+// a virtual machine, which is as long as the kernels of a tensor of 1 MiB. A caller in Python comes
+// back after 10 us, after a pause, with cold caches, 40 to 90.
+constexpr std::chrono::microseconds kPatience{100};
 
 // Whether `ready` came true in that time.
 template <class Ready>
@@ -86,23 +89,39 @@ bool soon(const Ready& ready) {
     return false;
 }
 
-// Where other programs keep the other cores busy, a thread is often woken on the core of the caller
-// that it should help, and waits for it: linear merges of 1 MiB took 67 us for 42. It goes to any
-// other core, and may be moved back afterwards. -1: not known.
+// A thread is often woken on the core of the caller that it should help, and waits for it: where
+// other programs keep the other cores busy, and on two cores where the other one is idle, too
+// (linear merges of 4 MiB after a pause took 350 us for 220). So it sleeps with that core
+// forbidden, and may be moved back afterwards.
 #if defined(__linux__)
-int this_core() { return sched_getcpu(); }
-void leave(int core) {
-    cpu_set_t all, others;
-    if (core < 0 || core != sched_getcpu() || sched_getaffinity(0, sizeof all, &all) != 0) return;
-    others = all;
-    CPU_CLR(static_cast<size_t>(core), &others);
-    // The only core there is, or of more than a set has room for: it stays.
-    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
-    sched_setaffinity(0, sizeof all, &all);
-}
+int this_core() { return sched_getcpu(); }  // -1: not known
+class Elsewhere {
+   public:
+    explicit Elsewhere(int core) {
+        if (core < 0 || sched_getaffinity(0, sizeof all_, &all_) != 0) return;
+        others_ = all_;
+        CPU_CLR(static_cast<size_t>(core), &others_);
+        // The only core there is, or of more than a set has room for: it stays.
+        moved_ = CPU_COUNT(&others_) != 0 && sched_setaffinity(0, sizeof others_, &others_) == 0;
+    }
+    ~Elsewhere() {
+        cpu_set_t now;  // or somebody said meanwhile where it may be
+        if (moved_ && sched_getaffinity(0, sizeof now, &now) == 0 && CPU_EQUAL(&now, &others_))
+            sched_setaffinity(0, sizeof all_, &all_);
+    }
+    Elsewhere(const Elsewhere&) = delete;
+    Elsewhere& operator=(const Elsewhere&) = delete;
+
+   private:
+    cpu_set_t all_, others_;
+    bool moved_ = false;
+};
 #else
 int this_core() { return -1; }
-void leave(int) {}
+class Elsewhere {
+   public:
+    explicit Elsewhere(int) {}
+};
 #endif
 
 std::atomic<unsigned> generation{0};
@@ -119,10 +138,10 @@ struct Pool::State {
     std::condition_variable work;
     std::deque<Job*> jobs;  // those with tasks to hand out, oldest first
     std::atomic<unsigned> posted{0};
-    int callers_core = -1;  // of the last job
-    int active = 0;         // tasks that are running
-    int looking = 0;        // threads that find work without being woken
-    int watching = 0;       // callers that look whether their job is done
+    std::atomic<int> callers_core{this_core()};  // of the last job
+    int active = 0;                              // tasks that are running
+    int looking = 0;                             // threads that find work without being woken
+    int watching = 0;                            // callers that look whether their job is done
     bool stopping = false;
     std::vector<std::thread> threads;
 
@@ -132,10 +151,11 @@ struct Pool::State {
     bool may_look() const { return active + looking + watching < most; }
 
     // Hands out the oldest job's next task to this thread, which holds the lock but while it works.
-    void step(std::unique_lock<std::mutex>& lock) {
+    void step(std::unique_lock<std::mutex>& lock, bool is_caller) {
         Job& job = *jobs.front();
-        const int64_t index = job.next++;
-        if (job.next == job.tasks) jobs.pop_front();
+        const bool first = is_caller || job.order == Pool::Order::kAscending;
+        const int64_t index = first ? job.next++ : --job.end;
+        if (job.next == job.end) jobs.pop_front();
         ++job.running;
         ++active;
         lock.unlock();
@@ -151,12 +171,24 @@ struct Pool::State {
         if (error && !job.error) {
             job.error = error;
             jobs.erase(std::remove(jobs.begin(), jobs.end(), &job), jobs.end());
-            job.next = job.tasks;
+            job.next = job.end;
         }
-        if (job.next == job.tasks && job.running == 0) {
+        if (job.next == job.end && job.running == 0) {
             job.done = true;
             job.finished.notify_all();
         }
+    }
+
+    // Until there is work, which another thread may take.
+    void sleep() {
+        const int core = callers_core;
+        {
+            const Elsewhere elsewhere(core);
+            std::unique_lock<std::mutex> lock(mutex);
+            work.wait(lock, [this] { return stopping || has_work(); });
+        }
+        const int now = callers_core;
+        if (now != core && now == this_core()) Elsewhere{now};
     }
 
     void serve() {
@@ -172,16 +204,14 @@ struct Pool::State {
                 --looking;
             }
             if (!stopping && !has_work()) {
-                work.wait(lock, [this] { return stopping || has_work(); });
-                const int core = callers_core;
                 lock.unlock();
-                leave(core);
+                sleep();
                 lock.lock();
             }
             if (jobs.empty()) {
                 if (stopping) return;
             } else if (stopping || has_work()) {  // or another thread was faster
-                step(lock);
+                step(lock, false);
             }
         }
     }
@@ -195,7 +225,7 @@ struct Pool::State {
         ++posted;
         const auto helpers = std::min<int64_t>(job.tasks, most) - (jobs.front() == &job ? 1 : 0);
         for (int64_t i = looking; i < helpers; ++i) work.notify_one();
-        while (has_work() && jobs.front() == &job) step(lock);
+        while (has_work() && jobs.front() == &job) step(lock, true);
         if (has_work()) work.notify_one();  // this thread's place is free
         if (!job.done) {
             if (may_look()) {
@@ -252,16 +282,14 @@ Pool::State& Pool::state() {
     return *found;  // another thread of the child was faster
 }
 
-void Pool::run(int64_t tasks, const std::function<void(int64_t)>& task) {
+void Pool::run(int64_t tasks, const std::function<void(int64_t)>& task, Order order) {
     if (tasks <= 0) return;
     if (tasks == 1) {  // nothing to share: spare the tens of microseconds of the hand-over
         const DefaultFloats mode;
         task(0);
         return;
     }
-    Job job;
-    job.task = &task;
-    job.tasks = tasks;
+    Job job{&task, tasks, order};
     state().run(job);
     if (job.error) std::rethrow_exception(job.error);
 }

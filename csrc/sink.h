@@ -17,6 +17,8 @@ class Sink {
     // Where the piece's first element goes. May block until a staging buffer is free; may throw
     // (I/O).
     virtual void* open(int64_t piece) = 0;
+    // Whether it is memory that the caller keeps, whose pieces may be filled in any order.
+    virtual bool in_memory() const { return false; }
     // Whether NaN and Inf among what is written are counted; where not, their number is 0.
     virtual bool checked() const { return true; }
     // The piece's bytes are final. Called once after open, by the same thread.
@@ -46,6 +48,7 @@ class MemorySink final : public Sink {
         return data_ + piece * piece_ * static_cast<int64_t>(item_bytes(dtype_));
     }
     void close(int64_t) override {}
+    bool in_memory() const override { return true; }
     bool checked() const override { return checked_; }
 
    private:

@@ -1,5 +1,6 @@
 """Sums that move more than 32 MiB are written past the caches: the values are those of parts that
-are not, on every instruction set, wherever the output begins."""
+are not, on every instruction set, wherever the output begins. So are those of smaller ones,
+wherever their tensors do."""
 
 from __future__ import annotations
 
@@ -49,6 +50,47 @@ def test_the_values_are_those_of_parts(each_isa, dtype, inputs, offset):
         assert np.array_equal(found.view(np.uint8), parts.view(np.uint8)), isa
         assert (found[:offset] == 7).all()
         assert (found[offset + count :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("inputs", [2, 3])
+def test_within_the_caches_they_are_the_same_wherever_tensors_begin(each_isa, dtype, inputs):
+    rng = np.random.default_rng(inputs)
+    count, factors = 1003, [0.3, 0.7, -0.1][:inputs]
+    arrays = [round_to(rng.standard_normal(count, np.float32), dtype) for _ in range(inputs)]
+    item = arrays[0].itemsize
+
+    def at(offset):  # bytes after a line's beginning
+        room = np.full(count * item + 256, 7, np.uint8)
+        begin = -room.ctypes.data % 64 + offset
+        return room, room[begin : begin + count * item]
+
+    def view(place):
+        return _C.View(place.ctypes.data, count, dtype, place)
+
+    expected = None
+    for isa in ["scalar", *each_isa]:
+        _C.set_isa(isa)
+        for offsets in [
+            (0, 0),
+            (16, 16),
+            (16, 0),
+            (0, 16),
+            (4, 60),
+            (63, 0),
+            (0, 1),
+            (1, 1),
+            (2, 3),
+        ]:
+            places = [at(offsets[0])[1] for _ in arrays]
+            for place, array in zip(places, arrays, strict=True):
+                place[:] = array.view(np.uint8)
+            room, out = at(offsets[1])
+            summed([view(place) for place in places], view(out), factors)
+            expected = out.tobytes() if expected is None else expected
+            assert out.tobytes() == expected, (isa, offsets)
+            out[:] = 7
+            assert (room == 7).all()
 
 
 def test_in_place(each_isa):

@@ -6,9 +6,9 @@
 
 // A group, without asking for memory ahead, as read() does: that cost sums of two and three inputs
 // of 8 to 64 MiB 4 to 25 % of their time, bf16 and fp32 alike.
-template <bool kPartial, class T>
-FM_INLINE void terms(T type, const char* group, Part part, Floats* x) {
-    kPartial ? read_part(type, group, part, x) : load_group(type, group, x);
+template <bool kPartial, class T, class Loads = Whole>
+FM_INLINE void terms(T type, const char* group, Part part, Floats* x, Loads loads = {}) {
+    kPartial ? read_part(type, group, part, x) : load_group(type, group, x, loads);
 }
 
 template <class T, bool kPerElement, bool kPartial>
@@ -35,7 +35,7 @@ FM_INLINE void combine_group(const CombineArgs& args, int64_t at, Part part) {
 
 // As combine_group of few inputs, from an element on, whose places and coefficients stay in
 // registers: the caches then give as many bytes as they can.
-template <class T, int K, class How>
+template <class T, int K, class Loads, class Stores>
 int64_t combine_few(const CombineArgs& args, int64_t from) {
     const char* x[K];
     Floats c[K];
@@ -50,27 +50,41 @@ int64_t combine_few(const CombineArgs& args, int64_t from) {
     for (; at + kGroup <= args.count; at += kGroup) {
         Floats total[2] = {start, start}, entries[2];
         for (int j = 0; j < K; ++j) {
-            terms<false>(T(), x[j] + at * T::kBytes, {}, entries);
+            terms<false>(T(), x[j] + at * T::kBytes, {}, entries, Loads());
             for (int v = 0; v < 2; ++v) total[v] = multiply_add(entries[v], c[j], total[v]);
         }
         if (divide)
             for (int v = 0; v < 2; ++v) total[v] = total[v] / divisor;
-        store_group(T(), out + at * T::kBytes, total, How());
+        store_group(T(), out + at * T::kBytes, total, Stores());
     }
     return at;
 }
 
-// Elements of few inputs that were written past the caches, from the first on.
-template <class T>
-int64_t combine_past(const CombineArgs& args) {
-    constexpr uintptr_t kAlign = kGroup * T::kBytes < 64 ? kGroup * T::kBytes : 64;
+constexpr uintptr_t kLine = 64;  // bytes
+
+// The same, from where the output is at a line's beginning; groups of inputs that are not there,
+// too, are loaded in halves.
+template <class T, int K, class Stores>
+int64_t combine_lines(const CombineArgs& args, int64_t from) {
+    bool apart = false;
+    for (int j = 0; j < K; ++j) {
+        const char* x = static_cast<const char*>(args.inputs[j]) + from * T::kBytes;
+        apart = apart || reinterpret_cast<uintptr_t>(x) % kLine != 0;
+    }
+    return apart ? combine_few<T, K, Halves, Stores>(args, from)
+                 : combine_few<T, K, Whole, Stores>(args, from);
+}
+
+// Elements of two or three inputs, from the first on; 0: none, as an element lies across a line.
+template <class T, int K>
+int64_t combine_few(const CombineArgs& args) {
+    constexpr uintptr_t kAlign = kGroup * T::kBytes < kLine ? kGroup * T::kBytes : kLine;
     const uintptr_t before = -reinterpret_cast<uintptr_t>(args.out) % kAlign;
     const auto head = static_cast<int64_t>(before / T::kBytes);
-    const bool few = args.inputs_count == 2 || args.inputs_count == 3;
-    if (!few || before % T::kBytes != 0 || head > args.count) return 0;
+    if (before % T::kBytes != 0 || head > args.count) return 0;
     if (head != 0) combine_group<T, false, true>(args, 0, {0, static_cast<int>(head)});
-    const int64_t end = args.inputs_count == 2 ? combine_few<T, 2, Past>(args, head)
-                                               : combine_few<T, 3, Past>(args, head);
+    if (!args.past_caches) return combine_lines<T, K, Cached>(args, head);
+    const int64_t end = combine_lines<T, K, Past>(args, head);
     settle();
     return end;
 }
@@ -78,12 +92,8 @@ int64_t combine_past(const CombineArgs& args) {
 template <class T, bool kPerElement>
 void combine_span(const CombineArgs& args) {
     int64_t at = 0;
-    if (!kPerElement && args.past_caches) {
-        at = combine_past<T>(args);
-    } else if (!kPerElement) {
-        if (args.inputs_count == 2) at = combine_few<T, 2, Cached>(args, 0);
-        if (args.inputs_count == 3) at = combine_few<T, 3, Cached>(args, 0);
-    }
+    if (!kPerElement && args.inputs_count == 2) at = combine_few<T, 2>(args);
+    if (!kPerElement && args.inputs_count == 3) at = combine_few<T, 3>(args);
     for (; at + kGroup <= args.count; at += kGroup)
         combine_group<T, kPerElement, false>(args, at, {});
     if (at < args.count)

@@ -14,6 +14,12 @@ FM_INLINE Words lane_numbers() {
     return load_words(kNumbers);
 }
 
+// Halves are for instruction sets that say how.
+template <class T, class How>
+FM_INLINE void load_group(T type, const void* from, Floats* x, How) {
+    load_group(type, from, x);
+}
+
 struct Part {
     int first, last;  // the group's elements that exist
 };

@@ -24,12 +24,11 @@ bool from_memory_to_memory(const std::vector<Span>& inputs, const Sink& out, DTy
     return plain;
 }
 
-// Sums that read and write more than this many bytes write past the caches: these could not hold
+// Sums that read and write more bytes than kCaches write past the caches: these could not hold
 // them until they are read again, and would first read what is overwritten. Of two tensors of 16
 // MiB that takes 0.8 of the time, of 4 MiB 1. An output as large as this is mostly of pages that
 // are new to the process, which the system has just filled with zeros in the caches: there it
 // takes 1.05.
-constexpr int64_t kCaches = int64_t{32} << 20;
 bool goes_past_caches(int64_t inputs, int64_t output_bytes) {
     return output_bytes < kCaches && (inputs + 1) * output_bytes > kCaches;
 }

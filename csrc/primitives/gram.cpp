@@ -108,11 +108,12 @@ std::vector<double> gram(Pool& pool, const std::vector<Span>& inputs, const Span
     if (vectors.axis == Axis::kAll) {
         const int64_t blocks = (count + kSumBlock - 1) / kSumBlock;
         std::vector<double> partial(static_cast<size_t>(blocks * pairs));
-        pool.run(blocks, [&](int64_t block) {
+        const auto run = [&](int64_t block) {
             const int64_t begin = block * kSumBlock;
             Gram(inputs, base)
                 .block(begin, std::min(count, begin + kSumBlock), partial.data() + block * pairs);
-        });
+        };
+        pool.run(blocks, run, order_of(inputs, 0));
         std::vector<double> total(static_cast<size_t>(pairs));
         for (int64_t i = 0; i < blocks * pairs; ++i)
             total[static_cast<size_t>(i % pairs)] += partial[static_cast<size_t>(i)];

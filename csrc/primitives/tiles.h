@@ -92,6 +92,18 @@ class TileReader {
     std::unique_ptr<float[]> stored_;   // a tile of gathered rows, before it is widened
 };
 
+// What two cores' caches hold, in bytes.
+constexpr int64_t kCaches = int64_t{32} << 20;
+
+// How passes over tensors are cut: as files are read, or where the caches may hold all of them from
+// one pass to the next, so that each core finds its own part again.
+inline Pool::Order order_of(const std::vector<Span>& inputs, int64_t output_bytes) {
+    int64_t bytes = output_bytes;
+    for (const Span& span : inputs)
+        bytes += span.count * static_cast<int64_t>(item_bytes(span.dtype));
+    return bytes <= kCaches ? Pool::Order::kFromBothEnds : Pool::Order::kAscending;
+}
+
 // Calls body(begin, end) for the parts of [begin, end) between multiples of the tile.
 template <class Body>
 void for_each_tile(int64_t begin, int64_t end, const Body& body, int64_t tile = kTile) {
@@ -120,7 +132,7 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
     const auto type = static_cast<size_t>(out.dtype());
     const auto item = static_cast<int64_t>(item_bytes(out.dtype()));
     std::vector<int64_t> nonfinite(static_cast<size_t>(out.pieces()));
-    pool.run(out.pieces(), [&](int64_t piece) {
+    const auto run = [&](int64_t piece) {
         int64_t begin = 0, end = 0, found = 0;
         out.range(piece, begin, end);
         char* to = static_cast<char*>(out.open(piece));
@@ -141,7 +153,9 @@ int64_t fill_sink(Pool& pool, const std::vector<Span>& inputs, const Span* base,
         for_each_tile(begin, end, body, tile);
         out.close(piece);
         nonfinite[static_cast<size_t>(piece)] = found;
-    });
+    };
+    pool.run(out.pieces(), run,
+             out.in_memory() ? order_of(inputs, out.count() * item) : Pool::Order::kAscending);
     int64_t total = 0;
     for (const int64_t found : nonfinite) total += found;
     return total;

@@ -58,20 +58,29 @@ FM_INLINE Words group_numbers(int vector) {
         _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
         _mm512_set1_epi32(first))};
 }
-FM_INLINE void load_group(BF16, const void* from, Floats* x) {
-    const __m512i zero = _mm512_setzero_si512(), half = _mm512_loadu_si512(from);
+FM_INLINE __m512i take(Whole, const void* from) { return _mm512_loadu_si512(from); }
+FM_INLINE __m512i take(Halves, const void* from) {
+    const __m512i first = _mm512_castsi256_si512(load_half(from));
+    return _mm512_inserti64x4(first, load_half(static_cast<const char*>(from) + 32), 1);
+}
+template <class How = Whole>
+FM_INLINE void load_group(BF16, const void* from, Floats* x, How how = {}) {
+    const __m512i zero = _mm512_setzero_si512(), half = take(how, from);
     x[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, half));
     x[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, half));
 }
-FM_INLINE void load_group(F16, const void* from, Floats* x) {
-    const __m512i half = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
-                                                  _mm512_loadu_si512(from));
+template <class How = Whole>
+FM_INLINE void load_group(F16, const void* from, Floats* x, How how = {}) {
+    const __m512i half =
+        _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), take(how, from));
     x[0].v = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
     x[1].v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
 }
-FM_INLINE void load_group(F32, const void* from, Floats* x) {
+template <class How = Whole>
+FM_INLINE void load_group(F32, const void* from, Floats* x, How how = {}) {
     const float* f = static_cast<const float*>(from);
-    const __m512 first = _mm512_loadu_ps(f), second = _mm512_loadu_ps(f + 16);
+    const __m512 first = _mm512_castsi512_ps(take(how, f));
+    const __m512 second = _mm512_castsi512_ps(take(how, f + 16));
     x[0].v = _mm512_shuffle_f32x4(first, second, _MM_SHUFFLE(2, 0, 2, 0));
     x[1].v = _mm512_shuffle_f32x4(first, second, _MM_SHUFFLE(3, 1, 3, 1));
 }

@@ -25,6 +25,12 @@ struct BF16 {
 struct Cached {};
 struct Past {};
 
+// How it is loaded: at once, or where that would cross lines of 64 bytes each time, by vectors of
+// half their length, of which every other one does: of fp32 that AVX-512 reads, the sum of two
+// tensors of 4 MiB in the caches takes 0.8 of the time.
+struct Whole {};
+struct Halves {};
+
 template <class To, class From>
 inline To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
