@@ -180,7 +180,8 @@ BAD = {
     ),
     "key-not-text": ("merge_method: slerp\n1: 2\n", "recipe:2: the key '1' is not text; quote it"),
     "own-anchor": ("models: &x\n  - *x\n", "recipe:1: this anchor contains itself"),
-    "tag": ("merge_method: !!python/name:os.system x\n", "recipe:1: not valid YAML"),
+    "tag": ("merge_method: !!python/name:os.system x\n", "has no use here; leave it out"),
+    "dash": ("merge_method: linear\nmodels:\n  -model: a\n", "write a blank behind each -"),
     "set": ("merge_method: !!set {a, b}\n", "has no use here"),
     "unknown-key": (
         f"{SLERP}\nparamters: {{t: 1}}\n",

@@ -170,6 +170,21 @@ def opened(models: Sequence[str]) -> tuple[Path, ...]:
     return tuple(found)
 
 
+_OPTIONS_OF = {"--methods": ("merge",), "--steps": ("walk",), "--cache": WHOLES}
+
+
+def refuse_idle(options: Iterable[str], kinds: Sequence[str], models: Sequence[Path]) -> None:
+    """FastmergeError for one of the ``options`` given that nothing measured would follow."""
+    for name in options:
+        if name == "--size" and models:
+            raise FastmergeError("--size: of models made for it, and --models are yours; leave one")
+        able = _OPTIONS_OF.get(name, kinds)
+        if not set(kinds) & set(able):
+            raise FastmergeError(
+                f"{name}: says nothing about {', '.join(kinds)}; it is for {', '.join(able)}"
+            )
+
+
 def refuse(request: Request) -> Request:
     """The request with its folder absolute; raises what stands in its way, in one line, before
     anything is written.

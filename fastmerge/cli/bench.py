@@ -41,14 +41,19 @@ def bench(
         Option(several=True, metavar="MODEL", help="Your own, the base first; only read."),
     ] = None,
     size: Annotated[
-        str,
-        Option(metavar="S,S,...", help="Of models made for it: tiny, 0.2b, 0.5b, 1.1b, 3b, 7b."),
-    ] = "0.2b",
-    methods: Annotated[str, Option(metavar="M,M,...", help="Of merges.")] = "linear,ties",
+        str | None,
+        Option(
+            metavar="S,S,...",
+            help="Of models made for it: tiny, 0.2b (else this one), 0.5b, 1.1b, 3b, 7b.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, Option(metavar="M,M,...", help="Of merges; else linear,ties.")
+    ] = None,
     count: Annotated[
         str | None, Option(metavar="N,N,...", help="Models of a merge, instead of 2 or 3.")
     ] = None,
-    steps: Annotated[str, Option(metavar="N,N,...", help="Of a walk.")] = "10",
+    steps: Annotated[str | None, Option(metavar="N,N,...", help="Of a walk; else 10.")] = None,
     against: Annotated[
         str | None, Option(metavar="P,P,...", help="mergekit, torch, peft: run them too.")
     ] = None,
@@ -84,13 +89,15 @@ def bench(
     kinds = asked.KINDS if job is Kind.all else (job.value,)
     if job is Kind.all and opened:
         kinds = ("fold",) if len(opened) == 2 and is_adapter(opened[1]) else ("merge",)
+    given = {"--size": size, "--methods": methods, "--steps": steps, "--cache": cache}
+    asked.refuse_idle([name for name, value in given.items() if value is not None], kinds, opened)
     wanted = asked.Request(
         kinds=kinds,
         models=opened,
-        sizes=asked.sizes(size),
-        methods=asked.methods(methods),
+        sizes=asked.sizes(size or "0.2b"),
+        methods=asked.methods(methods or "linear,ties"),
         counts=() if count is None else asked.counts(count),
-        steps=asked.steps(steps),
+        steps=asked.steps(steps or "10"),
         against=() if against is None else asked.peer_names(against),
         repeat=repeat,
         caches=None if cache is None else asked.CACHES if cache is Cache.both else (cache.value,),

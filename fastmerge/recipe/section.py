@@ -249,7 +249,10 @@ def listed(kind: Kind[T], count: int | None = None) -> Kind[tuple[T, ...]]:
 
     def items(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list):
-            raise FaultError("must be a list")
+            glued = isinstance(value, (str, dict)) and any(
+                str(text).startswith("-") for text in ([value] if isinstance(value, str) else value)
+            )
+            raise FaultError(f"must be a list{'; write a blank behind each -' * glued}")
         if count is not None and len(value) < count:
             raise FaultError("is missing", len(value))
         if count is not None and len(value) > count:

@@ -105,6 +105,10 @@ class _Builder:
             value = self.constructor.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError) as error:
             detail = getattr(error, "problem", None) or str(error)
+            if "could not determine a constructor" in detail:
+                raise RecipeError(
+                    f"{self.place(node)}: the tag '{node.tag}' has no use here; leave it out"
+                ) from None
             raise RecipeError(f"{self.place(node)}: not valid YAML: {detail}") from None
         except (AttributeError, IndexError, KeyError):
             kind = node.tag.removeprefix(_TAG)
@@ -147,6 +151,12 @@ class _Builder:
                 shown = f" '{text}'" if isinstance(text, str) else ""
                 raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
             self._check_text(key)
+            if key.value[:1].isspace() and key.style is None:
+                raise RecipeError(
+                    f"{self.place(key)}: not valid YAML ({brief(key.value.strip())}): a blank that "
+                    "is no space (U+00A0, as web pages have them) stands before it; indent with "
+                    "spaces"
+                )
             if key.value in seen:
                 self._double(key, seen[key.value])
             seen[key.value] = key
@@ -228,6 +238,7 @@ _IN_OUR_WORDS = (
     ("expected ',' or ']'", "a '[' of line {line} is not closed, or a comma is missing in it"),
     ("unexpected end of stream", "a quote of line {line} is not closed"),
     ("did not find expected", "look at the indentation here"),
+    ("found undefined alias", "no '&' of that name is above it; quote a text that begins with '*'"),
     ("cannot start any token", "a text that begins so must be quoted"),
 )
 
