@@ -329,6 +329,11 @@ def dequantised(
     RAW E8M0 scales for blocks of (32, 1), stored (cols, rows / 32). 255 is E8M0's NaN.
     """
 
+def narrowed(numbers: View) -> View:
+    """An F32 tensor that has no address: float64 ``numbers``, RAW bytes, each rounded once, to
+    nearest even. Every primitive and `copy` compute it where they read it.
+    """
+
 def quantise(
     pool: Pool,
     source: View,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.arguments import a_flag, a_list, a_path, a_text
+from fastmerge.dtypes import WITH_KERNELS
 from fastmerge.dtypes import parse as parse_dtype
 from fastmerge.engine.extract import Found, extract
 from fastmerge.engine.merge_adapters import merge_adapter_plan
@@ -83,7 +84,9 @@ def extract_lora(
         Choice(
             rank=_rank(rank, max_rank),
             at_most=max_rank is not None,
-            dtype=None if dtype is None else parse_dtype(a_text(dtype, "dtype")),
+            dtype=None
+            if dtype is None
+            else parse_dtype(a_text(dtype, "dtype"), among=WITH_KERNELS),
             include=_patterns(include, "include"),
             exclude=_patterns(exclude, "exclude"),
             save=_texts(save_modules, "save_modules"),

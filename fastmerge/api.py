@@ -476,10 +476,10 @@ def materialise(
     the recipe's. ``models``: what names in the recipe stand for, by name. ``threads``: pool size,
     default FASTMERGE_NUM_THREADS or every CPU.
 
-    ``as_`` "bits": arrays are float32 or float16, bfloat16 as its bits in uint16; of types that are
-    only copied, raw bytes (uint8, one axis). "numpy": numbers, of NumPy's types, bfloat16 widened
-    to float32. "ml_dtypes": bfloat16 and float8 as that package's types. "torch": tensors. What has
-    no type there stays raw bytes. A few tensors are computed ahead. Raises FastmergeError.
+    ``as_`` "bits": arrays are float64, float32 or float16, bfloat16 as its bits in uint16; of types
+    that are only copied, raw bytes (uint8, one axis). "numpy": numbers, of NumPy's types, bfloat16
+    widened to float32. "ml_dtypes": bfloat16 and float8 as that package's types. "torch": tensors.
+    What has no type there stays raw bytes. A few tensors are computed ahead. Raises FastmergeError.
     """
     kind = one_of(as_, ("bits", "numpy", "ml_dtypes", "torch"), "as_")
     decided = plan(recipe, seed=seed, models=models)

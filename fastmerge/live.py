@@ -27,7 +27,7 @@ from fastmerge.compute.on_device import made_count
 from fastmerge.compute.tensor import Outcome
 from fastmerge.engine import in_memory
 from fastmerge.engine.executor import Local
-from fastmerge.engine.inputs import Inputs
+from fastmerge.engine.inputs import Inputs, needs_host
 from fastmerge.errors import FastmergeError, ModelError, ResourceError, UnsupportedError, brief
 from fastmerge.models.memory import (
     as_torch,
@@ -42,7 +42,7 @@ from fastmerge.models.state_dict import StateDict, check_apart
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
-from fastmerge.tree.nodes import Leaf, Node, Stored, leaves, reads_rows, walk
+from fastmerge.tree.nodes import Leaf, Node, Stored, leaves, walk
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def merge_into(
         if observe is not None or not _uses_gpu(targets):
             return _merged_on_cpu(plan, targets, threads, observe)
         # Embeddings of merged tokenizers, say: of a candidate where its template's are.
-        rows = {item.name for item in (plan.template or plan).tensors if reads_rows(item.root)}
+        rows = {item.name for item in (plan.template or plan).tensors if needs_host(item)}
         on_cpu = {name: targets.pop(name) for name in list(targets) if name in rows}
         held = _HELD.setdefault(model, _Held())
         place = _place(held, plan, targets, gpu_memory) if keep == "auto" else keep
@@ -207,7 +207,8 @@ class Targets(Arrays):
 
     def is_direct(self, target: Any, item: TensorPlan) -> bool:
         """Whether the kernels write into ``target``."""
-        return target.device.type == "cpu" and is_stored(target, item)
+        by_kernels = item.dtype.kernels and not item.in_float64
+        return by_kernels and target.device.type == "cpu" and is_stored(target, item)
 
     def fill(self, target: Any, made: NDArray[Any], item: TensorPlan) -> None:
         """Copies the tensor as `Arrays` has it into ``target``."""

@@ -48,7 +48,7 @@ class Selection(NamedTuple):
     order(i) < tie_bound, unless the same holds of the ceiling and its bound; where order is the
     mixed index (defined by `compute.reference`'s ``mixed_indices``) or the flat index. Magnitudes
     are compared as the 31-bit patterns of fp32, so NaN is above infinity. RANKED: entry i survives
-    when bit i % 32 of the mask's word i // 32 is set.
+    when bit i % 32 of the mask's word i // 32 is set. Of float64 deltas all is float64's instead.
     """
 
     kind: int = ALL
@@ -57,7 +57,7 @@ class Selection(NamedTuple):
     tie_rule: int = MIXED
     keep_below: int = 0
     key: int = 0
-    rescale: float = 1.0  # fp32 value, multiplied in after the mask
+    rescale: float = 1.0  # multiplied in after the mask, in fp32
     kept: int = 0
     ceiling_bits: int = 0x7FFFFFFF  # with a bound of 0 nothing is above it
     ceiling_bound: int | None = 0

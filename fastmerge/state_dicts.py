@@ -14,7 +14,9 @@ from fastmerge import live
 from fastmerge.arguments import a_flag, a_list, a_mapping, a_text, plain
 from fastmerge.compute.batch import Batch, Job
 from fastmerge.compute.recording import refuse_traces
+from fastmerge.dtypes import F64
 from fastmerge.engine.executor import Local
+from fastmerge.engine.inputs import needs_host
 from fastmerge.errors import (
     FastmergeError,
     ModelError,
@@ -70,8 +72,9 @@ def merge_state_dicts(
     order, without a base that the method keeps apart, or by id; a value may be a recipe's gradient
     (by id) or its list of filters.
     strict: models whose names differ are refused, else what all have is merged. dtype, out_dtype:
-    of the result (torch's or their names); the arithmetic is float32 and the default the inputs'
-    type. seed: of methods that draw; by default it follows from the call.
+    of the result (torch's or their names); the arithmetic is float32, or float64 where ``dtype``
+    or an input's type is that, and the default the inputs' type. seed: of methods that draw; by
+    default it follows from the call.
 
     out: None for a new dictionary, in the first model's order, of torch tensors (NumPy arrays where
     the first model has those); or a dictionary of tensors to write into, or a module whose
@@ -260,10 +263,10 @@ class _Into(live.Targets):
     """NumPy's arrays as well as torch's."""
 
     def is_direct(self, target: Any, item: TensorPlan) -> bool:
-        if not item.dtype.mergeable:
-            return False
         if is_torch(target):
             return super().is_direct(target, item)
+        if not item.dtype.kernels or item.in_float64:
+            return False
         return bool(target.flags.c_contiguous) and dtype_of(target, item.name) == item.dtype
 
     def fill(self, target: Any, made: NDArray[Any], item: TensorPlan) -> None:
@@ -278,7 +281,7 @@ class _Into(live.Targets):
 
             target[...] = tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         else:
-            target[...] = tensor.float().numpy()
+            target[...] = (tensor if item.dtype == F64 else tensor.float()).numpy()
 
 
 def _run(plan: Plan, models: Sequence[Model], out: Any, threads: int | None) -> Mapping[str, Any]:
@@ -344,6 +347,11 @@ def merged_on_gpu(
     made, jobs = {}, []
     for item in plan.tensors:
         target = None if targets is None else targets[item.name]
+        if needs_host(item):
+            raise UnsupportedError(
+                f"models: '{item.name}' on {device} is float64, for which there are no GPU "
+                "kernels; move the models to the CPU, or convert them to float32"
+            )
         if not item.dtype.mergeable:
             made[item.name] = fetch(item.sources[0]).clone()
             continue

@@ -20,6 +20,7 @@ class TritonBackend:
     """Contiguous torch tensors of one device, as inputs and as outputs."""
 
     name = "triton"
+    kind = np.float32
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)

@@ -85,7 +85,8 @@ def decode(raw: bytes, dtype: str) -> np.ndarray:
     """Stored bits as float32."""
     if dtype == "BF16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, {"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return np.frombuffer(raw, kinds[dtype]).astype(np.float32)
 
 
 def write_checkpoint(

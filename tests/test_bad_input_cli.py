@@ -177,7 +177,7 @@ RECIPES = {
     "unknown-key": (LINEAR + "paramters: {}\n", {}, r"recipe\.yml:2: .*'parameters'"),
     "unknown-parameter": (LINEAR, {"wieght": 1}, r"'wieght'.*'weight'"),
     "unknown-dtype": (LINEAR + "dtype: bfloat17\n", {}, r"recipe\.yml:2: .*'bfloat17'"),
-    "unmergeable-dtype": (LINEAR + "dtype: float64\n", {}, "cannot merge in 'float64'"),
+    "unmergeable-dtype": (LINEAR + "dtype: int64\n", {}, "cannot merge in 'int64'"),
     "missing-weight": (LINEAR, {"scale": 1}, "'weight'"),
     "nan-weight": (LINEAR, {"weight": float("nan")}, "'weight' must be finite"),
     "word-weight": (LINEAR, {"weight": "much"}, "'weight' must be a number"),

@@ -196,13 +196,6 @@ BAD = {
         models("linear", "ids1", "nameless", base="", weight=1),
         "model 'nameless' lacks tensor 'ids'",
     ),
-    "float64": (
-        models("linear", "ids1", "double", base="", weight=1),
-        (
-            "recipe:5: tensor 'w' of model 'double' is float64, which fastmerge does not merge; "
-            "convert it"
-        ),
-    ),
     "float8": (
         models("linear", "eight", base="", weight=1),
         "tensor 'w' of model 'eight' is float8_e4m3fn",

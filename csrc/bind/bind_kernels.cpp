@@ -15,6 +15,7 @@
 #include "primitives/divergence.h"
 #include "primitives/gram.h"
 #include "primitives/low_rank.h"
+#include "primitives/narrowed.h"
 #include "primitives/pointwise.h"
 #include "primitives/quantised.h"
 #include "primitives/select.h"
@@ -170,6 +171,11 @@ View bound_dequantised(const std::string& coding, const View& codes, const View&
         {nullptr, made->count(), DType::kF32, made.get()}, py::make_tuple(codes, scales), made};
 }
 
+View bound_narrowed(const View& numbers) {
+    auto made = std::make_shared<Narrowed>(numbers.span);
+    return View{{nullptr, made->count(), DType::kF32, made.get()}, py::make_tuple(numbers), made};
+}
+
 View bound_low_rank(const View& base, const View& left, const View& right, int64_t rank,
                     float scale,
                     const std::optional<py::array_t<float, py::array::c_style>>& factors,
@@ -238,6 +244,7 @@ void bind_kernels(py::module_& m) {
     m.def(
         "bad_scale", [](const View& scales) { return bad_scale(scales.span); }, "scales"_a,
         py::call_guard<Released>());
+    m.def("narrowed", &bound_narrowed, "numbers"_a);
     m.def("low_rank", &bound_low_rank, "base"_a, "left"_a, "right"_a, "rank"_a, "scale"_a,
           py::kw_only(), "factors"_a = py::none(), "by_column"_a = false, "matrices"_a = 1);
     m.def("divergences", &bound_divergences, "pool"_a, "x"_a, "base"_a, "cols"_a);

@@ -103,9 +103,9 @@ def _in_numpy(item: TensorPlan) -> bool:
     return (
         not isinstance(item.root, Stored)
         and item.encoding is None
-        and item.dtype.mergeable
+        and item.dtype.kernels
         and not any(isinstance(merge.method, Elementwise) for merge in item.merges)
-        and all(source.dtype.mergeable for source in leaves([item.root]))
+        and all(source.dtype.kernels for source in leaves([item.root]))
         and all(isinstance(part, Stored) or _is_plain(part) for part in parts)
     )
 

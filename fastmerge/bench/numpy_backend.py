@@ -62,6 +62,7 @@ class NumpyBackend:
     """`compute.backend.Backend`, and `methods.shapes.Primitives` but for expressions."""
 
     name = "numpy"
+    kind = np.float32
 
     @staticmethod
     def takes(node: Merge, _parts: Sequence[Node], /) -> str | None:

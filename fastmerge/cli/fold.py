@@ -19,6 +19,7 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    float64 = "float64"
     as_base = "as_base"
 
 

@@ -9,17 +9,36 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from itertools import count as numbered
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fastmerge import _C
-from fastmerge.compute.cpu import CpuBackend, Passes
+from fastmerge.compute.cpu import Passes
 from fastmerge.compute.tensor import Trim, consensus_terms
 from fastmerge.errors import ModelError
-from fastmerge.selection import Selection
+from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Leaf, Merge, Node
 
 _SHARED = "trims"
 TILE_ENTRIES = _C.tile_entries()  # no two tensors may share a tile
+
+
+T = TypeVar("T")
+T_in = TypeVar("T_in", contravariant=True)
+
+
+class SelectsAcross(Protocol[T_in]):
+    """A back end of the CPU, as far as it is needed here."""
+
+    def select_across(
+        self,
+        inputs: Sequence[Sequence[T_in]],
+        bases: Sequence[T_in],
+        origins: Sequence[int],
+        specs: Sequence[Sparsify],
+        ends: Sequence[int] = ...,
+        passes: Passes | None = ...,
+        /,
+    ) -> list[Selection]: ...
 
 
 class Shared(Protocol):
@@ -40,8 +59,8 @@ class Shared(Protocol):
 
 def find_trims(
     nodes: Mapping[Merge, int],
-    backend: CpuBackend,
-    fetch: Callable[[Leaf], _C.View],
+    backend: SelectsAcross[T],
+    fetch: Callable[[Leaf], T],
     shared: Shared | None = None,
 ) -> Mapping[Node, Trim]:
     """The trims of `Plan.spanning` (merges and element counts), from all their tensors' weights.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
+from numpy.typing import NDArray
+
 from fastmerge.errors import UnsupportedError
-from fastmerge.methods.types import Float32, Float64
+from fastmerge.methods.types import Float64
 from fastmerge.primitives import WHOLE, Agreement, Vectors
 from fastmerge.selection import Selection, Sparsify
 from fastmerge.tree.nodes import Merge, Node
@@ -23,7 +25,7 @@ class Backend(Protocol[T, O]):
     among them, have the same number of elements and any mix of types. O is where as many elements
     of one type are written, which may be the memory of an input. Numbers go in as float64 and are
     rounded to fp32, but for wide sums. What does not fit together raises ValueError or
-    FastmergeError; callers that answer to users check first.
+    FastmergeError; callers that answer to users check first. In `compute.doubles` all is float64.
     """
 
     @property
@@ -85,11 +87,13 @@ class Backend(Protocol[T, O]):
         """An fp32 tensor of ``count`` elements, as input and as output, for intermediates."""
         ...
 
-    def array(self, tensor: T) -> Float32:
-        """The numbers of a tensor, flat, to read only: what Python functions take."""
+    def array(self, tensor: T) -> NDArray[Any]:
+        """The numbers of a tensor, flat, to read only, in the type of the arithmetic: what Python
+        functions take.
+        """
         ...
 
-    def tensor(self, array: Float32) -> T:
+    def tensor(self, array: NDArray[Any]) -> T:
         """A contiguous array as one of the back end's tensors."""
         ...
 

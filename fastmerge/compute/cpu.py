@@ -73,6 +73,7 @@ class CpuBackend:
     """The C++ kernels on one thread pool. Tensors are `_C.View`, outputs are `_C.Sink`."""
 
     name = "cpu"
+    kind = np.float32
 
     def __init__(
         self, threads: int, *, scratch_folder: Path | None = None, scratch_bytes: int = 64 << 20

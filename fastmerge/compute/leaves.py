@@ -1,9 +1,9 @@
 """Leaves that follow from stored tensors, as what the primitives read.
 
-Nothing of a tensor's size is made: a leaf of rows is a table of their addresses, codes become
-numbers and adapted weights are computed a tile at a time. Only an adapter's factors and rows that
-no file holds (means of several, padding, rows of codes and of adapted embeddings) take the back
-end's bounded scratch.
+Nothing of a tensor's size is made: a leaf of rows is a table of their addresses; codes become
+numbers, float64 float32, and adapted weights are computed a tile at a time. Only an adapter's
+factors and rows that no file holds (means of several, padding, rows of codes and of adapted
+embeddings) take the back end's bounded scratch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastmerge.tree.nodes import (
     Leaf,
     LowRank,
     Made,
+    Narrowed,
     Node,
     Rows,
     Stack,
@@ -47,6 +48,8 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
         return fetch(leaf)
     if isinstance(leaf, Dequantised):
         return dequantised(leaf, fetch(leaf.codes), fetch(leaf.scales))
+    if isinstance(leaf, Narrowed):
+        return _C.narrowed(fetch(leaf.source))
     if isinstance(leaf, LowRank):
         return _low_rank(leaf, backend, fetch)
     if isinstance(leaf, Made):

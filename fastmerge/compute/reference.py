@@ -5,6 +5,8 @@ float32, float16, or uint16 for the bits of bfloat16. What decides bits (deltas,
 elections, random words) is computed exactly as the kernels do, in float32 and integers; everything
 else is float64, or with ``arithmetic=np.float32`` the kernels' own operations in their order, so
 that only the rounding to the output type is left to do (`round_to`).
+
+Of float64 tensors, which the kernels do not take, all of it is float64: see `compute.doubles`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ from fastmerge.selection import (
 Array = NDArray[Any]
 
 _INFINITY_BITS = np.uint32(0x7F800000)
+# Of float32 and float64: an integer of its size, and all bits but the sign's.
+_BITS: dict[int, tuple[Any, Any]] = {
+    4: (np.uint32, np.uint32((1 << 31) - 1)),
+    8: (np.uint64, np.uint64((1 << 63) - 1)),
+}
 
 
 def bf16_to_f32(bits: NDArray[np.uint16]) -> Float32:
@@ -49,17 +56,33 @@ def f32_to_bf16(values: Float32) -> NDArray[np.uint16]:
     return (np.where(is_nan, quiet, rounded) >> 16).astype(np.uint16)
 
 
-def widen(tensor: Array) -> Float32:
-    """A tensor's values in float32; exact."""
+def widen(tensor: Array) -> Array:
+    """A tensor's values in float32; exact. float64 stays what it is."""
+    if tensor.dtype == np.float64:
+        return tensor
     return bf16_to_f32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
 
 
-def round_to(values: Float32, dtype: str) -> Array:
-    """float32 values in storage type "BF16" (bits as uint16), "F16" or "F32"."""
+def round_to(values: Array, dtype: str) -> Array:
+    """float32 or float64 values in storage type "BF16" (bits as uint16), "F16", "F32" or "F64",
+    rounded once.
+    """
     if dtype == "BF16":
-        return f32_to_bf16(values)
+        return f32_to_bf16(_to_odd(values) if values.dtype == np.float64 else values)
     with np.errstate(over="ignore"):
-        return values.astype({"F16": np.float16, "F32": np.float32}[dtype])
+        return values.astype({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+
+
+def _to_odd(values: Float64) -> Float32:
+    """float64 values in float32, rounded to odd, after which a rounding to fewer bits cannot err
+    (Boldo and Melquiond 2008).
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = values.astype(np.float32)
+        off = values - near
+        even = (near.view(np.uint32) & 1) == 0
+        other = np.nextafter(near, np.where(off > 0, np.inf, -np.inf).astype(np.float32))
+    return np.where(even & (off != 0) & ~np.isnan(off), other, near)
 
 
 def gram(inputs: Sequence[Array], base: Array | None = None, *, axis: int | None = None) -> Float64:
@@ -100,7 +123,10 @@ def combine(
     wide: bool = False,
     arithmetic: type = np.float64,
 ) -> Array:
-    """`_C.combine` of tensors of one shape; a wide one is float64 whatever the ``arithmetic``."""
+    """`_C.combine` of tensors of one shape; a wide one, as of float64, is float64 whatever the
+    ``arithmetic``.
+    """
+    wide = wide or any(x.dtype == np.float64 for x in inputs)
     if wide:
         arithmetic = np.float64
     factors: Array = np.asarray(coefficients, np.float64)
@@ -123,13 +149,22 @@ def combine(
         else:
             added = total + x.astype(np.float64) * each
         total = np.where(each != 0, added, total)
-    return total if divisor is None else total / arithmetic(np.float32(divisor))
+    if divisor is None:
+        return total
+    return np.asarray(total / arithmetic(divisor if wide else np.float32(divisor)))
 
 
-def magnitude_keys(tensor: Array, base: Array) -> NDArray[np.uint32]:
-    """Bits of |tensor - base| in float32, flat: they order magnitudes, NaN above infinity."""
-    delta = (widen(tensor) - widen(base)).ravel()
-    return delta.view(np.uint32) & np.uint32(0x7FFFFFFF)
+def magnitude_keys(tensor: Array, base: Array) -> Array:
+    """Bits of |tensor - base|, flat, as uint32 (uint64 of float64): they order magnitudes, NaN
+    above infinity.
+    """
+    return keys_of((widen(tensor) - widen(base)).ravel())
+
+
+def keys_of(numbers: Array) -> Array:
+    """Bits of the magnitudes of float32 (uint32) or float64 (uint64)."""
+    unsigned, magnitude = _BITS[numbers.dtype.itemsize]
+    return np.asarray(numbers.view(unsigned) & magnitude)
 
 
 def mixed_indices(count: int, first: int = 0) -> NDArray[np.uint64]:
@@ -169,13 +204,19 @@ def philox_words(count: int, key: int, first: int = 0) -> NDArray[np.uint32]:
     return words[first - 4 * begin : first - 4 * begin + count]
 
 
-def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Which entries a selection keeps, given their magnitude keys."""
+def order_of(tie_rule: int, count: int, first: int = 0) -> NDArray[np.uint64]:
+    """By what ``count`` entries from the flat index ``first`` on count as larger where they tie."""
+    if tie_rule == MIXED:
+        return mixed_indices(count, first)
+    return np.arange(first, first + count, dtype=np.uint64)
+
+
+def survivors(selection: Selection, keys: Array, first: int = 0) -> NDArray[np.bool_]:
+    """Which entries a selection keeps, given their magnitude keys; ``first``: the first one's flat
+    index.
+    """
     if selection.kind == MAGNITUDE:
-        if selection.tie_rule == MIXED:
-            order = mixed_indices(len(keys))
-        else:
-            order = np.arange(len(keys), dtype=np.uint64)
+        order = order_of(selection.tie_rule, len(keys), first)
 
         def above(bits: int, bound: int | None) -> NDArray[np.bool_]:
             tied = (keys == bits) & (True if bound is None else order < bound)
@@ -185,27 +226,34 @@ def survivors(selection: Selection, keys: NDArray[np.uint32]) -> NDArray[np.bool
             selection.ceiling_bits, selection.ceiling_bound
         )
     if selection.kind == RANDOM:
-        words = philox_words(len(keys), selection.key).astype(np.uint64)
+        words = philox_words(len(keys), selection.key, first).astype(np.uint64)
         return np.asarray(words < np.uint64(selection.keep_below))
     if selection.kind == RANKED:
-        bits = np.unpackbits(selection.mask.view(np.uint8), bitorder="little")
-        return np.asarray(bits[: len(keys)] == 1)
+        begin, end = first // 8, -(-(first + len(keys)) // 8)
+        bits = np.unpackbits(selection.mask.view(np.uint8)[begin:end], bitorder="little")
+        return np.asarray(bits[first - 8 * begin :][: len(keys)] == 1)
     return np.ones(len(keys), np.bool_)
 
 
-def drawn_mask(keys: NDArray[np.uint32], spec: Sparsify) -> NDArray[np.uint32]:
-    """The words of a RANKED request's mask: each vector sorted, each rank's bound beside its
-    entry's word.
+def drawn_mask(keys: Array, spec: Sparsify) -> NDArray[np.uint32]:
+    """The words of a RANKED request's mask."""
+    packed = np.packbits(drawn(keys, spec), bitorder="little")
+    return np.pad(packed, (0, -len(packed) % 4)).view(np.uint32)
+
+
+def drawn(keys: Array, spec: Sparsify, first: int = 0) -> NDArray[np.bool_]:
+    """Which entries of whole vectors a RANKED request keeps: each vector sorted, each rank's bound
+    beside its entry's word. ``first``: the first entry's flat index.
     """
-    words = philox_words(len(keys), spec.key).astype(np.uint64)
-    slices = np.minimum(keys, 0x7FC00000).reshape(-1, spec.length, spec.stride)
+    words = philox_words(len(keys), spec.key, first).astype(np.uint64)
+    nan = keys_of(np.array(np.nan, f"f{keys.itemsize}"))
+    slices = np.minimum(keys, nan).reshape(-1, spec.length, spec.stride)
     ties = np.broadcast_to(~mixed_indices(spec.length)[:, None], slices.shape)
     rising = np.lexsort((ties, slices), axis=1)  # positions, the smallest magnitude first
     bounds = np.array([rank_bound(spec, rank) for rank in range(spec.length)], dtype=np.uint64)
     of = np.empty(slices.shape, np.uint64)
     np.put_along_axis(of, rising, np.broadcast_to(bounds[:, None], of.shape), axis=1)
-    packed = np.packbits(words < of.ravel(), bitorder="little")
-    return np.pad(packed, (0, -len(packed) % 4)).view(np.uint32)
+    return np.asarray(words < of.ravel())
 
 
 def select(inputs: Sequence[Array], base: Array, specs: Sequence[Sparsify]) -> list[Selection]:
@@ -226,9 +274,10 @@ def _cut(keys: NDArray[np.uint32], rank: int, tie_rule: int) -> tuple[int, int |
 
 def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     count = len(keys)
-    found = Selection.asked(spec, count)
+    largest = int(_BITS[keys.itemsize][1])
+    found = Selection.asked(spec, count)._replace(ceiling_bits=largest)
     if spec.kind == MAGNITUDE and spec.keep == 0:
-        found = found._replace(threshold_bits=0x7FFFFFFF, tie_bound=0, kept=0)
+        found = found._replace(threshold_bits=largest, tie_bound=0, kept=0)
     elif spec.kind == MAGNITUDE:
         found = found._replace(kept=spec.keep)
         threshold, bound = _cut(keys, spec.skip + spec.keep, spec.tie_rule)
@@ -242,10 +291,11 @@ def _select(keys: NDArray[np.uint32], spec: Sparsify) -> Selection:
     if spec.tie_rule != EVERY:
         found = found._replace(kept=int(np.count_nonzero(kept)))
     if spec.kind != ALL and spec.rescale and found.kept < count:
-        size = keys.view(np.float32).astype(np.float64)
+        kind = np.dtype(f"f{keys.itemsize}").type
+        size = keys.view(kind).astype(np.float64)
         before, after = size.sum(), size[kept].sum()
         if not (before < 1e-7 or after < 1e-7):  # mergekit 0.1.5 leaves such deltas alone
-            found = found._replace(rescale=float(np.float32(before / after)))
+            found = found._replace(rescale=float(kind(before / after)))
     return found
 
 
@@ -261,20 +311,22 @@ def consensus(
     votes: int = WEIGHTED,
     counted: bool = False,
     arithmetic: type = np.float64,
+    first: int = 0,
 ) -> Array:
-    """`_C.consensus`."""
+    """`_C.consensus`; ``first``: the flat index of the first entry."""
     origin = widen(base)
-    w = np.asarray(weights, np.float32)
+    kind = origin.dtype.type
+    w = np.asarray(weights, kind)
     deltas = []
     for x, weight, selection in zip(inputs, w, selections, strict=True):
         delta = widen(x) - origin
         if selection.kind != ALL:
-            kept = survivors(selection, magnitude_keys(x, base)).reshape(delta.shape)
+            kept = survivors(selection, magnitude_keys(x, base), first).reshape(delta.shape)
             delta = delta * kept.astype(np.float32)
         if selection.rescale != 1:
-            delta = delta * np.float32(selection.rescale)
+            delta = delta * kind(selection.rescale)
         deltas.append(delta * weight if votes == WEIGHTED or not elect else delta)
-    zero = np.zeros(origin.shape, np.float32)
+    zero = np.zeros(origin.shape, kind)
     total = zero
     for delta in deltas:
         sign = np.sign(np.where(np.isnan(delta), 0, delta))
@@ -288,10 +340,10 @@ def consensus(
         merged = merged + delta * late * agrees
         share = share + (np.float32(1) if counted else weight) * agrees
     if normalize:
-        empty = share == 0 if elect else np.abs(share) < np.float32(1e-8)
+        empty = share == 0 if elect else np.abs(share) < kind(1e-8)
         merged = merged / np.where(empty, arithmetic(1), share)
     if scale != 1:
-        merged = merged * arithmetic(np.float32(scale))
+        merged = merged * arithmetic(kind(scale))
     return np.asarray(origin + merged)
 
 

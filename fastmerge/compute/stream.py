@@ -223,6 +223,7 @@ class _Pieces:
     """
 
     name = "triton"
+    kind = np.float32
 
     def __init__(self, streamer: Streamer, tensor: str) -> None:
         self._streamer, self._tensor = streamer, tensor

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastmerge.compute import combining, of_tensors
 from fastmerge.compute.recording import refuse_traces
-from fastmerge.dtypes import MERGEABLE
+from fastmerge.dtypes import WITH_KERNELS
 from fastmerge.errors import FastmergeError, UnsupportedError
 from fastmerge.methods import METHODS, Method, Parameter
 from fastmerge.models.memory import is_float8
@@ -29,7 +29,7 @@ _NAMESPACE = "fastmerge"
 _AFTER = "int? seed=None, str name='', int? threads=None"  # of every method's operator
 _LINEAR = ("linear", "task_arithmetic", "passthrough")  # in the tensors, whatever they hold
 _WORDS = {True: "true", False: "false"}
-_TAKEN = [dtype.name for dtype in MERGEABLE]
+_TAKEN = [dtype.name for dtype in WITH_KERNELS]
 
 
 def _type(parameter: Parameter) -> str:

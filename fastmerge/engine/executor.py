@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Protocol
@@ -13,9 +14,15 @@ from fastmerge.compute.devices import GPU_MEMORY_BYTES, choose_devices
 from fastmerge.compute.lane import Place
 from fastmerge.compute.stream import Streamer
 from fastmerge.compute.tensor import Outcome, Trim
-from fastmerge.engine.inputs import Inputs, on_host, trims_of, write_tensor
+from fastmerge.engine.inputs import (
+    Inputs,
+    is_double,
+    on_host,
+    trims_of,
+    write_tensor,
+)
 from fastmerge.engine.window import in_order, window_size
-from fastmerge.errors import FastmergeError, brief
+from fastmerge.errors import FastmergeError, UnsupportedError, argument, brief
 from fastmerge.output.sink import Sink
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -23,6 +30,7 @@ from fastmerge.tree.nodes import Dequantised, LowRank, Node, walk
 
 _SCRATCH_BYTES = 64 << 20
 _AHEAD_BYTES = 128 << 20
+_DOUBLES = 8  # tensors at a time in NumPy, of which each holds some 10 MiB
 
 
 class Executor(Protocol):
@@ -64,7 +72,16 @@ class Local:
         self._inputs = Inputs(plan.models)
         self.threads = thread_count(threads)
         roots = [(item.name, item.root) for item in plan.tensors]
-        self._devices, note = choose_devices(device, roots, self._inputs.fetch)
+        double = next((item for item in plan.tensors if item.in_float64), None)
+        if double is None or device == "cpu":
+            self._devices, note = choose_devices(device, roots, self._inputs.fetch)
+        elif device == "auto":
+            self._devices, note = [], "device auto: merged on the CPU, as GPUs have no float64 here"
+        else:
+            raise UnsupportedError(
+                f"device {device}: {double.name} is merged in float64, for which there are no GPU "
+                f"kernels; use {argument('device', 'cpu')}, or write `dtype: float32`"
+            )
         self._gpu_memory, self._scratch_bytes = gpu_memory, scratch_bytes
         self._ahead_bytes = ahead_bytes
         self.notes: tuple[str, ...] = (note,) if note else ()
@@ -85,7 +102,7 @@ class Local:
             backend = CpuBackend(
                 self.threads, scratch_folder=folder, scratch_bytes=self._scratch_bytes
             )
-        self.trims = trims_of(self._plan, backend, self._inputs, self.shared)
+        self.trims = self._trims(backend)
         streamer = None
         if self._devices:
             streamer = Streamer(
@@ -96,10 +113,19 @@ class Local:
                 trims=self.trims,
             )
 
+        # Beside the pool's threads, which such tensors do not use.
+        doubles = threading.BoundedSemaphore(min(self.threads, _DOUBLES))
+
         def compute(item: TensorPlan) -> Outcome:
             with self._inputs.reading(item.sources) as inputs:
                 made = inputs.reduced(item, backend.pool)
-                if streamer is None or on_host(item):
+                if is_double(made):
+                    from fastmerge.engine.doubles import write_double  # 6 ms that few need
+
+                    with doubles:
+                        place = Place(item.dtype, sink.parts(item))
+                        outcome = write_double(backend, inputs, made, place, self.trims)
+                elif streamer is None or on_host(item):
                     slots = [_slot(sink, part) for part in item.written]
                     outcome = write_tensor(backend, inputs, made, slots, self.trims)
                 else:
@@ -117,6 +143,25 @@ class Local:
             yield from finished
         if streamer is not None:
             self.notes += streamer.notes
+
+    def _trims(self, backend: CpuBackend) -> Mapping[Node, Trim]:
+        """Those that span all tensors, in the arithmetic of these."""
+        plan, inputs = self._plan, self._inputs
+        if not plan.spanning:
+            return {}
+        kinds = {t.in_float64 for t in plan.tensors if any(m in plan.spanning for m in t.merges)}
+        if len(kinds) > 1:
+            raise UnsupportedError(
+                "trim: model takes all tensors in one arithmetic, and some models have float64 in "
+                "some of them; write `dtype: float64` or `dtype: float32`"
+            )
+        if kinds == {False}:
+            return trims_of(plan, backend, lambda leaf: inputs.view(leaf, backend), self.shared)
+        from fastmerge.compute.doubles import DoubleBackend  # 6 ms that few need
+        from fastmerge.engine.doubles import numbers
+
+        doubles = DoubleBackend(backend)
+        return trims_of(plan, doubles, lambda leaf: numbers(leaf, backend, inputs), self.shared)
 
 
 def _pending(sink: Sink, plan: Plan) -> list[TensorPlan]:

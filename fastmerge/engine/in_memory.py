@@ -22,9 +22,9 @@ def materialise_plan(
 ) -> Iterator[tuple[TensorPlan, NDArray[Any]]]:
     """Every output tensor of ``plan`` in memory, in plan order; nothing is written.
 
-    The arrays have the output's shape: float32, float16, or uint16 holding bfloat16 bits; tensors
-    of types that are only copied come as their raw bytes (uint8, one axis). What a folder would
-    hold as codes comes as numbers.
+    The arrays have the output's shape: floats, or uint16 holding bfloat16 bits; tensors of types
+    that are only copied come as their raw bytes (uint8, one axis). What a folder would hold as
+    codes comes as numbers.
     """
     plan = plan.as_numbers
     arrays = Arrays()

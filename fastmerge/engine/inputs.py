@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from fastmerge import _C
-from fastmerge.codings import Coding
-from fastmerge.compute.across import Shared, find_trims
+from fastmerge.compute.across import SelectsAcross, Shared, T, find_trims
 from fastmerge.compute.cpu import CpuBackend
 from fastmerge.compute.leaves import gathered, matrices, scale_fault, view_of
 from fastmerge.compute.tensor import Computation, Outcome, Trim
+from fastmerge.dtypes import F64
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, brief
 from fastmerge.methods import find
 from fastmerge.models.model import Model, ReadsAhead
@@ -23,6 +23,7 @@ from fastmerge.tree.nodes import (
     Leaf,
     LowRank,
     Merge,
+    Narrowed,
     Node,
     Rows,
     Stored,
@@ -149,12 +150,12 @@ class Inputs:
         if not isinstance(root, Merge):
             return item
         views: list[_C.View] | None = None
-        first: Stored | Dequantised | None = None
+        first: Stored | Dequantised | Narrowed | None = None
         nodes: Sequence[Node] = root.inputs if root.is_flat else walk(root)
         for leaf in nodes:
             if isinstance(leaf, Merge):
                 continue
-            if not isinstance(leaf, (Stored, Dequantised)):
+            if not isinstance(leaf, (Stored, Dequantised, Narrowed)):
                 return item
             if first is None or views is None:
                 first, views = leaf, [self.fetch(stored) for stored in leaf.stored]
@@ -169,8 +170,10 @@ class Inputs:
         return replace(item, root=Merge(find("passthrough"), (first,), None, {}, ({},)))
 
 
-def _stored_as(leaf: Stored | Dequantised) -> Coding | None:
-    return leaf.coding if isinstance(leaf, Dequantised) else None
+def _stored_as(leaf: Stored | Dequantised | Narrowed) -> object:
+    if isinstance(leaf, Stored):
+        return None
+    return leaf.coding if isinstance(leaf, Dequantised) else F64
 
 
 class _Once(Inputs):
@@ -188,7 +191,10 @@ class _Once(Inputs):
 
 
 def trims_of(
-    plan: Plan, backend: CpuBackend, inputs: Inputs, shared: Shared | None = None
+    plan: Plan,
+    backend: SelectsAcross[T],
+    fetch: Callable[[Leaf], T],
+    shared: Shared | None = None,
 ) -> Mapping[Node, Trim]:
     """The trims that span all tensors, which are found before the first one is merged."""
     for number, model in enumerate(plan.models) if plan.spanning else ():
@@ -199,14 +205,26 @@ def trims_of(
                 f"{model.label}: trim: model reads all tensors two or three times, which of a "
                 "remote model would have to lie in memory; download it first, or trim by tensor"
             )
-    return find_trims(plan.spanning, backend, lambda leaf: inputs.view(leaf, backend), shared)
+    return find_trims(plan.spanning, backend, fetch, shared)
+
+
+def needs_host(item: TensorPlan) -> bool:
+    """Whether the CPU alone makes a tensor: rows from several places (a merge has one or two such
+    tensors), and whatever has to do with float64.
+    """
+    return item.in_float64 or item.dtype == F64 or reads_rows(item.root)
 
 
 def on_host(item: TensorPlan) -> bool:
-    """Whether the CPU makes a tensor that GPUs could, with the same bits: what is only copied or
-    read, what is written as codes, rows from several places (a merge has one or two such tensors).
+    """Whether the CPU makes a tensor in a merge on GPUs, with their bits: what it must, and what is
+    only copied or read, or written as codes.
     """
-    return item.encoding is not None or isinstance(item.root, Leaf) or reads_rows(item.root)
+    return item.encoding is not None or isinstance(item.root, Leaf) or needs_host(item)
+
+
+def is_double(item: TensorPlan) -> bool:
+    """Whether no kernel can write a tensor: its arithmetic is float64, or what is written."""
+    return item.in_float64 or (item.dtype == F64 and not isinstance(item.root, Stored))
 
 
 def write_tensor(
@@ -220,17 +238,10 @@ def write_tensor(
     to be computed.
     """
     root = item.root
-
-    def view(leaf: Leaf) -> _C.View:
-        return inputs.view(leaf, backend)
-
-    def gather(leaf: Rows, sources: Mapping[Node, _C.View]) -> _C.View:
-        return gathered(leaf, backend, sources)
-
-    computation = Computation(backend, view, item.name, item.shape, spanning, gather)
+    computation = computation_of(backend, inputs, item, spanning)
     if item.encoding is None:
         if isinstance(root, Leaf) and not root.inputs and root.dtype == item.dtype:
-            _C.copy(backend.pool, view(root), slots[0])
+            _C.copy(backend.pool, inputs.view(root, backend), slots[0])
             return Outcome()
         return computation.run(root, slots[0])
     same = _same_codes(root, item.encoding)
@@ -241,6 +252,23 @@ def write_tensor(
     numbers, to = backend.scratch(item.count)
     outcome = computation.run(root, to)
     return replace(outcome, rounding=_encode(backend, item, numbers, slots, outcome.nonfinite))
+
+
+def computation_of(
+    backend: CpuBackend,
+    inputs: Inputs,
+    item: TensorPlan,
+    spanning: Mapping[Node, Trim] | None,
+) -> Computation[_C.View, _C.Sink]:
+    """What computes the tensor with the kernels."""
+
+    def view(leaf: Leaf) -> _C.View:
+        return inputs.view(leaf, backend)
+
+    def gather(leaf: Rows, sources: Mapping[Node, _C.View]) -> _C.View:
+        return gathered(leaf, backend, sources)
+
+    return Computation(backend, view, item.name, item.shape, spanning, gather)
 
 
 def _same_codes(root: Node, encoding: Encoding) -> Dequantised | None:

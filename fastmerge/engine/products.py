@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from fastmerge import _C
 from fastmerge.compute.cpu import cpu, thread_count
 from fastmerge.engine.inputs import Inputs
 from fastmerge.engine.window import in_order, window_size
@@ -56,4 +58,8 @@ def gram_with(models: Sequence[Model], sources: Sequence[Leaf], array: NDArray[A
     """
     backend, inputs = cpu(1), Inputs(models)
     first, *others = [inputs.view(leaf, backend) for leaf in sources]
-    return backend.gram([*others, view_of(array, "a state")], first)
+    if array.dtype == np.float64:
+        state = _C.narrowed(_C.View(array.ctypes.data, array.nbytes, "RAW", array))
+    else:
+        state = view_of(array, "a state")
+    return backend.gram([*others, state], first)

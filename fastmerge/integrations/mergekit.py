@@ -8,9 +8,9 @@
 
 Needs no mergekit: its ``MergeConfiguration`` and ``MergeOptions`` are read if they are given, and a
 recipe and plain keywords do as well. Two things differ on purpose (docs/mergekit.md): the
-arithmetic is fp32 whatever ``dtype`` says, and a folder is replaced as a whole or not at all: one
-that holds files which no merge wrote and no model has is refused by their names, where mergekit
-would write among them.
+arithmetic is fp32 but where ``dtype`` says float64, and a folder is replaced as a whole or not at
+all: one that holds files which no merge wrote and no model has is refused by their names, where
+mergekit would write among them.
 """
 
 from __future__ import annotations

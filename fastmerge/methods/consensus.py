@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from fastmerge.errors import RecipeError
 from fastmerge.methods.shapes import Keep, Terms
 from fastmerge.methods.types import Values
@@ -54,7 +52,7 @@ def _keep(values: Values, operand: Values, kind: int) -> Keep:
     density, epsilon = operand["density"], operand.get("epsilon", 0.0)
     factor = 1.0
     if rescale == "density" and density > 0:
-        factor = float(np.float32(1 / density))
+        factor = 1 / density
     if not density:
         epsilon = 0.0  # nothing is kept, whatever its rank
     elif kind == RANKED and not 0 < density - epsilon <= density + epsilon < 1:

@@ -61,8 +61,9 @@ def method(
       with ``base``, which is then its inner product with itself, those of the deltas to it;
     * ``models``: how many there are; returns the `Terms` of a consensus of deltas;
     * ``entries``: an `Entry` of each model, what stands for its entries; returns what they become;
-    * ``tensors``: the weights, float32 NumPy arrays, or torch tensors with ``torch``; returns the
-      merged one. With ``rng`` it draws from a NumPy generator that follows from the seed.
+    * ``tensors``: the weights, float32 NumPy arrays (float64 in a merge in that), or torch tensors
+      with ``torch``; returns the merged one. With ``rng`` it draws from a NumPy generator that
+      follows from the seed.
 
     ``base`` as its second asks for a base model (None where its default is that and there is none).
     What follows are parameters: float, int, bool or str, a ``Sequence`` of them where each model
@@ -179,7 +180,7 @@ def _of_tensors(
             tensors = [from_numpy(np.array(x)) for x in tensors]
             base = None if base is None else from_numpy(np.array(base))
         made = function(tensors, *([base] if takes_base else []), **values)
-        return made.detach().float().cpu().numpy() if torch else made
+        return made.detach().to(tensors[0].dtype).cpu().numpy() if torch else made
 
     return run
 

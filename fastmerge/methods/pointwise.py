@@ -39,12 +39,12 @@ def ramplus_tl(on: Primitives, given: Given) -> Any:
         alone = on.pointwise("active", given.tensors, given.base, [epsilon, 1])
         counts = on.gram([*active, alone])
         every, unique = np.diagonal(counts)[:-1], counts[-1, :-1]
-    every, unique = every.astype(np.float32), unique.astype(np.float32)
+    kind = on.kind  # fp32 for fp32, as in mergekit 0.1.5
+    every, unique = every.astype(kind), unique.astype(kind)
     shared = every - unique
-    # fp32, as in mergekit 0.1.5.
-    share = shared / np.maximum(unique, np.float32(epsilon))
-    share = np.minimum(share, np.float32(given.values["alpha"]))
-    gains = np.float32(1) + np.float32(given.values["r"]) * share
+    share = shared / np.maximum(unique, kind(epsilon))
+    share = np.minimum(share, kind(given.values["alpha"]))
+    gains = kind(1) + kind(given.values["r"]) * share
     return on.pointwise("reinforced", given.tensors, given.base, [epsilon, *gains.tolist()])
 
 
@@ -81,12 +81,11 @@ def _widest(on: Primitives, given: Given, fraction: float) -> Selection | None:
     zero = on.pointwise("zero", given.tensors, given.base)
     every = Sparsify(MAGNITUDE, 0)
     if fraction > 0:
-        moved = on.gram([on.pointwise("varied", given.tensors, given.base, selection=_ABOVE_ZERO)])
+        largest = int(np.iinfo(f"i{np.dtype(on.kind).itemsize}").max)
+        above = Selection(MAGNITUDE, threshold_bits=0, tie_bound=0, ceiling_bits=largest)
+        moved = on.gram([on.pointwise("varied", given.tensors, given.base, selection=above)])
         every = Sparsify(MAGNITUDE, int(float(moved[0, 0]) * fraction))
     return on.select([variance], zero, [every])[0]
-
-
-_ABOVE_ZERO = Selection(MAGNITUDE, threshold_bits=0, tie_bound=0)
 
 
 def _shares(squares: Float64) -> Float64:
@@ -112,8 +111,9 @@ def arcee_fusion(on: Primitives, given: Given) -> Any:
     # The entry of rank int(q (n - 1)) from below is the n - rank largest.
     ranks = [Sparsify(MAGNITUDE, count - int(q * (count - 1)), EVERY) for q in (0.25, 0.5, 0.75)]
     found = on.select([importance] * 3, zero, ranks)
-    first, median, third = np.array([s.threshold_bits for s in found], np.uint32).view(np.float32)
-    least = median + np.float32(1.5) * (third - first)
+    bits = np.array([s.threshold_bits for s in found], f"u{np.dtype(on.kind).itemsize}")
+    first, median, third = bits.view(on.kind)
+    least = median + on.kind(1.5) * (third - first)
     return on.pointwise("fuse", given.tensors, given.base, [float(least)], factors=factors)
 
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastmerge.errors import FastmergeError
 from fastmerge.methods.entries import Entry, Program, compiled, inputs
-from fastmerge.methods.types import Float32, Float64, Method, Values
+from fastmerge.methods.types import Float64, Method, Values
 from fastmerge.primitives import Agreement
 from fastmerge.selection import (
     ALL,
@@ -41,7 +42,7 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class Factors:
     """out = (sum_i coefficients[i] * x_i) / divisor; coefficients float64, shape (m,) or (vectors,
-    m).
+    m). The divisor is the coefficients' own sum, as fp32's accumulation has it.
 
     The order of x is the base first, when the method has one, then the operands.
     """
@@ -51,8 +52,10 @@ class Factors:
 
     @property
     def weights(self) -> Float64:
-        """The coefficients, divided."""
-        return self.coefficients if self.divisor is None else self.coefficients / self.divisor
+        """The coefficients, divided by their sum in float64."""
+        if self.divisor is None:
+            return self.coefficients
+        return self.coefficients / float(np.cumsum(self.coefficients)[-1])
 
 
 # (gram or None, globals, per-operand values, has_base) -> Factors. gram is float64 (m, m) or
@@ -202,8 +205,10 @@ class Primitives(Protocol):
     ``gram``, ``select`` and ``divergences`` are those of ``_C.pyi``, shapes and types included, and
     ``expression`` its formula of that name with a program's operations. ``pointwise`` gives a
     tensor that is computed where it is read, in fp32, by one of the formulas that ``_C.pyi`` names;
-    ``factors`` are one for each row.
+    ``factors`` are one for each row. ``kind``: NumPy's type of its numbers, float32 or float64.
     """
+
+    kind: Any
 
     def gram(self, inputs: Sequence[Any], base: Any = None) -> Float64: ...
 
@@ -328,20 +333,20 @@ class Function(Method):
     tensor's shape (base None without one) and the parameters by name, a per-model one as a tuple
     parallel to ``tensors``; for a random method also ``rng``, a NumPy generator that follows from
     the recipe's seed and the tensor. It returns an array of that shape, which is rounded to float32
-    and then to the output's type. Several tensors are merged at a time, each in a thread; what the
-    function allocates is beyond ``memory_limit``.
+    and then to the output's type. In a merge in float64 all of that is float64. Several tensors are
+    merged at a time, each in a thread; what the function allocates is beyond ``memory_limit``.
     """
 
-    function: Callable[[Float32 | None, Sequence[Float32], Values], Any]
+    function: Callable[[NDArray[Any] | None, Sequence[NDArray[Any]], Values], Any]
 
     def of(
         self,
-        base: Float32 | None,
-        tensors: Sequence[Float32],
+        base: NDArray[Any] | None,
+        tensors: Sequence[NDArray[Any]],
         values: Values,
         operands: Sequence[Values],
         key: int,
-    ) -> Float32:
+    ) -> NDArray[Any]:
         """The result, contiguous; raises FastmergeError where the function fails or returns
         anything else. ``key``: what it draws under.
         """
@@ -354,4 +359,4 @@ class Function(Method):
                 f"method {self.name} returned {made.dtype} {list(made.shape)} for tensors of "
                 f"{list(tensors[0].shape)}; return real numbers in that shape"
             )
-        return np.ascontiguousarray(made, dtype=np.float32).reshape(made.shape)
+        return np.ascontiguousarray(made, dtype=tensors[0].dtype).reshape(made.shape)

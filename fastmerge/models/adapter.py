@@ -356,7 +356,7 @@ def _sorted(tensors: Any, where: str) -> tuple[dict[str, _Parts], dict[str, str]
 
 
 def _check_type(info: FileTensor, where: str) -> None:
-    if not info.dtype.mergeable:
+    if not info.dtype.kernels:
         raise UnsupportedError(
             f"{where}: tensor {show(info.name)} is {info.dtype.name}, which has no kernels; "
             "save the adapter in float32 or bfloat16"

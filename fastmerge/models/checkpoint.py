@@ -150,7 +150,7 @@ class Checkpoint:
         """The mapped tensor: its elements, or bytes if ``raw`` or of a type without kernels."""
         info = self.info(name)
         mapping = self._mapping(info.file)
-        if raw or not info.dtype.mergeable:
+        if raw or not info.dtype.kernels:
             return mapping.view(info.begin, info.nbytes, "RAW")
         return mapping.view(info.begin, info.count, info.dtype.code)
 

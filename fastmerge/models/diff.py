@@ -190,7 +190,10 @@ def _difference(
         sums = _Sums(changed=_other_bits(stored_a, stored_b, types[0]))
     else:
         sums = _Sums(changed=entry_a.count)
-    gram = _C.gram(pool, [view_a, view_b]) if all(t.mergeable for t in types) else None
+    gram = None
+    if all(t.mergeable for t in types):
+        views = zip((view_a, view_b), types, strict=True)
+        gram = _C.gram(pool, [v if t.kernels else _C.narrowed(v) for v, t in views])
     return TensorDifference(
         name=name,
         shape=entry_a.shape,
@@ -200,7 +203,7 @@ def _difference(
         changed=sums.changed,
         max_abs=sums.max_abs if has_values else None,
         mean_abs=sums.total_abs / max(entry_a.count - sums.nonfinite, 1) if has_values else None,
-        max_ulps=sums.max_ulps if types[0] is types[1] and types[0].mergeable else None,
+        max_ulps=sums.max_ulps if types[0] is types[1] and types[0].kernels else None,
         relative=None if gram is None else _relative(gram, sums),
         cosine=None if gram is None else _cosine(gram),
         nonfinite=sums.nonfinite,
@@ -253,7 +256,7 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums
         differs = stored_a.view(bits) != stored_b.view(bits)
     else:
         differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
-    steps = _ulps(stored_a, stored_b) if same_type and types[0].mergeable else None
+    steps = _ulps(stored_a, stored_b) if same_type and types[0].kernels else None
     if np.isfinite(largest):
         total, nonfinite = float(gap.sum(dtype=np.float64)), 0
         gap = gap.astype(np.float64)

@@ -96,7 +96,7 @@ class Distributed:
     def view(self, name: str, *, raw: bool = False) -> _C.View:
         """The tensor, read into memory: its elements, or bytes if ``raw`` or without kernels."""
         tensor, info = self._tensor(name), self.tensors[name]
-        if not raw and info.dtype.mergeable:
+        if not raw and info.dtype.kernels:
             return view_of(tensor, f"{self.label}: {name}")
         return _C.View(tensor.data_ptr(), info.nbytes, "RAW", tensor)
 

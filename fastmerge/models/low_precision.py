@@ -131,7 +131,7 @@ def _written(config: Mapping[str, Any]) -> DType:
         for key in ("dtype", "torch_dtype"):
             named = part.get(key)
             found = BY_NAME.get(named.removeprefix("torch.")) if isinstance(named, str) else None
-            if found is not None and found.mergeable:
+            if found is not None and found.kernels:
                 return found
     return BF16
 

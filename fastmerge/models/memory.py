@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmerge import _C
-from fastmerge.dtypes import BF16, BY_NAME, MERGEABLE, DType
+from fastmerge.dtypes import BF16, BY_NAME, MERGEABLE, WITH_KERNELS, DType
 from fastmerge.errors import FastmergeError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
 Extent = tuple[int, int]
-_HOLD = ("float64", *(d.name for d in MERGEABLE), "float8_e4m3fn", "float8_e5m2")
+_HOLD = (*(d.name for d in MERGEABLE), "float8_e4m3fn", "float8_e5m2")
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
@@ -51,10 +51,10 @@ def is_float8(dtype: Any) -> bool:
 
 
 def dtype_of(tensor: Any, where: str) -> DType:
-    """The element type; uint16 NumPy arrays hold bfloat16 bits."""
+    """The element type, one with kernels; uint16 NumPy arrays hold bfloat16 bits."""
     dtype = _named(tensor.dtype)
-    if dtype is None or not dtype.mergeable:
-        known = ", ".join(d.name for d in MERGEABLE)
+    if dtype is None or not dtype.kernels:
+        known = ", ".join(d.name for d in WITH_KERNELS)
         raise UnsupportedError(
             f"{where}: cannot merge {str(tensor.dtype).removeprefix('torch.')} tensors; convert "
             f"to one of {known}"
@@ -123,7 +123,8 @@ def check_holds(target: Any, where: str) -> None:
     cuts their fractions off for integers, without a word.
     """
     if not is_torch(target):
-        dtype_of(target, where)
+        if target.dtype != np.float64:
+            dtype_of(target, where)
         return
     named = str(target.dtype).removeprefix("torch.")
     if named not in _HOLD:

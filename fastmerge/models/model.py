@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmerge import _C
-from fastmerge.dtypes import BF16, BY_CODE, DType
+from fastmerge.dtypes import BF16, DType
 from fastmerge.errors import UnsupportedError
 from fastmerge.records import record
 
@@ -138,15 +138,17 @@ def same_bytes(a: Model, of_a: str, b: Model, of_b: str) -> bool:
 
 
 def same_numbers(a: Model, of_a: str, b: Model, of_b: str) -> bool:
-    """Whether two tensors of types with kernels, of as many elements, hold the same numbers,
-    however they are stored; compared in blocks of 256 Ki elements, until the first that differs.
+    """Whether two tensors of floats that merge, of as many elements, hold the same numbers, however
+    they are stored; compared in blocks of 256 Ki elements, until the first that differs.
     """
-    x, y = a.view(of_a), b.view(of_b)
+    x, y, kind_x, kind_y = a.view(of_a), b.view(of_b), a.tensors[of_a].dtype, b.tensors[of_b].dtype
     step = _BLOCK_BYTES // 4
     try:
         return all(
-            np.array_equal(numbers_of(x, at, at + step), numbers_of(y, at, at + step))
-            for at in range(0, x.count, step)
+            np.array_equal(
+                numbers_of(x, kind_x, at, at + step), numbers_of(y, kind_y, at, at + step)
+            )
+            for at in range(0, a.tensors[of_a].count, step)
         )
     finally:
         a.drop(of_a)
@@ -159,13 +161,13 @@ def as_numbers(stored: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """
     if dtype is BF16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32 if dtype.mergeable else np.float64)
+    return stored.astype(np.float32 if dtype.kernels else np.float64)
 
 
-def numbers_of(view: _C.View, begin: int, end: int) -> NDArray[Any]:
-    """Elements [begin, end) of a view, up to its last, as `as_numbers` has them."""
-    dtype = BY_CODE[view.dtype]
-    stored = stored_bytes(view.slice(begin, min(end, view.count)))
+def numbers_of(view: _C.View, dtype: DType, begin: int, end: int) -> NDArray[Any]:
+    """Elements [begin, end) of a view of this type, up to its last, as `as_numbers` has them."""
+    size = dtype.bytes_for(1) if view.dtype == "RAW" else 1
+    stored = stored_bytes(view.slice(size * begin, min(size * end, view.count)))
     return as_numbers(stored.view(dtype.numpy or "u1"), dtype)
 
 

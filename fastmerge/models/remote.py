@@ -117,7 +117,7 @@ class Remote:
         """The tensor, read into memory: its elements, or bytes if ``raw`` or without kernels."""
         self._known(name)
         data, info = self._ahead.start(name).result(), self.tensors[name]
-        mergeable = info.dtype.mergeable and not raw
+        mergeable = info.dtype.kernels and not raw
         count, code = (info.count, info.dtype.code) if mergeable else (info.nbytes, "RAW")
         return _C.View(data.ctypes.data, count, code, data)
 

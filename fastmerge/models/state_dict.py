@@ -64,7 +64,7 @@ class StateDict:
                 f"{self.label}: {name}: is on {held.device}, and the CPU is to read it; pass "
                 "every tensor on one device"
             )
-        if not raw and info.dtype.mergeable:
+        if not raw and info.dtype.kernels:
             return view_of(held, f"{self.label}: {name}")
         address = held.data_ptr() if is_torch(held) else held.ctypes.data
         return _C.View(address, info.nbytes, "RAW", held)

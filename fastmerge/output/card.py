@@ -179,7 +179,11 @@ def _methods(plan: Plan) -> str:
     items += [f"{name}: {_tensors(tensors[name])}" for name in others]
     if plan.seed is not None:
         items.append(f"random seed: {plan.seed}")
-    items.append("arithmetic in float32, reductions in float64, one rounding to the output's type")
+    double = [tensor.in_float64 for tensor in plan.tensors if tensor.merges]
+    arithmetic = "float64" if double and all(double) else "float32, reductions in float64"
+    if any(double) and not all(double):
+        arithmetic = f"float64 of {_tensors(sum(double))}, of the others in float32"
+    items.append(f"arithmetic in {arithmetic}, one rounding to the output's type")
     return bullets(items)
 
 

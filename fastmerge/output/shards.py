@@ -159,7 +159,7 @@ class Shards(ABC):
     def sink(self, name: str) -> _C.Sink:
         """Where the tensor goes, once; as ``RAW`` bytes if its type has no kernels."""
         slot, sums = self._take(name)
-        if slot.dtype.mergeable:
+        if slot.dtype.kernels:
             count, code = slot.count, slot.dtype.code
         else:
             count, code = slot.nbytes, "RAW"

@@ -70,7 +70,7 @@ class Sink(Protocol):
 
 
 class Arrays:
-    """Tensors as new NumPy arrays: float32, float16, bfloat16's bits in uint16, or raw bytes."""
+    """Tensors as new NumPy arrays: floats, bfloat16's bits in uint16, or raw bytes."""
 
     scratch_folder = None
 
@@ -105,9 +105,11 @@ def array_sink(item: TensorPlan) -> tuple[NDArray[Any], _C.Sink]:
     array: NDArray[Any]
     if item.dtype.mergeable:
         array = np.empty(item.shape, item.dtype.numpy)
-        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
     else:
         array = np.empty(item.nbytes, np.uint8)
+    if item.dtype.kernels:
+        view = _C.View(array.ctypes.data, array.size, item.dtype.code, array)
+    else:
         view = _C.View(array.ctypes.data, array.nbytes, "RAW", array)
     return array, _C.MemorySink(view)
 

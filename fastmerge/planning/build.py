@@ -5,11 +5,12 @@ end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fastmerge.dtypes import F32, DType
+from fastmerge.dtypes import F32, F64, DType
 from fastmerge.errors import FastmergeError, ModelError, UnsupportedError, and_others
 from fastmerge.methods import Combination, Consensus, Elementwise
 from fastmerge.models.architecture import EXTRA_PREFIXES, Stack, is_vocabulary, layer_of
@@ -18,7 +19,8 @@ from fastmerge.models.module_names import part_of
 from fastmerge.models.names import prefix_hint, renamed
 from fastmerge.planning.inputs import Input, Part, TensorPlan, View
 from fastmerge.tree.collapse import apply_rule
-from fastmerge.tree.nodes import Merge, Stored
+from fastmerge.tree.nodes import Merge, Node, Stored
+from fastmerge.tree.rewrite import narrowed
 
 # ---------------------------------------------------------------- tensors
 
@@ -26,8 +28,19 @@ from fastmerge.tree.nodes import Merge, Stored
 class Builder:
     """Makes the output tensors of one document."""
 
-    def __init__(self, dtype: DType | None, seed: int | None, models: Sequence[Model]) -> None:
-        self._dtype = dtype  # None: the inputs' promoted type
+    def __init__(
+        self,
+        dtype: DType | None,
+        seed: int | None,
+        models: Sequence[Model],
+        *,
+        arithmetic: DType | None = None,
+    ) -> None:
+        """``dtype``: of the output. ``arithmetic``: float64's, or float32 for any other. None: the
+        inputs' promoted type.
+        """
+        self._dtype, self._arithmetic = dtype, arithmetic
+        self.narrowed: dict[str, None] = {}  # models whose float64 was taken as float32
         self._seed = seed
         self._models = models
         self._tried: set[tuple[int, ...]] = set()  # see _try_rule
@@ -42,7 +55,8 @@ class Builder:
         every, varies = [item.view.tensors for item in part.inputs], part.varies
         for name, tensor in lead.tensors.items():
             if name in lead.extra:  # beyond the config's layers: see planning/layers.py
-                result[name] = tensor
+                in_float64 = tensor.dtype == F64 and not isinstance(tensor.root, Stored)
+                result[name] = replace(tensor, in_float64=in_float64) if in_float64 else tensor
                 continue
             sources = [tensors[name] for tensors in every]
             t = position(lead, name) if varies else 0.0
@@ -120,11 +134,12 @@ class Builder:
         """One output tensor from its inputs (parallel to ``part.inputs``) at gradient position
         ``t``.
         """
-        first, mergeable = sources[0], True
+        first, mergeable, double = sources[0], True, False
         for item, tensor in zip(part.inputs, sources, strict=True):
             if tensor.shape != first.shape:
                 raise _shapes(name, part.inputs[0], first, item, tensor)
             mergeable = mergeable and tensor.dtype.mergeable
+            double = double or tensor.dtype == F64 or tensor.in_float64
         method, shape = part.method, first.shape
         shared, each = part.fixed or part.at(name, sources, t)
         is_copy = method.name == "passthrough" and each[0]["scale"] is None
@@ -133,12 +148,19 @@ class Builder:
             lead = sources[part.base if part.base is not None else part.operands[0]]
             return TensorPlan(name, shape, lead.dtype, lead.root)
         dtype = self._dtype or _promoted(sources)
-        if is_copy and (dtype == first.dtype or isinstance(first.root, Merge)):
+        roots, in_float64 = [tensor.root for tensor in sources], False
+        if is_copy and dtype is first.dtype and isinstance(first.root, Stored):
             return TensorPlan(name, shape, dtype, first.root)
+        if double or self._arithmetic == F64:
+            in_float64 = (self._arithmetic or _promoted(sources)) == F64
+            in_float64 = in_float64 or any(tensor.in_float64 for tensor in sources)
+            roots = roots if in_float64 else self._as_float32(part, sources)
+        if is_copy and (dtype == first.dtype or isinstance(first.root, Merge)):
+            return TensorPlan(name, shape, dtype, roots[0], in_float64=in_float64)
         root = Merge(
             method,
-            tuple([sources[i].root for i in part.operands]),
-            None if part.base is None else sources[part.base].root,
+            tuple([roots[i] for i in part.operands]),
+            None if part.base is None else roots[part.base],
             shared,
             each,
             self._seed,
@@ -146,7 +168,14 @@ class Builder:
             labels=part.labels,
         )
         self._try_rule(root, part)
-        return TensorPlan(name, shape, dtype, root)
+        return TensorPlan(name, shape, dtype, root, in_float64=in_float64)
+
+    def _as_float32(self, part: Part, sources: Sequence[TensorPlan]) -> list[Node]:
+        """Their trees, which round float64 where they read it."""
+        for item, tensor in zip(part.inputs, sources, strict=True):
+            if tensor.dtype == F64:
+                self.narrowed[item.view.label] = None
+        return [narrowed(tensor.root) for tensor in sources]
 
     def _try_rule(self, node: Merge, part: Part) -> None:
         """Runs a method's rule or spec once for each set of values, on orthonormal vectors.
@@ -220,7 +249,9 @@ def position(view: View, name: str) -> float:
 def _promoted(sources: Sequence[TensorPlan]) -> DType:
     """The smallest type that holds all of the inputs' (bfloat16 with float16 gives float32)."""
     kinds = [tensor.dtype for tensor in sources]
-    return kinds[0] if kinds.count(kinds[0]) == len(kinds) else F32
+    if kinds.count(kinds[0]) == len(kinds):
+        return kinds[0]
+    return F64 if F64 in kinds else F32
 
 
 # ---------------------------------------------------------------- refusals

@@ -355,7 +355,7 @@ class _Extractor:
     def _target(self, module: str, name: str, embedding: bool) -> Target:
         tuned, base = self.tuned.tensors[name], self._base(name)
         for info, reference in ((tuned, self.references[0]), (base, self.references[1])):
-            if not info.dtype.mergeable:
+            if not info.dtype.kernels:
                 raise UnsupportedError(
                     f"'{reference}': {show(name)} is {info.dtype.name}; factors are taken of "
                     "bfloat16, float16 and float32"

@@ -195,7 +195,7 @@ def _rows_of(model: Model, stored: Stored, ids: Sequence[int]) -> Float64:
             "rows; mend the tokenizer or write `gate_mode: random`"
         )
     view = model.view(stored.name)
-    found = [numbers_of(view, token * width, (token + 1) * width) for token in ids]
+    found = [numbers_of(view, stored.dtype, token * width, (token + 1) * width) for token in ids]
     return np.array(found, np.float64)
 
 

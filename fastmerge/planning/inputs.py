@@ -62,6 +62,7 @@ class TensorPlan:
     dtype: DType  # as written, where there is no encoding
     root: Node
     encoding: Encoding | None = None
+    in_float64: bool = False  # its arithmetic is, and not float32
 
     def __repr__(self) -> str:
         return f"TensorPlan({brief(self.name)}, {self.dtype.name}, {list(self.shape)})"

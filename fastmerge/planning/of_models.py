@@ -25,6 +25,7 @@ def of_models(
     places: Sequence[str] | None = None,
     where: str = "models",
     out_dtype: DType | None = None,
+    arithmetic: DType | None = None,
     base_folder: Path | None = None,
     text: str = "",
     tokenizer: TokenizerSection | None = None,
@@ -33,7 +34,8 @@ def of_models(
 
     references: folders or hub names, looked for as `make_plan` does; the first gives config and
     tokenizer. places: what an error about each begins with, where the user named it (default:
-    "models[0]" ...); where: about all. out_dtype: default the models' own. text: recorded beside
+    "models[0]" ...); where: about all. out_dtype: default the models' own. arithmetic: as of
+    `planning.build.Builder`. text: recorded beside
     the output. tokenizer: whose tokens order the rows; the first model is the base. Raises
     FastmergeError where the models cannot be merged.
     """
@@ -57,5 +59,7 @@ def of_models(
         levels = [{name: constant(value) for name, value in AS_THEY_ARE.items()}]
         part = planner.part(linear, inputs, None, levels, where=where, of=where)
         return planner.plan(
-            planner.merged([part], inputs[0].view, dtype=out_dtype, tokenizer=tokenizer)
+            planner.merged(
+                [part], inputs[0].view, dtype=out_dtype, arithmetic=arithmetic, tokenizer=tokenizer
+            )
         )

@@ -33,6 +33,8 @@ def of_state_dicts(
     planner = Planner(opened, loaded.text, seed, meaning(loaded.documents))
     with rarely_collected(PLANNING):
         part, stage_seed = planner.whole(document)
-        build = Builder(document.output_dtype, stage_seed, opened.models)
+        build = Builder(
+            document.output_dtype, stage_seed, opened.models, arithmetic=document.arithmetic
+        )
         result = View("output", {}, build.whole(part), part.lead.view.donor)
         return planner.plan(result, sparing=True)

@@ -107,6 +107,8 @@ class Plan(AnyPlan):
             digest.update(f"\n{tensor.name!r} {tensor.shape} {tensor.dtype.code} {tree}".encode())
             if tensor.encoding is not None:
                 digest.update(repr(tensor.encoding).encode())
+            if tensor.in_float64:
+                digest.update(b" in float64")
         return digest.hexdigest()
 
     @property

@@ -58,7 +58,12 @@ from fastmerge.planning.layers import (
 from fastmerge.planning.modules import apart, by_module, find_parts, layered
 from fastmerge.planning.opened import Opened
 from fastmerge.planning.plan import Plan
-from fastmerge.planning.precision import as_stored, settle_precision, with_moved_names
+from fastmerge.planning.precision import (
+    as_stored,
+    said_narrowed,
+    settle_precision,
+    with_moved_names,
+)
 from fastmerge.planning.spanning import check_whole
 from fastmerge.planning.tokenizer import Aligned, Vocabularies, align, check_order
 from fastmerge.planning.truncate import truncate
@@ -199,6 +204,7 @@ class Planner:
             parts,
             base or parts[0].inputs[0].view,
             dtype=document.output_dtype,
+            arithmetic=document.arithmetic,
             seed=self._stage_seed(document, is_output),
             name=document.name or "output",
             document=document,
@@ -211,6 +217,7 @@ class Planner:
         lead: View,
         *,
         dtype: DType | None = None,
+        arithmetic: DType | None = None,
         seed: int | None = None,
         name: str = "output",
         document: Document | None = None,
@@ -218,7 +225,8 @@ class Planner:
         is_output: bool = True,
     ) -> View:
         """The merge of ``parts``: runs of layers, or the one of whole models, or either of them for
-        each module (planning/modules.py). ``lead`` gives config and side files.
+        each module (planning/modules.py). ``lead`` gives config and side files. ``dtype``,
+        ``arithmetic``: as of `Builder`.
         """
         stored = lead
         parts, lead = settle_precision(parts, lead, dtype, self.note)
@@ -254,8 +262,9 @@ class Planner:
         modules = apart(parts, lead)
         for module in modules:
             check_stack(module.runs, module.lead)
-        build = Builder(dtype, seed, self.opened.models)
+        build = Builder(dtype, seed, self.opened.models, arithmetic=arithmetic)
         tensors = by_module(build, modules, lead)
+        said_narrowed(build.narrowed, self.note)
         if document is not None:
             self._unused_filters(document, parts)
             self._unreached_rules(document)
@@ -285,6 +294,11 @@ class Planner:
             side |= result.vocabulary.files
         for line in told_of_code(result.config, side):
             self.note(line)
+        if double := sum(item.in_float64 for item in result.tensors.values()):
+            self.note(
+                f"{double} of {len(result.tensors)} tensors are merged in float64, for which there "
+                "are no kernels: it takes several times as long as `dtype: float32`"
+            )
         return Plan(
             models=tuple(self.opened.models),
             references=tuple(self.opened.references),

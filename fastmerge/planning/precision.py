@@ -6,11 +6,11 @@ is asked for and all are of one format.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fastmerge.dtypes import DType
-from fastmerge.errors import ModelError
+from fastmerge.errors import ModelError, UnsupportedError
 from fastmerge.models.architecture import layer_of
 from fastmerge.models.low_precision import LowPrecision, with_section, without_section
 from fastmerge.models.patterns import followed
@@ -86,6 +86,15 @@ def _said(view: View, found: LowPrecision) -> str:
     )
 
 
+def said_narrowed(models: Iterable[str], note: Note) -> None:
+    """Notes that float64 ``models`` are merged in float32."""
+    for model in models:
+        note(
+            f"weights of '{model}' are float64: merged in float32, each rounded to it where it is "
+            "read"
+        )
+
+
 # ---------------------------------------------------------------- written as the base is
 
 
@@ -119,6 +128,11 @@ def as_stored(
                 raise ModelError(
                     f"{where}: as_base: tensor '{name}' comes from '{model.label}', whose format "
                     f"is not that of '{lead.label}'; a model has one: give a type instead"
+                )
+            if tensor.in_float64:
+                raise UnsupportedError(
+                    f"{where}: as_base: codes are made of float32, and '{name}' is merged in "
+                    "float64; write `dtype: float32`"
                 )
             tensors[name] = replace(tensor, encoding=_encoding(tensor, leaf, found))
             static |= _static(name, leaf, model, found)

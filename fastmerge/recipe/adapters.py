@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from fastmerge.dtypes import DType
+from fastmerge.dtypes import WITH_KERNELS, DType
 from fastmerge.errors import RecipeError, nearest
 from fastmerge.methods.adapters import ADAPTER_METHODS, AdapterMethod
 from fastmerge.recipe.located import LocatedDict
@@ -35,6 +35,7 @@ class AdapterRecipe(Stating):
         ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template"),
         "these models are adapters, which are merged whole",
     )
+    types = WITH_KERNELS
     merge_method: str = field(string)
     name: str | None = field(string, None)
     models: tuple[AdapterEntry, ...] = field(listed(AdapterEntry))

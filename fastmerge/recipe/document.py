@@ -212,7 +212,7 @@ class Document(_Parametrised, Stating):
 
     @property
     def output_dtype(self) -> DType | None:
-        """The type written: ``out_dtype``, else ``dtype`` (arithmetic is fp32 whatever it says)."""
+        """The type written: ``out_dtype``, else ``dtype`` (of the arithmetic see `arithmetic`)."""
         return None if self.as_base else self.stated_dtype
 
     @property

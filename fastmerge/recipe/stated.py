@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fastmerge.dtypes import DType, parse
+from collections.abc import Sequence
+from typing import ClassVar
+
+from fastmerge.dtypes import MERGEABLE, DType, parse
 from fastmerge.recipe.section import Section
 
 
@@ -14,13 +17,20 @@ class Stating(Section):
     seed: int | None
     random_seed: int | None
 
+    types: ClassVar[Sequence[DType]] = MERGEABLE  # that it may state
+
     @property
     def stated_dtype(self) -> DType | None:
         """The type written: ``out_dtype``, else ``dtype``; RecipeError where there is no such."""
         for key, name in (("out_dtype", self.out_dtype), ("dtype", self.dtype)):
             if name is not None:
-                return parse(name, f"{self.at(key)}: {key}")
+                return parse(name, f"{self.at(key)}: {key}", self.types)
         return None
+
+    @property
+    def arithmetic(self) -> DType | None:
+        """What ``dtype`` says of the arithmetic, which is float64's or float32's; None: nothing."""
+        return None if self.dtype is None else parse(self.dtype, f"{self.at('dtype')}: dtype")
 
     @property
     def own_seed(self) -> int | None:

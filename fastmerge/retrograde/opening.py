@@ -38,6 +38,7 @@ def open_template(schedule: Schedule) -> Plan:
         places=places,
         where=schedule.where,
         out_dtype=schedule.output_dtype,
+        arithmetic=dtypes.F32,
         base_folder=schedule.folder,
         text=schedule.text,
         tokenizer=schedule.tokenizer,

@@ -298,6 +298,8 @@ class Schedule(Section):
         for key, name in (("dtype", self.dtype), ("out_dtype", self.out_dtype)):
             if name is not None:
                 dtypes.parse(name, self.at(key))
+        if self.dtype is not None and dtypes.parse(self.dtype) == dtypes.F64:
+            self.refuse("dtype", "schedules are walked in float32; write 'dtype: float32'")
         if self.evaluate is None:
             self.check_unmeasured()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from fastmerge.dtypes import F32, F64
 from fastmerge.errors import RecipeError, UnsupportedError
 from fastmerge.planning.of_models import of_models
 from fastmerge.planning.plan import Plan
@@ -29,6 +30,11 @@ def check_form(document: Document) -> None:
                 f"{document.at(key)}: a search merges whole models; list them under 'models:' and "
                 f"remove '{key}'"
             )
+    if document.arithmetic == F64:
+        raise UnsupportedError(
+            f"{document.at('dtype')}: a search merges in float32; write 'dtype: float32', and "
+            "merge what it finds in float64"
+        )
     if document.as_base:
         raise UnsupportedError(f"{document.at('out_dtype')}: a search takes no 'as_base'")
     asked = document.vocabulary
@@ -48,6 +54,7 @@ def template_of(document: Document, folder: Path, text: str) -> Plan:
         places=[places[name] for name in names],
         where=document.where,
         out_dtype=document.output_dtype,
+        arithmetic=F32,
         base_folder=folder,
         text=text,
         tokenizer=document.vocabulary,

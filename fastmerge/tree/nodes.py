@@ -108,6 +108,30 @@ class Dequantised(Leaf):
         return f"{self.codes.key} times {self.scales.key} {in_full(self.coding)}"
 
 
+@record()
+class Narrowed(Leaf):
+    """A float64 tensor where the arithmetic is float32: each number rounded once."""
+
+    source: Stored
+    shape: tuple[int, ...] = field(default=(), compare=False)
+    dtype: DType = field(default=F32, compare=False)
+
+    def __hash__(self) -> int:
+        return hash(self.source)
+
+    @property
+    def own(self) -> Stored:
+        return self.source
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        return (self.source,)
+
+    @property
+    def key(self) -> str:
+        return f"{self.source.key} as float32"
+
+
 class Stack(NamedTuple):
     """Factors of several matrices in one (models/parameters.py): rows e*rank + k of A and columns
     k*matrices + e of B are matrix e's. one: the only one that is meant, of whose product the rows
@@ -364,5 +388,12 @@ def leaves(roots: Iterable[Node]) -> list[Stored]:
 
 
 def reads_rows(root: Node) -> bool:
-    """Whether a tree reads rows from several places, or numbers that no file holds."""
-    return any(isinstance(node, (Rows, Made)) for node in walk(root))
+    """Whether a tree reads rows from several places, or numbers that no file holds as they are."""
+    return any(isinstance(_innermost(node), (Rows, Made, Narrowed)) for node in walk(root))
+
+
+def _innermost(node: Node) -> Node:
+    """What adapters are added to."""
+    while isinstance(node, LowRank):
+        node = node.base
+    return node

@@ -7,7 +7,18 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fastmerge.tree.nodes import HasInputs, Leaf, Merge, Node, Rows, walk
+from fastmerge.dtypes import F32, F64
+from fastmerge.tree.nodes import (
+    HasInputs,
+    Leaf,
+    LowRank,
+    Merge,
+    Narrowed,
+    Node,
+    Rows,
+    Stored,
+    walk,
+)
 
 N = TypeVar("N", bound=HasInputs)
 R = TypeVar("R")
@@ -42,6 +53,32 @@ def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
         return change(replace(node, operands=operands, base=base))
 
     return fold(root, step)
+
+
+def narrowed(root: Node) -> Node:
+    """The tree with float64 tensors rounded to float32 where they are read."""
+
+    def step(node: Node, inputs: Sequence[Node]) -> Node:
+        if isinstance(node, Merge):
+            base, operands = node.parted(inputs)
+            return replace(node, operands=operands, base=base)
+        if isinstance(node, Rows):
+            made = dict(zip(node.inputs, inputs, strict=True))
+            sources = tuple(made.get(source) or _narrowed(source) for source in node.sources)
+            return node if sources == node.sources else replace(node, sources=sources, dtype=F32)
+        return _narrowed(node)
+
+    return fold(root, step) if isinstance(root, Merge) or root.inputs else step(root, ())
+
+
+def _narrowed(leaf: Node) -> Node:
+    if isinstance(leaf, LowRank):
+        base = _narrowed(leaf.base)
+        assert isinstance(base, Leaf)
+        return replace(leaf, base=base)
+    if isinstance(leaf, Stored) and leaf.dtype == F64:
+        return Narrowed(leaf, leaf.shape)
+    return leaf
 
 
 class Digests:
