@@ -120,5 +120,5 @@ def plain(value: Any, where: str) -> Any:
         kind = type(value).__name__
         raise FastmergeError(
             f"{where}: a {kind} that has no numbers to read ({first_sentences(str(error))}); pass "
-            "a list of numbers"
+            "a list of numbers, outside torch.func's transforms (vmap, grad)"
         ) from error

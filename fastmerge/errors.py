@@ -36,7 +36,8 @@ class FastmergeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(printable(message)))
+        # What Exception's own __init__ does, which torch.compile cannot trace: it told of that.
+        self.args = (shortened(printable(message)),)
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the one line, as on the command line."""

@@ -164,6 +164,17 @@ def test_inside_torchs_transforms_is_refused_after_outside(transform):
         transform(lambda x: ops.linear([x], [1.0]).sum())(torch.ones(3, 4))
 
 
+@pytest.mark.parametrize("weights", [lambda w: w, lambda w: [w[0], w[1]]])
+def test_torch_compile_tells_what_is_refused(weights):
+    torch.compiler.reset()
+    given = torch.ones(4), torch.ones(4), torch.tensor([0.5, 0.5])
+    call = torch.compile(
+        lambda a, b, w: ops.linear([a, b], weights(w)), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="'weight': numbers beside the tensors are Python's"):
+        call(*given)
+
+
 STRIDED = {
     "torch": (torch.ones(6, 6).T.contiguous(), torch.ones(6, 12)[:, ::2]),
     "numpy": (np.ones((6, 6), np.float32), np.ones((6, 12), np.float32)[:, ::2]),

@@ -41,6 +41,16 @@ def test_a_plan_is_copied_and_pickled(recipe, way):
     assert digest(other) == before
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_plan_is_pickled_by_protocols_that_can(recipe, protocol):
+    plan = api.plan(recipe, seed=5)
+    if protocol < 2:
+        with pytest.raises(fastmerge.FastmergeError, match="protocol 2 or later"):
+            pickle.dumps(plan, protocol)
+    else:
+        assert pickle.loads(pickle.dumps(plan, protocol)).key == plan.key
+
+
 def test_a_plan_goes_to_a_process(recipe, zoo, tmp_path):
     plan = api.plan(recipe, seed=5)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

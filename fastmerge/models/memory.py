@@ -145,6 +145,11 @@ def _about(kind: Any) -> tuple[Any, bool]:
 
 
 def _no_memory(tensor: Any, where: str) -> FastmergeError:
+    if type(tensor).__name__ == "Tensor":
+        return FastmergeError(
+            f"{where}: a tensor inside torch.func's transforms (vmap, grad, functionalize) has no "
+            "memory of its own; call it outside them"
+        )
     return FastmergeError(
         f"{where}: a {type(tensor).__name__} has no memory of its own; pass a plain tensor "
         "(of a DTensor: to_local() or full_tensor())"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from fastmerge.errors import FastmergeError
 from fastmerge.models.model import Model
 
 
@@ -30,6 +31,11 @@ class AnyPlan:
     def stamps(self) -> list[Any]:
         """What must not change between an interrupted run and the one that continues it."""
         return [stamp for model in self.models for stamp in model.stamp]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if int(protocol) < 2:  # which have no words for classes with slots
+            raise FastmergeError(f"a plan: pickle it with protocol 2 or later, not {protocol}")
+        return super().__reduce_ex__(protocol)
 
     def check_unchanged(self) -> None:
         """Raises FastmergeError where a model is not what it was when it was opened."""

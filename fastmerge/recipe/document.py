@@ -306,7 +306,7 @@ class Document(_Parametrised, Stating):
             for name, setting in module.parameters.items()
             for outer in [self.parameters.get(name, Setting(()))]
         }
-        self.ignored += module.ignored
+        self.ignored = (*self.ignored, *module.ignored)
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is not None and self.tokenizer_source is not None:
