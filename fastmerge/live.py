@@ -334,7 +334,6 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = model.state_dict()
     targets: dict[str, torch.Tensor] = {}
-    made: dict[int, TensorPlan] = {}  # by address
     for item in plan.tensors:
         target = state.get(item.name)
         if not item.dtype.mergeable:  # integers stay
@@ -348,19 +347,24 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
             )
         check_writable(target, f"{item.name}: the model's tensor")
         targets[item.name] = target
-        # Tied parameters are one memory: of two different results the later would win.
-        first = made.setdefault(target.data_ptr(), item) if target.numel() else item
-        if first.root is not item.root:
-            raise ModelError(
-                f"the model ties '{item.name}' to '{first.name}', and the merge makes two of them; "
-                "load the model with tie_word_embeddings=False"
-            )
     kinds = {target.device.type: name for name, target in targets.items()}
     if len(kinds) > 1 or "meta" in kinds:
         places = ", ".join(f"{name} on {kind}" for kind, name in kinds.items())
         raise UnsupportedError(
             f"the model is not whole on one kind of device ({places}); load it without offloading"
         )
+    # Tied parameters are one memory: of two different results the later would win.
+    made: dict[int, TensorPlan] = {}  # by address
+    for item in plan.tensors:
+        target = targets.get(item.name)
+        if target is None:
+            continue
+        first = made.setdefault(target.data_ptr(), item) if target.numel() else item
+        if first.root is not item.root:
+            raise ModelError(
+                f"the model ties '{item.name}' to '{first.name}', and the merge makes two of them; "
+                "load the model with tie_word_embeddings=False"
+            )
     filled = {target.data_ptr() for target in targets.values()}
     for name, parameter in model.named_parameters():
         if parameter.data_ptr() not in filled:

@@ -99,6 +99,8 @@ def merge_state_dicts(
     common = _common(opened, a_flag(strict, "strict"))
     twins = _twins(opened, common)
     if out is not None:
+        if not isinstance(out, Mapping) and not callable(getattr(out, "state_dict", None)):
+            raise FastmergeError(f"out: must be a dictionary or a module, not {brief(out)}")
         twins = _twins_in(out, twins)
     merged = {name: _only(model, common, twins) for name, model in opened.items()}
     recipe: dict[str, Any] = {
@@ -202,7 +204,7 @@ def _twins_in(out: Any, twins: Mapping[str, str]) -> dict[str, str]:
     """Of ``twins`` those that are one memory in ``out``, too: the others are merged, each for its
     own place.
     """
-    held = out if isinstance(out, Mapping) else getattr(out, "state_dict", dict)()
+    held = out if isinstance(out, Mapping) else out.state_dict()
 
     def place(name: str) -> Extent | None:
         target = held.get(name)

@@ -234,6 +234,8 @@ def test_scalar_shape():
         (lambda: ops.slerp(A, B, np.array([0.1, 0.2])), "'t' must be a number"),
         (lambda: ops.linear([A, B], [torch.tensor([0.5, 0.5]), 1]), "'weight' must be a number"),
         (lambda: ops.linear([A, B], torch.ones(2, device="meta")), "no numbers"),
+        (lambda: ops.linear([A], [1], out=np.ones((37, 106), np.float32)[:, ::2]), "copy from it"),
+        (lambda: ops.linear([A.astype(">f4")], [1]), "newbyteorder"),
         (lambda: ops.linear([torch.ones(1).expand(9)], [1]), "not contiguous"),
         (lambda: ops.gram([], base=A), "no tensors"),
         (lambda: ops.linear([A, B], [0.5, None]), "'weight' must be a number, not None"),

@@ -218,7 +218,7 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         (MODELS, {"method": "slurp"}, "did you mean 'slerp'"),
         (MODELS, {"out": {}}, "out: has no tensor"),
         (MODELS, {"out": {n: t[:1] for n, t in MODELS["a"].items()}}, "has shape"),
-        (MODELS, {"out": 3}, "must be a torch module"),
+        (MODELS, {"out": 3}, "out: must be a dictionary or a module, not"),
         ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], {}, "has tensor 'w' and"),
         ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], {"strict": False}, "no tensor is in all"),
         ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], {}, "w"),
@@ -257,3 +257,12 @@ def test_the_model_of_a_dictionary():
     assert model.fingerprint == StateDict("other", some(1), {}).fingerprint
     assert model.fingerprint != StateDict("m", some(2), {}).fingerprint
     assert as_model(model, "x") is model
+
+
+def test_a_module_without_memory_is_told_so():
+    """All its parameters begin at address 0, and are not tied."""
+    with pytest.raises(FastmergeError, match="not whole on one kind of device"):
+        fastmerge.merge_state_dicts(
+            [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], "linear", parameters={"weight": 1},
+            out=torch.nn.Linear(3, 2, device="meta"),
+        )  # fmt: skip

@@ -55,6 +55,11 @@ def dtype_of(tensor: Any, where: str) -> DType:
     dtype = _named(tensor.dtype)
     if dtype is None or not dtype.kernels:
         known = ", ".join(d.name for d in WITH_KERNELS)
+        if not getattr(tensor.dtype, "isnative", True):
+            raise UnsupportedError(
+                f"{where}: the array's bytes are in another order than this machine's; pass "
+                "x.astype(x.dtype.newbyteorder('='))"
+            )
         raise UnsupportedError(
             f"{where}: cannot merge {str(tensor.dtype).removeprefix('torch.')} tensors; convert "
             f"to one of {known}"
@@ -70,6 +75,9 @@ def _named(dtype: Any) -> DType | None:
     return BY_NAME.get(str(dtype).removeprefix("torch."))
 
 
+_ONE_THAT_IS = "give one that is, and copy from it"  # a copy that is passed would be what is filled
+
+
 def view_of(
     tensor: Any, where: str, *, writable: bool = False, dtype: DType | None = None
 ) -> _C.View:
@@ -77,7 +85,8 @@ def view_of(
     dtype = dtype or dtype_of(tensor, where)
     if is_torch(tensor):
         if not tensor.is_contiguous():
-            raise FastmergeError(f"{where}: the tensor is not contiguous; pass tensor.contiguous()")
+            remedy = _ONE_THAT_IS if writable else "pass tensor.contiguous()"
+            raise FastmergeError(f"{where}: the tensor is not contiguous; {remedy}")
         address, count = tensor.data_ptr(), tensor.numel()
         if count and not address:  # what FakeTensorMode makes of any tensor
             raise _no_memory(tensor, where)
@@ -85,7 +94,8 @@ def view_of(
     if isinstance(tensor, np.ma.MaskedArray):
         raise FastmergeError(f"{where}: a masked array; pass its numbers, x.filled(0)")
     if not tensor.flags.c_contiguous:
-        raise FastmergeError(f"{where}: the array is not contiguous; pass np.ascontiguousarray(x)")
+        remedy = _ONE_THAT_IS if writable else "pass np.ascontiguousarray(x)"
+        raise FastmergeError(f"{where}: the array is not contiguous; {remedy}")
     if writable and not tensor.flags.writeable:
         raise FastmergeError(f"{where}: the array is read-only")
     return _C.View(tensor.ctypes.data, tensor.size, dtype.code, tensor)
