@@ -167,9 +167,32 @@ def test_peft_s_functions_give_its_values(name, given, dtype):
     tensors, weights = distinct(dtype), torch.tensor(WEIGHTS, dtype=dtype)
     made = getattr(ours, name)(tensors, weights, **given)
     wanted = getattr(theirs, name)([t.double() for t in tensors], weights.double(), **given)
-    assert made.dtype == dtype
+    assert made.dtype == getattr(theirs, name)(tensors, weights, **given).dtype
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(made.double(), wanted, rtol=step, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "dare_linear"])
+def test_results_have_the_type_of_peft_s(name, weights):
+    given = {} if name == "task_arithmetic" else {"density": 0.5}
+    tensors, numbers = distinct(torch.bfloat16), torch.tensor(WEIGHTS, dtype=weights)
+    made = getattr(ours, name)(tensors, numbers, **given)
+    assert made.dtype == getattr(theirs, name)(tensors, numbers, **given).dtype
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_peft_computes_the_rest_as_before(recorded):
+    tensors = distinct(torch.float32 if recorded else torch.float64)
+    if recorded:
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+    numbers = torch.tensor(WEIGHTS, dtype=tensors[0].dtype)
+    wanted = theirs.ties(tensors, numbers, 0.5)
+    with ours.installed():
+        made = theirs.ties(tensors, numbers, 0.5)
+    assert torch.equal(made, wanted)
+    assert made.dtype == wanted.dtype
+    assert made.requires_grad == wanted.requires_grad == recorded
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])

@@ -8,16 +8,19 @@
     peft.install()  # until peft.uninstall(); or: with peft.installed(): ...
     model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "c", combination_type="ties", density=0.5)
 
-Same arguments, same values to rounding, in fp32 whatever the tensors' type; but a tensor of weight
-0 is not read, and has no vote and no share in `ties` and `dare_ties`, as it has in PEFT. What is
-dropped at random follows from torch's generator, as in PEFT, and is another draw than PEFT's.
+Same arguments, same values to rounding and of the same type, in fp32 whatever the tensors' type;
+but a tensor of weight 0 is not read, and has no vote and no share in `ties` and `dare_ties`, as it
+has in PEFT. What is dropped at random follows from torch's generator, as in PEFT, and is another
+draw than PEFT's. While they are installed PEFT computes the rest as before: float64, and tensors
+whose gradient is recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastmerge import ops
 from fastmerge.arguments import plain
@@ -31,13 +34,43 @@ if TYPE_CHECKING:
 
 _MODULES = ("peft.utils.merge_utils", "peft.tuners.lora.model")  # that hold the functions by name
 _VOTES = {"total": "plain", "frequency": "frequency"}
+_NOT_OURS = ("float64", "complex64", "complex128")
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
+def _or_theirs(ours: C) -> C:
+    """The function, but for what PEFT's own computes, where it is that function's place."""
+    name = ours.__name__
+
+    @wraps(ours)
+    def either(task_tensors: Any, weights: Any, *others: Any, **named: Any) -> Any:
+        theirs = next((own for place, own in _replacement.theirs.items() if place[1] == name), None)
+        if theirs is None or _takes(task_tensors, weights):
+            return ours(task_tensors, weights, *others, **named)
+        return theirs(task_tensors, weights, *others, **named)
+
+    return cast(C, either)
+
+
+def _takes(task_tensors: Any, weights: Any) -> bool:
+    """Whether it is for the kernels, to compute or to refuse."""
+    import torch
+
+    listed = task_tensors if isinstance(task_tensors, (list, tuple)) else ()
+    given = [own for own in (*listed, weights) if isinstance(own, torch.Tensor)]
+    recorded = torch.is_grad_enabled() and any(own.requires_grad for own in given)
+    named = [str(own.dtype).removeprefix("torch.") for own in given]
+    return not recorded and not any(name in _NOT_OURS for name in named)
+
+
+@_or_theirs
 def task_arithmetic(task_tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """sum_i w_i d_i (Ilharco et al. 2022)."""
     return _merged("task_arithmetic", task_tensors, weights)
 
 
+@_or_theirs
 def magnitude_prune(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -45,6 +78,7 @@ def magnitude_prune(
     return _merged("breadcrumbs", task_tensors, weights, density=density, gamma=0.0)
 
 
+@_or_theirs
 def ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -56,6 +90,7 @@ def ties(
     return _merged("ties", task_tensors, weights, density=density, normalize=True, **given)
 
 
+@_or_theirs
 def dare_linear(
     task_tensors: Sequence[torch.Tensor], weights: torch.Tensor, density: float
 ) -> torch.Tensor:
@@ -65,6 +100,7 @@ def dare_linear(
     return _merged("dare_linear", task_tensors, weights, density=density, rescale="density")
 
 
+@_or_theirs
 def dare_ties(
     task_tensors: Sequence[torch.Tensor],
     weights: torch.Tensor,
@@ -142,13 +178,23 @@ def _merged(
         given["density"] = density = 1.0
     trims = method in ("ties", "breadcrumbs")
     least = 1 / max(1, tensors[0].numel())
+    # As PEFT has it: of the tensors' products with the weights, fp32 where signs are elected.
+    dtype = torch.float32 if "votes" in given else tensors[0].dtype
+    for other in (*tensors[1:], weights):
+        if isinstance(other, torch.Tensor) and other.ndim:
+            dtype = torch.promote_types(dtype, other.dtype)
     if density == 0 or (trims and isinstance(density, (int, float)) and 0 < density < least):
-        return torch.zeros_like(tensors[0])  # nothing stays, which a recipe may not ask for
+        # Nothing stays, which a recipe may not ask for.
+        return torch.zeros_like(tensors[0], dtype=dtype)
     seed = None
     if method.startswith("dare"):
         seed = int(torch.randint(1 << 62, (1,)).item())
+    wider = any(own.dtype != dtype for own in tensors)
+    out = torch.empty_like(tensors[0], dtype=dtype) if wider else None
     try:
-        made: torch.Tensor = ops.merge(method, tensors, {"weight": numbers, **given}, seed=seed)
+        made: torch.Tensor = ops.merge(
+            method, tensors, {"weight": numbers, **given}, seed=seed, out=out
+        )
     except FastmergeError as error:
         raise as_value_error(error) from error
     return made
