@@ -207,6 +207,7 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         ([3], {}, "must be a folder, a state dictionary or a module, not int"),
         ([torch.nn.Linear], {}, "must be a folder, a state dictionary or a module, not type"),
         ([{"w": 3}], {}, "must be a tensor, not int"),
+        ([{"\ud800": torch.ones(2)}], {}, "text that UTF-8 can say"),
         ([{"w": torch.ones(2, 3).T}], {}, "not contiguous"),
         ([{"w": torch.ones(2, 3, device="meta")}], {}, "has no numbers"),
         (MODELS, {"base": "c"}, "no model is called 'c'"),

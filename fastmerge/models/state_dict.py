@@ -36,8 +36,8 @@ class StateDict:
         self.tensors: dict[str, TensorInfo] = {}
         for name, tensor in tensors.items():
             where = f"{label}: {brief(name)}"
-            if not isinstance(name, str):
-                raise FastmergeError(f"{where}: names of tensors must be text")
+            if not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise FastmergeError(f"{where}: names of tensors must be text that UTF-8 can say")
             held = _plain(tensor, where)
             self.held[name] = held
             shape = tuple(int(size) for size in held.shape)
