@@ -1,10 +1,13 @@
-"""divergences: of each row the divergence of one softmax from another, in fp64 with the CPU's bits.
+"""divergences: of each row the divergence of one softmax from another, with the CPU's bits: rows
+that moved little by fp32 terms, others in fp64 (csrc/kernels/divergence.inl says why).
 
 The CPU adds in an order that is fixed: eight lanes within a tile, a tree over them, tile after
 tile. Every tile of every row goes to eight threads here, and what they find is added on the host.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +17,11 @@ from numpy.typing import NDArray
 
 from fastmerge.kernels.common import check, codes, fetch, lanes, launch, upload
 
-TILE = 2048  # elements: csrc/isa/table.h's kTile, and its kSumLanes
+TILE = 2048  # elements: csrc/isa/table.h's kTile, kSumLanes and kMoveLanes
 SUM_LANES = 8
+MOVE_LANES = 32
 LARGEST, SUM, DIVERGENCE = range(3)  # what a launch finds in every tile
+FAR, WEIGHTS, PRODUCTS, TERMS = range(4)  # the same of rows that moved little
 
 
 @triton.jit
@@ -65,10 +70,98 @@ def _logarithm(x):
 
 
 @triton.jit
+def _power(x):
+    """e^x in fp32, by csrc/kernels/divergence.inl's operations in their order; _moved's too."""
+    shifted = x * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    total = r * (1.0 / 720) + 1.0 / 120
+    total = total * r + 1.0 / 24
+    total = total * r + 1.0 / 6
+    total = total * r + 0.5
+    total = total * r + 1.0
+    total = total * r + 1.0
+    exponent = tl.add(shifted.to(tl.int32, bitcast=True), 127, sanitize_overflow=False)
+    return total * (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _moved(d):
+    """e^d - 1 of small d."""
+    total = d * (1.0 / 120) + 1.0 / 24
+    total = total * d + 1.0 / 6
+    total = total * d + 0.5
+    total = total * d + 1.0
+    return total * d
+
+
+@triton.jit
+def _term(weight, moved, mean, gain, added):
+    change = (moved - mean) * gain * weight
+    v = tl.div_rn(change, ((weight + weight) + added) + change)
+    total = v * (1.0 / 7) + 1.0 / 7
+    total = total * v + 1.0 / 5
+    total = total * v + 1.0 / 5
+    total = total * v + 1.0 / 3
+    total = total * v + 1.0 / 3
+    total = total * v + 1.0
+    return change * v * total
+
+
+@triton.jit
 def _add_lanes(values, UNITS: tl.constexpr):
     """((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)) of each row of (UNITS, 8)."""
     four = tl.sum(tl.reshape(values, [UNITS, 2, 4]), 1)
     return tl.sum(tl.sum(tl.reshape(four, [UNITS, 2, 2]), 1), 1)
+
+
+@triton.jit
+def moves_kernel(
+    table, row_numbers, found, rows, cols, tiles,
+    WHAT: tl.constexpr, CODES: tl.constexpr, TILE: tl.constexpr, UNITS: tl.constexpr,
+    MOVE_LANES: tl.constexpr,
+):  # fmt: skip
+    """As `divergence_kernel`, of x and the base: how many entries are too far (0), the sums of the
+    weights e^base (1), of their products with what moved (2), or of p ln(p / q) - p + q times the
+    row's weight (3). row_numbers: fp32 (3, rows): the mean, the gain and what is added to twice a
+    weight. found: fp64.
+    """
+    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    row = unit // tiles
+    there = row < rows
+    first = row * cols
+    tile = (first // TILE + unit % tiles) * TILE
+    begin = tl.maximum(first, tile)
+    end = tl.where(there, tl.minimum(first + cols, tile + TILE), begin)
+    lane = tl.arange(0, MOVE_LANES).to(tl.int64)
+    total = tl.zeros([UNITS, MOVE_LANES], tl.float64)
+    address = tl.load(table)
+    other = tl.load(table + 1)
+    if WHAT == 3:
+        mean = tl.load(row_numbers + row, mask=there, other=0.0)[:, None]
+        gain = tl.load(row_numbers + rows + row, mask=there, other=0.0)[:, None]
+        added = tl.load(row_numbers + 2 * rows + row, mask=there, other=0.0)[:, None]
+    longest = tl.max(end - begin, 0)
+    for step in range(0, longest, MOVE_LANES):
+        offsets = begin[:, None] + step + lane[None, :]
+        mask = offsets < end[:, None]
+        base = fetch(other, offsets, mask, CODES[1], False, True)
+        value = base
+        if WHAT != 1:
+            delta = fetch(address, offsets, mask, CODES[0], False, True) - base
+        if WHAT == 0:
+            near = (tl.abs(delta) <= 0.125) & (tl.abs(base) <= 64.0)
+            value = tl.where(near, 0.0, 1.0)
+        elif WHAT == 1:
+            value = _power(base)
+        elif WHAT == 2:
+            value = _power(base) * _moved(delta)
+        else:
+            value = _term(_power(base), _moved(delta), mean, gain, added)
+        total += tl.where(mask, value.to(tl.float64), 0.0)
+    half = tl.sum(tl.reshape(total, [UNITS, 2, MOVE_LANES // 2]), 1)
+    eight = tl.sum(tl.reshape(half, [UNITS, 2, MOVE_LANES // 4]), 1)
+    tl.store(found + unit, _add_lanes(eight, UNITS), mask=there)
 
 
 @triton.jit
@@ -131,47 +224,94 @@ def units(lanes: int) -> int:
     return lanes // SUM_LANES
 
 
+def moved_units(lanes: int) -> int:
+    """The same of `moves_kernel`."""
+    return lanes // MOVE_LANES
+
+
 def divergences(x: torch.Tensor, base: torch.Tensor, cols: int) -> NDArray[np.float64]:
     """`_C.divergences` on the device; waits for it."""
     check([x], base, None)
     if cols < 1 or base.numel() % cols:
         raise ValueError("cols must divide the element count")
-    device, rows = base.device, base.numel() // cols
-    tiles = (cols + TILE - 2) // TILE + 1  # of a row that begins anywhere
-    size = units(lanes())
+    tiles = _Tiles(x, base, base.numel() // cols, cols)
+    far = _in_order(tiles.moves(FAR)) > 0
+    if far.all():
+        return _far(tiles)
+    found = _near(tiles)
+    return np.where(far, _far(tiles), found) if far.any() else found
 
-    def each(
-        what: int, tensors: list[torch.Tensor], largest: torch.Tensor, factors: torch.Tensor
-    ) -> torch.Tensor:
-        kind = torch.float32 if what == LARGEST else torch.float64
-        found = torch.empty(rows, tiles, dtype=kind, device=device)
+
+class _Tiles:
+    """The launches over both tensors' tiles; each gives (rows, tiles)."""
+
+    def __init__(self, x: torch.Tensor, base: torch.Tensor, rows: int, cols: int) -> None:
+        self.tensors = [x, base]
+        self.device, self.rows, self.cols = base.device, rows, cols
+        self.count = (cols + TILE - 2) // TILE + 1  # of a row that begins anywhere
+
+    def _launch(
+        self, kernel: Any, tensors: list[torch.Tensor], kind: torch.dtype, size: int,
+        given: list[torch.Tensor], **constants: int,
+    ) -> torch.Tensor:  # fmt: skip
+        found = torch.empty(self.rows, self.count, dtype=kind, device=self.device)
         table = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
         launch(
-            divergence_kernel,
-            -(-rows * tiles // size),
-            device,
-            upload(table, device),
-            largest,
-            factors,
+            kernel,
+            -(-self.rows * self.count // size),
+            self.device,
+            upload(table, self.device),
+            *given,
             found,
-            rows,
-            cols,
-            tiles,
-            WHAT=what,
+            self.rows,
+            self.cols,
+            self.count,
             CODES=codes(tensors),
             TILE=TILE,
             UNITS=size,
-            SUM_LANES=SUM_LANES,
+            **constants,
         )
         return found
 
-    largest = torch.empty(2, rows, dtype=torch.float32, device=device)
-    factors = torch.empty(2, rows, dtype=torch.float64, device=device)
-    for i, tensor in enumerate([x, base]):
-        largest[i] = each(LARGEST, [tensor], largest, factors).amax(dim=1)
-        sums = _in_order(each(SUM, [tensor], largest[i], factors))
-        factors[i] = upload(1.0 / sums, device)
-    return _in_order(each(DIVERGENCE, [x, base], largest, factors))
+    def moves(self, what: int, numbers: NDArray[np.float32] | None = None) -> torch.Tensor:
+        """By `moves_kernel`."""
+        given = np.zeros((3, 1), np.float32) if numbers is None else numbers
+        return self._launch(
+            moves_kernel, self.tensors, torch.float64, moved_units(lanes()),
+            [upload(given, self.device)], WHAT=what, MOVE_LANES=MOVE_LANES,
+        )  # fmt: skip
+
+    def softmaxes(
+        self,
+        what: int,
+        tensors: list[torch.Tensor],
+        largest: torch.Tensor,
+        factors: torch.Tensor,
+    ) -> torch.Tensor:
+        """By `divergence_kernel`."""
+        kind = torch.float32 if what == LARGEST else torch.float64
+        return self._launch(
+            divergence_kernel, tensors, kind, units(lanes()), [largest, factors], WHAT=what,
+            SUM_LANES=SUM_LANES,
+        )  # fmt: skip
+
+
+def _near(tiles: _Tiles) -> NDArray[np.float64]:
+    weights = _in_order(tiles.moves(WEIGHTS))
+    with np.errstate(all="ignore"):  # rows that are too far have any numbers
+        mean = _in_order(tiles.moves(PRODUCTS)) / weights
+        numbers = np.stack([mean, 1 / (1 + mean), 2e-8 * weights]).astype(np.float32)
+        return np.asarray(_in_order(tiles.moves(TERMS, numbers)) / weights)
+
+
+def _far(tiles: _Tiles) -> NDArray[np.float64]:
+    largest = torch.empty(2, tiles.rows, dtype=torch.float32, device=tiles.device)
+    factors = torch.empty(2, tiles.rows, dtype=torch.float64, device=tiles.device)
+    for i, tensor in enumerate(tiles.tensors):
+        largest[i] = tiles.softmaxes(LARGEST, [tensor], largest, factors).amax(dim=1)
+        sums = _in_order(tiles.softmaxes(SUM, [tensor], largest[i], factors))
+        factors[i] = upload(1.0 / sums, tiles.device)
+    return _in_order(tiles.softmaxes(DIVERGENCE, tiles.tensors, largest, factors))
 
 
 def _in_order(partials: torch.Tensor) -> NDArray[np.float64]:

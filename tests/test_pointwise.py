@@ -105,7 +105,7 @@ def test_a_formula_has_numpys_bits(memory: Any, formula: str, count: int, specia
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("cols", [1, 3, 40, 5000])
+@pytest.mark.parametrize("cols", [1, 3, 40, 5000, 70000])
 def test_divergences(memory: Any, cols: int) -> None:
     """Right to 1e-6 even where the rows differ by a bf16 step, and the same for all threads."""
     rng = np.random.default_rng(cols)
@@ -116,6 +116,30 @@ def test_divergences(memory: Any, cols: int) -> None:
     assert np.array_equal(*found)
     wanted = formulas.divergences(x.astype(np.float32), base, cols)
     np.testing.assert_allclose(found[0], wanted, rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("cols", [2, 777, 70000])
+def test_divergences_of_what_hardly_moved(memory: Any, cols: int) -> None:
+    """Right to some 1e-6 however little a row moved, up to where another formula takes over; and 0
+    of what has not.
+    """
+    rng = np.random.default_rng(cols)
+    base = (rng.normal(size=(7, cols)) * [[3]] + [[0], [60], [-60], [0], [0], [0], [0]]).clip(
+        -64, 64
+    )
+    steps = np.array([[1e-4], [1e-5], [1e-6], [1e-3], [0.1], [0.1249], [0]])
+    base = base.astype(np.float32)
+    x = (base + steps * rng.uniform(-1, 1, base.shape)).astype(np.float32)
+    found = _C.divergences(_C.Pool(1), memory.put(x, "F32"), memory.put(base, "F32"), cols)
+    exact = []
+    for row in (x, base):  # sums of p ln(p / q) in fp64 are wrong here
+        powers = np.exp(row.astype(np.longdouble) - row.max(axis=1, keepdims=True))
+        exact.append(powers / powers.sum(axis=1, keepdims=True) + np.longdouble(1e-8))
+    p, q = exact
+    wanted = (p * np.log(p / q)).sum(axis=1).astype(float)
+    np.testing.assert_allclose(found[:-1], wanted[:-1], rtol=5e-6)
+    assert found[-1] == 0.0
 
 
 def test_divergences_of_extremes(memory: Any) -> None:

@@ -177,6 +177,14 @@ def _divergence(what):
     return divergence.divergence_kernel, arguments, constants
 
 
+def _moves(what):
+    arguments = {"table": "*i64", "row_numbers": "*fp32", "found": "*fp64"}
+    arguments |= {"rows": "i32", "cols": "i32", "tiles": "i32"}
+    constants = {"CODES": (BF16,) * 2, "WHAT": what, "TILE": divergence.TILE}
+    constants |= {"UNITS": divergence.moved_units, "MOVE_LANES": divergence.MOVE_LANES}
+    return divergence.moves_kernel, arguments, constants
+
+
 def _dequantise(coding):
     arguments = {"codes": "*u8" if coding == "mxfp4" else "*i8"}
     arguments |= {"scales": "*u8" if coding == "mxfp4" else "*fp32", "out": "*fp32"}
@@ -251,6 +259,8 @@ CASES = {
     "divergence_largest": (_divergence(divergence.LARGEST), False),
     "divergence_sum": (_divergence(divergence.SUM), False),
     "divergence": (_divergence(divergence.DIVERGENCE), False),
+    "divergence_far": (_moves(divergence.FAR), False),
+    "divergence_terms": (_moves(divergence.TERMS), False),
     "dequantise_e4m3": (_dequantise("e4m3"), False),
     "dequantise_mxfp4": (_dequantise("mxfp4"), False),
     "low_rank": (_low_rank(BF16, "*i16"), False),

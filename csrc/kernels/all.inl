@@ -37,6 +37,8 @@
      &count_orders,                                                    \
      FM_EACH_TYPE(measure),                                            \
      &pointwise,                                                       \
+     &moves,                                                           \
+     &moved_divergence,                                                \
      &largest_of,                                                      \
      &exponentials,                                                    \
      &divergence,                                                      \

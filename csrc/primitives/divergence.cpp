@@ -9,6 +9,74 @@ namespace {
 // Of longer rows the exponentials are computed again where they are read.
 constexpr int64_t kKept = 1 << 16;
 
+double add_moves(double* lanes) {
+    for (int half = kMoveLanes / 2; half >= kSumLanes; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return add_lanes(lanes);
+}
+
+// A row that is near the base's.
+class Moves {
+   public:
+    Moves(const Span& x, const Span& base) : x_(x), base_(base) {}
+
+    // Whether it is near enough.
+    bool seek(int64_t begin, int64_t end) {
+        begin_ = begin;
+        kept_ = end - begin <= kKept;
+        weights_.resize(static_cast<size_t>(kept_ ? end - begin : kTile));
+        moved_.resize(weights_.size());
+        weight_ = products_ = 0;
+        bool near = true;
+        for_each_tile(begin, end, [&](int64_t at, int64_t next) {
+            if (!near) return;
+            MoveSums sums = fill(at, next);
+            near = sums.far == 0;
+            weight_ += add_moves(sums.weights);
+            products_ += add_moves(sums.products);
+        });
+        return near;
+    }
+    double divergence(int64_t end) {
+        const double mean = products_ / weight_;
+        double total = 0;
+        for_each_tile(begin_, end, [&](int64_t at, int64_t next) {
+            if (!kept_) fill(at, next);
+            double lanes[kMoveLanes] = {};
+            table_.moved_divergence(
+                {weights_.data() + place(at), moved_.data() + place(at), static_cast<float>(mean),
+                 static_cast<float>(1 / (1 + mean)), static_cast<float>(2e-8 * weight_), next - at},
+                lanes);
+            total += add_moves(lanes);
+        });
+        return total / weight_;
+    }
+
+   private:
+    int64_t place(int64_t at) const { return kept_ ? at - begin_ : 0; }
+    const float* widened(const Span& span, int64_t at, int64_t next, float* to) {
+        float stored[kTile];
+        const void* from = span.read(at, next - at, stored);
+        table_.widen[static_cast<size_t>(span.dtype)](from, to, next - at);
+        return to;
+    }
+    MoveSums fill(int64_t at, int64_t next) {
+        float x[kTile], base[kTile];
+        MoveSums sums = {};
+        table_.moves({widened(x_, at, next, x), widened(base_, at, next, base),
+                      weights_.data() + place(at), moved_.data() + place(at), next - at},
+                     sums);
+        return sums;
+    }
+
+    const Span &x_, &base_;
+    const Kernels& table_ = kernels();
+    std::vector<float> weights_, moved_;
+    int64_t begin_ = 0;
+    bool kept_ = true;
+    double weight_ = 0, products_ = 0;
+};
+
 // A row's e^(x - largest) and their sum.
 class Softmax {
    public:
@@ -64,7 +132,8 @@ class Softmax {
     double factor_ = 0;
 };
 
-double divergence(Softmax& p, Softmax& q, int64_t begin, int64_t end) {
+double divergence(Moves& moves, Softmax& p, Softmax& q, int64_t begin, int64_t end) {
+    if (moves.seek(begin, end)) return moves.divergence(end);
     p.seek(begin, end);
     q.seek(begin, end);
     double total = 0;
@@ -87,9 +156,10 @@ std::vector<double> divergences(Pool& pool, const Span& x, const Span& base, int
     const int64_t together = std::max<int64_t>(1, kSumBlock / cols);  // rows to a task
     std::vector<double> found(static_cast<size_t>(rows));
     pool.run((rows + together - 1) / together, [&](int64_t task) {
+        Moves moves(x, base);
         Softmax p(x), q(base);
         for (int64_t row = task * together; row < std::min(rows, (task + 1) * together); ++row)
-            found[static_cast<size_t>(row)] = divergence(p, q, row * cols, (row + 1) * cols);
+            found[static_cast<size_t>(row)] = divergence(moves, p, q, row * cols, (row + 1) * cols);
     });
     return found;
 }
