@@ -47,6 +47,13 @@ def notes(text: str) -> str:
     [
         ("parameters: {weight: 1}", "params: {weight: 1}", "did you mean 'parameters'?"),
         ("{weight: 1}", "{weight: '0,5'}", "must be a number, not '0,5'; write 0.5"),
+        ("{weight: 1}", "{weight: 50 %}", "must be a number, not '50 %'; write 0.5"),
+        (
+            "blur",
+            "\u201cblur\u201d",
+            "stands in typographic quotes, \u201cblur\u201d; write plain ones",
+        ),
+        ("{weight: 1}", '"weight:\\_1"', "; a plain space belongs behind the ':'"),
         ("{weight: 1}", "{weight: 'half'}", "must be a number, not 'half'"),
         (
             "{weight: 1}",
@@ -62,6 +69,16 @@ def test_the_line_says_what_to_write(old: str, new: str, said: str) -> None:
         make_plan(LINEAR.replace(old, new))
     assert str(caught.value).startswith("recipe:3: ")
     assert said in str(caught.value)
+
+
+def test_a_blank_that_is_no_space_is_named() -> None:
+    """Copied from a web page."""
+    with pytest.raises(FastmergeError) as caught:
+        make_plan(f"models:\n- model: blur\n{chr(0xA0) * 2}parameters: {{weight: 1}}\n- a: 1")
+    assert str(caught.value) == (
+        "recipe:3: not valid YAML: indented with U+00A0, which is no space to YAML; "
+        "use plain spaces"
+    )
 
 
 def test_a_comma_is_only_told_of_a_number() -> None:

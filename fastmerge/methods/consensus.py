@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from fastmerge.errors import RecipeError
 from fastmerge.methods.shapes import Keep, Terms
 from fastmerge.methods.types import Values
-from fastmerge.methods.weights import at_most_one, check_divisors, column
+from fastmerge.methods.weights import at_most_one, check_divisors, column, undivided
 from fastmerge.primitives import FREQUENCY, PLAIN, WEIGHTED, Agreement
 from fastmerge.selection import ALL, INDEX, MAGNITUDE, MIXED, RANDOM, RANKED
 
@@ -24,8 +24,9 @@ def _terms(values: Values, operands: Sequence[Values], kind: int, *, elect: bool
     votes = _VOTES[values.get("votes", "weighted")]
     if normalize and not counted:
         check_divisors(tuple(weights.tolist()), elect)
+        normalize = elect or not undivided(weights)
         # Of both signs some may sum to 0, which an election counts as 1 whatever their size.
-        if not elect or not (weights.min() < 0 < weights.max()):
+        if normalize and (not elect or not (weights.min() < 0 < weights.max())):
             weights = at_most_one(weights)
     return Terms(
         keep=tuple(_keep(values, operand, kind) for operand in operands),

@@ -81,6 +81,8 @@ class Parameter:
             text = value.strip() if isinstance(value, str) else ""
             comma = re.fullmatch(r"[+-]?\d*,\d+", text)
             hint = f"; write {text.replace(',', '.')}" if comma else ""
+            if re.fullmatch(r"\d+(\.\d+)? ?%", text):
+                hint = f"; write {float(text.rstrip(' %')) / 100:g}"
             raise RecipeError(f"{where}: '{self.name}' must be a number, not {brief(value)}{hint}")
         if abs(value) > _LARGEST or value != value:
             raise RecipeError(f"{where}: '{self.name}' must be finite")

@@ -16,6 +16,7 @@ from fastmerge.methods.types import Float64, Values
 # the quotient would be a hundred thousand times the inputs.
 _CANCEL = 1e-5
 _LEAST = 2.0**-64  # below it fp32 rounds a small one among the weights, and from 2**-149 all
+_UNDIVIDED = 1e-8  # mergekit 0.1.5: deltas are not divided by a sum of all weights below it
 _MOST_SUBSETS = 12  # of so many models every subset is looked at
 
 
@@ -46,6 +47,11 @@ def at_most_one(weights: Float64) -> Float64:
     return np.asarray(np.ldexp(weights, -math.frexp(size)[1]))
 
 
+def undivided(weights: Float64) -> bool:
+    """Whether the sum of ``weights`` (k,) is 0 as fp32 adds it, and counts as 1."""
+    return cancel(weights) and bool(abs(np.cumsum(weights, dtype=np.float32)[-1]) < _UNDIVIDED)
+
+
 @lru_cache(maxsize=256)  # of 36 000 tensors most have the same
 def check_divisors(weights: tuple[float, ...], elect: bool) -> None:
     """Raises RecipeError where deltas would be divided by a sum of ``weights`` that is rounding:
@@ -54,7 +60,7 @@ def check_divisors(weights: tuple[float, ...], elect: bool) -> None:
     """
     used = np.array([weight for weight in weights if weight], dtype=np.float64)
     if not elect:
-        if used.size and cancel(used):
+        if used.size and cancel(used) and not undivided(used):
             raise RecipeError(f"{sum_to_zero(used)}; change them or set normalize: false")
         return
     if not (used > 0).any() or not (used < 0).any():

@@ -8,6 +8,8 @@ from typing import Any
 from fastmerge.recipe.section import FaultError
 from fastmerge.recipe.settings import shown
 
+_TYPOGRAPHIC = "\u201c\u201d\u2018\u2019\u201e\u00ab"
+
 
 def reference(value: Any) -> str:
     """``path``, ``hub/id`` or either with ``@revision``, and behind a ``+`` the same of an adapter,
@@ -16,6 +18,8 @@ def reference(value: Any) -> str:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError("is empty; give a folder or a Hub id")
+        if value.strip()[0] in _TYPOGRAPHIC:
+            raise ValueError(f"stands in typographic quotes, {value.strip()}; write plain ones")
         return value.strip()
     if isinstance(value, Mapping) and "lora" in value and not {"model", "path"} & set(value):
         raise FaultError("has a LoRA and no model; name the model that it adapts")

@@ -161,7 +161,9 @@ def _setting(value: Any, where: str) -> Setting:
 def settings(value: Any) -> Mapping[str, Setting]:
     """The kind of ``parameters:``: a setting for each name."""
     if not isinstance(value, LocatedDict):
-        raise ValueError(f"must be a mapping of parameters, not {shown(value)}")
+        glued = isinstance(value, str) and ":" in value
+        hint = "; a plain space belongs behind the ':'" if glued else ""
+        raise ValueError(f"must be a mapping of parameters, not {shown(value)}{hint}")
     return {k: _setting(v, value.at[k]) for k, v in value.items() if v is not None}
 
 

@@ -243,6 +243,11 @@ _IN_OUR_WORDS = (
 )
 
 
+def _named(letter: str) -> str:
+    """A blank that looks like a space, as U+00A0."""
+    return f"U+{ord(letter):04X}, which is no space to YAML"
+
+
 def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
     """``:line: what is wrong`` of a text that is no YAML."""
     mark, context = error.problem_mark, error.context_mark
@@ -250,6 +255,10 @@ def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
     line = f":{mark.line + 1}" if mark else ""
     first = context or mark
     began = first.line + 1 if first else 1
+    for number, above in enumerate(text.splitlines()[: mark.line + 1] if mark else [], 1):
+        if not above.isascii() and above[: len(above) - len(above.lstrip())].strip(" \t"):
+            odd = next(letter for letter in above if letter not in " \t")
+            return f":{number}: not valid YAML: indented with {_named(odd)}; use plain spaces"
     for theirs, ours in _IN_OUR_WORDS:
         if theirs in problem:
             shown = text.splitlines()[mark.line : mark.line + 1] if mark else []
