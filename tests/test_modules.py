@@ -126,6 +126,10 @@ def test_a_copied_part_is_cast_as_the_others() -> None:
     [
         ({"audio": both(1, 1)}, "'a' has no module 'audio'; it has text, vision, projector"),
         ({"txt": both(1, 1)}, "'a' has no module 'txt'; it has text, vision, projector"),
+        (
+            {"model.language_model.layers": both(1, 1)},
+            "it has text, vision, projector; the layers so named are of text",
+        ),
         ({"text": both(1, 1), "text_decoder": both(1, 1)}, "means the text part a second time"),
         ({"default": both(1, 1), "text": both(1, 1)}, "'default' is the whole model"),
         ({"text": {"models": [{"model": "a"}]}}, "needs 'weight' for model 'a'"),

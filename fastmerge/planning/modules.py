@@ -60,8 +60,11 @@ def find_parts(names: Sequence[str], lead: View, where: str) -> tuple[list[str],
     for name in names:
         part = next((part for part, (called, _) in PARTS.items() if name in called), None)
         if part not in there:
+            # What mergekit infers of a class it has no definition for; its rest is 'default'.
+            within = {part_of(tensor) for tensor in lead.tensors if tensor.startswith(f"{name}.")}
+            hint = f"; the layers so named are of {' and '.join(sorted(within))}" if within else ""
             raise RecipeError(
-                f"{where}: '{lead.label}' has no module '{name}'; it has {', '.join(there)}"
+                f"{where}: '{lead.label}' has no module '{name}'; it has {', '.join(there)}{hint}"
             )
         if part in found:
             raise RecipeError(f"{where}: '{name}' means the {part} part a second time; keep one")
