@@ -104,6 +104,8 @@ def as_model(source: Any, label: str) -> Model:
 
 def _plain(tensor: Any, where: str) -> Any:
     if isinstance(tensor, np.ndarray):
+        if isinstance(tensor, np.ma.MaskedArray):
+            raise FastmergeError(f"{where}: a masked array; pass its numbers, x.filled(0)")
         if not tensor.flags.c_contiguous:
             raise FastmergeError(f"{where}: not contiguous; pass np.ascontiguousarray(x)")
         return tensor
