@@ -27,6 +27,10 @@ _BEGINNING, _END = 1000, 500  # characters of a message that are always shown
 _OF_A_KIND = 5
 _VARIES = re.compile(r"'[^']*'|\d+")
 
+# What code that a user brings along may raise; an exit of its own would end the command without a
+# word. Ctrl-C is none of it.
+FOREIGN = (Exception, SystemExit)
+
 
 class FastmergeError(Exception):
     """Bad input or an impossible request; the message is one line and names the remedy.

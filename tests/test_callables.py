@@ -291,3 +291,29 @@ def test_a_scorer_without_a_signature_is_one_line(tmp_path: Path) -> None:
     settings = load_evaluate({"callable": "builtins:int"})
     with pytest.raises(FastmergeError, match="builtins:int: its arguments cannot be read"):
         make_scorer(settings, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["as it is imported", "as it scores"])
+def test_a_function_that_exits_is_one_line(tmp_path: Path, where: str) -> None:
+    """It ended the command with its own code, even 0, and nothing was said or written."""
+    body = "raise SystemExit(0)"
+    text = body if where == "as it is imported" else f"def score(model):\n    {body}\n"
+    (tmp_path / f"fm_exits_{len(where)}.py").write_text(text)
+    settings = load_evaluate({"callable": f"fm_exits_{len(where)}:score"})
+    with pytest.raises(FastmergeError, match=r"fm_exits_\d+\.py:\d: SystemExit: 0$"):
+        make_scorer(settings, tmp_path, tmp_path).score(None, "steer")
+
+
+def test_bytes_that_are_no_program_have_no_place(tmp_path: Path) -> None:
+    (tmp_path / "fm_nul.py").write_text("\0")
+    settings = load_evaluate({"callable": "fm_nul:score"})
+    with pytest.raises(FastmergeError, match="'fm_nul:score': SyntaxError: source code"):
+        make_scorer(settings, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "hpu", "tpu", "cuda:99"])
+def test_a_device_that_cannot_compute_is_one_line(tmp_path: Path, device: str) -> None:
+    settings = load_evaluate({"callable": "builtins:abs", "device": device})
+    with pytest.raises(FastmergeError, match=rf"'{device}'.*; use cpu") as caught:
+        make_scorer(settings, tmp_path, tmp_path)
+    assert "\n" not in str(caught.value)

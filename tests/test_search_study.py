@@ -308,11 +308,19 @@ def test_without_a_hold_out_nothing_is_claimed(models: list[Path], tmp_path: Pat
 
 def test_a_score_that_is_no_number_is_never_the_best(models: list[Path], tmp_path: Path) -> None:
     def odd(study: Any) -> float:
-        return math.nan if len(study.trials) % 2 else near(study)
+        return (math.nan, near(study), math.inf)[len(study.trials) % 3]
 
     for name in ("cma", "tpe", "coordinate", "walk"):
         study = told(models, tmp_path / name, odd, optimiser=name, budget={"candidates": 25})
         assert math.isfinite(study.best.value) and len(study.trials) == 25
+    found = search.run(
+        file_of(models, "1e-1..1", budget={"candidates": 2}),
+        tmp_path / "none",
+        threads=1,
+        score=lambda model: math.inf,
+    )
+    said = "No candidate's score is a number: the model written is the start point."
+    assert verdict(found.study, lines_for(found)) == said
 
 
 def test_weights_that_sum_to_0_are_no_candidate(models: list[Path], tmp_path: Path) -> None:
@@ -386,7 +394,7 @@ MISTAKES: Mapping[str, tuple[dict[str, Any], str]] = {
         "cma moves numbers alone, and merge_method is chosen",
     ),
     "constant": ({"weight": 0.5}, "no number of the recipe is a range"),
-    "range": ({"weight": {"low": 1, "high": 0}}, "'low' must be less than 'high'"),
+    "range": ({"weight": {"low": 1, "high": 0}}, "'low' must be less than"),
     "half": ({"weight": {"low": 1}}, "'high' is missing"),
     "start": ({"weight": {"low": 0, "high": 1, "start": 2}}, "'start' must be from 'low' to"),
     "word": ({"weight": {"low": 0, "high": 1, "layer": 2}}, "unknown key 'layer'; did you mean"),
@@ -401,7 +409,14 @@ MISTAKES: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "filter": ({"weight": [{"filter": "mlp", "value": "0..1"}]}, "no filter matches tensor"),
     "slices": ({"slices": [{"sources": []}]}, "a slice needs at least one source"),
-    "three dots": ({"weight": "0...1"}, "no number of the recipe is a range"),
+    "three dots": ({"weight": "0...1"}, "'0...1' is no range; write two finite numbers as 0..1"),
+    "endless": ({"weight": "0..inf"}, "'0..inf' is no range"),
+    "too far": ({"weight": "-1e308..1e308"}, "by a finite number"),
+    "no such part": (
+        {"weight": {"low": 0, "high": 1, "per": ["mlp", "self_atn"]}},
+        "'per' self_atn is in no tensor's name",
+    ),
+    "twice": ({"weight": {"low": 0, "high": 1, "per": ["mlp", "mlp"]}}, "each of them once"),
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.callables import scores_of
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.retrograde import run
@@ -63,10 +66,38 @@ def test_a_callable_returns_a_number_as_the_documentation_s_does(
     assert name == "score" and 0 < result.trajectory.models[0].value < 100
 
 
-@pytest.mark.parametrize("answer", [7, 7.0, np.float32(7), np.array(7.0)], ids=repr)
+@pytest.mark.parametrize("answer", [7, 7.0, np.float32(7), np.array(7.0), Fraction(7)], ids=repr)
 def test_any_number_is_a_score(schedule: dict[str, Any], tmp_path: Path, answer: Any) -> None:
     result = run(schedule, tmp_path / "out", threads=1, score=lambda model: answer)
     assert result.trajectory.state.baseline_score == 7.0
+
+
+def test_tensors_of_any_type_are_numbers() -> None:
+    import torch
+
+    half = torch.tensor(7, dtype=torch.bfloat16)
+    for one in (half, torch.tensor(7.0, requires_grad=True)):
+        assert scores_of(one, "own").value == 7.0
+        for items in ([one, 9.0], torch.stack([one, one + 2])):
+            assert scores_of({"a": items}, "own").tasks["a"].items == {"a": (7.0, 9.0)}
+
+
+def test_an_infinite_score_is_none() -> None:
+    for answer in (math.inf, {"a": -math.inf}, {"a": [1.0, math.inf]}, {"a": [math.nan, 1]}):
+        assert math.isnan(scores_of(answer, "own").value)
+    assert math.isnan(Scores({"a": TaskScore(math.inf, "score", 1)}).value)
+    for answer in (1e16, {"a": [1.0, -1e17]}, 10**400):
+        with pytest.raises(
+            FastmergeError, match=r"^own: the score of 'a|^own: the score of 'score"
+        ):
+            scores_of(answer, "own")
+
+
+def test_a_walk_whose_scores_are_none_says_so(schedule: dict[str, Any], tmp_path: Path) -> None:
+    schedule |= {"accept": "improve", "keep": "best"}
+    run(schedule, tmp_path / "out", threads=1, score=lambda model: math.nan)
+    said = "No state's score is a number: the model written is a copy of m0."
+    assert f"**{said}**" in report_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("answer", [None, "7", [7.0], {}], ids=repr)

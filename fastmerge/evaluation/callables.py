@@ -8,18 +8,20 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.machinery import PathFinder
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, argument, brief, nearest
+from fastmerge.errors import FOREIGN, FastmergeError, RecipeError, argument, brief, nearest
 from fastmerge.evaluation.as_read import AsRead
 from fastmerge.evaluation.identity import MAIN, identity_of
 from fastmerge.evaluation.journal import digest
@@ -50,7 +52,7 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise FastmergeError(f"{where}: {in_user_code(error)}") from error
         raise _no_module(where, module, folder) from None
-    except Exception as error:  # importing runs the user's own code
+    except FOREIGN as error:  # importing runs the user's own code
         raise FastmergeError(f"{where}: {in_user_code(error)}") from error
     # A module of that name may be installed, or have lain beside another schedule.
     near = _beside(module, folder)
@@ -135,9 +137,10 @@ def in_user_code(error: BaseException) -> str:
     found = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in found if not frame.filename.startswith("<frozen ")] or found
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
-    if isinstance(error, SyntaxError):
-        place = f"{Path(error.filename or '').name}:{error.lineno}: "
-    return f"{place}{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):  # of bytes that are no text it has no place
+        place = f"{Path(error.filename).name}:{error.lineno}: " if error.filename else ""
+    said = " ".join(str(error).split())
+    return f"{place}{type(error).__name__}{said and f': {said}'}"
 
 
 def _name_of(function: Any) -> str:
@@ -242,7 +245,7 @@ class CallableScorer:
         try:
             with self._own or nullcontext():  # it may import as it runs
                 answer = self._function(*models, **options)
-        except Exception as error:  # the user's own code
+        except FOREIGN as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {in_user_code(error)}") from error
         return scores_of(answer, self._name, self._task_name)
 
@@ -254,7 +257,7 @@ def scores_of(answer: Any, who: str, task: str = "score") -> Scores:
     """
     if isinstance(answer, Scores):
         return answer
-    if isinstance(answer, (int, float)) or getattr(answer, "ndim", None) == 0:
+    if isinstance(answer, Number) or getattr(answer, "ndim", None) == 0:
         answer = {task: answer}
     if not isinstance(answer, Mapping) or not answer:
         raise FastmergeError(
@@ -264,17 +267,35 @@ def scores_of(answer: Any, who: str, task: str = "score") -> Scores:
     return Scores({str(name): _task_score(who, name, value) for name, value in answer.items()})
 
 
+# Above, a float has no fraction left, so that a difference of two scores says nothing.
+_MOST = 1e15
+
+
 def _task_score(who: str, name: str, value: Any) -> TaskScore:
     try:
         # None would become NaN, a score that is refused without a word about why.
         if value is None or (isinstance(value, (list, tuple)) and None in value):
             raise TypeError("it is None")
-        numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor's gradient
+        numbers = np.asarray(_as_python(value), dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise FastmergeError(f"{who}: the score of '{name}' is no number: {error}") from error
-    if numbers.ndim == 0:
-        return TaskScore(float(numbers), "score", 1)
     if not numbers.size:
         raise FastmergeError(f"{who}: '{name}' has no items to score")
+    mean = float(numbers.mean()) if np.isfinite(numbers).all() else math.nan
+    if np.abs(numbers).max() > _MOST and not math.isnan(mean):
+        raise FastmergeError(
+            f"{who}: the score of '{name}' is {mean:.3g}; return percent (at most {_MOST:g} in "
+            "size), or NaN for a model that has none"
+        )
+    # An infinity is no number either: the journal has neither, and a choice must not depend on it.
+    if numbers.ndim == 0 or math.isnan(mean):
+        return TaskScore(mean, "score", numbers.size)
     items = {str(name): tuple(float(x) for x in numbers.ravel())}
-    return TaskScore(float(numbers.mean()), "score", numbers.size, items)
+    return TaskScore(mean, "score", numbers.size, items)
+
+
+def _as_python(value: Any) -> Any:
+    """Arrays and tensors, of any element type and with a gradient or not, as lists or numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_as_python(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value

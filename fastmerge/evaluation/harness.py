@@ -18,7 +18,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fastmerge.errors import FastmergeError, RecipeError, ResourceError, brief, first_line, nearest
+from fastmerge.errors import (
+    FOREIGN,
+    FastmergeError,
+    RecipeError,
+    ResourceError,
+    brief,
+    first_line,
+    nearest,
+)
 from fastmerge.evaluation import likelihoods
 from fastmerge.evaluation.answers import right_answer
 from fastmerge.evaluation.callables import in_user_code
@@ -112,7 +120,7 @@ class Harness:
             yield
         except FastmergeError:
             raise
-        except Exception as error:
+        except FOREIGN as error:
             if not self._brought:
                 raise
             raise FastmergeError(f"{self._settings.at('tasks')}: {in_user_code(error)}") from error

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from fastmerge.errors import FastmergeError, RecipeError, ResourceError
+from fastmerge.errors import FastmergeError, RecipeError, ResourceError, first_line
 from fastmerge.evaluation import callables, harness
 from fastmerge.evaluation.callables import CallableScorer, ScoreFunction
 from fastmerge.evaluation.harness import Harness
@@ -148,3 +148,11 @@ def _check_device(settings: Evaluate) -> None:
         raise ResourceError(
             f"{settings.at('device')}: this machine has no device '{settings.device}'; use cpu"
         )
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).item()
+        except Exception as error:  # each back end that torch was not built for has its own class
+            raise ResourceError(
+                f"{settings.at('device')}: torch cannot compute on '{settings.device}' here "
+                f"({first_line(error)[:80]}); use cpu or cuda"
+            ) from error

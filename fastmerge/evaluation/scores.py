@@ -37,9 +37,9 @@ class Scores:
 
     @property
     def value(self) -> float:
-        """NaN when any task's score is."""
+        """NaN when any task's score is, or is infinite, which the journal does not tell apart."""
         values = [task.value for task in self.tasks.values()]
-        return float(np.mean(values)) if values else math.nan
+        return float(np.mean(values)) if values and np.isfinite(values).all() else math.nan
 
     @property
     def perplexity(self) -> float | None:

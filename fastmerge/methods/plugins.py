@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from fastmerge.errors import FastmergeError, RecipeError, brief, nearest, plain_word
+from fastmerge.errors import FOREIGN, FastmergeError, RecipeError, brief, nearest, plain_word
 from fastmerge.methods.registry import register
 from fastmerge.methods.shapes import (
     Combination,
@@ -269,7 +269,7 @@ def load() -> None:
             offered = entry.load()
             if isinstance(offered, Method) and METHODS.get(offered.name) is not offered:
                 register(offered)
-        except Exception as error:  # whatever foreign code may raise
+        except FOREIGN as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise FastmergeError(
                 f"{GROUP}: '{entry.name}' of {package} does not load ({said}); mend or remove it"

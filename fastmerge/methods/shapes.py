@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fastmerge.errors import FastmergeError
+from fastmerge.errors import FOREIGN, FastmergeError
 from fastmerge.methods.entries import Entry, Program, compiled, inputs
 from fastmerge.methods.types import Float64, Method, Values
 from fastmerge.primitives import Agreement
@@ -260,7 +260,7 @@ def called(name: str, function: Callable[[], R]) -> R:
         return function()
     except FastmergeError:
         raise
-    except Exception as error:  # whatever foreign code may raise
+    except FOREIGN as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FastmergeError(f"method {name} failed: {said}") from error
 

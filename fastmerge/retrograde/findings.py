@@ -52,6 +52,8 @@ def copy_text(trajectory: Trajectory, lines: Sequence[Line]) -> str:
     merges = [line for line in lines[1:] if line.row.name not in ("one_shot", "baseline")]
     higher = [line for line in merges if line.value > level]
     why = "No state of the walk beat the baseline" if higher else "Nothing beat the baseline"
+    if not any(or_least(line.value) > -math.inf for line in lines):
+        why = "No state's score is a number"
     if not trajectory.models:
         why = "The walk ended where it began"
     text = f"{why}: the model written is a copy of {trajectory.schedule.labels[0]}."

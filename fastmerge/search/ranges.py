@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from fastmerge.recipe.document import Document
 from fastmerge.recipe.located import LocatedDict, LocatedList, placed
 from fastmerge.recipe.section import Section, field, listed, real, string, whole
 
-_NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+))"
+_NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
 # 0..1; not 0...1, which is 0 to .1 as little as 0. to 1
 _SHORT = re.compile(rf"\s*{_NUMBER}\s*\.\.(?!\.)\s*{_NUMBER}\s*")
+_MEANT = re.compile(r"\.\.|…|‥")  # in what was meant for such a range
 _DIGITS = 6  # of a point's numbers: its recipe as text is the point
 
 Choice = str | bool | float
@@ -37,10 +39,12 @@ class Range(Section):
     per: tuple[str, ...] = field(listed(string), ())
 
     def check(self) -> None:
-        if not self.low < self.high:
-            raise RecipeError(f"{self.where}: 'low' must be less than 'high'")
+        if not 0 < self.high - self.low < math.inf:
+            raise RecipeError(f"{self.where}: 'low' must be less than 'high', by a finite number")
         if self.start is not None and not self.low <= self.start <= self.high:
             raise RecipeError(f"{self.at('start')}: 'start' must be from 'low' to 'high'")
+        if len({*self.per, ""}) <= len(self.per):
+            raise RecipeError(f"{self.at('per')}: 'per' takes words, each of them once")
 
     @property
     def middle(self) -> float:
@@ -93,6 +97,7 @@ class Ranges:
     def __init__(self, recipe: LocatedDict) -> None:
         """Raises FastmergeError for a range that is none, and where there is none at all."""
         self.dimensions: list[Dimension] = []
+        self.per: list[tuple[str, str]] = []  # words of tensors' names, with their places
         models = recipe.get("models")
         listed = models if isinstance(models, LocatedList) else ()
         references = [str(m.get("model")) if isinstance(m, LocatedDict) else "" for m in listed]
@@ -126,8 +131,15 @@ class Ranges:
             items = LocatedList(self._found(v, (*path, i), at) for i, (v, at) in enumerate(pairs))
             items.where, items.at = value.where, value.at
             return items
-        found = _SHORT.fullmatch(value) if isinstance(value, str) else None
-        if found is None or "parameters" not in path:
+        if not isinstance(value, str) or "parameters" not in path or path[-1] == "filter":
+            return value
+        found = _SHORT.fullmatch(value)
+        if found is None:
+            if _MEANT.search(value):
+                raise RecipeError(
+                    f"{where}: '{value}' is no range; write two finite numbers as 0..1, or as "
+                    "{low: 0, high: 1}"
+                )
             return value
         given = Range(placed(where, low=float(found[1]), high=float(found[2])))
         return self._spread(given, path)
@@ -148,6 +160,7 @@ class Ranges:
             raise RecipeError(f"{given.at('per')}: 'per' is for a parameter as a whole")
         if not given.per:
             return self._along(given, path, "")
+        self.per += [(word, given.at("per")) for word in given.per]
         rules = LocatedList(
             placed(given.where, filter=word, value=self._along(given, path, f"({word})"))
             for word in given.per

@@ -140,6 +140,8 @@ def _line_json(line: Line) -> dict[str, Any]:
 def verdict(study: Study, lines: Sequence[Line]) -> str:
     """What the search came to, in a sentence."""
     best = study.best
+    if best is not None and best.value == -math.inf:
+        return "No candidate's score is a number: the model written is the start point."
     if best is not None and best is study.start:
         return "Nothing beat the start: the model written is the start point."
     if split_name(lines) == "steering":

@@ -206,6 +206,10 @@ def opened(file: SearchFile) -> tuple[Ranges, Plan]:
         recipe = Recipe.of([ranges.recipe(point)], file.text, ranges.where)
         make_plan(recipe, base_folder=file.folder)
     assert template is not None
+    names = {name for model in template.models for name in model.tensors}
+    for word, where in ranges.per:
+        if not any(word in name for name in names):
+            raise RecipeError(f"{where}: 'per' {word} is in no tensor's name; nothing is searched")
     return ranges, template
 
 
