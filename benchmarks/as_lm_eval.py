@@ -139,7 +139,10 @@ def by_command(given: argparse.Namespace, folder: Path) -> Samples:
 
 MARK = "local_"  # the harness has tasks of the plain names, which the files would meet
 # ``python -m lm_eval`` with the threads that were asked for.
-THREADS = "import runpy, torch; torch.set_num_threads({}); runpy.run_module('lm_eval', alter_sys=1)"
+THREADS = (
+    "import runpy, torch; torch.set_num_threads({});"
+    "runpy.run_module('lm_eval', run_name='__main__')"
+)
 
 
 def _task_files(data: Path, folder: Path) -> Iterator[tuple[str, int]]:

@@ -349,6 +349,53 @@ def test_a_row_of_another_layout_is_one_line(llama: Path, data: Path, name: str)
     assert str(caught.value).startswith("evaluate.tasks[0]: ")
 
 
+def test_a_file_from_elsewhere_is_read(llama: Path, data: Path) -> None:
+    """With a byte order mark, and with other fields, whose types need not agree: the data library
+    takes one type for each, so that such rows were refused.
+    """
+    file = data / "arc_easy" / "test.jsonl"
+    (before,) = scorer_of(llama, data=str(data), tasks=["arc_easy"]).readings("steer")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, more in zip(rows, (1, "x", [1], {"a": None}), strict=True):
+        row["more"] = row["choices"]["more"] = more
+    text = "".join(json.dumps(row) + "\r\n" for row in rows)
+    file.write_bytes(("\ufeff" + text).encode())
+    assert scorer_of(llama, data=str(data), tasks=["arc_easy"]).readings("steer") == [before]
+    file = data / "hellaswag" / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["label"] = int(rows[0]["label"])
+    write(file, rows)
+    (reading,) = scorer_of(llama, data=str(data), tasks=["hellaswag"]).readings("steer")
+    assert reading.items == len(rows)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("arc_easy", put("choices", {"text": ["", "b"], "label": ["A", "B"]})),
+        ("hellaswag", put("endings", ["a", " ", "b", "c"])),
+        ("piqa", put("sol2", "\n")),
+    ],
+)
+def test_an_ending_without_a_word_is_one_line(
+    llama: Path, data: Path, name: str, change: Any
+) -> None:
+    """The harness asked for its first character, or divided by its length."""
+    file = data / LAYOUTS[name].folder / f"{LAYOUTS[name].scored}.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows[-1])
+    write(file, rows)
+    with pytest.raises(FastmergeError, match=r"line 4: '\w+' .*a text without a word"):
+        scorer_of(llama, data=str(data), tasks=[name])
+
+
+def test_a_line_that_is_no_json_says_where(llama: Path, data: Path) -> None:
+    file = data / "arc_easy" / "test.jsonl"
+    file.write_text(file.read_text().replace("\n", ",\n"))
+    with pytest.raises(FastmergeError, match=r"line 1: is no JSON \(Extra data\); a row is one ob"):
+        scorer_of(llama, data=str(data), tasks=["arc_easy"])
+
+
 @pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.shown])
 def test_without_examples_a_task_needs_no_file_of_them(llama: Path, data: Path, name: str) -> None:
     layout = LAYOUTS[name]

@@ -200,6 +200,7 @@ def test_a_callable_has_no_gradient(place: Path, tmp_path: Path) -> None:
     file = file_of(place, evaluate={"callable": "stand:in"})
     with pytest.raises(FastmergeError, match=r"gradient: needs tasks or a perplexity"):
         search.run(file, tmp_path / "out", score=lambda model: 1.0, threads=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_leaves_the_model_as_it_was(place: Path) -> None:

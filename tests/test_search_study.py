@@ -388,7 +388,12 @@ MISTAKES: Mapping[str, tuple[dict[str, Any], str]] = {
     ),
     "population": ({"optimiser": {"name": "tpe", "population": 5}}, "'population' is of cma and"),
     "key": ({"optimizer": "cma"}, "unknown key 'optimizer'; did you mean 'optimiser'?"),
-    "gradient": ({"optimiser": "gradient", "method": "ties"}, "gradient needs a method that is a"),
+    "gradient": ({"optimiser": "gradient"}, "gradient: needs tasks or a perplexity"),
+    "gradient of a rule": (
+        {"optimiser": "gradient", "method": "ties", "evaluate": {"perplexity": "text.txt"}},
+        "gradient needs a method that is a",
+    ),
+    "crowd": ({"optimiser": {"name": "cma", "population": 10**9}}, "less than or equal to 10000"),
     "words": (
         {"optimiser": "cma", "method": {"choose": ["ties", "dare_ties"]}},
         "cma moves numbers alone, and merge_method is chosen",

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from fastmerge.errors import FastmergeError, ResourceError, first_sentences
@@ -39,15 +40,20 @@ class Started:
         os.environ.update(self.variables)
 
 
+def require() -> None:
+    """Raises ResourceError where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise ResourceError(f"a cluster is reached by Ray; run: {install('ray')}")
+
+
 def connected(cluster: str) -> Any:
     """Ray, connected to ``cluster``: "auto" (the one that is here, else one of this machine alone),
     "local" (always the latter) or an address. Raises FastmergeError.
     """
-    try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-    except ImportError as error:
-        raise ResourceError(f"a cluster is reached by Ray; run: {install('ray')}") from error
+    require()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
     if "@" in cluster:
         raise FastmergeError(
             "cluster: an address with a name or a password in it would be shown; write "

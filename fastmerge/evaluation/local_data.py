@@ -84,6 +84,11 @@ def _two(row: Row) -> str | None:
     return None if row["label"] in (0, 1) else "'label' must be 0 or 1"
 
 
+def _piqa(row: Row) -> str | None:
+    blank = next((name for name in ("sol1", "sol2") if not row[name].strip()), None)
+    return _two(row) if blank is None else f"'{blank}' is a text without a word"
+
+
 def _lambada(row: Row) -> str | None:
     return None if " " in row["text"] else "'text' has no last word"
 
@@ -118,7 +123,7 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "piqa": Layout(
         "piqa", "piqa", "validation", "train",
-        {"goal": str, "sol1": str, "sol2": str, "label": int}, _two,
+        {"goal": str, "sol1": str, "sol2": str, "label": int}, _piqa,
     ),
     "boolq": Layout(
         "super_glue/boolq", "boolq", "validation", "train",
@@ -239,7 +244,7 @@ class LocalData:
             try:
                 with open_regular(file) as stored:
                     data = _unpacked(stored) if file.suffix == ".gz" else _bounded(stored)
-                lines = data.decode("utf-8").split("\n")
+                lines = data.decode("utf-8-sig").split("\n")
             except (OSError, EOFError, ValueError, zlib.error, FastmergeError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise RecipeError(f"{where}: {file}: cannot be read ({reason})") from None
@@ -251,9 +256,6 @@ class LocalData:
             ]
             if not self._rows[key]:
                 raise RecipeError(f"{where}: {file}: holds no rows")
-            # Columns, as the data library has them: what one row lacks is null there.
-            names = dict.fromkeys(name for row in self._rows[key] for name in row)
-            self._rows[key] = [{n: row.get(n) for n in names} for row in self._rows[key]]
         return self._rows[key]
 
 
@@ -297,15 +299,28 @@ def _process_once(task: Any) -> None:
 def _row(layout: Layout, line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
-        raise RecipeError(f"{where}: is no JSON") from None
+    except (ValueError, RecursionError) as error:
+        why = error.msg if isinstance(error, json.JSONDecodeError) else brief(str(error))
+        raise RecipeError(f"{where}: is no JSON ({why}); a row is one object on one line") from None
     fault = _misfit(row, layout.fields, "the row") or layout.fault(row)
     if fault:
         raise RecipeError(
             f"{where}: {fault}; rows of {layout.folder} hold {_in_words(layout.fields)}"
         )
-    assert isinstance(row, dict)
-    return row
+    found = _only(row, layout.fields)
+    assert isinstance(found, dict)
+    return found
+
+
+def _only(value: Any, kind: Any) -> Any:
+    """Without fields that no task reads, and of two types the first: the data library takes one
+    type for each.
+    """
+    if isinstance(kind, tuple):
+        return kind[0](value)
+    if not isinstance(kind, Mapping):
+        return value
+    return {name: _only(value[name], inner) for name, inner in kind.items()}
 
 
 def _misfit(value: Any, kind: Any, what: str) -> str | None:
@@ -323,6 +338,8 @@ def _misfit(value: Any, kind: Any, what: str) -> str | None:
     if isinstance(kind, list):
         if not isinstance(value, list) or not value:
             return f"{what} must be a list, not {brief(value)}"
+        if kind[0] is str and any(isinstance(item, str) and not item.strip() for item in value):
+            return f"{what} holds a text without a word, whose likelihood nothing says"
         return next((fault for item in value if (fault := _misfit(item, kind[0], what))), None)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     fits = any(is_whole(value) if k is int else isinstance(value, k) for k in kinds)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from fastmerge.engine import cluster
 from fastmerge.errors import FastmergeError, RecipeError, ResourceError, first_line
 from fastmerge.evaluation import callables, harness
 from fastmerge.evaluation.callables import CallableScorer, ScoreFunction
@@ -100,8 +101,7 @@ class Scoring:
         # two on two busy cores took 20 s of clock and 7 s of CPU for 256 tokens; those that sleep,
         # 5 and 1.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if scores:
-            _check_device(self.settings)
+        _check_place(self.settings, here=scores)
         return self.make()
 
     def foreseen(self, *, scores: bool = True) -> Scorer | Unread:
@@ -111,8 +111,7 @@ class Scoring:
         found = self.unread()
         if found is None:
             return self.scorer(scores=scores)
-        if scores:
-            _check_device(self.settings)
+        _check_place(self.settings, here=scores)
         return found
 
 
@@ -135,7 +134,10 @@ def check_kept(scorer: Scorer) -> None:
         scorer.check_kept()
 
 
-def _check_device(settings: Evaluate) -> None:
+def _check_place(settings: Evaluate, *, here: bool) -> None:
+    """``here``: else a cluster scores."""
+    if not here:
+        return cluster.require()
     import torch
 
     try:

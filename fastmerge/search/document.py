@@ -17,14 +17,16 @@ from fastmerge.recipe.source import read
 from fastmerge.search.optimisers import BATCHED, OPTIMISERS, STAGED
 from fastmerge.search.ranges import Ranges
 
+_AT_ONCE = 10_000  # candidates: they are drawn before the first is scored
+
 
 class Optimiser(Section):
     """Who chooses the candidates."""
 
     name: str = field(one_of(*OPTIMISERS))
-    population: int | None = field(whole(2), None)  # of cma, and of a batch that is staged
+    population: int | None = field(whole(2, _AT_ONCE), None)  # of cma, of a staged batch
     step: float | None = field(real(high=1, above=0), None)  # the first, as a share of the ranges
-    batch: int | None = field(whole(1), None)  # candidates at once, of those that can do with one
+    batch: int | None = field(whole(1, _AT_ONCE), None)  # at once, of who can do with one
 
     def check(self) -> None:
         for key, known in (
@@ -84,6 +86,11 @@ class SearchFile(Section):
         return "put it under 'evaluate:'" if name in Evaluate.fields else ""
 
     def check(self) -> None:
+        if self.optimiser.name == "gradient" and self.evaluate.callable is not None:
+            raise RecipeError(
+                f"{self.optimiser.where}: gradient: needs tasks or a perplexity, which say the "
+                "right continuations; a callable's score has no gradient"
+            )
         if self.evaluate.stages and self.optimiser.name not in STAGED:
             raise RecipeError(
                 f"{self.evaluate.at('stages')}: {self.optimiser.name} compares each candidate with "
