@@ -169,7 +169,7 @@ def test_a_search_goes_on_with_a_larger_budget_and_no_other_change(
         study.tell(candidate, near(study))
     assert (len(small.trials), asked) == (10, 15)
     assert points_of(study) == points_of(whole)
-    for change in ({"optimiser": "line"}, {"weight": "0..2"}):
+    for change in ({"optimiser": "line"}, {"weight": "0..2"}, {"seed": 6}):
         with pytest.raises(FastmergeError, match="was begun with other 'search'"):
             search.open_study(file_of(models, **change), out, resume=True, threads=1)
 

@@ -79,8 +79,8 @@ def markdown(result: Result, lines: Sequence[Line], pictures: Sequence[str]) -> 
             f"A walk of {_count(len(records), 'step')} from **{escaped(schedule.labels[0])}** "
             f"through {_count(len(trajectory.used), 'other model')}. A *degrade* step merges the "
             "current state with a weaker model; a *retrace* step merges it back with an earlier, "
-            f"stronger one. {refused} of the candidates were refused (accept: "
-            f"{schedule.accept.rule}). "
+            f"stronger one. {refused} of the candidates {'was' if refused == 1 else 'were'} "
+            f"refused (accept: {schedule.accept.rule}). "
             f"The final model is state {trajectory.final}, in `model/`. Seed {trajectory.seed}."
         ),
     ]

@@ -62,19 +62,19 @@ def comparison_png(lines: Sequence[Line], split: str) -> bytes:
 def budget_png(lines: Sequence[Line], baseline: float) -> bytes:
     """The best steering score so far against the candidates measured, for each way of searching."""
     figure, axes = new_figure(8.0, 4.5)
-    for line in lines:
+    for number, line in enumerate(lines):
         best, so_far = baseline, [baseline]
         for score in line.row.history:
             best = best if math.isnan(score) or score < best else score
             so_far.append(best)
         if len(so_far) == 1:
             continue
-        is_walk = line is lines[0]
+        is_walk = number == 0
         axes.step(
             range(len(so_far)),
             so_far,
             where="post",
-            color=RETRACE if is_walk else None,
+            color=RETRACE if is_walk else f"C{number}",  # C0 is hardly another blue
             linewidth=2.5 if is_walk else 1.2,
             zorder=3 if is_walk else 2,
             label=label(line.row.name),

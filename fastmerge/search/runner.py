@@ -49,7 +49,7 @@ from fastmerge.search.workers import give_evaluators, notes_on, with_workers
 
 SEED = 0  # of a search that names none
 _TESTED = 4  # rows that meet the hold-out
-_FREE = ("budget", "seed", "workers")  # keys of a file that do not decide what is asked for next
+_FREE = ("budget", "workers")  # keys of a file that do not decide what is asked for next
 
 
 @enough_memory("search")
