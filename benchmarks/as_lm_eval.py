@@ -1,6 +1,6 @@
 """The leaderboard's six tasks by the evaluator and by the ``lm_eval`` command, item by item.
 
-    python benchmarks/as_lm_eval.py MODEL DATA [--limit 2]
+    python benchmarks/as_lm_eval.py MODEL DATA [--limit 2] [--tasks winogrande,mmlu_anatomy]
 
 MODEL: a llama's folder. DATA: JSON lines as docs/evaluation.md lays them out. Both tools read the
 same files in float32; the command gets the harness's own task files, changed in where the rows
@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--limit", type=int, default=2, help="items of each task and subject")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: the preset")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -51,6 +52,8 @@ def main() -> int:
     wrong = 0
     for title, name, _, _ in LEADERBOARD_V1:
         parts = [part for part in ours if part == name or part.startswith(f"{name}_")]
+        if not parts:
+            continue
         items = compared = 0
         apart = 0.0
         for part in parts:
@@ -88,7 +91,7 @@ def by_evaluator(given: argparse.Namespace) -> Samples:
     torch.set_num_threads(given.threads)
     settings = load_evaluate(
         {
-            "preset": "open_llm_leaderboard_v1",
+            **_asked(given.tasks),
             "data": str(given.data.resolve()),
             "limit": given.limit,
             "batch_size": given.batch_size,
@@ -111,17 +114,27 @@ def by_evaluator(given: argparse.Namespace) -> Samples:
     return samples
 
 
+def _asked(tasks: list[str] | None) -> dict[str, Any]:
+    if tasks is None:
+        return {"preset": "open_llm_leaderboard_v1"}
+    shots = {name: shots for _, name, shots, _ in LEADERBOARD_V1}
+    known = {task: "mmlu" if task.startswith("mmlu_") else task for task in tasks}
+    return {"tasks": [{"name": t, "num_fewshot": shots[name]} for t, name in known.items()]}
+
+
 def by_command(given: argparse.Namespace, folder: Path) -> Samples:
     """The samples that the command logs, one call for each number of examples."""
     (folder / "tasks").mkdir()
-    files = dict(_task_files(given.data.resolve(), folder / "tasks"))
+    files = dict(_task_files(given, folder / "tasks"))
     found: dict[str, list[Mapping[str, Any]]] = {}
     for shots in dict.fromkeys(shots for _, _, shots, _ in LEADERBOARD_V1):
         names = [name for name, own in files.items() if own == shots]
+        if not names:
+            continue
         out = folder / str(shots)
         words = (
-            f"run --model hf --model_args pretrained={given.model},dtype=float32,"
-            f"add_bos_token=False --num_fewshot {shots} --device cpu "
+            f"run --model hf --model_args pretrained={given.model},dtype=float32"
+            f"{'' if given.tasks else ',add_bos_token=False'} --num_fewshot {shots} --device cpu "
             f"--batch_size {given.batch_size} --limit {given.limit} --log_samples"
         ).split()
         command = [sys.executable, "-c", THREADS.format(given.threads), *words, "--tasks"]
@@ -145,7 +158,7 @@ THREADS = (
 )
 
 
-def _task_files(data: Path, folder: Path) -> Iterator[tuple[str, int]]:
+def _task_files(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, int]]:
     """Writes each task's file; its name and its number of examples."""
     import lm_eval
 
@@ -153,14 +166,16 @@ def _task_files(data: Path, folder: Path) -> Iterator[tuple[str, int]]:
     for _, name, shots, _ in LEADERBOARD_V1:
         layout = LAYOUTS[name]
         for source in sorted((own / layout.tasks).glob("*.yaml")):
-            text = source.read_text()
+            text = source.read_text().replace('"', "")
             lines = [line for line in text.splitlines() if line.startswith("task:")]
-            task = lines[0].partition(":")[2].strip(" \"'") if lines else ""
+            task = lines[0].partition(":")[2].strip() if lines else ""
             if task != name and not (name == "mmlu" and task.startswith("mmlu_")):
+                continue
+            if given.tasks and task not in given.tasks:
                 continue
             files = {}
             for split in filter(None, (layout.scored, layout.shown)):
-                rows = _rows(data / layout.folder / f"{split}.jsonl")
+                rows = _rows(given.data.resolve() / layout.folder / f"{split}.jsonl")
                 if name == "mmlu":
                     subject = task.removeprefix("mmlu_")
                     rows = [row for row in rows if row["subject"] == subject]
