@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ __all__ = ["models"]  # the fixture
 
 
 MODULE = '''
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -67,6 +70,8 @@ class Numbered:
                 raise FastmergeError("a line")
             if request == "fail":
                 raise ValueError("of whoever wrote it")
+            if request == "lock":
+                self.lock = multiprocessing.RLock()
             return number, threads, request
 
         return measure
@@ -173,3 +178,25 @@ def test_processes_are_started_as_they_are_needed_and_replaced(scores: Any) -> N
     finally:
         pool.close()
     assert pool._workers == []
+
+
+def test_a_process_that_is_ended_leaves_no_lock(scores: Any, tmp_path: Path) -> None:
+    """Of a library's locks (tqdm's) Python warned at the end of every search with workers."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"from {scores.__name__} import Numbered\n"
+        "from fastmerge.evaluation.processes import Processes\n"
+        "if __name__ == '__main__':\n"
+        "    pool = Processes(Numbered(), 1)\n"
+        "    pool.answer('a', 'lock')\n"
+        "    pool.close()\n"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path / "beside"), *sys.path]))
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection, current_process, get_context, parent_process
+from multiprocessing import (
+    connection,
+    current_process,
+    get_context,
+    parent_process,
+    set_start_method,
+)
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -211,6 +217,9 @@ def _ending(code: int | None) -> str:
 def _serve(link: Connection, made: bytes, number: int, threads: int) -> None:
     """A process: one evaluator."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for all, and theirs to answer
+    # Locks that libraries make here (tqdm's) have no name then, so that a process which is killed
+    # leaves none behind: Python warned of them at the end of every run.
+    set_start_method("fork", force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     measures: list[Any] = []
 
