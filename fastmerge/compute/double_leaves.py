@@ -23,7 +23,8 @@ def numbers_of(leaf: Leaf, backend: CpuBackend, fetch: Fetch) -> Numbers:
     if isinstance(leaf, LowRank):
         return _low_rank(leaf, backend, fetch)
     if isinstance(leaf, Rows):
-        return gathered(leaf, {own: widened(fetch(own), backend) for own in leaf.stored})
+        sources = [source for source in leaf.sources if isinstance(source, Leaf)]
+        return gathered(leaf, {own: numbers_of(own, backend, fetch) for own in sources})
     return widened(view_of(leaf, backend, fetch), backend)
 
 

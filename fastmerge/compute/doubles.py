@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ _FEW = 1 << 18  # keys that are sorted in memory
 _NONE = (1 << 63) - 1  # the bits that no magnitude is above
 _SMALL = 1e-7  # sums up to which mergekit 0.1.5 leaves deltas alone
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Read = Callable[[int, int], Float64]  # entries [begin, end) of a tensor, flat
 
 
@@ -46,20 +49,23 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """Where parts go: ``write(begin, numbers)``, each once and in order."""
+    """Where parts go: ``write(begin, numbers)``, each once and in order, which says how many are
+    not finite as they are kept.
+    """
 
     count: int
-    write: Callable[[int, Float64], None]
+    write: Callable[[int, Float64], int]
 
 
 def output(place: Place, count: int, pool: _C.Pool) -> Output:
     """The numbers rounded once to the place's type."""
     size = place.dtype.bytes_for(1)
 
-    def write(begin: int, numbers: Float64) -> None:
+    def write(begin: int, numbers: Float64) -> int:
         made = np.ascontiguousarray(reference.round_to(numbers, place.dtype.code))
         raw = _C.View(made.ctypes.data, made.nbytes, "RAW", made)
         _C.copy(pool, raw, place.sink(begin * size, made.nbytes))
+        return _nonfinite(reference.widen(made))
 
     return Output(count, write)
 
@@ -83,6 +89,17 @@ def parts(count: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
         yield begin, min(count, begin + step)
 
 
+def _quietly(function: Callable[P, R]) -> Callable[P, R]:
+    """Without NumPy's warnings: what is not finite is counted where it is written."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return run
+
+
 class DoubleBackend:
     """`compute.backend.Backend` and `methods.shapes.Primitives` in float64."""
 
@@ -99,6 +116,7 @@ class DoubleBackend:
 
     # -------- combinations
 
+    @_quietly
     def gram(
         self, inputs: Sequence[Numbers], base: Numbers | None = None, vectors: Vectors = WHOLE
     ) -> Float64:
@@ -120,6 +138,7 @@ class DoubleBackend:
         upper = np.triu(np.ones((m, m), bool))
         return np.where(upper, total, np.swapaxes(total, -1, -2))
 
+    @_quietly
     def combine(
         self,
         inputs: Sequence[Numbers],
@@ -143,7 +162,7 @@ class DoubleBackend:
                 x = [part.reshape(-1, cols) for part in x]
                 own = own[begin // cols : end // cols] if axis == 1 else own
             made = reference.combine(x, own, divisor=total, axis=axis)
-            bad += _put(out, begin, made)
+            bad += out.write(begin, made.reshape(-1))
         return bad
 
     # -------- deltas
@@ -153,6 +172,7 @@ class DoubleBackend:
     ) -> list[Selection]:
         return self.select_across([inputs], [base], [0], specs)
 
+    @_quietly
     def select_across(
         self,
         inputs: Sequence[Sequence[Numbers]],
@@ -169,6 +189,7 @@ class DoubleBackend:
             for i, spec in enumerate(specs)
         ]
 
+    @_quietly
     def consensus(
         self,
         inputs: Sequence[Numbers],
@@ -185,7 +206,7 @@ class DoubleBackend:
                 [x.read(begin, end) for x in inputs], base.read(begin, end), weights, selections,
                 first=agreement.origin + begin, **said,
             )  # fmt: skip
-            bad += _put(out, begin, made)
+            bad += out.write(begin, made.reshape(-1))
         return bad
 
     # -------- formulas
@@ -212,6 +233,7 @@ class DoubleBackend:
 
         return Numbers(base.count, read)
 
+    @_quietly
     def divergences(self, x: Numbers, base: Numbers, cols: int) -> Float64:
         found = [
             formulas.divergences(x.read(*part), base.read(*part), cols, exp=exp, log=log)
@@ -241,12 +263,14 @@ class DoubleBackend:
         def memory() -> Float64:
             return stored_bytes(view).view("<f8")  # as long as the view is
 
-        def write(begin: int, numbers: Float64) -> None:
+        def write(begin: int, numbers: Float64) -> int:
             memory()[begin : begin + numbers.size] = numbers
+            return _nonfinite(numbers)
 
         return Numbers(count, lambda begin, end: memory()[begin:end]), Output(count, write)
 
     @staticmethod
+    @_quietly
     def array(tensor: Numbers) -> Float64:
         made = tensor.read(0, tensor.count).view()
         made.flags.writeable = False  # it may be a file
@@ -258,9 +282,7 @@ class DoubleBackend:
         return Numbers(flat.size, lambda begin, end: flat[begin:end])
 
 
-def _put(out: Output, begin: int, made: NDArray[Any]) -> int:
-    numbers = made.reshape(-1)
-    out.write(begin, numbers)
+def _nonfinite(numbers: NDArray[Any]) -> int:
     return int((~np.isfinite(numbers)).sum())
 
 

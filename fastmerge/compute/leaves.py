@@ -57,8 +57,8 @@ def view_of(leaf: Leaf, backend: CpuBackend, fetch: Callable[[Stored], _C.View])
         assert array.shape == leaf.shape
         return _C.View(array.ctypes.data, array.size, leaf.dtype.code, array)
     assert isinstance(leaf, Rows)
-    sources: dict[Node, _C.View] = {source: fetch(source) for source in leaf.stored}
-    return gathered(leaf, backend, sources)
+    sources = [source for source in leaf.sources if isinstance(source, Leaf)]
+    return gathered(leaf, backend, {own: view_of(own, backend, fetch) for own in sources})
 
 
 def dequantised(leaf: Dequantised, codes: _C.View, scales: _C.View) -> _C.View:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,14 @@ from fastmerge.models.model import Model
 from fastmerge.progress import Progress, Told
 from fastmerge.tree.nodes import Leaf, leaves
 
+T = TypeVar("T")
+
 
 def grams(
     models: Sequence[Model],
     tensors: Mapping[str, Sequence[Leaf]],
     *,
+    in_float64: Container[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Float64]:
@@ -31,7 +34,8 @@ def grams(
 
     ``tensors`` maps a name to sources of one shape. The result is float64, shape (n, n), over
     [x_0, x_1 - x_0, ..., x_{n-1} - x_0]: what `tree.collapse.coefficients` takes with
-    ``reference`` = 0.
+    ``reference`` = 0. ``in_float64``: tensors whose deltas are float64's, which all others with
+    sources in float64 must have rounded (`tree.rewrite.narrowed`).
     """
     count = thread_count(threads)
     backend = cpu(count)
@@ -39,10 +43,15 @@ def grams(
     told = Told(progress, sum(leaf.nbytes for sources in tensors.values() for leaf in sources))
 
     def one(entry: tuple[str, Sequence[Leaf]]) -> Float64:
-        with inputs.reading(leaves(entry[1])):
-            first, *others = [inputs.view(leaf, backend) for leaf in entry[1]]
-            split = (others, first) if others else ([first], None)
-            return backend.gram(*split)
+        name, sources = entry
+        with inputs.reading(leaves(sources)):
+            if name not in in_float64:
+                return backend.gram(*_parted([inputs.view(leaf, backend) for leaf in sources]))
+            from fastmerge.compute.doubles import DoubleBackend  # 6 ms that few need
+            from fastmerge.engine.doubles import numbers
+
+            of = [numbers(leaf, backend, inputs) for leaf in sources]
+            return DoubleBackend(backend).gram(*_parted(of))
 
     found: dict[str, Float64] = {}
     with closing(in_order(one, list(tensors.items()), window_size(count))) as finished:
@@ -50,6 +59,12 @@ def grams(
             found[name] = gram
             told.add(sum(leaf.nbytes for leaf in sources), name)
     return found
+
+
+def _parted(tensors: Sequence[T]) -> tuple[Sequence[T], T | None]:
+    """What `gram` takes: all but the first, and that as the base."""
+    first, *others = tensors
+    return (others, first) if others else ([first], None)
 
 
 def gram_with(models: Sequence[Model], sources: Sequence[Leaf], array: NDArray[Any]) -> Float64:

@@ -267,10 +267,12 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums
         steps = None if steps is None else np.where(usable, steps, 0)
         nonfinite = int(np.count_nonzero(differs & ~usable))
         total, largest = float(gap.sum()), float(gap.max())
+    with np.errstate(over="ignore"):  # of float64: then there is no relative difference
+        total_square = float(gap @ gap)
     return _Sums(
         changed=int(np.count_nonzero(differs)),
         total_abs=total,
-        total_square=float(gap @ gap),
+        total_square=total_square,
         max_abs=largest,
         max_ulps=0 if steps is None else int(steps.max()),
         nonfinite=nonfinite,

@@ -138,7 +138,10 @@ class Sweep:
         wanted = {n: _sources(tree) for n, tree in self._trees.items() if tree.needs_gram}
         self._grams: Mapping[str, Float64] = {}
         if wanted:
-            self._grams = grams(plan.models, wanted, threads=threads, progress=progress)
+            double = {item.name for item in plan.tensors if item.in_float64}
+            self._grams = grams(
+                plan.models, wanted, in_float64=double, threads=threads, progress=progress
+            )
 
     def plan(self, t: float) -> Plan:
         """The plan at one t: one linear merge of the sources for each tensor."""

@@ -41,10 +41,12 @@ def fold(
 
 
 def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
-    """The tree with ``change`` of every merge, whose inputs are rewritten by then."""
+    """The tree with ``change`` of every merge, whose inputs are rewritten by then. Leaves that are
+    made from none stay themselves, by which others know them.
+    """
 
     def step(node: Node, inputs: Sequence[Node]) -> Node:
-        if isinstance(node, Rows) and inputs:
+        if isinstance(node, Rows) and not _are(inputs, node.inputs):
             made = dict(zip(node.inputs, inputs, strict=True))
             return replace(node, sources=tuple(made.get(s, s) for s in node.sources))
         if not isinstance(node, Merge):
@@ -55,11 +57,19 @@ def rewrite(root: Node, change: Callable[[Merge], Node]) -> Node:
     return fold(root, step)
 
 
+def _are(made: Sequence[Node], own: Sequence[Node]) -> bool:
+    return all(a is b for a, b in zip(made, own, strict=True))
+
+
 def narrowed(root: Node) -> Node:
-    """The tree with float64 tensors rounded to float32 where they are read."""
+    """The tree with float64 tensors rounded to float32 where they are read; the same where there
+    are none, as a plan knows its trees by themselves.
+    """
 
     def step(node: Node, inputs: Sequence[Node]) -> Node:
         if isinstance(node, Merge):
+            if _are(inputs, node.inputs):
+                return node
             base, operands = node.parted(inputs)
             return replace(node, operands=operands, base=base)
         if isinstance(node, Rows):
