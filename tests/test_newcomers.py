@@ -174,9 +174,15 @@ def test_a_wide_terminal_and_a_pipe_have_every_column(capsys) -> None:
     assert "arXiv:2306.01708" in out and "methods NAME" not in out
 
 
-def test_no_color_is_followed() -> None:
-    assert "\x1b[1m" in terminal("methods", columns=100)
-    assert "\x1b[" not in terminal("methods", columns=100, NO_COLOR="1", TERM="dumb")
+def test_no_color_is_followed(zoo, tmp_path) -> None:
+    recipe = tmp_path / "r.yml"
+    models = [{"model": str(zoo.base("base")), "parameters": {"weight": 1}}]
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    for colours, env in enumerate(({"NO_COLOR": "1"}, {})):
+        shown = terminal("merge", recipe, tmp_path / f"out{colours}", columns=100, **env)
+        assert bool(re.search(r"\x1b\[3\d", shown)) == bool(colours)
+    assert "\x1b[1m" in terminal("methods", columns=100, NO_COLOR="1")
+    assert "\x1b[" not in terminal("methods", columns=100, TERM="dumb")
 
 
 # ---------------------------------------------------------------- diff
