@@ -4,7 +4,7 @@
     python benchmarks/scaling.py                                  # to 7 B: 56 GB of disk
     python benchmarks/scaling.py --sizes 0.2b,1.1b --repeat 1     # less of it
 
-Numbers of models and of steps are those of the first size. Sizes whose models, with the output,
+Numbers of models and walks are those of the first size. Sizes whose models, with the output,
 fill more than half of memory are measured cold alone, and once: in memory they would be in part.
 One size's models are gone before the next one's are made, and what is measured is saved after
 each: a run that is ended keeps the sizes before.
@@ -36,8 +36,8 @@ def request(options: argparse.Namespace, size: str) -> asked.Request:
     """What is measured of one size."""
     first = size == options.sizes[0]
     made = asked.Request(
-        kinds=("merge", "walk"), sizes=(size,), methods=("linear", "ties"),
-        counts=COUNTS if first else (), steps=STEPS if first else STEPS[:1],
+        kinds=("merge", "walk") if first else ("merge",), sizes=(size,),
+        methods=("linear", "ties"), counts=COUNTS if first else (), steps=STEPS,
         threads=thread_count(), folder=options.folder,
         repeat=options.repeat, caches=asked.CACHES,
     )  # fmt: skip
