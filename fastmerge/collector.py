@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PLANNING, MERGING = 10_000_000, 100_000  # objects made between two looks; garbage is so bounded
-
+_PYTHONS = 1000  # more than Python 3.12 begins with frozen (375); a program that freezes has more
 
 _lock = threading.Lock()
 _asked: list[int] = []  # by those who are at work, in whichever threads
@@ -35,7 +35,7 @@ def rarely_collected(objects: int) -> Iterator[None]:
     finally:
         with _lock:
             _asked.remove(objects)
-            if not gc.get_freeze_count():  # else whoever calls has put others there to stay
+            if gc.get_freeze_count() < _PYTHONS:  # else whoever calls has put others there to stay
                 gc.freeze()
                 gc.unfreeze()  # among the old, where all that was frozen comes back to
             _set()

