@@ -6,6 +6,7 @@ Every refusal is one line that names the file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -245,8 +246,12 @@ def unreadable(path: Path, error: OSError) -> NoReturn:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Says an OSError within it as a ModelError of the file that it names, else of ``path``."""
+    """Says an OSError within it as a ModelError of the file that it names, else of ``path``; of a
+    folder that may not be searched it is one: there Path.exists of Python 3.14 says False.
+    """
     try:
+        if path.is_dir() and not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         yield
     except OSError as error:
         unreadable(Path(error.filename or path), error)
