@@ -134,6 +134,8 @@ def test_nan_is_told(run, recipe, zoo):
     assert re.search(
         r"^warning: model\.norm\.weight: \d+ NaN or infinite values$", err, re.MULTILINE
     )
+    _, out, err = run("merge", recipe, zoo.root / "quiet", "-q")
+    assert not out and re.fullmatch(r"(warning: .* NaN or infinite values\n)+", err)
 
 
 def test_overwrite(run, recipe):

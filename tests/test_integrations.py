@@ -194,7 +194,9 @@ def test_what_cannot_be_followed_is_refused(
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("options", [{"cuda": True}, {"gpu_rich": True}, {"device": "cuda"}])
+@pytest.mark.parametrize(
+    "options", [{"cuda": True}, {"gpu_rich": True}, {"multi_gpu": True}, {"device": "cuda"}]
+)
 def test_a_gpu_is_asked_for(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:

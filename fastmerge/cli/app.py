@@ -82,7 +82,9 @@ def _help() -> None:
 
 RecipePath = Annotated[Path, Argument(metavar="RECIPE", help="Recipe in mergekit's YAML.")]
 Json = Annotated[bool, Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress, no summary.")]
+Quiet = Annotated[
+    bool, Option("--quiet", "-q", help="No progress, no summary, no notes; warnings stay.")
+]
 Threads = Annotated[
     int | None, Option(help="Worker threads; without it FASTMERGE_NUM_THREADS, else every CPU.")
 ]

@@ -122,9 +122,9 @@ def run_extraction(
         modules = {name: dict(own) for name, own in found.modules.items()}
         print_json(found.report.as_dict() | {"error": found.error, "modules": modules})
         return
+    tell(found.report, quiet=quiet)
     if quiet:
         return
-    tell(found.report)
     matrices = sorted(found.modules.items(), key=lambda item: -item[1]["error"])
     put(f"relative error {found.error:.4f} (Frobenius) over {len(matrices)} matrices; largest:")
     for name, own in matrices[:_WORST]:

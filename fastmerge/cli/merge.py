@@ -125,8 +125,8 @@ def run_merge(
         report = api.merge(decided, out, progress=progress, **options)
     if json:
         print_json(report.as_dict())
-    if not (quiet or json):
-        tell(report)
+    else:
+        tell(report, quiet=quiet)
 
 
 @contextmanager
@@ -153,11 +153,13 @@ def _which(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def tell(report: MergeReport) -> None:
-    """What a merge came to, in words."""
-    for note in report.notes:
+def tell(report: MergeReport, *, quiet: bool = False) -> None:
+    """What a merge came to, in words; ``quiet``: what may be wrong with it alone."""
+    for note in () if quiet else report.notes:
         say(f"note: {note}")
     tell_nonfinite(list(report.nonfinite.items()))
+    if quiet:
+        return
     resumed = f", {report.resumed} of them done before" if report.resumed else ""
     place = report.url or report.out
     put(
@@ -165,7 +167,8 @@ def tell(report: MergeReport) -> None:
         f"in {format_seconds(report.seconds)}"
     )
     put(
-        f"read and wrote {report.gigabytes_per_second:.2f} GB/s on {report.threads} threads "
+        f"read and wrote {report.gigabytes_per_second:.2f} GB/s on {report.threads} "
+        f"thread{'s'[: report.threads != 1]} "
         f"({report.backend}, {report.isa}, {report.io} writes), "
         f"{format_bytes(report.peak_anonymous_bytes)} of memory at most"
     )
@@ -197,11 +200,12 @@ def finish(
     report = api.finish(out, overwrite=overwrite)
     if json:
         print_json(report.as_dict())
-    if quiet or json:
         return
-    for note in report.notes:
+    for note in () if quiet else report.notes:
         say(f"note: {note}")
     tell_nonfinite(list(report.nonfinite.items()))
+    if quiet:
+        return
     files = f"{report.files} file{'s'[: report.files != 1]}"
     put(
         f"{report.url or out}: {report.tensors} tensors of {report.parts} "

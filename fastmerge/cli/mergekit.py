@@ -102,7 +102,7 @@ class Options:
     low_cpu_memory: Annotated[bool | None, _switch("No effect.")]
     lazy_unpickle: Annotated[bool | None, _switch("No effect: only safetensors are read.")]
     read_to_gpu: Annotated[bool | None, _switch("No effect.")]
-    multi_gpu: Annotated[bool | None, _switch("No effect: cuda takes every GPU.")]
+    multi_gpu: Annotated[bool | None, _switch("The same as --cuda, which takes every GPU.")]
     num_threads: Annotated[int | None, Option("--num-threads", "-j", help="Worker threads.", min=1)]
     gpu_rich: Annotated[bool | None, Option("--gpu-rich", help="The same as --cuda.")]
     async_write: Annotated[bool | None, _switch("No effect: it always does.")]
@@ -197,5 +197,4 @@ def merge_given(recipe: Recipe, out: Path, given: dict[str, Any]) -> None:
     title = f"merging to {out.name or out}"
     with interruptible(out), Progress(title, quiet=quiet) as progress:
         report = merge_plan(plan, overwrite=True, progress=progress, **arguments)
-    if not quiet:
-        tell(report)
+    tell(report, quiet=quiet)

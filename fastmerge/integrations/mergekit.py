@@ -61,7 +61,6 @@ NO_EFFECT = frozenset(
         "lora_merge_cache",
         "lora_merge_dtype",
         "low_cpu_memory",
-        "multi_gpu",
         "quiet",
         "read_to_gpu",
         "trust_remote_code",
@@ -73,6 +72,7 @@ _FLAGS = {
     "copy_tokenizer",
     "cuda",
     "gpu_rich",
+    "multi_gpu",
     "safe_serialization",
     "unsafe_truncate_embeddings",
     "write_model_card",
@@ -194,7 +194,7 @@ def _options(options: Any) -> dict[str, Any]:
 
 
 def _device(given: Mapping[str, Any]) -> str:
-    wants_gpu = given.get("cuda") or given.get("gpu_rich")
+    wants_gpu = any(given.get(flag) for flag in ("cuda", "gpu_rich", "multi_gpu"))
     device = given.get("device", "cuda" if wants_gpu else "cpu")
     return a_device(device, "device")
 

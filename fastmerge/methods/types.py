@@ -92,7 +92,7 @@ class Parameter:
             value <= self.low if self.open_low else value < self.low
         )
         if too_low or (self.high is not None and value > self.high):
-            percent = self.fraction and 2 < value <= 100
+            percent = self.fraction and 5 <= value <= 100
             hint = f"; for {value:g} % write {value / 100:g}" if percent else ""
             raise RecipeError(
                 f"{where}: '{self.name}' must be {self.bounds()}, not {brief(value)}{hint}"

@@ -340,6 +340,7 @@ def describe(
     refuse, as far as that shows without.
     """
     file = with_workers(_given(source, data), workers, cluster)
+    require_plots(*file.evaluate.libraries)
     ranges, template = opened(file)
     scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]))
     scorer = scoring.foreseen(scores=cluster is None)
