@@ -139,7 +139,7 @@ def test_the_nearest_is_said_as_it_is_spelt() -> None:
         ("a: b: c\n", 1, "quote a text with one"),
         ("model: @x\n", 1, "a text that begins so must be quoted"),
         ("- a\nb: 1\n", 2, "keys beside a list"),
-        ("a: 1\nmodels:\n\u00a0\u00a0model: a\n", 3, "indent with spaces"),
+        ("a: 1\nmodels:\n\u00a0\u00a0model: a\n", 3, "with U+00A0, which is no space"),
         ("a: 1\nmodels: *m\n", 2, "no '&' of that name is above it"),
     ],
 )

@@ -152,11 +152,7 @@ class _Builder:
                 raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
             self._check_text(key)
             if key.value[:1].isspace() and key.style is None:
-                raise RecipeError(
-                    f"{self.place(key)}: not valid YAML ({brief(key.value.strip())}): a blank that "
-                    "is no space (U+00A0, as web pages have them) stands before it; indent with "
-                    "spaces"
-                )
+                raise RecipeError(f"{self.place(key)}: {_indented(key.value[0])}")
             if key.value in seen:
                 self._double(key, seen[key.value])
             seen[key.value] = key
@@ -243,9 +239,12 @@ _IN_OUR_WORDS = (
 )
 
 
-def _named(letter: str) -> str:
-    """A blank that looks like a space, as U+00A0."""
-    return f"U+{ord(letter):04X}, which is no space to YAML"
+def _indented(letter: str) -> str:
+    """With a blank that looks like a space, as U+00A0."""
+    return (
+        f"not valid YAML: indented with U+{ord(letter):04X}, which is no space to YAML; use plain "
+        "spaces"
+    )
 
 
 def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -258,7 +257,7 @@ def _fault(error: yaml.MarkedYAMLError, text: str) -> str:
     for number, above in enumerate(text.splitlines()[: mark.line + 1] if mark else [], 1):
         if not above.isascii() and above[: len(above) - len(above.lstrip())].strip(" \t"):
             odd = next(letter for letter in above if letter not in " \t")
-            return f":{number}: not valid YAML: indented with {_named(odd)}; use plain spaces"
+            return f":{number}: {_indented(odd)}"
     for theirs, ours in _IN_OUR_WORDS:
         if theirs in problem:
             shown = text.splitlines()[mark.line : mark.line + 1] if mark else []
