@@ -229,7 +229,7 @@ class DoubleBackend:
                 formula, [x.read(begin, end) for x in inputs], base.read(begin, end), numbers,
                 selection=selection, factors=each, first=begin,
             )  # fmt: skip
-            return made.astype(np.float64)
+            return made.astype(np.float64, copy=False)
 
         return Numbers(base.count, read)
 

@@ -34,7 +34,9 @@ def pointwise(
     """`_C.pointwise`, of the base's shape; ``first``: the flat index of the first entry."""
     start = widen(base).ravel()
     kind = start.dtype.type
-    deltas: list[Array] = [(widen(x).ravel() - start).astype(arithmetic) for x in inputs]
+    deltas: list[Array] = [
+        (widen(x).ravel() - start).astype(arithmetic, copy=False) for x in inputs
+    ]
     given = [arithmetic(kind(number)) for number in numbers]
     if formula == "near_swap":
         made = _near_swap(widen(inputs[0]).ravel(), start, given[0], kind(1e-6))
@@ -46,7 +48,7 @@ def pointwise(
         keep = np.ones(base.size, bool)
         if selection is not None:
             keep = survivors(selection, keys_of(_variance(deltas, kind)), first)
-        found = _FORMULAS[formula](deltas, start.astype(arithmetic), given, keep, kind)
+        found = _FORMULAS[formula](deltas, start.astype(arithmetic, copy=False), given, keep, kind)
     return np.asarray(found).reshape(base.shape)
 
 
@@ -134,10 +136,10 @@ def _reinforced(
 def _variance(deltas: Deltas, kind: type) -> Array:
     mean = squares = np.zeros(deltas[0].shape)
     for models, delta in enumerate(deltas, 1):
-        off = delta.astype(np.float64) - mean
+        off = delta.astype(np.float64, copy=False) - mean
         mean = mean + off / models
         squares = squares + off * (delta - mean)
-    return np.asarray((squares / len(deltas)).astype(kind))
+    return np.asarray((squares / len(deltas)).astype(kind, copy=False))
 
 
 def _select_and_erase(
@@ -146,7 +148,7 @@ def _select_and_erase(
     kind = deltas[0].dtype.type
     chosen = [delta * keep.astype(kind) for delta in deltas]
     # The election is of the tensors' own numbers, as a bit decides it.
-    majority = np.where(_summed([d.astype(of) for d in chosen]) >= 0, 1, -1)
+    majority = np.where(_summed([d.astype(of, copy=False) for d in chosen]) >= 0, 1, -1)
     used = [w * (np.sign(d) == majority).astype(kind) for d, w in zip(chosen, weights, strict=True)]
     merged = _summed([d * u for d, u in zip(chosen, used, strict=True)])
     share = np.maximum(_summed(used), kind(of(1e-6)))
@@ -171,7 +173,7 @@ def _agreed(deltas: Deltas, base: Array, numbers: Sequence[Any], _: Array, _kind
 
 def _fuse(delta: Array, base: Array, numbers: Sequence[Any], factors: Array) -> Array:
     kept = np.abs(delta) * factors >= numbers[0]
-    return np.asarray(base.astype(delta.dtype) + delta * kept.astype(delta.dtype))
+    return np.asarray(base.astype(delta.dtype, copy=False) + delta * kept.astype(delta.dtype))
 
 
 _BY_ROW: dict[str, Callable[[Array, Array, Sequence[Any], Array], Array]] = {

@@ -147,7 +147,7 @@ def combine(
         if arithmetic is np.float32:
             added = fused_multiply_add(x, each, total)
         else:
-            added = total + x.astype(np.float64) * each
+            added = total + x.astype(np.float64, copy=False) * each
         total = np.where(each != 0, added, total)
     if divisor is None:
         return total
@@ -216,10 +216,13 @@ def survivors(selection: Selection, keys: Array, first: int = 0) -> NDArray[np.b
     index.
     """
     if selection.kind == MAGNITUDE:
-        order = order_of(selection.tie_rule, len(keys), first)
 
         def above(bits: int, bound: int | None) -> NDArray[np.bool_]:
-            tied = (keys == bits) & (True if bound is None else order < bound)
+            if bound is None:
+                return np.asarray(keys >= bits)
+            tied = keys == bits
+            if tied.any():  # of float64 few are, and their order takes longer than all else
+                tied &= order_of(selection.tie_rule, len(keys), first) < bound
             return np.asarray((keys > bits) | tied)
 
         return above(selection.threshold_bits, selection.tie_bound) & ~above(

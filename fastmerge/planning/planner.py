@@ -297,7 +297,7 @@ class Planner:
         if double := sum(item.in_float64 for item in result.tensors.values()):
             self.note(
                 f"{double} of {len(result.tensors)} tensors are merged in float64, for which there "
-                "are no kernels: it takes several times as long as `dtype: float32`"
+                "are no kernels: it takes up to tens of times as long as `dtype: float32`"
             )
         return Plan(
             models=tuple(self.opened.models),
