@@ -275,7 +275,7 @@ def test_a_chain_is_one_tree():
     # One Gram pass and one combine pass over three sources, however long the chain.
     assert passes(only(plan, "layers.2.mlp.up_proj")) == 2
     assert plan.bytes_in == 3 * plan.bytes_out
-    assert len(plan.notes) == 1 and "stay exact" in plan.notes[0]
+    assert len(plan.notes) == 1 and "are not rounded" in plan.notes[0]
     assert str(plan.donor).endswith("blur")
 
 

@@ -191,7 +191,8 @@ class Planner:
             self.note(line)
         if not is_output and document.output_dtype is not None:
             self.note(
-                "dtypes of named documents are not applied: results between documents stay exact"
+                "dtypes of named documents say no more than whether their arithmetic is float64: "
+                "results between documents are not rounded"
             )
         base = self._base(document.base_model, document.at("base_model"))
         if document.modules is not None:
