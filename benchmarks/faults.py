@@ -116,6 +116,28 @@ class Shim:
         return count, tuple(self._library.faults_log().decode(errors="replace").splitlines())
 
 
+def _outcome(
+    work: Callable[[], None], shim: Shim, how: tuple[int, int, int, bool, bool]
+) -> Outcome:
+    from fastmerge.errors import FastmergeError
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    outcome = Outcome()
+    try:
+        kinds, at, with_, on, exchange = how
+        shim.arm(kinds, at, with_, on, exchange=exchange)
+        work()
+    except FastmergeError as error:
+        shim.disarm()
+        outcome.error, outcome.message = "FastmergeError", str(error)
+    except BaseException as error:  # noqa: BLE001 - the parent looks at it
+        shim.disarm()
+        outcome.error, outcome.message = type(error).__name__, str(error)
+        outcome.trace = traceback.format_exc()
+    outcome.points, outcome.log = shim.disarm()
+    return outcome
+
+
 def forked(
     work: Callable[[], None],
     shim: Shim,
@@ -123,29 +145,19 @@ def forked(
     interrupt_after: float = 0.0,
 ) -> Outcome:
     """``work`` in a child of this process, armed as ``how`` says; SIGINT after some seconds."""
-    from fastmerge.errors import FastmergeError
-
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        outcome = Outcome()
         try:
-            kinds, at, with_, on, exchange = how
-            shim.arm(kinds, at, with_, on, exchange=exchange)
-            work()
-        except FastmergeError as error:
-            shim.disarm()
-            outcome.error, outcome.message = "FastmergeError", str(error)
-        except BaseException as error:  # noqa: BLE001 - the parent looks at it
-            shim.disarm()
-            outcome.error, outcome.message = type(error).__name__, str(error)
-            outcome.trace = traceback.format_exc()
-        outcome.points, outcome.log = shim.disarm()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come late
-        with os.fdopen(writing, "wb") as pipe:
-            pickle.dump(outcome, pipe)
-        os._exit(0)
+            try:
+                outcome = _outcome(work, shim, how)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may come later still
+            except KeyboardInterrupt:  # before the work, or after it
+                outcome = Outcome("KeyboardInterrupt")
+            with os.fdopen(writing, "wb") as pipe:
+                pickle.dump(outcome, pipe)
+        finally:  # never up the parent's stack, which would delete its folder
+            os._exit(0)
     os.close(writing)
     if interrupt_after:
         time.sleep(interrupt_after)
