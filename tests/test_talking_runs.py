@@ -398,3 +398,49 @@ def test_a_run_over_adapters_of_a_base_that_takes_no_part(zoo: Any, tmp_path: Pa
     models = json.loads((tmp_path / "four" / "trajectory.json").read_text())["models"]
     assert models[1]["fingerprint"] == Checkpoint.open(base).fingerprint
     assert len({model["fingerprint"] for model in models}) == 4
+
+
+# --- a type that the machine has no products of ---
+
+
+@pytest.fixture
+def without_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+SLOW = "this CPU has no fast products of bfloat16 (torch finds AVX2): 'dtype: float32' takes"
+
+
+@pytest.mark.usefixtures("without_products")
+def test_a_run_says_that_its_type_is_slow_here(
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule["evaluate"]["dtype"] = "bfloat16"
+    told: list[str] = []
+    run(schedule, tmp_path / "out", score=falling(), on_note=told.append)
+    assert len(told) == 1 and SLOW in told[0] and "dtype" in told[0].split(":")[0]
+    (tmp_path / "own.py").write_text("def score(model): return 1.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert SLOW in "\n".join(describe(schedule)["notes"])
+    schedule["evaluate"]["dtype"] = "float32"
+    run(schedule, tmp_path / "again", score=falling(), on_note=told.append)
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("without_products")
+def test_a_sweep_says_that_its_type_is_slow_here(schedule: dict[str, Any], tmp_path: Path) -> None:
+    base, tune = schedule["baseline"], schedule["pool"][0]["model"]
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": base,
+        "parameters": {"t": 0.5},
+        "models": [{"model": base}, {"model": tune}],
+    }
+    told: list[Outlook] = []
+    sweep(
+        recipe, tmp_path / "swept", [0.5], evaluate={"callable": "x:y", "dtype": "bfloat16"},
+        score=lambda model: 1.0, on_start=told.append,
+    )  # fmt: skip
+    assert any(SLOW in note for note in told[0].notes)

@@ -127,7 +127,7 @@ def walk(home: Path) -> Path:
             "every": "step",
             "tasks": ["tasks/sums_steer.yaml", "tasks/code_steer.yaml"],
             "holdout": ["tasks/sums_holdout.yaml", "tasks/code_holdout.yaml"],
-            "dtype": "bfloat16",
+            "dtype": models.products(),
             "batch_size": 8,
         },
         "compare": ["best_single", "linear", "line_search"],
@@ -145,7 +145,9 @@ def ask(folder: Path, title: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=models.products(), local_files_only=True
+    )
     print(f"\n{title}:")
     for question in QUESTIONS:
         ids = tokenizer(question, return_tensors="pt")

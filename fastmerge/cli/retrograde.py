@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,6 +84,7 @@ def retrograde(
                 on_step=steps,
                 on_row=lambda name: say(f"comparing with {name}", quiet=quiet or json),
                 on_score=Measured(quiet=quiet or json, begin=steps.begin),
+                on_note=partial(say, quiet=quiet or json),
             )
     except KeyboardInterrupt:
         stopped("; the same command with --resume continues")
@@ -266,6 +268,8 @@ def sweep(
         scored = f"scores {outlook.scored} values of t; " if evaluate is not None else ""
         models = "1 model" if outlook.written == 1 else f"{outlook.written} models"
         say(f"{scored}writes {models}, {format_bytes(outlook.nbytes)}, in {out}", quiet=quiet)
+        for note in outlook.notes:
+            say(note, quiet=quiet)
 
     def shown(point: Point) -> str:
         return str(point.out) if point.scores is None else measured(point.scores)

@@ -6,6 +6,7 @@ walking again over the journal: no step it had measured is measured twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -67,6 +68,7 @@ def run(
     on_step: OnStep | None = None,
     on_row: Callable[[str], None] | None = None,
     on_score: Callable[[Measurement], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Result:
     """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
 
@@ -76,8 +78,9 @@ def run(
     `fastmerge.merge`.
     ``resume`` continues a run that was interrupted. ``cluster``: a Ray cluster ("auto", "local" or
     an address) whose nodes measure, side by side where one score does not wait for another; every
-    file is that of a run without, with as many ``threads``. Raises FastmergeError, before anything
-    is written, for what the schedule or its models get wrong.
+    file is that of a run without, with as many ``threads``. ``on_note`` gets what is to be told
+    before (without it the logger "fastmerge" does). Raises FastmergeError, before anything is
+    written, for what the schedule or its models get wrong.
     """
     cluster = None if cluster is None else a_text(cluster, "cluster")
     schedule = _given(source, a_flag(evaluate, "evaluate"), data, is_scored=score is not None)
@@ -87,6 +90,7 @@ def run(
         a_function(called, where)
     a_function(on_row, "on_row")
     a_function(on_score, "on_score")
+    a_function(on_note, "on_note")
     thread_count(threads)
     bar = shown(progress, f"running to {out.name or out}")
     seed = None if seed is None else whole_seed(seed)
@@ -117,6 +121,9 @@ def run(
 
         cache = out / GRAM_FILE
         known = cached_grams(cache, template)
+        say = on_note or logging.getLogger("fastmerge").warning
+        for note in _notes(schedule, scorer, cluster):
+            say(note)
         space = space_of(
             template,
             known,
@@ -134,6 +141,17 @@ def run(
         result = Result(out, trajectory, rows, space, written)
         write(result)
         return result
+
+
+def _notes(
+    schedule: Schedule, scorer: Scorer | Unread | None, cluster: str | None
+) -> tuple[str, ...]:
+    """What a run's measurements come to on this machine."""
+    if scorer is None or schedule.evaluate is None or cluster is not None:
+        return ()
+    from fastmerge.evaluation.outlook import slow_products
+
+    return slow_products(schedule.evaluate)
 
 
 def _lab(
@@ -281,7 +299,7 @@ def describe(
             "evaluations of each": schedule.budget(walked) if families else 0,
         },
         "measurements": _outlook(schedule, scorer, template),
-        "notes": list(template.notes),
+        "notes": [*template.notes, *_notes(schedule, scorer, cluster)],
     }
 
 

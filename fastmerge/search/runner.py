@@ -23,7 +23,7 @@ from fastmerge.engine.merge import merge_plan
 from fastmerge.errors import FastmergeError, RecipeError, enough_memory
 from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.journal import Journal, digest
-from fastmerge.evaluation.outlook import Reading
+from fastmerge.evaluation.outlook import Reading, slow_products
 from fastmerge.evaluation.scorers import Scoring, check_kept
 from fastmerge.models.model import folder_of
 from fastmerge.planning.plan import Plan
@@ -94,6 +94,8 @@ def run(
             on_score=on_score, scores_here=cluster is None,
         )  # fmt: skip
         kept.callback(study.close)
+        for note in slow_products(file.evaluate) if cluster is None else ():
+            say(note)
         give_evaluators(study, scoring, folder, cluster, threads, say, kept)
         _drive(study, on_trial)
         return finish(study, out, threads=threads, progress=told)
@@ -353,11 +355,11 @@ def describe(
         raise RecipeError(
             f"{file.budget.at('items')}: one candidate takes {each} items, more than the budget"
         )
-    notes = []
+    notes = list(slow_products(file.evaluate) if cluster is None else ())
     if cluster is None and file.workers > 1:
         from fastmerge.evaluation.processes import share
 
-        notes = notes_on(file, file.workers, share(file.workers, threads))
+        notes += notes_on(file, file.workers, share(file.workers, threads))
     return {
         "models": list(template.references),
         "optimiser": file.optimiser.name,

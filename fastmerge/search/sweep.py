@@ -30,6 +30,7 @@ from fastmerge.evaluation.callables import ScoreFunction
 from fastmerge.evaluation.evaluators import Measure, same_scorer
 from fastmerge.evaluation.journal import check_own, digest, write_own
 from fastmerge.evaluation.loaded import Loaded
+from fastmerge.evaluation.outlook import slow_products
 from fastmerge.evaluation.scorers import Scorer, Scoring, check_kept
 from fastmerge.evaluation.scores import Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
@@ -98,6 +99,7 @@ class Outlook:
     scored: int  # values of t to score
     written: int  # models to write
     nbytes: int  # of all of them
+    notes: tuple[str, ...] = ()  # of what scores
 
 
 def best_of(points: Sequence[Point]) -> Point | None:
@@ -312,6 +314,8 @@ def _swept(
         known = _known(out, key, values, resume)
         outlook = _outlook(plan, values, known, write, scored=scorer is not None)
         check_space(_existing(out), outlook.nbytes)
+        if scoring is not None and cluster is None:
+            outlook = replace(outlook, notes=slow_products(scoring.settings))
     except OSError as error:
         raise explain(error, out) from error
     if on_start is not None:
