@@ -25,6 +25,7 @@ CALLS = {
     "ties": lambda: ops.ties(BASE, [A, B], [0.3, 0.7], density=0.5),
     "dare": lambda: ops.dare_linear(BASE, [A, B], [0.3, 0.7], density=0.5, seed=3, name="w"),
     "della": lambda: ops.della(BASE, [A, B], [0.3, 0.7], density=0.5, seed=3, name="w"),
+    "deltas that weigh nothing": lambda: ops.ties(None, [A, B], [0.0, 0.0], density=0.5),
     "sce": lambda: ops.sce(BASE, [A, B], select_topk=0.5),
     "passthrough": lambda: ops.passthrough(A, scale=0.5),
 }

@@ -69,8 +69,8 @@ class _Form:
         except (KeyError, TypeError, ValueError):
             pass
         name = a_text(name, f"{self.row.name}: name")
-        to_fp32 = known.dtypes[0] is F32
-        made = program_of(self.steps, name, known.shape, to_fp32=to_fp32)
+        count, to_fp32 = len(known.dtypes), known.dtypes[0] is F32
+        made = program_of(self.steps, name, known.shape, count=count, to_fp32=to_fp32)
         if len(self.programs) >= _MOST_NAMES:
             self.programs.clear()
         self.programs[name] = made

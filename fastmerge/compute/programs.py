@@ -20,17 +20,18 @@ from fastmerge.tree.nodes import Node, Stored
 
 
 def program_of(
-    order: Sequence[Step], name: str, shape: tuple[int, ...], *, to_fp32: bool
+    order: Sequence[Step], name: str, shape: tuple[int, ...], *, count: int, to_fp32: bool
 ) -> _C.Program | None:
     """The program of a tree that these are the steps of, whose leaves' models are the places of a
-    call's tensors; None where more is to do than one sum or one vote, or an error to raise.
-    ``to_fp32``: what the output is; the inputs are as well.
+    call's ``count`` tensors, or one more, the zeros that deltas have for a base; None where more is
+    to do than one sum or one vote, or an error to raise. ``to_fp32``: what the output is; the
+    inputs are as well.
     """
     if len(order) != 1:
         return None
     try:
         if order[0].tree is not None:
-            return _sum(order[0], order[0].tree, name, to_fp32)
+            return _sum(order[0], order[0].tree, name, count, to_fp32)
         if isinstance(order[0].node.method, Consensus):
             return _vote(order[0], name, shape)
     except FastmergeError:
@@ -45,9 +46,9 @@ def _places(parts: Sequence[Node | None]) -> list[int] | None:
     return [part.model for part in parts if isinstance(part, Stored)]
 
 
-def _sum(step: Step, tree: Collapsed, name: str, to_fp32: bool) -> _C.Program | None:
+def _sum(step: Step, tree: Collapsed, name: str, count: int, to_fp32: bool) -> _C.Program | None:
     places = _places(tree.parts)
-    if places is None or tree.axis is not None:
+    if places is None or tree.axis is not None or any(place >= count for place in places):
         return None
     if step.fixed is None:
         rule = partial(_measured, tree, name, to_fp32)
