@@ -143,6 +143,14 @@ def test_multislerp_of_opposite_models():
         apply("multislerp", np.vstack([x, np.zeros((1, 301))]), [0.5, 0.5, 0.3])
 
 
+def test_multislerp_without_eps_is_a_number():
+    """What eps 0 divided by 0 was NaN: of equal models, and of opposite ones."""
+    x = VECTORS[0]
+    np.testing.assert_allclose(apply("multislerp", np.stack([x, x]), [0.5, 0.5], eps=0.0), x)
+    opposite = apply("multislerp", np.stack([x, -x]), [0.5, 0.5], eps=0.0)
+    np.testing.assert_allclose(opposite, np.zeros(301), atol=1e-12)
+
+
 def karcher(x, iterations=10, tol=1e-5):
     norms = np.linalg.norm(x, axis=1)
     units = x / norms[:, None]

@@ -209,6 +209,13 @@ def test_ramplus_strengthens_what_is_unique() -> None:
     )
 
 
+@pytest.mark.parametrize("moved", [0.0, 1.0])
+@pytest.mark.filterwarnings("error")
+def test_ramplus_without_epsilon_warns_of_no_division(moved: float) -> None:
+    models = [F32 + np.float32(moved)] * 2  # nothing is moved by one alone
+    np.testing.assert_array_equal(ops.ramplus_tl(F32, models, epsilon=0.0), models[0])
+
+
 @pytest.mark.parametrize("fraction", [1.0, 0.4, 0.0])
 def test_sce(fraction: float) -> None:
     variance = DELTAS.var(axis=0)

@@ -194,7 +194,7 @@ def multislerp(
     units = np.diag(np.divide(1.0, norms + eps, out=np.zeros(count), where=norms > 0))
     mean = w @ units
     length = _length(mean, g)
-    if length < eps:
+    if length < eps or length == 0:
         if np.count_nonzero(w) != 2:
             raise RecipeError(
                 "multislerp: the weighted mean direction of a tensor is zero (opposite models); "
@@ -205,7 +205,8 @@ def multislerp(
     tangents = units - np.outer(units @ g @ mean, mean)
     tau = w @ tangents
     n = _length(tau, g) + eps
-    delta = (mean * np.cos(n) + tau * (np.sin(n) / n)) * float(w @ norms)
+    slope = np.sin(n) / n if n else 1.0  # of equal directions, where eps is 0
+    delta = (mean * np.cos(n) + tau * slope) * float(w @ norms)
     return Factors(_with_base(delta, has_base))
 
 

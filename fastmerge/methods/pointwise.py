@@ -42,7 +42,8 @@ def ramplus_tl(on: Primitives, given: Given) -> Any:
     kind = on.kind  # fp32 for fp32, as in mergekit 0.1.5
     every, unique = every.astype(kind), unique.astype(kind)
     shared = every - unique
-    share = shared / np.maximum(unique, kind(epsilon))
+    with np.errstate(divide="ignore", invalid="ignore"):  # epsilon 0, and nothing moved alone
+        share = shared / np.maximum(unique, kind(epsilon))
     share = np.minimum(share, kind(given.values["alpha"]))
     gains = kind(1) + kind(given.values["r"]) * share
     return on.pointwise("reinforced", given.tensors, given.base, [epsilon, *gains.tolist()])
