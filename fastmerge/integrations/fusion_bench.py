@@ -108,10 +108,10 @@ def _holding(name: str, function: Any) -> list[Any]:
 
 
 class _Everywhere(Replacement):
-    def uninstall(self) -> None:
+    def restore(self) -> None:
         """Also in what was imported in the meantime, with ours by name."""
         theirs = {name: function for (_, name), function in self.theirs.items()}
-        super().uninstall()
+        super().restore()
         for name, function in theirs.items():
             for module in _holding(name, _OURS[name]):
                 setattr(module, name, function)
