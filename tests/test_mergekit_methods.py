@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from fastmerge import ops
 from fastmerge.integrations import mergekit_methods as ours
+from fastmerge.methods import METHODS
 
 torch = pytest.importorskip("torch")
 api = pytest.importorskip("mergekit.merge_methods.api")
@@ -29,6 +32,9 @@ DETERMINISTIC = [
     ("nearswap", 0, 2, {"t": 0.1}),
     ("passthrough", None, 1, {"scale": 0.5}),
 ]
+
+registry = importlib.import_module("mergekit.merge_methods.registry")
+NAMES = sorted(METHODS.keys() & {own.spec.name for own in registry.registered_methods()})
 
 
 @pytest.fixture
@@ -111,6 +117,29 @@ def test_a_density_of_0_and_others_of_the_same_name_stay_mergekit_s(calls):
         nothing = {"weight": 1.0, "density": 0.0}
         made = api.merge_tensors(TENSORS, "ties", base_index=0, parameters=nothing)
     assert not calls and made.shape == TENSORS[0].shape
+
+
+def test_a_base_alone_stays_mergekit_s(calls):
+    parameters = {"weight": 1.0, "density": 0.5}
+    with ours.installed():
+        made = api.merge_tensors(TENSORS[:1], "ties", base_index=0, parameters=parameters)
+    assert not calls and torch.equal(made, TENSORS[0])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("method", NAMES)
+def test_results_have_mergekit_s_type(method, dtype, calls):
+    """Two of its methods widen to float32, and go on so."""
+    row = METHODS[method]
+    tensors = [t.bfloat16() if dtype is None else t for t in TENSORS[: row.max_operands or 3]]
+    options = {"base_index": None if row.base == "none" else 0, "dtype": dtype}
+    if row.base in ("required", "optional"):
+        tensors = [t.to(tensors[0]) for t in TENSORS][: (row.max_operands or 2) + 1]
+    given = {p.name: 0.5 for p in row.parameters if p.name in ("weight", "t", "density")}
+    wanted = api.merge_tensors(tensors, method, parameters=given, **options)
+    with ours.installed():
+        made = api.merge_tensors(tensors, method, parameters=given, **options)
+    assert calls == [method] and made.dtype == wanted.dtype
 
 
 def test_the_way_back():

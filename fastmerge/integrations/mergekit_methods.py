@@ -9,9 +9,9 @@ recipes, ``merge_tensors``, ``merge_state_dicts``, and methods got by name.
 
 fastmerge computes what it has kernels for: float32, float16 and bfloat16 to one of these, in fp32
 with one rounding. mergekit computes the rest as before: float64, tensors whose gradient is recorded
-(results of ours carry none), what is no plain tensor, a density of 0, and numbers that fastmerge
-refuses, as weights that sum to 0. What is drawn at random follows from torch's generator, and is
-another draw than mergekit's.
+(results of ours carry none), what is no plain tensor, a base alone, a density of 0, and numbers
+that fastmerge refuses, as weights that sum to 0. What is drawn at random follows from torch's
+generator, and is another draw than mergekit's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = "_execute_resolved"
+_WIDER = ("arcee_fusion", "ramplus_tl")  # whose results are float32 in mergekit, of any inputs
 
 
 def _places() -> Places:
@@ -73,6 +74,7 @@ def _executed(
     batch_options: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     """`MergeMethod._execute_resolved`: one tensor for each group, in order."""
+    kept = [*_replacement.theirs.values()]  # none where another thread puts it back just now
     row = METHODS.get(method.spec.name) if _is_registered(method) else None
     results: list[torch.Tensor | None] = [None] * len(groups)
     for index, (group, given) in enumerate(zip(groups, parameters, strict=True)):
@@ -81,7 +83,7 @@ def _executed(
                 results[index] = _merged(row, group, given, dtype, out_dtype)
     left = [index for index, result in enumerate(results) if result is None]
     if left:
-        (theirs,) = _replacement.theirs.values()
+        theirs = kept[0] if kept else getattr(type(method), _NAME)
         made = theirs(
             method, [groups[i] for i in left], [parameters[i] for i in left],
             dtype=dtype, out_dtype=out_dtype, batch_options=batch_options,
@@ -110,7 +112,7 @@ def _takes(group: Any, dtype: torch.dtype | None, out_dtype: torch.dtype | None)
     with_kernels = (torch.float32, torch.float16, torch.bfloat16)
     tensors = group.tensors
     return (
-        bool(tensors)
+        len(tensors) > (group.base is not None)
         and tensors[0].numel() > 0
         and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         and all(tensor.dtype in with_kernels for tensor in tensors)
@@ -138,6 +140,8 @@ def _merged(
         entries.remove(group.base)
         base = group.base.tensor
     wanted = promoted_dtype(group) if dtype is None else dtype
+    if row.name in _WIDER:
+        wanted = torch.float32
     tensors = [_aligned(entry.tensor, dtype) for entry in entries]
     values = {
         name: [own for _, own in value.items()] if hasattr(value, "items") else value
