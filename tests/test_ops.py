@@ -393,6 +393,23 @@ def test_multislerp_of_a_tiny_delta_keeps_its_digits():
     np.testing.assert_allclose(got, exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [[-1.0, 1.0], [0.5, 0.5], [2.0, -1.0]])
+@pytest.mark.parametrize("base", [None, BASE])
+def test_multislerp_beside_a_model_of_weight_0_is_that_without(weights, base):
+    """Weights that sum to 0 were taken for a merge that is its base."""
+    wanted = ops.multislerp([A, B], weights, base=base, normalize_weights=False)
+    got = ops.multislerp([-A, A, B], [0.0, *weights], base=base, normalize_weights=False)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("base", [None, BASE])
+def test_multislerp_of_one_weight_has_the_formula_s_eps(base):
+    """The direction itself has a tangent of length eps: 0.5 % at 0.1."""
+    origin = np.zeros_like(A) if base is None else base
+    got = ops.multislerp([A, B], [0.0, 1.0], base=base, eps=0.1)
+    np.testing.assert_allclose(got, origin + np.cos(0.1) * (B - origin), rtol=1e-5, atol=1e-6)
+
+
 def test_one_task_runs_in_the_default_floating_point_mode():
     """torch.set_flush_denormal changes the caller's mode, which small tensors are computed in."""
     tiny = torch.full((8,), 1e-41)

@@ -183,7 +183,7 @@ def multislerp(
             )
         w = w / w.sum()
     if np.count_nonzero(w) == 1:  # no mean of directions: the model, or its delta, times |w|
-        return Factors(_with_base(np.abs(w), has_base))
+        return Factors(_with_base(np.abs(w) * np.cos(eps), has_base))
     # A model of weight 0 has no say, whatever its numbers are.
     g = np.where((w[:, None] == 0) | (w == 0), 0.0, g)
     norms = np.sqrt(np.diagonal(g))

@@ -77,7 +77,8 @@ def _reduced(node: Merge) -> Node:
         return _of(node, used) if used else node.base
     if not isinstance(method, Combination) or not used:
         return node
-    single = _single(node)
+    # Of several, coefficients are 0 by chance: weights of 1 and -1, of vectors of equal length.
+    single = _single(node) if len(used) == 1 else None
     if single is not None:
         return single
     return _of(node, used) if len(used) >= max(2, method.min_operands) else node
