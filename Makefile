@@ -1,4 +1,4 @@
-# Every command makes its own environment in .venv; all it needs is Python 3.10+ and a C++17 compiler.
+# Every command makes its own environment in .venv; all it needs is Python 3.11+ and a C++17 compiler.
 .PHONY: help demo demo-real test check format fuzz sanitize bench bench-all docs wheel release-check clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -14,6 +14,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 # Past the resolver: torch's CUDA builds pin triton 3.7, for which the kernels compile, but whose
 # interpreter rounds an FMA twice, so that the CPU's bits cannot be tested under it.
 TRITON := triton==3.9.0
+
+# fastmerge runs on 3.10; triton 3.9 and the pinned transformers, matplotlib and hypothesis do not.
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("Python %d.%d: what make installs needs 3.11 or newer; make PYTHON=python3.12" % sys.version_info[:2])
 
 help:
 	@echo "make demo    two small llamas, merged, compared and asked a question"
@@ -31,7 +34,7 @@ help:
 
 # One environment that grows from demo to test: one per set of extras would cost minutes each.
 .venv/.demo .venv/.test: .venv/.%: pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || { $(PYTHON) -c '$(NEW_ENOUGH)' && $(PYTHON) -m venv .venv; }
 	$(PIP) torch setuptools wheel pybind11
 	$(PIP) --no-build-isolation -e '.[$*]'
 	$(PIP) --no-deps $(TRITON)

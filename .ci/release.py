@@ -91,6 +91,7 @@ def main() -> None:
     run(sys.executable, "-m", "build", "--sdist", "--outdir", dist, ROOT)
     (sdist,) = dist.glob("*.tar.gz")
     check_sdist(sdist)
+    wheels = []  # what takes seconds is said before the suites, which take minutes each
     for python in sys.argv[1:] or [sys.executable]:
         before = set(dist.glob("*.whl"))
         run(*pip(python), "wheel", "--quiet", "--no-deps", "--wheel-dir", dist, sdist)
@@ -99,8 +100,16 @@ def main() -> None:
         assert size <= MOST_BYTES, f"{wheel.name}: {size} bytes, over {MOST_BYTES}"
         print(f"{wheel.name}: {size} bytes")
         check_symbols(wheel)
-        check_installed(python, wheel, sdist)
+        wheels.append((python, wheel))
     run(sys.executable, "-m", "twine", "check", "--strict", *dist.iterdir())
+    failed = []
+    for python, wheel in wheels:
+        try:
+            check_installed(python, wheel, sdist)
+        except subprocess.CalledProcessError as error:
+            failed.append(f"{python}: {wheel.name} failed: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
     print("ready for a release")
 
 
