@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -140,3 +141,37 @@ def test_one_failed_suite_hides_neither_the_others_nor_what_twine_says(
     with pytest.raises(SystemExit, match=r"one: x-one\.whl failed"):
         release.main()
     assert said[0].count(str(tmp_path)) == 3 and said[1:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_an_index_page_has_no_link_that_leads_nowhere(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """setup.py's README.md, with the address that whoever publishes fills in and without it."""
+    setuptools = pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    text = (ROOT / "pyproject.toml").read_text()
+    if "urls" in PROJECT["project"] and not published:
+        pytest.skip("the address is there")
+    if "urls" not in PROJECT["project"] and published:
+        blank = '# [project.urls]\n# Repository = "https://..."\n'
+        assert blank in text
+        text = text.replace(blank, '[project.urls]\nRepository = "https://host.test/a/b/"\n')
+    (tmp_path / "pyproject.toml").write_text(text)
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    page = given["long_description"]
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert all(link.startswith("https://") for link in links)
+    if not published:
+        assert "![" not in page and "Start here" in page
+        return
+    address = tomllib.loads(text)["project"]["urls"]["Repository"].rstrip("/")
+    inside = [link for link in links if link.startswith(address)]
+    assert f"{address}/raw/main/docs/speed.svg" in inside and len(inside) > 10
+    for link in inside:
+        path = link.removeprefix(address).split("/main/")[1]
+        assert (ROOT / path.partition("#")[0]).exists(), link
