@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmerge.models.adapter import WEIGHTS, is_adapter
+from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.output.disk import remove_tree
 
 _WARM, _COLD = 0.99, 0.01  # shares of the pages
@@ -44,8 +46,10 @@ class Residency:
 
 
 def files_of(model: Path) -> list[Path]:
-    """The weight files of a folder, or the one file."""
-    return sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
+    """Those that a merge reads, of a model or an adapter: a downloaded folder may hold the weights
+    a second time, as `consolidated.safetensors`.
+    """
+    return [model / WEIGHTS] if is_adapter(model) else list(Checkpoint.open(model).files)
 
 
 def bytes_of(model: Path) -> int:

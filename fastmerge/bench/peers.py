@@ -59,6 +59,7 @@ def torch(recipe: str, out: str) -> Callable[[], Any]:
     own = [entry.get("parameters", {}) for entry in asked["models"]]
     if asked.get("base_model") not in (None, *entries):
         entries.insert(0, asked["base_model"])
+    files = [files_of(Path(entry)) for entry in entries]
     work = WHOLE[asked["merge_method"]]
     weights = [float(values.get("weight", 1.0)) for values in own]
     density = float(own[-1].get("density", 1.0))
@@ -66,9 +67,9 @@ def torch(recipe: str, out: str) -> Callable[[], Any]:
 
     def merge() -> None:
         places: list[dict[str, Any]] = []
-        for entry in entries:
+        for own_files in files:
             held: dict[str, Any] = {}
-            for file in files_of(Path(entry)):
+            for file in own_files:
                 opened: Any = safe_open(file, "pt")
                 held |= dict.fromkeys(opened.keys(), opened)
             places.append(held)
