@@ -275,3 +275,20 @@ def memory() -> Memory:
 def memory_class() -> type[Memory]:
     """For property tests, which may not use a fixture of one test's lifetime."""
     return Memory
+
+
+@pytest.fixture
+def bench(capsys, tmp_path: Path, monkeypatch):
+    """Runs `fastmerge bench` in a folder of its own, "here": (exit code, stdout, stderr)."""
+    from fastmerge.cli import main
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *map(str, words)])
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return run

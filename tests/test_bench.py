@@ -25,25 +25,9 @@ from fastmerge.bench.plots import _lines, report_png
 from fastmerge.bench.report import markdown
 from fastmerge.bench.request import Request
 from fastmerge.bench.rows import WrongResultError, ratios, spread
-from fastmerge.cli import main
 from fastmerge.errors import FastmergeError
 
 TINY = ("--size", "tiny", "--repeat", "1", "--threads", "1")
-
-
-@pytest.fixture
-def bench(capsys, tmp_path: Path, monkeypatch):
-    """Runs the command in a folder of its own: (exit code, stdout, stderr)."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(["bench", *map(str, words)])
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

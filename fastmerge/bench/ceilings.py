@@ -34,13 +34,19 @@ def _row(name: str, how: str, nbytes: int, seconds: Sequence[float]) -> Row:
     return {
         "name": name,
         "how": how,
+        "bytes": nbytes,
         "gigabytes_per_second": spread(rates) | {"best": max(rates)},
+        "runs": list(seconds),
     }
 
 
 def absent(name: str, why: str) -> Row:
     """A ceiling that is not there to be measured."""
     return {"name": name, "absent": why}
+
+
+def _by(threads: int) -> str:
+    return f"{threads} thread{'s'[: threads != 1]}"
 
 
 def copy_whole(source: Bytes, to: Bytes) -> None:
@@ -88,7 +94,7 @@ def of_memory(threads: int, repeat: int, nbytes: int = _BUFFER) -> list[Row]:
     source, to = (np.zeros(nbytes, np.uint8) for _ in range(2))
     source[:] = to[:] = 0  # pages of their own, not the one of zeros
     sources, tos = (np.array_split(array, threads) for array in (source, to))
-    how = f"{threads} threads, {format_bytes(nbytes)}"
+    how = f"{_by(threads)}, {format_bytes(nbytes)}"
     with ThreadPoolExecutor(threads) as pool:
 
         def together(work: Callable[..., None], *pieces: list[Bytes]) -> Callable[[], object]:
@@ -125,7 +131,7 @@ def of_disk(folder: Path, threads: int, repeat: int, nbytes: int) -> list[Row]:
 
     read_file()
     state = residency([path])
-    warm = f"{how}, {threads} threads, {state.share:.0%} in memory"
+    warm = f"{how}, {_by(threads)}, {state.share:.0%} in memory"
     if state.is_warm:
         cached = _row("page-cache read", warm, nbytes, seconds_of(read_file, repeat))
     else:
@@ -138,8 +144,8 @@ def of_disk(folder: Path, threads: int, repeat: int, nbytes: int) -> list[Row]:
 def _cold_read(path: Path, threads: int, repeat: int, nbytes: int) -> Row:
     """The fastest of the ways to read, by medians; evicted, and seen to be, before each."""
     ways: dict[str, Callable[[], None]] = {
-        "1 thread": lambda: floor.read_by_pread([path]),
-        f"{threads} threads": lambda: floor.read_by_threads([path], threads),
+        _by(1): lambda: floor.read_by_pread([path]),
+        _by(threads): lambda: floor.read_by_threads([path], threads),
     }
     try:
         floor.read_by_threads([path], 4, os.O_DIRECT)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from fastmerge.version import __version__
 PACKAGES = ("mergekit", "torch", "numpy", "safetensors")
 
 
-def machine(folder: Path) -> dict[str, str]:
-    """Names and values, in words; of the disk that ``folder`` is on."""
+def machine(folder: Path, peers: Iterable[str] = ()) -> dict[str, str]:
+    """Names and values, in words; of the disk that ``folder`` is on, and of the ``peers``' packages
+    besides those that every report names.
+    """
     from fastmerge.compute.cpu import isa
 
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
@@ -31,7 +35,7 @@ def machine(folder: Path) -> dict[str, str]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "fastmerge": __version__,
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _version(name) for name in dict.fromkeys((*PACKAGES, *peers))},
     }
 
 
@@ -39,7 +43,9 @@ def file_system(folder: Path) -> str:
     """The type of the file system that ``folder`` is on."""
     best = ("", "unknown")
     for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, point, kind = line.split()[:3]
+        _, escaped, kind = line.split()[:3]
+        # A blank is \040 there.
+        point = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), escaped)
         inside = f"{folder.resolve()}/".startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best[0]):
             best = (point, kind)

@@ -27,7 +27,8 @@ def markdown(report: dict[str, Any], title: str = "fastmerge bench") -> str:
     parts.append("## How it was measured")
     repeat = report["repeat"]
     runs = f"{repeat} run{'s'[: repeat != 1]}"
-    how = f"Medians with their quartiles of {runs} on {report['threads']} threads"
+    threads = report["threads"]
+    how = f"Medians with their quartiles of {runs} on {threads} thread{'s'[: threads != 1]}"
     less = f"of other programs {report['peer_repeat']}, of kernels and ops 5 at least"
     parts += [f"{how}; {less}. {_CHECKED}", *said]
     parts += [f"Note: {escaped(note)}." for note in report["notes"]]
@@ -64,10 +65,18 @@ def shown(found: dict[str, float], form: str = ".2f", scale: float = 1) -> str:
     return f"{middle} ({low}-{high})"
 
 
+def rate(found: float | dict[str, float], decimals: int) -> str:
+    """GB/s with so many decimals, and with two figures at least: of a slow disk too."""
+    middle = found["median"] if isinstance(found, dict) else found
+    while decimals < 6 and round(middle, decimals) * 10**decimals < 10:
+        decimals += 1
+    return shown(found, f".{decimals}f") if isinstance(found, dict) else f"{found:.{decimals}f}"
+
+
 def _ceilings(ceilings: Sequence[Row]) -> str:
     columns: Columns = {
         "ceiling": lambda row: row["name"],
-        "GB/s": lambda row: "-" if "absent" in row else shown(row["gigabytes_per_second"], ".1f"),
+        "GB/s": lambda row: "-" if "absent" in row else rate(row["gigabytes_per_second"], 1),
         "how": lambda row: row.get("how") or row["absent"],
     }
     return table(columns, ceilings)
@@ -126,7 +135,7 @@ _WHOLE: Columns = {
     "cache": lambda row: row["cache"],
     "s": lambda row: shown(row["seconds"]),
     "CPU s": lambda row: f"{row['cpu_seconds']['median']:.2f}",
-    "GB/s": lambda row: f"{row['gigabytes_per_second']:.2f}",
+    "GB/s": lambda row: rate(row["gigabytes_per_second"], 2),
     "of its ceiling": _share,
     "x serial floor": _times_floor,
     "anonymous MiB": lambda row: f"{row['peak_anonymous_bytes'] / _MIB:.0f}",
@@ -137,7 +146,7 @@ _KERNELS: Columns = {
     "type": lambda row: row["dtype"],
     "instruction set": lambda row: row["isa"],
     "ns an entry": lambda row: f"{row['nanoseconds_per_entry']:.2f}",
-    "GB/s": lambda row: f"{row['gigabytes_per_second']:.1f}",
+    "GB/s": lambda row: rate(row["gigabytes_per_second"], 1),
     "of its ceiling": _share,
 }
 _OPS: Columns = {
@@ -145,7 +154,7 @@ _OPS: Columns = {
     "type": lambda row: row["dtype"],
     "a tensor": lambda row: f"{row['tensor'][:-1]} {row['tensor'][-1]}iB",
     "us": lambda row: shown(row["seconds"], ".0f", 1e6),
-    "GB/s": lambda row: f"{row['gigabytes_per_second']:.1f}",
+    "GB/s": lambda row: rate(row["gigabytes_per_second"], 1),
     "of its ceiling": _share,
 }
 _OF_WHOLES = (

@@ -82,6 +82,18 @@ class Request:
         return [job.of(n) for job in own for n in self.counts if not job.most or n <= job.most]
 
     @property
+    def unfit(self) -> list[str]:
+        """Of what is asked for, in words, what has no figure, and why."""
+        said = []
+        for job in (JOBS[name] for name in self.methods if "merge" in self.kinds):
+            more = [str(n) for n in self.counts if job.most and n > job.most]
+            if more:
+                said.append(f"{job.method}: takes {job.most} models, not {' or '.join(more)}")
+        if "walk" in self.kinds and len(self.models) > WALKED:
+            said.append(f"walk: of the {len(self.models)} models the first {WALKED} are used")
+        return said
+
+    @property
     def most_models(self) -> int:
         """Of a set."""
         needed = [1]
@@ -199,12 +211,16 @@ def refuse(request: Request) -> Request:
             )
         if request.counts:
             raise FastmergeError("--count: the number of models follows from --models")
-        if len(request.models) < 2:
+        if kinds == {"fold"}:
+            _of_fold(request.models)
+        elif len(request.models) < 2:
             raise FastmergeError("--models: give two or more; of a fold, the base and an adapter")
     if request.counts and "merge" not in kinds:
         raise FastmergeError(
             f"--count: of {', '.join(request.kinds)} the number of models is fixed"
         )
+    if "merge" in kinds and not request.merges:
+        raise FastmergeError(f"--count: {'; '.join(request.unfit)}")
     folder = request.folder.resolve()
     if not folder.is_dir():
         raise OutputError(f"{request.folder}: no such folder; create it, or give --folder another")
@@ -215,6 +231,16 @@ def refuse(request: Request) -> Request:
         )
     _space(request, folder)
     return replace(request, folder=folder)
+
+
+def _of_fold(models: Sequence[Path]) -> None:
+    """FastmergeError for a model that would not be looked at."""
+    for model in models[1:]:
+        if not is_adapter(model) or len(models) > 2:
+            raise FastmergeError(
+                f"--models: {model}: a fold is of a base and one adapter; give those, or the base "
+                "alone, for which one is made"
+            )
 
 
 def _peers(request: Request) -> None:

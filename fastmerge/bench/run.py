@@ -14,11 +14,15 @@ from typing import Any
 from fastmerge.bench import ceilings, kernels, tensors, wholes
 from fastmerge.bench.checkpoints import SHAPES, write_set
 from fastmerge.bench.machine import machine
+from fastmerge.bench.peers import MODULES
 from fastmerge.bench.request import WHOLES, Request, refuse
 from fastmerge.bench.rows import Row
 from fastmerge.compute.cpu import isa
 from fastmerge.errors import OutputError
+from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.output.disk import remove_tree
+from fastmerge.output.place import explain
+from fastmerge.units import format_count
 
 Tell = Callable[[str], None]
 FORMAT = 1
@@ -37,6 +41,11 @@ def workplace(folder: Path) -> Iterator[Path]:
         ) from error
     try:
         yield made
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A disk that another program fills meanwhile, of which a write names no file.
+        raise explain(error, folder) from error
     finally:
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
@@ -60,7 +69,8 @@ def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
         report: dict[str, Any] = {
             "format": FORMAT, "repeat": request.repeat,
             "peer_repeat": min(request.repeat, request.peer_repeat), "threads": request.threads,
-            "machine": machine(place), "ceilings": [], "jobs": [], "notes": [],
+            "machine": machine(place, [m for name in request.against for m in MODULES[name]]),
+            "ceilings": [], "jobs": [], "notes": request.unfit,
         }  # fmt: skip
         if request.sparse:
             report["notes"].append("the models are holes, read as zeros: their seconds say nothing")
@@ -114,7 +124,8 @@ def _wholes(request: Request, place: Path, tell: Tell) -> Iterator[Part]:
         own = request if number == 0 else replace(request, counts=(), steps=request.steps[:1])
         folder = request.sets / size if request.sets else place / size
         parameters = SHAPES[size].parameters
-        tell(f"{own.most_models} models of {parameters / 1e9:.2f} B parameters are made")
+        count = f"{own.most_models} model{'s'[: own.most_models != 1]}"
+        tell(f"{count} of {format_count(parameters)} parameters: being made")
         models = write_set(folder, size, own.most_models, sparse=request.sparse)
         about = {"size": size, "parameters": parameters}
         for whole in _listed(models, own, place, "bfloat16", about):
@@ -124,7 +135,9 @@ def _wholes(request: Request, place: Path, tell: Tell) -> Iterator[Part]:
 
 
 def _planned(models: Sequence[Path], request: Request, place: Path) -> list[wholes.Whole]:
-    about: Row = {"size": None, "names": [model.name for model in models]}
+    parameters = sum(info.count for info in Checkpoint.open(models[0]).tensors.values())
+    names = [model.name for model in models]
+    about: Row = {"size": format_count(parameters), "parameters": parameters, "names": names}
     return _listed(models, request, place, None, about)
 
 

@@ -283,6 +283,7 @@ def _row(
         "gigabytes_per_second": moved / ours["median"] / 1e9,
         "ceiling_seconds": spread(ceiling), "share_of_ceiling": ratios(ceiling, found["ours"]),
         "checked": checked, "peers": {},
+        "runs": {"fastmerge" if name == "ours" else name: own for name, own in found.items()},
     }  # fmt: skip
     if case.torch:
         best = min(case.torch, key=lambda name: statistics.median(found[name]))

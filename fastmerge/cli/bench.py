@@ -94,10 +94,10 @@ def bench(
     wanted = asked.Request(
         kinds=kinds,
         models=opened,
-        sizes=asked.sizes(size or "0.2b"),
-        methods=asked.methods(methods or "linear,ties"),
+        sizes=asked.sizes("0.2b" if size is None else size),
+        methods=asked.methods("linear,ties" if methods is None else methods),
         counts=() if count is None else asked.counts(count),
-        steps=asked.steps(steps or "10"),
+        steps=asked.steps("10" if steps is None else steps),
         against=() if against is None else asked.peer_names(against),
         repeat=repeat,
         caches=None if cache is None else asked.CACHES if cache is Cache.both else (cache.value,),
@@ -105,10 +105,14 @@ def bench(
         folder=folder,
     )
     report = run(wanted, lambda text: say(f"bench: {text}", quiet=quiet))
-    put(*markdown(report).splitlines())
-    if json is not None:
-        write_result(json, as_json(report).encode())
+    try:
+        put(*markdown(report).splitlines())
+    finally:  # what took minutes is not lost with a terminal or a full disk
+        if json is not None:
+            write_result(json, as_json(report).encode())
     if plot is not None:
         from fastmerge.bench.plots import report_png
 
+        if not report["jobs"]:
+            raise OutputError(f"--plot: {plot}: not written: no figure to draw; the notes say why")
         write_result(plot, report_png(report))

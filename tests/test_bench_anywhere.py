@@ -1,0 +1,140 @@
+"""`fastmerge bench` on anyone's machine and models: what is counted, said and kept there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastmerge.bench import machine, pagecache
+from fastmerge.bench import run as runs
+from fastmerge.bench import wholes as processes
+from fastmerge.bench.checkpoints import SHAPES, write_adapter, write_set
+from fastmerge.bench.report import rate
+from fastmerge.bench.request import Request
+from fastmerge.bench.rows import spread
+from fastmerge.errors import OutputError
+
+TINY = ("--size", "tiny", "--repeat", "1", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_set(tmp_path_factory.mktemp("set"), "tiny", 3)
+
+
+def test_only_the_files_that_a_merge_reads_count(models, tmp_path: Path) -> None:
+    folder, lora = tmp_path / "downloaded", tmp_path / "lora"
+    shutil.copytree(models[0], folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    write_adapter(lora, models[0], 2)
+    shutil.copy(folder / "model.safetensors", lora / "optimizer.safetensors")
+    assert pagecache.files_of(folder) == [folder / "model.safetensors"]
+    assert pagecache.files_of(lora) == [lora / "adapter_model.safetensors"]
+
+
+def test_every_run_and_every_key_is_in_the_json(bench, tmp_path: Path) -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "bench.md").read_text()
+    file = tmp_path / "all.json"
+    code, _, err = bench(*TINY, "--json", file)
+    assert code == 0, err
+    report = json.loads(file.read_text())
+    found = set(report)
+    for ceiling in report["ceilings"]:
+        found |= set(ceiling)
+        assert "absent" in ceiling or len(ceiling["runs"]) == 1
+    for row in report["jobs"]:
+        found |= set(row)
+        assert all(row["runs"].values())
+        assert min(_seconds(row["runs"]["fastmerge"])) == row["seconds"]["best"]
+        for peer in row.get("peers", {}).values():
+            found |= set(peer)
+    assert not [key for key in sorted(found) if f"`{key}`" not in documented]
+
+
+def _seconds(runs: list) -> list[float]:
+    return [run if isinstance(run, float) else run["seconds"] for run in runs]
+
+
+def test_ones_own_models_have_a_size_in_the_table(bench, models) -> None:
+    code, out, err = bench("merge", "--models", *models[:2], "--methods", "linear", *TINY[2:])
+    assert code == 0, err
+    assert f"| linear, 2 models | {SHAPES['tiny'].parameters} | warm |" in out
+    assert " 1 threads" not in out  # TINY's, of the ceilings and of the whole
+
+
+def test_a_slow_rate_has_figures() -> None:
+    assert rate(0.00034, 2) == "0.00034" and rate(0.05, 1) == "0.050"
+    assert rate(7.6, 1) == "7.6" and rate(1.254, 2) == "1.25" and rate(0.996, 1) == "1.0"
+    assert rate(spread([0.02, 0.0204]), 1) == "0.020 (0.020-0.020)"
+    assert rate(0.0, 1) == "0.000000"
+
+
+def test_what_no_figure_is_of_is_said(bench, models) -> None:
+    code, out, err = bench("merge", *TINY, "--methods", "slerp", "--count", "3,4")
+    assert (code, out) == (2, "")
+    assert err.endswith("error: --count: slerp: takes 2 models, not 3 or 4\n")
+    asked = Request(kinds=("merge",), methods=("linear", "slerp"), counts=(2, 4))
+    assert asked.unfit == ["slerp: takes 2 models, not 4"]
+    several = Request(kinds=("walk",), models=tuple(models) * 2)
+    assert several.unfit == ["walk: of the 6 models the first 3 are used"]
+    code, out, err = bench("fold", "--models", *models[:2])
+    assert (code, out) == (2, "")
+    assert "a fold is of a base and one adapter" in err
+    code, out, err = bench("fold", "--models", models[0], *TINY[2:])
+    assert code == 0 and "| fold, rank 16 |" in out
+    for option in ("--size", "--methods", "--steps"):
+        kind = "walk" if option == "--steps" else "merge"
+        code, _, err = bench(kind, option, "")
+        assert code == 2 and f"error: {option}: " in err  # the default was taken for it
+
+
+def test_no_picture_of_nothing(bench, monkeypatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(processes, "evict", lambda files: pagecache.Residency(1.0, seen=True))
+    plot = tmp_path / "x.png"
+    code, out, err = bench("merge", *TINY, "--cache", "cold", "--plot", plot)
+    assert code == 2 and "Note: linear, 2 models: no cold figure" in out
+    assert "not written: no figure to draw" in err and not plot.exists()
+
+
+def test_a_lost_terminal_costs_no_file(bench, monkeypatch, tmp_path: Path) -> None:
+    def full(*_: str) -> None:
+        raise OutputError("standard output: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("fastmerge.cli.bench.put", full)
+    file = tmp_path / "x.json"
+    code, _, err = bench("kernels", *TINY, "--json", file)
+    assert code == 2 and "standard output" in err
+    assert json.loads(file.read_text())["jobs"]
+
+
+def test_a_disk_that_fills_meanwhile_is_named(bench, monkeypatch) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as os.pwrite says it
+
+    monkeypatch.setattr(runs, "write_set", no_room)
+    code, _, err = bench("merge", *TINY)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last == f"error: {Path.cwd()}: no space left on the device; free some and run again"
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_machine_is_described_where_names_have_blanks(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "my disk").mkdir()
+    place = str(tmp_path / "my disk").replace(" ", "\\040")
+    real = Path.read_text
+    mounts = f"none / ext4 rw 0 0\nnone {place} tmpfs rw 0 0\n"
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda p, **how: mounts if str(p) == "/proc/self/mounts" else real(p, **how),
+    )
+    assert machine.file_system(tmp_path / "my disk") == "tmpfs"
+    assert machine.file_system(tmp_path) == "ext4"
+    assert {"peft", "mergekit"} <= set(machine.machine(tmp_path, ["peft", "mergekit"]))
