@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,8 @@ def test_merge_knows_all_of_mergekits_flags() -> None:
     ours = {"device", "quiet", "verbosity"}
     names = {f"--{name.replace('_', '-')}" for name in set(Options.__annotations__) - ours}
     assert names <= set(ELSEWHERE["merge"])
+    page = (Path(__file__).parents[1] / "docs" / "mergekit.md").read_text()
+    table = page.split("## Options")[1].split("\n\n")[1]
+    first = [line.split("|")[1] for line in table.splitlines()[2:]]
+    flags = {flag for cell in first for flag in re.findall(r"`(-[-a-z]+)", cell)}
+    assert len(flags) > 20 and flags - {"--device"} <= set(ELSEWHERE["merge"])  # as it says

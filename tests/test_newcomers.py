@@ -223,6 +223,15 @@ def test_the_table_of_a_diff(pair, capsys) -> None:
     assert "elements (" in out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_a_narrow_terminal_breaks_names_and_no_number(pair, columns: int) -> None:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal("diff", *pair, columns=columns))
+    found = compare(*map(Checkpoint.open, pair), threads=2).tensors
+    rows = re.findall(r"(\S+%) +(\d\.\d{6}) +(\S+%)", shown)
+    assert len(rows) == len(found)
+    assert [row[1] for row in rows] == [f"{tensor.cosine:.6f}" for tensor in found]
+
+
 def test_a_map_of_layers_and_kinds(pair, tmp_path, capsys) -> None:
     pytest.importorskip("matplotlib")
     tensors = compare(*map(Checkpoint.open, pair), threads=2).tensors
@@ -421,6 +430,8 @@ def test_bash_completes() -> None:
     assert completed("fastmerge", "merge", "--device", "c") == ["cpu", "cuda"]
     assert "dare_ties" in completed("fastmerge", "methods", "dare")
     assert completed("fastmerge", "merge", "rec") == []  # files, by bash itself
+    assert completed("fastmerge", "bench", "k") == ["kernels"]
+    assert completed("fastmerge", "completion", "") == ["bash", "zsh", "fish"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

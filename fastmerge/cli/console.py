@@ -15,6 +15,7 @@ from fastmerge.cli.streams import answer, drop, remark
 from fastmerge.errors import printable, shortened
 from fastmerge.progress import Bar
 
+_LEAST_TEXT = 8  # letters of a name on a line, below which a table is drawn however it comes
 _MOST_FITTED = 2_000  # rows that are drawn to a terminal's width
 
 
@@ -64,7 +65,8 @@ def table(
         if sum(least.values()) + 3 * len(least) > console.width:
             absent.append(name)
             del least[name]
-    # The widest give way, none below its longest word: rich alone shrinks all, and breaks words.
+    # The widest give way, none below its longest word while that suffices: rich alone shrinks all,
+    # and breaks words.
     widths = {
         name: max(_cells(line[i]) for line in (columns, *lines))
         for i, name in enumerate(columns)
@@ -72,8 +74,14 @@ def table(
     }
     for _ in range(sum(widths.values()) + 3 * len(widths) - console.width):
         widest = max(widths, key=lambda name: (widths[name] > least[name], widths[name]))
-        if widths[widest] > least[widest]:
-            widths[widest] -= 1
+        if widths[widest] <= least[widest]:
+            # A name that is folded can be read, digits on two lines are another number.
+            texts = [name for name in widths if name not in right and widths[name] > _LEAST_TEXT]
+            if not texts:
+                break
+            widest = max(texts, key=lambda name: widths[name])
+            least[widest] = widths[widest] - 1
+        widths[widest] -= 1
     drawn = Table(box=box.SIMPLE, pad_edge=False)
     for column, width in widths.items():
         head = shortened(printable(column))

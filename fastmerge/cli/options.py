@@ -94,6 +94,16 @@ def flags_of(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def choices_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What the first argument of a command may be; () where that is anything."""
+    for hint in get_type_hints(function, include_extras=True).values():
+        kind, form = _kind_and_form(hint) if get_args(hint) else (None, None)
+        if isinstance(form, Argument):
+            is_choice = isinstance(kind, type) and issubclass(kind, Enum)
+            return tuple(str(item.value) for item in kind) if is_choice and kind else ()
+    return ()
+
+
 def _parser(function: Callable[..., Any], program: str) -> Parser:
     parser = Parser(
         prog=f"{program} {name_of(function)}",
