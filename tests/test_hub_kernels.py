@@ -49,3 +49,40 @@ def test_its_tests_pass_where_there_is_no_fastmerge(repository: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "3 passed" in done.stdout
+
+
+# `get_local_kernel` as of kernels 0.17, which takes a Path and no text.
+_PACKAGE = """
+import importlib.util, sys
+def get_local_kernel(repo_path):
+    place = repo_path / "build" / "torch-universal"
+    spec = importlib.util.spec_from_file_location(
+        "merging", place / "__init__.py", submodule_search_locations=[str(place)]
+    )
+    module = sys.modules["merging"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+"""
+
+
+def test_its_readme_runs_by_copy_and_paste(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    text = (repository / "README.md").read_text()
+    assert "](../" not in text  # which leads nowhere on the Hub
+    # On the interpreter, and of 4 Ki entries instead of a million.
+    code = text.split("```python\n")[1].split("```")[0]
+    for there, here in (('device="cuda"', 'device="cpu"'), ("<< 20", "<< 12"), ("<< 19", "<< 11")):
+        assert there in code
+        code = code.replace(there, here)
+    (tmp_path / "hub").mkdir()
+    repository.rename(tmp_path / "hub" / "fastmerge-kernels")
+    (tmp_path / "kernels.py").write_text(_PACKAGE)
+    head = "import sys\nsys.modules['fastmerge'] = None\n"
+    (tmp_path / "example.py").write_text(f"{head}{code}\nprint(float((out - base).abs().max()))\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 < float(done.stdout) < 100
