@@ -38,7 +38,7 @@ from fastmerge.models.memory import (
     written,
 )
 from fastmerge.models.model import Model
-from fastmerge.models.state_dict import StateDict, check_apart
+from fastmerge.models.state_dict import StateDict, check_apart, held_by, is_made_anew
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -332,7 +332,7 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     """The model's tensor for each of the plan's; every parameter must be one of them or tied to
     one.
     """
-    state: dict[str, torch.Tensor] = model.state_dict()
+    state, again = held_by(model, "model"), held_by(model, "model")
     targets: dict[str, torch.Tensor] = {}
     for item in plan.tensors:
         target = state.get(item.name)
@@ -346,6 +346,11 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
                 f"{item.name}: the model has {list(target.shape)}, the merge {list(item.shape)}"
             )
         check_writable(target, f"{item.name}: the model's tensor")
+        if is_made_anew(target, again.get(item.name)):
+            raise ModelError(
+                f"{item.name}: the model's state_dict() makes it anew for whoever asks, so that "
+                "nothing would be kept; remove the hook that does"
+            )
         targets[item.name] = target
     kinds = {target.device.type: name for name, target in targets.items()}
     if len(kinds) > 1 or "meta" in kinds:

@@ -39,7 +39,14 @@ from fastmerge.models.memory import (
     written,
 )
 from fastmerge.models.model import Model
-from fastmerge.models.state_dict import StateDict, as_model, check_apart, memory_of
+from fastmerge.models.state_dict import (
+    StateDict,
+    as_model,
+    check_apart,
+    held_by,
+    is_made_anew,
+    memory_of,
+)
 from fastmerge.output.sink import Arrays
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.of_state_dicts import of_state_dicts
@@ -204,7 +211,7 @@ def _twins_in(out: Any, twins: Mapping[str, str]) -> dict[str, str]:
     """Of ``twins`` those that are one memory in ``out``, too: the others are merged, each for its
     own place.
     """
-    held = out if isinstance(out, Mapping) else out.state_dict()
+    held = out if isinstance(out, Mapping) else held_by(out, "out")
 
     def place(name: str) -> Extent | None:
         target = held.get(name)
@@ -386,6 +393,11 @@ def _targets(plan: Plan, out: Mapping[str, Any]) -> dict[str, Any]:
                 f"out: '{item.name}' has shape {list(target.shape)}, the merge {list(item.shape)}"
             )
         check_writable(target, f"out: '{item.name}'")
+        if is_made_anew(target, out.get(item.name)):
+            raise FastmergeError(
+                f"out: makes '{item.name}' anew for whoever asks, so that nothing would be kept; "
+                "give a dictionary of the tensors themselves"
+            )
         targets[item.name] = target
     check_apart(targets, live.reads(plan))
     return targets

@@ -267,3 +267,46 @@ def test_a_module_without_memory_is_told_so():
             [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], "linear", parameters={"weight": 1},
             out=torch.nn.Linear(3, 2, device="meta"),
         )  # fmt: skip
+
+
+class _Anew(dict):
+    """Its tensors are copies, as a lazy loader's are."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name).clone()
+
+    def get(self, name, default=None):
+        found = super().get(name, default)
+        return found if found is default else found.clone()
+
+
+def test_an_out_that_would_keep_nothing_is_refused():
+    """What was merged went into a copy, without a word."""
+    models = [{"w": torch.ones(4)}, {"w": torch.zeros(4)}]
+    with pytest.raises(FastmergeError, match="out: makes 'w' anew"):
+        merge(models, "linear", parameters={"weight": 1}, out=_Anew(w=torch.zeros(4)))
+
+
+def test_a_module_whose_buffers_are_copies_is_refused():
+    class Hooked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self._register_state_dict_hook(
+                lambda _, state, *__: state.update({n: t.clone() for n, t in state.items()})
+            )
+
+    models = [{"mean": torch.ones(4)}, {"mean": torch.zeros(4)}]
+    with pytest.raises(FastmergeError, match="mean: the model's state_dict\\(\\) makes it anew"):
+        merge(models, "linear", parameters={"weight": 1}, out=Hooked())
+
+
+def test_a_state_dict_that_is_none_is_named():
+    class Odd:
+        def state_dict(self):
+            return [1, 2]
+
+    good = {"w": torch.ones(4)}
+    for models, options in (([Odd(), good], {}), ([good, good], {"out": Odd()})):
+        with pytest.raises(FastmergeError, match="its state_dict\\(\\) is no dictionary"):
+            merge(models, "linear", parameters={"weight": 1}, **options)

@@ -94,11 +94,28 @@ def as_model(source: Any, label: str) -> Model:
         return StateDict(label, source, {})
     if callable(getattr(source, "state_dict", None)) and not isinstance(source, type):
         as_dict = getattr(getattr(source, "config", None), "to_dict", None)
-        return StateDict(label, source.state_dict(), as_dict() if callable(as_dict) else {})
+        return StateDict(label, held_by(source, label), as_dict() if callable(as_dict) else {})
     if hasattr(source, "tensors") and hasattr(source, "view"):
         return held_to_protocol(source, label)
     raise FastmergeError(
         f"{label}: must be a folder, a state dictionary or a module, not {type(source).__name__}"
+    )
+
+
+def held_by(module: Any, where: str) -> Mapping[str, Any]:
+    """The tensors of a module, or of what has a ``state_dict`` as one has; FastmergeError where
+    that is none.
+    """
+    found = module.state_dict()
+    if not isinstance(found, Mapping):
+        raise FastmergeError(f"{where}: its state_dict() is no dictionary, but {brief(found)}")
+    return found
+
+
+def is_made_anew(first: Any, second: Any) -> bool:
+    """Whether two looks at one place gave two tensors: what is written into one is seen by none."""
+    return first is not second and (
+        is_torch(first) != is_torch(second) or place_of(first) != place_of(second)
     )
 
 
