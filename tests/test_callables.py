@@ -16,6 +16,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.evaluation import scorers
 from fastmerge.evaluation import settings as settings_module
 from fastmerge.evaluation.as_read import AsRead
+from fastmerge.evaluation.callables import in_user_code, scores_of
 from fastmerge.evaluation.scorers import make_scorer
 from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import load_evaluate
@@ -317,3 +318,24 @@ def test_a_device_that_cannot_compute_is_one_line(tmp_path: Path, device: str) -
     with pytest.raises(FastmergeError, match=rf"'{device}'.*; use cpu") as caught:
         make_scorer(settings, tmp_path, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ({"a": "0.5"}, "'0.5' is text"),
+        ({"a": [b"1", b"2"]}, "is text"),
+        ({1: 0.5, "1": 0.7}, "two tasks have one name"),
+    ],
+)
+def test_what_only_looks_like_scores_is_refused(answer: Any, said: str) -> None:
+    with pytest.raises(FastmergeError, match=said):
+        scores_of(answer, "who")
+
+
+def test_an_error_without_a_text_is_one_line() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert in_user_code(MuteError()) == "MuteError: its text cannot be read: ValueError"

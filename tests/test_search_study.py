@@ -335,6 +335,45 @@ def test_weights_that_sum_to_0_are_no_candidate(models: list[Path], tmp_path: Pa
     assert len(study.trials) == 1
 
 
+@pytest.mark.parametrize("other", [{"a": 1.0}, {"a": 1.0, "c": 2.0}])
+def test_models_scored_on_other_tasks_are_not_compared(
+    models: list[Path], tmp_path: Path, other: Any
+) -> None:
+    """Their means chose the best, or the report ended in a traceback after all the reading."""
+    answers = iter([{"a": 1.0, "b": 2.0}, {"b": math.nan}, other])
+    file = file_of(models, budget={"candidates": 5})
+    with pytest.raises(FastmergeError, match=r"scored one model on \['a', 'b'\] and another on"):
+        search.run(file, tmp_path / "run", score=lambda model: next(answers), threads=1)
+    study = search.open_study(file, tmp_path / "told", threads=1)
+    study.tell(study.ask(), {"a": 1.0, "b": 2.0})
+    with pytest.raises(FastmergeError, match="tell: scored one model on"):
+        study.tell(study.ask(), other)
+
+
+def test_values_that_the_method_does_not_take_together_are_no_candidate(
+    models: list[Path], tmp_path: Path
+) -> None:
+    """della's epsilon above the density: the search ended there, and so did its continuation."""
+    file = file_of(models, 1, budget={"candidates": 12})
+    for entry in file["space"]["models"]:
+        entry["parameters"] |= {"density": "0.1..0.9", "epsilon": "0..0.5"}
+    file["space"]["merge_method"] = "della"
+    study = search.open_study(file, tmp_path, threads=1)
+    while (candidate := study.ask()) is not None:
+        study.tell(candidate, near(study))
+    assert len(study.trials) == 12
+    points = np.array([trial.point for trial in study.trials])
+    assert (points[:, 1::2] <= np.minimum(points[:, ::2], 1 - points[:, ::2])).all()
+
+
+@pytest.mark.parametrize("name", ["cma", "tpe", "line"])
+def test_a_start_of_many_digits_is_in_its_range(models: Any, tmp_path: Path, name: str) -> None:
+    """Six digits of it lay above: cma and tpe ended in a traceback."""
+    weight = {"low": 0.1234, "high": 0.1234567, "start": 0.1234567}
+    study = told(models, tmp_path, weight=weight, optimiser=name, budget={"candidates": 4})
+    assert study.start.point == (0.1234567, 0.1234567) and len(study.trials) > 1
+
+
 def test_an_optimiser_that_turns_in_a_circle_ends(models: list[Path], tmp_path: Path) -> None:
     file = file_of(models, 0.5, budget={"candidates": 100})
     file["space"]["merge_method"] = {"choose": ["ties", "dare_ties"]}
@@ -416,6 +455,12 @@ MISTAKES: Mapping[str, tuple[dict[str, Any], str]] = {
     "slices": ({"slices": [{"sources": []}]}, "a slice needs at least one source"),
     "three dots": ({"weight": "0...1"}, "'0...1' is no range; write two finite numbers as 0..1"),
     "endless": ({"weight": "0..inf"}, "'0..inf' is no range"),
+    "narrow": ({"weight": "0.12345678..0.12345679"}, "lies no number of 6 digits"),
+    "whole": (
+        {"method": "consensus_ta", "agree": {"low": 1, "high": 3, "start": 2}},
+        "'agree' takes whole numbers alone",
+    ),
+    "which base": ({"base_model": {"choose": ["a", "b"]}}, "'choose' are for what stands under"),
     "too far": ({"weight": "-1e308..1e308"}, "by a finite number"),
     "no such part": (
         {"weight": {"low": 0, "high": 1, "per": ["mlp", "self_atn"]}},
@@ -433,11 +478,10 @@ def test_what_cannot_be_searched_is_one_line(
     file = file_of(models, change.pop("weight", "0..1"))
     space = file["space"]
     space["merge_method"] = change.pop("method", "task_arithmetic")
-    for key in ("density", "densty"):
+    for key in ("density", "densty", "agree"):
         if key in change:
             space["parameters"] = {key: change.pop(key)}
-    if "slices" in change:
-        space["slices"] = change.pop("slices")
+    space |= {key: change.pop(key) for key in ("slices", "base_model") if key in change}
     with pytest.raises(FastmergeError, match=re.escape(message)) as caught:
         search.open_study({**file, **change}, tmp_path / "out", threads=1)
     assert "\n" not in str(caught.value)

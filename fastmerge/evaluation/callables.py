@@ -139,7 +139,10 @@ def in_user_code(error: BaseException) -> str:
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
     if isinstance(error, SyntaxError):  # of bytes that are no text it has no place
         place = f"{Path(error.filename).name}:{error.lineno}: " if error.filename else ""
-    said = " ".join(str(error).split())
+    try:
+        said = " ".join(str(error).split())
+    except FOREIGN as failed:  # its own __str__
+        said = f"its text cannot be read: {type(failed).__name__}"
     return f"{place}{type(error).__name__}{said and f': {said}'}"
 
 
@@ -264,7 +267,10 @@ def scores_of(answer: Any, who: str, task: str = "score") -> Scores:
             f"{who}: must return a dict of task names and numbers, or one number, "
             f"not {brief(answer)}"
         )
-    return Scores({str(name): _task_score(who, name, value) for name, value in answer.items()})
+    found = {str(name): _task_score(who, name, value) for name, value in answer.items()}
+    if len(found) < len(answer):
+        raise FastmergeError(f"{who}: two tasks have one name as text, of {brief([*answer])}")
+    return Scores(found)
 
 
 # Above, a float has no fraction left, so that a difference of two scores says nothing.
@@ -276,7 +282,10 @@ def _task_score(who: str, name: str, value: Any) -> TaskScore:
         # None would become NaN, a score that is refused without a word about why.
         if value is None or (isinstance(value, (list, tuple)) and None in value):
             raise TypeError("it is None")
-        numbers = np.asarray(_as_python(value), dtype=np.float64)
+        numbers = np.asarray(_as_python(value))
+        if numbers.dtype.kind in "SU":  # which NumPy reads, too
+            raise TypeError(f"{brief(value)} is text")
+        numbers = numbers.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise FastmergeError(f"{who}: the score of '{name}' is no number: {error}") from error
     if not numbers.size:

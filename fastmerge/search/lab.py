@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 from fastmerge import live
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.products import gram_with
-from fastmerge.errors import UnsupportedError
+from fastmerge.errors import FastmergeError, UnsupportedError, brief
 from fastmerge.evaluation.evaluators import Evaluators, Measure, same_scorer
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.loaded import Loaded
@@ -81,6 +82,7 @@ class Lab:
         self._folder = folder
         self._model = None if settings is None else Loaded(settings, threads)
         self._loaded: tuple[str, Any] | None = None
+        self._tasks: dict[str, list[str]] = {}  # by split
 
     @property
     def journal(self) -> Journal:
@@ -118,7 +120,11 @@ class Lab:
 
     def known(self, state: Expr, split: str = "steer", limit: int | None = None) -> Scores | None:
         """What the journal has of a state's scores."""
-        return self._journal.read(self._key("score", state, split, limit), Scores.from_json)
+        key = self._key("score", state, split, limit)
+        found = self._journal.read(key, Scores.from_json)
+        if found is not None:
+            self._check_tasks(found, split)
+        return found
 
     def keep(
         self, state: Expr, scores: Scores, split: str = "steer", limit: int | None = None
@@ -126,9 +132,25 @@ class Lab:
         """Writes scores to the journal; returns them as a resumed run will see them, which must be
         the same digits.
         """
+        self._check_tasks(scores, split)
         key = self._key("score", state, split, limit)
         self._journal.put(key, scores.as_json())
         return Scores.from_json(self._journal.get(key))
+
+    def _check_tasks(self, scores: Scores, split: str) -> None:
+        """Raises FastmergeError for other tasks than the first score had: the means of different
+        tasks would choose. One that is no number may have any.
+        """
+        if math.isnan(scores.value):
+            return
+        names = sorted(scores.tasks)
+        known = self._tasks.setdefault(split, names)
+        if names != known:
+            who = "tell" if self.scorer is None else self.scorer.version
+            raise FastmergeError(
+                f"{who}: scored one model on {brief(known)} and another on {brief(names)}; give "
+                "all tasks of every model, NaN for a score that there is none of"
+            )
 
     def slope(self, state: Expr) -> tuple[Float64, int]:
         """The gradient of the loss that goes with the score, by each tensor's coefficients over the

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, in_words
 from fastmerge.methods.types import Float64
 from fastmerge.recipe.document import Document
 from fastmerge.recipe.located import LocatedDict, LocatedList, placed
@@ -21,6 +21,7 @@ _NUMBER = r"([-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?)"
 # 0..1; not 0...1, which is 0 to .1 as little as 0. to 1
 _SHORT = re.compile(rf"\s*{_NUMBER}\s*\.\.(?!\.)\s*{_NUMBER}\s*")
 _MEANT = re.compile(r"\.\.|…|‥")  # in what was meant for such a range
+_BETWEEN = 0.381966  # of a range, where no whole number is to be found by chance
 _DIGITS = 6  # of a point's numbers: its recipe as text is the point
 
 Choice = str | bool | float
@@ -43,13 +44,19 @@ class Range(Section):
             raise RecipeError(f"{self.where}: 'low' must be less than 'high', by a finite number")
         if self.start is not None and not self.low <= self.start <= self.high:
             raise RecipeError(f"{self.at('start')}: 'start' must be from 'low' to 'high'")
+        if not self.low < _rounded((self.low + self.high) / 2) < self.high:
+            raise RecipeError(
+                f"{self.where}: from {self.low} to {self.high} lies no number of {_DIGITS} digits, "
+                "which those of a point have; give a wider range"
+            )
         if len({*self.per, ""}) <= len(self.per):
             raise RecipeError(f"{self.at('per')}: 'per' takes words, each of them once")
 
     @property
     def middle(self) -> float:
-        """Where a search starts."""
-        return (self.low + self.high) / 2 if self.start is None else self.start
+        """Where a search starts, with the digits of a point."""
+        start = (self.low + self.high) / 2 if self.start is None else self.start
+        return min(self.high, max(self.low, _rounded(start)))
 
 
 class Choose(Section):
@@ -116,10 +123,16 @@ class Ranges:
     def _found(self, value: Any, path: tuple[str | int, ...], where: str) -> Any:
         """The recipe with a slot, or several, in the place of each range."""
         if isinstance(value, LocatedDict):
-            if path and "choose" in value:
-                return self._slot(path, Choose(value))
-            if path and value.keys() & {"low", "high"}:
-                return self._spread(Range(value), path)
+            if path and value.keys() & {"choose", "low", "high"}:
+                is_word = "choose" in value
+                if "parameters" not in path and not (is_word and path == ("merge_method",)):
+                    raise RecipeError(
+                        f"{where}: ranges and 'choose' are for what stands under 'parameters:', "
+                        "'choose' for merge_method, too; write one search for each"
+                    )
+                return (
+                    self._slot(path, Choose(value)) if is_word else self._spread(Range(value), path)
+                )
             if isinstance(value.get("filter"), str) and isinstance((None, *path)[-1], int):
                 path = (*path[:-1], f"({value['filter']})")
             own = {k: self._found(v, (*path, k), value.at[k]) for k, v in value.items()}
@@ -178,7 +191,7 @@ class Ranges:
                     f"{name}{suffix}{ending}",
                     given.low,
                     given.high,
-                    _rounded(given.middle),
+                    given.middle,
                     model=model,
                     parameter=parameter,
                 )
@@ -249,6 +262,13 @@ class Ranges:
     def ends(self) -> list[Point]:
         """The points of all numbers low and of all of them high."""
         return [self.at([share] * len(self.numbers)) for share in (0.0, 1.0)]
+
+    def check_between(self) -> None:
+        """Raises RecipeError where a number must be a whole one: most of a range are not."""
+        whole = r"must be a whole number, not .*"
+        remedy = "takes whole numbers alone: list them, as {choose: [1, 2, 3]}"
+        with in_words({whole: remedy}):
+            self.document(self.at([_BETWEEN] * len(self.numbers)))
 
     def shown(self, point: Point) -> str:
         """A point in words: 'math.weight 0.3, density 0.5'."""

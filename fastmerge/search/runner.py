@@ -197,6 +197,7 @@ def opened(file: SearchFile) -> tuple[Ranges, Plan]:
     template: Plan | None = None
     for point in ranges.ends():
         ranges.document(point)
+    ranges.check_between()
     for point in ranges.words():
         document = ranges.document(point)
         check_form(document)

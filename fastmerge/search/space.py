@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.methods import Combination
+from fastmerge.methods import Combination, Consensus
 from fastmerge.methods.types import Float64
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.planning.plan import Plan
@@ -102,10 +102,14 @@ class Space:
         return result
 
     def check(self, node: Blend) -> None:
-        """Raises FastmergeError where a parameter of ``node`` has no value for some tensor."""
+        """Raises FastmergeError where a parameter of ``node`` has no value for some tensor, or the
+        method does not take its values together.
+        """
         values = self._resolved(node)
         for tensor in range(len(self.names) if values.varies else min(1, len(self.names))):
-            values.at(tensor)
+            shared, each = values.at(tensor)
+            if isinstance(node.method, Consensus):
+                node.method.spec(shared, each)
 
     def _resolved(self, node: Blend) -> _Values:
         if id(node) not in self._values:

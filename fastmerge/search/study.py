@@ -14,7 +14,7 @@ from fastmerge.evaluation.callables import scores_of
 from fastmerge.evaluation.scores import Scores, a_number
 from fastmerge.methods.types import Float64
 from fastmerge.search.document import SearchFile
-from fastmerge.search.expressions import Expr
+from fastmerge.search.expressions import Expr, order
 from fastmerge.search.folder import Hold
 from fastmerge.search.lab import Lab
 from fastmerge.search.optimisers import OPTIMISERS, Asked, Moves, Setup, require
@@ -207,10 +207,13 @@ class Study:
     # -------- inside
 
     def _done_at(self, state: Expr, limit: int | None) -> Scores | None:
-        """The scores that a state has already: those it was told, or none at all for weights that
-        sum to 0 where the method divides by their sum.
+        """The scores that a state has already: those it was told, or none at all where the method
+        does not take its values: weights that sum to 0 by which it divides, an epsilon of della's
+        above the density.
         """
         try:
+            for node in order(state):
+                self.lab.space.check(node)
             return self._done.get((self.lab.space.fingerprint(state), limit))
         except RecipeError:
             if not self.trials:
