@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ def _task_files(given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
             yield MARK + task, shots
 
 
+@cache  # MMLU's file, of which each of 57 subjects is a part
 def _rows(file: Path) -> list[Mapping[str, Any]]:
     packed = file.with_name(file.name + ".gz")
     with gzip.open(packed, "rt") if packed.exists() else file.open() as stream:
