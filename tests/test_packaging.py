@@ -175,3 +175,15 @@ def test_an_index_page_has_no_link_that_leads_nowhere(
     for link in inside:
         path = link.removeprefix(address).split("/main/")[1]
         assert (ROOT / path.partition("#")[0]).exists(), link
+
+
+def test_a_word_in_a_comment_keeps_no_file_from_the_wheels() -> None:
+    """The kernels' own tests were left out for a comment that names mergekit."""
+    spec = importlib.util.spec_from_file_location("installed", ROOT / ".ci" / "installed.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    chosen = set(module.chosen(ROOT / "tests"))
+    assert {"test_kernels.py", "test_methods.py", "test_torn.py", "test_verify.py"} <= chosen
+    needs = {"test_ops.py", "test_faults.py", "test_kills.py", "test_remote.py", "test_house.py"}
+    assert not chosen & needs
