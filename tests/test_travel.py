@@ -129,7 +129,7 @@ def test_workers_merge_after_their_parent_did(method):
 
 
 def test_every_op_is_found_by_pickle():
-    for name in ops.__all__:
+    for name in (name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))):
         assert pickle.loads(pickle.dumps(getattr(ops, name))) is getattr(ops, name)
 
 
