@@ -57,26 +57,36 @@ def extract_lora(
     progress: Shown = None,
 ) -> Found:
     """Writes the adapter of ``rank`` that brings ``base`` nearest to ``tuned`` to the folder
-    ``out``, for PEFT; what each matrix came to, with its error, is in the answer and in
-    fastmerge.json.
+    ``out``, for PEFT: truncated singular value decompositions of the differences, found by random
+    projections, the nearest of that rank (Eckart and Young 1936; Halko et al. 2011,
+    doi:10.1137/090771806). What each matrix came to is in fastmerge.json, too.
 
-    tuned, base: folders or Hub ids of one architecture and vocabulary. rank: of every matrix, whose
-    sides must have it; or max_rank: the same, or all that a smaller matrix has. dtype: of the
-    factors, None for the tuned model's own. As mergekit-extract-lora 0.1.5 chooses: matrices are
-    decomposed, unless a regular expression of ``exclude`` or none of ``include`` is found in their
-    module's name; embeddings (unless ``embed_lora``), heads, norms (unless ``skip_undecomposable``)
-    and ``save_modules``, by name or its last part, are saved whole. What is equal in both models is
-    left out; a decomposed module's bias is stored whole where it differs. distribute_scale: the
-    roots of the singular values go into either factor, else all into A. sv_epsilon: singular values
-    up to it are dropped. power_iterations: more bring the error nearer to the least. The random
-    directions follow from ``seed``; the bits also from NumPy's BLAS and how many threads that has.
-    cache: the Hub's, where it is not the usual one.
+    ``tuned``, ``base``: folders or Hub ids of one architecture and vocabulary. ``out``: a path.
+    ``rank``: of every matrix, whose sides must have it; or ``max_rank``: the same, or all that a
+    smaller matrix has. ``dtype``: of the factors, None for the tuned model's own.
 
-    threads: pool size, default FASTMERGE_NUM_THREADS or every CPU. overwrite: replaces an ``out``
-    that is there, once the new one is complete; fresh: ignores what an interrupted run left.
-    keep_paths: what is written names the local folders as given. progress: True for a bar on
-    stderr, or a function of bytes done, bytes in all and a name.
-    Raises FastmergeError before anything is written.
+    As mergekit-extract-lora 0.1.5 chooses, matrices are decomposed, unless a pattern says
+    otherwise: ``include``, ``exclude``: regular expressions, one or none of which is found in the
+    module's name. Embeddings, heads, norms and ``save_modules`` are saved whole. ``embed_lora``:
+    decompose embeddings, too; ``skip_undecomposable``: leave norms and the like out;
+    ``save_modules``: names of modules, or their last parts. What is equal in both models is left
+    out; a decomposed module's bias is stored whole where it differs. ``distribute_scale``: the
+    roots of the singular values go into either factor, else all into A. ``sv_epsilon``: at least 0;
+    singular values up to it are dropped. ``power_iterations``: 0 to 100; more bring the error
+    nearer to the least. ``seed``: a whole number in [0, 2^64) for the random directions; the bits
+    follow from NumPy's BLAS and how many threads that has, too. ``cache``: the Hub's, where it is
+    not the usual one.
+
+    ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU. ``overwrite``:
+    replace an ``out`` that is there, once the new one is complete; ``fresh``: ignore what an
+    interrupted run left. ``keep_paths``: what is written names the local folders as given.
+    ``progress``: True for a bar on stderr, or a function of bytes done, bytes in all and a tensor's
+    name.
+
+    Returns the report and, for each module, rank, norm, relative error and singular values. Raises,
+    before anything is written, FastmergeError for an argument, ModelError for models that do not
+    fit, UnsupportedError for what no adapter says, OutputError for what stands at ``out``,
+    ResourceError for what the machine lacks.
     """
     plan = plan_extract_lora(
         tuned,
@@ -135,25 +145,31 @@ def merge_adapters(
     progress: Shown = None,
 ) -> MergeReport:
     """Merges adapters of one base into one, in the folder ``out``, for PEFT; what a recipe does
-    whose models are all adapters.
+    whose models are all adapters. Definitions are PEFT's, of its ``add_weighted_adapter``;
+    arithmetic is in float64.
 
-    adapters: folders or Hub ids. method: PEFT's combination types by its names ("linear", "cat",
-    "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", and the last four with "_svd"), or
-    "task_arithmetic", which is cat, or svd where a rank is given. As in PEFT, "linear" and others
-    without "_svd" merge the factors entry by entry; cat and svd have the exact sum of the deltas
-    ``weight * scale * B @ A``, an SVD by QR of the factors and not of their product. rank: of an
-    SVD; default: the largest of the adapters'. density: the fraction of entries that is kept, one
-    or one for each. normalize: divide the weights by their sum. targets: "same", or "any" to take
-    each adapter where it is there. base_model: the base of all, whatever they call it. dtype: of
-    the factors; default: the first adapter's. majority_sign_method: of ties, "total" or
-    "frequency". svd_clamp: the quantile of an SVD's factors that bounds their entries. seed: of
-    methods that draw; by default it follows from the call. Arithmetic is in float64.
+    ``adapters``: folders or Hub ids. ``out``: a path. ``weights``: one number each. ``method``:
+    PEFT's combination types by its names ("linear", "cat", "svd", "ties", "dare_linear",
+    "dare_ties", "magnitude_prune", and the last four with "_svd"), or "task_arithmetic", which is
+    cat, or svd where a rank is given. As in PEFT, "linear" and others without "_svd" merge the
+    factors entry by entry; cat and svd have the exact sum of the deltas ``weight * scale * B @ A``,
+    an SVD by QR of the factors and not of their product. ``rank``: of an SVD, default the largest
+    of the adapters'. ``density``: the fraction of entries that is kept, in [0, 1], one or one for
+    each. ``majority_sign_method``: of ties, "total" or "frequency". ``svd_clamp``: the quantile of
+    an SVD's factors that bounds their entries. ``normalize``: divide the weights by their sum.
+    ``targets``: "same", or "any" to take each adapter where it is there. ``base_model``: the base
+    of all, whatever they call it. ``dtype``: of the factors, default the first adapter's. ``seed``:
+    a whole number in [0, 2^64) for methods that draw; by default it follows from the call.
 
-    threads: pool size, default FASTMERGE_NUM_THREADS or every CPU. overwrite: replaces an ``out``
-    that is there, once the new one is complete; fresh: ignores what an interrupted run left.
-    keep_paths: what is written names the local folders as given. progress: True for a bar on
-    stderr, or a function of bytes done, bytes in all and a name.
-    Raises FastmergeError before anything is written.
+    ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU. ``overwrite``:
+    replace an ``out`` that is there, once the new one is complete; ``fresh``: ignore what an
+    interrupted run left. ``keep_paths``: what is written names the local folders as given.
+    ``progress``: True for a bar on stderr, or a function of bytes done, bytes in all and a tensor's
+    name.
+
+    Returns a `MergeReport`. Raises, before anything is written, RecipeError for the method or a
+    value, ModelError for adapters that do not fit, UnsupportedError for a kind that is not merged,
+    OutputError for what stands at ``out``, FastmergeError for another argument.
     """
     places = [
         str(a_path(item, f"adapters[{i}]")) for i, item in enumerate(a_list(adapters, "adapters"))

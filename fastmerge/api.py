@@ -90,21 +90,23 @@ def plan(
     models: Mapping[str, Any] | None = None,
     truncate_embeddings: bool = False,
 ) -> Plan:
-    """What a merge of ``recipe`` would do, decided from the models' headers: every tensor's shape,
-    type and inputs, the config, notes; `Plan.describe` has it in plain values. Give the plan to
-    `merge`, `materialise` or `verify` in the recipe's place and nothing is decided again. Of the
-    weights only integer tensors are read, which are copied where all models have the same.
+    """What a merge of ``recipe`` would do, decided from the models' headers. Of the weights only
+    integer tensors are read, which are copied where all models have the same.
 
-    ``recipe``: a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
-    returned as it is. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in
-    place of the recipe's. ``models``: what names in the recipe stand for, by name: a folder, a
-    state dictionary, a module, or an object with the protocol `fastmerge.models.model.Model`; names
-    that are not in it are folders, URLs or names on the Hub, as ever. ``truncate_embeddings``:
-    where the recipe asks for no tokenizer, embeddings of different numbers of rows are cut to the
-    fewest, which is right only where all models number their tokens alike.
+    ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
+    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
+    recipe's. ``models``: what names in the recipe stand for, by name: a folder, a state dictionary,
+    a module, or an object with the protocol `fastmerge.models.model.Model`; names that are not in
+    it are folders, URLs or names on the Hub, as ever. ``truncate_embeddings``: where the recipe
+    asks for no tokenizer, embeddings of different numbers of rows are cut to the fewest, which is
+    right only where all models number their tokens alike.
 
-    Raises FastmergeError for whatever cannot be merged; UnsupportedError for a recipe of adapters
-    alone, whose plan is of another class: `fastmerge.api.decide` has those too.
+    Returns the `Plan`: every tensor's shape, type and inputs, the config, notes; `Plan.describe`
+    has it in plain values. Give it to `merge`, `materialise` or `verify` in the recipe's place and
+    nothing is decided again. Raises RecipeError for what is asked for, ModelError for models that
+    are damaged or do not fit, UnsupportedError for what is in order and not done: of a recipe of
+    adapters alone, too, whose plan `fastmerge.api.decide` gives; FastmergeError for another
+    argument.
     """
     decided = decide(recipe, seed=seed, models=models, truncate_embeddings=truncate_embeddings)
     if not isinstance(decided, Plan):
@@ -122,16 +124,20 @@ def decide(
     models: Mapping[str, Any] | None = None,
     truncate_embeddings: bool = False,
 ) -> Plan | AdapterMerge:
-    """Reads the recipe and the models' headers and decides everything; of the weights it reads only
-    integer tensors, which are copied where all models have the same.
+    """As `plan`, but of adapters alone, too.
 
-    ``recipe`` is a path, YAML text, a mapping, or a list of mappings (several documents); a plan is
-    returned as it is. ``seed`` overrides the recipe's. ``models``: what references of the recipe
-    stand for: folders, state dictionaries, modules, or anything that fastmerge.models.model calls
-    a model.
-    ``truncate_embeddings``: where no tokenizer is asked for, embeddings of different numbers of
-    rows are cut to the fewest, which is right only where all number their tokens alike. A recipe
-    whose models are all adapters merges those. Raises FastmergeError.
+    ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
+    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
+    recipe's. ``models``: what names in the recipe stand for, by name: a folder, a state dictionary,
+    a module, or an object with the protocol `fastmerge.models.model.Model`; names that are not in
+    it are folders, URLs or names on the Hub, as ever. ``truncate_embeddings``: where the recipe
+    asks for no tokenizer, embeddings of different numbers of rows are cut to the fewest, which is
+    right only where all models number their tokens alike.
+
+    Returns a `Plan`, or an AdapterMerge where all models of the recipe are adapters, which `merge`
+    takes as well. Raises RecipeError for what is asked for, ModelError for models that are damaged
+    or do not fit, UnsupportedError for what is in order and not done, FastmergeError for another
+    argument.
     """
     if isinstance(recipe, Plan):
         if recipe.seed is not None and seed is not None and whole_seed(seed) != recipe.seed:
@@ -236,28 +242,36 @@ def merge(
     part: tuple[int, int] | str | None = None,
     cluster: str | None = None,
 ) -> MergeReport:
-    """Merges ``recipe`` into the new folder ``out``; the report says what was done.
+    """Merges ``recipe`` into the new folder ``out``.
 
     ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
-    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
-    recipe's. ``models``: what names in the recipe stand for, by name: a folder, a state dictionary,
-    a module, or an object with the protocol `fastmerge.models.model.Model`.
+    gave. ``out``: a path, or the URL of an object store (docs/remote.md). ``seed``: a whole number
+    in [0, 2^64) from which methods that draw do so, in place of the recipe's. ``models``: what
+    names in the recipe stand for, by name: a folder, a state dictionary, a module, or an object
+    with the protocol `fastmerge.models.model.Model`; names that are not in it are folders, URLs or
+    names on the Hub, as ever.
 
-    ``threads``: pool size, default FASTMERGE_NUM_THREADS or every CPU. ``memory_limit``: anonymous
-    memory in bytes, 64 MiB or more. ``overwrite`` replaces an existing ``out`` once the new one is
-    complete; ``fresh`` ignores the working folder of an interrupted run. ``progress(bytes_done,
-    bytes_total, tensor)`` is called after each tensor; what it raises ends the merge, which the
-    same call continues; True draws a bar on stderr. ``device``: "cpu", "cuda" or "auto", with the
-    same bits; ``gpu_memory``: bytes of tensors in flight on each GPU. ``io``: "auto" writes past
-    the page cache where the file system can, "direct" always, "buffered" never;
-    ``max_shard_bytes``: of one weight file. ``check``: first whether transformers' own class loads
-    what would be written, which takes torch, transformers and accelerate. ``keep_paths``: card,
-    recipe and lineage name the local folders as the recipe does, and not only what these are
-    called. ``part``: (i, n), "i/n" or "auto" (by SLURM's array or RANK and WORLD_SIZE): only the
-    i-th of n shares of the weight files; `finish` joins them, to the bytes of a merge without
-    parts. ``out`` may be the URL of an object store (docs/remote.md). ``cluster``: "auto" or the
-    address of a Ray cluster, whose nodes merge the parts; all of them see ``out`` and the models
-    under these paths (docs/parts.md). Raises FastmergeError.
+    ``threads``: of the CPU's pool, 1 to 1024, default FASTMERGE_NUM_THREADS or every CPU.
+    ``memory_limit``: bytes of anonymous memory, 64 MiB or more. ``device``: "cpu", "cuda" or
+    "auto", with the same bits; ``gpu_memory``: bytes of tensors in flight on each GPU. ``io``:
+    "auto" writes past the page cache where the file system can, "direct" always, "buffered" never;
+    ``max_shard_bytes``: bytes of one weight file at most.
+
+    ``overwrite``: replace an ``out`` that is there, once the new one is complete; ``fresh``: ignore
+    the working folder of an interrupted run, which the same call else continues. ``progress``: True
+    for a bar on stderr, or a function of bytes done, bytes in all and a tensor's name, called after
+    each tensor; what it raises ends the merge. ``check``: see first whether transformers' own class
+    loads what would be written, which takes torch, transformers and accelerate. ``keep_paths``:
+    card, recipe and lineage name the local folders as the recipe does, and not only what these are
+    called. ``part``: (i, n), "i/n" or "auto" (by SLURM's array or RANK and WORLD_SIZE), to merge
+    the i-th of n shares of the weight files alone; `finish` joins them, to the bytes of a merge
+    without parts. ``cluster``: "auto" or the address of a Ray cluster, whose nodes merge the parts;
+    all of them see ``out`` and the models under these paths (docs/parts.md).
+
+    Returns a `MergeReport`. Raises RecipeError, ModelError, UnsupportedError as `plan` does,
+    OutputError for what stands at ``out``, ResourceError for what the machine lacks, FastmergeError
+    for another argument; all but a disk that fills up and a model that changes before a weight is
+    written.
 
     The logger "fastmerge" says what is merged where, and each note (INFO), and which tensors have
     NaN or infinite values (WARNING).
@@ -338,10 +352,14 @@ def check_part(decided: Plan | AdapterMerge, part: object) -> None:
 @enough_memory("finish")
 def finish(out: str | Path, *, overwrite: bool = False) -> FinishReport:
     """Joins the parts that `merge` wrote for the folder ``out``: checks that all are there, done,
-    and of one plan, writes index, config, card and lineage, and shows the folder, whole, in the
-    place of one that is there where ``overwrite`` is True. It needs no recipe and no model, may be
-    run again after a kill, and reads no weights (`verify` does). Raises FastmergeError, which names
-    the parts that are missing.
+    and of one plan, writes index, config, card and lineage, and shows the folder, whole. It needs
+    no recipe and no model, may be run again after a kill, and reads no weights (`verify` does).
+
+    ``out``: the path or URL that the parts were merged to. ``overwrite``: replace a folder that is
+    there.
+
+    Returns a `FinishReport`. Raises OutputError for parts that are missing, which it names, or not
+    of one plan, FastmergeError for another argument.
     """
     from fastmerge.engine.join import finish as join
     from fastmerge.engine.join import joined_before
@@ -376,13 +394,17 @@ def fold(
     **options: Unpack[MergeOptions],
 ) -> MergeReport:
     """Writes the model ``base`` with the LoRA ``adapter`` on it to the new folder ``out``: what
-    PEFT's merge_and_unload makes, W + s B A, in fp32 and rounded once.
+    PEFT's merge_and_unload makes, W + s B A (Hu et al. 2021, arXiv:2106.09685), in fp32 and rounded
+    once.
 
-    base, adapter: folders or Hub ids; the adapter as PEFT saves it. dtype: of the output, default
-    the base's (of codes in fp8 or MXFP4 what its config names; "as_base" writes codes and scales
-    again). options: the keyword arguments of `merge`, which it is, of the recipe
-    ``base+adapter`` alone. Raises FastmergeError, before anything is written where the adapter is
-    not for this base.
+    ``base``, ``adapter``: folders or Hub ids; the adapter as PEFT saves it. ``out``: a path or URL.
+    ``dtype``: of the output, default the base's (of codes in fp8 or MXFP4 what its config names;
+    "as_base" writes codes and scales again). ``options``: the keyword arguments of `merge`, which
+    it is, of the recipe ``base+adapter`` alone.
+
+    Returns a `MergeReport`. Raises ModelError, before anything is written, where the adapter is not
+    for this base, UnsupportedError for an adapter of a kind that is not done, and the errors of
+    `merge`: OutputError, ResourceError, RecipeError, FastmergeError.
     """
     names = [str(a_path(value, name)) for value, name in ((base, "base"), (adapter, "adapter"))]
     with in_words(FOLDING):
@@ -408,18 +430,21 @@ def verify(
     progress: Shown = None,
     models: Mapping[str, Any] | None = None,
 ) -> Verification:
-    """Whether ``folder``, a model or an adapter, is as a merge wrote it: the sizes and sha256 of
-    its files, its headers, index and config, and the checksum of every tensor, as fastmerge.json
-    has them. Of a version that kept none of these, what could not be checked is said.
+    """Whether ``folder`` is as a merge wrote it: the sizes and sha256 of its files, its headers,
+    index and config, and the checksum of every tensor, as fastmerge.json has them. A checksum tells
+    damage, not intent: whoever can change the weights can change fastmerge.json.
 
-    ``against``: a recipe or plan that it is compared with too: names, types and shapes, config and
-    side files, and ``sample`` tensors drawn at random (None: all) made again and compared bit for
-    bit; where the recipe has no seed, with the one that the folder was written with. ``models``:
-    what names in that recipe stand for, by name. ``threads``: pool size, default
+    ``folder``: of a model or an adapter, on this machine. ``against``: a recipe or plan that it is
+    compared with too: names, types and shapes, config and side files, and ``sample`` tensors made
+    again and compared bit for bit; where the recipe has no seed, with the one that the folder was
+    written with. ``sample``: how many tensors, drawn at random; None for all. ``models``: what
+    names in that recipe stand for, by name. ``threads``: of the CPU's pool, default
     FASTMERGE_NUM_THREADS or every CPU. ``progress``: True for a bar on stderr, or a function of
-    bytes done, bytes in all and a tensor's name. What differs is in the result, one entry for each
-    file or tensor; FastmergeError is raised where nothing can be compared. A checksum tells damage,
-    not intent: whoever can change the weights can change fastmerge.json.
+    bytes done, bytes in all and a tensor's name.
+
+    Returns a `Verification`: what differs, one entry for each file or tensor, and what could not be
+    checked, of a version that kept less. Raises ModelError where ``folder`` is none that fastmerge
+    wrote, UnsupportedError for a URL, FastmergeError for another argument.
     """
     from fastmerge.engine.verify import verify_folder
 
@@ -450,12 +475,17 @@ def verify(
 
 @enough_memory("check")
 def check(recipe: Source, *, seed: int | None = None) -> Plan:
-    """The plan of ``recipe`` (`plan` says what that may be), where transformers' own class loads
-    what it would write: no tensor missing, of another shape or without a place. ``seed``: in place
-    of the recipe's. Reads no weights; nothing of the models' own code is run.
+    """The plan of ``recipe``, where transformers' own class loads what it would write: no tensor
+    missing, of another shape or without a place. Reads no weights; nothing of the models' own code
+    is run.
 
-    Raises FastmergeError where that is not so, where transformers does not know the config's class,
-    or where torch, transformers or accelerate are missing.
+    ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
+    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
+    recipe's.
+
+    Returns the `Plan`. Raises ModelError where it would not load, UnsupportedError where
+    transformers does not know the config's class, ResourceError where torch, transformers or
+    accelerate are missing, and the errors of `plan`: RecipeError, FastmergeError.
     """
     decided = plan(recipe, seed=seed)
     check_loading(decided)
@@ -470,16 +500,22 @@ def materialise(
     models: Mapping[str, Any] | None = None,
     as_: Literal["bits", "numpy", "ml_dtypes", "torch"] = "bits",
 ) -> Iterator[tuple[str, Any]]:
-    """Every tensor that ``merge`` would write, in memory and one after another: (name, array).
+    """Every tensor that ``merge`` would write, in memory and one after another; a few are computed
+    ahead.
 
-    ``recipe``: a path, YAML text, a mapping, a list of mappings or a plan. ``seed``: in place of
-    the recipe's. ``models``: what names in the recipe stand for, by name. ``threads``: pool size,
-    default FASTMERGE_NUM_THREADS or every CPU.
+    ``recipe``: a path, YAML text, a mapping, a list of mappings (several documents), or what `plan`
+    gave. ``seed``: a whole number in [0, 2^64) from which methods that draw do so, in place of the
+    recipe's. ``models``: what names in the recipe stand for, by name: a folder, a state dictionary,
+    a module, or an object with the protocol `fastmerge.models.model.Model`; names that are not in
+    it are folders, URLs or names on the Hub, as ever. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. ``as_``: what is yielded. "bits": float64, float32 or
+    float16 arrays, bfloat16 as its bits in uint16; of types that are only copied, raw bytes (uint8,
+    one axis). "numpy": numbers, of NumPy's types, bfloat16 widened to float32. "ml_dtypes":
+    bfloat16 and float8 as that package's types. "torch": tensors on the CPU. What has no type there
+    stays raw bytes.
 
-    ``as_`` "bits": arrays are float64, float32 or float16, bfloat16 as its bits in uint16; of types
-    that are only copied, raw bytes (uint8, one axis). "numpy": numbers, of NumPy's types, bfloat16
-    widened to float32. "ml_dtypes": bfloat16 and float8 as that package's types. "torch": tensors.
-    What has no type there stays raw bytes. A few tensors are computed ahead. Raises FastmergeError.
+    Yields (name, array). Raises RecipeError, ModelError, UnsupportedError as `plan` does,
+    ResourceError for a package that ``as_`` needs, FastmergeError for another argument.
     """
     kind = one_of(as_, ("bits", "numpy", "ml_dtypes", "torch"), "as_")
     decided = plan(recipe, seed=seed, models=models)

@@ -55,16 +55,22 @@ def average(
     dtype: str | None = None,
     **options: Unpack[api.MergeOptions],
 ) -> MergeReport:
-    """Writes the average of ``models`` to the new folder ``out``: sum w_i x_i / sum w_i, in fp32
-    and rounded once.
+    """Writes the average of ``models`` to the new folder ``out``: sum w_i x_i / sum w_i (Wortsman
+    et al. 2022, arXiv:2203.05482), in fp32 and rounded once. Config and tokenizer are the first
+    model's.
 
-    models: folders, .safetensors files, PyTorch distributed checkpoints (``.distcp``) or Hub ids;
-    with ``pattern``, folders of such, of which those whose names fit take part, in natural order
-    (``checkpoint-*``). last: only the last so many. weights: one each, default 1. ema: a decay d
-    between 0 and 1 instead, m_i = d m_{i-1} + (1 - d) x_i from m_0 = x_0 on. dtype: of the output,
-    default the models' own (of codes in fp8 or MXFP4 what their config names; "as_base" writes
-    codes and scales again). options: the keyword arguments of `merge`, which it is, of the recipe
-    that `average_recipe` makes. Config and tokenizer are the first model's. Raises FastmergeError.
+    ``models``: folders, .safetensors files, PyTorch distributed checkpoints (``.distcp``) or Hub
+    ids. ``out``: a path or URL. ``weights``: one number each, default 1. ``last``: how many of the
+    last count. ``ema``: in place of weights a decay d between 0 and 1, m_i = d m_{i-1} + (1 - d)
+    x_i from m_0 = x_0 on. ``pattern``: ``models`` are folders of checkpoints, of which those whose
+    names fit take part, in natural order (``checkpoint-*``). ``dtype``: of the output, default the
+    models' own (of codes in fp8 or MXFP4 what their config names; "as_base" writes codes and scales
+    again). ``options``: the keyword arguments of `merge`, which it is, of the recipe that
+    `average_recipe` makes.
+
+    Returns a `MergeReport`. Raises FastmergeError for models, weights or a decay that do not go
+    together, UnsupportedError for an adapter, and the errors of `merge`: RecipeError, ModelError,
+    OutputError, ResourceError.
     """
     recipe = average_recipe(
         models, weights=weights, last=last, ema=ema, pattern=pattern, dtype=dtype

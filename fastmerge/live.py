@@ -126,14 +126,19 @@ def merge_into(
     observe: OnTensor | None = None,
 ) -> dict[str, Outcome]:
     """Merges ``plan`` into ``model``'s parameters: what a folder written from it would hold.
+    Parameters on the CPU are filled by the CPU kernels, and so are a GPU's where ``observe`` is to
+    see every tensor, and those whose rows come from several places.
 
-    ``keep``: where a GPU model's sources stay between calls, "device" or "pinned"; with "pinned"
-    they pass through ``gpu_memory`` bytes of the device, as do the numbers that adapted weights and
-    codes stand for; "auto" is the device where they fit, and warns where they do not. `forget` lets
-    go of them. Parameters on the CPU are filled by the CPU kernels (``threads``), and so are a
-    GPU's where ``observe`` is to see every tensor, and those whose rows come from several places.
-    Returns what each tensor came to. Raises FastmergeError where plan and model do not fit, before
-    any parameter changes.
+    ``model``: a torch module. ``plan``: of `fastmerge.plan`. ``keep``: where a GPU model's sources
+    stay between calls, "device" or "pinned"; "auto" is the device where they fit, and warns where
+    they do not; `forget` lets go of them. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. ``gpu_memory``: bytes of the device that pinned sources pass
+    through, as do the numbers that adapted weights and codes stand for. ``observe``: a function of
+    the tensor's plan and its array, called for each.
+
+    Returns what each tensor came to, by name. Raises, before any parameter changes, ModelError
+    where plan and model do not fit, UnsupportedError for what is not done in place, FastmergeError
+    for another argument; ResourceError where the GPU has no room, perhaps half-way, which it says.
     """
     import torch
 
@@ -306,7 +311,11 @@ def _warn(what: str) -> None:
 
 
 def forget(model: Any) -> None:
-    """Lets go of the sources that were kept for ``model``."""
+    """Lets go of the sources that `merge_into` kept for ``model``.
+
+    ``model``: a torch module; one for which nothing is kept is no error. Raises FastmergeError for
+    anything else.
+    """
     _HELD.pop(_a_module(model), None)
 
 

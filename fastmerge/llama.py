@@ -36,14 +36,19 @@ if TYPE_CHECKING:
     from fastmerge.live import OnTensor
     from fastmerge.planning.plan import Plan
 
+__all__ = ["load", "load_merged", "load_tokenizer", "merge_into"]
+
 
 def load(path: str | Path, **kwargs: Any) -> Any:
-    """The causal language model in the local folder ``path``, in evaluation mode (LlamaForCausalLM
-    for llama).
+    """The causal language model in the folder ``path``; nothing is downloaded.
 
-    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``; ``dtype`` defaults to the stored
-    type. Nothing is downloaded. Raises FastmergeError where the folder is no model or where it
-    lacks a weight (transformers alone would fill it with random numbers and go on).
+    ``path``: a folder of this machine. ``kwargs``: go to ``AutoModelForCausalLM.from_pretrained``;
+    ``dtype`` defaults to the stored type.
+
+    Returns the model in evaluation mode (LlamaForCausalLM for llama). Raises ModelError where the
+    folder is no model or lacks a weight (transformers alone would fill it with random numbers and
+    go on), ResourceError where torch or transformers are missing, FastmergeError for what is no
+    path.
     """
     transformers = _transformers()
     folder = _model_folder(path)
@@ -72,13 +77,20 @@ def load_merged(
     observe: OnTensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The model that ``recipe`` (text, path or dict) describes, merged in memory, in evaluation
-    mode.
+    """The model that ``recipe`` describes, merged in memory: the same weights, bit for bit, as
+    `fastmerge.merge` followed by `load`. The merged tensors become the model's parameters without a
+    copy, so memory stays at one model.
 
-    The same weights, bit for bit, as ``fastmerge.merge`` followed by `load`: the merged tensors
-    become the model's parameters without a copy, so memory stays at one model. ``seed`` overrides
-    the recipe's; ``observe`` sees every merged tensor; ``kwargs`` (``dtype``, ``device_map``,
-    ``attn_implementation``, ...) go to the model class's ``from_pretrained``.
+    ``recipe``: a path, YAML text, a mapping, a list of mappings, or what `fastmerge.plan` gave.
+    ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU. ``seed``: a whole
+    number in [0, 2^64) from which methods that draw do so, in place of the recipe's. ``observe``: a
+    function of the tensor's plan and its array, called for every merged tensor. ``kwargs``: go to
+    ``from_pretrained`` of the model's class (``dtype``, ``device_map``, ``attn_implementation``,
+    ...).
+
+    Returns the model in evaluation mode. Raises RecipeError, ModelError, UnsupportedError as
+    `fastmerge.plan` does, ModelError for a model that transformers would have to complete,
+    ResourceError where torch or transformers are missing, FastmergeError for another argument.
     """
     transformers = _transformers()
     from fastmerge import api, live
@@ -108,13 +120,19 @@ def merge_into(
     threads: int | None = None,
     seed: int | None = None,
 ) -> None:
-    """Merges into the live ``model`` in place, on the device where it is.
+    """Merges into the live ``model`` in place, on the device where it is: its parameters get what
+    `load_merged` gives, bit for bit, and keep their type.
 
-    recipe: text, path or dict; or coefficients, {model folder: number}, for the plain weighted sum
-    of those models. The parameters get what `load_merged` gives, bit for bit, and keep their type.
-    A GPU model's sources are kept for the next call: ``keep`` "device" or "pinned" memory, or
-    "auto", which warns where it must pin; ``fastmerge.live.forget(model)`` lets go of them. Raises
-    FastmergeError where recipe and model do not fit, before anything changes.
+    ``model``: a torch module. ``recipe``: a path, YAML text, a mapping, a list of mappings, or what
+    `fastmerge.plan` gave, or coefficients, {model folder: number}, for the plain weighted sum of
+    those models. ``keep``: where a GPU model's sources stay for the next call, "device" or "pinned"
+    memory, or "auto", which warns where it must pin; ``fastmerge.live.forget(model)`` lets go of
+    them. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU. ``seed``: a
+    whole number in [0, 2^64) from which methods that draw do so, in place of the recipe's.
+
+    Raises, before anything changes, ModelError where recipe and model do not fit, RecipeError,
+    UnsupportedError as `fastmerge.plan` does, ResourceError where torch or transformers are
+    missing, FastmergeError for another argument.
     """
     _transformers()
     from fastmerge import api, live
@@ -127,7 +145,15 @@ def merge_into(
 
 
 def load_tokenizer(source: Source, **kwargs: Any) -> Any:
-    """The tokenizer of a model folder, or the one that a recipe's merge would take over."""
+    """The tokenizer of a model folder, or the one that a recipe's merge would take over.
+
+    ``source``: a folder of this machine, or a recipe as `fastmerge.plan` takes it. ``kwargs``: go
+    to ``AutoTokenizer.from_pretrained``.
+
+    Returns the tokenizer. Raises ModelError where there is none that loads, RecipeError,
+    UnsupportedError as `fastmerge.plan` does, ResourceError where torch or transformers are
+    missing.
+    """
     transformers = _transformers()
     from fastmerge import api
 

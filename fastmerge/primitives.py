@@ -42,11 +42,13 @@ VOTES = WEIGHTED, PLAIN, FREQUENCY = range(3)  # of an election
 
 @dataclass(frozen=True)
 class Agreement:
-    """How `consensus` makes one delta of several weighted ones: of those whose sign was elected
-    (``elect``) or of all, divided by their weights' sum (``normalize``) or not, times ``scale``.
-    ``origin``: the flat index of the first element, where a tensor is part of something longer.
-    ``votes``: the sign elected is that of the sum of the weighted deltas, of the deltas as they are
-    (PLAIN), or of their signs (FREQUENCY). ``counted``: divided by how many they are instead.
+    """How one delta is made of several weighted ones.
+
+    ``elect``: of those alone whose sign was elected. ``normalize``: divided by the sum of their
+    weights. ``scale``: the factor on the result. ``origin``: the flat index of the first element,
+    where a tensor is part of something longer. ``votes``: the sign elected is that of the sum of
+    the deltas, WEIGHTED or as they are (PLAIN), or of their signs (FREQUENCY). ``counted``: divided
+    by how many they are instead.
     """
 
     elect: bool

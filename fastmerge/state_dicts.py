@@ -72,25 +72,26 @@ def merge_state_dicts(
     threads: int | None = None,
 ) -> Any:
     """Every tensor of ``models`` merged with its namesakes, by any method of `fastmerge methods`.
+    Tensors that are one memory in every model are merged once and are one in the result; integers
+    are copied where all models agree. Beside the result only a few tensors are held.
 
-    models: state dictionaries (torch tensors or NumPy arrays), modules, or folders, by id, or in a
-    list, whose ids are 0, 1, ... base: the id of one. parameters: by their names in recipes; what
-    each model has its own of (``weight``, ``density``) as one value, as a list in the models'
-    order, without a base that the method keeps apart, or by id; a value may be a recipe's gradient
-    (by id) or its list of filters.
-    strict: models whose names differ are refused, else what all have is merged. dtype, out_dtype:
-    of the result (torch's or their names); the arithmetic is float32, or float64 where ``dtype``
-    or an input's type is that, and the default the inputs' type. seed: of methods that draw; by
-    default it follows from the call.
+    ``models``: state dictionaries (torch tensors or NumPy arrays), modules, or folders, by id, or
+    in a list, whose ids are 0, 1, ... ``method``: its name, or its row. ``base``: the id of one.
+    ``parameters``: values by their names in recipes; what each model has its own of (``weight``,
+    ``density``) is one value, a list in the models' order, without a base that the method keeps
+    apart, or values by id; a value may be a recipe's gradient (by id) or its list of filters.
+    ``strict``: models whose names differ are refused; False merges what all have. ``dtype``,
+    ``out_dtype``: of the result (torch's or their names), default the inputs'; the arithmetic is
+    float32, or float64 where ``dtype`` or an input's type is that. ``seed``: a whole number in [0,
+    2^64) for methods that draw; by default it follows from the call. ``out``: a dictionary of
+    tensors to write into, or a module whose parameters are filled; it may be one of the models.
+    ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
 
-    out: None for a new dictionary, in the first model's order, of torch tensors (NumPy arrays where
-    the first model has those); or a dictionary of tensors to write into, or a module whose
-    parameters are filled; it is returned, and may be one of the models. Tensors that are one memory
-    in every model are merged once and are one in the result. Integers are copied where all models
-    agree. Beside the result only a few tensors are held. Results carry no gradient. threads: pool
-    size, default FASTMERGE_NUM_THREADS or every CPU.
-
-    Raises FastmergeError, where possible before anything is written.
+    Returns ``out``, or where that is None a new dictionary, in the first model's order, of torch
+    tensors (NumPy arrays where the first model has those), which carry no gradient. Raises, where
+    possible before anything is written, RecipeError for the method or a value, ModelError for
+    tensors that do not fit, UnsupportedError for what is not merged, FastmergeError for another
+    argument.
     """
     refuse_traces("merge_state_dicts", "record calls of fastmerge.ops, tensor by tensor")
     row = find(a_text(getattr(method, "name", method), "method"), "method")

@@ -20,9 +20,7 @@ _EACH = Parameter("coefficient", float, REQUIRED, "")
 
 
 def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:
-    """Inner products, float64 (k, k); with ``base`` of [base, x_1 - base, ...], shape (k + 1, k +
-    1).
-    """
+    """`fastmerge.ops.gram`, at once."""
     tensors = a_list(tensors, "gram: tensors")
     if not tensors:
         raise FastmergeError("gram: no tensors")
@@ -40,7 +38,7 @@ def combine(
     out: T | None = None,
     threads: int | None = None,
 ) -> T:
-    """sum_i c_i x_i: fp32 FMA in order, one rounding; an input with coefficient 0 is not read."""
+    """`fastmerge.ops.combine`, at once."""
     given: Sequence[T] = a_list(tensors, "combine: tensors")
     where = "combine: coefficients"
     coefficients = a_list(plain(coefficients, where), where)
@@ -81,13 +79,19 @@ def coefficient_gradients(
     *,
     threads: int | None = None,
 ) -> dict[str, Float64]:
-    """What a loss loses by each coefficient of a merge: of every tensor in ``grads``, the loss's
-    gradient by the merged tensor, d loss / d c_i = <grad, x_i> for ``merged = sum_i c_i x_i``, or
-    <grad, x_i - base> for ``merged = base + sum_i c_i (x_i - base)``.
+    """What a loss loses by each coefficient of a merge: d loss / d c_i = <grad, x_i> for ``merged =
+    sum_i c_i x_i``, or <grad, x_i - base> for ``merged = base + sum_i c_i (x_i - base)`` (the chain
+    rule).
 
-    ``models`` and ``base`` hold tensors of the gradients' names and shapes; what they hold besides
-    is left alone. Each is read once; products of fp32 are summed in float64. Returns float64 (k,)
-    by name, in the order of ``grads``: their sum is the gradient by one coefficient for all.
+    ``grads``: the loss's gradients by the merged tensors, by name; float32, float16 or bfloat16.
+    ``models``: k mappings that hold tensors of those names and shapes; what they hold besides is
+    left alone. ``base``: one more, or None. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. Each tensor is read once; products of fp32 are summed in
+    float64.
+
+    Returns float64 arrays of shape (k,) by name, in the order of ``grads``; their sum is the
+    gradient by one coefficient for all tensors. Raises UnsupportedError for a type or within
+    torch.jit.trace, FastmergeError for names, shapes or counts that do not fit.
     """
     refuse_traces("coefficient_gradients", "call it beside the recorded program")
     models = a_list(models, "coefficient_gradients: models")

@@ -18,19 +18,24 @@ from fastmerge.output.whole import Lineage
 
 @dataclass(frozen=True)
 class FinishReport:
-    """What `finish` did. ``bytes_written``: of weight files, by the parts; ``nonfinite`` counts NaN
-    and Inf by output tensor.
+    """What `finish` did.
+
+    ``out``: the folder. ``seconds``: that it took. ``parts``: how many were joined; 0: an earlier
+    run had, and could not upload them. ``files``: of weights. ``bytes_written``: of weight files,
+    by the parts. ``tensors``: of the model. ``nonfinite``: how many NaN and Inf, by output tensor,
+    where there are any. ``notes``: what there is to say. ``url``: of the store that it was uploaded
+    to; "" where it is in the folder ``out``.
     """
 
     out: Path
     seconds: float
-    parts: int  # 0: joined by an earlier run, which could not upload them
-    files: int  # of weights
+    parts: int
+    files: int
     bytes_written: int
     tensors: int
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
+    url: str = ""
 
     def __repr__(self) -> str:
         return in_a_line(
@@ -38,7 +43,7 @@ class FinishReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """Returns the report as JSON can hold it."""
         return {**asdict(self), "out": str(self.out)}
 
 

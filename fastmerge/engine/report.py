@@ -19,8 +19,16 @@ Observer = Callable[[TensorPlan, Outcome], None]  # from the thread that compute
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. Bytes are of tensor data; ``nonfinite`` counts NaN and Inf by output
-    tensor.
+    """What a merge did; bytes are of tensor data.
+
+    ``out``: the folder. ``seconds``: planning left out. ``bytes_read``, ``bytes_written``: by this
+    run. ``tensors``: of the output. ``resumed``: tensors that an interrupted run had finished.
+    ``threads``: of the pool. ``isa``, ``backend``: the instruction set, and "cpu" or "triton".
+    ``io``: "direct" or "buffered". ``seed``: what was drawn from, None where nothing was.
+    ``peak_anonymous_bytes``: the most that the process was seen with. ``nonfinite``: how many NaN
+    and Inf, by output tensor, where there are any. ``notes``: what was decided that the recipe does
+    not say. ``part``: which one of how many, as 2/7; "" for all. ``url``: of the store that it was
+    uploaded to; "" where it is in the folder ``out``.
     """
 
     out: Path
@@ -28,24 +36,24 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     tensors: int
-    resumed: int  # tensors that an interrupted run had finished
+    resumed: int
     threads: int
     isa: str
     backend: str
-    io: str  # "direct" or "buffered"
+    io: str
     seed: int | None
     peak_anonymous_bytes: int
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    part: str = ""  # which one of how many, as 2/7; "" for all
-    url: str = ""  # of the store that it was uploaded to; "": it is in the folder ``out``
+    part: str = ""
+    url: str = ""
 
     def __repr__(self) -> str:
         return in_a_line(self, "out", "tensors", "bytes_written", "seconds", "nonfinite", "notes")
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> MergeReport:
-        """From what `as_dict` gave."""
+        """A report again. ``said``: what `as_dict` gave. Returns one that is equal to that."""
         values = {each.name: said[each.name] for each in fields(cls)}
         return cls(**values | {"out": Path(said["out"]), "notes": tuple(said["notes"])})
 
@@ -55,7 +63,7 @@ class MergeReport:
         return (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """Returns the report as JSON can hold it."""
         values = asdict(self)
         values["out"] = str(self.out)
         values["gigabytes_per_second"] = round(self.gigabytes_per_second, 3)

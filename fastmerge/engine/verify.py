@@ -45,17 +45,25 @@ Planner = Callable[[int | None], Plan]  # of a seed, or of the recipe's own
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. ``unchecked``: what could not be checked, and why, a sentence each."""
+    """What `verify` found.
+
+    ``folder``: that was looked at. ``differences``: one for each file or tensor, its name and what
+    is wrong. ``more_differences``: how many beyond the 10 000 that are kept. ``unchecked``: what
+    could not be checked, and why, a sentence each. ``files``: compared with what the lineage says
+    of them, or the recipe where there is none. ``tensors``: in the folder. ``checked``: tensors of
+    which every byte was read for its checksum. ``recomputed``: names of tensors that were made
+    again from the recipe. ``version``: of fastmerge, that wrote the folder, or None.
+    """
 
     folder: Path
     differences: tuple[Difference, ...]
-    more_differences: int  # beyond the 10 000 that are kept
+    more_differences: int
     unchecked: tuple[str, ...]
-    files: int  # compared with what the lineage says of them, or the recipe where there is none
-    tensors: int  # in the folder
-    checked: int  # tensors of which every byte was read for its checksum
-    recomputed: tuple[str, ...]  # tensors that were made again from the recipe
-    version: str | None  # of fastmerge, that wrote the folder
+    files: int
+    tensors: int
+    checked: int
+    recomputed: tuple[str, ...]
+    version: str | None
 
     def __repr__(self) -> str:
         return in_a_line(
@@ -68,7 +76,7 @@ class Verification:
         return not self.differences
 
     def as_dict(self) -> dict[str, Any]:
-        """The findings as JSON can hold them."""
+        """Returns the findings as JSON can hold them."""
         values = asdict(self)
         values["folder"] = str(self.folder)
         return values | {"whole": self.whole}

@@ -35,11 +35,15 @@ class Scorer(Protocol):
         """What scored, in words, for the report."""
 
     def has(self, split: str) -> bool:
-        """Whether there are items of ``split``."""
+        """Whether there are items of a split. ``split``: 'steer' or 'holdout'. Returns True where
+        there are.
+        """
 
     def score(self, weights: Weights, split: str, limit: int | None = None) -> Scores:
-        """Scores in percent, higher is better; at most ``limit`` items a task. Raises
-        FastmergeError, one line, where the weights cannot be scored.
+        """Scores one state. ``weights``: of it, as a module, a state dictionary or a folder.
+        ``split``: 'steer' or 'holdout'. ``limit``: items a task at most, None for all. Returns
+        scores in percent, higher is better. Raises FastmergeError, one line, where the weights
+        cannot be scored.
         """
 
 
@@ -60,10 +64,12 @@ _UNREAD: dict[str, Callable[[Evaluate, Path], Unread | None]] = {
 
 
 def register(key: str, make: Maker) -> None:
-    """Lets an `evaluate` section say ``key: ...`` for what scores: ``make(settings, folder,
-    tokenizer_folder)`` is the scorer; ``settings.registered[key]`` is what the section says.
-    ``settings.at(key)`` is its place in the file, for errors. Raises FastmergeError for a key that
-    means something already.
+    """Lets an `evaluate` section say ``key: ...`` for what scores.
+
+    ``key``: a word that means nothing yet. ``make``: a function of the settings, the folder of
+    their file and the folder whose tokenizer the models use, that gives the `Scorer`;
+    ``settings.registered[key]`` is what the section says, ``settings.at(key)`` its place in the
+    file, for errors. Raises FastmergeError for a key that means something already.
     """
     if key in _MAKERS or key in Evaluate.fields:
         raise FastmergeError(f"register: '{key}' of an evaluate section is taken; use another key")

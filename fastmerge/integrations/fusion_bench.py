@@ -30,6 +30,8 @@ from fastmerge.integrations.replacement import Places, Replacement
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["install", "installed", "uninstall"]
+
 _MODULE = "fusion_bench.utils.state_dict_arithmetic"
 StateDict = Mapping[str, Any]
 
@@ -133,7 +135,10 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    """`install` for the time of a ``with``; where it was installed before, it stays so. Returns the
+    context manager. Raises ResourceError and UnsupportedError, when it is entered, as `install`
+    does.
+    """
     return _replacement.installed()
 
 

@@ -97,16 +97,20 @@ def run_merge(
     """Merges ``merge_config`` into the folder ``out_path``, as ``mergekit.merge.run_merge`` is
     called.
 
-    merge_config: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes. out_path: a
-    model folder that is there, or what a merge wrote, is replaced (not with ``overwrite`` False)
-    once the new one is whole; it may lie in the folder of an input. options: a MergeOptions, or a
-    mapping or argparse.Namespace of its names. Of these, ``device`` (``cuda:N`` too), ``cuda``,
+    ``merge_config``: a MergeConfiguration, or any recipe that ``fastmerge.merge`` takes.
+    ``out_path``: a model folder that is there, or what a merge wrote, is replaced once the new one
+    is whole; it may lie in the folder of an input. ``options``: a MergeOptions, or a mapping or
+    argparse.Namespace of its names. Of these, ``device`` (``cuda:N`` too), ``cuda``,
     ``num_threads``, ``out_shard_size`` (bytes), ``random_seed``, ``transformers_cache``,
     ``copy_tokenizer``, ``write_model_card`` and ``unsafe_truncate_embeddings`` are followed; those
-    that only change how mergekit works are accepted, the others refused by name.
-    config_source: the recipe as its author wrote it, kept as ``mergekit_config.yml`` but for the
-    local paths in it (``keep_paths``: with them). Raises FastmergeError before anything is
-    written; those about recipe and models are ValueErrors too, as mergekit's are.
+    that only change how mergekit works are accepted, the others refused by name. ``config_source``:
+    the recipe as its author wrote it, kept as ``mergekit_config.yml`` but for the local paths in it
+    (``keep_paths``: with them). ``overwrite``: False refuses a folder that is there. ``progress``:
+    a function of bytes done, bytes in all and a tensor's name.
+
+    Returns a `MergeReport`. Raises, before anything is written, RecipeError, ModelError and
+    UnsupportedError, which are ValueErrors too, as mergekit's are, OutputError for what stands at
+    ``out_path``, FastmergeError for another argument.
     """
     try:
         plan, arguments = prepared(merge_config, out_path, options, config_source, keep_paths)

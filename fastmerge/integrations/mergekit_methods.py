@@ -29,6 +29,8 @@ from fastmerge.methods import METHODS, Method
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["install", "installed", "uninstall"]
+
 _NAME = "_execute_resolved"
 _WIDER = ("arcee_fusion", "ramplus_tl")  # whose results are float32 in mergekit, of any inputs
 
@@ -60,7 +62,10 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    """`install` for the time of a ``with``; where it was installed before, it stays so. Returns the
+    context manager. Raises ResourceError and UnsupportedError, when it is entered, as `install`
+    does.
+    """
     return _replacement.installed()
 
 

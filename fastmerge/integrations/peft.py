@@ -32,6 +32,8 @@ from fastmerge.integrations.value_errors import as_value_error
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["install", "installed", "uninstall"]
+
 _MODULES = ("peft.utils.merge_utils", "peft.tuners.lora.model")  # that hold the functions by name
 _VOTES = {"total": "plain", "frequency": "frequency"}
 _NOT_OURS = ("float64", "complex64", "complex128")
@@ -152,7 +154,10 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    """`install` for the time of a ``with``; where it was installed before, it stays so. Returns the
+    context manager. Raises ResourceError and UnsupportedError, when it is entered, as `install`
+    does.
+    """
     return _replacement.installed()
 
 

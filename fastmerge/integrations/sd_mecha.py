@@ -40,6 +40,8 @@ from fastmerge.methods import METHODS, REQUIRED, Method, Parameter
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["install", "installed", "methods", "uninstall"]
+
 _PREFIX = "fastmerge_"
 _DEFAULTS = {"weight": 1.0}  # of what a recipe must give
 
@@ -58,7 +60,11 @@ def _package() -> Any:
 
 @cache  # an identifier is registered once
 def methods() -> Mapping[str, Any]:
-    """Every method of the table as a merge method of sd-mecha's, by name; registered there."""
+    """Every method of the table as a merge method of sd-mecha's, registered there.
+
+    Returns them by name. Raises ResourceError where sd_mecha is not installed, UnsupportedError
+    where it registers no such methods.
+    """
     package = _package()
     return {row.name: _registered(package, row) for row in METHODS.values()}
 
@@ -211,7 +217,10 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    """`install` for the time of a ``with``; where it was installed before, it stays so. Returns the
+    context manager. Raises ResourceError and UnsupportedError, when it is entered, as `install`
+    does.
+    """
     return _replacement.installed()
 
 

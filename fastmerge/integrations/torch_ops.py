@@ -33,19 +33,33 @@ from fastmerge.methods.weights import cancel, sum_to_zero
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["combine", "gram", "linear", "nuslerp", "slerp", "task_arithmetic"]
+
 Weights = Any  # a tensor, or numbers
 
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Weights) -> torch.Tensor:
-    """sum_i c_i x_i of tensors of one shape, in their type, fp32 where those differ; coefficients
-    (k,). An input with coefficient 0 is not read. Raises FastmergeError for what does not fit.
+    """sum_i c_i x_i, by fused multiply-adds of fp32, rounded once.
+
+    ``tensors``: k torch tensors of one shape, float32, float16 or bfloat16. ``coefficients``: k
+    numbers, or a tensor of shape (k,); an input whose own is 0 is not read.
+
+    Returns a torch tensor of their shape and type (float32 where types differ). Raises RecipeError
+    for a value, UnsupportedError for a type or forward mode, FastmergeError for shapes or counts
+    that do not fit.
     """
     return _combined(tensors, _numbers(coefficients, "combine", tensors), "combine")
 
 
 def gram(tensors: Sequence[torch.Tensor], *, base: torch.Tensor | None = None) -> torch.Tensor:
-    """Inner products, float64 (k, k) on the CPU; with ``base`` of [base, x_1 - base, ...], shape
-    (k + 1, k + 1).
+    """Inner products <x_i, x_j>: products of fp32, summed in float64.
+
+    ``tensors``: k torch tensors of one shape, float32, float16 or bfloat16. ``base``: of that
+    shape, or None.
+
+    Returns a float64 tensor of shape (k, k) on the CPU; with ``base`` that of [base, x_1 - base,
+    ...], of shape (k + 1, k + 1). Raises UnsupportedError for a type or forward mode,
+    FastmergeError for shapes that differ.
     """
     return _products(tensors, base, "gram")
 
@@ -53,7 +67,16 @@ def gram(tensors: Sequence[torch.Tensor], *, base: torch.Tensor | None = None) -
 def linear(
     tensors: Sequence[torch.Tensor], weights: Weights, *, normalize: bool = True
 ) -> torch.Tensor:
-    """sum_i w_i x_i, divided by sum_i w_i when ``normalize`` (Wortsman et al. 2022)."""
+    """sum_i w_i x_i, over sum_i w_i where ``normalize`` (Wortsman et al. 2022, arXiv:2203.05482).
+
+    ``tensors``: k torch tensors of one shape, float32, float16 or bfloat16. ``weights``: k numbers
+    w_i, or a tensor of shape (k,). ``normalize``: whether to divide; numbers that sum to 0 are
+    refused, of a tensor nobody looks.
+
+    Returns a torch tensor of their shape and type (float32 where types differ). Raises RecipeError
+    for a value, UnsupportedError for a type or forward mode, FastmergeError for shapes or counts
+    that do not fit.
+    """
     numbers = _numbers(weights, "linear", tensors, divided=a_flag(normalize, "linear: normalize"))
     return _combined(tensors, numbers, "linear")
 
@@ -66,8 +89,16 @@ def task_arithmetic(
     normalize: bool = False,
     lambda_: Any = 1.0,
 ) -> torch.Tensor:
-    """base + lambda sum_i w_i (x_i - base), over sum_i w_i when ``normalize`` (Ilharco et al.
-    2022).
+    """base + lambda sum_i w_i (x_i - base), over sum_i w_i where ``normalize`` (Ilharco et al.
+    2022, arXiv:2212.04089).
+
+    ``base``, ``tensors``: one and k torch tensors of one shape, float32, float16 or bfloat16.
+    ``weights``: k numbers w_i, or a tensor of shape (k,). ``normalize``: whether to divide.
+    ``lambda_``: any number, or a tensor of one.
+
+    Returns a torch tensor of their shape and type (float32 where types differ). Raises RecipeError
+    for a value, UnsupportedError for a type or forward mode, FastmergeError for shapes or counts
+    that do not fit.
     """
     import torch
 
@@ -79,8 +110,16 @@ def task_arithmetic(
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
-    """Spherical interpolation: ``t`` = 0 gives ``a``, 1 gives ``b`` (Shoemake 1985), linear where
-    |cos| > 0.9995, as in `fastmerge.ops.slerp`; there the angle has no part in the gradient.
+    """sin((1 - t) v) / sin v a + sin(t v) / sin v b, v the angle between a and b (Shoemake 1985,
+    doi:10.1145/325165.325242); linear where |cos v| > 0.9995, as in `fastmerge.ops.slerp`: there
+    the angle has no part in the gradient.
+
+    ``a``, ``b``: torch tensors of one shape, float32, float16 or bfloat16. ``t``: a number in [-1,
+    2], or a tensor of one, at whose bounds nobody looks; 0 gives ``a``, 1 gives ``b``.
+
+    Returns a torch tensor of their shape and type (float32 where types differ). Raises RecipeError
+    for a value, UnsupportedError for a type or forward mode, FastmergeError for shapes or counts
+    that do not fit.
     """
     import torch
 
@@ -95,7 +134,16 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
 def nuslerp(
     a: torch.Tensor, b: torch.Tensor, weights: Weights, *, base: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """SLERP at w_1 / (w_0 + w_1) of the whole tensors, or of their deltas to ``base``."""
+    """SLERP (Shoemake 1985, doi:10.1145/325165.325242) at t = w_1 / (w_0 + w_1), of the whole
+    tensors or of their deltas to ``base``.
+
+    ``a``, ``b``: torch tensors of one shape, float32, float16 or bfloat16. ``weights``: two
+    numbers, or a tensor of shape (2,). ``base``: of that shape, or None.
+
+    Returns a torch tensor of their shape and type (float32 where types differ). Raises RecipeError
+    for a value, UnsupportedError for a type or forward mode, FastmergeError for shapes or counts
+    that do not fit.
+    """
     import torch
 
     where = "nuslerp"

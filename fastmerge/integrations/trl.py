@@ -22,6 +22,8 @@ from fastmerge.errors import ResourceError, UnsupportedError
 from fastmerge.integrations.mergekit import run_merge
 from fastmerge.integrations.replacement import Places, Replacement
 
+__all__ = ["install", "installed", "uninstall"]
+
 _MODULES = ("trl.experimental.merge_model_callback", "trl.mergekit_utils")  # from 0.24 on; before
 
 
@@ -68,5 +70,8 @@ def uninstall() -> None:
 
 
 def installed() -> AbstractContextManager[None]:
-    """`install` for the time of a ``with``; where it was installed before, it stays so."""
+    """`install` for the time of a ``with``; where it was installed before, it stays so. Returns the
+    context manager. Raises ResourceError and UnsupportedError, when it is entered, as `install`
+    does.
+    """
     return _replacement.installed()

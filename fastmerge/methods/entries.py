@@ -87,19 +87,33 @@ class Entry:
 
 
 def where(condition: Any, a: Any, b: Any) -> Any:
-    """a where the condition is not 0, else b."""
+    """One of two, entry by entry: a where the condition is not 0, else b.
+
+    ``condition``, ``a``, ``b``: symbols of entries, numbers, or NumPy arrays. Returns a symbol
+    where one of them is, else an array. Raises FastmergeError for what is no symbol beside one.
+    """
     if _symbolic(condition, a, b):
         return _made("where", condition, a, b)
     return np.where(np.not_equal(condition, 0), a, b)
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """b where it is less than a, else a (so a where either is NaN)."""
+    """The smaller of two, entry by entry: b where it is less than a, else a (so a where either is
+    NaN).
+
+    ``a``, ``b``: symbols of entries, numbers, or NumPy arrays. Returns a symbol where one of them
+    is, else an array. Raises FastmergeError for what is no symbol beside one.
+    """
     return _made("minimum", a, b) if _symbolic(a, b) else np.where(np.less(b, a), b, a)
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """b where it is more than a, else a (so a where either is NaN)."""
+    """The larger of two, entry by entry: b where it is more than a, else a (so a where either is
+    NaN).
+
+    ``a``, ``b``: symbols of entries, numbers, or NumPy arrays. Returns a symbol where one of them
+    is, else an array. Raises FastmergeError for what is no symbol beside one.
+    """
     return _made("maximum", a, b) if _symbolic(a, b) else np.where(np.greater(b, a), b, a)
 
 

@@ -35,6 +35,10 @@ _FIRST = ("gram", "models", "entries", "tensors")
 class Option:
     """What a parameter's annotation may say besides its type: ``Annotated[float, Option("the
     exponent", low=0)]``.
+
+    ``doc``: what it means, for `fastmerge methods`. ``low``, ``high``: the bounds of a number, None
+    where there is none. ``open_low``: ``low`` itself is excluded. ``choices``: the words that a
+    text may be.
     """
 
     doc: str = ""
@@ -53,24 +57,27 @@ def method(
     max_models: int | None = None,
     torch: bool = False,
 ) -> Callable[[F], F]:
-    """Registers the decorated function as a method called ``name``, or as it is called itself.
+    """Registers the decorated function as a merge method. Its first argument says what it is:
 
-    Its first argument says what it is:
-
-    * ``gram``: returns the coefficients of the models, from their inner products (float64, k x k);
+    * gram: returns the coefficients of the models, from their inner products (float64, k x k);
       with ``base``, which is then its inner product with itself, those of the deltas to it;
-    * ``models``: how many there are; returns the `Terms` of a consensus of deltas;
-    * ``entries``: an `Entry` of each model, what stands for its entries; returns what they become;
-    * ``tensors``: the weights, float32 NumPy arrays (float64 in a merge in that), or torch tensors
+    * models: how many there are; returns the `Terms` of a consensus of deltas;
+    * entries: an `Entry` of each model, what stands for its entries; returns what they become;
+    * tensors: the weights, float32 NumPy arrays (float64 in a merge in that), or torch tensors
       with ``torch``; returns the merged one. With ``rng`` it draws from a NumPy generator that
       follows from the seed.
 
-    ``base`` as its second asks for a base model (None where its default is that and there is none).
-    What follows are parameters: float, int, bool or str, a ``Sequence`` of them where each model
-    has its own, in an `Option` what else there is to say. The docstring's first line is the
-    summary. ``version``: any text that changes with the code. ``paper``: what `fastmerge methods`
-    cites. ``min_models``, ``max_models``: how many a recipe may give, None for any number. Raises
-    FastmergeError for what cannot be made a method.
+    An argument called base as its second asks for a base model (None where its default is that and
+    there is none). What follows are parameters: float, int, bool or str, a ``Sequence`` of them
+    where each model has its own, in an `Option` what else there is to say. The docstring's first
+    line is the summary.
+
+    ``name``: of the method, default the function's own. ``version``: any text that changes with the
+    code. ``paper``: what `fastmerge methods` cites. ``min_models``, ``max_models``: how many a
+    recipe may give, None for any number. ``torch``: tensors are torch's and not NumPy's.
+
+    Returns a decorator that gives the function back as it is. Raises FastmergeError for what cannot
+    be made a method.
     """
 
     for what, said in {"name": name, "version": version, "paper": paper}.items():

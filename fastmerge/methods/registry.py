@@ -13,11 +13,14 @@ _OWN = frozenset(METHODS)
 
 
 def register(method: Method) -> Method:
-    """Adds a row, which recipes, schedules, `fastmerge.ops.merge` and the list of methods then
-    know like any other; returns it.
+    """Adds a row, which recipes, schedules, `fastmerge.ops.merge` and the list of methods then know
+    like any other.
 
-    Its ``version`` (any text) goes into the key that a merge is continued under, so that no output
-    mixes two versions of the code. Raises FastmergeError for a row that cannot work.
+    ``method``: a Combination, Consensus, Elementwise or Function of `fastmerge.methods.shapes`. Its
+    ``version`` (any text) goes into the key that a merge is continued under, so that no output
+    mixes two versions of the code.
+
+    Returns the row. Raises FastmergeError for a row that cannot work, or a name that is taken.
     """
     fault = _fault(method)
     if fault:
@@ -27,7 +30,10 @@ def register(method: Method) -> Method:
 
 
 def unregister(name: str) -> None:
-    """Takes a registered row away again."""
+    """Takes a registered row away again.
+
+    ``name``: of a method that `register` added. Raises FastmergeError for any other.
+    """
     if name in _OWN or name not in METHODS:
         raise FastmergeError(f"unregister: no method '{name}' was registered")
     del METHODS[name]

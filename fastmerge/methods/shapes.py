@@ -91,19 +91,29 @@ class Combination(Method):
 
 
 class Keep(NamedTuple):
-    """What shall survive of one delta, whatever its size: a `Sparsify` before it has a tensor."""
+    """What shall survive of one delta, whatever its size.
+
+    ``kind``: ALL, MAGNITUDE, RANDOM or RANKED of `fastmerge.selection`. ``density``: the fraction
+    of entries that stays, in [0, 1]. ``tie_rule``: MIXED or INDEX, which of equal magnitudes stay.
+    ``rescale``: restore the L1 norm from before. ``gamma``: of MAGNITUDE, the fraction that is
+    larger than all that is kept, None for 0. ``epsilon``: of RANKED, by how much the chance lies
+    under and over the density. ``factor``: on what is kept, where that follows from the density
+    alone. ``every_tie``: of MAGNITUDE, entries as large as the smallest that is kept stay, too.
+    """
 
     kind: int = ALL
     density: float = 1.0
     tie_rule: int = MIXED
     rescale: bool = False
-    gamma: float | None = None  # MAGNITUDE: the fraction that is larger than all that is kept
-    epsilon: float = 0.0  # RANKED: by how much the chance lies under and over the density
-    factor: float = 1.0  # on what is kept, where that follows from the density alone
-    every_tie: bool = False  # MAGNITUDE: entries as large as the smallest that is kept stay, too
+    gamma: float | None = None
+    epsilon: float = 0.0
+    factor: float = 1.0
+    every_tie: bool = False
 
     def of(self, shape: Sequence[int], key: int) -> Sparsify:
-        """The request for a delta of this shape that draws under ``key``."""
+        """The request for one delta. ``shape``: of its tensor. ``key``: that it draws under.
+        Returns a `Sparsify`.
+        """
         count = math.prod(shape)
         if self.kind == MAGNITUDE:
             kept, skip = keep_count(self.density, count), 0
@@ -130,7 +140,11 @@ class Keep(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """How a consensus method runs: arguments of ``select`` and ``consensus``."""
+    """How a consensus method runs.
+
+    ``keep``: what survives of each delta. ``weights``: one for each. ``agreement``: how one is made
+    of several.
+    """
 
     keep: tuple[Keep, ...]
     weights: tuple[float, ...]
@@ -147,7 +161,9 @@ class Terms:
         return all(keep.factor == 1 for keep in self.keep)
 
     def settled(self, selections: Sequence[Selection]) -> tuple[Selection, ...]:
-        """What ``select`` answered, with the factors that follow from the densities."""
+        """What ``select`` answered, with the factors that follow from the densities.
+        ``selections``: its answers, in order. Returns as many.
+        """
         if self.is_settled:
             return tuple(selections)
         return tuple(

@@ -20,13 +20,17 @@ _BLOCK_BYTES = 1 << 20
 
 @record(slots=True)
 class TensorInfo:
-    """One tensor, before a weight of it is read."""
+    """One tensor, before a weight of it is read.
+
+    ``name``: in its model. ``dtype``: a `DType` of `fastmerge.dtypes`. ``shape``: its sides.
+    ``nbytes``: as it is stored. ``count``: of elements.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     nbytes: int
-    count: int  # elements
+    count: int
 
 
 class Model(Protocol):
@@ -75,20 +79,23 @@ class Model(Protocol):
         ...
 
     def view(self, name: str, *, raw: bool = False) -> _C.View:
-        """The tensor's memory: its elements, or bytes if ``raw`` or of a type without kernels.
+        """The tensor's memory: ``_C.View(address, count, code, owner)``, ``count`` elements at
+        ``address``, of the type that ``code`` is in safetensors ("F32", "F16", "BF16"); of "RAW"
+        the elements are bytes. ``owner`` is kept alive while the view is.
 
-        ``_C.View(address, count, code, owner)``: ``count`` elements at ``address``, of the type
-        that safetensors calls ``code``: "F32", "F16", "BF16"; of "RAW" the elements are bytes.
-        ``owner`` is kept alive while the view is.
+        ``name``: of one of `tensors`. ``raw``: as bytes, as those without kernels always are.
+        Returns the view.
         """
         ...
 
     def prefetch(self, name: str) -> None:
-        """The tensor will be read soon; may block while it is brought in."""
+        """Tells that a tensor will be read soon; may block while it is brought in. ``name``: of one
+        of `tensors`.
+        """
         ...
 
     def drop(self, name: str) -> None:
-        """The tensor will not be read again soon."""
+        """Tells that a tensor will not be read again soon. ``name``: of one of `tensors`."""
         ...
 
     def check_unchanged(self) -> None:
@@ -96,7 +103,9 @@ class Model(Protocol):
         ...
 
     def side_files(self) -> Mapping[str, bytes | Path]:
-        """What a merged model takes over from it beside the weights, by name: tokenizer, ..."""
+        """Returns what a merged model takes over from it beside the weights, by name: tokenizer,
+        ...
+        """
         ...
 
 

@@ -61,9 +61,9 @@ def nuslerp(
 
     ``a``, ``b``: of one shape, float32, float16 or bfloat16. ``weights``: two numbers whose t lies
     in [-1, 2]. ``base``: of that shape, or None for the tensors themselves. ``flatten``: each is
-    one vector; without, its rows are (along the last axis), or with ``row_wise`` its columns (along
-    the first). ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's
-    pool, default FASTMERGE_NUM_THREADS or every CPU.
+    one vector; without, each row (along the last axis) or, ``row_wise``: each column (along the
+    first). ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool,
+    default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.

@@ -25,13 +25,13 @@ def merge(
 ) -> T:
     """``tensors`` merged by any method of `fastmerge methods`, one that was registered, too.
 
-    ``method``: its name. ``tensors``: k of one shape, float32, float16 or bfloat16.
-    ``parameters``: values by their names in recipes, within the bounds that `fastmerge methods`
-    has; of those given for each model, one number or k. ``base``: of that shape, where the method
-    has one; None where it merges deltas says that ``tensors`` are these. ``seed``: a whole number
-    in [0, 2^64), which methods that draw need; with ``name``, the tensor's, it decides what they
-    draw. ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool,
-    default FASTMERGE_NUM_THREADS or every CPU.
+    ``method``: its name. ``tensors``: k of one shape, float32, float16 or bfloat16. ``parameters``:
+    values by their names in recipes, within the bounds that `fastmerge methods` has; of those given
+    for each model, one number or k. ``base``: of that shape, where the method has one; None where
+    it merges deltas says that ``tensors`` are these. ``seed``, ``name``: a whole number in [0,
+    2^64), which methods that draw need, and the tensor's name, which decide what they draw.
+    ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     method that is not known or a value, UnsupportedError for a type or a device without kernels,

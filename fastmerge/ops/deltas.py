@@ -110,12 +110,12 @@ def dare_linear(
     ``base``, ``tensors``: one and k of one shape, float32, float16 or bfloat16; ``base`` None:
     ``tensors`` are the deltas d_i = x_i - base already, and so is the result. ``weights``: k
     numbers w_i. ``density``: the fraction of a delta's entries that stays, in [0, 1], one or k.
-    ``seed``: a whole number in [0, 2^64), which with the tensor's ``name`` decides what is dropped,
-    as in a recipe. ``divisor``: the sum of an entry's "weights" that took part, or their "count";
-    ``normalize``: whether to divide by it. ``lambda_``: any number, the factor on the merged delta.
-    ``rescale``: of what stays, to the L1 norm from before (True, "l1") or by 1 / ``density``
-    ("density"), or not at all (False, "none"). ``out``: a tensor to write to, which may be an
-    input. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
+    ``seed``, ``name``: a whole number in [0, 2^64) and the tensor's name, which decide what is
+    dropped, as in a recipe. ``divisor``: the sum of an entry's "weights" that took part, or their
+    "count"; ``normalize``: whether to divide by it. ``lambda_``: any number, the factor on the
+    merged delta. ``rescale``: of what stays, to the L1 norm from before (True, "l1") or by 1 /
+    ``density`` ("density"), or not at all (False, "none"). ``out``: a tensor to write to, which may
+    be an input. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
@@ -156,14 +156,14 @@ def dare_ties(
     ``base``, ``tensors``: one and k of one shape, float32, float16 or bfloat16; ``base`` None:
     ``tensors`` are the deltas d_i = x_i - base already, and so is the result. ``weights``: k
     numbers w_i. ``density``: the fraction of a delta's entries that stays, in [0, 1], one or k.
-    ``seed``: a whole number in [0, 2^64), which with the tensor's ``name`` decides what is dropped,
-    as in a recipe. ``divisor``: the sum of an entry's "weights" that took part, or their "count";
-    ``normalize``: whether to divide by it. ``votes``: an entry's sign is that of the sum of the
-    deltas, "weighted" or "plain", or of their signs, "frequency"; what has another takes no part.
-    ``lambda_``: any number, the factor on the merged delta. ``rescale``: of what stays, to the L1
-    norm from before (True, "l1") or by 1 / ``density`` ("density"), or not at all (False, "none").
-    ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool, default
-    FASTMERGE_NUM_THREADS or every CPU.
+    ``seed``, ``name``: a whole number in [0, 2^64) and the tensor's name, which decide what is
+    dropped, as in a recipe. ``divisor``: the sum of an entry's "weights" that took part, or their
+    "count"; ``normalize``: whether to divide by it. ``votes``: an entry's sign is that of the sum
+    of the deltas, "weighted" or "plain", or of their signs, "frequency"; what has another takes no
+    part. ``lambda_``: any number, the factor on the merged delta. ``rescale``: of what stays, to
+    the L1 norm from before (True, "l1") or by 1 / ``density`` ("density"), or not at all (False,
+    "none"). ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool,
+    default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
@@ -295,15 +295,15 @@ def della(
     ``base``, ``tensors``: one and k of one shape, float32, float16 or bfloat16; ``base`` None:
     ``tensors`` are the deltas d_i = x_i - base already, and so is the result. ``weights``: k
     numbers w_i. ``density``: the fraction of a delta's entries that stays, in [0, 1], one or k.
-    ``seed``: a whole number in [0, 2^64), which with the tensor's ``name`` decides what is dropped,
-    as in a recipe. ``epsilon``: at least 0, one or k; ``density`` - epsilon and + epsilon must lie
-    between 0 and 1. ``divisor``: the sum of an entry's "weights" that took part, or their "count";
-    ``normalize``: whether to divide by it. ``votes``: an entry's sign is that of the sum of the
-    deltas, "weighted" or "plain", or of their signs, "frequency"; what has another takes no part.
-    ``lambda_``: any number, the factor on the merged delta. ``rescale``: of what stays, to the L1
-    norm from before (True, "l1") or by 1 / ``density`` ("density"), or not at all (False, "none").
-    ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool, default
-    FASTMERGE_NUM_THREADS or every CPU.
+    ``seed``, ``name``: a whole number in [0, 2^64) and the tensor's name, which decide what is
+    dropped, as in a recipe. ``epsilon``: at least 0, one or k; ``density`` - epsilon and + epsilon
+    must lie between 0 and 1. ``divisor``: the sum of an entry's "weights" that took part, or their
+    "count"; ``normalize``: whether to divide by it. ``votes``: an entry's sign is that of the sum
+    of the deltas, "weighted" or "plain", or of their signs, "frequency"; what has another takes no
+    part. ``lambda_``: any number, the factor on the merged delta. ``rescale``: of what stays, to
+    the L1 norm from before (True, "l1") or by 1 / ``density`` ("density"), or not at all (False,
+    "none"). ``out``: a tensor to write to, which may be an input. ``threads``: of the CPU's pool,
+    default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
@@ -344,13 +344,13 @@ def della_linear(
     ``base``, ``tensors``: one and k of one shape, float32, float16 or bfloat16; ``base`` None:
     ``tensors`` are the deltas d_i = x_i - base already, and so is the result. ``weights``: k
     numbers w_i. ``density``: the fraction of a delta's entries that stays, in [0, 1], one or k.
-    ``seed``: a whole number in [0, 2^64), which with the tensor's ``name`` decides what is dropped,
-    as in a recipe. ``epsilon``: at least 0, one or k; ``density`` - epsilon and + epsilon must lie
-    between 0 and 1. ``divisor``: the sum of an entry's "weights" that took part, or their "count";
-    ``normalize``: whether to divide by it. ``lambda_``: any number, the factor on the merged delta.
-    ``rescale``: of what stays, to the L1 norm from before (True, "l1") or by 1 / ``density``
-    ("density"), or not at all (False, "none"). ``out``: a tensor to write to, which may be an
-    input. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
+    ``seed``, ``name``: a whole number in [0, 2^64) and the tensor's name, which decide what is
+    dropped, as in a recipe. ``epsilon``: at least 0, one or k; ``density`` - epsilon and + epsilon
+    must lie between 0 and 1. ``divisor``: the sum of an entry's "weights" that took part, or their
+    "count"; ``normalize``: whether to divide by it. ``lambda_``: any number, the factor on the
+    merged delta. ``rescale``: of what stays, to the L1 norm from before (True, "l1") or by 1 /
+    ``density`` ("density"), or not at all (False, "none"). ``out``: a tensor to write to, which may
+    be an input. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
@@ -386,13 +386,14 @@ def prune(
     sums above.
 
     ``tensor``: float32, float16 or bfloat16, of any shape. ``density``: the fraction that stays, in
-    [0, 1]. ``how``: "magnitude", the largest after the ``gamma`` very largest (a fraction in [0,
-    1]; `breadcrumbs`); "random", any (`dare_linear`); "rank", the larger the likelier, by
-    ``epsilon``, at least 0 (`della_linear`). ``seed``: a whole number in [0, 2^64), which the
-    latter two need; with ``name`` it decides what stays. ``rescale``: of what stays, to the L1 norm
-    from before (True, "l1") or by 1 / ``density`` ("density"), or not at all (False, "none").
-    ``out``: a tensor to write to, which may be the input. ``threads``: of the CPU's pool, default
-    FASTMERGE_NUM_THREADS or every CPU.
+    [0, 1]. ``how``: "magnitude", the largest (`breadcrumbs`); "random", any (`dare_linear`);
+    "rank", the larger the likelier (`della_linear`). ``gamma``: of "magnitude", the fraction of
+    entries, the largest, that is dropped first, in [0, 1]. ``epsilon``: of "rank", at least 0;
+    ``density`` - epsilon and + epsilon must lie between 0 and 1. ``seed``, ``name``: of the latter
+    two, a whole number in [0, 2^64) and the tensor's name, which decide what stays, as in a recipe.
+    ``rescale``: of what stays, to the L1 norm from before (True, "l1") or by 1 / ``density``
+    ("density"), or not at all (False, "none"). ``out``: a tensor to write to, which may be the
+    input. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU.
 
     Returns a tensor of its shape and type. Raises RecipeError for a value, UnsupportedError for a
     type, FastmergeError for ``how``, a seed that is missing or an ``out`` that does not fit.

@@ -12,15 +12,15 @@ from fastmerge.models.model import Model
 
 @dataclass(frozen=True, kw_only=True)
 class AnyPlan:
-    """A plan of a model or of an adapter."""
+    """A plan of a model or of an adapter; `Plan` says what its fields are."""
 
     models: tuple[Model, ...]
-    references: tuple[str, ...]  # parallel to models, as the user wrote them
-    seed: int | None  # None: nothing is drawn
-    seed_derived: bool  # nobody gave the seed: it follows from what the recipe means
-    recipe_text: str  # or another text that says how
-    notes: tuple[str, ...]  # what was decided that the recipe does not say
-    keep_paths: bool = False  # whether what is written may name folders of this machine
+    references: tuple[str, ...]
+    seed: int | None
+    seed_derived: bool
+    recipe_text: str
+    notes: tuple[str, ...]
+    keep_paths: bool = False
 
     @property
     def places(self) -> list[Path]:

@@ -27,17 +27,26 @@ from fastmerge.tree.rewrite import Digests
 
 @dataclass(frozen=True)
 class Plan(AnyPlan):
-    """Everything a merge needs to know before it reads a weight."""
+    """Everything a merge needs to know before it reads a weight.
 
-    tensors: tuple[TensorPlan, ...]  # in the order to write them
-    config: dict[str, Any]  # of the output
-    donor_model: Model  # whose tokenizer and other side files are copied
-    # What is written beside the weights where that is not the donor's as it is.
+    ``tensors``: in the order to write them. ``config``: of the output. ``donor_model``: whose
+    tokenizer and other side files are copied. ``vocabulary``, ``chat_template``, ``token_ids``:
+    what is written beside the weights where that is not the donor's as it is. ``template``: of a
+    search, the linear merge of all its models, whose sources every candidate's are among, so that
+    what is prepared for one serves them all.
+
+    ``models``, ``references``: what is read, and as the user wrote it. ``seed``: None where nothing
+    is drawn; ``seed_derived``: nobody gave it, and it follows from what the recipe means.
+    ``recipe_text``: or another text that says how. ``notes``: what was decided that the recipe does
+    not say. ``keep_paths``: whether what is written may name folders of this machine.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    config: dict[str, Any]
+    donor_model: Model
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
-    token_ids: Mapping[str, Any] | None = None  # of generation_config.json
-    # Of a search: the linear merge of all its models, whose sources every candidate's are among, so
-    # that what is prepared for one serves them all.
+    token_ids: Mapping[str, Any] | None = None
     template: Plan | None = None
 
     def __repr__(self) -> str:
@@ -62,8 +71,8 @@ class Plan(AnyPlan):
         return folder_of(self.donor_model)
 
     def side_files(self) -> dict[str, bytes | Path]:
-        """What is written beside the weights, by name, but for config.json: bytes, or a file to
-        copy.
+        """Returns what is written beside the weights, by name, but for config.json: bytes, or a
+        file to copy.
         """
         files = dict(self.donor_model.side_files())
         if self.vocabulary is not None:
@@ -119,8 +128,8 @@ class Plan(AnyPlan):
         return dict(Counter(name for tensor in self.tensors for name in _made_by(tensor)))
 
     def describe(self) -> dict[str, Any]:
-        """The plan in plain values, for people and for JSON. ``passes`` is the most any tensor
-        needs over its inputs.
+        """Returns the plan in plain values, for people and for JSON. ``passes`` is the most any
+        tensor needs over its inputs.
         """
         return {
             "tensors": len(self.tensors),

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run."""
+    """A finished run.
+
+    ``out``: the folder of the model that was written, None where none was. ``trajectory``: the
+    steps and where they led. ``rows``: the result beside its rivals, with scores and intervals.
+    ``space``: the models' geometry. ``report``: of the merge that wrote the model, or None.
+    """
 
     out: Path | None
     trajectory: Trajectory

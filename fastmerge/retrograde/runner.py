@@ -70,17 +70,24 @@ def run(
     on_score: Callable[[Measurement], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Result:
-    """Runs a schedule (path, YAML text, dict or `Schedule`) into the folder ``out``.
+    """Runs a schedule into the folder ``out``: walks, measures, compares, reports.
 
-    ``score`` stands in for what the schedule's ``evaluate`` scores by (a section that may be
-    missing then), ``data`` for its ``evaluate.data``. ``evaluate`` False walks without measuring.
-    ``progress``: True for a bar on stderr of what is read and written, or a function, as in
-    `fastmerge.merge`.
-    ``resume`` continues a run that was interrupted. ``cluster``: a Ray cluster ("auto", "local" or
-    an address) whose nodes measure, side by side where one score does not wait for another; every
-    file is that of a run without, with as many ``threads``. ``on_note`` gets what is to be told
-    before (without it the logger "fastmerge" does). Raises FastmergeError, before anything is
-    written, for what the schedule or its models get wrong.
+    ``source``: a path, YAML text, a mapping or a `Schedule`. ``out``: a path. ``evaluate``: False
+    walks without measuring. ``resume``: continue a run that was interrupted. ``seed``: a whole
+    number in [0, 2^64), in place of the schedule's. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. ``score``: a function that stands in for what ``evaluate``
+    scores by (a section that may be missing then). ``data``: a folder that stands in for
+    ``evaluate.data``. ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes
+    measure, side by side where one score does not wait for another; every file is that of a run
+    without, with as many ``threads``. ``progress``: True for a bar on stderr, or a function of
+    bytes done, bytes in all and a tensor's name. ``on_step``, ``on_row``, ``on_score``: functions
+    that are called with each step, each family compared and each measurement; ``on_note``: with
+    each remark, for which else the logger "fastmerge" stands.
+
+    Returns a `Result`. Raises, before anything is written, RecipeError for what the schedule gets
+    wrong, ModelError for its models, UnsupportedError for what is not done, OutputError for what
+    stands at ``out``, ResourceError for a package that is missing, FastmergeError for another
+    argument.
     """
     cluster = None if cluster is None else a_text(cluster, "cluster")
     schedule = _given(source, a_flag(evaluate, "evaluate"), data, is_scored=score is not None)

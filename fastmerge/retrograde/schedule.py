@@ -418,9 +418,13 @@ class Schedule(Section):
 
 
 def load(source: Any, *, is_scored: bool = False) -> Schedule:
-    """A schedule from a file, YAML text or a dict; FastmergeError names the line of the fault.
+    """A schedule, checked: its own words, not yet its models.
 
-    ``is_scored``: by a function given from Python, which needs no `evaluate` section.
+    ``source``: a path, YAML text, a mapping, or a `Schedule`, which is returned as it is.
+    ``is_scored``: by a function of the caller's, which needs no `evaluate` section.
+
+    Returns a `Schedule`. Raises RecipeError, with the line of the fault, FastmergeError for what is
+    no source.
     """
     documents, written, _ = read(source, "schedule")
     if len(documents) > 1:

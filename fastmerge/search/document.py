@@ -116,9 +116,13 @@ class SearchFile(Section):
 
 
 def load(source: Any, *, is_scored: bool = False) -> SearchFile:
-    """A search from a file, YAML text or a dict; FastmergeError names the line of the fault.
+    """A search's file, checked: its own words, not yet its models.
 
+    ``source``: a path, YAML text, a mapping, or a `SearchFile`, which is returned as it is.
     ``is_scored``: by the caller or its function, which needs no `evaluate` section.
+
+    Returns a `SearchFile`. Raises RecipeError, with the line of the fault, FastmergeError for what
+    is no source.
     """
     if isinstance(source, SearchFile):
         return source

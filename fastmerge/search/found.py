@@ -14,11 +14,16 @@ from fastmerge.search.study import Study, Trial
 
 @dataclass(frozen=True)
 class Found:
-    """A finished search: its study, and the best beside what needs no search, in `rows`."""
+    """A finished search.
+
+    ``out``: its folder. ``study``: with every candidate. ``evaluator``: what scored, in words.
+    ``rows``: the best beside what needs no search, with scores and intervals. ``report``: of the
+    merge that wrote the best.
+    """
 
     out: Path
     study: Study
-    evaluator: str  # what scored
+    evaluator: str
     rows: tuple[Row, ...]
     report: MergeReport
 

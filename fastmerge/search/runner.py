@@ -69,16 +69,23 @@ def run(
     on_score: Callable[[Measurement], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Found:
-    """Searches (path, YAML text, dict or `SearchFile`) into the folder ``out``.
+    """Searches into the folder ``out``: candidates, hold-out, report, the best as a model.
 
-    ``score`` stands in for what ``evaluate`` scores by (a section that may be missing then),
-    ``data`` for ``evaluate.data``. ``resume`` continues a search that was interrupted, or one that
-    is over with a larger budget. ``workers``, instead of the file's: processes that measure side by
-    side, each with a model of its own and its share of the ``threads``; ``cluster``: a Ray cluster
-    ("auto", "local" or an address) whose nodes do. Every file is that of one process with a
-    worker's threads. ``progress``: True for a bar on stderr of what is read and written, or a
-    function, as in `fastmerge.merge`. Raises FastmergeError, before anything is written, for what
-    the file or its models get wrong.
+    ``source``: a path, YAML text, a mapping or a `SearchFile`. ``out``: a path. ``resume``:
+    continue a search that was interrupted, or one that is over with a larger budget. ``seed``: a
+    whole number in [0, 2^63), in place of the file's. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. ``score``: a function that stands in for what ``evaluate``
+    scores by (a section that may be missing then). ``data``: a folder that stands in for
+    ``evaluate.data``. ``workers``: instead of the file's, how many processes measure side by side,
+    each with a model of its own and its share of the ``threads``. ``cluster``: a Ray cluster
+    ("auto", "local" or an address) whose nodes measure. Every file is that of one process with a
+    worker's threads. ``progress``: True for a bar on stderr, or a function of bytes done, bytes in
+    all and a tensor's name. ``on_trial``, ``on_score``, ``on_note``: functions that are called with
+    the study after each candidate, with each measurement, and with each remark.
+
+    Returns a `Found`. Raises, before anything is written, RecipeError for what the file gets wrong,
+    ModelError for its models, OutputError for what stands at ``out``, ResourceError for a package
+    that is missing, FastmergeError for another argument.
     """
     functions = {"score": score, "on_trial": on_trial, "on_score": on_score, "on_note": on_note}
     for name, function in functions.items():
@@ -135,8 +142,16 @@ def open_study(
 ) -> Study:
     """The study of a search in the folder ``out``, for callers that score what it asks for.
 
-    ``scored``: by the file's own scorer, which needs its libraries. Raises FastmergeError as `run`
-    does.
+    ``source``: a path, YAML text, a mapping or a `SearchFile`. ``out``: a path. ``resume``:
+    continue one that was interrupted. ``seed``: a whole number in [0, 2^63), in place of the
+    file's. ``threads``: of the CPU's pool, default FASTMERGE_NUM_THREADS or every CPU. ``score``: a
+    function that scores, for `Lab.score`. ``progress``: a function of bytes done, bytes in all and
+    a tensor's name. ``on_score``: a function that is called with each measurement. ``scored``: by
+    the file's own scorer, which needs its libraries.
+
+    Returns a `Study`, which holds the folder until `finish` or its ``close``. Raises RecipeError
+    for what the file gets wrong, ModelError for its models, OutputError for what stands at ``out``,
+    FastmergeError for another argument.
     """
     study, _ = _opened(
         source, out, resume=resume, seed=seed, threads=threads, score=score, progress=progress,
@@ -224,7 +239,14 @@ def finish(
     progress: Progress | None = None,
 ) -> Found:
     """Scores the best and what needs no search on the hold-out, once, and writes everything: the
-    model, its recipe, the report. Raises FastmergeError where nothing was scored.
+    model, its recipe, the report.
+
+    ``study``: of `open_study`. ``out``: its folder. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU. ``progress``: a function of bytes done, bytes in all and a
+    tensor's name.
+
+    Returns a `Found`. Raises FastmergeError where no candidate was scored on all items, OutputError
+    where the model cannot be written.
     """
     out = a_path(out, "out")
     best = study.best
@@ -338,9 +360,17 @@ def describe(
     cluster: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """What a search would do, in plain values: models, ranges, budget. Reads headers, writes
-    nothing, runs nothing that comes with the file. Raises FastmergeError for whatever `run` would
-    refuse, as far as that shows without.
+    """What a search would do, in plain values. Reads headers, writes nothing, runs nothing that
+    comes with the file.
+
+    ``source``: a path, YAML text, a mapping or a `SearchFile`. ``data``: a folder that stands in
+    for ``evaluate.data``. ``workers``: instead of the file's. ``cluster``: a Ray cluster ("auto",
+    "local" or an address) that would measure. ``threads``: of the CPU's pool, default
+    FASTMERGE_NUM_THREADS or every CPU.
+
+    Returns models, ranges, budget, items and estimates by name, as JSON can hold them. Raises
+    RecipeError, ModelError, ResourceError, FastmergeError for whatever `run` would refuse, as far
+    as that shows without.
     """
     file = with_workers(_given(source, data), workers, cluster)
     require_plots(*file.evaluate.libraries)

@@ -24,7 +24,12 @@ class Search(Protocol):
 
 
 def drive(search: Search, score: Callable[[Expr], Scores]) -> None:
-    """Scores what ``search`` asks for until it is over; ``score`` is `Lab.score`, or a caller's."""
+    """Scores what ``search`` asks for until it is over.
+
+    ``search``: what has ``ask`` and ``tell``, as `Study` has. ``score``: a function of a state that
+    gives its scores: `Lab.score`, or a caller's. Raises whatever these do: FastmergeError of a
+    `Study` for scores that are none.
+    """
     while (candidate := search.ask()) is not None:
         search.tell(candidate, score(candidate))
 

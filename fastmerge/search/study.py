@@ -33,14 +33,19 @@ class _SpentError(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate, scored; ``limit``: on how many items a task at most, None: all."""
+    """One candidate, scored.
+
+    ``number``: in the order told. ``point``: a value for each range. ``state``: what it is of the
+    models. ``limit``: on how many items a task at most, None: all. ``scores``: in percent.
+    ``spent``: of the budget, in its unit, with this one.
+    """
 
     number: int
     point: Point
     state: Expr
     limit: int | None
     scores: Scores
-    spent: int  # of the budget, in its unit, with this one
+    spent: int
 
     def __repr__(self) -> str:
         return in_a_line(self, "number", "limit", "scores", "spent")
@@ -85,7 +90,7 @@ class Study:
     # -------- what is asked
 
     def ask(self) -> Expr | None:
-        """The state to score next, or None when the search is over."""
+        """Returns the state to score next, or None when the search is over."""
         while (point := self.point) is not None:
             assert self._asked is not None
             limit = self._asked[1]
@@ -117,8 +122,9 @@ class Study:
             self._hold.close()
 
     def tell(self, candidate: Expr, scores: Any) -> None:
-        """The scores of the state that it asked for: `Scores`, a number, or by task a number or the
-        numbers of its items, in percent where they are to be read so. Raises FastmergeError.
+        """Takes the scores of the state that it asked for. ``candidate``: that state. ``scores``:
+        `Scores`, a number, or by task a number or the numbers of its items, in percent where they
+        are to be read so. Raises FastmergeError for another state or no scores.
         """
         if self.point is None or candidate is not self.expression(self.point):
             raise FastmergeError("tell: this state was not asked for; tell each before the next")
@@ -132,8 +138,8 @@ class Study:
         return None if self._asked is None else self._asked[0][len(self._answers)]
 
     def ahead(self) -> list[Expr]:
-        """The states that are asked for after this one whatever their scores, of at most ``limit``
-        items a task, too: as many as the budget surely lets it ask for.
+        """Returns the states that are asked for after this one whatever their scores, of at most
+        ``limit`` items a task, too: as many as the budget surely lets it ask for.
         """
         if self._asked is None:
             return []
@@ -148,14 +154,18 @@ class Study:
         return list(found.values())
 
     def expression(self, point: Point) -> Expr:
-        """What the recipe makes of the models at ``point``."""
+        """What the recipe makes of the models. ``point``: a value for each range. Returns the
+        state.
+        """
         if point not in self._expressions:
             document = self.ranges.document(point)
             self._expressions[point] = expression(document, self._numbers, self.seed)
         return self._expressions[point]
 
     def recipe(self, point: Point) -> Mapping[str, Any]:
-        """The recipe of ``point``, as `fastmerge.merge` takes it."""
+        """The recipe of a candidate. ``point``: a value for each range. Returns a mapping, as
+        `fastmerge.merge` takes it.
+        """
         found = plain(self.ranges.recipe(point))
         assert isinstance(found, dict)
         if self.expression_draws(point) and not {"seed", "random_seed"} & found.keys():
@@ -163,7 +173,9 @@ class Study:
         return found
 
     def expression_draws(self, point: Point) -> bool:
-        """Whether the method at ``point`` draws masks."""
+        """Whether the method draws masks. ``point``: a value for each range. Returns True where it
+        does.
+        """
         return self.ranges.document(point).method.random
 
     # -------- what came of it

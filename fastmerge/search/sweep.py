@@ -60,7 +60,11 @@ MOST_VALUES = 10_000
 
 @dataclass(frozen=True)
 class Point:
-    """One value of t: its scores, the folder it was written to, or both."""
+    """One value of t, with its scores, the folder it was written to, or both.
+
+    ``t``: as it was given. ``scores``: in percent, None where it is not scored. ``out``: the folder
+    of its model, None where it is not written.
+    """
 
     t: float
     scores: Scores | None
@@ -209,12 +213,20 @@ def sweep(
     """Scores ``recipe`` at each t into out/sweep.json and sweep.png and writes the best model, or,
     without ``evaluate``, writes every model.
 
-    ``evaluate``: the keys of a schedule's `evaluate` section, as a file, YAML text or dict;
-    ``data`` stands in for its own. ``write``: 'all', 'best' or 'none' of the models instead.
-    Raises FastmergeError, before a weight is read, where the disk has no room for all of them.
-    ``resume`` continues a sweep that was interrupted: points in sweep.json are not made again.
-    ``progress``: True for a bar on stderr of what is read, or a function, as in `fastmerge.merge`.
-    ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes score, side by side.
+    ``recipe``: as `fastmerge.plan` takes it, with a ``t`` or a linear merge of two. ``out``: a
+    path. ``values``: those of t, in [-1, 2]. ``evaluate``: the keys of a schedule's `evaluate`
+    section, as a file, YAML text or mapping. ``data``: a folder that stands in for that section's
+    own. ``write``: 'all', 'best' or 'none' of the models instead. ``resume``: continue a sweep that
+    was interrupted; points in sweep.json are not made again. ``threads``: of the CPU's pool,
+    default FASTMERGE_NUM_THREADS or every CPU. ``score``: a function that stands in for what
+    ``evaluate`` scores by. ``cluster``: a Ray cluster ("auto", "local" or an address) whose nodes
+    score, side by side. ``progress``: True for a bar on stderr, or a function of bytes done, bytes
+    in all and a tensor's name. ``on_start``, ``on_point``: functions that are called with what will
+    be done, and with each point.
+
+    Returns the points, in the order of ``values``. Raises, before a weight is read, RecipeError for
+    recipe or settings, ModelError for the models, OutputError for what stands at ``out``,
+    ResourceError where the disk has no room for all, FastmergeError for another argument.
     """
     out, resume = a_path(out, "out"), a_flag(resume, "resume")
     a_function(on_start, "on_start")
