@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-EXTRAS = {"matplotlib": "plot", "torch": "llama", "transformers": "llama", "lm_eval": "eval"}
+EXTRAS = {
+    "matplotlib": "plot", "torch": "llama", "transformers": "llama", "lm_eval": "eval",
+    "cma": "search", "optuna": "search", "ray": "ray",
+}  # fmt: skip
 
 
 def missing(*libraries: str) -> list[str]:

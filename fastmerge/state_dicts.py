@@ -148,6 +148,14 @@ _WORDS = {
         "; give it in parameters="
     ),
     r"needs a 'base_model:'": "needs base=",
+    r"give both models one of the two$": (
+        "give all models one of the two, or leave it out: dictionaries without it, and "
+        "strict=False where some have it"
+    ),
+    r"is (float8\w*), which fastmerge does not merge; convert it .* first$": (
+        r"is \1, which is not merged without its scale, if it has one; pass x.to(torch.bfloat16), "
+        "times the scale"
+    ),
 }
 
 

@@ -387,6 +387,8 @@ BAD = {
     ),
     "moe": ("base_model: a\ngate_mode: hidden\nexperts: []\n", "needs two experts or more"),
     "chat-template": (f"{SLERP}chat_template: lama3\n", "did you mean 'llama3'?"),
+    "no template": (f"{SLERP}chat_template: none\n", "left out, the donor's stays; for an output"),
+    "off template": (f"{SLERP}chat_template: off\n", "left out, the donor's stays; for an output"),
     "a-schedule": ("baseline: {model: a}\npool: []\n", "run `fastmerge retrograde`"),
     "tokenizer-twice": (
         f"{SLERP}tokenizer_source: union\ntokenizer: {{source: base}}\n",

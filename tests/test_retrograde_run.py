@@ -382,9 +382,9 @@ def test_a_sweep_is_scored_and_resumes(files: Path) -> None:
 def test_without_matplotlib_a_measured_run_stops_before_it_starts(
     schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmerge.search import figures
+    from fastmerge import extras
 
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "matplotlib" else name)
     with pytest.raises(FastmergeError, match=r"pip install .*\[plot\]"):
         run(schedule, tmp_path / "out", score=score)
     assert not (tmp_path / "out").exists()

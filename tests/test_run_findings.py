@@ -180,8 +180,7 @@ def test_a_schedule_is_no_evaluate_section(zoo: Any, tmp_path: Path) -> None:
 def test_all_that_a_run_misses_is_one_line(
     schedule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (figures, extras):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for section, said in {
         "callable: a:b": r"matplotlib, scores need torch; install them with: .*\[llama,plot\]'$",
         "perplexity: a.txt": r"scores need torch and transformers; .*\[llama,plot\]'$",
@@ -191,7 +190,7 @@ def test_all_that_a_run_misses_is_one_line(
         own = {**schedule, "evaluate": {key: [value[1:-1]] if value[0] == "[" else value}}
         with pytest.raises(FastmergeError, match=said):
             retrograde.run(own, tmp_path / "run", threads=1)
-    monkeypatch.setattr(figures, "find_spec", lambda name: name)
+    monkeypatch.setattr(extras, "find_spec", lambda n: n if n == "matplotlib" else None)
     libraries = load_evaluate({"callable": "a:b"}).libraries
     with pytest.raises(FastmergeError, match=r"^scores need torch; install it with: .*\[llama\]'"):
         figures.require(*libraries)

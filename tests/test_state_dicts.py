@@ -199,6 +199,41 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+class Stateful(torch.nn.Linear):
+    """A module whose state dictionary holds more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+TRAINED = [torch.nn.BatchNorm1d(3) for _ in range(2)]
+TRAINED[0].num_batches_tracked.fill_(5)
+EIGHTH = [{"w": torch.ones(2).to(torch.float8_e4m3fn)}] * 2
+
+
+def without(model, name):
+    return {key: tensor for key, tensor in model.state_dict().items() if key != name}
+
+
+def test_what_the_refusals_say_works():
+    weight = {"weight": 1}
+    tracked = "num_batches_tracked"
+    mixed = [TRAINED[0], without(TRAINED[1], tracked)]
+    assert tracked not in merge(mixed, "linear", parameters=weight, strict=False)
+    into = torch.nn.BatchNorm1d(3)
+    merge([without(m, tracked) for m in TRAINED], "linear", parameters=weight, out=into)
+    torch.testing.assert_close(into.weight.data, torch.ones(3))
+    merge([without(Stateful(), "_extra_state")] * 2, "linear", parameters=weight, out=Stateful())
+    wide = [{name: tensor.to(torch.bfloat16) for name, tensor in EIGHTH[0].items()}] * 2
+    assert merge(wide, "linear", parameters=weight)["w"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     "models, options, said",
     [
@@ -224,6 +259,23 @@ def test_a_recipe_s_names_may_stand_for_state_dictionaries(zoo, tmp_path):
         ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], {"strict": False}, "no tensor is in all"),
         ([{"w": torch.ones(2)}, {"w": torch.ones(3)}], {}, "w"),
         ([{"n": torch.tensor(1)}, {"n": torch.tensor(2)}], {}, "only copied when equal"),
+        (
+            TRAINED,
+            {},
+            "'num_batches_tracked' .*give all models one of the two, or leave it out: dict",
+        ),
+        (
+            [Stateful(), Stateful()],
+            {},
+            "not dict; pass a dictionary of the tensors alone, without it",
+        ),
+        ([{"step": 3, "w": torch.ones(2)}], {}, "not int; pass a dictionary of the tensors alone"),
+        (
+            [{"model": some(1)}],
+            {},
+            "'model': must be a tensor, not dict; pass that one, which holds",
+        ),
+        (EIGHTH, {}, "float8_e4m3fn, which .* pass x.to.torch.bfloat16., times the scale"),
     ],
 )
 def test_refusals_are_one_clear_line(models, options, said):

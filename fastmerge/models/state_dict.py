@@ -127,13 +127,29 @@ def _plain(tensor: Any, where: str) -> Any:
             raise FastmergeError(f"{where}: not contiguous; pass np.ascontiguousarray(x)")
         return tensor
     if not is_torch(tensor):
-        raise FastmergeError(f"{where}: must be a tensor, not {type(tensor).__name__}")
+        raise FastmergeError(
+            f"{where}: must be a tensor, not {type(tensor).__name__}; {_remedy(tensor)}"
+        )
     check_torch(tensor, where)
     if tensor.is_meta:
         raise UnsupportedError(f"{where}: on 'meta' it has no numbers; load the model's weights")
     if not tensor.is_contiguous():
         raise FastmergeError(f"{where}: not contiguous; pass tensor.contiguous()")
     return tensor.detach()
+
+
+def _remedy(value: Any) -> str:
+    """What to give for a model that holds something else than tensors: a module's extra state, the
+    step of a training, or the tensors themselves one floor below, as trainers save them.
+    """
+    if isinstance(value, Mapping) and any(is_array(own) for own in value.values()):
+        return "pass that one, which holds the tensors, in the dictionary's place"
+    return "pass a dictionary of the tensors alone, without it"
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a tensor of torch's or an array of NumPy's."""
+    return isinstance(value, np.ndarray) or is_torch(value)
 
 
 def _dtype(tensor: Any, where: str) -> DType:

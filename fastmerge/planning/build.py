@@ -225,7 +225,7 @@ class Builder:
                 raise ModelError(
                     f"{item.where}: tensor '{name}' ({kind.name}) differs between models "
                     f"'{part.inputs[0].view.label}' and '{item.view.label}'; integers are only "
-                    "copied when equal"
+                    "copied when equal: give both models one of the two"
                 )
 
     def _is_same(self, tensor: TensorPlan, first: TensorPlan) -> bool:

@@ -117,8 +117,16 @@ class TokenizerSection(Section):
         return cls(placed(where, source=source))
 
 
+_NONE = ("none", "null", "no", "false", "off")
+
+
 def chat_template(value: Any) -> str:
     """``auto``, the name of a known template, or a template's own text, as one text."""
+    if value is False or (isinstance(value, str) and value.strip().lower() in _NONE):
+        raise FaultError(
+            "has no word for none: left out, the donor's stays; for an output without one, delete "
+            "chat_template.jinja, and the key in tokenizer_config.json, of the result"
+        )
     if not isinstance(value, str) or not value.strip():
         raise FaultError("must be 'auto', a template's name or its Jinja text")
     return value

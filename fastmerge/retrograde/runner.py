@@ -103,7 +103,7 @@ def run(
     seed = None if seed is None else whole_seed(seed)
     template = open_template(schedule)
     check_steps(schedule, template)
-    scoring = _scoring(schedule, template, score)
+    scoring = _scoring(schedule, template, cluster, score)
     scorer = None if scoring is None else scoring.scorer(scores=cluster is None)
     if scoring is None and cluster is not None:
         raise UnsupportedError("cluster: measures, and this run measures nothing; leave it out")
@@ -275,7 +275,7 @@ def describe(
     schedule = _given(source, evaluate, data)
     template = open_template(schedule)
     check_steps(schedule, template)
-    scoring = _scoring(schedule, template)
+    scoring = _scoring(schedule, template, cluster)
     scorer = None if scoring is None else scoring.foreseen(scores=cluster is None)
     walked = driver.walked(schedule)
     families = schedule.compare.methods if schedule.compare else ()
@@ -382,14 +382,14 @@ def _most_measurements(schedule: Schedule, scorer: Scorer | Unread) -> dict[str,
 
 
 def _scoring(
-    schedule: Schedule, template: Plan, function: ScoreFunction | None = None
+    schedule: Schedule, template: Plan, cluster: str | None, function: ScoreFunction | None = None
 ) -> Scoring | None:
     if schedule.evaluate is None:
         return None
     from fastmerge.evaluation.scorers import Scoring
     from fastmerge.search.figures import require
 
-    require(*schedule.evaluate.libraries)
+    require(*schedule.evaluate.libraries, cluster=cluster)
     return Scoring.of(schedule.evaluate, schedule.folder, folder_of(template.models[0]), function)
 
 

@@ -6,7 +6,6 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -166,19 +165,24 @@ def label(text: str) -> str:
     return ("\N{ZERO WIDTH SPACE}" if plain.startswith("_") else "") + plain.replace("$", r"\$")
 
 
-def require(*libraries: str) -> None:
-    """Raises FastmergeError where plots cannot be drawn, or one of the ``libraries`` that score is
-    missing: before hours of evaluation, not after, and for all of them at once.
+def require(*libraries: str, optimiser: Sequence[str] = (), cluster: str | None = None) -> None:
+    """Raises FastmergeError where plots cannot be drawn, or where one of the ``libraries`` that
+    score, of the ``optimiser``'s or the one that reaches a ``cluster`` is missing: before hours of
+    evaluation, not after, and for all of them at once.
     """
-    absent = missing(*libraries)
-    extras = sorted({EXTRAS[name] for name in absent})
-    said = f"scores need {' and '.join(absent)}" if absent else ""
-    if find_spec("matplotlib") is None:
-        extras.append(EXTRAS["matplotlib"])
-        said = f"plots need matplotlib{f', {said}' if said else ''}"
-    if said:
-        which = "it" if len(absent) + ("matplotlib" in said) == 1 else "them"
-        raise ResourceError(f"{said}; install {which} with: {install(','.join(extras))}")
+    needs = {
+        "plots need": ["matplotlib"],
+        "the optimiser needs": optimiser,
+        "scores need": libraries,
+        "the cluster needs": [] if cluster is None else ["ray"],
+    }
+    absent = {what: missing(*names) for what, names in needs.items()}
+    lost = [name for names in absent.values() for name in names]
+    if lost:
+        said = ", ".join(f"{what} {' and '.join(own)}" for what, own in absent.items() if own)
+        extras = ",".join(sorted({EXTRAS[name] for name in lost}))
+        which = "it" if len(lost) == 1 else "them"
+        raise ResourceError(f"{said}; install {which} with: {install(extras)}")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:

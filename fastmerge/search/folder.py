@@ -125,6 +125,7 @@ def prepare(
 
 def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, resume: bool) -> int:
     path = out / HEADER_FILE
+    _check_kind(out, path, header)
     if not resume and _holds_no_result(out):
         # It failed before its first result: who repeats it, mended or not, wants it to run. With
         # its seed where it is the same run, which may be at work.
@@ -155,6 +156,26 @@ def _prepare(out: Path, header: dict[str, Any], asked: int | None, own: int, res
     seed = own if asked is None else asked
     write_own(path, json.dumps({**header, "seed": seed}, indent=1) + "\n")
     return seed
+
+
+# What begins a run's folder, by the key that its header has for its file.
+_KINDS = {
+    "search": ("a search", "fastmerge search"),
+    "schedule": ("a schedule's run", "fastmerge retrograde"),
+}
+
+
+def _check_kind(out: Path, path: Path, header: Mapping[str, Any]) -> None:
+    """Raises OutputError where the folder is that of another command's run."""
+    found = (_recorded(path) if os.path.isfile(path) else None) or {}
+    own = _named(header)
+    other = next((kind for kind in _KINDS if kind in found and own not in found), None)
+    if other is not None:
+        what, command = _KINDS[other]
+        raise OutputError(
+            f"{out}: holds {what}, not {_KINDS[own][0]}; give another folder, or go on with it "
+            f"by `{command}` and its own file"
+        )
 
 
 def _named(header: Mapping[str, Any]) -> str:

@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from fastmerge.errors import RecipeError, ResourceError
 from fastmerge.evaluation.scores import Scores
-from fastmerge.extras import install
+from fastmerge.extras import EXTRAS, install, missing
 from fastmerge.methods.types import Float64
 from fastmerge.search.families import ranked
 from fastmerge.search.ranges import Point, Ranges
@@ -54,14 +53,20 @@ class Setup:
         return np.random.default_rng([self.seed, list(OPTIMISERS).index(name)])
 
 
+def libraries(name: str) -> tuple[str, ...]:
+    """What an optimiser imports."""
+    return {"cma": ("cma",), "tpe": ("optuna",)}.get(name, ())
+
+
 def require(name: str, ranges: Ranges, where: str) -> None:
     """Raises FastmergeError where the optimiser's library is missing, or it cannot move in these
     ranges.
     """
-    library = {"cma": "cma", "tpe": "optuna"}.get(name)
-    if library is not None and find_spec(library) is None:
+    absent = missing(*libraries(name))
+    if absent:
         raise ResourceError(
-            f"{where}: {name} needs the library {library}; install it with: {install('search')}"
+            f"{where}: {name} needs the library {absent[0]}; install it with: "
+            f"{install(EXTRAS[absent[0]])}"
         )
     words = [own.name for own in ranges.dimensions if not own.is_number]
     if words and name in ("cma", "line", "walk", "gradient"):

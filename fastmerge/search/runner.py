@@ -38,7 +38,7 @@ from fastmerge.search.found import Found, recipe_text
 from fastmerge.search.grams import cached_grams
 from fastmerge.search.lab import Lab, Measurement
 from fastmerge.search.opening import space_of
-from fastmerge.search.optimisers import require
+from fastmerge.search.optimisers import libraries, require
 from fastmerge.search.ranges import Ranges
 from fastmerge.search.recipes import check_form, expression, references_of, template_of
 from fastmerge.search.report import write
@@ -91,7 +91,8 @@ def run(
     for name, function in functions.items():
         a_function(function, name)
     file = with_workers(_given(source, data, score), workers, cluster)
-    require_plots(*file.evaluate.libraries)
+    needed = libraries(file.optimiser.name)
+    require_plots(*file.evaluate.libraries, optimiser=needed, cluster=cluster)
     say = on_note or logging.getLogger("fastmerge").warning
     folder = a_path(out, "out")
     with ExitStack() as kept:
@@ -373,7 +374,8 @@ def describe(
     as that shows without.
     """
     file = with_workers(_given(source, data), workers, cluster)
-    require_plots(*file.evaluate.libraries)
+    needed = libraries(file.optimiser.name)
+    require_plots(*file.evaluate.libraries, optimiser=needed, cluster=cluster)
     ranges, template = opened(file)
     scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]))
     scorer = scoring.foreseen(scores=cluster is None)

@@ -233,7 +233,7 @@ def sweep(
     a_function(on_point, "on_point")
     # Whole trees: what the recipe's own t leaves out, another takes in.
     plan = recipe if isinstance(recipe, Plan) else make_plan(recipe)
-    scoring = _scoring(plan, evaluate, data, score)
+    scoring = _scoring(plan, evaluate, data, score, cluster)
     if write is not None:
         one_of(write, WRITTEN, "write")
     if scoring is None and write not in (None, "all"):
@@ -290,15 +290,16 @@ class _Scores:
 
 
 def _scoring(
-    plan: Plan, evaluate: Any, data: str | Path | None, score: ScoreFunction | None
-) -> _Scoring | None:
+    plan: Plan, evaluate: Any, data: str | Path | None, score: ScoreFunction | None,
+    cluster: str | None,
+) -> _Scoring | None:  # fmt: skip
     """What scores; None where nothing is to be scored."""
     if evaluate is None and score is None:
         if data is not None:
             raise FastmergeError("data: is for 'evaluate', which is not given")
         return None
     settings = load_evaluate(evaluate, is_scored=score is not None)
-    require(*settings.libraries)
+    require(*settings.libraries, cluster=cluster)
     if data is not None:
         settings = settings.with_data(data)
     is_file = isinstance(evaluate, (str, Path)) and "\n" not in str(evaluate)
