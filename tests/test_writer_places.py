@@ -10,6 +10,7 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,3 +198,46 @@ def test_a_writer_is_gone_when_nobody_has_it(tmp_path: Path) -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+# ---------------------------------------------------------------- ending
+
+
+class WrittenLate:
+    """A file whose writes are on their way until it is abandoned, which waits for them."""
+
+    def __init__(self, file: Any, slots: list[Any]) -> None:
+        self._file, self._slots, self._ended = file, slots, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def done(self, begin: int, nbytes: int) -> bool:
+        return self._ended and self._file.done(begin, nbytes)
+
+    def abandon(self) -> None:
+        until = time.monotonic() + 30
+        while not all(self._file.done(slot.begin, slot.nbytes) for slot in self._slots):
+            assert time.monotonic() < until
+        self._ended = True
+        self._file.abandon()
+
+
+def test_what_is_written_while_a_run_ends_is_kept(tmp_path: Path) -> None:
+    with (
+        suppress(KeyboardInterrupt),
+        ModelWriter(tmp_path / "out", PAGES, key="k") as writer,
+    ):
+        slots = writer.layout.slots
+        for number, file in writer._files.items():
+            own = [slot for slot in slots.values() if slot.shard == number]
+            writer._files[number] = WrittenLate(file, own)
+        fill(writer, len(slots))
+        assert not [name for name in slots if slots[name].nbytes and name in journaled(writer)]
+        raise KeyboardInterrupt
+    with ModelWriter(tmp_path / "out", PAGES, key="k") as writer:
+        assert sorted(writer.resumed) == sorted(slots)
+
+
+def journaled(writer: ModelWriter) -> list[str]:
+    return [name for name, _ in writer._journal._entries()[1]]

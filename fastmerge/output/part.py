@@ -308,11 +308,11 @@ class PartWriter(Shards):
     def _give_up(self) -> None:
         """Stops; what is there is for a later run."""
         if self._claim is not None:
+            for file in self._files.values():
+                file.abandon()
             # A full disk takes no more entries, nor does who lost the part: those it has will do.
             with suppress(OSError, OutputError):
                 self.mark()
-            for file in self._files.values():
-                file.abandon()
             if self._worthless and not self.done and self._run is not None:
                 remove_tree(self._run, ignore_errors=True)
             self._claim.end()

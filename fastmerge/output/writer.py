@@ -357,12 +357,13 @@ class ModelWriter(Shards):
         """Stops; keeps what a later run can continue from, else leaves nothing."""
         if self._shipping is not None:
             self._shipping.stop()
+        for file in self._files.values():
+            file.abandon()
+        # Of what was on its way 16 MiB are on the disk now, or a whole tensor of 64 MiB.
         with suppress(OSError):  # a full disk takes no more entries: those it has will do
             self.mark()
             if failed:
                 self._journal.fail()
-        for file in self._files.values():
-            file.abandon()
         worthless = self._worthless or (self._journal.begun and not self._journal.entries)
         if worthless and self._folder is not None:
             with suppress(OSError):
