@@ -19,7 +19,7 @@ import pytest
 
 import fastmerge
 from fastmerge import extras, retrograde, search
-from fastmerge.errors import FastmergeError, ResourceError, command_line
+from fastmerge.errors import FastmergeError, command_line
 from fastmerge.search import optimisers
 from fastmerge.search.folder import LOCK_FILE
 from fastmerge.search.report import lines_for, verdict
@@ -410,49 +410,6 @@ def test_a_missing_library_is_one_line(
         message = rf"{name} needs the library {library}; .*pip install .*\[search\]'"
         with pytest.raises(FastmergeError, match=message):
             search.open_study(file_of(models, optimiser=name), tmp_path / "out", threads=1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_folder_of_another_command_s_run_says_what_it_holds(
-    models: list[Path], tmp_path: Path
-) -> None:
-    searched, walked = tmp_path / "searched", tmp_path / "walked"
-    small = file_of(models, budget={"candidates": 1})
-    search.run(small, searched, score=likelihood, threads=1)
-    base, *tuned = map(str, models)
-    step = {"partner": "next", "method": "slerp", "t": 0.3}
-    back = {"toward": "baseline", "method": "slerp", "t": 0.3}
-    schedule = {
-        "baseline": {"model": base, "accuracy": 50.0}, "pool": tuned,
-        "schedule": {"cycles": 1, "degrade": step, "retrace": back},
-    }  # fmt: skip
-    retrograde.run(schedule, walked, evaluate=False, threads=1)
-    for resume in (False, True):
-        said = (
-            "holds a schedule's run, not a search; .* go on with it by `fastmerge retrograde` and"
-        )
-        with pytest.raises(FastmergeError, match=f"walked: {said}"):
-            search.run(small, walked, resume=resume, score=likelihood, threads=1)
-        said = (
-            "holds a search, not a schedule's run; .* go on with it by `fastmerge search` and its"
-        )
-        with pytest.raises(FastmergeError, match=f"searched: {said}"):
-            retrograde.run(schedule, searched, evaluate=False, resume=resume, threads=1)
-
-
-def test_all_that_a_search_misses_is_one_line(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    file = file_of(models, optimiser="cma")
-    said = (
-        r"^plots need matplotlib, the optimiser needs cma, scores need torch, the cluster needs "
-        r"ray; install them with: .*\[llama,plot,ray,search\]'$"
-    )
-    for call in (search.run, search.describe):
-        where = () if call is search.describe else (tmp_path / "out",)
-        with pytest.raises(ResourceError, match=said):
-            call(file, *where, cluster="auto")
     assert not (tmp_path / "out").exists()
 
 
