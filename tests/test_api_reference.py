@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from importlib import import_module
@@ -123,7 +124,6 @@ def test_a_class_says_what_it_holds_and_its_methods_what_they_take(name: str) ->
 
 HARMLESS = {f"fastmerge.integrations.{m}.uninstall" for m in
             ("fusion_bench", "mergekit_methods", "peft", "sd_mecha", "trl")}  # fmt: skip
-PACKAGES = {"mergekit_methods": "mergekit.merge_methods.base", "trl": "trl"}
 A, B = (np.full((2, 3), number, np.float32) for number in (1, 2))
 WRONG = {"merge_method": "no_such_method"}
 GONE = {"merge_method": "passthrough", "models": [{"model": "./no-such-folder"}]}
@@ -256,9 +256,11 @@ def test_a_package_that_is_missing_is_a_resource_error(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, call = name.split(".")[-2:]
-    import sys
-
-    monkeypatch.setitem(sys.modules, PACKAGES.get(module, module), None)
+    package = module.removesuffix("_methods")
+    # Imported before, perhaps, with all that is below it.
+    below = [own for own in sys.modules if own.partition(".")[0] == package]
+    for own in {package, *below}:
+        monkeypatch.setitem(sys.modules, own, None)
     home = import_module(f"fastmerge.integrations.{module}")
     if call == "installed":
         with pytest.raises(errors.ResourceError), home.installed():
