@@ -189,6 +189,11 @@ def _tokenizer(transformers: Any, folder: Path, where: str, kwargs: Mapping[str,
     except FastmergeError:
         raise
     except Exception as error:  # tokenizers raises no other class for a file that it cannot read
+        if not any(map(is_tokenizer, os.listdir(folder))):
+            raise ModelError(
+                f"{where}: has no tokenizer, which text needs: put the tokenizer.json and "
+                "tokenizer_config.json of its family there"
+            ) from error
         raise ModelError(
             f"{where}: has no tokenizer that loads: {first_line(error)[:200]}"
         ) from error

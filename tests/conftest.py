@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -211,6 +212,20 @@ def _here() -> Iterator[None]:
     here = Path.cwd()
     yield
     os.chdir(here)
+
+
+@pytest.fixture(autouse=True)
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a test imports from its folder goes with it: the next one's `measure` would be taken
+    for the same, in whatever order two processes happen to run them.
+    """
+    before, path = {*sys.modules}, [*sys.path]
+    yield
+    sys.path[:] = path
+    home = f"{tmp_path_factory.getbasetemp()}{os.sep}"
+    for name in {*sys.modules} - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(home):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,3 +407,17 @@ def test_an_out_whose_computation_torch_recorded_is_refused():
             )
         assert ops.linear([a, b], [0.3, 0.7], out=leaf) is leaf
         leaf = a.clone().requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"density": 1.5}, "prune: 'density' must be in"),
+        ({"density": 0.5, "how": "random"}, "prune: 'seed' must be"),
+        ({"density": 0.5, "rescale": "x"}, "prune: 'rescale' must be"),
+    ],
+)
+def test_prune_speaks_of_itself(arguments: dict[str, Any], said: str) -> None:
+    """And not of the methods that it is made of."""
+    with pytest.raises(fastmerge.FastmergeError, match=f"^{said}"):
+        ops.prune(np.ones(8, np.float32), **arguments)

@@ -154,7 +154,7 @@ def test_without_a_tokenizer_nothing_starts(lab: Path) -> None:
     for file in (lab / "m0").glob("*token*"):
         file.unlink()
     schedule = schedule_of(lab, tasks=["fm_choice"], include_path=str(lab / "tasks"))
-    with pytest.raises(FastmergeError, match="m0: has no tokenizer that loads"):
+    with pytest.raises(FastmergeError, match="m0: has no tokenizer, which text needs"):
         run(schedule, lab / "out", threads=1)
     assert not (lab / "out").exists()
 

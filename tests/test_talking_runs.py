@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastmerge.cli.retrograde import Measured
 from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.callables import scores_of
 from fastmerge.evaluation.scores import Scores, TaskScore
@@ -21,6 +23,7 @@ from fastmerge.retrograde import run
 from fastmerge.retrograde.runner import describe
 from fastmerge.retrograde.words import figure
 from fastmerge.search.figures import by_layer
+from fastmerge.search.lab import Measurement
 from fastmerge.search.sweep import Outlook, sweep
 from tests.test_retrograde_run import invoke
 
@@ -444,3 +447,21 @@ def test_a_sweep_says_that_its_type_is_slow_here(schedule: dict[str, Any], tmp_p
         score=lambda model: 1.0, on_start=told.append,
     )  # fmt: skip
     assert any(SLOW in note for note in told[0].notes)
+
+
+def test_what_is_left_is_not_told_by_the_first_measurement_which_imports_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 100, 10))
+    monkeypatch.setattr("fastmerge.cli.retrograde.time.monotonic", lambda: float(next(clock)))
+    tell = Measured(quiet=False, begin=lambda: None)
+    for number, seconds in ((1, 20.0), (2, 1.0), (3, 1.0)):
+        begun = Measurement("owl", "steer", number, 10)
+        tell(begun)
+        tell(replace(begun, seconds=seconds))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "measuring owl: 1 of at most 10",
+        "measuring owl: 2 of at most 10, at most about 3:00 left",
+        "measuring owl: 3 of at most 10, at most 8.0 s left",
+    ]

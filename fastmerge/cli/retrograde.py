@@ -176,10 +176,11 @@ class Measured:
         text = f"measuring {told.what}{where}: {told.number}"
         if told.most is not None and told.most >= told.number:
             text += f" of at most {told.most}"
-            known = self._seconds or ([told.expected] if told.expected else [])
-            if known:
-                left = sum(known) / len(known) * (1 + told.most - told.number)
-                text += f", at most {'' if self._seconds else 'about '}{about(left)} left"
+            # The first imports what scores, too: seconds, of models that are read in less.
+            known = self._seconds[1:] or self._seconds or [told.expected or 0.0]
+            left = sum(known) / len(known) * (1 + told.most - told.number)
+            if left > 0:
+                text += f", at most {'' if self._seconds[1:] else 'about '}{about(left)} left"
         say(text)
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 from fastmerge.arguments import one_of
 from fastmerge.compute.arrays import T
+from fastmerge.errors import in_words
 from fastmerge.ops.calls import merge
 from fastmerge.ops.words import Divisor, EqualMagnitudes, Given, How, Numbers, Rescale, Votes
 
@@ -400,8 +401,10 @@ def prune(
     """
     given: Given = {"weight": 1.0, "density": density, "rescale": rescale}
     one_of(how, get_args(How), "prune: how")
-    if how == "magnitude":
-        return merge("breadcrumbs", [tensor], given | {"gamma": gamma}, out=out, threads=threads)
-    method = "dare_linear" if how == "random" else "della_linear"
-    given |= {"normalize": False} | ({"epsilon": epsilon} if how == "rank" else {})
-    return merge(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)
+    with in_words({"^(breadcrumbs|dare_linear|della_linear): ": "prune: "}):
+        if how == "magnitude":
+            given |= {"gamma": gamma}
+            return merge("breadcrumbs", [tensor], given, out=out, threads=threads)
+        method = "dare_linear" if how == "random" else "della_linear"
+        given |= {"normalize": False} | ({"epsilon": epsilon} if how == "rank" else {})
+        return merge(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)
