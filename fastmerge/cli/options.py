@@ -99,8 +99,9 @@ def choices_of(function: Callable[..., Any]) -> tuple[str, ...]:
     for hint in get_type_hints(function, include_extras=True).values():
         kind, form = _kind_and_form(hint) if get_args(hint) else (None, None)
         if isinstance(form, Argument):
-            is_choice = isinstance(kind, type) and issubclass(kind, Enum)
-            return tuple(str(item.value) for item in kind) if is_choice and kind else ()
+            if not (isinstance(kind, type) and issubclass(kind, Enum)):
+                return ()
+            return tuple(str(item.value) for item in kind)
     return ()
 
 

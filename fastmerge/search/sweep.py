@@ -327,10 +327,10 @@ def _swept(
         known = _known(out, key, values, resume)
         outlook = _outlook(plan, values, known, write, scored=scorer is not None)
         check_space(_existing(out), outlook.nbytes)
-        if scoring is not None and cluster is None:
-            outlook = replace(outlook, notes=slow_products(scoring.settings))
     except OSError as error:
         raise explain(error, out) from error
+    if scoring is not None and cluster is None:
+        outlook = replace(outlook, notes=slow_products(scoring.settings))
     if on_start is not None:
         on_start(outlook)
     points = []
