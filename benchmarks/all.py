@@ -48,6 +48,10 @@ ROOMS = "parts average fold mixture"  # what is merged in other ways than a reci
 
 PRESETS = (
     Preset("merge_model.py --size 1.1b --repeat 5", _both("merge_model-1.1b")),
+    Preset(
+        "merge_model.py --size 1.1b --repeat 5 --cache both --isa avx2",
+        _both("merge_model-1.1b-avx2"),
+    ),
     Preset("picture.py", ()),  # of merge_model-1.1b
     Preset(
         "merge_model.py --size 7b --sparse --skip-mergekit --jobs linear,ties --repeat 1",
@@ -55,6 +59,7 @@ PRESETS = (
     ),
     Preset("memory.py --record", (*_both("memory", "memory-models", "memory-parts"), "memory.png")),
     Preset("scaling.py", (*_both("scaling"), "scaling.png")),  # 56 GB of disk
+    Preset("scaling.py --sizes 7b", (*_both("scaling-7b"), "scaling-7b.png")),
     Preset("walk.py --size 0.2b --repeat 7", _both("walk-0.2b")),
     Preset("walk.py --size 1.1b --repeat 5", _both("walk-1.1b")),
     Preset("fold.py --size 1.1b --rank 16 --repeat 5", _both("fold-1.1b")),

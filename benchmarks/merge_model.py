@@ -2,6 +2,7 @@
 one run: `fastmerge bench merge` with the project's own targets, for results/.
 
     python benchmarks/merge_model.py --size 1.1b --repeat 5
+    python benchmarks/merge_model.py --size 1.1b --repeat 5 --cache both --isa avx2
 
 All recipes say ``dtype: bfloat16``, as users' recipes do: for mergekit that means arithmetic in
 bf16, for fastmerge fp32 arithmetic and a bf16 result. See benchmarks/README.md.
@@ -10,11 +11,13 @@ bf16, for fastmerge fp32 arithmetic and a bf16 result. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from record import HERE, commit, save, tell
 
+from fastmerge import _C
 from fastmerge.bench import request as asked
 from fastmerge.bench.checkpoints import SHAPES
 from fastmerge.bench.report import markdown
@@ -58,6 +61,9 @@ def main() -> None:
     parser.add_argument("--skip-mergekit", action="store_true")
     parser.add_argument("--cache", choices=(*asked.CACHES, "both"), default="warm")
     parser.add_argument(
+        "--isa", choices=_C.isas(), help="no more than it; results/ have a table of their own"
+    )
+    parser.add_argument(
         "--sparse",
         action="store_true",
         help="holes for weights: for memory, not for time; no floor",
@@ -68,6 +74,8 @@ def main() -> None:
         "--json", type=Path, help="where the report goes (default: benchmarks/results/)"
     )
     options = parser.parse_args()
+    if options.isa:
+        os.environ["FASTMERGE_ISA"] = options.isa  # of the processes that are measured, too
     report = run(
         asked.Request(
             kinds=("merge",), sizes=(options.size,), methods=options.jobs, repeat=options.repeat,
@@ -87,7 +95,8 @@ def main() -> None:
         "commit": commit(),
         "start_up_seconds": start_up(options.folder, max(3, options.repeat)),
     }
-    name = f"merge_model-{options.size}{'-sparse' if options.sparse else ''}.json"
+    kinds = ("sparse" if options.sparse else None, options.isa)
+    name = "-".join(["merge_model", options.size, *filter(None, kinds)]) + ".json"
     text = page(report)
     save(options.json or HERE / "results" / name, report, text)
     print(text)

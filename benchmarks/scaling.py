@@ -3,9 +3,11 @@
 
     python benchmarks/scaling.py                                  # to 7 B: 56 GB of disk
     python benchmarks/scaling.py --sizes 0.2b,1.1b --repeat 1     # less of it
+    python benchmarks/scaling.py --sizes 7b                       # one alone: results/scaling-7b.*
 
-Numbers of models and walks are those of the first size. Sizes whose models, with the output,
-fill more than half of memory are measured cold alone, and once: in memory they would be in part.
+Numbers of models and walks are those of the first size, of at least two. Sizes whose models, with
+the output, fill more than half of memory are measured cold alone, and once: in memory they would be
+in part.
 One size's models are gone before the next one's are made, and what is measured is saved after
 each: a run that is ended keeps the sizes before.
 """
@@ -34,7 +36,7 @@ TITLE = "Merges and walks against size, number of models and number of steps"
 
 def request(options: argparse.Namespace, size: str) -> asked.Request:
     """What is measured of one size."""
-    first = size == options.sizes[0]
+    first = size == options.sizes[0] and len(options.sizes) > 1
     made = asked.Request(
         kinds=("merge", "walk") if first else ("merge",), sizes=(size,),
         methods=("linear", "ties"), counts=COUNTS if first else (), steps=STEPS,
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     requests = [asked.refuse(request(options, size)) for size in options.sizes]  # before any runs
+    name = "scaling" if len(requests) > 1 else f"scaling-{options.sizes[0]}"
     whole: dict[str, Any] = {}
     for own in requests:
         report = run(own, tell)
@@ -68,8 +71,8 @@ def main() -> None:
         else:
             whole = report | {"commit": commit()}
         text = f"{markdown(whole, TITLE)}\nCommit {whole['commit']}.\n"
-        save(options.out / "scaling.json", whole, text)
-        (options.out / "scaling.png").write_bytes(report_png(whole))
+        save(options.out / f"{name}.json", whole, text)
+        (options.out / f"{name}.png").write_bytes(report_png(whole))
     print(text)
 
 
