@@ -336,6 +336,29 @@ def test_calls_of_tensors_raise_what_they_say_and_no_more_is_said(name: str) -> 
     assert {error_of(function, **own) for own in calls} == text.raised
 
 
+# Of numbers and switches by a name that is not a recipe's: what no function of them takes.
+NO_VALUES: dict[str, list[Any]] = {
+    "weights": [["x", 1], [1, 2, 3], None], "coefficients": [["x", 1], [1, 2, 3]],
+    "lambda_": ["x"], "flatten": ["perhaps"], "row_wise": ["perhaps"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in OF_TENSORS if n != "fastmerge.ops.merge"])
+def test_an_error_calls_an_argument_as_the_function_does(name: str) -> None:
+    function, as_given = FUNCTIONS[name], as_it_is
+    if "torch_ops" in name:
+        pytest.importorskip("torch")
+        as_given = as_torch
+    given = {key: as_given(value) for key, value in arguments(function).items()}
+    for argument in inspect.signature(function).parameters.keys() & NO_VALUES:
+        for value in NO_VALUES[argument]:
+            with pytest.raises(errors.FastmergeError) as caught:
+                function(**given | {argument: value})
+            said = str(caught.value)
+            assert re.search(rf"(?<!\w){argument}(?!\w)", said), said
+            assert said.startswith(f"{name.split('.')[-1]}: "), said
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_s_function_has_the_table_s_bounds_defaults_and_paper(name: str) -> None:
     row, function = METHODS[name], getattr(ops, name)

@@ -173,7 +173,7 @@ def test_torch_compile_tells_what_is_refused(weights):
     call = torch.compile(
         lambda a, b, w: ops.linear([a, b], weights(w)), fullgraph=True, backend="eager"
     )
-    with pytest.raises(Exception, match="'weight': numbers beside the tensors are Python's"):
+    with pytest.raises(Exception, match="'weights': numbers beside the tensors are Python's"):
         call(*given)
 
 

@@ -16,7 +16,7 @@ from fastmerge.errors import FastmergeError, brief, nearest
 from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.types import Float64
 
-_EACH = Parameter("coefficient", float, REQUIRED, "")
+_EACH = Parameter("coefficients", float, REQUIRED, "")
 
 
 def gram(tensors: Sequence[Any], *, base: Any = None, threads: int | None = None) -> Float64:

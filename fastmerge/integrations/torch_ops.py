@@ -25,7 +25,7 @@ import numpy as np
 
 from fastmerge.arguments import a_flag, a_list, plain
 from fastmerge.errors import FastmergeError, RecipeError, ResourceError, UnsupportedError, brief
-from fastmerge.methods import find
+from fastmerge.methods import REQUIRED, Parameter
 from fastmerge.methods.combination import LEAST_NORM, LEAST_SINE_SQUARED, LERP_ABOVE, NORM_EPS
 from fastmerge.methods.table import METHODS
 from fastmerge.methods.weights import cancel, sum_to_zero
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["combine", "gram", "linear", "nuslerp", "slerp", "task_arithmetic"]
 
 Weights = Any  # a tensor, or numbers
+# What numbers are called here, with their bounds.
+_WEIGHTS, _COEFFICIENTS, _LAMBDA = (
+    Parameter(name, float, REQUIRED, "") for name in ("weights", "coefficients", "lambda_")
+)
+(_T,) = METHODS["slerp"].parameters
 
 
 def combine(tensors: Sequence[torch.Tensor], coefficients: Weights) -> torch.Tensor:
@@ -105,7 +110,7 @@ def task_arithmetic(
     where = "task_arithmetic"
     tensors = a_list(tensors, f"{where}: tensors")
     numbers = _numbers(weights, where, tensors, divided=a_flag(normalize, f"{where}: normalize"))
-    numbers = numbers * _number(lambda_, where, "lambda")
+    numbers = numbers * _number(lambda_, where, _LAMBDA)
     return _combined([base, *tensors], torch.cat([1 - numbers.sum()[None], numbers]), where)
 
 
@@ -127,7 +132,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: Any) -> torch.Tensor:
     norms = products.diagonal().clamp_min(NORM_EPS**2).sqrt()
     norms = torch.where(norms > NORM_EPS, norms, 1.0)
     cosine = products[0, 1] / norms.prod()
-    factors = _arc(cosine, _number(t, "slerp", "t"), cosine.abs() > LERP_ABOVE)
+    factors = _arc(cosine, _number(t, "slerp", _T), cosine.abs() > LERP_ABOVE)
     return _combined([a, b], factors, "slerp")
 
 
@@ -214,45 +219,45 @@ def _products(tensors: Any, base: Any, where: str) -> torch.Tensor:
     return made
 
 
-def _number(value: Any, where: str, name: str) -> torch.Tensor:
-    """One in the bounds that the method ``where`` has for it; a tensor of one, whatever it holds:
-    to look would break a recorded program.
+def _number(value: Any, where: str, bounds: Parameter) -> torch.Tensor:
+    """One within ``bounds``; a tensor of one, whatever it holds: to look would break a recorded
+    program.
     """
     import torch
 
+    name = bounds.name
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.is_meta:
             raise FastmergeError(f"{where}: '{name}' must be a number, not {brief(value)}")
         _refuse_tangent(value, where)
         return value.to("cpu", torch.float64).reshape(())
-    parameter = find(where).parameter(name)
-    assert parameter is not None
-    number = parameter.check(plain(value, f"{where}: {name}"), where)
+    number = bounds.check(plain(value, f"{where}: {name}"), where)
     return torch.full((), number, dtype=torch.float64)
 
 
-def _numbers(weights: Weights, where: str, tensors: Any, *, divided: bool = False) -> torch.Tensor:
+def _numbers(values: Weights, where: str, tensors: Any, *, divided: bool = False) -> torch.Tensor:
     """One for each tensor, float64 on the CPU; ``divided`` by their sum, which is looked at where
     they are numbers.
     """
     import torch
 
-    if isinstance(weights, torch.Tensor):
-        if weights.layout is not torch.strided or weights.is_nested or weights.is_meta:
-            raise FastmergeError(f"{where}: weights must be a tensor of numbers, or a list")
-        _refuse_tangent(weights, where)
-        numbers = weights.to("cpu", torch.float64)
+    bounds = _WEIGHTS if where in METHODS else _COEFFICIENTS
+    name = bounds.name
+    if isinstance(values, torch.Tensor):
+        if values.layout is not torch.strided or values.is_nested or values.is_meta:
+            raise FastmergeError(f"{where}: {name} must be a tensor of numbers, or a list")
+        _refuse_tangent(values, where)
+        numbers = values.to("cpu", torch.float64)
     else:
-        of = where if where in METHODS else "linear"
-        given = a_list(plain(weights, f"{where}: weights"), f"{where}: weights")
-        made = [_number(value, of, "weight") for value in given]
+        given = a_list(plain(values, f"{where}: {name}"), f"{where}: {name}")
+        made = [_number(value, where, bounds) for value in given]
         numbers = torch.stack(made) if made else torch.empty(0)
         known = divided and not any(isinstance(value, torch.Tensor) for value in given)
         if known and cancel(np.array(given, np.float64)):
             raise RecipeError(f"{where}: {sum_to_zero(np.array(given, np.float64))}; change them")
     count = len(a_list(tensors, f"{where}: tensors"))
     if numbers.shape != (count,):
-        raise FastmergeError(f"{where}: {count} tensors but weights of shape {list(numbers.shape)}")
+        raise FastmergeError(f"{where}: {count} tensors but {name} of shape {list(numbers.shape)}")
     return numbers / numbers.sum() if divided else numbers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmerge.compute.arrays import T
-from fastmerge.ops.calls import merge
+from fastmerge.ops.calls import named
 from fastmerge.ops.words import Given, Numbers
 
 
@@ -28,7 +28,7 @@ def linear(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"weight": weights, "normalize": normalize}
-    return merge("linear", tensors, given, out=out, threads=threads)
+    return named("linear", tensors, given, out=out, threads=threads)
 
 
 def slerp(a: T, b: T, t: float, *, out: T | None = None, threads: int | None = None) -> T:
@@ -42,7 +42,7 @@ def slerp(a: T, b: T, t: float, *, out: T | None = None, threads: int | None = N
     Returns a tensor of their shape and type (float32 where types differ). Raises RecipeError for a
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
-    return merge("slerp", [a, b], {"t": t}, out=out, threads=threads)
+    return named("slerp", [a, b], {"t": t}, out=out, threads=threads)
 
 
 def nuslerp(
@@ -73,7 +73,7 @@ def nuslerp(
         "nuslerp_flatten": flatten,
         "nuslerp_row_wise": row_wise,
     }
-    return merge("nuslerp", [a, b], given, base=base, out=out, threads=threads)
+    return named("nuslerp", [a, b], given, base=base, out=out, threads=threads)
 
 
 def multislerp(
@@ -100,7 +100,7 @@ def multislerp(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"weight": weights, "normalize_weights": normalize_weights, "eps": eps}
-    return merge("multislerp", tensors, given, base=base, out=out, threads=threads)
+    return named("multislerp", tensors, given, base=base, out=out, threads=threads)
 
 
 def karcher(
@@ -123,7 +123,7 @@ def karcher(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"max_iter": max_iter, "tol": tol}
-    return merge("karcher", tensors, given, out=out, threads=threads)
+    return named("karcher", tensors, given, out=out, threads=threads)
 
 
 def geometric_median(
@@ -148,7 +148,7 @@ def geometric_median(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"weight": weights, "max_iter": max_iter, "tol": tol}
-    return merge("geometric_median", tensors, given, out=out, threads=threads)
+    return named("geometric_median", tensors, given, out=out, threads=threads)
 
 
 def model_stock(
@@ -171,7 +171,7 @@ def model_stock(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"filter_wise": filter_wise}
-    return merge("model_stock", tensors, given, base=base, out=out, threads=threads)
+    return named("model_stock", tensors, given, base=base, out=out, threads=threads)
 
 
 def passthrough(
@@ -186,4 +186,4 @@ def passthrough(
     Returns a tensor of its shape and type. Raises RecipeError for a value, UnsupportedError for a
     type, FastmergeError for an ``out`` that does not fit.
     """
-    return merge("passthrough", [tensor], {"scale": scale}, out=out, threads=threads)
+    return named("passthrough", [tensor], {"scale": scale}, out=out, threads=threads)

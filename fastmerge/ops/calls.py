@@ -8,6 +8,7 @@ from typing import Any
 from fastmerge.compute import combining, of_tensors
 from fastmerge.compute.arrays import T
 from fastmerge.compute.recording import is_recorded
+from fastmerge.errors import FastmergeError, in_words
 from fastmerge.methods.types import Float64
 from fastmerge.ops.words import Numbers
 
@@ -45,6 +46,37 @@ def merge(
     return of_tensors.merge(
         method, tensors, parameters, base=base, seed=seed, name=name, out=out, threads=threads
     )
+
+
+# What parameters are called where a method is a function of its own.
+_ARGUMENTS = {
+    "weight": "weights", "lambda": "lambda_", "nuslerp_flatten": "flatten",
+    "nuslerp_row_wise": "row_wise",
+}  # fmt: skip
+_OWN_WORDS = {f"'{name}'": f"'{argument}'" for name, argument in _ARGUMENTS.items()} | {
+    rf"^(\w+): {name}:": rf"\1: {argument}:" for name, argument in _ARGUMENTS.items()
+}
+
+
+def named(
+    method: str,
+    tensors: Sequence[T],
+    parameters: Mapping[str, Any],
+    *,
+    base: T | None = None,
+    seed: int | None = None,
+    name: str = "",
+    out: T | None = None,
+    threads: int | None = None,
+) -> T:
+    """`merge` for the function of a method, whose errors are in that function's words."""
+    try:
+        return merge(
+            method, tensors, parameters, base=base, seed=seed, name=name, out=out, threads=threads
+        )
+    except FastmergeError:
+        with in_words(_OWN_WORDS):
+            raise
 
 
 def combine(

@@ -8,7 +8,7 @@ from typing import get_args
 from fastmerge.arguments import one_of
 from fastmerge.compute.arrays import T
 from fastmerge.errors import in_words
-from fastmerge.ops.calls import merge
+from fastmerge.ops.calls import named
 from fastmerge.ops.words import Divisor, EqualMagnitudes, Given, How, Numbers, Rescale, Votes
 
 
@@ -41,7 +41,7 @@ def task_arithmetic(
         "lambda": lambda_,
         "divisor": divisor,
     }
-    return merge("task_arithmetic", tensors, given, base=base, out=out, threads=threads)
+    return named("task_arithmetic", tensors, given, base=base, out=out, threads=threads)
 
 
 def ties(
@@ -87,7 +87,7 @@ def ties(
         "votes": votes,
         "ties": ties,
     }
-    return merge("ties", tensors, given, base=base, out=out, threads=threads)
+    return named("ties", tensors, given, base=base, out=out, threads=threads)
 
 
 def dare_linear(
@@ -129,7 +129,7 @@ def dare_linear(
         "rescale": rescale,
         "divisor": divisor,
     }
-    return merge(
+    return named(
         "dare_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
 
@@ -178,7 +178,7 @@ def dare_ties(
         "divisor": divisor,
         "votes": votes,
     }
-    return merge(
+    return named(
         "dare_ties", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
 
@@ -222,7 +222,7 @@ def breadcrumbs(
         "lambda": lambda_,
         "divisor": divisor,
     }
-    return merge("breadcrumbs", tensors, given, base=base, out=out, threads=threads)
+    return named("breadcrumbs", tensors, given, base=base, out=out, threads=threads)
 
 
 def breadcrumbs_ties(
@@ -269,7 +269,7 @@ def breadcrumbs_ties(
         "divisor": divisor,
         "votes": votes,
     }
-    return merge("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
+    return named("breadcrumbs_ties", tensors, given, base=base, out=out, threads=threads)
 
 
 def della(
@@ -319,7 +319,7 @@ def della(
         "divisor": divisor,
         "votes": votes,
     }
-    return merge("della", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads)
+    return named("della", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads)
 
 
 def della_linear(
@@ -365,7 +365,7 @@ def della_linear(
         "lambda": lambda_,
         "divisor": divisor,
     }
-    return merge(
+    return named(
         "della_linear", tensors, given, base=base, seed=seed, name=name, out=out, threads=threads
     )
 
@@ -404,7 +404,7 @@ def prune(
     with in_words({"^(breadcrumbs|dare_linear|della_linear): ": "prune: "}):
         if how == "magnitude":
             given |= {"gamma": gamma}
-            return merge("breadcrumbs", [tensor], given, out=out, threads=threads)
+            return named("breadcrumbs", [tensor], given, out=out, threads=threads)
         method = "dare_linear" if how == "random" else "della_linear"
         given |= {"normalize": False} | ({"epsilon": epsilon} if how == "rank" else {})
-        return merge(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)
+        return named(method, [tensor], given, seed=seed, name=name, out=out, threads=threads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastmerge.compute.arrays import T
-from fastmerge.ops.calls import merge
+from fastmerge.ops.calls import named
 from fastmerge.ops.words import Given, Numbers
 
 
@@ -29,7 +29,7 @@ def sce(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"select_topk": select_topk}
-    return merge("sce", tensors, given, base=base, out=out, threads=threads)
+    return named("sce", tensors, given, base=base, out=out, threads=threads)
 
 
 def ram(
@@ -52,7 +52,7 @@ def ram(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"epsilon": epsilon}
-    return merge("ram", tensors, given, base=base, out=out, threads=threads)
+    return named("ram", tensors, given, base=base, out=out, threads=threads)
 
 
 def ramplus_tl(
@@ -79,7 +79,7 @@ def ramplus_tl(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"r": r, "alpha": alpha, "epsilon": epsilon}
-    return merge("ramplus_tl", tensors, given, base=base, out=out, threads=threads)
+    return named("ramplus_tl", tensors, given, base=base, out=out, threads=threads)
 
 
 def nearswap(
@@ -101,7 +101,7 @@ def nearswap(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"t": t}
-    return merge("nearswap", [x], given, base=base, out=out, threads=threads)
+    return named("nearswap", [x], given, base=base, out=out, threads=threads)
 
 
 def arcee_fusion(
@@ -122,7 +122,7 @@ def arcee_fusion(
     Returns a tensor of their shape and type (float32 where types differ). Raises UnsupportedError
     for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
-    return merge("arcee_fusion", [x], {}, base=base, out=out, threads=threads)
+    return named("arcee_fusion", [x], {}, base=base, out=out, threads=threads)
 
 
 def magmax(
@@ -145,7 +145,7 @@ def magmax(
     value, UnsupportedError for a type, FastmergeError for shapes or an ``out`` that do not fit.
     """
     given: Given = {"lambda": lambda_}
-    return merge("magmax", tensors, given, base=base, out=out, threads=threads)
+    return named("magmax", tensors, given, base=base, out=out, threads=threads)
 
 
 def consensus_ta(
@@ -178,4 +178,4 @@ def consensus_ta(
         "agree": agree,
         "lambda": lambda_,
     }
-    return merge("consensus_ta", tensors, given, base=base, out=out, threads=threads)
+    return named("consensus_ta", tensors, given, base=base, out=out, threads=threads)
