@@ -8,16 +8,19 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fastmerge.bench import machine, pagecache
+from fastmerge.bench import machine, pagecache, peers
 from fastmerge.bench import run as runs
 from fastmerge.bench import wholes as processes
 from fastmerge.bench.checkpoints import SHAPES, write_adapter, write_set
 from fastmerge.bench.report import rate
 from fastmerge.bench.request import Request
 from fastmerge.bench.rows import spread
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, ResourceError
+from fastmerge.models.checkpoint import Checkpoint
+from tests.conftest import write_checkpoint
 
 TINY = ("--size", "tiny", "--repeat", "1", "--threads", "1")
 
@@ -123,6 +126,64 @@ def test_a_disk_that_fills_meanwhile_is_named(bench, monkeypatch) -> None:
     last = err.splitlines()[-1]
     assert last == f"error: {Path.cwd()}: no space left on the device; free some and run again"
     assert not list(Path.cwd().iterdir())
+
+
+def test_the_report_says_what_made_it(bench, models, tmp_path: Path) -> None:
+    own = tmp_path / "my model"
+    shutil.copytree(models[1], own)
+    file = tmp_path / "x.json"
+    words = ("--methods", "linear", "--cache", "warm", *TINY[2:], "--json", file, "-q")
+    code, out, err = bench("--models", models[0], own, "--folder", tmp_path, *words)
+    assert code == 0, err
+    command = (
+        "fastmerge bench --models base 'my model' --methods linear --cache warm --repeat 1 "
+        "--threads 1"
+    )
+    assert f"\n\n```sh\n{command}\n```\n\n" in out
+    assert json.loads(file.read_text())["command"] == command
+    code, out, _ = bench("kernels", "--size", "tiny")
+    assert code == 0 and "```sh\nfastmerge bench kernels --size tiny\n```" in out
+
+
+def test_another_program_that_fails_costs_its_own_figures(bench, monkeypatch) -> None:
+    pytest.importorskip("torch")
+
+    def fails(name: str, *_: Path) -> None:
+        raise ResourceError(f"{name}: ended with 1: KeyError: 'w'")
+
+    monkeypatch.setattr(processes, "run_peer", fails)
+    code, out, err = bench("merge", *TINY, "--methods", "linear", "--against", "torch")
+    assert code == 0, err
+    assert "| linear, 2 models | tiny | warm |" in out and "torch s" not in out
+    assert "Note: linear, 2 models: no figure of torch: torch: ended with 1: KeyError: 'w'." in out
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_a_run_is_cold_as_its_floor_is(models, tmp_path: Path, monkeypatch, left: int) -> None:
+    """Another process may begin to use the files at any time."""
+    states = iter([pagecache.Residency(0.0, seen=True)] * left)
+    used = pagecache.Residency(0.5, seen=True)
+    monkeypatch.setattr(processes, "evict", lambda files: next(states, used))
+    asked = Request(kinds=("merge",), methods=("linear",), repeat=2, caches=("cold",))
+    (whole,) = processes.merges(models, asked, tmp_path, "bfloat16", {"size": "tiny"})
+    rows, (note,) = processes.run(whole, tmp_path, asked, lambda text: None)
+    assert [len(row["runs"]["floor"]) for row in rows] == [1] * (left > 1)
+    assert [len(row["runs"]["fastmerge"]) for row in rows] == [1] * (left > 1)
+    assert ("1 of 2 cold runs" if left > 1 else "no cold figure") in note
+
+
+def test_peft_folds_in_the_base_s_own_type(tmp_path: Path) -> None:
+    for package in ("peft", "transformers"):
+        pytest.importorskip(package)
+    (base,) = write_set(tmp_path, "tiny", 1)
+    config = json.loads((base / "config.json").read_text())
+    shapes = {name: info.shape for name, info in Checkpoint.open(base).tensors.items()}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    full = write_checkpoint(tmp_path / "full", tensors, config | {"dtype": "float32"}, dtype="F32")
+    write_adapter(tmp_path / "lora", full, 2)
+    peers.peft(str(full), str(tmp_path / "lora"), str(tmp_path / "out"))()
+    made = Checkpoint.open(tmp_path / "out").tensors
+    assert {info.dtype.code for info in made.values()} == {"F32"}
 
 
 def test_the_machine_is_described_where_names_have_blanks(monkeypatch, tmp_path: Path) -> None:

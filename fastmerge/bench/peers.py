@@ -85,12 +85,13 @@ def torch(recipe: str, out: str) -> Callable[[], Any]:
 
 
 def peft(base: str, adapter: str, out: str) -> Callable[[], Any]:
-    """`merge_and_unload` and `save_pretrained`; loading is not counted either."""
-    import torch as pytorch
+    """`merge_and_unload` and `save_pretrained`, in the base's own type; loading is not counted
+    either.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=pytorch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = PeftModel.from_pretrained(model, adapter)
     return lambda: model.merge_and_unload().save_pretrained(out)
 

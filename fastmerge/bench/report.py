@@ -16,8 +16,10 @@ Columns = dict[str, Cell]  # by heading; one that is empty in every row is left 
 
 
 def markdown(report: dict[str, Any], title: str = "fastmerge bench") -> str:
-    """Machine, ceilings, a table for each kind, notes."""
+    """Command, machine, ceilings, a table for each kind, notes."""
     parts = [f"# {title}", about(report["machine"]), _ceilings(report["ceilings"])]
+    if "command" in report:
+        parts.insert(1, f"```sh\n{report['command']}\n```")
     said: dict[str, None] = {}  # once, though several tables need it
     for kind, heading, columns, notes in _TABLES:
         rows = [row for row in report["jobs"] if row["kind"] == kind]

@@ -23,7 +23,7 @@ from fastmerge.bench.peers import run_peer
 from fastmerge.bench.process import Run, measure
 from fastmerge.bench.request import WALKED, Request
 from fastmerge.bench.rows import Row, WrongResultError, row_of_processes
-from fastmerge.errors import UnsupportedError
+from fastmerge.errors import ResourceError, UnsupportedError
 from fastmerge.models.adapter import is_adapter
 from fastmerge.output.disk import remove_tree
 from fastmerge.search.folder import MODEL_FOLDER
@@ -81,6 +81,7 @@ class _Runner:
         self._files = [file for model in whole.inputs for file in files_of(model)]
         self._outputs = [place / name for name in ("out", "floor.bin", "peer")]
         self._warm_share = 1.0
+        self._why_not_cold = ""
         self.first: Any = None  # the checksums that every repetition comes to
         self.notes: list[str] = []
 
@@ -88,31 +89,54 @@ class _Runner:
         runs: dict[str, list[Run]] = {"floor": [], "fastmerge": []}
         said = ""
         for number in range(self._request.repeat):
+            floor = []
+            if not self._request.sparse:  # holes are read at no speed that means anything
+                if not self._ready():
+                    break
+                floor.append(self._floor())
             if not self._ready():
                 break
-            if not self._request.sparse:  # holes are read at no speed that means anything
-                runs["floor"].append(self._floor())
-                self._ready()
             out = self._outputs[0]
             command = [*self._whole.command, out, *self._whole.options]
             runs["fastmerge"].append(measure(command, folder=self._place).run)
+            runs["floor"] += floor
             said = self._check(out / self._whole.inside) or said
             for name, peer in self._whole.peers.items():
-                if number < self._request.peer_repeat or name == "one-shot":
-                    self._ready()
-                    runs.setdefault(name, []).append(peer(self._outputs[2]))
+                if (number < self._request.peer_repeat or name == "one-shot") and self._ready():
+                    runs.setdefault(name, []).extend(self._of_peer(name, peer))
             shown = ", ".join(
                 f"{name} {own[-1].seconds:.2f} s" for name, own in runs.items() if own
             )
             of = f"{number + 1} of {self._request.repeat}"
             self._tell(f"{self._whole.job}, {self._cache}, {of}: {shown}")
         clear(self._outputs)
-        if not runs["fastmerge"]:
+        done = len(runs["fastmerge"])
+        if self._why_not_cold:
+            left = f"{done} of {self._request.repeat} cold runs" if done else "no cold figure"
+            self._note(
+                f"{left}, as the models cannot be made cold ({HOW_COLD}): {self._why_not_cold}"
+            )
+        if not done:
             return []
         about = {"cache": self._state, "checked": said, **self._whole.about}
         return [
             row_of_processes(self._whole.kind, self._whole.job, runs, self._whole.moved, **about)
         ]
+
+    def _of_peer(self, name: str, peer: Peer) -> list[Run]:
+        """Its run; none, and a note, where another program cannot do it: what was measured before
+        is not lost with it.
+        """
+        try:
+            return [peer(self._outputs[2])]
+        except ResourceError as error:
+            if name == "one-shot":  # which is fastmerge
+                raise
+            self._note(f"no figure of {name}: {error}")
+            return []
+
+    def _note(self, text: str) -> None:
+        self.notes.append(f"{self._whole.job}: {text}")
 
     @property
     def _state(self) -> str:
@@ -128,10 +152,7 @@ class _Runner:
         if self._cache == "cold":
             state = evict(self._files)
             if not state.is_cold:
-                self.notes.append(
-                    f"{self._whole.job}: no cold figure, as the models cannot be made cold "
-                    f"({HOW_COLD}): {state.why_not_cold}"
-                )
+                self._why_not_cold = state.why_not_cold
             return state.is_cold
         if not self._request.sparse:
             state = warm(self._whole.inputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from fastmerge.cli.app import Quiet, Threads, command
+from fastmerge.cli.app import PROGRAM, Quiet, Threads, command
 from fastmerge.cli.console import put, say
 from fastmerge.cli.options import Argument, Option
-from fastmerge.errors import OutputError
+from fastmerge.errors import OutputError, printable
 
 
 class Kind(str, Enum):
@@ -29,6 +31,9 @@ class Cache(str, Enum):
     warm = "warm"
     cold = "cold"
     both = "both"
+
+
+_REPEAT = 3
 
 
 @command
@@ -60,7 +65,7 @@ def bench(
     cache: Annotated[
         Cache | None, Option(help="Input files in memory or not; merges by default in both ways.")
     ] = None,
-    repeat: Annotated[int, Option(help="Runs of each.", min=1)] = 3,
+    repeat: Annotated[int, Option(help="Runs of each.", min=1)] = _REPEAT,
     folder: Annotated[
         Path, Option(help="Where models and outputs go meanwhile: the disk that is measured.")
     ] = Path(),
@@ -89,8 +94,13 @@ def bench(
     kinds = asked.KINDS if job is Kind.all else (job.value,)
     if job is Kind.all and opened:
         kinds = ("fold",) if len(opened) == 2 and is_adapter(opened[1]) else ("merge",)
-    given = {"--size": size, "--methods": methods, "--steps": steps, "--cache": cache}
-    asked.refuse_idle([name for name, value in given.items() if value is not None], kinds, opened)
+    given: dict[str, object] = {
+        "--size": size, "--methods": methods, "--count": count, "--steps": steps,
+        "--against": against, "--cache": None if cache is None else cache.value,
+        "--repeat": None if repeat == _REPEAT else repeat, "--threads": threads,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    asked.refuse_idle(given, kinds, opened)
     wanted = asked.Request(
         kinds=kinds,
         models=opened,
@@ -105,6 +115,7 @@ def bench(
         folder=folder,
     )
     report = run(wanted, lambda text: say(f"bench: {text}", quiet=quiet))
+    report["command"] = _words(job, opened, given)
     try:
         put(*markdown(report).splitlines())
     finally:  # what took minutes is not lost with a terminal or a full disk
@@ -116,3 +127,12 @@ def bench(
         if not report["jobs"]:
             raise OutputError(f"--plot: {plot}: not written: no figure to draw; the notes say why")
         write_result(plot, report_png(report))
+
+
+def _words(job: Kind, models: Sequence[Path], options: Mapping[str, object]) -> str:
+    """The command that measures the same, for whoever reads its figures: without this machine's
+    paths, of which a model's folder alone has a name.
+    """
+    words = [PROGRAM, "bench", *([] if job is Kind.all else [job.value])]
+    words += ["--models"] * bool(models) + [printable(model.name) for model in models]
+    return shlex.join([*words, *(str(word) for pair in options.items() for word in pair)])
