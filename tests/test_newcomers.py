@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastmerge.errors import FastmergeError, nearest
 from fastmerge.methods import METHODS, find
 from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.diff import compare
+from fastmerge.planning.by_layer import by_layer
 from fastmerge.recipe.yaml_text import parse
 
 
@@ -245,6 +247,46 @@ def test_a_map_of_layers_and_kinds(pair, tmp_path, capsys) -> None:
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert "relative change" in capsys.readouterr().err
     assert run("diff", *pair, "--plot", tmp_path / "gone" / "map.png") == 2
+
+
+TOWERS = ("model.vision_tower.layers", "model.language_model.layers")
+
+
+@pytest.fixture
+def towers(zoo):
+    """Two models, each with two stacks of layers whose tensors have the same names."""
+    tensors = {f"{tower}.{n}.fc.weight": np.ones((2, 3)) for tower in TOWERS for n in range(2)}
+    tensors["model.embed_tokens.weight"] = np.ones((4, 3))
+    return [
+        zoo.write(name, {own: scale * value for own, value in tensors.items()}, {})
+        for name, scale in (("base", 1), ("chat", 2))
+    ]
+
+
+def test_a_map_has_a_line_for_each_stack_s_own(towers) -> None:
+    tensors = compare(*map(Checkpoint.open, towers), threads=1).tensors
+    (found,) = [t for t in tensors if t.name == f"{TOWERS[0]}.1.fc.weight"]
+    moved = [replace(t, relative=3.0) if t is found else t for t in tensors]
+    kinds, layers, percent = change_map(moved)
+    assert set(kinds) == {"model.embed_tokens", *(f"{tower}.fc" for tower in TOWERS)}
+    assert percent[kinds.index(f"{TOWERS[0]}.fc"), layers.index("1")] == 300
+    assert percent[kinds.index(f"{TOWERS[1]}.fc"), layers.index("1")] == 100
+
+
+def test_a_plan_has_a_line_for_each_stack_s_own(towers) -> None:
+    models = ", ".join(f"{{model: {path}}}" for path in towers)
+    text = (
+        f"merge_method: slerp\nbase_model: {towers[0]}\nmodels: [{models}]\n"
+        "parameters: {t: [{filter: vision_tower, value: 0.2}, {value: [0.4, 0.6]}]}\n"
+    )
+    plan = fastmerge.plan(text)
+    rows = by_layer(plan.tensors, plan.references)
+    assert [(row.layers, row.kinds, row.values["t"]) for row in rows] == [
+        ("0-1", (f"{TOWERS[0]}.fc",), 0.2),
+        ("0", (f"{TOWERS[1]}.fc",), 0.4),
+        ("1", (f"{TOWERS[1]}.fc",), 0.6),
+        ("-", ("model.embed_tokens",), 0.4),
+    ]
 
 
 # ---------------------------------------------------------------- plan

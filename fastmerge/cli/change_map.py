@@ -10,7 +10,7 @@ import numpy as np
 from fastmerge.cli.files import write_result
 from fastmerge.errors import UnsupportedError
 from fastmerge.limits import MAX_PICTURE_CELLS, MAX_PICTURE_SIDE
-from fastmerge.models.architecture import layer_of
+from fastmerge.models.architecture import kinds_of
 from fastmerge.models.diff import TensorDifference
 from fastmerge.search.figures import label, new_figure, png
 
@@ -21,10 +21,9 @@ def change_map(tensors: Iterable[TensorDifference]) -> tuple[list[str], list[str
     UnsupportedError for more of them than a picture shows.
     """
     found: dict[str, dict[int, float]] = {}
-    for tensor in tensors:
-        layer = layer_of(tensor.name)
-        kind = (layer.rest if layer else tensor.name).removesuffix(".weight")
-        number = layer.number if layer else -1
+    every = [*tensors]
+    for tensor, (kind, layer) in zip(every, kinds_of(t.name for t in every), strict=True):
+        number = -1 if layer is None else layer
         value = np.nan if tensor.relative is None else 100 * tensor.relative
         found.setdefault(kind, {})[number] = value
     numbers = sorted({number for row in found.values() for number in row})

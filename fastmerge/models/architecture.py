@@ -7,7 +7,7 @@ before and after the layers, and tied embeddings need two names.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 # The last modules in the names of transformers' input embeddings and language-model heads: llama's
@@ -126,6 +126,26 @@ def layer_of(tensor: str) -> LayerName | None:
     """The outermost numbered layer in a tensor's name, or None (embeddings, final norm, head)."""
     found = _LAYER.fullmatch(tensor)
     return LayerName(found[1], int(found[2]), found[3]) if found else None
+
+
+def kinds_of(names: Iterable[str]) -> list[tuple[str, int | None]]:
+    """Of each name the kind of tensor, which one layer after the other has, and its layer's number,
+    None outside of layers: what a table by layer has in its lines. What several stacks have (an
+    encoder beside a decoder, a tower beside a language model) is called by its stack, too.
+    """
+    every = [*names]
+    layers = [layer_of(name) for name in every]
+    stacks: dict[str, set[str]] = {}
+    for layer in filter(None, layers):
+        stacks.setdefault(layer.rest, set()).add(layer.stack)
+    found: list[tuple[str, int | None]] = []
+    for name, layer in zip(every, layers, strict=True):
+        kind = name
+        if layer is not None:
+            shared = len(stacks[layer.rest]) > 1
+            kind = f"{layer.stack}.{layer.rest}" if shared else layer.rest
+        found.append((kind.removesuffix(".weight"), layer and layer.number))
+    return found
 
 
 def find_stack(layers: Collection[str]) -> Stack | None:

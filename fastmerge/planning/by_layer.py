@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastmerge.errors import some_of
-from fastmerge.models.architecture import layer_of
+from fastmerge.models.architecture import kinds_of, layer_of
 from fastmerge.planning.inputs import TensorPlan
 from fastmerge.tree.nodes import Leaf, Merge, Node, Stored
 
@@ -46,7 +46,8 @@ def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[R
     ``references``: the plan's models. Of documents that name each other, those of the last.
     """
     kinds: dict[str, dict[int | None, Mapping[str, Any]]] = {}
-    for tensor in tensors:
+    every = [*tensors]
+    for tensor, (kind, layer) in zip(every, kinds_of(t.name for t in every), strict=True):
         if isinstance(tensor.root, Merge):
             converted = _converted(tensor.root)
             if converted is None:
@@ -57,9 +58,7 @@ def by_layer(tensors: Iterable[TensorPlan], references: Sequence[str]) -> list[R
             values = {"copy": _copied(tensor.root, tensor.name, references)}
         else:
             continue
-        layer = layer_of(tensor.name)
-        kind = layer.rest if layer else tensor.name
-        kinds.setdefault(kind.removesuffix(".weight"), {})[layer.number if layer else None] = values
+        kinds.setdefault(kind, {})[layer] = values
     constant = _constant([values for layers in kinds.values() for values in layers.values()])
     alike: dict[Any, list[str]] = {}
     for kind, layers in kinds.items():
