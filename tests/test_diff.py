@@ -85,6 +85,15 @@ def test_nan_and_infinity_are_counted_apart(tmp_path):
     assert found.cosine is None
 
 
+def test_infinities_are_no_warning_of_numpy_s(tmp_path, recwarn):
+    a = torch.tensor([math.inf, 1.0, -math.inf])
+    found = compared(tmp_path, a, torch.tensor([math.inf, 3.0, math.inf]))
+    assert (found.changed, found.nonfinite, found.max_abs, found.cosine) == (2, 1, 2.0, None)
+    (tmp_path / "zero").mkdir()
+    assert compared(tmp_path / "zero", a, torch.zeros(3)).cosine is None
+    assert not recwarn.list
+
+
 def test_equal_nans_are_no_difference(tmp_path):
     nan = float("nan")
     found = compared(

@@ -263,7 +263,8 @@ def _tile(stored_a: Array, stored_b: Array, types: tuple[DType, DType]) -> _Sums
     else:
         usable = np.isfinite(a) & np.isfinite(b)
         # float64: two finite float32 values may be further apart than float32 can say.
-        gap = np.where(usable, np.abs(a.astype(np.float64) - b), 0.0)
+        with np.errstate(invalid="ignore"):  # of two infinities
+            gap = np.where(usable, np.abs(a.astype(np.float64) - b), 0.0)
         steps = None if steps is None else np.where(usable, steps, 0)
         nonfinite = int(np.count_nonzero(differs & ~usable))
         total, largest = float(gap.sum()), float(gap.max())
@@ -307,7 +308,9 @@ def _relative(gram: NDArray[np.float64], sums: _Sums) -> float | None:
 
 def _cosine(gram: NDArray[np.float64]) -> float | None:
     """None where either tensor is all zeros or holds NaN or infinity."""
+    if not np.isfinite(gram).all():
+        return None
     norm = float(np.sqrt(gram[0, 0]) * np.sqrt(gram[1, 1]))
-    if not np.isfinite(norm) or norm == 0 or not np.isfinite(gram[0, 1]):
+    if norm == 0:
         return None
     return float(np.clip(gram[0, 1] / norm, -1.0, 1.0))
