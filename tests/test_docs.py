@@ -197,6 +197,20 @@ def test_every_key_of_a_recipe_is_on_its_page() -> None:
     assert not missing
 
 
+def test_every_key_of_an_evaluate_section_is_in_its_table_with_its_default() -> None:
+    from fastmerge.evaluation.settings import Evaluate
+
+    text = (DOCS / "evaluation.md").read_text().split("## Keys")[1].split("##")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    said = {key: row[2] for row in rows for key in re.findall(r"`(\w+)`", row[1])}
+    assert said.keys() == Evaluate.fields.keys() - {"registered"}  # which no file says
+    plain = Evaluate({"callable": "a:b"})
+    for key, default in said.items():
+        written = re.findall(r"`(\w+)`", default)
+        assert written == [str(getattr(plain, key))] * len(written), key
+        assert written or not getattr(plain, key) or key == "callable", key
+
+
 def test_every_method_has_a_heading_and_every_heading_a_method() -> None:
     headings = re.findall(r"^### (\w+)$", (DOCS / "methods.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(METHODS)
