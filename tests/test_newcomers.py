@@ -154,6 +154,12 @@ def test_a_fault_of_yaml_in_plain_words(text: str, line: int, said: str) -> None
     assert not any(word in message for word in ("<block", "mapping values", "token", "stream"))
 
 
+def test_a_decimal_comma_between_braces_is_told_as_that() -> None:
+    for text, said in (("t: {value: 0,5}", "with a point, as in 0.5"), ("{5: a}", "quote it")):
+        with pytest.raises(FastmergeError, match=f"the key '5' is not text; .*{said}"):
+            parse(text, "r.yml", "recipe")
+
+
 # ---------------------------------------------------------------- tables
 
 

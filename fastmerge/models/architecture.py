@@ -136,8 +136,8 @@ def kinds_of(names: Iterable[str]) -> list[tuple[str, int | None]]:
     every = [*names]
     layers = [layer_of(name) for name in every]
     stacks: dict[str, set[str]] = {}
-    for layer in filter(None, layers):
-        stacks.setdefault(layer.rest, set()).add(layer.stack)
+    for place in filter(None, layers):
+        stacks.setdefault(place.rest, set()).add(place.stack)
     found: list[tuple[str, int | None]] = []
     for name, layer in zip(every, layers, strict=True):
         kind = name

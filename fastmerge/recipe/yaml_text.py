@@ -143,13 +143,17 @@ class _Builder:
 
     def _mapping(self, node: MappingNode) -> LocatedDict:
         seen: dict[str, Node] = {}
-        for key, _ in node.value:
+        for key, value in node.value:
             if key.tag == f"{_TAG}merge":
                 continue
             if not isinstance(key, ScalarNode) or key.tag != f"{_TAG}str":
                 text = getattr(key, "value", "")
                 shown = f" '{text}'" if isinstance(text, str) else ""
-                raise RecipeError(f"{self.place(key)}: the key{shown} is not text; quote it")
+                remedy = "quote it"
+                # {weight: 0,5}: in a list it cannot be told from two numbers.
+                if node.flow_style and key.tag == f"{_TAG}int" and value.tag == f"{_TAG}null":
+                    remedy = f"write a number with a point, as in 0.{text}"
+                raise RecipeError(f"{self.place(key)}: the key{shown} is not text; {remedy}")
             self._check_text(key)
             if key.value[:1].isspace() and key.style is None:
                 raise RecipeError(f"{self.place(key)}: {_indented(key.value[0])}")
