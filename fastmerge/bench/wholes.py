@@ -132,7 +132,7 @@ class _Runner:
         except ResourceError as error:
             if name == "one-shot":  # which is fastmerge
                 raise
-            self._note(f"no figure of {name}: {error}")
+            self._note(f"no figure of {name}: {str(error).rstrip('.')}")
             return []
 
     def _note(self, text: str) -> None:
