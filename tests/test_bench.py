@@ -371,6 +371,8 @@ def test_a_missing_package_is_said_before_the_start(bench, monkeypatch, tmp_path
     code, _, err = bench("merge", *TINY, "--against", "mergekit")
     assert code == 2
     assert "error: --against mergekit: mergekit is not installed; pip install" in err
+    _, _, err = bench("fold", *TINY, "--against", "peft")
+    assert err.endswith("[llama]' peft\n")  # one command for both packages
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -253,8 +253,10 @@ def _peers(request: Request) -> None:
             )
         missing = [module for module in peers.MODULES[name] if find_spec(module) is None]
         if missing:
-            extra = install("bench" if name == "mergekit" else "llama")
-            how = "pip install peft" if missing == ["peft"] else extra
+            alone = [module for module in missing if module == "peft"]  # which no extra brings
+            how = f"pip install {' '.join(alone)}"
+            if missing != alone:
+                how = install("bench" if name == "mergekit" else "llama", *alone)
             raise ResourceError(f"--against {name}: {missing[0]} is not installed; {how}")
     if "torch" in request.against and "merge" in request.kinds and "ops" not in request.kinds:
         absent = [name for name in request.methods if name not in WHOLE]
