@@ -89,7 +89,10 @@ def test_merges_to_json_plot_and_text(bench, tmp_path: Path) -> None:
 def test_the_text_is_markdown(bench) -> None:
     code, out, _ = bench("fold", *TINY)
     assert code == 0
-    assert out.startswith("# fastmerge bench\n\nprocessor ")
+    assert (
+        out.startswith("# fastmerge bench\n\n```sh\nfastmerge bench fold ")
+        and "\n\nprocessor " in out
+    )
     tables = [part for part in out.split("\n\n") if part.startswith("|")]
     assert len(tables) == 2
     for table in tables:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,11 @@ def test_what_no_figure_is_of_is_said(bench, models) -> None:
     assert err.endswith("error: --count: slerp: takes 2 models, not 3 or 4\n")
     asked = Request(kinds=("merge",), methods=("linear", "slerp"), counts=(2, 4))
     assert asked.unfit == ["slerp: takes 2 models, not 4"]
+    sizes = Request(sizes=("tiny", "0.2b"), counts=(2, 4), steps=(1, 8))
+    assert sizes.notes == ["--count 2,4 and --steps 1,8: of tiny alone, the first size"]
+    assert (sizes.of_further_sizes.counts, sizes.of_further_sizes.steps) == ((), (1,))
+    one = replace(sizes, counts=(4,), steps=(8,))  # which was not asked of the second size
+    assert (one.notes, one.of_further_sizes.counts, one.of_further_sizes.steps) == ([], (4,), (8,))
     several = Request(kinds=("walk",), models=tuple(models) * 2)
     assert several.unfit == ["walk: of the 6 models the first 3 are used"]
     code, out, err = bench("fold", "--models", *models[:2])

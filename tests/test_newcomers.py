@@ -28,6 +28,7 @@ from fastmerge.models.checkpoint import Checkpoint
 from fastmerge.models.diff import compare
 from fastmerge.planning.by_layer import by_layer
 from fastmerge.recipe.yaml_text import parse
+from tests.conftest import write_checkpoint
 
 
 def run(*words: object) -> int:
@@ -253,6 +254,11 @@ def test_a_map_of_layers_and_kinds(pair, tmp_path, capsys) -> None:
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert "relative change" in capsys.readouterr().err
     assert run("diff", *pair, "--plot", tmp_path / "gone" / "map.png") == 2
+    capsys.readouterr()
+    other = write_checkpoint(tmp_path / "other", {"bert.w": np.ones(2)})
+    assert run("diff", pair[0], other, "--plot", tmp_path / "none.png") == 2
+    out, err = capsys.readouterr()  # a traceback of matplotlib's, and no answer
+    assert "bert.w: only in B" in out and err.startswith("error: plot: the models share no tensor")
 
 
 TOWERS = ("model.vision_tower.layers", "model.language_model.layers")

@@ -94,6 +94,30 @@ class Request:
         return said
 
     @property
+    def of_further_sizes(self) -> Request:
+        """What is measured of each size after the first: of several numbers of models, or of steps,
+        that one alone has all.
+        """
+        counts = self.counts if len(self.counts) == 1 else ()
+        return replace(self, counts=counts, steps=self.steps[:1])
+
+    @property
+    def notes(self) -> list[str]:
+        """Of what is asked for, in words, what is left out, and why."""
+        several = [
+            f"--{name} {','.join(map(str, given))}"
+            for name, given, kind in (
+                ("count", self.counts, "merge"),
+                ("steps", self.steps, "walk"),
+            )
+            if len(given) > 1 and kind in self.kinds
+        ]
+        if not several or len(self.sizes) < 2 or self.models:
+            return self.unfit
+        first = f"{' and '.join(several)}: of {self.sizes[0]} alone, the first size"
+        return [*self.unfit, first]
+
+    @property
     def most_models(self) -> int:
         """Of a set."""
         needed = [1]

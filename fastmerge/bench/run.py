@@ -7,7 +7,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def run(request: Request, tell: Tell = lambda text: None) -> dict[str, Any]:
             "format": FORMAT, "repeat": request.repeat,
             "peer_repeat": min(request.repeat, request.peer_repeat), "threads": request.threads,
             "machine": machine(place, [m for name in request.against for m in MODULES[name]]),
-            "ceilings": [], "jobs": [], "notes": request.unfit,
+            "ceilings": [], "jobs": [], "notes": request.notes,
         }  # fmt: skip
         if request.sparse:
             report["notes"].append("the models are holes, read as zeros: their seconds say nothing")
@@ -120,8 +119,7 @@ def _wholes(request: Request, place: Path, tell: Tell) -> Iterator[Part]:
             yield wholes.run(whole, place, request, tell)
         return
     for number, size in enumerate(request.sizes):
-        # Of several numbers of models and of steps, one size: the first.
-        own = request if number == 0 else replace(request, counts=(), steps=request.steps[:1])
+        own = request.of_further_sizes if number else request
         folder = request.sets / size if request.sets else place / size
         parameters = SHAPES[size].parameters
         count = f"{own.most_models} model{'s'[: own.most_models != 1]}"

@@ -18,7 +18,7 @@ from fastmerge.search.figures import label, new_figure, png
 def change_map(tensors: Iterable[TensorDifference]) -> tuple[list[str], list[str], np.ndarray]:
     """Rows (kinds of tensors), columns (layers; `-` for what is in none), and |a - b| / |a| in
     percent, float64 (rows, columns), NaN where there is no such tensor or no such figure. Raises
-    UnsupportedError for more of them than a picture shows.
+    UnsupportedError for none of them, and for more than a picture shows.
     """
     found: dict[str, dict[int, float]] = {}
     every = [*tensors]
@@ -28,6 +28,10 @@ def change_map(tensors: Iterable[TensorDifference]) -> tuple[list[str], list[str
         found.setdefault(kind, {})[number] = value
     numbers = sorted({number for row in found.values() for number in row})
     rows, columns = len(found), len(numbers)
+    if not found:
+        raise UnsupportedError(
+            "plot: the models share no tensor by name and shape: there is nothing to draw"
+        )
     if max(rows, columns) > MAX_PICTURE_SIDE or rows * columns > MAX_PICTURE_CELLS:
         raise UnsupportedError(
             f"plot: {rows} kinds of tensors in {columns} layers are more than a picture shows; "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastmerge.cli.app import Json, Threads, command
 from fastmerge.cli.console import pairs, print_json, put, say, table
 from fastmerge.cli.options import Argument, Option
 from fastmerge.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from fastmerge.models.diff import Comparison, TensorDifference
 
 _MOST_NAMES = 5
 
@@ -121,15 +125,20 @@ def diff(
                 f"note: {model.label} is {codes}: codes are compared, not what they stand for; a "
                 "recipe with `merge_method: passthrough` and `dtype: bfloat16` writes the numbers"
             )
-    if plot is not None:
+    shown = found.tensors if limit is None else found.largest(limit)
+    if json:
+        print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
+    else:
+        _show(found, shown)
+    if plot is not None:  # last: what cannot be drawn costs no answer
         from fastmerge.cli.change_map import write_change_map
 
         write_change_map(found.tensors, plot)
         say(f"note: {plot}: the relative change, layer by kind")
-    shown = found.tensors if limit is None else found.largest(limit)
-    if json:
-        print_json(replace(found, tensors=shown).as_dict() | {"same": found.same})
-        return
+
+
+def _show(found: Comparison, shown: Sequence[TensorDifference]) -> None:
+    """The table of the tensors ``shown``, then what is said of the whole."""
     if shown:
         table(
             ("tensor", "shape", "type", "max", "mean", "relative", "cosine", "changed"),
