@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from fastmerge import llama
+from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.leaderboard import LEADERBOARD_V1
 from fastmerge.evaluation.local_data import LAYOUTS
 from fastmerge.evaluation.scorers import make_scorer
@@ -39,10 +40,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--limit", type=int, default=2, help="items of each task and subject")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: the preset")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=positive, default=2, help="items of each task and subject")
+    parser.add_argument("--tasks", type=of_the_six, help="default: the preset")
+    parser.add_argument("--batch-size", type=positive, default=4)
+    parser.add_argument("--threads", type=positive, default=1)
     given = parser.parse_args()
     started = time.process_time()
     ours = by_evaluator(given)
@@ -73,6 +74,24 @@ def main() -> int:
         print(f"{title}: {items}, {compared}, {apart:.1e}")
     print(f"{wrong} differ")
     return int(wrong > 0)
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def of_the_six(text: str) -> list[str]:
+    """Tasks of the leaderboard, or subjects of MMLU."""
+    known = [name for _, name, _, _ in LEADERBOARD_V1]
+    for name in text.split(","):
+        if name not in known and not name.startswith("mmlu_"):
+            raise argparse.ArgumentTypeError(
+                f"'{name}' is none of {', '.join(known)}, nor a subject, as mmlu_anatomy"
+            )
+    return text.split(",")
 
 
 def _by_item(samples: list[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
@@ -199,4 +218,9 @@ def _rows(file: Path) -> list[Mapping[str, Any]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        code = main()
+    except FastmergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    raise SystemExit(code)

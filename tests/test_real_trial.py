@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -259,6 +260,68 @@ def run_of(
             break
     run.write()
     return json.loads((out / "results" / "record.json").read_text())
+
+
+def test_a_model_is_whole_or_absent_wherever_a_run_is_killed(
+    real: SimpleNamespace, llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    class Saved:
+        def save_pretrained(self, folder: Path) -> None:
+            shutil.copytree(llamas / "maths", folder, dirs_exist_ok=True)
+
+    with monkeypatch.context() as patch:  # between the weights and what made them
+        patch.setattr(real.models.Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            real.models._save(Saved(), Saved(), tmp_path / "maths", {"seed": 1})
+    assert not (tmp_path / "maths").exists()
+    real.models._save(Saved(), Saved(), tmp_path / "maths", {"seed": 1})
+    assert json.loads((tmp_path / "maths" / real.models.RECORD).read_text()) == {"seed": 1}
+
+    def first(source: Any, target: Any) -> None:
+        if Path(source).name == "config.json":
+            shutil.copy2(source, target)
+            killed()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", partial(shutil.copytree, copy_function=first))
+        with pytest.raises(KeyboardInterrupt):
+            real.models.copy_of(llamas / "maths", tmp_path / "copy")
+    real.models.copy_of(llamas / "maths", tmp_path / "copy")
+    names = {path.name for path in (llamas / "maths").iterdir()}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
+
+
+def test_examples_are_of_the_data_that_is_named_now(
+    real: SimpleNamespace, data: Path, tmp_path: Path
+) -> None:
+    chosen = real.items.choose(data, sizes(real), 1)
+    real.items.write(data, chosen, tmp_path / "sets")
+    shutil.copytree(data, tmp_path / "elsewhere")
+    train = tmp_path / "elsewhere/leaderboard/arc_challenge/train.jsonl"
+    train.with_suffix(".jsonl.gz").write_bytes(gzip.compress(train.read_bytes()))
+    train.unlink()
+    real.items.write(tmp_path / "elsewhere", chosen, tmp_path / "sets")
+    links = [file for file in (tmp_path / "sets").rglob("*") if file.is_symlink()]
+    assert len([file for file in links if "arc_challenge" in file.parts]) == 1
+    assert all(file.resolve().is_relative_to(tmp_path / "elsewhere") for file in links)
+
+
+@pytest.mark.parametrize("words", [["--threads", "0"], ["--batch", "-1"]], ids=" ".join)
+def test_an_option_without_a_meaning_is_one_line(
+    real: SimpleNamespace, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        real.run.arguments(["out", "--data", "data", *words])
+    assert f"argument {words[0]}: invalid" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(real: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FastmergeError, match=r"file.*cannot be written"):
+        real.models.make_folder(tmp_path / "file" / "models")
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(

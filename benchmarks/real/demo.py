@@ -90,7 +90,10 @@ def write_tasks(folder: Path) -> None:
 def command(*arguments: str | Path) -> None:
     """Run the fastmerge command line as a user would, in its own process."""
     print(f"\n$ fastmerge {' '.join(map(str, arguments))}", flush=True)
-    subprocess.run([sys.executable, "-m", "fastmerge", *map(str, arguments)], check=True)
+    words = [sys.executable, "-m", "fastmerge", *map(str, arguments)]
+    done = subprocess.run(words, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def merge(home: Path) -> Path:
@@ -167,7 +170,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     started = time.perf_counter()
     home: Path = given.out
-    (home / "models").mkdir(parents=True, exist_ok=True)
+    models.make_folder(home / "models")
     baseline = home / "models" / "baseline"
     make_baseline(given.package, baseline)
     ask(baseline, "before")

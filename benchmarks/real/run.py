@@ -185,7 +185,7 @@ class Run:
         models.make_baseline(self.given.package, folder / "baseline")
         for name, run in models.RUNS.items():
             models.fine_tune(name, run, folder / "baseline", self.data, folder / name, self.say)
-        made = {n: json.loads((folder / n / "fine_tune.json").read_text()) for n in models.RUNS}
+        made = {n: json.loads((folder / n / models.RECORD).read_text()) for n in models.RUNS}
         self.record["fine_tunes"] = made
 
     def make_items(self) -> None:
@@ -423,6 +423,13 @@ def compact(scores: Scores) -> dict[str, list[float]]:
     return found
 
 
+def positive(text: str) -> int:
+    """A number of 1 or more."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the run's folder: some 3 GB")
@@ -431,9 +438,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--package", type=Path, help=f"a folder with {models.GGUF}")
     parser.add_argument("--minutes", type=float, help="stop after so many; the command goes on")
     parser.add_argument("--search-share", type=float, default=0.5, help="of the minutes")
-    parser.add_argument("--threads", type=int, help="default: all cores")
+    parser.add_argument("--threads", type=positive, help="default: all cores")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a generation")
+    parser.add_argument("--batch", type=positive, default=8, help="sequences of a generation")
     parser.add_argument("--results", type=Path, help="default: results/PROFILE beside this file")
     given = parser.parse_args(argv)
     given.results = given.results or HERE / "results" / given.profile
@@ -451,6 +458,8 @@ def main() -> None:
     run = Run(given)
     items.check(given.data)
     models.check_texts(given.data, models.RUNS)
+    for folder in (given.out / "models", given.results):
+        models.make_folder(folder)
     run.make_models()
     run.make_items()
     for part in (run.search, run.test, run.null, run.test_others):
