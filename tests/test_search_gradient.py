@@ -16,6 +16,7 @@ from fastmerge.errors import FastmergeError
 from fastmerge.evaluation.journal import Journal
 from fastmerge.evaluation.loss import gradients
 from fastmerge.evaluation.scorers import make_scorer
+from fastmerge.search.runner import describe
 from fastmerge.search.study import GRADIENT_COST
 
 TASK = """\
@@ -171,6 +172,23 @@ def test_perplexity_is_shown_as_perplexity(place: Path, tmp_path: Path, capsys: 
         "| candidate | perplexity | where |" in text and f"| {best['number']} | {shown} |" in text
     )
     assert best["score"] == pytest.approx(100 / best["perplexity"], rel=0.05)  # steers as before
+
+
+def test_windows_as_long_as_the_model_reads_are_foreseen(place: Path, tmp_path: Path) -> None:
+    scores = {"perplexity": str(place / "text.txt"), "split": {"seed": 1}}
+    file = file_of(place, optimiser="random", budget={"items": 400}, evaluate=scores)
+    foreseen = describe(file)
+    found = search.run({**file, "budget": {"candidates": 1}}, tmp_path / "out", threads=1)
+    measured = found.best.scores.tasks["text"].count
+    assert foreseen["items of a candidate"] == measured > 1
+    assert foreseen["candidates on all items, about"] == 400 // measured
+    assert foreseen["tasks"][0]["tokens"] <= 64 * measured
+    with pytest.raises(FastmergeError, match=rf"one candidate takes {measured} items, more than"):
+        describe({**file, "budget": {"items": 1}})
+    too_few = {**scores, "split": {"steer": 500}}
+    with pytest.raises(FastmergeError, match="too few for 500 that steer"):
+        search.run({**file, "evaluate": too_few}, tmp_path / "few", threads=1)
+    assert not (tmp_path / "few").exists()
 
 
 @pytest.mark.parametrize("kind", REST)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import llama
-from fastmerge.errors import RecipeError
+from fastmerge.errors import RecipeError, is_whole
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.loss import Target
 from fastmerge.evaluation.outlook import Reading
@@ -19,6 +19,7 @@ from fastmerge.evaluation.scores import Scores, TaskScore
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.texts import text_of
 from fastmerge.evaluation.weights import model_of
+from fastmerge.models.header import read_object
 
 
 class Perplexity:
@@ -36,9 +37,10 @@ class Perplexity:
             raise RecipeError(f"{settings.at('perplexity')}: {path}: the text is too short")
         self._ids = ids
         self._windows: Any = None
-        if settings.split is not None and settings.max_length is not None:
-            # Before a model is loaded; without a length that says how long its windows are.
-            self._chosen("holdout", len(range(0, len(ids) - 1, settings.max_length)))
+        self._foreseen = settings.max_length or _positions(tokenizer_folder)
+        if settings.split is not None and self._foreseen is not None:
+            # Before a model is loaded.
+            self._chosen("holdout", len(range(0, len(ids) - 1, self._foreseen)))
 
     @property
     def key(self) -> str:
@@ -53,8 +55,8 @@ class Perplexity:
 
     def readings(self, split: str) -> list[Reading]:
         """What one measurement reads."""
-        tokens, length, items = len(self._ids), self._settings.max_length, 1
-        if length:  # without one the model says it, which is not loaded yet
+        tokens, length, items = len(self._ids), self._foreseen, 1
+        if length:  # else the model says it, which is not loaded yet
             windows = len(self._chosen(split, len(range(0, tokens - 1, length))))
             items = min(windows, self._settings.limit or windows)
             tokens = min(tokens, items * length)
@@ -110,3 +112,13 @@ class Perplexity:
             getattr(model.config, "max_position_embeddings", 1024)
         )
         return [window for window in torch.split(ids, length) if len(window) > 1]
+
+
+def _positions(folder: Path) -> int | None:
+    """How long the windows of the model in ``folder`` will be, where its config says so by the name
+    that most have.
+    """
+    if not os.path.isfile(folder / "config.json"):
+        return None
+    found = read_object(folder / "config.json").get("max_position_embeddings")
+    return found if is_whole(found) and found > 1 else None
