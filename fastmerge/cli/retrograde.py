@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -68,7 +70,11 @@ def retrograde(
         _show_dry_run(described)
         return
     try:
-        with Progress("reading the models", quiet=quiet or json) as progress:
+        # What a scorer prints is no part of the answer.
+        with (
+            redirect_stdout(sys.stderr),
+            Progress("reading the models", quiet=quiet or json) as progress,
+        ):
             # The bar ends where the table begins.
             steps = _Steps(quiet=quiet or json, begin=lambda: progress.__exit__(None, None, None))
             result = run(
@@ -299,6 +305,8 @@ def sweep(
     except KeyboardInterrupt:
         stopped("; the same command with --resume continues")
     best = best_of(points)
+    if best is None and evaluate is not None and not quiet:
+        put("no score is a number: there is no best model")
     if best is not None and not quiet:
         put(f"best: t = {best.t:g}, {shown(best)}; plot: {out / 'sweep.png'}")
         if write in (None, Written.BEST):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +55,8 @@ def search(
         return
     silent = quiet or json
     try:
-        with Progress("reading the models", quiet=silent) as progress:
+        # What a scorer prints is no part of the answer.
+        with redirect_stdout(sys.stderr), Progress("reading the models", quiet=silent) as progress:
             running = _Running(quiet=silent, begin=lambda: progress.__exit__(None, None, None))
             found = run(
                 space,

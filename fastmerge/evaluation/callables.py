@@ -12,8 +12,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import PathFinder
 from numbers import Number
 from pathlib import Path
@@ -47,7 +47,8 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
     where = f"{settings.at('callable')}: '{settings.callable}'"
     own = AsRead(module, folder)
     try:
-        found = own.load()
+        with _staying():
+            found = own.load()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise FastmergeError(f"{where}: {in_user_code(error)}") from error
@@ -68,6 +69,19 @@ def load_callable(settings: Evaluate, folder: Path) -> tuple[ScoreFunction, AsRe
     if not callable(function):
         raise RecipeError(f"{where}: is no function")
     return function, own
+
+
+@contextmanager
+def _staying() -> Iterator[None]:
+    """The working directory is what it was, wherever a user's code goes: the folder of a run, and
+    models, may be named from it.
+    """
+    here = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def _no_module(where: str, module: str, folder: Path) -> RecipeError:
@@ -246,7 +260,7 @@ class CallableScorer:
             options["folder"] = weights.folder()
         models = [model_of(weights)] if self._takes_model else []
         try:
-            with self._own or nullcontext():  # it may import as it runs
+            with _staying(), self._own or nullcontext():  # it may import as it runs
                 answer = self._function(*models, **options)
         except FOREIGN as error:  # the user's own code
             raise FastmergeError(f"{self._name}: {in_user_code(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -217,6 +218,7 @@ def _ending(code: int | None) -> str:
 def _serve(link: Connection, made: bytes, number: int, threads: int) -> None:
     """A process: one evaluator."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's is for all, and theirs to answer
+    sys.stdout = sys.stderr  # what a scorer prints is no part of a command's answer
     # Locks that libraries make here (tqdm's) have no name then, so that a process which is killed
     # leaves none behind: Python warned of them at the end of every run.
     set_start_method("fork", force=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmerge.errors import in_a_line, is_whole
+from fastmerge.errors import FastmergeError, brief, in_a_line, is_whole
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,27 @@ class Scores:
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
         """The inverse of as_json. Raises what Python does, or ValueError, where it is not."""
         return cls({name: _task(task) for name, task in values.items()})
+
+
+class SameTasks:
+    """What all scores of a run must be of: the means of different tasks would choose."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}  # by split
+
+    def check(self, scores: Scores, split: str, who: str) -> None:
+        """Raises FastmergeError, which begins with ``who``, for other tasks than the first score of
+        ``split`` had. One that is no number may have any.
+        """
+        if math.isnan(scores.value):
+            return
+        names = sorted(scores.tasks)
+        known = self._names.setdefault(split, names)
+        if names != known:
+            raise FastmergeError(
+                f"{who}: scored one model on {brief(known)} and another on {brief(names)}; give "
+                "all tasks of every model, NaN for a score that there is none of"
+            )
 
 
 def _task(task: Mapping[str, Any]) -> TaskScore:

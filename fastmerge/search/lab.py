@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ import numpy as np
 from fastmerge import live
 from fastmerge.engine.in_memory import materialise_plan
 from fastmerge.engine.products import gram_with
-from fastmerge.errors import FastmergeError, UnsupportedError, brief
+from fastmerge.errors import UnsupportedError
 from fastmerge.evaluation.evaluators import Evaluators, Measure, same_scorer
 from fastmerge.evaluation.journal import Journal, digest
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.loss import Differentiable, gradients
 from fastmerge.evaluation.scorers import Scorer, Scoring
-from fastmerge.evaluation.scores import Scores
+from fastmerge.evaluation.scores import SameTasks, Scores
 from fastmerge.evaluation.settings import Evaluate
 from fastmerge.evaluation.weights import SCORED, Merged
 from fastmerge.methods.types import Float64
@@ -82,7 +81,7 @@ class Lab:
         self._folder = folder
         self._model = None if settings is None else Loaded(settings, threads)
         self._loaded: tuple[str, Any] | None = None
-        self._tasks: dict[str, list[str]] = {}  # by split
+        self._tasks = SameTasks()
 
     @property
     def journal(self) -> Journal:
@@ -123,7 +122,7 @@ class Lab:
         key = self._key("score", state, split, limit)
         found = self._journal.read(key, Scores.from_json)
         if found is not None:
-            self._check_tasks(found, split)
+            self._tasks.check(found, split, self._who)
         return found
 
     def keep(
@@ -132,25 +131,14 @@ class Lab:
         """Writes scores to the journal; returns them as a resumed run will see them, which must be
         the same digits.
         """
-        self._check_tasks(scores, split)
+        self._tasks.check(scores, split, self._who)
         key = self._key("score", state, split, limit)
         self._journal.put(key, scores.as_json())
         return Scores.from_json(self._journal.get(key))
 
-    def _check_tasks(self, scores: Scores, split: str) -> None:
-        """Raises FastmergeError for other tasks than the first score had: the means of different
-        tasks would choose. One that is no number may have any.
-        """
-        if math.isnan(scores.value):
-            return
-        names = sorted(scores.tasks)
-        known = self._tasks.setdefault(split, names)
-        if names != known:
-            who = "tell" if self.scorer is None else self.scorer.version
-            raise FastmergeError(
-                f"{who}: scored one model on {brief(known)} and another on {brief(names)}; give "
-                "all tasks of every model, NaN for a score that there is none of"
-            )
+    @property
+    def _who(self) -> str:
+        return "tell" if self.scorer is None else self.scorer.version
 
     def slope(self, state: Expr) -> tuple[Float64, int]:
         """The gradient of the loss that goes with the score, by each tensor's coefficients over the

@@ -99,6 +99,9 @@ def cma(setup: Setup, _start: Scores) -> Moves:
             # Its own draws are NumPy's global ones, which a scorer may draw from, too.
             "seed": math.nan, "randn": lambda *shape: rng.standard_normal(shape),
         }  # fmt: skip
+        if len(middle) == 1:
+            # Holding one number's deviation to a third of its range is a ValueError in cma 4.5.
+            options["maxstd_boundrange"] = math.inf
         if size is not None:
             options["popsize"] = size
         es = library.CMAEvolutionStrategy(list(middle), setup.step or _STEP, options)

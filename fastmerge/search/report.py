@@ -71,19 +71,16 @@ def as_json(found: Found, lines: Sequence[Line]) -> dict[str, Any]:
     from fastmerge.version import __version__
 
     study = found.study
-    budget = study.file.budget
+    budget, space = study.file.budget, study.lab.space
     return {
         "fastmerge": __version__,
         "seed": study.seed,
         "optimiser": study.file.optimiser.name,
         "evaluator": found.evaluator,
         "models": [
-            {"label": label, "reference": reference, "fingerprint": model.fingerprint}
-            for label, reference, model in zip(
-                study.labels,
-                study.lab.space.template.references,
-                study.lab.space.template.models,
-                strict=True,
+            {"label": label, "reference": reference, "fingerprint": space.input_fingerprint(number)}
+            for number, (label, reference) in enumerate(
+                zip(study.labels, study.references, strict=True)
             )
         ],
         "dimensions": [own.name for own in study.ranges.dimensions],
@@ -142,6 +139,8 @@ def verdict(study: Study, lines: Sequence[Line]) -> str:
     best = study.best
     if best is not None and best.value == -math.inf:
         return "No candidate's score is a number: the model written is the start point."
+    if best is not None and best is study.start and len(study.full) == 1:
+        return "No other candidate was scored on all items: the model written is the start point."
     if best is not None and best is study.start:
         return "Nothing beat the start: the model written is the start point."
     if split_name(lines) == "steering":
@@ -264,9 +263,10 @@ def _setup(found: Found) -> list[str]:
     from fastmerge.version import __version__
 
     study = found.study
-    pairs = zip(study.labels, study.lab.space.template.models, strict=True)
     rows = ["| model | fingerprint |", "|---|---|"]
-    rows += [f"| {escaped(label)} | `{model.fingerprint[:16]}` |" for label, model in pairs]
+    for number, label in enumerate(study.labels):
+        digest = study.lab.space.input_fingerprint(number)[:16]
+        rows.append(f"| {escaped(label)} | `{digest}` |")
     return [
         "## Setup",
         "\n".join(rows),

@@ -307,8 +307,7 @@ def _rivals(study: Study) -> list[tuple[str, str, Expr]]:
     how it is made.
     """
     document = study.ranges.document(study.ranges.start)
-    references = list(study.lab.space.template.references)
-    listed = [references.index(entry.model) for entry in document.models or ()]
+    listed = [study.references.index(entry.model) for entry in document.models or ()]
     names = study.labels
     said = "the mean of " + ", ".join(names[i] for i in listed)
     models = range(study.lab.space.count)
@@ -339,7 +338,11 @@ def _given(source: Any, data: str | Path | None, score: ScoreFunction | None = N
 
 
 def _seconds(
-    file: SearchFile, rows: Sequence[Reading], held: Sequence[Reading], template: Plan
+    file: SearchFile,
+    rows: Sequence[Reading],
+    held: Sequence[Reading],
+    template: Plan,
+    models: int,
 ) -> float:
     """About how long all takes at most: what the budget buys, and the rivals and the hold-out."""
     from fastmerge.evaluation.outlook import seconds_for
@@ -347,7 +350,7 @@ def _seconds(
     items, tokens = sum(row.items for row in rows), sum(row.tokens for row in rows)
     most = file.budget.most
     candidates = most / items if file.budget.unit == "items" else most
-    rivals = 1 + len(template.references)
+    rivals = 1 + models
     read = (candidates + rivals) * tokens + _TESTED * sum(row.tokens for row in held)
     parameters = sum(tensor.count for tensor in template.tensors)
     return seconds_for(round(read), parameters, file.evaluate)
@@ -377,6 +380,7 @@ def describe(
     needed = libraries(file.optimiser.name)
     require_plots(*file.evaluate.libraries, optimiser=needed, cluster=cluster)
     ranges, template = opened(file)
+    references = references_of(ranges.document(ranges.start))
     scoring = Scoring.of(file.evaluate, file.folder, folder_of(template.models[0]))
     scorer = scoring.foreseen(scores=cluster is None)
     readings = getattr(scorer, "readings", None)
@@ -394,7 +398,7 @@ def describe(
 
         notes += notes_on(file, file.workers, share(file.workers, threads))
     return {
-        "models": list(template.references),
+        "models": references,
         "optimiser": file.optimiser.name,
         "dimensions": [
             {
@@ -412,7 +416,9 @@ def describe(
         if each and file.budget.unit == "items"
         else None,
         "items held out": sum(row.items for row in held) or None,
-        "seconds": _seconds(file, rows, held, template) if rows and cluster is None else None,
+        "seconds": _seconds(file, rows, held, template, len(references))
+        if rows and cluster is None
+        else None,
         "tasks": [{"task": r.task, "items": r.items, "tokens": r.tokens} for r in rows],
         "notes": [*template.notes, *notes],
     }

@@ -19,7 +19,7 @@ from fastmerge.search.folder import Hold
 from fastmerge.search.lab import Lab
 from fastmerge.search.optimisers import OPTIMISERS, Asked, Moves, Setup, require
 from fastmerge.search.ranges import Point, Ranges, labels_of, plain
-from fastmerge.search.recipes import expression
+from fastmerge.search.recipes import expression, references_of
 
 # Passes over an item that a gradient costs: one forward, and a backward of two.
 GRADIENT_COST = 3
@@ -78,11 +78,12 @@ class Study:
         self._slope_items = 0  # of the last gradient
         self._budget = file.budget
         self._is_smaller = self._note_budget()
-        self._costs: dict[int | None, int] = {}  # of the last at each limit
+        self._costs: dict[int | None, int] = {}  # the most of one at each limit
         self._done: dict[tuple[str, int | None], Scores] = {}
         self._expressions: dict[Point, Expr] = {}
-        references = lab.space.template.references
-        self._numbers = {name: number for number, name in enumerate(references)}
+        # Not the template's, which has the base of an adapted model, too.
+        self.references = references_of(ranges.document(ranges.start))
+        self._numbers = {name: number for number, name in enumerate(self.references)}
         self._moves = self._chosen()
         self._asked: Asked | None = next(self._moves, None)
         self._answers: list[Scores] = []  # to the first of the points that are asked for
@@ -92,8 +93,7 @@ class Study:
     def ask(self) -> Expr | None:
         """Returns the state to score next, or None when the search is over."""
         while (point := self.point) is not None:
-            assert self._asked is not None
-            limit = self._asked[1]
+            limit = self._asked_limit
             state = self.expression(point)
             done = self._done_at(state, limit)
             if done is not None:  # once more, or no merge at all: it costs nothing
@@ -143,7 +143,7 @@ class Study:
         """
         if self._asked is None:
             return []
-        points, limit = self._asked
+        points, limit = self._asked[0], self._asked_limit
         found: dict[str, Expr] = {}
         for point in points[len(self._answers) + 1 :]:
             if not self._affords(limit, beside=1 + len(found)):
@@ -188,7 +188,7 @@ class Study:
     @property
     def labels(self) -> list[str]:
         """The models' names, by number."""
-        return labels_of(self.lab.space.template.references)
+        return labels_of(self.references)
 
     @property
     def start(self) -> Trial | None:
@@ -272,15 +272,43 @@ class Study:
         """Whether the budget has room for one more, and for ``beside`` others."""
         if not self.trials:
             return True  # the start is always scored: there is no search without
-        expected = self._costs.get(limit, 0) if self._budget.unit == "items" else 1
-        return self.spent + (1 + beside) * max(1, expected) <= self._budget.most
+        cost = self._cost(limit) if self._budget.unit == "items" else 1
+        return self.spent + (1 + beside) * max(1, cost) <= self._budget.most
+
+    def _cost(self, limit: int | None) -> int:
+        """The items of a candidate: as many as one took, before the first of a stage as many of the
+        start's as the limit leaves.
+        """
+        if limit is None or limit in self._costs:
+            return self._costs[limit]
+        return sum(min(limit, size) for size in self._sizes)
+
+    @property
+    def _asked_limit(self) -> int | None:
+        """The most items a task of what is asked for; None, too, for a stage that leaves none out,
+        whose survivors would be scored on the same items once more.
+        """
+        assert self._asked is not None
+        limit = self._asked[1]
+        tasks = self.trials[0].scores.tasks.values() if self.trials else ()
+        known = bool(tasks) and all(task.items for task in tasks)
+        return None if limit is not None and known and max(self._sizes) <= limit else limit
+
+    @property
+    def _sizes(self) -> list[int]:
+        """How many items each part of the start's tasks has; of one that tells none, of all."""
+        return [
+            len(part)
+            for task in self.trials[0].scores.tasks.values()
+            for part in (task.items or {"": range(task.count)}).values()
+        ]
 
     def _take(self, state: Expr, scores: Scores) -> None:
         point = self.point
-        assert self._asked is not None and point is not None
-        limit = self._asked[1]
+        assert point is not None
+        limit = self._asked_limit
         items = sum(task.count for task in scores.tasks.values())
-        self._costs[limit] = items
+        self._costs[limit] = max(items, self._costs.get(limit, 0))
         if not self.trials and self._budget.unit == "items" and items > self._budget.most:
             raise RecipeError(
                 f"{self._budget.at('items')}: one candidate takes {items} items, more than the "

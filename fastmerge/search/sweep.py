@@ -32,7 +32,7 @@ from fastmerge.evaluation.journal import check_own, digest, write_own
 from fastmerge.evaluation.loaded import Loaded
 from fastmerge.evaluation.outlook import slow_products
 from fastmerge.evaluation.scorers import Scorer, Scoring, check_kept
-from fastmerge.evaluation.scores import Scores, none
+from fastmerge.evaluation.scores import SameTasks, Scores, none
 from fastmerge.evaluation.settings import Evaluate, load_evaluate
 from fastmerge.evaluation.weights import SCORED, Merged
 from fastmerge.limits import MAX_JOURNAL_BYTES
@@ -329,8 +329,9 @@ def _swept(
         check_space(_existing(out), outlook.nbytes)
     except OSError as error:
         raise explain(error, out) from error
-    if scoring is not None and cluster is None:
-        outlook = replace(outlook, notes=slow_products(scoring.settings))
+    if scoring is not None:
+        slow = slow_products(scoring.settings) if cluster is None else ()
+        outlook = replace(outlook, notes=(*slow, *_unused(scoring.settings)))
     if on_start is not None:
         on_start(outlook)
     points = []
@@ -342,10 +343,13 @@ def _swept(
         if scoring is not None and scorer is not None:
             missing = [t for t in values if known.get(t, Point(t, None, None)).scores is None]
             measured = _measured(swept, scoring, scorer, out, missing, threads, cluster, kept)
+        same = SameTasks()
         for t in values:
             point = known.get(t, Point(t, None, None))
             if point.scores is None and measured is not None:
                 point = replace(point, scores=measured(t))
+            if point.scores is not None and scorer is not None:
+                same.check(point.scores, "steer", scorer.version)
             if point.out is None and write == "all":
                 folder = out / _folder_of(t)
                 _write(swept.plan(t), folder, threads, overwrite=resume)
@@ -404,6 +408,16 @@ def _outlook(
     written = {"all": missing, "best": 1, "none": 0}[write]
     measured = sum(point.scores is None for point in points) if scored else 0
     return Outlook(measured, written, written * plan.bytes_out)
+
+
+def _unused(settings: Evaluate) -> list[str]:
+    """What a sweep makes nothing of, though its file says it."""
+    notes = {
+        "holdout": "a sweep meets no hold-out: the best of its scores looks better than it is",
+        "split": "a sweep scores the steering part alone, whose best looks better than it is",
+        "stages": "a sweep scores every t on all items",
+    }
+    return [f"{settings.at(key)}: {said}" for key, said in notes.items() if getattr(settings, key)]
 
 
 def _existing(out: Path) -> Path:
