@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmerge import llama
-from fastmerge.errors import RecipeError, is_whole
+from fastmerge.errors import RecipeError
 from fastmerge.evaluation.journal import digest
 from fastmerge.evaluation.loss import Target
 from fastmerge.evaluation.outlook import Reading
@@ -121,4 +121,4 @@ def _positions(folder: Path) -> int | None:
     if not os.path.isfile(folder / "config.json"):
         return None
     found = read_object(folder / "config.json").get("max_position_embeddings")
-    return found if is_whole(found) and found > 1 else None
+    return found if isinstance(found, int) and found > 1 else None

@@ -297,11 +297,10 @@ class Study:
     @property
     def _sizes(self) -> list[int]:
         """How many items each part of the start's tasks has; of one that tells none, of all."""
-        return [
-            len(part)
-            for task in self.trials[0].scores.tasks.values()
-            for part in (task.items or {"": range(task.count)}).values()
-        ]
+        found: list[int] = []
+        for task in self.trials[0].scores.tasks.values():
+            found += map(len, task.items.values()) if task.items else [task.count]
+        return found
 
     def _take(self, state: Expr, scores: Scores) -> None:
         point = self.point
