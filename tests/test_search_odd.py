@@ -108,6 +108,52 @@ def test_a_start_without_rivals_has_beaten_none(models: list[Path], tmp_path: Pa
     assert said.startswith("No other candidate was scored on all items")
 
 
+def plain(model: Any, split: str = "steer") -> float:
+    return mean_of(model) + (split == "holdout")
+
+
+def halving(model: Any, split: str = "steer") -> float:
+    value = plain(model, split)
+    model.half()
+    return value
+
+
+def shortening(model: Any, split: str = "steer") -> float:
+    value = plain(model, split)
+    model.model.layers = model.model.layers[:0]
+    return value
+
+
+def zeroing(model: Any, split: str = "steer") -> float:
+    value = plain(model, split)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    return value
+
+
+@pytest.mark.parametrize("score", [halving, shortening, zeroing])
+def test_what_a_scorer_does_to_the_model_is_not_the_next_one_s(
+    models: list[Path], tmp_path: Path, score: Any
+) -> None:
+    values = []
+    for number, function in enumerate((plain, score)):
+        found = search.run(file_of(models), tmp_path / str(number), score=function, threads=1)
+        values.append([trial.scores.value for trial in found.study.trials])
+        lab, last = found.study.lab, found.study.expression((0.123,))
+        values[-1] += [lab.score(last).value, lab.score(last, "holdout").value]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    "answer, said", [(3 + 4j, "complex"), ({"a": [[1.0, None], [2.0, 3.0]]}, "it is None")]
+)
+def test_no_part_of_an_answer_is_left_out(
+    models: list[Path], tmp_path: Path, answer: Any, said: str
+) -> None:
+    with pytest.raises(FastmergeError, match=f"is no number: .*{said}"):
+        search.run(file_of(models), tmp_path / "out", score=lambda _model: answer, threads=1)
+
+
 def elsewhere(model: Any) -> float:
     os.chdir("/")
     return mean_of(model)

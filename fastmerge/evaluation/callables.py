@@ -293,12 +293,14 @@ _MOST = 1e15
 
 def _task_score(who: str, name: str, value: Any) -> TaskScore:
     try:
-        # None would become NaN, a score that is refused without a word about why.
-        if value is None or (isinstance(value, (list, tuple)) and None in value):
-            raise TypeError("it is None")
         numbers = np.asarray(_as_python(value))
+        # None would become NaN, a score that is refused without a word about why.
+        if numbers.dtype.kind == "O" and any(one is None for one in numbers.flat):
+            raise TypeError("it is None")
         if numbers.dtype.kind in "SU":  # which NumPy reads, too
             raise TypeError(f"{brief(value)} is text")
+        if numbers.dtype.kind == "c":  # of which NumPy takes the real part
+            raise TypeError(f"{brief(value)} is complex")
         numbers = numbers.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise FastmergeError(f"{who}: the score of '{name}' is no number: {error}") from error

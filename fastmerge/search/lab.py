@@ -219,7 +219,10 @@ class Lab:
         """The scores, measured here and now."""
         assert self.scorer is not None
         with self.weights(state) as weights:
-            return self.scorer.score(weights, split, limit)
+            scores = self.scorer.score(weights, split, limit)
+        if not isinstance(self.scorer, Differentiable):
+            self._loaded = None  # a user's function may have changed the numbers
+        return scores
 
     def weights(self, state: Expr) -> Merged:
         """The weights of ``state``, for a scorer; a context, at whose end its folder is gone."""
