@@ -134,6 +134,18 @@ def test_8_bit_floats_compare_as_bytes(tmp_path):
     assert (found.changed, found.max_abs) == (1, None)
 
 
+def test_8_bit_floats_of_another_type_are_not_said_to_differ(tmp_path, capsys):
+    from fastmerge.cli import main
+
+    a = torch.tensor([1.0, 2.0, 3.0])
+    found = compared(tmp_path, a.to(torch.float8_e4m3fn), a.bfloat16())
+    assert not found.counted and found.max_abs is None
+    with pytest.raises(SystemExit):
+        main(["diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert out.count("100.00%") == 1 and "1 of them, of types that are not compared" in out
+
+
 def test_threads_do_not_matter(tmp_path, pair):
     a = store(tmp_path / "a", {"w": pair[0], "v": pair[0][:3].bfloat16()})
     b = store(tmp_path / "b", {"w": pair[1], "v": pair[1][:3].bfloat16()})

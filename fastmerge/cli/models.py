@@ -153,7 +153,7 @@ def _show(found: Comparison, shown: Sequence[TensorDifference]) -> None:
                     _figure(tensor.mean_abs, ".3g"),
                     _figure(tensor.relative, ".3%"),
                     _figure(tensor.cosine, ".6f"),
-                    f"{tensor.changed_fraction:.2%}"
+                    _figure(tensor.changed_fraction if tensor.counted else None, ".2%")
                     + (f" ({tensor.nonfinite} not finite)" if tensor.nonfinite else ""),
                 )
                 for tensor in shown

@@ -58,6 +58,13 @@ class TensorDifference:
     )
 
     @property
+    def counted(self) -> bool:
+        """Whether ``changed`` was counted. Of two types of which one has no numbers here (8 bits
+        and fewer), every element passes for changed, whatever it stands for.
+        """
+        return self.dtype_a == self.dtype_b or self.max_abs is not None
+
+    @property
     def changed_fraction(self) -> float:
         return self.changed / self.count if self.count else 0.0
 
@@ -98,6 +105,9 @@ class Comparison:
             f"{differ} of {len(self.tensors)} shared tensors differ, "
             f"in {changed} of {count} elements{share}"
         )
+        whole = sum(not tensor.counted for tensor in self.tensors)
+        if whole:
+            text += f"; {whole} of them, of types that are not compared, are counted whole"
         apart = len(self.only_in_a) + len(self.only_in_b) + len(self.reshaped)
         return text + (
             f"; {apart} more are in one model only or have another shape" if apart else ""
