@@ -181,3 +181,25 @@ def test_a_document_over_a_trim_of_rounded_models(pair) -> None:
     base = load_file(Path(a) / "model.safetensors")
     for name, x in fastmerge.materialise(text):
         np.testing.assert_allclose(x, (alone[name] + base[name].numpy()) / 2, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_one_model_of_several_is_written_in_float64(zoo: Zoo, tmp_path: Path, dtype: str) -> None:
+    base = zoo.base("base", layers=1, dtype=dtype)
+    models = [base, zoo.tune(base, "other", dtype=dtype)]
+    recipe = {
+        "merge_method": "linear", "out_dtype": "float64",
+        "models": [
+            {"model": str(model), "parameters": {"weight": weight}}
+            for model, weight in zip(models, (1, 0), strict=True)
+        ],
+    }  # fmt: skip
+    fastmerge.merge(recipe, tmp_path / "out", threads=1)
+    swept = sweep(recipe, tmp_path / "swept", [0.0, 1.0], threads=1)
+    for folder, model in (
+        (tmp_path / "out", base),
+        *((p.out, m) for p, m in zip(swept, models, strict=True)),
+    ):
+        made = load_file(folder / "model.safetensors")
+        for name, stored in zoo.read(model).items():
+            assert made[name].dtype == torch.float64 and (made[name].numpy() == stored).all()

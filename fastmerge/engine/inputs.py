@@ -224,7 +224,9 @@ def on_host(item: TensorPlan) -> bool:
 
 def is_double(item: TensorPlan) -> bool:
     """Whether no kernel can write a tensor: its arithmetic is float64, or what is written."""
-    return item.in_float64 or (item.dtype == F64 and not isinstance(item.root, Stored))
+    root = item.root
+    is_copied = isinstance(root, Stored) and root.dtype == F64
+    return item.in_float64 or (item.dtype == F64 and not is_copied)
 
 
 def write_tensor(
