@@ -69,7 +69,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(404, b"", {})
                 return
             data, size = file.read_bytes(), file.stat().st_size
-            tag = {"etag": f'"{hash(data)}"'}
+            # Without the commit the Hub's library refuses the file, in whichever thread comes first.
+            tag = {"etag": f'"{hash(data)}"', "x-repo-commit": SHA}
             if asked := self.headers.get("range"):
                 begin, end = map(int, asked.removeprefix("bytes=").split("-"))
                 data = data[begin : end + 1]
@@ -97,6 +98,7 @@ def hub() -> Iterator[Hub]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
+    server.server_close()
 
 
 def command(hub: Hub, *words: Any) -> subprocess.CompletedProcess[str]:
