@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(404, b"", {})
                 return
             data, size = file.read_bytes(), file.stat().st_size
-            # Without the commit the Hub's library refuses the file, in whichever thread comes first.
+            # Without the commit the Hub's library refuses the file, in whatever thread is first.
             tag = {"etag": f'"{hash(data)}"', "x-repo-commit": SHA}
             if asked := self.headers.get("range"):
                 begin, end = map(int, asked.removeprefix("bytes=").split("-"))
