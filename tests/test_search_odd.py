@@ -15,6 +15,7 @@ from fastmerge.cli import main
 from fastmerge.errors import FastmergeError
 from fastmerge.search.report import lines_for, verdict
 from fastmerge.search.sweep import Outlook, sweep
+from tests.test_search_study import file_of as study_file
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +33,7 @@ def models(shared_zoo: Any) -> list[Path]:
 
 
 def file_of(models: list[Any], **keys: Any) -> dict[str, Any]:
-    base, tuned = models
-    space = {
-        "merge_method": "task_arithmetic",
-        "base_model": str(base),
-        "models": [{"model": str(tuned), "parameters": {"weight": "0..1"}}],
-    }
-    found = {
-        "space": space,
-        "optimiser": "random",
-        "budget": {"candidates": 3},
-        "evaluate": {"callable": "stand:in"},
-        "seed": 5,
-    }
-    return {**found, **keys}
+    return study_file(models, **{"budget": {"candidates": 3}, **keys})
 
 
 def mean_of(model: Any) -> float:

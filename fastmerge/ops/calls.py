@@ -58,25 +58,17 @@ _OWN_WORDS = {f"'{name}'": f"'{argument}'" for name, argument in _ARGUMENTS.item
 }
 
 
-def named(
-    method: str,
-    tensors: Sequence[T],
-    parameters: Mapping[str, Any],
-    *,
-    base: T | None = None,
-    seed: int | None = None,
-    name: str = "",
-    out: T | None = None,
-    threads: int | None = None,
-) -> T:
-    """`merge` for the function of a method, whose errors are in that function's words."""
+def named(method: str, tensors: Sequence[T], parameters: Mapping[str, Any], **options: Any) -> T:
+    """`merge`, with its ``options``, for the function of a method, whose errors are in that
+    function's words.
+    """
     try:
-        return merge(
-            method, tensors, parameters, base=base, seed=seed, name=name, out=out, threads=threads
-        )
+        made: T = merge(method, tensors, parameters, **options)
     except FastmergeError:
+        # Here alone: around every call it would cost 2 us of the few that one has.
         with in_words(_OWN_WORDS):
             raise
+    return made
 
 
 def combine(

@@ -221,7 +221,8 @@ class Lab:
         with self.weights(state) as weights:
             scores = self.scorer.score(weights, split, limit)
         if not isinstance(self.scorer, Differentiable):
-            self._loaded = None  # a user's function may have changed the numbers
+            # Other people's code may have changed the numbers; of ours that it reads them alone.
+            self._loaded = None
         return scores
 
     def weights(self, state: Expr) -> Merged:
