@@ -13,6 +13,7 @@ import pytest
 from fastmerge import search
 from fastmerge.cli import main
 from fastmerge.errors import FastmergeError
+from fastmerge.evaluation.callables import _staying
 from fastmerge.search.report import lines_for, verdict
 from fastmerge.search.sweep import Outlook, sweep
 from tests.test_search_study import file_of as study_file
@@ -145,6 +146,23 @@ def test_no_part_of_an_answer_is_left_out(
 def elsewhere(model: Any) -> float:
     os.chdir("/")
     return mean_of(model)
+
+
+def test_a_folder_that_may_not_be_listed_is_returned_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o311)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may list any
+            os.seteuid(65534)
+        with _staying():
+            os.chdir("/")
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+    assert Path.cwd() == tmp_path
 
 
 def test_a_scorer_that_goes_elsewhere_leaves_the_run_where_it_is(

@@ -76,7 +76,7 @@ def _staying() -> Iterator[None]:
     """The working directory is what it was, wherever a user's code goes: the folder of a run, and
     models, may be named from it.
     """
-    here = os.open(".", os.O_RDONLY)
+    here = os.open(".", os.O_PATH)  # of a folder that may not be listed, too
     try:
         yield
     finally:
